@@ -1,0 +1,22 @@
+#!/bin/sh
+# The demo handler: the job's payload is JSON on stdin, its metadata is in ZIZQ_JOB_*.
+# Exit 0 and the job is done; anything else and it has failed, with the end of stderr as the reason.
+payload=$(cat)
+
+case "$ZIZQ_JOB_TYPE" in
+    send_email)
+        echo "sending mail: $payload"
+        ;;
+    charge_card)
+        echo "connecting to the bank" >&2
+        echo "card declined for job $ZIZQ_JOB_ID" >&2
+        exit 3
+        ;;
+    crash)
+        kill -KILL $$
+        ;;
+    *)
+        echo "don't know how to do $ZIZQ_JOB_TYPE" >&2
+        exit 1
+        ;;
+esac

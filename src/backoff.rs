@@ -1,0 +1,228 @@
+//! [`Backoff`]: how long to wait before the next try, and [`retry`], the one loop that waits between tries.
+
+use std::time::Duration;
+
+use crate::lifecycle::{Lifecycle, Phase};
+
+/// Short enough for a restart of the server to pass unnoticed.
+pub const DEFAULT_RETRY_MIN_WAIT: Duration = Duration::from_secs(1);
+
+/// Long enough to spare a server in trouble, short enough to be back soon after it.
+pub const DEFAULT_RETRY_MAX_WAIT: Duration = Duration::from_secs(30);
+
+/// The waits double.
+pub const DEFAULT_RETRY_MULTIPLIER: f64 = 2.0;
+
+/// The part of each wait that is left to chance, so that workers cut off together do not come back together.
+const JITTER: f64 = 0.25;
+
+/// Waits that grow from a least to a greatest, each a fixed multiple of the one before, plus up to 25 % by chance.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Backoff {
+    min_wait: Duration,
+    max_wait: Duration,
+    multiplier: f64,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self {
+            min_wait: DEFAULT_RETRY_MIN_WAIT,
+            max_wait: DEFAULT_RETRY_MAX_WAIT,
+            multiplier: DEFAULT_RETRY_MULTIPLIER,
+        }
+    }
+}
+
+impl Backoff {
+    /// A policy that starts at `min_wait` and never waits longer than `max_wait` and its jitter.
+    ///
+    /// # Errors
+    /// When `min_wait` is zero, `max_wait` is less than it, or `multiplier` is below 1 or not finite. The error is a
+    /// sentence that says so.
+    pub fn try_new(min_wait: Duration, max_wait: Duration, multiplier: f64) -> Result<Self, String> {
+        if min_wait.is_zero() {
+            return Err("retry_min_wait must be greater than 0s".to_owned());
+        }
+        if max_wait < min_wait {
+            return Err(format!(
+                "retry_max_wait must be at least retry_min_wait ({}) (got {})",
+                humantime::format_duration(min_wait),
+                humantime::format_duration(max_wait)
+            ));
+        }
+        if !(multiplier >= 1.0 && multiplier.is_finite()) {
+            return Err(format!("retry_multiplier must be at least 1 (got {multiplier})"));
+        }
+        Ok(Self { min_wait, max_wait, multiplier })
+    }
+
+    /// A fresh sequence of waits.
+    pub fn waits(&self) -> Waits {
+        Waits { policy: *self, next: self.min_wait }
+    }
+}
+
+/// One sequence of waits under a [`Backoff`].
+#[derive(Debug)]
+pub struct Waits {
+    policy: Backoff,
+    next: Duration,
+}
+
+impl Waits {
+    /// Starts again from the least wait.
+    pub fn reset(&mut self) {
+        self.next = self.policy.min_wait;
+    }
+
+    /// The next wait, jitter included.
+    pub fn next_wait(&mut self) -> Duration {
+        let wait = self.next;
+        let grown = wait.as_secs_f64() * self.policy.multiplier;
+        self.next =
+            Duration::try_from_secs_f64(grown).map_or(self.policy.max_wait, |wait| wait.min(self.policy.max_wait));
+        wait.mul_f64(1.0 + JITTER * fastrand::f64())
+    }
+}
+
+/// What [`retry`] needs to know of an error.
+pub(crate) trait Retryable {
+    /// Whether the same try could end differently later.
+    fn is_retryable(&self) -> bool;
+
+    /// Whether the try got somewhere before it failed, so that the waits start again from the least.
+    fn made_progress(&self) -> bool {
+        false
+    }
+}
+
+/// Tries until it succeeds, fails for good, or `until` is reached: then a wait is cut short and a failed try is final.
+/// The first try always runs. `before_wait` hears each error with the wait that follows it.
+pub(crate) async fn retry<T, E, F>(
+    backoff: &Backoff,
+    lifecycle: &Lifecycle,
+    until: Phase,
+    mut attempt: impl FnMut() -> F,
+    before_wait: impl Fn(&E, Duration),
+) -> Result<T, E>
+where
+    E: Retryable,
+    F: Future<Output = Result<T, E>>,
+{
+    let mut waits = backoff.waits();
+    loop {
+        let error = match attempt().await {
+            Err(error) if error.is_retryable() && lifecycle.phase() < until => error,
+            ended => return ended,
+        };
+        if error.made_progress() {
+            waits.reset();
+        }
+        let wait = waits.next_wait();
+        before_wait(&error, wait);
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = lifecycle.reached(until) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backoff(min: u64, max: u64, multiplier: f64) -> Result<Backoff, String> {
+        Backoff::try_new(Duration::from_secs(min), Duration::from_secs(max), multiplier)
+    }
+
+    #[test]
+    fn waits_grow_by_the_multiplier_up_to_the_greatest_and_start_again_after_a_reset() {
+        let mut waits = backoff(1, 5, 2.0).unwrap().waits();
+        let base = |wait: Duration, expected: f64| {
+            let wait = wait.as_secs_f64();
+            assert!((expected..=expected * 1.25).contains(&wait), "{wait} for {expected}");
+        };
+        for expected in [1.0, 2.0, 4.0, 5.0, 5.0] {
+            base(waits.next_wait(), expected);
+        }
+        waits.reset();
+        base(waits.next_wait(), 1.0);
+    }
+
+    #[test]
+    fn a_multiplier_that_overflows_stays_at_the_greatest_wait() {
+        let mut waits = backoff(1, 30, f64::MAX).unwrap().waits();
+        waits.next_wait();
+        assert!(waits.next_wait() <= Duration::from_millis(37_500));
+    }
+
+    #[test]
+    fn impossible_policies_cannot_be_built() {
+        assert_eq!(backoff(0, 1, 2.0).unwrap_err(), "retry_min_wait must be greater than 0s");
+        assert_eq!(backoff(2, 1, 2.0).unwrap_err(), "retry_max_wait must be at least retry_min_wait (2s) (got 1s)");
+        assert_eq!(backoff(1, 2, 0.5).unwrap_err(), "retry_multiplier must be at least 1 (got 0.5)");
+        assert!(backoff(1, 2, f64::NAN).is_err());
+    }
+
+    #[derive(Debug)]
+    struct Fault(bool);
+
+    impl Retryable for Fault {
+        fn is_retryable(&self) -> bool {
+            self.0
+        }
+    }
+
+    async fn tries(lifecycle: &Lifecycle, faults: &[bool]) -> (usize, Result<(), Fault>) {
+        let mut faults = faults.iter();
+        let mut count = 0;
+        let ended = retry(
+            &backoff(1, 30, 2.0).unwrap(),
+            lifecycle,
+            Phase::Killing,
+            || {
+                count += 1;
+                std::future::ready(faults.next().map_or(Ok(()), |retryable| Err(Fault(*retryable))))
+            },
+            |_, _| {},
+        )
+        .await;
+        (count, ended)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tries_again_until_it_succeeds() {
+        let (count, ended) = tries(&Lifecycle::new(), &[true, true]).await;
+        assert_eq!(count, 3);
+        ended.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_error_that_is_final_is_not_tried_again() {
+        let (count, ended) = tries(&Lifecycle::new(), &[true, false]).await;
+        assert_eq!(count, 2);
+        ended.unwrap_err();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn once_killing_the_first_try_runs_and_is_the_last() {
+        let lifecycle = Lifecycle::new();
+        lifecycle.kill();
+        let (count, ended) = tries(&lifecycle, &[true, true]).await;
+        assert_eq!(count, 1);
+        ended.unwrap_err();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_kill_cuts_the_wait_short_for_one_last_try() {
+        let lifecycle = Lifecycle::new();
+        let killed = lifecycle.clone();
+        let ((count, ended), ()) = tokio::join!(tries(&lifecycle, &[true, true, true]), async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            killed.kill();
+        });
+        assert_eq!(count, 2);
+        ended.unwrap_err();
+    }
+}

@@ -1,0 +1,196 @@
+//! [`Raw`]: one written value, and the ways of reading it. Each error names the setting, the rule, and what was got.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+use std::time::Duration;
+
+use toml::Value;
+
+/// Longer is a slip of the pen, and the clock's arithmetic has an end.
+const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+
+/// A value as it was written.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Raw<'a> {
+    /// On the command line, where a flag may be repeated, or in a variable.
+    Text(&'a [String]),
+    /// In the file.
+    Toml(&'a Value),
+}
+
+impl fmt::Display for Raw<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(values) => f.write_str(values.last().map_or("", String::as_str)),
+            Self::Toml(Value::String(text)) => f.write_str(text),
+            Self::Toml(value) => value.fmt(f),
+        }
+    }
+}
+
+impl Raw<'_> {
+    fn text(&self, name: &str) -> Result<String, String> {
+        match self {
+            Self::Toml(Value::String(_)) | Self::Text(_) => Ok(self.to_string()),
+            Self::Toml(value) => Err(format!("{name} must be a string (got {value})")),
+        }
+    }
+
+    /// Anything that knows how to read itself from a text, and says what is wrong.
+    pub(super) fn parsed<T: FromStr<Err = String>>(&self, name: &str) -> Result<T, String> {
+        self.text(name)?.parse()
+    }
+
+    /// One of a few words.
+    pub(super) fn one_of<T: Copy>(&self, name: &str, words: &[(&str, T)]) -> Result<T, String> {
+        let text = self.text(name)?;
+        let found = words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text.trim()));
+        found.map(|(_, value)| *value).ok_or_else(|| {
+            let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+            format!("{name} must be one of {} (got {text})", words.join(", "))
+        })
+    }
+
+    /// A whole number of at least 1.
+    pub(super) fn count(&self, name: &str) -> Result<NonZeroUsize, String> {
+        self.count_up_to(name, usize::MAX)
+    }
+
+    /// The same, with a greatest value.
+    pub(super) fn count_up_to(&self, name: &str, most: usize) -> Result<NonZeroUsize, String> {
+        let number: i128 = match self {
+            Self::Toml(Value::Integer(number)) => (*number).into(),
+            _ => self
+                .text(name)
+                .ok()
+                .and_then(|text| text.trim().parse().ok())
+                .ok_or_else(|| format!("{name} must be a whole number, at least 1 (got {self})"))?,
+        };
+        if number < 1 {
+            return Err(format!("{name} must be at least 1 (got {number})"));
+        }
+        let count = usize::try_from(number).ok().filter(|count| *count <= most).and_then(NonZeroUsize::new);
+        count.ok_or_else(|| format!("{name} must be at most {most} (got {number})"))
+    }
+
+    /// A number.
+    pub(super) fn number(&self, name: &str) -> Result<f64, String> {
+        match self {
+            Self::Toml(Value::Float(number)) => Ok(*number),
+            _ => self.to_string().trim().parse().map_err(|_| format!("{name} must be a number (got {self})")),
+        }
+    }
+
+    /// A length of time.
+    pub(super) fn duration(&self, name: &str) -> Result<Duration, String> {
+        let wanted =
+            || format!("{name} must be a duration like 30s, 500ms or 1m 30s; a bare number is seconds (got {self})");
+        let text = self.to_string();
+        let duration = match text.trim().parse::<f64>() {
+            Ok(seconds) => Duration::try_from_secs_f64(seconds).map_err(|_| wanted())?,
+            Err(_) => humantime::parse_duration(text.trim()).map_err(|_| wanted())?,
+        };
+        if duration > MAX_DURATION {
+            return Err(format!("{name} must be at most {} (got {self})", humantime::format_duration(MAX_DURATION)));
+        }
+        Ok(duration)
+    }
+
+    /// A length of time that is not zero.
+    pub(super) fn positive_duration(&self, name: &str) -> Result<Duration, String> {
+        match self.duration(name)? {
+            Duration::ZERO => Err(format!("{name} must be greater than 0s (got {self})")),
+            duration => Ok(duration),
+        }
+    }
+
+    /// Names: separated by commas, in any number of flags, or a list in the file.
+    pub(super) fn list(&self, name: &str) -> Result<Vec<String>, String> {
+        let names = match self {
+            Self::Text(values) => values.iter().flat_map(|value| value.split(',')).map(str::to_owned).collect(),
+            Self::Toml(Value::String(text)) => text.split(',').map(str::to_owned).collect(),
+            Self::Toml(value) => {
+                strings(value).ok_or_else(|| format!("{name} must be a list of strings (got {value})"))?
+            }
+        };
+        Ok(names.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect())
+    }
+
+    /// The words of a command: a string is split as a shell would, a list is taken as it is.
+    pub(super) fn command(&self, name: &str) -> Result<Vec<OsString>, String> {
+        let words = match self {
+            Self::Toml(value @ Value::Array(_)) => strings(value),
+            _ => {
+                let text = self
+                    .text(name)
+                    .map_err(|_| format!("{name} must be a string or a list of strings (got {self})"))?;
+                return match shlex::split(&text) {
+                    Some(words) => Ok(words.into_iter().map(OsString::from).collect()),
+                    None => Err(format!("{name} has a quote or a backslash without its other half (got {text})")),
+                };
+            }
+        };
+        let words = words.ok_or_else(|| format!("{name} must be a string or a list of strings (got {self})"))?;
+        Ok(words.into_iter().map(OsString::from).collect())
+    }
+}
+
+fn strings(value: &Value) -> Option<Vec<String>> {
+    value.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn typed<T>(text: &str, read: impl Fn(&Raw<'_>) -> T) -> T {
+        read(&Raw::Text(&[text.to_owned()]))
+    }
+
+    #[test]
+    fn a_bare_number_is_seconds_and_anything_else_is_read_as_humantime_does() {
+        let duration = |text| typed(text, |raw| raw.duration("d")).unwrap();
+        assert_eq!(duration("90"), Duration::from_secs(90));
+        assert_eq!(duration("0.5"), Duration::from_millis(500));
+        assert_eq!(duration("1m 30s"), Duration::from_secs(90));
+        assert_eq!(duration(" 500ms "), Duration::from_millis(500));
+    }
+
+    #[test]
+    fn a_number_in_the_file_is_seconds_too() {
+        assert_eq!(Raw::Toml(&Value::Integer(2)).duration("d").unwrap(), Duration::from_secs(2));
+        assert_eq!(Raw::Toml(&Value::Float(0.25)).duration("d").unwrap(), Duration::from_millis(250));
+    }
+
+    #[test]
+    fn durations_that_make_no_sense_are_refused() {
+        for bad in ["", "-1", "soon", "1 parsec", "NaN", "inf", "1e300", "400 days"] {
+            assert!(typed(bad, |raw| raw.duration("d")).is_err(), "{bad}");
+        }
+        assert_eq!(typed("0", |raw| raw.positive_duration("d")).unwrap_err(), "d must be greater than 0s (got 0)");
+    }
+
+    #[test]
+    fn a_count_says_what_it_must_be() {
+        let error = |text| typed(text, |raw| raw.count_up_to("threads", 10)).unwrap_err();
+        assert_eq!(error("0"), "threads must be at least 1 (got 0)");
+        assert_eq!(error("-3"), "threads must be at least 1 (got -3)");
+        assert_eq!(error("four"), "threads must be a whole number, at least 1 (got four)");
+        assert_eq!(error("11"), "threads must be at most 10 (got 11)");
+    }
+
+    #[test]
+    fn lists_are_split_trimmed_and_rid_of_empty_names() {
+        let values = ["a, b,,".to_owned(), " c ".to_owned()];
+        assert_eq!(Raw::Text(&values).list("queues").unwrap(), ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn a_command_is_split_into_words_without_a_shell() {
+        let words = typed("sh -c 'echo \"$1\"' x", |raw| raw.command("exec")).unwrap();
+        assert_eq!(words, ["sh", "-c", "echo \"$1\"", "x"]);
+        assert!(typed("sh 'oops", |raw| raw.command("exec")).is_err());
+    }
+}

@@ -1,0 +1,92 @@
+//! Job ids: 25 characters that sort by the time of the enqueue.
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+const LENGTH: usize = 25;
+const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
+
+/// One job's id. Its order is the order of enqueueing, and so the order within a priority.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct JobId([u8; LENGTH]);
+
+impl JobId {
+    /// The id that `text` spells, if it can be one at all.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let bytes: [u8; LENGTH] = text.as_bytes().try_into().ok()?;
+        let is_digit = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        bytes.iter().all(is_digit).then_some(Self(bytes))
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        // Both constructors write nothing but ASCII digits and letters.
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+
+    /// Writes `number` in base 36; 25 digits hold every `u128`.
+    fn from_number(mut number: u128) -> Self {
+        let mut bytes = [b'0'; LENGTH];
+        for byte in bytes.iter_mut().rev() {
+            *byte = DIGITS[(number % 36) as usize];
+            number /= 36;
+        }
+        Self(bytes)
+    }
+}
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl Serialize for JobId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+/// Where ids come from: 48 bits of time, 48 of a counter, 32 of chance.
+#[derive(Debug, Default)]
+pub(super) struct IdSource {
+    latest: u64,
+    count: u64,
+}
+
+impl IdSource {
+    /// The next id. A clock that steps back must not reorder the queue, so time only rises here.
+    pub(super) fn next(&mut self, now: u64) -> JobId {
+        self.latest = self.latest.max(now);
+        self.count += 1;
+        let time = u128::from(self.latest) << 80;
+        let count = u128::from(self.count) << 32;
+        JobId::from_number(time | count | u128::from(fastrand::u32(..)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_rise_even_when_the_clock_steps_back() {
+        let mut source = IdSource::default();
+        let ids = [source.next(1_000), source.next(1_000), source.next(5), source.next(2_000)];
+        assert!(ids.is_sorted());
+        assert_eq!(JobId::parse(ids[0].as_str()), Some(ids[0]));
+    }
+
+    #[test]
+    fn only_25_lower_case_letters_and_digits_are_an_id() {
+        assert_eq!(JobId::parse("short"), None);
+        assert_eq!(JobId::parse(&"A".repeat(25)), None);
+        assert!(JobId::parse(&"z".repeat(25)).is_some());
+    }
+}

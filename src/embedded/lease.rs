@@ -1,0 +1,83 @@
+//! Leases: which stream holds which jobs in flight.
+
+use std::collections::{HashMap, HashSet};
+
+use super::id::JobId;
+
+/// One open take stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct LeaseId(u64);
+
+#[derive(Debug)]
+struct Lease {
+    /// 0 means as many as the client reads.
+    prefetch: usize,
+    queues: Vec<String>,
+    held: HashSet<JobId>,
+}
+
+/// The open streams, and for every job in flight the one that holds it.
+#[derive(Debug, Default)]
+pub(super) struct Leases {
+    open: HashMap<LeaseId, Lease>,
+    holders: HashMap<JobId, LeaseId>,
+    count: u64,
+}
+
+impl Leases {
+    pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
+        self.count += 1;
+        let id = LeaseId(self.count);
+        let held = HashSet::new();
+        self.open.insert(id, Lease { prefetch, queues, held });
+        id
+    }
+
+    /// How many jobs are in flight over all streams.
+    pub(super) fn held(&self) -> usize {
+        self.holders.len()
+    }
+
+    /// The queues that a stream may be given a job of, if it is open and has room.
+    pub(super) fn open_for(&self, id: LeaseId) -> Option<&[String]> {
+        let lease = self.open.get(&id)?;
+        let has_room = lease.prefetch == 0 || lease.held.len() < lease.prefetch;
+        has_room.then_some(&lease.queues)
+    }
+
+    pub(super) fn is_open(&self, id: LeaseId) -> bool {
+        self.open.contains_key(&id)
+    }
+
+    pub(super) fn hold(&mut self, id: LeaseId, job: JobId) {
+        if let Some(lease) = self.open.get_mut(&id) {
+            lease.held.insert(job);
+            self.holders.insert(job, id);
+        }
+    }
+
+    /// Takes a job from whoever holds it; false if nobody does.
+    pub(super) fn release(&mut self, job: JobId) -> bool {
+        let Some(holder) = self.holders.remove(&job) else {
+            return false;
+        };
+        if let Some(lease) = self.open.get_mut(&holder) {
+            lease.held.remove(&job);
+        }
+        true
+    }
+
+    /// Ends a stream and answers what it still held.
+    pub(super) fn close(&mut self, id: LeaseId) -> Vec<JobId> {
+        let held = self.open.remove(&id).map(|lease| lease.held).unwrap_or_default();
+        for job in &held {
+            self.holders.remove(job);
+        }
+        held.into_iter().collect()
+    }
+
+    pub(super) fn close_all(&mut self) -> Vec<JobId> {
+        self.open.clear();
+        self.holders.drain().map(|(job, _)| job).collect()
+    }
+}

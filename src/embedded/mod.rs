@@ -1,0 +1,44 @@
+//! A Zizq server in memory, for `--embedded` and for tests.
+//!
+//! It speaks the part of the HTTP API that a worker, its tests and its tools need, as a real
+//! server of version [`PROTOCOL_VERSION`] does: the take stream with prefetch and heartbeats,
+//! reports by job id, retries with backoff, and the look-ups. It keeps nothing on disk.
+//!
+//! The jobs live in a [`Store`], which outlives the [`EmbeddedServer`]: stopping the server and
+//! binding a new one to the same store is a restart.
+//!
+//! - [`Store`]: the lock, the clock and the wake-ups around `state`, which is the pure state
+//!   machine with its `ready` queue and its `lease`s;
+//! - `api`: one function per `route`, reading an `order`, a `report` or a `query` and its `page`,
+//!   and writing an `answer`;
+//! - `take`: the stream.
+//!
+//! What a real server has and this one has not: MessagePack and server-sent events (406, 415),
+//! `PATCH`, crons, batched jobs (403) and jq filters (400).
+
+mod answer;
+mod api;
+mod id;
+mod job;
+mod lease;
+mod options;
+mod order;
+mod page;
+mod query;
+mod ready;
+mod report;
+mod route;
+mod server;
+mod start;
+mod state;
+mod store;
+mod take;
+
+pub use job::Status;
+pub use options::{Backoff, Options};
+pub use server::EmbeddedServer;
+pub use start::start;
+pub use store::Store;
+
+/// The version of the real server whose behaviour this is, and what `GET /version` answers.
+pub const PROTOCOL_VERSION: &str = "0.6.1";

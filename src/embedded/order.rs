@@ -1,0 +1,200 @@
+//! Orders: what a producer asks for in `POST /jobs`, and what is refused.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::value::RawValue;
+
+use super::job::{JobBackoff, Retention, Spec, Unique};
+
+/// The middle of the range, as in the real server.
+const DEFAULT_PRIORITY: u16 = 32_768;
+/// Reserved by the real server for patterns to come.
+const RESERVED: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
+
+/// A job to be, checked.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub(super) spec: Spec,
+    pub(super) ready_at: Option<u64>,
+}
+
+/// The body of `POST /jobs`. Fields that nobody knows are ignored, as the real server does.
+#[derive(Debug, Deserialize)]
+pub(super) struct EnqueueRequest {
+    #[serde(rename = "type")]
+    kind: String,
+    queue: String,
+    priority: Option<u16>,
+    payload: Box<RawValue>,
+    ready_at: Option<u64>,
+    retry_limit: Option<u32>,
+    backoff: Option<JobBackoff>,
+    retention: Option<Retention>,
+    unique_key: Option<String>,
+    unique_while: Option<String>,
+    batch: Option<IgnoredAny>,
+}
+
+/// The body of `POST /jobs/bulk`.
+#[derive(Debug, Deserialize)]
+pub(super) struct BulkRequest {
+    pub(super) jobs: Vec<EnqueueRequest>,
+}
+
+/// Why an order is refused.
+#[derive(Debug, PartialEq)]
+pub(super) enum OrderError {
+    /// The producer got it wrong.
+    Invalid(String),
+    /// Right, but only a real server can do it.
+    Unsupported(String),
+}
+
+impl OrderError {
+    /// The same error, saying which job of a bulk it is about.
+    pub(super) fn at(self, index: usize) -> Self {
+        match self {
+            Self::Invalid(text) => Self::Invalid(format!("jobs[{index}]: {text}")),
+            Self::Unsupported(text) => Self::Unsupported(text),
+        }
+    }
+}
+
+impl fmt::Display for OrderError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Invalid(text) | Self::Unsupported(text)) = self;
+        f.write_str(text)
+    }
+}
+
+impl EnqueueRequest {
+    /// Checks the request, in the real server's order.
+    pub(super) fn into_order(self) -> Result<Order, OrderError> {
+        check_name("type", &self.kind).map_err(OrderError::Invalid)?;
+        check_name("queue", &self.queue).map_err(OrderError::Invalid)?;
+        let is_batch = self.batch.is_some();
+        let unique = unique(self.unique_key, self.unique_while, is_batch)?;
+        if is_batch {
+            let text = "batched jobs need a real server";
+            return Err(OrderError::Unsupported(text.to_owned()));
+        }
+        let spec = Spec {
+            kind: self.kind,
+            queue: self.queue,
+            priority: self.priority.unwrap_or(DEFAULT_PRIORITY),
+            payload: on_one_line(self.payload),
+            retry_limit: self.retry_limit,
+            backoff: self.backoff,
+            retention: self.retention,
+            unique,
+        };
+        Ok(Order { spec, ready_at: self.ready_at })
+    }
+}
+
+/// A name is a key of an index and an element of comma lists; it must not look like either.
+fn check_name(field: &str, name: &str) -> Result<(), String> {
+    if name.is_empty() {
+        return Err(format!("{field} must not be empty"));
+    }
+    if name.contains(',') {
+        return Err(format!("{field} must not contain ','"));
+    }
+    if name.contains('\0') {
+        return Err(format!("{field} must not contain null bytes"));
+    }
+    match name.chars().find(|char| RESERVED.contains(char)) {
+        Some(char) => Err(format!("{field} must not contain '{char}' (reserved)")),
+        None => Ok(()),
+    }
+}
+
+fn unique(key: Option<String>, scope: Option<String>, is_batch: bool) -> Result<Option<Unique>, OrderError> {
+    let invalid = |text: &str| OrderError::Invalid(text.to_owned());
+    if scope.is_some() && key.is_none() {
+        return Err(invalid("unique_while requires unique_key"));
+    }
+    if key.is_some() && is_batch {
+        return Err(invalid("unique_key and batch cannot be combined"));
+    }
+    let scope = match scope {
+        Some(text) => text.parse().map_err(OrderError::Invalid)?,
+        None => Default::default(),
+    };
+    Ok(key.map(|key| Unique { key, scope }))
+}
+
+/// The payload goes out as one line of NDJSON, byte for byte but for its line breaks. Those
+/// are white space between tokens: inside a string, JSON must escape them.
+fn on_one_line(payload: Box<RawValue>) -> Box<RawValue> {
+    if !payload.get().contains(['\n', '\r']) {
+        return payload;
+    }
+    let line = payload.get().replace(['\n', '\r'], " ");
+    RawValue::from_string(line).unwrap_or(payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(json: &str) -> Result<Order, OrderError> {
+        serde_json::from_str::<EnqueueRequest>(json).unwrap().into_order()
+    }
+
+    fn refusal(json: &str) -> String {
+        order(json).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_payload_keeps_its_bytes() {
+        let json = r#"{"type":"t","queue":"q","payload":{"b":1.50, "a":1e400,"a":"\u00e9"}}"#;
+        let payload = order(json).unwrap().spec.payload;
+        assert_eq!(payload.get(), r#"{"b":1.50, "a":1e400,"a":"\u00e9"}"#);
+    }
+
+    #[test]
+    fn a_payload_on_many_lines_becomes_one_line() {
+        let json = "{\"type\":\"t\",\"queue\":\"q\",\"payload\":{\r\n\"a\":\n\"x\\ny\"}}";
+        let payload = order(json).unwrap().spec.payload;
+        assert_eq!(payload.get(), r#"{   "a": "x\ny"}"#.replacen("   ", "  ", 1));
+    }
+
+    #[test]
+    fn a_null_payload_is_a_payload() {
+        let order = order(r#"{"type":"t","queue":"q","payload":null}"#).unwrap();
+        assert_eq!(order.spec.payload.get(), "null");
+    }
+
+    #[test]
+    fn names_must_not_be_empty_or_hold_reserved_characters() {
+        for (queue, text) in [
+            ("", "queue must not be empty"),
+            ("a,b", "queue must not contain ','"),
+            ("a*", "queue must not contain '*' (reserved)"),
+            (r"a\u0000", "queue must not contain null bytes"),
+        ] {
+            let json = format!(r#"{{"type":"t","queue":"{queue}","payload":1}}"#);
+            assert_eq!(refusal(&json), text);
+        }
+    }
+
+    #[test]
+    fn a_name_may_hold_slashes_spaces_and_any_letters() {
+        assert!(order(r#"{"type":"../../etc/passwd","queue":"p q/é","payload":1}"#).is_ok());
+    }
+
+    #[test]
+    fn a_batch_is_refused_rather_than_run_unbatched() {
+        let json = r#"{"type":"t","queue":"q","payload":1,"batch":{"key":"k"}}"#;
+        assert!(matches!(order(json), Err(OrderError::Unsupported(_))));
+    }
+
+    #[test]
+    fn a_unique_scope_needs_a_key() {
+        let json = r#"{"type":"t","queue":"q","payload":1,"unique_while":"active"}"#;
+        assert_eq!(refusal(json), "unique_while requires unique_key");
+    }
+}

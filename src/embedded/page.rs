@@ -1,0 +1,131 @@
+//! Pages: a limit, a direction and a cursor, and the links to the pages on either side.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::query::Fields;
+
+const DEFAULT_LIMIT: u16 = 50;
+const MAX_LIMIT: u16 = 2000;
+
+/// Which way a list runs: oldest or newest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Direction {
+    #[default]
+    Asc,
+    Desc,
+}
+
+impl Direction {
+    fn reverse(self) -> Self {
+        match self {
+            Self::Asc => Self::Desc,
+            Self::Desc => Self::Asc,
+        }
+    }
+}
+
+impl FromStr for Direction {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "asc" => Ok(Self::Asc),
+            "desc" => Ok(Self::Desc),
+            _ => Err(format!("unknown variant `{text}`, expected `asc` or `desc`")),
+        }
+    }
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Asc => "asc",
+            Self::Desc => "desc",
+        })
+    }
+}
+
+/// Which page of a list is wanted; the cursor itself is not on it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PageRequest<C> {
+    pub(super) cursor: Option<C>,
+    pub(super) direction: Direction,
+    pub(super) limit: u16,
+}
+
+/// Where the page is, and the pages on either side of it.
+#[derive(Debug, Serialize, PartialEq)]
+pub(super) struct Links {
+    #[serde(rename = "self")]
+    this: String,
+    next: Option<String>,
+    prev: Option<String>,
+}
+
+impl<C: Copy + fmt::Display> PageRequest<C> {
+    /// Reads `order` and `limit`; the cursor is up to the caller, who knows what it is.
+    pub(super) fn parse(fields: &mut Fields, cursor: Option<C>) -> Result<Self, String> {
+        let direction = fields.value("order")?.unwrap_or_default();
+        let limit = fields.value("limit")?.unwrap_or(DEFAULT_LIMIT);
+        Ok(Self { cursor, direction, limit })
+    }
+
+    /// The text of the error for a limit that is a number but not a useful one.
+    pub(super) fn check_limit(&self) -> Result<(), String> {
+        if (1..=MAX_LIMIT).contains(&self.limit) {
+            return Ok(());
+        }
+        Err(format!("limit must be between 1 and {MAX_LIMIT}"))
+    }
+
+    /// How many items to look for: one more than wanted tells whether there is a next page.
+    pub(super) fn reach(&self) -> usize {
+        usize::from(self.limit) + 1
+    }
+
+    /// Cuts `items` to the page and links it. `filters` are repeated in every link.
+    pub(super) fn cut<T>(&self, items: &mut Vec<T>, cursor_of: impl Fn(&T) -> C, path: &str, filters: &str) -> Links {
+        let has_more = items.len() > usize::from(self.limit);
+        items.truncate(self.limit.into());
+        let link = |cursor: Option<C>, direction: Direction| {
+            let from = cursor.map(|cursor| format!("from={cursor}&")).unwrap_or_default();
+            format!("{path}?{from}order={direction}&limit={}{filters}", self.limit)
+        };
+        let next = items.last().filter(|_| has_more).map(&cursor_of);
+        let prev = items.first().filter(|_| self.cursor.is_some()).map(&cursor_of);
+        Links {
+            this: link(self.cursor, self.direction),
+            next: next.map(|cursor| link(Some(cursor), self.direction)),
+            prev: prev.map(|cursor| link(Some(cursor), self.direction.reverse())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn links(cursor: Option<u32>, items: &mut Vec<u32>) -> Links {
+        let page = PageRequest { cursor, direction: Direction::Asc, limit: 2 };
+        page.cut(items, |item| *item, "/jobs", "&queue=a")
+    }
+
+    #[test]
+    fn a_full_page_links_to_the_next_one() {
+        let mut items = vec![1, 2, 3];
+        let links = links(None, &mut items);
+        assert_eq!(items, [1, 2]);
+        assert_eq!(links.next.as_deref(), Some("/jobs?from=2&order=asc&limit=2&queue=a"));
+        assert_eq!(links.prev, None);
+    }
+
+    #[test]
+    fn a_page_behind_a_cursor_links_back() {
+        let links = links(Some(4), &mut vec![5, 6]);
+        assert_eq!(links.next, None);
+        assert_eq!(links.prev.as_deref(), Some("/jobs?from=5&order=desc&limit=2&queue=a"));
+    }
+}

@@ -1,0 +1,51 @@
+//! The ready queue: which job goes out next, over all queues or some of them.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::id::JobId;
+use super::job::Job;
+
+/// Urgency, then age.
+type Place = (u16, JobId);
+
+/// The ready jobs, ordered once over all and once per queue, so that neither kind of taker
+/// has to walk over jobs it does not want.
+#[derive(Debug, Default)]
+pub(super) struct ReadyQueue {
+    all: BTreeSet<Place>,
+    by_queue: HashMap<String, BTreeSet<Place>>,
+}
+
+impl ReadyQueue {
+    pub(super) fn insert(&mut self, job: &Job) {
+        self.all.insert(job.place());
+        if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
+            queue.insert(job.place());
+        } else {
+            let queue = BTreeSet::from([job.place()]);
+            self.by_queue.insert(job.spec.queue.clone(), queue);
+        }
+    }
+
+    pub(super) fn remove(&mut self, job: &Job) {
+        self.all.remove(&job.place());
+        if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
+            queue.remove(&job.place());
+            // Queue names come from outside; empty ones must not pile up.
+            if queue.is_empty() {
+                self.by_queue.remove(&job.spec.queue);
+            }
+        }
+    }
+
+    /// The job that a taker of `queues` gets next; no queues means all of them.
+    pub(super) fn first(&self, queues: &[String]) -> Option<JobId> {
+        let place = if queues.is_empty() {
+            self.all.first().copied()
+        } else {
+            let fronts = queues.iter().filter_map(|queue| self.by_queue.get(queue)?.first());
+            fronts.min().copied()
+        };
+        place.map(|(_, id)| id)
+    }
+}

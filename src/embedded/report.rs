@@ -1,0 +1,36 @@
+//! Reports: what a worker says about how a job ended.
+
+use serde::Deserialize;
+
+use super::job::{ErrorRecord, Job};
+
+/// The body of `POST /jobs/success`.
+#[derive(Debug, Deserialize)]
+pub(super) struct Successes {
+    pub(super) ids: Vec<String>,
+}
+
+/// The body of `POST /jobs/{id}/failure`.
+#[derive(Debug, Deserialize)]
+pub(super) struct Failure {
+    message: String,
+    error_type: Option<String>,
+    backtrace: Option<String>,
+    pub(super) retry_at: Option<u64>,
+    #[serde(default)]
+    pub(super) kill: bool,
+}
+
+impl Failure {
+    /// The record of the attempt that `job` has just failed.
+    pub(super) fn into_record(self, job: &Job, now: u64) -> ErrorRecord {
+        ErrorRecord {
+            attempt: job.attempts,
+            message: self.message,
+            error_type: self.error_type,
+            backtrace: self.backtrace,
+            dequeued_at: job.dequeued_at.unwrap_or_default(),
+            failed_at: now,
+        }
+    }
+}

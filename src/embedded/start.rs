@@ -1,0 +1,53 @@
+//! What `--embedded` does: a server in this process, at the worker's url, with some jobs to start with.
+
+use std::io::Read;
+
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::{info, warn};
+
+use super::{EmbeddedServer, Options, Store};
+use crate::client::ServerUrl;
+use crate::config::{ConfigError, EmbeddedConfig, JobsSource, Source};
+
+/// Starts the server, which stops when the guard is dropped.
+///
+/// # Errors
+/// When the address cannot be listened on, or a line of jobs is none.
+pub async fn start(config: &EmbeddedConfig, url: &ServerUrl) -> Result<DropGuard, ConfigError> {
+    let store = Store::new(Options::default());
+    if let Some(jobs) = &config.jobs {
+        let count = enqueue(&store, jobs)?;
+        info!(%jobs, count, "jobs enqueued");
+    }
+    let server = EmbeddedServer::bind((url.host(), url.port()), store).await.map_err(|error| {
+        let problem = format!("cannot listen on {url}: {error}; another server may be there, choose another --url");
+        ConfigError::new(Source::Flag("--embedded".to_owned()), problem)
+    })?;
+    warn!(address = %server.local_addr(), "embedded server started: nothing in it outlives this process");
+    let stop = CancellationToken::new();
+    tokio::spawn(server.run(stop.clone()));
+    Ok(stop.drop_guard())
+}
+
+fn enqueue(store: &Store, jobs: &JobsSource) -> Result<usize, ConfigError> {
+    let flag = || Source::Flag("--jobs".to_owned());
+    let text = read(jobs).map_err(|error| ConfigError::unusable(flag(), format!("cannot read {jobs}: {error}")))?;
+    let mut count = 0;
+    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        store
+            .enqueue_line(line)
+            .map_err(|problem| ConfigError::unusable(flag(), format!("{jobs}:{}: {problem}", index + 1)))?;
+        count += 1;
+    }
+    Ok(count)
+}
+
+fn read(jobs: &JobsSource) -> std::io::Result<String> {
+    match jobs {
+        JobsSource::File(path) => std::fs::read_to_string(path),
+        JobsSource::Stdin => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).map(|_| text)
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! The state machine: `scheduled → ready → in_flight → completed | dead | scheduled`.
+//!
+//! It is pure. The time is an argument, and nothing here waits or wakes anyone: whether takers
+//! should look again is a flag that the [`Store`](super::Store) collects.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
+use std::sync::Arc;
+
+use super::id::{IdSource, JobId};
+use super::job::{ErrorRecord, Job, Spec, Status};
+use super::lease::{LeaseId, Leases};
+use super::options::{Options, millis};
+use super::order::Order;
+use super::page::{Direction, PageRequest};
+use super::ready::ReadyQueue;
+use super::report::Failure;
+
+/// A job, and what only the store needs to know about it.
+#[derive(Debug)]
+struct Entry {
+    job: Job,
+    errors: Vec<ErrorRecord>,
+}
+
+/// What an enqueue did: a new job, or the one that already holds the unique key.
+#[derive(Debug)]
+pub(super) struct Enqueued {
+    pub(super) job: Job,
+    pub(super) duplicate: bool,
+}
+
+/// Every job, and the indexes over them.
+#[derive(Debug)]
+pub(super) struct State {
+    options: Options,
+    ids: IdSource,
+    jobs: BTreeMap<JobId, Entry>,
+    ready: ReadyQueue,
+    /// What happens by itself: a scheduled job's `ready_at`, a finished job's `purge_at`.
+    due: BTreeSet<(u64, JobId)>,
+    unique: HashMap<String, JobId>,
+    leases: Leases,
+    takers_should_look: bool,
+}
+
+impl State {
+    pub(super) fn new(options: Options) -> Self {
+        Self {
+            options,
+            ids: IdSource::default(),
+            jobs: BTreeMap::new(),
+            ready: ReadyQueue::default(),
+            due: BTreeSet::new(),
+            unique: HashMap::new(),
+            leases: Leases::default(),
+            takers_should_look: false,
+        }
+    }
+
+    /// When [`advance`](Self::advance) next has something to do.
+    pub(super) fn next_due(&self) -> Option<u64> {
+        self.due.first().map(|(time, _)| *time)
+    }
+
+    pub(super) fn is_open(&self, lease: LeaseId) -> bool {
+        self.leases.is_open(lease)
+    }
+
+    /// Whether a job or a slot has come free since the last call.
+    pub(super) fn take_look_flag(&mut self) -> bool {
+        std::mem::take(&mut self.takers_should_look)
+    }
+
+    /// Does what is due by `now`: scheduled jobs become ready, finished ones are forgotten.
+    pub(super) fn advance(&mut self, now: u64) {
+        while let Some((time, id)) = self.due.first().copied()
+            && time <= now
+        {
+            self.due.pop_first();
+            match self.jobs.get(&id).map(|entry| entry.job.status) {
+                Some(Status::Scheduled) => self.make_ready(id),
+                Some(Status::Completed | Status::Dead) => drop(self.forget(id)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Accepts one job, unless its unique key is taken.
+    pub(super) fn enqueue(&mut self, now: u64, order: Order) -> Enqueued {
+        if let Some(job) = self.holder_of_key(&order.spec) {
+            return Enqueued { job: job.clone(), duplicate: true };
+        }
+        let id = self.ids.next(now);
+        if let Some(unique) = &order.spec.unique {
+            self.unique.insert(unique.key.clone(), id);
+        }
+        let ready_at = order.ready_at.unwrap_or(now);
+        let mut job = new_job(id, order.spec, ready_at);
+        if ready_at > now {
+            self.due.insert((ready_at, id));
+        } else {
+            job.status = Status::Ready;
+            self.ready.insert(&job);
+            self.takers_should_look = true;
+        }
+        self.jobs.insert(id, Entry { job: job.clone(), errors: Vec::new() });
+        Enqueued { job, duplicate: false }
+    }
+
+    fn holder_of_key(&self, spec: &Spec) -> Option<&Job> {
+        let unique = spec.unique.as_ref()?;
+        let job = self.get(*self.unique.get(&unique.key)?)?;
+        unique.scope.covers(job.status).then_some(job)
+    }
+
+    /// A new take stream, which may hold `prefetch` jobs of `queues`.
+    pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
+        self.leases.open(prefetch, queues)
+    }
+
+    /// The next job for a stream, if it has room for one. `None` also when the stream is gone.
+    pub(super) fn take(&mut self, now: u64, lease: LeaseId) -> Option<Job> {
+        let limit = self.options.in_flight_limit;
+        if limit > 0 && self.leases.held() >= limit {
+            return None;
+        }
+        let id = self.ready.first(self.leases.open_for(lease)?)?;
+        let job = &mut self.jobs.get_mut(&id)?.job;
+        self.ready.remove(job);
+        self.leases.hold(lease, id);
+        job.status = Status::InFlight;
+        job.dequeued_at = Some(now);
+        Some(job.clone())
+    }
+
+    /// A stream is gone: what it still holds is ready again, with its attempts unchanged.
+    pub(super) fn close(&mut self, lease: LeaseId) {
+        for id in self.leases.close(lease) {
+            self.make_ready(id);
+        }
+    }
+
+    /// Closes every stream, as the end of the server process does.
+    pub(super) fn close_all(&mut self) {
+        for id in self.leases.close_all() {
+            self.make_ready(id);
+        }
+    }
+
+    /// Acknowledges one job; false if it is not in flight.
+    pub(super) fn complete(&mut self, now: u64, id: JobId) -> bool {
+        if !self.release(id) {
+            return false;
+        }
+        let job = self.jobs.get_mut(&id).map(|entry| &mut entry.job);
+        let own = job.and_then(|job| {
+            job.completed_at = Some(now);
+            job.spec.retention?.completed_ms
+        });
+        let keep = own.unwrap_or(millis(self.options.completed_retention));
+        self.finish(id, Status::Completed, now, keep);
+        true
+    }
+
+    /// Records a failed attempt and decides between a retry and death. `chance` is from 0 to 1.
+    pub(super) fn fail(&mut self, now: u64, id: JobId, failure: Failure, chance: f64) -> Option<Job> {
+        if !self.release(id) {
+            return None;
+        }
+        let entry = self.jobs.get_mut(&id)?;
+        entry.job.attempts += 1;
+        entry.job.failed_at = Some(now);
+        let retry_at = retry_time(&self.options, &entry.job, &failure, now, chance);
+        entry.errors.push(failure.into_record(&entry.job, now));
+        match retry_at {
+            Some(time) => self.retry(id, time),
+            None => self.bury(id, now),
+        }
+    }
+
+    /// Scheduled even when `time` is past: the next [`advance`](Self::advance) makes it ready.
+    fn retry(&mut self, id: JobId, time: u64) -> Option<Job> {
+        self.restore_key(id);
+        let job = &mut self.jobs.get_mut(&id)?.job;
+        job.status = Status::Scheduled;
+        job.ready_at = time;
+        self.due.insert((time, id));
+        Some(job.clone())
+    }
+
+    fn bury(&mut self, id: JobId, now: u64) -> Option<Job> {
+        let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
+        let keep = own.unwrap_or(millis(self.options.dead_retention));
+        self.finish(id, Status::Dead, now, keep)
+    }
+
+    pub(super) fn get(&self, id: JobId) -> Option<&Job> {
+        self.jobs.get(&id).map(|entry| &entry.job)
+    }
+
+    /// A job's failed attempts, oldest first.
+    pub(super) fn errors(&self, id: JobId) -> Option<&[ErrorRecord]> {
+        self.jobs.get(&id).map(|entry| entry.errors.as_slice())
+    }
+
+    /// One page of a job's failed attempts, and one more if there are more.
+    pub(super) fn errors_on(&self, id: JobId, page: &PageRequest<u32>) -> Option<Vec<ErrorRecord>> {
+        let errors = self.errors(id)?.iter().cloned();
+        let cursor = page.cursor;
+        Some(match page.direction {
+            Direction::Asc => {
+                let after = errors.filter(|error| cursor.is_none_or(|from| error.attempt > from));
+                after.take(page.reach()).collect()
+            }
+            Direction::Desc => {
+                let before = errors.filter(|error| cursor.is_none_or(|from| error.attempt < from));
+                before.rev().take(page.reach()).collect()
+            }
+        })
+    }
+
+    /// Every job, oldest first.
+    pub(super) fn jobs(&self) -> impl DoubleEndedIterator<Item = &Job> {
+        self.jobs.values().map(|entry| &entry.job)
+    }
+
+    /// The jobs on one side of `cursor`, in that direction; all of them without a cursor.
+    pub(super) fn jobs_from(&self, cursor: Option<JobId>, direction: Direction) -> Box<dyn Iterator<Item = &Job> + '_> {
+        let bound = cursor.map_or(Bound::Unbounded, Bound::Excluded);
+        match direction {
+            Direction::Asc => Box::new(self.jobs.range((bound, Bound::Unbounded)).map(job_of)),
+            Direction::Desc => Box::new(self.jobs.range((Bound::Unbounded, bound)).rev().map(job_of)),
+        }
+    }
+
+    /// Forgets a job wherever it is; a stream that holds it gets its slot back.
+    pub(super) fn delete(&mut self, id: JobId) -> bool {
+        self.release(id);
+        let Some(job) = self.forget(id) else {
+            return false;
+        };
+        self.ready.remove(&job);
+        self.due.remove(&(job.purge_at.unwrap_or(job.ready_at), id));
+        true
+    }
+
+    /// Forgets the jobs that match, and answers how many they were.
+    pub(super) fn delete_matching(&mut self, matches: impl Fn(&Job) -> bool) -> usize {
+        let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
+        ids.iter().filter(|id| self.delete(**id)).count()
+    }
+
+    /// Takes a job from the stream that holds it; false if none does.
+    fn release(&mut self, id: JobId) -> bool {
+        let released = self.leases.release(id);
+        self.takers_should_look |= released;
+        released
+    }
+
+    fn make_ready(&mut self, id: JobId) {
+        self.restore_key(id);
+        if let Some(entry) = self.jobs.get_mut(&id) {
+            entry.job.status = Status::Ready;
+            self.ready.insert(&entry.job);
+            self.takers_should_look = true;
+        }
+    }
+
+    /// A job that comes back claims its key again, unless another one took it in the meantime.
+    fn restore_key(&mut self, id: JobId) {
+        if let Some(entry) = self.jobs.get(&id)
+            && let Some(unique) = &entry.job.spec.unique
+        {
+            self.unique.entry(unique.key.clone()).or_insert(id);
+        }
+    }
+
+    /// The finished job, which is already forgotten if nobody wants to keep it.
+    fn finish(&mut self, id: JobId, status: Status, now: u64, keep_ms: u64) -> Option<Job> {
+        let job = &mut self.jobs.get_mut(&id)?.job;
+        job.status = status;
+        if keep_ms == 0 {
+            return self.forget(id);
+        }
+        let purge_at = now.saturating_add(keep_ms);
+        job.purge_at = Some(purge_at);
+        self.due.insert((purge_at, id));
+        Some(job.clone())
+    }
+
+    fn forget(&mut self, id: JobId) -> Option<Job> {
+        let job = self.jobs.remove(&id)?.job;
+        if let Some(unique) = &job.spec.unique
+            && self.unique.get(&unique.key) == Some(&id)
+        {
+            self.unique.remove(&unique.key);
+        }
+        Some(job)
+    }
+}
+
+/// When a failed job gets its next attempt, or `None` for never.
+///
+/// The precedence is the real server's: `kill` beats `retry_at`, which beats the retry limit.
+fn retry_time(options: &Options, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {
+    if failure.kill {
+        return None;
+    }
+    if failure.retry_at.is_some() {
+        return failure.retry_at;
+    }
+    let limit = job.spec.retry_limit.unwrap_or(options.retry_limit);
+    let backoff = job.spec.backoff.map_or(options.backoff, Into::into);
+    let delay = backoff.delay_ms(job.attempts, chance);
+    (job.attempts <= limit).then(|| now.saturating_add(delay))
+}
+
+fn job_of<'a>((_, entry): (&JobId, &'a Entry)) -> &'a Job {
+    &entry.job
+}
+
+fn new_job(id: JobId, spec: Spec, ready_at: u64) -> Job {
+    Job {
+        id,
+        spec: Arc::new(spec),
+        status: Status::Scheduled,
+        ready_at,
+        attempts: 0,
+        dequeued_at: None,
+        failed_at: None,
+        completed_at: None,
+        purge_at: None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,130 @@
+//! The take stream: jobs as they become ready, an empty line when there are none for a while.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, stream};
+use hyper::body::Frame;
+use tokio::sync::watch;
+
+use super::job::{Job, JobView};
+use super::lease::LeaseId;
+use super::store::Store;
+
+/// Several ready jobs share one chunk up to this size, so that a flood of small jobs does not
+/// cost a system call each; a larger job travels alone.
+const CHUNK_BYTES: usize = 64 * 1024;
+const HEARTBEAT: &[u8] = b"\n";
+
+/// What a client asked for in `GET /jobs/take`.
+#[derive(Debug)]
+pub(super) struct TakeRequest {
+    pub(super) prefetch: usize,
+    pub(super) queues: BTreeSet<String>,
+}
+
+/// The hold of one stream on its jobs. Dropping it is the only way in which a stream ends, and
+/// hyper drops a response's body the moment it sees the client gone, whatever the reason.
+#[derive(Debug)]
+struct Lease {
+    store: Store,
+    id: LeaseId,
+}
+
+/// What a stream finds when it looks for jobs.
+enum Look {
+    Jobs(Vec<Job>),
+    Nothing,
+    /// The server was stopped under the stream.
+    Closed,
+}
+
+impl Lease {
+    fn open(store: Store, request: TakeRequest) -> Self {
+        let queues = request.queues.into_iter().collect();
+        let id = store.with(|state, _| state.open(request.prefetch, queues));
+        Self { store, id }
+    }
+
+    /// As many jobs as fit one chunk and the prefetch.
+    fn look(&self) -> Look {
+        let mut jobs = Vec::new();
+        let mut size = 0;
+        self.store.with(|state, now| {
+            if !state.is_open(self.id) {
+                return Look::Closed;
+            }
+            while size < CHUNK_BYTES
+                && let Some(job) = state.take(now, self.id)
+            {
+                size += job.spec.payload.get().len();
+                jobs.push(job);
+            }
+            if jobs.is_empty() { Look::Nothing } else { Look::Jobs(jobs) }
+        })
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.store.with(|state, _| state.close(self.id));
+    }
+}
+
+#[derive(Debug)]
+struct Take {
+    lease: Lease,
+    look_again: watch::Receiver<()>,
+    heartbeat_interval: Duration,
+}
+
+impl Take {
+    /// What goes out next. Called only when the client has room for it, so an unlimited
+    /// prefetch takes no more than the connection carries.
+    async fn next_chunk(&mut self) -> Option<Bytes> {
+        let silence = tokio::time::sleep(self.heartbeat_interval);
+        tokio::pin!(silence);
+        loop {
+            // Seen before looking: what changes after the look wakes the wait.
+            self.look_again.borrow_and_update();
+            match self.lease.look() {
+                Look::Jobs(jobs) => return Some(lines(&jobs)),
+                Look::Closed => return None,
+                Look::Nothing => {}
+            }
+            tokio::select! {
+                changed = self.look_again.changed() => changed.ok()?,
+                () = &mut silence => return Some(Bytes::from_static(HEARTBEAT)),
+            }
+        }
+    }
+}
+
+/// Opens a stream on the store; dropping it returns what it holds.
+pub(super) fn frames(
+    store: Store,
+    request: TakeRequest,
+) -> impl Stream<Item = Result<Frame<Bytes>, Infallible>> + Send + 'static {
+    let take = Take {
+        look_again: store.watch_for_takers(),
+        heartbeat_interval: store.heartbeat_interval(),
+        lease: Lease::open(store, request),
+    };
+    stream::unfold(take, async |mut take| {
+        let chunk = take.next_chunk().await?;
+        Some((Ok(Frame::data(chunk)), take))
+    })
+}
+
+fn lines(jobs: &[Job]) -> Bytes {
+    let mut lines = Vec::new();
+    for job in jobs {
+        // Writing JSON into memory cannot fail: every key is a string.
+        if serde_json::to_writer(&mut lines, &JobView::full(job)).is_ok() {
+            lines.push(b'\n');
+        }
+    }
+    lines.into()
+}

@@ -1,0 +1,172 @@
+//! The vocabulary: a [`Job`], how it ended ([`Outcome`], [`Failure`]), and their wire form.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+/// The server's name for a job: opaque, and cheap to clone.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize)]
+#[serde(transparent)]
+pub struct JobId(#[serde(serialize_with = "as_str")] Arc<str>);
+
+fn as_str<S: serde::Serializer>(id: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(id)
+}
+
+impl JobId {
+    /// The id as the server wrote it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for JobId {
+    fn from(id: &str) -> Self {
+        Self(id.into())
+    }
+}
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// One job, as it came over the take stream.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The server's name for the job.
+    pub id: JobId,
+    /// What kind of work it is, for example `send_email`. Data, never a path or a command.
+    pub job_type: String,
+    /// The queue it was taken from.
+    pub queue: String,
+    /// 0 is the most urgent.
+    pub priority: u32,
+    /// How many attempts have failed before this one.
+    pub attempts: u32,
+    /// Since when it could be taken, in Unix milliseconds.
+    pub ready_at: u64,
+    /// The payload's JSON text, exactly as the server sent it; a slice of the received line, never parsed or copied.
+    pub payload: Bytes,
+}
+
+/// The fields of a line that this worker reads; the server may send others.
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(borrow, rename = "type")]
+    job_type: Cow<'a, str>,
+    #[serde(borrow)]
+    queue: Cow<'a, str>,
+    priority: u32,
+    attempts: u32,
+    ready_at: u64,
+    #[serde(borrow)]
+    payload: &'a RawValue,
+}
+
+impl Job {
+    /// Reads a line of the take stream.
+    ///
+    /// # Errors
+    /// When the line is not a JSON object, or lacks one of the fields that every job has.
+    pub fn from_line(line: &Bytes) -> Result<Self, serde_json::Error> {
+        let read: Line<'_> = serde_json::from_slice(line)?;
+        Ok(Self {
+            id: JobId::from(read.id.as_ref()),
+            job_type: read.job_type.into_owned(),
+            queue: read.queue.into_owned(),
+            priority: read.priority,
+            attempts: read.attempts,
+            ready_at: read.ready_at,
+            payload: line.slice_ref(read.payload.get().as_bytes()),
+        })
+    }
+}
+
+/// How a job ended here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The work is done; the server may forget the job.
+    Success,
+    /// The work failed; the server decides when it is tried again.
+    Failure(Failure),
+    /// The work was cut short by this worker's own stop. Nothing is reported, and no attempt is counted: the server
+    /// hands the job out again when the stream closes.
+    Interrupted,
+}
+
+/// A failure, in the form in which it is reported.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    /// What happened, for people.
+    pub message: String,
+    /// What happened, for programs: `ExitStatus`, `Signal`, `SpawnError`, …
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_type: Option<String>,
+    /// Where it happened: the end of the handler's stderr.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backtrace: Option<String>,
+}
+
+impl Failure {
+    /// A failure of the given type, without a backtrace.
+    pub fn new(error_type: &str, message: impl Into<String>) -> Self {
+        Self { message: message.into(), error_type: Some(error_type.to_owned()), backtrace: None }
+    }
+
+    /// The same failure with a backtrace; an empty text leaves it without one.
+    #[must_use]
+    pub fn with_backtrace(mut self, backtrace: String) -> Self {
+        self.backtrace = Some(backtrace).filter(|text| !text.trim().is_empty());
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINE: &str = r#"{"id":"03h","type":"send_\u0065mail","queue":"mail","priority":7,"status":"in_flight","payload":{"to": [1, 2.50]},"ready_at":1795485639928,"attempts":2,"unheard_of":{}}"#;
+
+    #[test]
+    fn a_line_becomes_a_job_and_its_payload_stays_byte_for_byte() {
+        let job = Job::from_line(&Bytes::from_static(LINE.as_bytes())).unwrap();
+        assert_eq!(job.id.as_str(), "03h");
+        assert_eq!(job.job_type, "send_email");
+        assert_eq!((job.queue.as_str(), job.priority, job.attempts), ("mail", 7, 2));
+        assert_eq!(job.ready_at, 1_795_485_639_928);
+        assert_eq!(&job.payload[..], br#"{"to": [1, 2.50]}"#);
+    }
+
+    #[test]
+    fn the_payload_is_a_slice_of_the_line_not_a_copy() {
+        let line = Bytes::from_static(LINE.as_bytes());
+        let job = Job::from_line(&line).unwrap();
+        assert!(line.as_ptr_range().contains(&job.payload.as_ptr()));
+    }
+
+    #[test]
+    fn a_line_without_a_payload_is_no_job() {
+        let error = Job::from_line(&Bytes::from_static(br#"{"id":"1","type":"t"}"#)).unwrap_err();
+        assert!(error.to_string().contains("missing field"), "{error}");
+    }
+
+    #[test]
+    fn a_failure_leaves_out_what_it_does_not_have() {
+        let wire = serde_json::to_string(&Failure::new("Signal", "gone").with_backtrace(" \n".into())).unwrap();
+        assert_eq!(wire, r#"{"message":"gone","error_type":"Signal"}"#);
+    }
+}

@@ -1,0 +1,166 @@
+//! [`Lifecycle`]: how far a worker has come on its way to a stop, and what moves it there.
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::low_level::signal_name;
+use signal_hook_tokio::Signals;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+/// A step on the way to a stop. Later steps are greater, and nothing leads back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Jobs are taken and run.
+    Running,
+    /// Nothing more is taken; what was taken is finished and reported.
+    Draining,
+    /// Running jobs are stopped and not reported; results that are there get one last try.
+    Killing,
+    /// Every job and report has ended: the stream may close.
+    Stopped,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Draining => "draining",
+            Self::Killing => "killing",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+/// The handle by which one run of a worker is stopped, and by which its parts hear of it.
+///
+/// Clones share one phase. It may be used from any thread or task, and only ever rises.
+#[derive(Debug, Clone)]
+pub struct Lifecycle {
+    phase: watch::Sender<Phase>,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self { phase: watch::Sender::new(Phase::Running) }
+    }
+}
+
+impl Lifecycle {
+    /// A lifecycle that is running.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Where it is now.
+    pub fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    /// Asks for a graceful stop: what was taken is finished and reported first.
+    pub fn stop(&self) {
+        self.raise(Phase::Draining);
+    }
+
+    /// Asks for a stop now: running jobs are terminated, and handed out again by the server.
+    pub fn kill(&self) {
+        self.raise(Phase::Killing);
+    }
+
+    /// Moves up to `phase`; a lesser phase than the present one changes nothing.
+    pub(crate) fn raise(&self, phase: Phase) {
+        self.phase.send_if_modified(|current| {
+            let rises = phase > *current;
+            *current = phase.max(*current);
+            rises
+        });
+    }
+
+    /// Waits until `phase`, or a later one, has been reached.
+    pub async fn reached(&self, phase: Phase) {
+        // It fails only once every sender is gone, and `self` is one.
+        let _ = self.phase.subscribe().wait_for(|current| *current >= phase).await;
+    }
+
+    /// Kills a drain that takes longer than `deadline`. Ends when the worker has stopped.
+    pub(crate) async fn enforce(&self, deadline: Duration) {
+        self.reached(Phase::Draining).await;
+        tokio::select! {
+            () = self.reached(Phase::Killing) => {}
+            () = tokio::time::sleep(deadline) => {
+                warn!(deadline = ?deadline, "shutdown deadline reached: killing what still runs");
+                self.kill();
+            }
+        }
+    }
+}
+
+/// SIGTERM and SIGINT, heard from the moment [`listen`](Self::listen) returns.
+pub struct StopSignals(Signals);
+
+impl fmt::Debug for StopSignals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StopSignals")
+    }
+}
+
+impl StopSignals {
+    /// Starts to hear the signals; until then they end the process.
+    ///
+    /// # Errors
+    /// When the operating system refuses the handlers.
+    pub fn listen() -> io::Result<Self> {
+        Signals::new([SIGTERM, SIGINT]).map(Self)
+    }
+
+    /// The first signal drains, the second kills. Ends only when the process does.
+    pub async fn obey(mut self, lifecycle: &Lifecycle) {
+        while let Some(signal) = self.0.next().await {
+            let signal = signal_name(signal).unwrap_or("signal");
+            if lifecycle.phase() == Phase::Running {
+                info!(signal, "draining: finishing what was taken; the same signal again kills it");
+                lifecycle.stop();
+            } else {
+                warn!(signal, "killing: stopping running jobs, which go back to the server");
+                lifecycle.kill();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lesser_phase_never_overrides_a_greater() {
+        let lifecycle = Lifecycle::new();
+        lifecycle.kill();
+        lifecycle.stop();
+        assert_eq!(lifecycle.phase(), Phase::Killing);
+    }
+
+    #[tokio::test]
+    async fn a_phase_is_reached_when_a_later_one_is() {
+        let lifecycle = Lifecycle::new();
+        let waiting = tokio::spawn({
+            let lifecycle = lifecycle.clone();
+            async move { lifecycle.reached(Phase::Draining).await }
+        });
+        lifecycle.raise(Phase::Stopped);
+        waiting.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_that_outlasts_its_deadline_is_killed() {
+        let lifecycle = Lifecycle::new();
+        lifecycle.stop();
+        let asked = tokio::time::Instant::now();
+        lifecycle.enforce(Duration::from_secs(30)).await;
+        assert_eq!(lifecycle.phase(), Phase::Killing);
+        assert_eq!(asked.elapsed(), Duration::from_secs(30));
+    }
+}

@@ -1,0 +1,197 @@
+//! What a child prints: lines for the log, and the [`Tail`] that a failure report carries. Both are bounded.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::io;
+
+use tokio::net::unix::pipe::Receiver;
+
+/// A longer line is cut here.
+const MAX_LINE_BYTES: usize = 64 * 1024;
+
+/// How much is kept of the beginning of an output; the first error is often the telling one.
+const HEAD_BYTES: usize = 4 * 1024;
+
+/// How much is kept of its end.
+const TAIL_BYTES: usize = 28 * 1024;
+
+/// How much is read at once.
+const READ_BYTES: usize = 16 * 1024;
+
+/// Where a line was printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Channel {
+    Stdout,
+    Stderr,
+}
+
+/// Reads a pipe to its end, line by line.
+pub(crate) async fn read_lines(pipe: Receiver, on_line: impl Fn(&str), mut tail: Option<&mut Tail>) {
+    let mut lines = Lines::default();
+    while pipe.readable().await.is_ok() {
+        match read_some(&pipe, |chunk| {
+            lines.push(chunk, &on_line);
+            if let Some(tail) = &mut tail {
+                tail.push(chunk);
+            }
+        }) {
+            Ok(0) => break,
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => break,
+            Ok(_) | Err(_) => {}
+        }
+    }
+    lines.finish(&on_line);
+}
+
+/// The buffer lives on the stack and not in the task, so that a silent child costs none.
+fn read_some(pipe: &Receiver, mut take: impl FnMut(&[u8])) -> io::Result<usize> {
+    let mut buffer = [0; READ_BYTES];
+    let count = pipe.try_read(&mut buffer)?;
+    take(&buffer[..count]);
+    Ok(count)
+}
+
+/// Cuts bytes into lines. Invalid UTF-8 is replaced, and of a line that is too long only the beginning is kept.
+#[derive(Debug, Default)]
+struct Lines {
+    partial: Vec<u8>,
+    left_out: usize,
+}
+
+impl Lines {
+    fn push(&mut self, chunk: &[u8], on_line: &impl Fn(&str)) {
+        for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
+            match piece.strip_suffix(b"\n") {
+                Some(end) => {
+                    self.keep(end);
+                    self.emit(on_line);
+                }
+                None => self.keep(piece),
+            }
+        }
+    }
+
+    fn finish(&mut self, on_line: &impl Fn(&str)) {
+        if !self.partial.is_empty() {
+            self.emit(on_line);
+        }
+    }
+
+    fn keep(&mut self, piece: &[u8]) {
+        let room = MAX_LINE_BYTES - self.partial.len();
+        let kept = piece.len().min(room);
+        self.partial.extend_from_slice(&piece[..kept]);
+        self.left_out += piece.len() - kept;
+    }
+
+    fn emit(&mut self, on_line: &impl Fn(&str)) {
+        let line = String::from_utf8_lossy(&self.partial);
+        match self.left_out {
+            0 => on_line(line.strip_suffix('\r').unwrap_or(&line)),
+            count => on_line(&format!("{line}… [{count} bytes cut]")),
+        }
+        self.left_out = 0;
+        self.partial.clear();
+        // One long line should not cost its job that memory to the end.
+        self.partial.shrink_to(READ_BYTES);
+    }
+}
+
+/// The beginning and the end of an output, however long it was.
+#[derive(Debug, Default)]
+pub(crate) struct Tail {
+    head: Vec<u8>,
+    end: VecDeque<u8>,
+    left_out: u64,
+}
+
+impl Tail {
+    fn push(&mut self, chunk: &[u8]) {
+        let (head, rest) = chunk.split_at(chunk.len().min(HEAD_BYTES - self.head.len()));
+        self.head.extend_from_slice(head);
+        self.end.extend(rest);
+        let surplus = self.end.len().saturating_sub(TAIL_BYTES);
+        self.end.drain(..surplus);
+        self.left_out += surplus as u64;
+    }
+
+    /// What was kept, with a count where something was left out.
+    pub(crate) fn text(&self) -> String {
+        let end: Vec<u8> = self.end.iter().copied().collect();
+        if self.left_out == 0 {
+            return String::from_utf8_lossy(&[&self.head[..], &end].concat()).into_owned();
+        }
+        let (head, end) = (String::from_utf8_lossy(&self.head), String::from_utf8_lossy(&end));
+        format!("{head}\n[{} bytes left out]\n{end}", self.left_out)
+    }
+
+    /// The last line with anything in it.
+    pub(crate) fn last_line(&self) -> Option<String> {
+        let text = self.text();
+        let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
+        Some(shorten(line, 500).into_owned())
+    }
+}
+
+fn shorten(text: &str, chars: usize) -> Cow<'_, str> {
+    match text.char_indices().nth(chars) {
+        Some((end, _)) => Cow::Owned(format!("{}…", &text[..end])),
+        None => Cow::Borrowed(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    fn lines(chunks: &[&[u8]]) -> Vec<String> {
+        let seen = RefCell::new(Vec::new());
+        let on_line = |line: &str| seen.borrow_mut().push(line.to_owned());
+        let mut lines = Lines::default();
+        for chunk in chunks {
+            lines.push(chunk, &on_line);
+        }
+        lines.finish(&on_line);
+        seen.into_inner()
+    }
+
+    #[test]
+    fn lines_end_at_newlines_wherever_the_chunks_were_cut() {
+        assert_eq!(lines(&[b"a\r\n\nb", b"c\n\xc3", b"\xa9"]), ["a", "", "bc", "é"]);
+    }
+
+    #[test]
+    fn invalid_utf8_is_replaced() {
+        assert_eq!(lines(&[b"a\xffb\n"]), ["a\u{fffd}b"]);
+    }
+
+    #[test]
+    fn an_endless_line_is_cut_with_a_mark_and_the_next_line_is_whole() {
+        let seen = lines(&[&vec![b'x'; MAX_LINE_BYTES], b"12345\nnext\n"]);
+        assert!(seen[0].ends_with("x… [5 bytes cut]"), "{}", &seen[0][MAX_LINE_BYTES - 5..]);
+        assert_eq!(seen[1], "next");
+    }
+
+    #[test]
+    fn a_short_output_is_kept_whole() {
+        let mut tail = Tail::default();
+        tail.push(b"one\n");
+        tail.push(b"two\n\n");
+        assert_eq!(tail.text(), "one\ntwo\n\n");
+        assert_eq!(tail.last_line().unwrap(), "two");
+    }
+
+    #[test]
+    fn of_a_long_output_the_beginning_and_the_end_are_kept_and_the_rest_is_counted() {
+        let mut tail = Tail::default();
+        tail.push(&vec![b'a'; HEAD_BYTES]);
+        tail.push(&vec![b'b'; 1000]);
+        tail.push(&vec![b'c'; TAIL_BYTES]);
+        let text = tail.text();
+        assert!(text.starts_with("aaaa") && text.ends_with("cccc"));
+        assert!(text.contains("\n[1000 bytes left out]\n"), "{}", &text[HEAD_BYTES..HEAD_BYTES + 60]);
+        assert!(tail.end.capacity() <= 2 * TAIL_BYTES + READ_BYTES);
+    }
+}
