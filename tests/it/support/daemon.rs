@@ -1,0 +1,242 @@
+//! The daemon as its users run it: a process with arguments, an environment, signals, a log and an exit status.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{Api, eventually};
+
+/// A daemon that has not started: `Daemon::of(&server).threads(4).sh("exit 3").start()`.
+pub struct Daemon {
+    command: Command,
+    dir: TempDir,
+}
+
+impl Daemon {
+    /// A daemon for that server, with its log as JSON at level debug.
+    pub fn of(server: &Api) -> Self {
+        let mut daemon = Self::bare();
+        daemon.command.args(["--url", &server.url, "--log-format", "json", "--log-level", "debug"]);
+        daemon
+    }
+
+    /// A daemon without any argument or `ZIZQ_*` variable.
+    pub fn bare() -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_zizq-worker"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_remove("RUST_LOG");
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("ZIZQ_")) {
+            command.env_remove(name);
+        }
+        let dir = TempDir::with_prefix("zizq-worker-test-").unwrap();
+        command.env("DIR", dir.path());
+        Self { command, dir }
+    }
+
+    pub fn args<const N: usize>(mut self, args: [&str; N]) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    pub fn threads(self, threads: usize) -> Self {
+        self.args(["--threads", &threads.to_string()])
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
+        self.command.stdin(stdin);
+        self
+    }
+
+    /// A shell script as the handler. `$DIR` is the test's own directory.
+    pub fn sh(self, script: &str) -> Self {
+        let path = self.script("handle.sh", script);
+        self.args(["--exec", path.to_str().unwrap()])
+    }
+
+    /// Writes a shell script into the test's directory.
+    pub fn script(&self, name: &str, script: &str) -> PathBuf {
+        let path = self.file(name, &format!("#!/bin/sh\n{script}\n"));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    /// Writes a file into the test's directory.
+    pub fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    /// Writes a configuration file and names it on the command line.
+    pub fn config(self, toml: &str) -> Self {
+        let path = self.file("zizq-worker.toml", toml);
+        self.args(["--config", path.to_str().unwrap()])
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Starts it.
+    pub fn start(mut self) -> Running {
+        let mut child = self.command.spawn().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let lines = Arc::clone(&log);
+        let reading = std::thread::spawn(move || {
+            for line in stderr.split(b'\n') {
+                lines.lock().unwrap().push(String::from_utf8_lossy(&line.unwrap()).into_owned());
+            }
+        });
+        let mut stdout = child.stdout.take().unwrap();
+        let output = std::thread::spawn(move || {
+            let mut text = String::new();
+            stdout.read_to_string(&mut text).unwrap();
+            text
+        });
+        let command = format!("{:?}", self.command);
+        Running { child, command, log, reading: Some(reading), output: Some(output), dir: self.dir, exited: false }
+    }
+
+    /// Starts it and waits for its end.
+    pub fn run(self) -> Finished {
+        self.start().finish()
+    }
+}
+
+/// A daemon that runs. Dropped before its end it is killed, and when a test fails it shows what it did.
+pub struct Running {
+    child: Child,
+    command: String,
+    log: Arc<Mutex<Vec<String>>>,
+    reading: Option<JoinHandle<()>>,
+    output: Option<JoinHandle<String>>,
+    dir: TempDir,
+    exited: bool,
+}
+
+/// What a daemon has left: its log, its output, and how it ended.
+pub struct Finished {
+    pub status: ExitStatus,
+    pub log: Vec<String>,
+    pub stdout: String,
+    dir: TempDir,
+}
+
+impl Running {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn signal(&self, signal: Signal) -> &Self {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        self
+    }
+
+    pub fn sigterm(&self) -> &Self {
+        self.signal(Signal::TERM)
+    }
+
+    /// The log so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits for an event of the JSON log, and returns it.
+    pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        eventually(what, || {
+            self.log().iter().filter_map(|line| serde_json::from_str(line).ok()).find(|event| wanted(event))
+        })
+    }
+
+    /// Waits for an event with that message.
+    pub fn wait_for_message(&self, message: &str) -> Value {
+        self.wait_for(&format!("log: {message}"), |event| {
+            event["message"].as_str().is_some_and(|text| text.contains(message))
+        })
+    }
+
+    /// Waits until a handler has made a file in the test's directory, and returns what is in it.
+    pub fn wait_for_file(&self, name: &str) -> String {
+        let path = self.dir.path().join(name);
+        eventually(&format!("file {name}"), || fs::read_to_string(&path).ok().filter(|text| text.ends_with('\n')))
+    }
+
+    /// Waits for the daemon's end.
+    pub fn finish(mut self) -> Finished {
+        let status = eventually("the daemon's exit", || self.child.try_wait().unwrap());
+        self.exited = true;
+        self.reading.take().unwrap().join().unwrap();
+        let stdout = self.output.take().unwrap().join().unwrap();
+        let dir = std::mem::replace(&mut self.dir, TempDir::new().unwrap());
+        Finished { status, log: self.log(), stdout, dir }
+    }
+
+    /// Waits for the daemon's end and its exit status.
+    pub fn assert_exit(self, code: i32) -> Finished {
+        self.finish().assert_exit(code)
+    }
+}
+
+impl Finished {
+    #[track_caller]
+    pub fn assert_exit(self, code: i32) -> Self {
+        assert_eq!(self.status.code(), Some(code), "signal {:?}, log:\n{}", self.status.signal(), self.log.join("\n"));
+        self
+    }
+
+    /// The events of a JSON log.
+    pub fn events(&self) -> Vec<Value> {
+        self.log.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// The one event with that message.
+    #[track_caller]
+    pub fn event(&self, message: &str) -> Value {
+        let found = self.events().into_iter().find(|event| event["message"] == message);
+        found.unwrap_or_else(|| panic!("no {message:?} in the log:\n{}", self.log.join("\n")))
+    }
+
+    /// Whether the log has an event with that message.
+    pub fn has(&self, message: &str) -> bool {
+        self.events().iter().any(|event| event["message"] == message)
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// What a handler wrote into the test's directory; nothing when it wrote no such file.
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.path().join(name)).unwrap_or_default()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- {}\n{}\n---", self.command, self.log().join("\n"));
+        }
+        if !self.exited {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
