@@ -1,77 +1,90 @@
 //! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it.
 //! Knows neither jobs nor settings.
 
+mod group;
+mod limits;
 mod output;
+mod program;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::pin;
-use std::process::{ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::{Receiver, Sender};
 
+use group::Group;
+pub use group::Usage;
+pub(crate) use limits::ensure_descriptors;
 pub(crate) use output::{Channel, Tail};
+pub use program::Program;
+pub use rustix::process::Signal;
 
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
 
-/// An executable file and its fixed arguments.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Program {
-    /// What the process calls itself: the name as it was given.
-    name: OsString,
-    /// The file that is run.
-    path: PathBuf,
-    args: Vec<OsString>,
+/// What comes on a child's stdin.
+#[derive(Debug, Clone)]
+pub(crate) enum Input {
+    /// These bytes, and then the end of file.
+    Bytes(Bytes),
+    /// The end of file.
+    Nothing,
 }
 
-impl Program {
-    /// Finds `name` as a shell would: on the search path `path_list`, or as a path if it has a slash.
-    ///
-    /// # Errors
-    /// A sentence that says what is wrong with it, and what to do.
-    pub fn find(name: OsString, args: Vec<OsString>, path_list: Option<&OsString>) -> Result<Self, String> {
-        let shown = Path::new(&name).display();
-        let path = Path::new(&name);
-        let is_path = name.as_encoded_bytes().contains(&b'/');
-        match which::which_in(&name, path_list, ".") {
-            Ok(found) => {
-                let path = std::path::absolute(&found).map_err(|error| format!("{shown}: {error}"))?;
-                Ok(Self { path, name, args })
-            }
-            Err(_) if is_path && path.is_dir() => Err(format!("{shown} is a directory; name an executable file")),
-            Err(_) if is_path && path.exists() => Err(format!("{shown} is not executable; try chmod +x {shown}")),
-            Err(_) if is_path => Err(format!("{shown} does not exist")),
-            Err(_) if path.exists() => {
-                Err(format!("{shown} is not on PATH; if you mean the file here, write ./{shown}"))
-            }
-            Err(_) => Err(format!("{shown} is not on PATH")),
-        }
-    }
+/// Where a child's output goes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Output {
+    /// It is read, line by line.
+    #[default]
+    Log,
+    /// To this process's own stdout and stderr.
+    Inherit,
+    /// Nowhere.
+    Null,
+}
 
-    /// The last part of its path, for messages.
-    pub fn file_name(&self) -> String {
-        let name = self.path.file_name().unwrap_or(self.name.as_os_str());
-        name.to_string_lossy().into_owned()
-    }
+/// Everything that a start needs.
+#[derive(Debug)]
+pub(crate) struct Start<'a> {
+    pub(crate) program: &'a Program,
+    /// The whole environment, but for `extra_env`, which wins.
+    pub(crate) env: &'a [(OsString, OsString)],
+    pub(crate) extra_env: &'a [(&'a str, &'a OsStr)],
+    pub(crate) cwd: Option<&'a Path>,
+    pub(crate) input: Input,
+    pub(crate) output: Output,
+}
+
+/// When, and how, a running process is interfered with. Each future may never end.
+#[derive(Debug)]
+pub(crate) struct Stops<C, F, G> {
+    /// Why to terminate it: SIGTERM to the group, and SIGKILL after `kill_grace`.
+    pub(crate) terminate: C,
+    /// When to cut that grace short.
+    pub(crate) skip_grace: G,
+    pub(crate) kill_grace: Duration,
+    /// When to send its leader a signal that only tells it something.
+    pub(crate) notify: F,
+    pub(crate) notification: Option<Signal>,
 }
 
 /// How a process ended.
 #[derive(Debug)]
 pub(crate) struct Exit<C> {
-    /// The leader's status, if it could be had.
-    pub(crate) status: io::Result<ExitStatus>,
+    /// The leader's status and what it used, if they could be had.
+    pub(crate) ended: io::Result<(ExitStatus, Usage)>,
     /// Why it was terminated, if it was; its own end comes first when both happen at once.
-    pub(crate) stopped: Option<C>,
+    pub(crate) terminated: Option<C>,
+    /// Whether the notification was sent.
+    pub(crate) notified: bool,
     /// The beginning and the end of its stderr.
     pub(crate) stderr: Tail,
 }
@@ -79,116 +92,137 @@ pub(crate) struct Exit<C> {
 /// A running process and our ends of its pipes. Dropped before its end, it is killed with its group.
 #[derive(Debug)]
 pub(crate) struct Process {
-    leader: Leader,
-    pidfd: AsyncFd<OwnedFd>,
+    group: Group,
     stdin: Option<(Sender, Bytes)>,
-    stdout: Receiver,
-    stderr: Receiver,
+    stdout: Option<Receiver>,
+    stderr: Option<Receiver>,
 }
 
 impl Process {
-    /// Starts `program` in a process group of its own, with `env` on top of this process's environment.
-    /// `input` comes on its stdin, followed by the end of file.
-    #[expect(clippy::disallowed_methods, reason = "this is the room that starts processes")]
-    pub(crate) fn spawn(program: &Program, env: &[(&str, &str)], mut input: Bytes) -> io::Result<Self> {
-        let (stdin, feed) = pipe_with(PipeFlags::CLOEXEC)?;
-        // What fits into the pipe needs no reactor, and for most jobs that is everything.
-        rustix::io::ioctl_fionbio(&feed, true)?;
-        fill(feed.as_fd(), &mut input)?;
-        let stdin_rest = if input.is_empty() { None } else { Some((Sender::from_owned_fd(feed)?, input)) };
-        let mut child = std::process::Command::new(&program.path)
-            .arg0(&program.name)
-            .args(&program.args)
-            .envs(env.iter().copied())
-            .process_group(0)
-            .stdin(Stdio::from(stdin))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
+    /// Starts a program in a process group of its own.
+    pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
+        let (stdin, unread) = open_stdin(start.input)?;
+        let mut command = command(start.program);
+        command.env_clear().envs(start.env.iter().map(|(name, value)| (name, value)));
+        command.envs(start.extra_env.iter().copied()).process_group(0).stdin(stdin);
+        start.cwd.map(|cwd| command.current_dir(cwd));
+        let output = || match start.output {
+            Output::Log => Stdio::piped(),
+            Output::Inherit => Stdio::inherit(),
+            Output::Null => Stdio::null(),
+        };
+        let mut child = command.stdout(output()).stderr(output()).spawn()?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let leader = Leader::of(child);
-        let pidfd = pidfd_open(leader.pid(), PidfdFlags::NONBLOCK)?;
         Ok(Self {
-            pidfd: watch(pidfd)?,
-            stdin: stdin_rest,
-            stdout: receiver(stdout.map(OwnedFd::from))?,
-            stderr: receiver(stderr.map(OwnedFd::from))?,
-            leader,
+            group: Group::of(child)?,
+            stdin: unread,
+            stdout: stdout.map(|pipe| Receiver::from_owned_fd(pipe.into())).transpose()?,
+            stderr: stderr.map(|pipe| Receiver::from_owned_fd(pipe.into())).transpose()?,
         })
     }
 
-    /// Sees the process through to its end. When `stop` comes first, the group is terminated: SIGTERM, and SIGKILL after
-    /// `kill_grace`. Whatever is left of the group when its leader exits is killed before the leader is reaped, while
-    /// the zombie still keeps the number from being given to anyone else.
+    /// The process id, which is the group's too.
+    pub(crate) fn id(&self) -> i32 {
+        self.group.id().as_raw_nonzero().get()
+    }
+
+    /// Sees the process through to its end. Whatever is left of the group when its leader exits is killed.
     pub(crate) async fn supervise<C>(
         self,
-        stop: impl Future<Output = C>,
-        kill_grace: Duration,
+        stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
         on_line: impl Fn(Channel, &str),
     ) -> Exit<C> {
-        let Self { leader, pidfd, stdin, stdout, stderr } = self;
+        let Self { group, stdin, stdout, stderr } = self;
         let mut tail = Tail::default();
-        let stopped = {
-            let mut end = pin!(until_exit(&leader, &pidfd, stop, kill_grace));
+        let mut notified = false;
+        let terminated = {
+            let mut end = pin!(until_exit(&group, stops, &mut notified));
             let mut io = pin!(async {
                 let out = output::read_lines(stdout, |line| on_line(Channel::Stdout, line), None);
                 let err = output::read_lines(stderr, |line| on_line(Channel::Stderr, line), Some(&mut tail));
                 tokio::join!(feed(stdin), out, err);
             });
             // All three pipes are served while waiting: a child blocked on any of them would never exit.
-            let (stopped, io_ended) = tokio::select! {
+            let (terminated, io_ended) = tokio::select! {
                 biased;
-                stopped = &mut end => (stopped, false),
+                terminated = &mut end => (terminated, false),
                 () = &mut io => (end.await, true),
             };
-            leader.signal(Signal::KILL);
             if !io_ended {
+                group.signal(Signal::KILL);
                 let _ = tokio::time::timeout(OUTPUT_GRACE, io).await;
             }
-            stopped
+            terminated
         };
-        Exit { status: leader.reap(), stopped, stderr: tail }
+        Exit { ended: group.end().await, terminated, notified, stderr: tail }
     }
 }
 
-/// Waits until the leader has exited, by itself or because `stop` said so.
+/// Waits until the leader has exited, by itself or because it was told to.
 async fn until_exit<C>(
-    leader: &Leader,
-    pidfd: &AsyncFd<OwnedFd>,
-    stop: impl Future<Output = C>,
-    kill_grace: Duration,
+    group: &Group,
+    stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
+    notified: &mut bool,
 ) -> Option<C> {
-    let cause = tokio::select! {
+    let Stops { terminate, skip_grace, kill_grace, notify, notification } = stops;
+    let mut terminate = pin!(terminate);
+    let mut cause = tokio::select! {
         biased;
-        () = exited(pidfd) => return None,
-        cause = stop => cause,
+        () = group.leader_exited() => return None,
+        cause = &mut terminate => Some(cause),
+        () = notify, if notification.is_some() => None,
     };
-    // A stopped process would not see SIGTERM until it is continued.
-    leader.signal(Signal::TERM);
-    leader.signal(Signal::CONT);
-    if tokio::time::timeout(kill_grace, exited(pidfd)).await.is_err() {
-        leader.signal(Signal::KILL);
-        exited(pidfd).await;
+    if let (None, Some(signal)) = (&cause, notification) {
+        group.signal_leader(signal);
+        *notified = true;
+        cause = tokio::select! {
+            biased;
+            () = group.leader_exited() => return None,
+            cause = terminate => Some(cause),
+        };
     }
-    Some(cause)
+    terminate_group(group, kill_grace, skip_grace).await;
+    cause
 }
 
-#[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
-fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` stays open, under the same number, for as long as the `AsyncFd` owns it.
-    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
+async fn terminate_group(group: &Group, kill_grace: Duration, skip_grace: impl Future<Output = ()>) {
+    group.signal(Signal::TERM);
+    // A stopped process would not see SIGTERM until it is continued.
+    group.signal(Signal::CONT);
+    tokio::select! {
+        biased;
+        () = group.leader_exited() => return,
+        () = skip_grace => {}
+        () = tokio::time::sleep(kill_grace) => {}
+    }
+    group.signal(Signal::KILL);
+    group.leader_exited().await;
 }
 
-/// A pidfd is readable once its process is a zombie.
-async fn exited(pidfd: &AsyncFd<OwnedFd>) {
-    // It fails only when the reactor is gone, and this task with it.
-    let _ = pidfd.readable().await;
+#[expect(clippy::disallowed_methods, reason = "this is the room that starts processes")]
+fn command(program: &Program) -> Command {
+    let mut command = Command::new(&program.path);
+    command.arg0(&program.name).args(&program.args);
+    command
+}
+
+/// What a child reads from, and what is still to be written to it. What fits into the pipe is written before there is a
+/// child: it needs no reactor, and for most jobs that is everything.
+fn open_stdin(input: Input) -> io::Result<(Stdio, Option<(Sender, Bytes)>)> {
+    let Input::Bytes(mut input) = input else {
+        return Ok((Stdio::null(), None));
+    };
+    let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&write_end, true)?;
+    fill(&write_end, &mut input)?;
+    let unread = if input.is_empty() { None } else { Some((Sender::from_owned_fd(write_end)?, input)) };
+    Ok((Stdio::from(read_end), unread))
 }
 
 /// Writes what the pipe takes at once.
-fn fill(pipe: impl AsFd, input: &mut Bytes) -> io::Result<()> {
+fn fill(pipe: &OwnedFd, input: &mut Bytes) -> io::Result<()> {
     while !input.is_empty() {
-        match rustix::io::write(&pipe, input) {
+        match rustix::io::write(pipe.as_fd(), input) {
             Ok(written) => input.advance(written),
             Err(rustix::io::Errno::AGAIN) => break,
             Err(rustix::io::Errno::INTR) => {}
@@ -202,43 +236,5 @@ fn fill(pipe: impl AsFd, input: &mut Bytes) -> io::Result<()> {
 async fn feed(stdin: Option<(Sender, Bytes)>) {
     if let Some((mut pipe, mut input)) = stdin {
         let _ = pipe.write_all_buf(&mut input).await;
-    }
-}
-
-fn receiver(pipe: Option<OwnedFd>) -> io::Result<Receiver> {
-    Receiver::from_owned_fd(pipe.ok_or(io::ErrorKind::BrokenPipe)?)
-}
-
-/// A child that leads a process group and has not been reaped, so that its number is its own.
-#[derive(Debug)]
-struct Leader(std::process::Child);
-
-impl Leader {
-    fn of(child: std::process::Child) -> Self {
-        Self(child)
-    }
-
-    fn pid(&self) -> Pid {
-        Pid::from_child(&self.0)
-    }
-
-    /// Signals the whole group. That nobody is left to hear it is no error.
-    fn signal(&self, signal: Signal) {
-        let _ = kill_process_group(self.pid(), signal);
-    }
-
-    /// Reaps the leader, which has exited.
-    fn reap(mut self) -> io::Result<ExitStatus> {
-        self.0.wait()
-    }
-}
-
-impl Drop for Leader {
-    fn drop(&mut self) {
-        // Reaped already: the number may belong to somebody else.
-        if matches!(self.0.try_wait(), Ok(None)) {
-            self.signal(Signal::KILL);
-            let _ = self.0.wait();
-        }
     }
 }

@@ -25,8 +25,9 @@ pub(crate) enum Channel {
     Stderr,
 }
 
-/// Reads a pipe to its end, line by line.
-pub(crate) async fn read_lines(pipe: Receiver, on_line: impl Fn(&str), mut tail: Option<&mut Tail>) {
+/// Reads a pipe, if there is one, to its end, line by line.
+pub(crate) async fn read_lines(pipe: Option<Receiver>, on_line: impl Fn(&str), mut tail: Option<&mut Tail>) {
+    let Some(pipe) = pipe else { return };
     let mut lines = Lines::default();
     while pipe.readable().await.is_ok() {
         match read_some(&pipe, |chunk| {

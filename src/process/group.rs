@@ -1,0 +1,134 @@
+//! [`Group`]: a child that leads a process group, and the group's end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ExitStatus};
+use std::time::Duration;
+
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, kill_process_group, pidfd_open, test_kill_process_group, waitpgid,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tracing::warn;
+
+/// How long a killed group may take to be gone. Only a process stuck in the kernel needs longer.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a process has used, from its birth to its end, children that it waited for included.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Usage {
+    /// CPU time, in user space and in the kernel.
+    pub cpu: Duration,
+    /// The most memory that it had resident at once, in bytes. The kernel counts from the fork: not less than the
+    /// worker's own size.
+    pub max_rss: u64,
+}
+
+/// A process group whose leader has not been reaped, so that its number is its own. Dropped before, it is killed.
+#[derive(Debug)]
+pub(super) struct Group {
+    leader: Child,
+    pidfd: Option<AsyncFd<OwnedFd>>,
+    reaped: bool,
+}
+
+impl Group {
+    /// The group of a child that was started as a leader.
+    pub(super) fn of(leader: Child) -> io::Result<Self> {
+        let mut group = Self { leader, pidfd: None, reaped: false };
+        group.pidfd = Some(watch(pidfd_open(group.id(), PidfdFlags::NONBLOCK)?)?);
+        Ok(group)
+    }
+
+    /// The leader's process id, which is the group's too.
+    pub(super) fn id(&self) -> Pid {
+        Pid::from_child(&self.leader)
+    }
+
+    /// Signals the whole group. That nobody is left to hear it is no error.
+    pub(super) fn signal(&self, signal: Signal) {
+        let _ = kill_process_group(self.id(), signal);
+    }
+
+    /// Signals the leader alone.
+    pub(super) fn signal_leader(&self, signal: Signal) {
+        let _ = kill_process(self.id(), signal);
+    }
+
+    /// Waits until the leader is a zombie: a pidfd is readable then.
+    pub(super) async fn leader_exited(&self) {
+        match &self.pidfd {
+            // It fails only when the reactor is gone, and this task with it.
+            Some(pidfd) => drop(pidfd.readable().await),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Kills what is left of the group, reaps the leader, which has exited, and sees the rest dead. The zombie keeps the
+    /// group's number from being given to anyone else until the signal has been sent.
+    pub(super) async fn end(mut self) -> io::Result<(ExitStatus, Usage)> {
+        let id = self.id();
+        self.signal(Signal::KILL);
+        let ended = reap(id);
+        self.reaped = true;
+        if tokio::time::timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
+            warn!(group = id.as_raw_nonzero().get(), "killed processes of the job are still there");
+        }
+        ended
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if !self.reaped {
+            self.signal(Signal::KILL);
+            let _ = self.leader.wait();
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
+fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` stays open, under the same number, for as long as the `AsyncFd` owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
+}
+
+/// One call that reaps and accounts; the safe wrappers of wait leave the accounts out.
+#[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
+fn reap(pid: Pid) -> io::Result<(ExitStatus, Usage)> {
+    let mut status = 0;
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    loop {
+        // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
+        let reaped = unsafe { libc::wait4(pid.as_raw_nonzero().get(), &raw mut status, 0, usage.as_mut_ptr()) };
+        let error = io::Error::last_os_error();
+        if reaped > 0 {
+            // SAFETY: see above; the call has filled it in.
+            let usage = unsafe { usage.assume_init() };
+            return Ok((ExitStatus::from_raw(status), Usage::from(usage)));
+        }
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+impl From<libc::rusage> for Usage {
+    fn from(usage: libc::rusage) -> Self {
+        let seconds = |time: libc::timeval| Duration::new(time.tv_sec.unsigned_abs(), 0) + Duration::from_micros(time.tv_usec.unsigned_abs());
+        Self { cpu: seconds(usage.ru_utime) + seconds(usage.ru_stime), max_rss: usage.ru_maxrss.unsigned_abs() * 1024 }
+    }
+}
+
+/// Returns once no process of a killed group is left. Dying takes a moment; nobody tells when it is over.
+async fn until_gone(group: Pid) {
+    let mut pause = Duration::from_millis(1);
+    while test_kill_process_group(group).is_ok() {
+        // As process 1, this process is what orphans are handed to. Asked by group, no other job's status is taken.
+        while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {}
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
