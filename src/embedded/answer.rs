@@ -1,4 +1,8 @@
 //! Answers: JSON bodies, and the ways in which a request is turned down.
+//!
+//! Statuses and error texts are the real server's, so that a client which logs or matches them
+//! sees the same from both. Where the real server falls back on its framework's plain text (a
+//! bad query on the take stream, an id that is not UTF-8), this one stays with JSON.
 
 use std::convert::Infallible;
 
@@ -17,23 +21,29 @@ use super::order::OrderError;
 pub(super) const JSON: &str = "application/json";
 pub(super) const NDJSON: &str = "application/x-ndjson";
 
+/// Whole or streamed; a body here cannot fail, it can only be cut off with its connection.
 pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
 pub(super) type Answer = Response<Body>;
 
 /// A request that gets an error for an answer.
 #[derive(Debug)]
 pub(super) enum Rejection {
+    /// 400: the text says what to change.
     BadRequest(String),
+    /// 403: right, but not to be had from this server.
     Forbidden(String),
+    /// 404: no such path, no such job, or one that is not in flight.
     NotFound(&'static str),
-    /// With the methods that the path does know.
+    /// 405, with the methods that the path does know.
     WrongMethod(&'static str),
-    /// With the one type that could be served.
+    /// 406, with the one type that could be served.
     NotAcceptable(&'static str),
+    /// 415: a body of a type other than JSON.
     NotJson,
 }
 
 impl Rejection {
+    /// A query whose fields cannot be read, as opposed to one that asks for too much.
     pub(super) fn bad_query(error: &str) -> Self {
         Self::BadRequest(format!("invalid query parameters: {error}"))
     }
@@ -78,7 +88,7 @@ pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     answer
 }
 
-/// 204: done, nothing to say.
+/// 204: done, nothing to say. Really without a body: with HTTP/2 one would break the protocol.
 pub(super) fn no_content() -> Answer {
     empty(StatusCode::NO_CONTENT)
 }
@@ -93,16 +103,19 @@ where
     answer
 }
 
+/// The form of every error that has a text.
 fn error(status: StatusCode, text: &str) -> Answer {
     json(status, &json!({"error": text}))
 }
 
+/// The one error without a text: the header says it all.
 fn wrong_method(allowed: &'static str) -> Answer {
     let mut answer = empty(StatusCode::METHOD_NOT_ALLOWED);
     answer.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     answer
 }
 
+/// A status and nothing else.
 fn empty(status: StatusCode) -> Answer {
     let mut answer = Response::new(Empty::new().boxed_unsync());
     *answer.status_mut() = status;

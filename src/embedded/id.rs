@@ -1,4 +1,7 @@
 //! Job ids: 25 characters that sort by the time of the enqueue.
+//!
+//! To a client they are opaque, but they look like the real server's, length and alphabet
+//! included: `GET /jobs?id=` refuses anything else.
 
 use std::fmt;
 
@@ -19,6 +22,7 @@ impl JobId {
         bytes.iter().all(is_digit).then_some(Self(bytes))
     }
 
+    /// The id in text.
     pub(super) fn as_str(&self) -> &str {
         // Both constructors write nothing but ASCII digits and letters.
         std::str::from_utf8(&self.0).unwrap_or_default()

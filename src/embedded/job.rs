@@ -1,4 +1,7 @@
 //! A job as the store keeps it, and the JSON that clients see.
+//!
+//! The two are apart because they change for different reasons: the JSON is the real server's and
+//! fixed, while the record is whatever makes the state machine simple.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +13,7 @@ use serde_json::value::RawValue;
 use super::id::JobId;
 use super::options::Backoff;
 
-/// Where a job is in its life.
+/// Where a job is in its life. The order is the order of that life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
@@ -27,6 +30,7 @@ pub enum Status {
 }
 
 impl Status {
+    /// The name on the wire, in answers and in filters alike.
     fn name(self) -> &'static str {
         match self {
             Self::Scheduled => "scheduled",
@@ -57,11 +61,14 @@ impl FromStr for Status {
 /// What its producer asked for; never changes, so every copy of a job shares it.
 #[derive(Debug)]
 pub(super) struct Spec {
+    /// `type` on the wire, which is a keyword here.
     pub(super) kind: String,
     pub(super) queue: String,
+    /// 0 is the most urgent.
     pub(super) priority: u16,
     /// The producer's own bytes: nothing here may reorder keys or round numbers.
     pub(super) payload: Box<RawValue>,
+    // Where a job says nothing the server's options hold, as they are when the job fails.
     pub(super) retry_limit: Option<u32>,
     pub(super) backoff: Option<JobBackoff>,
     pub(super) retention: Option<Retention>,
@@ -74,11 +81,15 @@ pub(super) struct Job {
     pub(super) id: JobId,
     pub(super) spec: Arc<Spec>,
     pub(super) status: Status,
+    /// When it was or will be ready; a retry moves it, a return does not.
     pub(super) ready_at: u64,
+    /// How many attempts have failed. A closed connection is not a failed attempt.
     pub(super) attempts: u32,
+    /// Of the latest attempt, and kept when the job comes back, as in the real server.
     pub(super) dequeued_at: Option<u64>,
     pub(super) failed_at: Option<u64>,
     pub(super) completed_at: Option<u64>,
+    /// When a finished job is forgotten.
     pub(super) purge_at: Option<u64>,
 }
 
@@ -120,17 +131,21 @@ pub(super) struct Unique {
     pub(super) scope: UniqueScope,
 }
 
-/// How far a unique key reaches into another job's life.
+/// How far a unique key reaches into another job's life. It is the newcomer's scope that counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum UniqueScope {
+    /// Until a worker has it.
     #[default]
     Queued,
+    /// Until it is done or dead.
     Active,
+    /// As long as it is kept at all.
     Exists,
 }
 
 impl UniqueScope {
+    /// Whether a job of this status keeps a newcomer out. Relies on the order of [`Status`].
     pub(super) fn covers(self, other: Status) -> bool {
         match self {
             Self::Queued => other <= Status::Ready,
@@ -156,6 +171,7 @@ impl FromStr for UniqueScope {
 /// One failed attempt, as `GET /jobs/{id}/errors` shows it.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct ErrorRecord {
+    /// From 1, so it is the job's `attempts` after the failure.
     pub(super) attempt: u32,
     pub(super) message: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -166,7 +182,8 @@ pub(super) struct ErrorRecord {
     pub(super) failed_at: u64,
 }
 
-/// A job in JSON, with the real server's field names, in its order.
+/// A job in JSON, with the real server's field names, in its order. What a job does not have is
+/// absent rather than null, and official clients rely on that.
 #[derive(Debug, Serialize)]
 pub(super) struct JobView<'a> {
     id: JobId,

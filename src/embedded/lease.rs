@@ -1,10 +1,14 @@
 //! Leases: which stream holds which jobs in flight.
+//!
+//! A job is in flight exactly as long as some stream holds it, so this is the only place that
+//! knows what is in flight. Reports name a job and nothing else; hence the way from a job to its
+//! holder beside the way from a stream to its jobs.
 
 use std::collections::{HashMap, HashSet};
 
 use super::id::JobId;
 
-/// One open take stream.
+/// One take stream. Never used again, so a stream that outlives its lease cannot reach another's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct LeaseId(u64);
 
@@ -12,7 +16,9 @@ pub(super) struct LeaseId(u64);
 struct Lease {
     /// 0 means as many as the client reads.
     prefetch: usize,
+    /// None means all queues.
     queues: Vec<String>,
+    /// What was sent and not yet reported.
     held: HashSet<JobId>,
 }
 
@@ -25,6 +31,7 @@ pub(super) struct Leases {
 }
 
 impl Leases {
+    /// Opens a lease that holds nothing yet.
     pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
         self.count += 1;
         let id = LeaseId(self.count);
@@ -45,10 +52,7 @@ impl Leases {
         has_room.then_some(&lease.queues)
     }
 
-    pub(super) fn is_open(&self, id: LeaseId) -> bool {
-        self.open.contains_key(&id)
-    }
-
+    /// Puts a job into a stream's hands. A stream that is gone gets nothing: the job would be lost.
     pub(super) fn hold(&mut self, id: LeaseId, job: JobId) {
         if let Some(lease) = self.open.get_mut(&id) {
             lease.held.insert(job);
@@ -76,6 +80,7 @@ impl Leases {
         held.into_iter().collect()
     }
 
+    /// Ends all streams and answers what they held.
     pub(super) fn close_all(&mut self) -> Vec<JobId> {
         self.open.clear();
         self.holders.drain().map(|(job, _)| job).collect()

@@ -1,4 +1,4 @@
-//! What can be tuned: the real server's flags, with its defaults.
+//! What can be tuned: the real server's flags, with its defaults. Tests shorten the waits.
 
 use std::time::Duration;
 

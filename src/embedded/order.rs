@@ -1,4 +1,7 @@
 //! Orders: what a producer asks for in `POST /jobs`, and what is refused.
+//!
+//! Everything is checked before the store is touched, so that a bulk is accepted whole or not at
+//! all without ever taking anything back.
 
 use std::fmt;
 
@@ -17,6 +20,7 @@ const RESERVED: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) spec: Spec,
+    /// Absent or past means at once.
     pub(super) ready_at: Option<u64>,
 }
 
@@ -27,13 +31,16 @@ pub(super) struct EnqueueRequest {
     kind: String,
     queue: String,
     priority: Option<u16>,
+    /// Required, though it may be null: a job without a payload is most likely a mistake.
     payload: Box<RawValue>,
     ready_at: Option<u64>,
     retry_limit: Option<u32>,
     backoff: Option<JobBackoff>,
     retention: Option<Retention>,
     unique_key: Option<String>,
+    /// Text until it is checked, for an error that names the values that would do.
     unique_while: Option<String>,
+    /// Only whether it is there matters.
     batch: Option<IgnoredAny>,
 }
 
@@ -43,7 +50,7 @@ pub(super) struct BulkRequest {
     pub(super) jobs: Vec<EnqueueRequest>,
 }
 
-/// Why an order is refused.
+/// Why an order is refused; the two kinds have different statuses.
 #[derive(Debug, PartialEq)]
 pub(super) enum OrderError {
     /// The producer got it wrong.
@@ -111,6 +118,7 @@ fn check_name(field: &str, name: &str) -> Result<(), String> {
     }
 }
 
+/// The unique key, if one is asked for. A scope alone would silently not be unique at all.
 fn unique(key: Option<String>, scope: Option<String>, is_batch: bool) -> Result<Option<Unique>, OrderError> {
     let invalid = |text: &str| OrderError::Invalid(text.to_owned());
     if scope.is_some() && key.is_none() {

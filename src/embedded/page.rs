@@ -1,4 +1,7 @@
 //! Pages: a limit, a direction and a cursor, and the links to the pages on either side.
+//!
+//! A cursor is the key of the last item seen, not an offset: jobs come and go between two pages,
+//! and an offset would then skip some or show some twice.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +10,9 @@ use serde::Serialize;
 
 use super::query::Fields;
 
+/// The real server's page for those who do not ask.
 const DEFAULT_LIMIT: u16 = 50;
+/// The real server's largest page.
 const MAX_LIMIT: u16 = 2000;
 
 /// Which way a list runs: oldest or newest first.
@@ -19,6 +24,7 @@ pub(super) enum Direction {
 }
 
 impl Direction {
+    /// The way back, for the link to the page before.
     fn reverse(self) -> Self {
         match self {
             Self::Asc => Self::Desc,
@@ -51,6 +57,7 @@ impl fmt::Display for Direction {
 /// Which page of a list is wanted; the cursor itself is not on it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PageRequest<C> {
+    /// Where the page starts; absent on the first one.
     pub(super) cursor: Option<C>,
     pub(super) direction: Direction,
     pub(super) limit: u16,
@@ -61,7 +68,9 @@ pub(super) struct PageRequest<C> {
 pub(super) struct Links {
     #[serde(rename = "self")]
     this: String,
+    /// Null on the last page, which is how a client knows to stop.
     next: Option<String>,
+    /// Null on the first page.
     prev: Option<String>,
 }
 

@@ -1,4 +1,7 @@
 //! Queries: the fields after the `?`, and the filters that they spell.
+//!
+//! A field that nobody knows is an error and not ignored, as in the real server: with a misspelt
+//! filter, `DELETE /jobs` would delete everything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -13,7 +16,8 @@ use super::job::{Job, Status};
 /// The fields by which jobs are chosen.
 pub(super) const FILTERS: [&str; 8] = ["id", "status", "queue", "type", "priority", "ready_at", "attempts", "filter"];
 
-/// What a link must escape: all but the unreserved, the comma of a list and the colon.
+/// What a link must escape: all but the unreserved characters and the comma of a list. The real
+/// server leaves names as they are, and its links to a queue with a space in its name are broken.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b',');
 
 /// A query's fields, each at most once and each of them known.
@@ -21,6 +25,7 @@ const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'
 pub(super) struct Fields(BTreeMap<String, String>);
 
 impl Fields {
+    /// Reads a query of which only the `known` fields make sense.
     pub(super) fn parse(query: &str, known: &[&str]) -> Result<Self, String> {
         let mut fields = BTreeMap::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -36,23 +41,28 @@ impl Fields {
         Ok(Self(fields))
     }
 
+    /// A field as it is. Taken out, like all the others here, because each is read once.
     pub(super) fn text(&mut self, name: &str) -> Option<String> {
         self.0.remove(name)
     }
 
+    /// A field that is one number or one word.
     pub(super) fn value<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Option<T>, String> {
         let parse = |text: String| text.parse().map_err(|error| format!("{name}: {error}"));
         self.text(name).map(parse).transpose()
     }
 
-    /// The elements of a comma list; empty ones don't count.
+    /// The elements of a comma list; empty ones don't count. No name can contain a comma, so the
+    /// list can be split after its percent-decoding.
     pub(super) fn list<T: FromStr<Err: Display> + Ord>(&mut self, name: &str) -> Result<BTreeSet<T>, String> {
+        // `status=` is the same as no status at all, as in the real server.
         let text = self.text(name).unwrap_or_default();
         let elements = text.split(',').filter(|element| !element.is_empty());
         let parse = |element: &str| element.parse().map_err(|error| format!("{name}: {error}"));
         elements.map(parse).collect()
     }
 
+    /// A range of numbers; empty text is no range.
     fn range(&mut self, name: &str) -> Result<Option<RangeInclusive<u64>>, String> {
         match self.text(name).filter(|text| !text.is_empty()) {
             Some(text) => range(&text).map(Some).map_err(|error| format!("{name}: {error}")),
@@ -75,6 +85,7 @@ fn range(text: &str) -> Result<RangeInclusive<u64>, String> {
     Ok(range)
 }
 
+/// Form encoding, in which a plus is a space. Bad UTF-8 becomes a name that matches nothing.
 fn decode(text: &str) -> String {
     let text = text.replace('+', " ");
     percent_decode_str(&text).decode_utf8_lossy().into_owned()
@@ -83,16 +94,21 @@ fn decode(text: &str) -> String {
 /// Which jobs are meant: those that pass every filter; an empty filter passes all.
 #[derive(Debug, Default)]
 pub(super) struct Filter {
+    /// Text, so that one that is no id can be named in the error.
     ids: BTreeSet<String>,
     statuses: BTreeSet<Status>,
+    /// Whole names; there are no patterns.
     queues: BTreeSet<String>,
+    /// `type` on the wire.
     kinds: BTreeSet<String>,
+    // All three are ranges of the widest type: a bound that no job can have is no mistake.
     priority: Option<RangeInclusive<u64>>,
     ready_at: Option<RangeInclusive<u64>>,
     attempts: Option<RangeInclusive<u64>>,
 }
 
 impl Filter {
+    /// Reads the fields of [`FILTERS`] but for `filter`, which is up to the caller.
     pub(super) fn parse(fields: &mut Fields) -> Result<Self, String> {
         Ok(Self {
             ids: fields.list("id")?,
@@ -113,6 +129,7 @@ impl Filter {
         }
     }
 
+    /// Whether a job passes.
     pub(super) fn matches(&self, job: &Job) -> bool {
         let within =
             |range: &Option<RangeInclusive<u64>>, value: u64| range.as_ref().is_none_or(|range| range.contains(&value));
@@ -138,6 +155,7 @@ impl Filter {
         let lists = lists.into_iter().filter(|(_, list)| !list.is_empty());
         let ranges = ranges.into_iter().filter_map(|(name, range)| {
             let (low, high) = range.as_ref()?.clone().into_inner();
+            // The open end stays open, for the eye; reading it back gives the same range.
             let high = if high == u64::MAX { String::new() } else { high.to_string() };
             Some((name, format!("{low}..{high}")))
         });
@@ -146,6 +164,7 @@ impl Filter {
     }
 }
 
+/// A comma list again; the set has put its elements in order, so equal filters have equal links.
 fn join<T: Display>(elements: &BTreeSet<T>) -> String {
     let elements: Vec<String> = elements.iter().map(ToString::to_string).collect();
     elements.join(",")

@@ -1,4 +1,7 @@
 //! The ready queue: which job goes out next, over all queues or some of them.
+//!
+//! Ordered sets rather than a heap: a job that is deleted has to come out of the middle, and one
+//! that returns has to get back its old place among younger ones.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -17,8 +20,10 @@ pub(super) struct ReadyQueue {
 }
 
 impl ReadyQueue {
+    /// Adds a job at its place.
     pub(super) fn insert(&mut self, job: &Job) {
         self.all.insert(job.place());
+        // Not the entry API, which would copy the name for every job.
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
             queue.insert(job.place());
         } else {
@@ -27,6 +32,7 @@ impl ReadyQueue {
         }
     }
 
+    /// Removes a job, if it is there at all.
     pub(super) fn remove(&mut self, job: &Job) {
         self.all.remove(&job.place());
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {

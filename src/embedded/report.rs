@@ -1,4 +1,7 @@
 //! Reports: what a worker says about how a job ended.
+//!
+//! A report names a job by its id alone. Which connection it comes over does not matter, only
+//! that the job is in flight.
 
 use serde::Deserialize;
 
@@ -13,10 +16,13 @@ pub(super) struct Successes {
 /// The body of `POST /jobs/{id}/failure`.
 #[derive(Debug, Deserialize)]
 pub(super) struct Failure {
+    /// Required, unlike the rest: a failure that nobody can explain helps nobody.
     message: String,
     error_type: Option<String>,
     backtrace: Option<String>,
+    /// Replaces the backoff; a time in the past means at once.
     pub(super) retry_at: Option<u64>,
+    /// No further attempt, whatever the limit says.
     #[serde(default)]
     pub(super) kill: bool,
 }

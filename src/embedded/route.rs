@@ -1,4 +1,7 @@
 //! Routes: from a method and a path to what is asked.
+//!
+//! A path is split before its parts are percent-decoded, so an encoded slash stays within an id.
+//! That a path is known but not with this method is told apart, because it is another mistake.
 
 use hyper::Method;
 use percent_encoding::percent_decode_str;
@@ -8,22 +11,39 @@ use super::answer::Rejection;
 /// What a request asks for.
 #[derive(Debug, PartialEq)]
 pub(super) enum Route {
+    /// `GET /health`
     Health,
+    /// `GET /version`
     Version,
+    /// `GET /queues`
     Queues,
+    /// `POST /jobs`
     Enqueue,
+    /// `POST /jobs/bulk`
     EnqueueBulk,
+    /// `GET /jobs`
     List,
+    /// `GET /jobs/count`
     Count,
+    /// `DELETE /jobs`
     DeleteMatching,
+    /// `GET /jobs/take`
     Take,
+    /// `GET /jobs/{id}`
     Get(String),
+    /// `DELETE /jobs/{id}`
     Delete(String),
+    /// `POST /jobs/{id}/success`
     Complete(String),
+    /// `POST /jobs/success`
     CompleteBulk,
+    /// `POST /jobs/{id}/failure`
     Fail(String),
+    /// `GET /jobs/{id}/errors`
     Errors(String),
+    /// `GET /jobs/{id}/errors/{attempt}`
     Error(String, u32),
+    /// `POST /reset`
     Reset,
 }
 
@@ -45,6 +65,7 @@ impl Route {
         }
     }
 
+    /// Paths of one part.
     fn top_level(method: &Method, name: &str) -> Result<Self, Rejection> {
         match (name, method) {
             ("health", &Method::GET) => Ok(Self::Health),
@@ -57,6 +78,7 @@ impl Route {
         }
     }
 
+    /// `PATCH` is not here: a worker has no use for it.
     fn jobs(method: &Method) -> Result<Self, Rejection> {
         match *method {
             Method::GET => Ok(Self::List),
@@ -82,6 +104,7 @@ impl Route {
         }
     }
 
+    /// What there is below one job.
     fn of_job(method: &Method, id: &str, rest: &str) -> Result<Self, Rejection> {
         match (rest, method) {
             ("success", &Method::POST) => Ok(Self::Complete(decode(id)?)),
@@ -94,12 +117,14 @@ impl Route {
     }
 }
 
+/// An id that is no id is simply not found later; one that is not even text is refused here.
 fn decode(id: &str) -> Result<String, Rejection> {
     let decoded = percent_decode_str(id).decode_utf8();
     let text = decoded.map_err(|_| Rejection::BadRequest("id is not UTF-8".to_owned()))?;
     Ok(text.into_owned())
 }
 
+/// Attempts count from 1, but a zero is merely not found.
 fn number(attempt: &str) -> Result<u32, Rejection> {
     let error = |_| Rejection::BadRequest(format!("attempt is not a number: {attempt:?}"));
     attempt.parse().map_err(error)

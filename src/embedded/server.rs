@@ -1,4 +1,7 @@
 //! The server: a listener, its connections, and their abrupt end.
+//!
+//! A graceful stop would be kinder, and the wrong thing: a worker has to live with a server that
+//! dies, and this is how its tests kill one.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -39,7 +42,7 @@ impl EmbeddedServer {
     pub async fn bind(address: impl ToSocketAddrs, store: Store) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
-        store.with(|state, _| state.close_all());
+        store.with(|state, _| state.start());
         Ok(Self { listener, address, store })
     }
 
@@ -52,14 +55,16 @@ impl EmbeddedServer {
     /// no goodbye, and every job in flight is ready again.
     pub async fn run(self, stop: CancellationToken) {
         let Self { listener, address, store } = self;
-        let connections = Connections { stop, tasks: TaskTracker::new() };
+        let connections = Connections { end: CancellationToken::new(), tasks: TaskTracker::new() };
+        // Whoever drops this future, instead of stopping it, ends the connections as well.
+        let _end = connections.end.clone().drop_guard();
         tracing::debug!(%address, "embedded server started");
         connections.execute(store.clone().keep_time());
-        let accepting = accept(listener, store.clone(), connections.clone());
-        connections.stop.run_until_cancelled(accepting).await;
+        stop.run_until_cancelled(accept(listener, store.clone(), connections.clone())).await;
+        store.with(|state, _| state.halt());
+        connections.end.cancel();
         connections.tasks.close();
         connections.tasks.wait().await;
-        store.with(|state, _| state.close_all());
         tracing::debug!(%address, "embedded server stopped");
     }
 }
@@ -68,7 +73,7 @@ impl EmbeddedServer {
 /// left to themselves those would go on, and take jobs, after their connection.
 #[derive(Clone)]
 struct Connections {
-    stop: CancellationToken,
+    end: CancellationToken,
     tasks: TaskTracker,
 }
 
@@ -78,8 +83,8 @@ where
     F::Output: Send + 'static,
 {
     fn execute(&self, task: F) {
-        let stop = self.stop.clone();
-        self.tasks.spawn(stop.run_until_cancelled_owned(task));
+        let end = self.end.clone();
+        self.tasks.spawn(end.run_until_cancelled_owned(task));
     }
 }
 
@@ -111,5 +116,30 @@ where
     let builder = auto::Builder::new(connections);
     if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
         tracing::debug!(error, "connection ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use http_body_util::Empty;
+    use hyper::Request;
+    use hyper::client::conn::http1;
+
+    use super::*;
+    use crate::embedded::Options;
+
+    #[tokio::test]
+    async fn a_connection_need_not_be_tcp() {
+        let connections = Connections { end: CancellationToken::new(), tasks: TaskTracker::new() };
+        let (near, far) = tokio::io::duplex(1024);
+        connections.execute(serve(far, Store::new(Options::default()), connections.clone()));
+        let (mut sender, connection) = http1::handshake(TokioIo::new(near)).await.unwrap();
+        connections.execute(connection);
+        let request = Request::get("/health").body(Empty::<Bytes>::new()).unwrap();
+        assert_eq!(sender.send_request(request).await.unwrap().status(), 200);
+        connections.end.cancel();
+        connections.tasks.close();
+        connections.tasks.wait().await;
     }
 }

@@ -20,6 +20,7 @@ use super::report::Failure;
 #[derive(Debug)]
 struct Entry {
     job: Job,
+    /// Oldest first; as many as there were failed attempts.
     errors: Vec<ErrorRecord>,
 }
 
@@ -35,13 +36,17 @@ pub(super) struct Enqueued {
 pub(super) struct State {
     options: Options,
     ids: IdSource,
+    /// By id, which is by age, which is the order of every list.
     jobs: BTreeMap<JobId, Entry>,
     ready: ReadyQueue,
     /// What happens by itself: a scheduled job's `ready_at`, a finished job's `purge_at`.
     due: BTreeSet<(u64, JobId)>,
+    /// The latest job of each unique key.
     unique: HashMap<String, JobId>,
     leases: Leases,
+    /// Collected by the store after each step.
     takers_should_look: bool,
+    is_halted: bool,
 }
 
 impl State {
@@ -55,16 +60,13 @@ impl State {
             unique: HashMap::new(),
             leases: Leases::default(),
             takers_should_look: false,
+            is_halted: false,
         }
     }
 
     /// When [`advance`](Self::advance) next has something to do.
     pub(super) fn next_due(&self) -> Option<u64> {
         self.due.first().map(|(time, _)| *time)
-    }
-
-    pub(super) fn is_open(&self, lease: LeaseId) -> bool {
-        self.leases.is_open(lease)
     }
 
     /// Whether a job or a slot has come free since the last call.
@@ -77,6 +79,7 @@ impl State {
         while let Some((time, id)) = self.due.first().copied()
             && time <= now
         {
+            // Each entry is gone before its job moves, which may put in a new one.
             self.due.pop_first();
             match self.jobs.get(&id).map(|entry| entry.job.status) {
                 Some(Status::Scheduled) => self.make_ready(id),
@@ -86,7 +89,7 @@ impl State {
         }
     }
 
-    /// Accepts one job, unless its unique key is taken.
+    /// Accepts one job, unless its unique key is taken; then the holder of the key is the answer.
     pub(super) fn enqueue(&mut self, now: u64, order: Order) -> Enqueued {
         if let Some(job) = self.holder_of_key(&order.spec) {
             return Enqueued { job: job.clone(), duplicate: true };
@@ -108,6 +111,8 @@ impl State {
         Enqueued { job, duplicate: false }
     }
 
+    /// The index may be out of date, because a key is only checked when someone wants it: what
+    /// counts is the holder's present status.
     fn holder_of_key(&self, spec: &Spec) -> Option<&Job> {
         let unique = spec.unique.as_ref()?;
         let job = self.get(*self.unique.get(&unique.key)?)?;
@@ -120,9 +125,12 @@ impl State {
     }
 
     /// The next job for a stream, if it has room for one. `None` also when the stream is gone.
+    ///
+    /// A job at a time, so that the two limits are looked at before each one; the caller holds
+    /// the lock over as many as it wants.
     pub(super) fn take(&mut self, now: u64, lease: LeaseId) -> Option<Job> {
         let limit = self.options.in_flight_limit;
-        if limit > 0 && self.leases.held() >= limit {
+        if self.is_halted || (limit > 0 && self.leases.held() >= limit) {
             return None;
         }
         let id = self.ready.first(self.leases.open_for(lease)?)?;
@@ -141,8 +149,15 @@ impl State {
         }
     }
 
-    /// Closes every stream, as the end of the server process does.
-    pub(super) fn close_all(&mut self) {
+    /// The server dies, connection by connection. What one of them returns must not go out
+    /// through another that is about to follow.
+    pub(super) fn halt(&mut self) {
+        self.is_halted = true;
+    }
+
+    /// A server starts: what was in flight under the one before it is ready again.
+    pub(super) fn start(&mut self) {
+        self.is_halted = false;
         for id in self.leases.close_all() {
             self.make_ready(id);
         }
@@ -168,6 +183,7 @@ impl State {
         if !self.release(id) {
             return None;
         }
+        // Counted first: the backoff, the limit and the record all mean the attempt that just failed.
         let entry = self.jobs.get_mut(&id)?;
         entry.job.attempts += 1;
         entry.job.failed_at = Some(now);
@@ -181,6 +197,7 @@ impl State {
 
     /// Scheduled even when `time` is past: the next [`advance`](Self::advance) makes it ready.
     fn retry(&mut self, id: JobId, time: u64) -> Option<Job> {
+        // A scheduled job is a queued job: it wants its key back before it is even ready.
         self.restore_key(id);
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = Status::Scheduled;
@@ -189,12 +206,14 @@ impl State {
         Some(job.clone())
     }
 
+    /// No attempt is left.
     fn bury(&mut self, id: JobId, now: u64) -> Option<Job> {
         let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
         let keep = own.unwrap_or(millis(self.options.dead_retention));
         self.finish(id, Status::Dead, now, keep)
     }
 
+    /// The job of this id.
     pub(super) fn get(&self, id: JobId) -> Option<&Job> {
         self.jobs.get(&id).map(|entry| &entry.job)
     }
@@ -221,7 +240,7 @@ impl State {
     }
 
     /// Every job, oldest first.
-    pub(super) fn jobs(&self) -> impl DoubleEndedIterator<Item = &Job> {
+    pub(super) fn jobs(&self) -> impl Iterator<Item = &Job> {
         self.jobs.values().map(|entry| &entry.job)
     }
 
@@ -241,6 +260,7 @@ impl State {
             return false;
         };
         self.ready.remove(&job);
+        // At most one of the two times is an entry, depending on how far the job had come.
         self.due.remove(&(job.purge_at.unwrap_or(job.ready_at), id));
         true
     }
@@ -258,6 +278,7 @@ impl State {
         released
     }
 
+    /// Ready, whether for the first time or again.
     fn make_ready(&mut self, id: JobId) {
         self.restore_key(id);
         if let Some(entry) = self.jobs.get_mut(&id) {
@@ -289,6 +310,7 @@ impl State {
         Some(job.clone())
     }
 
+    /// The only way out of the store. A key that has passed to another job stays with it.
     fn forget(&mut self, id: JobId) -> Option<Job> {
         let job = self.jobs.remove(&id)?.job;
         if let Some(unique) = &job.spec.unique

@@ -1,4 +1,8 @@
 //! The handle on the jobs: one lock around the state machine, the clock, and the wake-ups.
+//!
+//! One lock is enough: every step under it is a few look-ups, and JSON is read before and written
+//! after. What waits, waits on a watch channel, which cannot lose a change between a look and the
+//! wait that follows it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -85,9 +89,10 @@ impl Store {
 
     /// Runs `action` on the state as of now, then wakes whom it concerns.
     pub(super) fn with<T>(&self, action: impl FnOnce(&mut State, u64) -> T) -> T {
-        let now = now_ms();
         // A panic while the lock is held is a bug; the jobs of the others need not hang for it.
         let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        // Read under the lock, or a job could be dequeued before it was ready.
+        let now = now_ms();
         state.advance(now);
         let answer = action(&mut state, now);
         let should_look = state.take_look_flag();
@@ -95,12 +100,14 @@ impl Store {
         // Published under the lock, so that a later state cannot be overtaken by this one.
         self.shared.next_due.send_if_modified(|due| std::mem::replace(due, next_due) != next_due);
         drop(state);
+        // Not under the lock, which is the first thing that the woken ones want.
         if should_look {
             self.shared.takers.send_replace(());
         }
         answer
     }
 
+    /// The part of the options that concerns the streams rather than the jobs.
     pub(super) fn heartbeat_interval(&self) -> Duration {
         self.shared.heartbeat_interval
     }
@@ -123,12 +130,14 @@ impl Store {
     }
 }
 
+/// Counts rather than jobs: payloads may be large, and nobody's business in a log.
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Store").field("counts", &self.counts()).finish()
     }
 }
 
+/// The wall clock may be set while this sleeps; the caller looks at it again afterwards.
 async fn until(due: Option<u64>) {
     match due {
         Some(due) => {

@@ -1,4 +1,8 @@
 //! The take stream: jobs as they become ready, an empty line when there are none for a while.
+//!
+//! The stream is pulled, not pushed: hyper asks for the next chunk when the connection has room
+//! for it. So there is no task and no channel beside the connection, nothing is taken that could
+//! not be sent, and the end of the response's body is the end of the lease.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -16,12 +20,18 @@ use super::store::Store;
 /// Several ready jobs share one chunk up to this size, so that a flood of small jobs does not
 /// cost a system call each; a larger job travels alone.
 const CHUNK_BYTES: usize = 64 * 1024;
+/// About what a job's line has beside the payload; without it, a chunk would hold any number of
+/// jobs with small payloads.
+const ENVELOPE_BYTES: usize = 256;
+/// An empty line. It tells a client that the server is alive, and the server that a client is not.
 const HEARTBEAT: &[u8] = b"\n";
 
 /// What a client asked for in `GET /jobs/take`.
 #[derive(Debug)]
 pub(super) struct TakeRequest {
+    /// How many unreported jobs it will hold; 0 means no limit but the connection's.
     pub(super) prefetch: usize,
+    /// None means all queues.
     pub(super) queues: BTreeSet<String>,
 }
 
@@ -33,14 +43,6 @@ struct Lease {
     id: LeaseId,
 }
 
-/// What a stream finds when it looks for jobs.
-enum Look {
-    Jobs(Vec<Job>),
-    Nothing,
-    /// The server was stopped under the stream.
-    Closed,
-}
-
 impl Lease {
     fn open(store: Store, request: TakeRequest) -> Self {
         let queues = request.queues.into_iter().collect();
@@ -48,22 +50,19 @@ impl Lease {
         Self { store, id }
     }
 
-    /// As many jobs as fit one chunk and the prefetch.
-    fn look(&self) -> Look {
+    /// As many jobs as are ready, have room in the prefetch, and fit one chunk.
+    fn take(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         let mut size = 0;
         self.store.with(|state, now| {
-            if !state.is_open(self.id) {
-                return Look::Closed;
-            }
             while size < CHUNK_BYTES
                 && let Some(job) = state.take(now, self.id)
             {
-                size += job.spec.payload.get().len();
+                size += ENVELOPE_BYTES + job.spec.payload.get().len();
                 jobs.push(job);
             }
-            if jobs.is_empty() { Look::Nothing } else { Look::Jobs(jobs) }
-        })
+        });
+        jobs
     }
 }
 
@@ -73,6 +72,7 @@ impl Drop for Lease {
     }
 }
 
+/// One stream at work.
 #[derive(Debug)]
 struct Take {
     lease: Lease,
@@ -84,15 +84,15 @@ impl Take {
     /// What goes out next. Called only when the client has room for it, so an unlimited
     /// prefetch takes no more than the connection carries.
     async fn next_chunk(&mut self) -> Option<Bytes> {
+        // Starts anew with every chunk, so a busy stream has no heartbeats.
         let silence = tokio::time::sleep(self.heartbeat_interval);
         tokio::pin!(silence);
         loop {
             // Seen before looking: what changes after the look wakes the wait.
             self.look_again.borrow_and_update();
-            match self.lease.look() {
-                Look::Jobs(jobs) => return Some(lines(&jobs)),
-                Look::Closed => return None,
-                Look::Nothing => {}
+            let jobs = self.lease.take();
+            if !jobs.is_empty() {
+                return Some(lines(&jobs));
             }
             tokio::select! {
                 changed = self.look_again.changed() => changed.ok()?,
@@ -118,6 +118,7 @@ pub(super) fn frames(
     })
 }
 
+/// NDJSON, written outside the store's lock.
 fn lines(jobs: &[Job]) -> Bytes {
     let mut lines = Vec::new();
     for job in jobs {

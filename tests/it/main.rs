@@ -9,3 +9,4 @@
 mod support;
 
 mod dispatch;
+mod protocol;

@@ -104,13 +104,18 @@ fn a_closed_stream_returns_its_jobs_to_their_old_places() {
 }
 
 #[test]
-fn a_closed_stream_gets_nothing_more() {
+fn nothing_goes_out_between_the_halt_and_the_next_start() {
     let mut state = state();
-    enqueue(&mut state, "");
+    let id = enqueue(&mut state, "");
+    let (one, other) = (open(&mut state), open(&mut state));
+    take(&mut state, one);
+    state.halt();
+    state.close(one);
+    assert_eq!(take(&mut state, other), None);
+    state.start();
+    assert_eq!(take(&mut state, other), None, "its server is gone");
     let lease = open(&mut state);
-    state.close_all();
-    assert!(!state.is_open(lease));
-    assert_eq!(take(&mut state, lease), None);
+    assert_eq!(take(&mut state, lease), Some(id));
 }
 
 #[test]
