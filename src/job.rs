@@ -57,8 +57,12 @@ pub struct Job {
     pub attempts: u32,
     /// Since when it could be taken, in Unix milliseconds.
     pub ready_at: u64,
+    /// After how many failed attempts the job is dead, when the job has a limit of its own.
+    pub retry_limit: Option<u32>,
     /// The payload's JSON text, exactly as the server sent it; a slice of the received line, never parsed or copied.
     pub payload: Bytes,
+    /// The whole job as JSON text: the received line.
+    pub object: Bytes,
 }
 
 /// The fields of a line that this worker reads; the server may send others.
@@ -73,6 +77,7 @@ struct Line<'a> {
     priority: u32,
     attempts: u32,
     ready_at: u64,
+    retry_limit: Option<u32>,
     #[serde(borrow)]
     payload: &'a RawValue,
 }
@@ -91,6 +96,8 @@ impl Job {
             priority: read.priority,
             attempts: read.attempts,
             ready_at: read.ready_at,
+            retry_limit: read.retry_limit,
+            object: line.clone(),
             payload: line.slice_ref(read.payload.get().as_bytes()),
         })
     }
@@ -119,12 +126,18 @@ pub struct Failure {
     /// Where it happened: the end of the handler's stderr.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backtrace: Option<String>,
+    /// When it is tried again, in Unix milliseconds; the server decides when not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_at: Option<u64>,
+    /// Whether it is not to be tried again at all.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub kill: bool,
 }
 
 impl Failure {
     /// A failure of the given type, without a backtrace.
     pub fn new(error_type: &str, message: impl Into<String>) -> Self {
-        Self { message: message.into(), error_type: Some(error_type.to_owned()), backtrace: None }
+        Self { message: message.into(), error_type: Some(error_type.to_owned()), backtrace: None, retry_at: None, kill: false }
     }
 
     /// The same failure with a backtrace; an empty text leaves it without one.

@@ -20,6 +20,7 @@
 //! | [`backoff`] | how long to wait between tries |
 //! | [`lifecycle`] | how far the worker is on its way to a stop |
 //! | [`worker`] | producer, dispatch queue, worker loops, and the order in which they end |
+//! | [`handler`] | what is run for a job, and how |
 //! | [`dispatch`] | a job to a process to an outcome |
 //! | `process` | one child in its own process group |
 //! | `ack` | the reports |
@@ -28,15 +29,15 @@
 //! A worker for work that is not a process is a [`Dispatcher`] of your own:
 //!
 //! ```no_run
-//! use zizq_worker::{Dispatcher, Failure, Job, Lifecycle, Outcome, Worker, WorkerConfig};
+//! use zizq_worker::{Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Worker, WorkerConfig};
 //!
 //! struct Greeter;
 //!
 //! impl Dispatcher for Greeter {
-//!     async fn dispatch(&self, job: &Job, _lifecycle: &Lifecycle) -> Outcome {
+//!     async fn dispatch(&self, job: &Job, _lifecycle: &Lifecycle) -> Ended {
 //!         match std::str::from_utf8(&job.payload) {
-//!             Ok(payload) => { println!("{}: {payload}", job.job_type); Outcome::Success }
-//!             Err(error) => Outcome::Failure(Failure::new("BadPayload", error.to_string())),
+//!             Ok(payload) => { println!("{}: {payload}", job.job_type); Outcome::Success.into() }
+//!             Err(error) => Outcome::Failure(Failure::new("BadPayload", error.to_string())).into(),
 //!         }
 //!     }
 //! }
@@ -60,6 +61,7 @@ pub mod config;
 pub mod dispatch;
 #[cfg(feature = "embedded")]
 pub mod embedded;
+pub mod handler;
 pub mod job;
 pub mod lifecycle;
 pub mod logging;
@@ -70,8 +72,9 @@ pub mod worker;
 pub use backoff::Backoff;
 pub use client::{ServerUrl, WorkerId};
 pub use config::{Config, ConfigError, WorkerConfig};
-pub use dispatch::{Dispatcher, ExecDispatcher};
+pub use dispatch::{Dispatcher, Ended, ExecDispatcher};
+pub use handler::{Handler, Handlers};
 pub use job::{Failure, Job, JobId, Outcome};
 pub use lifecycle::{Lifecycle, Phase, StopSignals};
-pub use process::Program;
+pub use process::{Program, Usage};
 pub use worker::{Summary, Worker, WorkerError};

@@ -20,6 +20,8 @@ pub enum Phase {
     Draining,
     /// Running jobs are stopped and not reported; results that are there get one last try.
     Killing,
+    /// The time that they were given to end is over.
+    Forcing,
     /// Every job and report has ended: the stream may close.
     Stopped,
 }
@@ -30,6 +32,7 @@ impl fmt::Display for Phase {
             Self::Running => "running",
             Self::Draining => "draining",
             Self::Killing => "killing",
+            Self::Forcing => "forcing",
             Self::Stopped => "stopped",
         })
     }
@@ -68,6 +71,11 @@ impl Lifecycle {
     /// Asks for a stop now: running jobs are terminated, and handed out again by the server.
     pub fn kill(&self) {
         self.raise(Phase::Killing);
+    }
+
+    /// Asks for a stop without grace: what is being terminated is killed.
+    pub fn force(&self) {
+        self.raise(Phase::Forcing);
     }
 
     /// Moves up to `phase`; a lesser phase than the present one changes nothing.
@@ -116,16 +124,23 @@ impl StopSignals {
         Signals::new([SIGTERM, SIGINT]).map(Self)
     }
 
-    /// The first signal drains, the second kills. Ends only when the process does.
+    /// The first signal drains, the second kills, the third does so without grace. Ends only when the process does.
     pub async fn obey(mut self, lifecycle: &Lifecycle) {
         while let Some(signal) = self.0.next().await {
             let signal = signal_name(signal).unwrap_or("signal");
-            if lifecycle.phase() == Phase::Running {
-                info!(signal, "draining: finishing what was taken; the same signal again kills it");
-                lifecycle.stop();
-            } else {
-                warn!(signal, "killing: stopping running jobs, which go back to the server");
-                lifecycle.kill();
+            match lifecycle.phase() {
+                Phase::Running => {
+                    info!(signal, "draining: finishing what was taken; once more stops running jobs");
+                    lifecycle.stop();
+                }
+                Phase::Draining => {
+                    warn!(signal, "killing: stopping running jobs, which go back to the server; once more skips their grace");
+                    lifecycle.kill();
+                }
+                Phase::Killing | Phase::Forcing | Phase::Stopped => {
+                    warn!(signal, "killing running jobs without grace");
+                    lifecycle.force();
+                }
             }
         }
     }

@@ -1,0 +1,178 @@
+//! [`Dispatcher`]: what a worker does with a job. [`ExecDispatcher`] runs a handler for it.
+
+mod brake;
+mod outcome;
+mod result_file;
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use tracing::{info, warn};
+
+use crate::handler::{Handler, Handlers, Stdin};
+use crate::job::{Failure, Job, Outcome};
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::process::{Channel, Exit, Input, Process, Start, Stops, Usage};
+use brake::{Brake, NotStarted};
+use outcome::Cause;
+use result_file::{ResultDir, ResultFile};
+
+/// How a job ended, and what it took.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ended {
+    /// What is reported.
+    pub outcome: Outcome,
+    /// The status with which its process exited, if it had one and exited by itself.
+    pub exit_code: Option<i32>,
+    /// What its process used, if it had one.
+    pub usage: Option<Usage>,
+}
+
+impl From<Outcome> for Ended {
+    fn from(outcome: Outcome) -> Self {
+        Self { outcome, exit_code: None, usage: None }
+    }
+}
+
+/// Does the work of a job.
+///
+/// A worker calls it from as many loops at once as it has. When the lifecycle reaches [`Phase::Killing`], it ends what it
+/// does and returns [`Outcome::Interrupted`], unless the work has already ended.
+pub trait Dispatcher: Send + Sync + 'static {
+    /// Sees one job through to its end.
+    fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> impl Future<Output = Ended> + Send;
+}
+
+/// Runs a process for each job, and goes by its exit status and by what it leaves in its result file.
+#[derive(Debug)]
+pub struct ExecDispatcher {
+    routes: HashMap<String, Arc<Route>>,
+    default: Option<Arc<Route>>,
+    results: ResultDir,
+    worker_id: String,
+}
+
+/// A handler, and how its starts have gone of late.
+#[derive(Debug)]
+struct Route {
+    handler: Handler,
+    brake: Brake,
+}
+
+impl Route {
+    fn new(handler: Handler) -> Arc<Self> {
+        let brake = Brake::new(handler.program.file_name());
+        Arc::new(Self { handler, brake })
+    }
+}
+
+impl ExecDispatcher {
+    /// A dispatcher that runs `handlers`, and tells them which worker they run under. Result files are made in a
+    /// directory of its own below `temp_dir`.
+    ///
+    /// # Errors
+    /// When that directory cannot be made.
+    pub fn new(handlers: Handlers, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
+        let routes = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, Route::new(handler)));
+        Ok(Self {
+            routes: routes.collect(),
+            default: handlers.default.map(Route::new),
+            results: ResultDir::create(temp_dir)?,
+            worker_id,
+        })
+    }
+
+    /// The type is looked up, and nothing else is ever made of it.
+    fn route(&self, job_type: &str) -> Option<&Arc<Route>> {
+        self.routes.get(job_type).or(self.default.as_ref())
+    }
+
+    fn spawn(&self, handler: &Handler, job: &Job, result: &ResultFile) -> io::Result<Process> {
+        let (priority, attempts, ready_at) = (job.priority.to_string(), job.attempts.to_string(), job.ready_at.to_string());
+        let mut env: Vec<(&str, &OsStr)> = vec![
+            ("ZIZQ_JOB_ID", job.id.as_str().as_ref()),
+            ("ZIZQ_JOB_TYPE", job.job_type.as_ref()),
+            ("ZIZQ_JOB_QUEUE", job.queue.as_ref()),
+            ("ZIZQ_JOB_PRIORITY", priority.as_ref()),
+            ("ZIZQ_JOB_ATTEMPTS", attempts.as_ref()),
+            ("ZIZQ_JOB_READY_AT", ready_at.as_ref()),
+            ("ZIZQ_WORKER_ID", self.worker_id.as_ref()),
+            ("ZIZQ_RESULT_FILE", result.path().as_ref()),
+        ];
+        let retry_limit = job.retry_limit.map(|limit| limit.to_string());
+        env.extend(retry_limit.iter().map(|limit| ("ZIZQ_JOB_RETRY_LIMIT", limit.as_ref())));
+        let timeout = handler.timeout.map(|timeout| timeout.as_secs_f64().to_string());
+        env.extend(timeout.iter().map(|timeout| ("ZIZQ_JOB_TIMEOUT", timeout.as_ref())));
+        Process::spawn(Start {
+            program: &handler.program,
+            env: &handler.env,
+            extra_env: &env,
+            cwd: handler.cwd.as_deref(),
+            input: match handler.stdin {
+                Stdin::Payload => Input::Bytes(job.payload.clone()),
+                Stdin::Job => Input::Bytes(job.object.clone()),
+                Stdin::None => Input::Nothing,
+            },
+            output: handler.output,
+        })
+    }
+}
+
+impl Dispatcher for ExecDispatcher {
+    async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
+        let Some(route) = self.route(&job.job_type) else {
+            let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
+            return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
+        };
+        let handler = &route.handler;
+        let result = self.results.file();
+        match route.brake.start(lifecycle, || self.spawn(handler, job, &result)).await {
+            Ok(process) => {
+                let exit = supervise(process, handler, lifecycle).await;
+                outcome::of(handler, exit, || result.read())
+            }
+            Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
+            Err(NotStarted::Failed(error)) => {
+                let message = format!("{} could not be started: {error}", handler.program.file_name());
+                Outcome::Failure(Failure::new("SpawnError", message)).into()
+            }
+        }
+    }
+}
+
+async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle) -> Exit<Cause> {
+    // A handler that starts while draining has not missed the signal: there was nothing yet to tell it about.
+    let draining = lifecycle.phase() >= Phase::Draining;
+    let stops = Stops {
+        terminate: cause_to_terminate(handler, lifecycle),
+        skip_grace: lifecycle.reached(Phase::Forcing),
+        kill_grace: handler.kill_grace,
+        notify: lifecycle.reached(Phase::Draining),
+        notification: handler.drain_signal.filter(|_| !draining),
+    };
+    process.supervise(stops, log_line).await
+}
+
+async fn cause_to_terminate(handler: &Handler, lifecycle: &Lifecycle) -> Cause {
+    let timed_out = async {
+        match handler.timeout {
+            Some(timeout) => tokio::time::sleep(timeout).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = lifecycle.reached(Phase::Killing) => Cause::Killing,
+        () = timed_out => Cause::Timeout,
+    }
+}
+
+/// Logs under the job's span. The line is a field: its control characters are escaped there, in every format.
+fn log_line(channel: Channel, line: &str) {
+    match channel {
+        Channel::Stdout => info!(line, "stdout"),
+        Channel::Stderr => warn!(line, "stderr"),
+    }
+}

@@ -1,0 +1,179 @@
+//! What an exit means for its job: a pure function of the exit, the handler's settings, and what the handler says of it.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+
+use signal_hook::low_level::signal_name;
+
+use super::Ended;
+use super::result_file::Verdict;
+use crate::handler::Handler;
+use crate::job::{Failure, Outcome};
+use crate::process::{Exit, Signal, Tail};
+
+/// Why we terminated a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// The worker is killed.
+    Killing,
+    /// The handler's time was up.
+    Timeout,
+}
+
+/// What became of the work.
+enum Fate {
+    Done,
+    CutShort,
+    Failed { error_type: &'static str, what: String, kill: bool },
+}
+
+/// Decides how a job ended. What the handler says of it is asked for only when it failed.
+pub(super) fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl FnOnce() -> Option<Verdict>) -> Ended {
+    let outcome = match fate(handler, &exit) {
+        Fate::Done => Outcome::Success,
+        Fate::CutShort => Outcome::Interrupted,
+        Fate::Failed { error_type, what, kill } => {
+            let message = message(&handler.program.file_name(), &what, &exit.stderr);
+            let failure = Failure { kill, ..Failure::new(error_type, message).with_backtrace(exit.stderr.text()) };
+            Outcome::Failure(match verdict() {
+                Some(verdict) => verdict.apply_to(failure),
+                None => failure,
+            })
+        }
+    };
+    let (status, usage) = exit.ended.ok().unzip();
+    Ended { outcome, exit_code: status.and_then(|status| status.code()), usage }
+}
+
+/// A process that we stopped was cut short or too slow, whatever it made of it; only its own end can be a success.
+fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
+    let failed = |error_type, what| Fate::Failed { error_type, what, kill: false };
+    match (&exit.ended, exit.terminated) {
+        (_, Some(Cause::Killing)) => Fate::CutShort,
+        (_, Some(Cause::Timeout)) => failed("Timeout", timed_out(handler)),
+        (Err(error), None) => failed("WaitError", format!("ended, but its exit status could not be read: {error}")),
+        (Ok((status, _)), None) => match (status.code(), status.signal()) {
+            (Some(code), _) => fate_of_code(handler, code),
+            // It did not know the signal that was to tell it of the drain, and died of it.
+            (None, signal) if exit.notified && signal == handler.drain_signal.map(Signal::as_raw) => Fate::CutShort,
+            (None, _) => failed("Signal", killed_by(*status)),
+        },
+    }
+}
+
+fn fate_of_code(handler: &Handler, code: i32) -> Fate {
+    let listed = |codes: &std::collections::BTreeSet<u8>| u8::try_from(code).is_ok_and(|code| codes.contains(&code));
+    if code == 0 || listed(&handler.success_exit_codes) {
+        return Fate::Done;
+    }
+    let kill = listed(&handler.kill_exit_codes);
+    Fate::Failed { error_type: "ExitStatus", what: format!("exited with status {code}"), kill }
+}
+
+fn message(name: &str, what: &str, stderr: &Tail) -> String {
+    match stderr.last_line() {
+        Some(line) => format!("{name} {what}: {line}"),
+        None => format!("{name} {what}"),
+    }
+}
+
+fn timed_out(handler: &Handler) -> String {
+    let limit = handler.timeout.map(|limit| humantime::format_duration(limit).to_string()).unwrap_or_default();
+    format!("was stopped after its timeout of {limit}")
+}
+
+fn killed_by(status: ExitStatus) -> String {
+    let number = status.signal().unwrap_or_default();
+    let name = signal_name(number).map(|name| format!(" ({name})")).unwrap_or_default();
+    // The kernel's out-of-memory killer uses this one, and does not say so.
+    let guess = if number == Signal::KILL.as_raw() { ", possibly out of memory" } else { "" };
+    format!("was killed by signal {number}{name}{guess}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::process::{Program, Usage};
+
+    fn handler() -> Handler {
+        let program = Program::find(OsString::from("/bin/sh"), Vec::new(), None).unwrap();
+        Handler {
+            success_exit_codes: [99].into(),
+            kill_exit_codes: [100].into(),
+            timeout: Some(Duration::from_secs(90)),
+            drain_signal: Some(Signal::USR1),
+            ..Handler::new(program)
+        }
+    }
+
+    fn exit(raw_status: i32) -> Exit<Cause> {
+        let usage = Usage { cpu: Duration::ZERO, max_rss: 0 };
+        let ended = Ok((ExitStatus::from_raw(raw_status), usage));
+        Exit { ended, terminated: None, notified: false, stderr: Tail::default() }
+    }
+
+    fn outcome(exit: Exit<Cause>) -> Outcome {
+        of(&handler(), exit, || None).outcome
+    }
+
+    fn failure(error_type: &str, message: &str, kill: bool) -> Outcome {
+        Outcome::Failure(Failure { kill, ..Failure::new(error_type, message) })
+    }
+
+    #[test]
+    fn status_0_and_the_listed_ones_are_a_success_and_any_other_a_failure() {
+        assert_eq!(outcome(exit(0)), Outcome::Success);
+        assert_eq!(outcome(exit(99 << 8)), Outcome::Success);
+        assert_eq!(outcome(exit(3 << 8)), failure("ExitStatus", "sh exited with status 3", false));
+        assert_eq!(outcome(exit(100 << 8)), failure("ExitStatus", "sh exited with status 100", true));
+    }
+
+    #[test]
+    fn death_by_a_signal_names_it_and_guesses_at_memory_for_sigkill_alone() {
+        let killed = "sh was killed by signal 9 (SIGKILL), possibly out of memory";
+        assert_eq!(outcome(exit(9)), failure("Signal", killed, false));
+        assert_eq!(outcome(exit(11)), failure("Signal", "sh was killed by signal 11 (SIGSEGV)", false));
+    }
+
+    #[test]
+    fn a_process_that_we_stopped_is_interrupted_or_too_slow_however_it_ended() {
+        for status in [0, 15, 9, 1 << 8, 100 << 8] {
+            let stopped = |cause| Exit { terminated: Some(cause), ..exit(status) };
+            assert_eq!(outcome(stopped(Cause::Killing)), Outcome::Interrupted);
+            let timeout = failure("Timeout", "sh was stopped after its timeout of 1m 30s", false);
+            assert_eq!(outcome(stopped(Cause::Timeout)), timeout);
+        }
+    }
+
+    #[test]
+    fn death_by_the_drain_signal_is_no_failure_if_we_sent_it() {
+        let usr1 = Signal::USR1.as_raw();
+        assert_eq!(outcome(Exit { notified: true, ..exit(usr1) }), Outcome::Interrupted);
+        assert!(matches!(outcome(exit(usr1)), Outcome::Failure(_)));
+        assert!(matches!(outcome(Exit { notified: true, ..exit(1 << 8) }), Outcome::Failure(_)));
+        assert_eq!(outcome(Exit { notified: true, ..exit(0) }), Outcome::Success);
+    }
+
+    #[test]
+    fn a_status_that_is_lost_is_no_success() {
+        let lost = Exit { ended: Err(std::io::ErrorKind::NotFound.into()), ..exit(0) };
+        assert!(matches!(outcome(lost), Outcome::Failure(Failure { error_type: Some(kind), .. }) if kind == "WaitError"));
+    }
+
+    #[test]
+    fn the_handler_is_asked_only_when_it_failed() {
+        let asked = std::cell::Cell::new(0);
+        let verdict = || {
+            asked.set(asked.get() + 1);
+            None
+        };
+        of(&handler(), exit(0), verdict);
+        of(&handler(), Exit { terminated: Some(Cause::Killing), ..exit(9) }, verdict);
+        assert_eq!(asked.get(), 0);
+        of(&handler(), exit(1 << 8), verdict);
+        assert_eq!(asked.get(), 1);
+    }
+}

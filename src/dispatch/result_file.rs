@@ -1,0 +1,251 @@
+//! [`ResultFile`]: where a handler that fails may say more than an exit status can.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use serde::Deserialize;
+use tempfile::TempDir;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tracing::warn;
+
+use crate::job::Failure;
+
+/// A handler has no reason to say more than this; all that it could say in earnest is a message and a backtrace.
+const MAX_BYTES: u64 = 1024 * 1024;
+
+/// A private directory for result files. It is removed with the dispatcher.
+#[derive(Debug)]
+pub(super) struct ResultDir {
+    dir: TempDir,
+    /// Held open and locked: whoever tidies up temporary directories leaves a locked one alone.
+    _lock: File,
+    next: AtomicU64,
+}
+
+impl ResultDir {
+    pub(super) fn create(below: &Path) -> io::Result<Self> {
+        let mut builder = tempfile::Builder::new();
+        let dir = builder.prefix("zizq-worker-").permissions(fs::Permissions::from_mode(0o700)).tempdir_in(below)?;
+        let lock = File::open(dir.path())?;
+        flock(&lock, FlockOperation::LockShared)?;
+        Ok(Self { dir, _lock: lock, next: AtomicU64::new(0) })
+    }
+
+    /// A path for one job at which there is nothing yet. A number, since nothing of a job is ever made into a path.
+    pub(super) fn file(&self) -> ResultFile {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        ResultFile(self.dir.path().join(number.to_string()))
+    }
+}
+
+/// The path that one job's handler is given. Whatever is there in the end is removed with this.
+#[derive(Debug)]
+pub(super) struct ResultFile(PathBuf);
+
+impl ResultFile {
+    pub(super) fn path(&self) -> &OsStr {
+        self.0.as_os_str()
+    }
+
+    /// What the handler wrote. What is no use is a warning, and counts as nothing.
+    pub(super) fn read(&self) -> Option<Verdict> {
+        match self.try_read() {
+            Ok(verdict) => verdict,
+            Err(reason) => {
+                warn!(reason, "result file ignored");
+                None
+            }
+        }
+    }
+
+    fn try_read(&self) -> Result<Option<Verdict>, String> {
+        // Neither a link nor a pipe that a handler put there may lead or hold us anywhere.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(|error| format!("it cannot be opened: {error}"))?,
+        };
+        if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            return Err("it is not a regular file".to_owned());
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| format!("it cannot be read: {error}"))?;
+        if bytes.len() as u64 > MAX_BYTES {
+            return Err(format!("it is larger than {MAX_BYTES} bytes"));
+        }
+        Verdict::parse(&bytes).map(Some)
+    }
+}
+
+impl Drop for ResultFile {
+    fn drop(&mut self) {
+        match fs::remove_file(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => drop(fs::remove_dir_all(&self.0)),
+            Err(_) | Ok(()) => {}
+        }
+    }
+}
+
+/// What a handler says of its failure.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Verdict {
+    message: Option<String>,
+    error_type: Option<String>,
+    backtrace: Option<String>,
+    retry: Option<Retry>,
+    kill: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Retry {
+    In(Duration),
+    /// Unix milliseconds.
+    At(u64),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    message: Option<String>,
+    error_type: Option<String>,
+    backtrace: Option<String>,
+    retry_in: Option<NumberOrText>,
+    retry_at: Option<NumberOrText>,
+    kill: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a number or a string")]
+enum NumberOrText {
+    Number(f64),
+    Text(String),
+}
+
+impl Verdict {
+    fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let written: Written = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        let retry = match (written.retry_in, written.retry_at) {
+            (Some(_), Some(_)) => return Err("it has both retry_in and retry_at".to_owned()),
+            (Some(wait), None) => Some(retry_in(&wait)?),
+            (None, Some(time)) => Some(retry_at(&time)?),
+            (None, None) => None,
+        };
+        Ok(Self {
+            message: written.message,
+            error_type: written.error_type,
+            backtrace: written.backtrace,
+            retry,
+            kill: written.kill.unwrap_or_default(),
+        })
+    }
+
+    /// The failure as the handler wants it reported. `retry_in` counts from now.
+    pub(super) fn apply_to(self, failure: Failure) -> Failure {
+        Failure {
+            message: self.message.unwrap_or(failure.message),
+            error_type: self.error_type.or(failure.error_type),
+            backtrace: self.backtrace.or(failure.backtrace),
+            retry_at: self.retry.map(Retry::unix_millis),
+            kill: failure.kill || self.kill,
+        }
+    }
+}
+
+impl Retry {
+    #[expect(clippy::disallowed_methods, reason = "the server schedules retries by wall time")]
+    fn unix_millis(self) -> u64 {
+        match self {
+            Self::At(time) => time,
+            Self::In(wait) => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                u64::try_from(now.saturating_add(wait).as_millis()).unwrap_or(u64::MAX)
+            }
+        }
+    }
+}
+
+fn retry_in(wait: &NumberOrText) -> Result<Retry, String> {
+    let duration = match wait {
+        NumberOrText::Number(seconds) => Duration::try_from_secs_f64(*seconds).ok(),
+        NumberOrText::Text(text) => humantime::parse_duration(text).ok(),
+    };
+    duration.map(Retry::In).ok_or_else(|| "retry_in must be seconds, or a duration like \"5m\"".to_owned())
+}
+
+fn retry_at(time: &NumberOrText) -> Result<Retry, String> {
+    let millis = match time {
+        NumberOrText::Number(millis) if *millis >= 0.0 => Some(*millis as u64),
+        NumberOrText::Number(_) => None,
+        NumberOrText::Text(text) => OffsetDateTime::parse(text, &Rfc3339)
+            .ok()
+            .and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok()),
+    };
+    millis.map(Retry::At).ok_or_else(|| "retry_at must be Unix milliseconds, or a time like \"2030-01-31T08:00:00Z\"".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Verdict, String> {
+        Verdict::parse(text.as_bytes())
+    }
+
+    fn retry(text: &str) -> Option<Retry> {
+        parse(text).unwrap().retry
+    }
+
+    #[test]
+    fn every_field_is_optional() {
+        assert_eq!(parse("{}").unwrap(), Verdict::default());
+        assert_eq!(parse(r#"{"kill":null,"message":null}"#).unwrap(), Verdict::default());
+    }
+
+    #[test]
+    fn a_wait_is_seconds_or_humantime() {
+        assert_eq!(retry(r#"{"retry_in":1.5}"#), Some(Retry::In(Duration::from_millis(1500))));
+        assert_eq!(retry(r#"{"retry_in":"5m"}"#), Some(Retry::In(Duration::from_secs(300))));
+    }
+
+    #[test]
+    fn a_time_is_unix_milliseconds_or_rfc_3339_in_any_zone() {
+        assert_eq!(retry(r#"{"retry_at":1795485639928}"#), Some(Retry::At(1_795_485_639_928)));
+        assert_eq!(retry(r#"{"retry_at":"1970-01-01T00:00:01Z"}"#), Some(Retry::At(1000)));
+        assert_eq!(retry(r#"{"retry_at":"1970-01-01T02:00:00.5+02:00"}"#), Some(Retry::At(500)));
+    }
+
+    #[test]
+    fn what_has_not_the_right_shape_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("", "EOF"),
+            ("[]", "invalid"),
+            (r#"{"retry":1}"#, "unknown field `retry`"),
+            (r#"{"retry_in":-1}"#, "retry_in must be"),
+            (r#"{"retry_in":true}"#, "expected a number or a string"),
+            (r#"{"retry_at":"tomorrow"}"#, "retry_at must be"),
+            (r#"{"retry_at":-5}"#, "retry_at must be"),
+            (r#"{"retry_in":1,"retry_at":1}"#, "both"),
+            (r#"{"message":7}"#, "invalid type"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_the_handler_says_replaces_what_we_would_say_and_never_takes_a_kill_back() {
+        let ours = Failure { kill: true, ..Failure::new("ExitStatus", "ours").with_backtrace("trace".into()) };
+        let reported = parse(r#"{"message":"theirs","kill":false,"retry_at":7}"#).unwrap().apply_to(ours);
+        assert_eq!(reported.message, "theirs");
+        assert_eq!(reported.error_type.as_deref(), Some("ExitStatus"));
+        assert_eq!(reported.backtrace.as_deref(), Some("trace"));
+        assert_eq!((reported.retry_at, reported.kill), (Some(7), true));
+    }
+}
