@@ -1,8 +1,9 @@
 //! [`ConfigError`]: a mistake in a setting, in one line.
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 use super::Source;
+use crate::chain::OneLine;
 
 /// A mistake in a setting: where it is, and what would be right.
 #[derive(Debug)]
@@ -38,7 +39,7 @@ impl ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.source, self.problem)
+        write!(OneLine(f), "{}: {}", self.source, self.problem)
     }
 }
 
