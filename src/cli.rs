@@ -1,13 +1,15 @@
 //! [`Args`]: what was typed or set in the environment, not yet resolved. The only room that knows clap.
 
 use std::ffi::OsString;
-use std::fmt;
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
+use crate::chain::OneLine;
 use crate::config::{
     DEFAULT_FIBERS, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
     DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, DEFAULT_URL, Source,
@@ -55,14 +57,26 @@ impl Usage {
     /// Prints it where it belongs, and says how the process should end.
     pub fn report(&self) -> ExitCode {
         // Nobody is left to tell when even this cannot be printed.
-        let _ = self.0.print();
+        let _ = match self.0.use_stderr() {
+            true => writeln!(std::io::stderr(), "zizq-worker: {self}"),
+            false => self.0.print(),
+        };
         u8::try_from(self.0.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
     }
 }
 
+/// A mistake takes one line, like every other; what was asked for takes as many as it has.
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        if !self.0.use_stderr() {
+            return self.0.fmt(f);
+        }
+        let text = self.0.to_string();
+        let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+        let telling: Vec<&str> =
+            lines.filter(|line| !line.is_empty() && !line.starts_with("For more information")).collect();
+        let problem = telling.join("; ");
+        write!(OneLine(f), "{}; see --help", problem.trim_start_matches("error: "))
     }
 }
 
