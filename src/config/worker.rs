@@ -3,7 +3,11 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
+use humantime::format_duration;
+use tracing::warn;
+
 use super::layers::Layers;
+use super::value::Raw;
 use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source};
 use crate::backoff::Backoff;
 use crate::client::{ServerUrl, WorkerId};
@@ -92,6 +96,20 @@ impl WorkerConfig {
     pub fn concurrency(&self) -> NonZeroUsize {
         self.threads.saturating_mul(self.fibers)
     }
+
+    /// Says what is allowed, but hardly meant.
+    pub(crate) fn warn(&self) {
+        let (prefetch, concurrency) = (self.prefetch.get(), self.concurrency().get());
+        if prefetch < concurrency {
+            let idle = concurrency - prefetch;
+            warn!(
+                prefetch,
+                concurrency,
+                idle,
+                "prefetch is below threads x fibers: the server never hands out enough jobs for every worker loop, so some stay idle; raise prefetch"
+            );
+        }
+    }
 }
 
 /// For each loop one job to run and one to follow it, so that none waits for a report's round trip.
@@ -127,23 +145,30 @@ fn check_queues(queues: Vec<String>) -> Result<Vec<String>, String> {
 
 fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
     let file = &layers.file.table.worker;
-    let duration = |name: &'static str, field, setting| layers.locate(name, field, |raw| raw.duration(setting));
-    let min = duration("retry-min-wait", &file.retry_min_wait, "retry_min_wait")?;
-    let max = duration("retry-max-wait", &file.retry_max_wait, "retry_max_wait")?;
-    let multiplier = layers.locate("retry-multiplier", &file.retry_multiplier, |raw| raw.number("retry_multiplier"))?;
-    // A wrong combination is shown where one of the two was given: the defaults fit together.
+    let wait = |name: &'static str, field, setting| layers.locate(name, field, |raw| raw.positive_duration(setting));
+    let min = wait("retry-min-wait", &file.retry_min_wait, "retry_min_wait")?;
+    let max = wait("retry-max-wait", &file.retry_max_wait, "retry_max_wait")?;
+    let growth = |raw: &Raw<'_>| raw.number("retry_multiplier").and_then(check_growth);
+    let multiplier = layers.pick("retry-multiplier", &file.retry_multiplier, growth)?;
     let min_wait = min.as_ref().map_or(DEFAULT_RETRY_MIN_WAIT, |(wait, _)| *wait);
     let max_wait = max.as_ref().map_or(DEFAULT_RETRY_MAX_WAIT, |(wait, _)| *wait);
-    let growth = multiplier.as_ref().map_or(DEFAULT_RETRY_MULTIPLIER, |(growth, _)| *growth);
-    Backoff::try_new(min_wait, max_wait, growth).map_err(|problem| {
-        let sources = [
-            ("retry_min_wait must", &min.map(|m| m.1)),
-            ("retry_max_wait", &max.map(|m| m.1)),
-            ("retry_multiplier", &multiplier.map(|m| m.1)),
-        ];
-        let named = sources.iter().find(|(name, source)| problem.starts_with(name) && source.is_some());
-        let any = sources.iter().find_map(|(_, source)| source.as_ref());
-        let source = named.and_then(|(_, source)| source.as_ref()).or(any).cloned().unwrap_or(Source::Missing);
-        ConfigError::new(source, problem)
+    Backoff::try_new(min_wait, max_wait, multiplier.unwrap_or(DEFAULT_RETRY_MULTIPLIER)).map_err(|problem| {
+        // Each of the two is right by itself. The blame goes to one that was given, for the defaults fit together.
+        match (min, max) {
+            (Some((_, source)), None) => {
+                let (least, most) = (format_duration(min_wait), format_duration(max_wait));
+                let problem =
+                    format!("retry_min_wait must be at most retry_max_wait ({most} unless set) (got {least})");
+                ConfigError::new(source, problem)
+            }
+            (_, max) => ConfigError::new(max.map_or(Source::Missing, |(_, source)| source), problem),
+        }
     })
+}
+
+fn check_growth(multiplier: f64) -> Result<f64, String> {
+    match multiplier >= 1.0 && multiplier.is_finite() {
+        true => Ok(multiplier),
+        false => Err(format!("retry_multiplier must be at least 1 (got {multiplier})")),
+    }
 }
