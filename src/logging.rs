@@ -25,7 +25,7 @@ pub fn init(config: &LogConfig) -> Result<(), ConfigError> {
 fn filter(config: &LogConfig) -> Result<EnvFilter, ConfigError> {
     match &config.filter {
         Some(directives) => EnvFilter::try_new(directives).map_err(|error| {
-            let problem = format!("RUST_LOG must be a filter like zizq_worker=debug (got {directives}: {error})");
+            let problem = format!("must be a filter like zizq_worker=debug (got {directives}: {error})");
             ConfigError::new(Source::Variable("RUST_LOG".to_owned()), problem)
         }),
         None => Ok(EnvFilter::new(format!("warn,zizq_worker={}", level_name(config.level)))),

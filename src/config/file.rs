@@ -29,7 +29,7 @@ pub(super) struct FileTable {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, as in [worker]")]
 pub(super) struct WorkerTable {
     pub(super) queues: Field,
     pub(super) threads: Field,
@@ -44,13 +44,13 @@ pub(super) struct WorkerTable {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, as in [handler]")]
 pub(super) struct HandlerTable {
     pub(super) exec: Field,
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, as in [log]")]
 pub(super) struct LogTable {
     pub(super) level: Field,
     pub(super) format: Field,
