@@ -63,7 +63,7 @@ impl FromStr for ServerUrl {
             && !authority.host().is_empty()
             && !authority.as_str().contains('@')
             && uri.query().is_none()
-            && (authority.port_u16().is_some() || !authority.as_str().ends_with(':'));
+            && (authority.port_u16().is_some() || authority.as_str() == authority.host());
         if fits { Ok(Self(uri)) } else { Err(wanted()) }
     }
 }
