@@ -34,7 +34,7 @@ impl fmt::Display for JobsSource {
 
 #[cfg(feature = "embedded")]
 pub(super) fn resolve(args: &Args, url: &ServerUrl) -> Result<Option<EmbeddedConfig>, ConfigError> {
-    let given = args.given("jobs");
+    let given = args.given("jobs")?;
     let jobs = given.as_ref().and_then(|given| given.values.last()).map(|file| match file.as_str() {
         "-" => JobsSource::Stdin,
         file => JobsSource::File(Path::new(file).to_owned()),

@@ -17,7 +17,7 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Program, ConfigError> {
 }
 
 fn handler_words(layers: &Layers<'_>) -> Result<(Vec<OsString>, Source), ConfigError> {
-    let flag = layers.args.given("exec").map(|given| given.source);
+    let flag = layers.args.given("exec")?.map(|given| given.source);
     match layers.args.trailing_command() {
         Some(_) if matches!(flag, Some(Source::Flag(_))) => {
             Err(ConfigError::new(Source::TrailingCommand, "give the handler once: with --exec or after --, not both"))

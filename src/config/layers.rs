@@ -29,7 +29,7 @@ impl Layers<'_> {
         in_file: &Field,
         parse: impl Fn(&Raw<'_>) -> Result<T, String>,
     ) -> Result<Option<(T, Source)>, ConfigError> {
-        let given = self.args.given(name);
+        let given = self.args.given(name)?;
         let (raw, source) = match (&given, in_file) {
             (Some(given), _) => (Raw::Text(&given.values), given.source.clone()),
             (None, Some(field)) => (Raw::Toml(field.get_ref()), self.file.source(field)),

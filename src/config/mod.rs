@@ -42,7 +42,7 @@ impl Config {
     /// # Errors
     /// The first mistake found.
     pub fn resolve(args: &Args) -> Result<Self, ConfigError> {
-        let file = ConfigFile::load(args.given("config").as_ref())?;
+        let file = ConfigFile::load(args.given("config")?.as_ref())?;
         let layers = Layers { args, file: &file };
         let worker = WorkerConfig::resolve(&layers)?;
         let embedded = embedded::resolve(args, &worker.url)?;
