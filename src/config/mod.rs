@@ -46,6 +46,8 @@ impl Config {
         let layers = Layers { args, file: &file };
         let worker = WorkerConfig::resolve(&layers)?;
         let embedded = embedded::resolve(args, &worker.url)?;
-        Ok(Self { handler: handler::resolve(&layers)?, log: LogConfig::resolve(&layers)?, worker, embedded })
+        let log = LogConfig::resolve(&layers)?;
+        // Last, so that a handler which nobody has given yet does not hide a mistake in what has been given.
+        Ok(Self { handler: handler::resolve(&layers)?, log, worker, embedded })
     }
 }
