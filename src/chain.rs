@@ -39,7 +39,7 @@ impl<W: Write> Write for OneLine<W> {
 }
 
 /// Control characters, and the separators and directions that Unicode has for the same ends.
-fn is_unruly(char: char) -> bool {
+pub(crate) fn is_unruly(char: char) -> bool {
     char.is_control() || matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
