@@ -1,7 +1,7 @@
-//! [`Chain`]: an error with its causes, on one line, for people.
+//! [`Chain`]: an error with its causes, on one line, for people. [`OneLine`] keeps it there, whatever it quotes.
 
 use std::error::Error;
-use std::fmt;
+use std::fmt::{self, Write};
 
 /// Displays an error and, after colons, what caused it.
 #[derive(Debug, Clone, Copy)]
@@ -9,12 +9,54 @@ pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
+        let mut line = OneLine(f);
+        write!(line, "{}", self.0)?;
         let mut cause = self.0.source();
         while let Some(error) = cause {
-            write!(f, ": {error}")?;
+            write!(line, ": {error}")?;
             cause = error.source();
         }
         Ok(())
+    }
+}
+
+/// Passes text on with everything escaped that could end the line, or move, colour or hide what is on it: errors quote
+/// servers, files and arguments.
+#[derive(Debug)]
+pub struct OneLine<W>(pub W);
+
+impl<W: Write> Write for OneLine<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.chars().try_for_each(|char| self.write_char(char))
+    }
+
+    fn write_char(&mut self, char: char) -> fmt::Result {
+        match is_unruly(char) {
+            true => write!(self.0, "{}", char.escape_default()),
+            false => self.0.write_char(char),
+        }
+    }
+}
+
+/// Control characters, and the separators and directions that Unicode has for the same ends.
+pub(crate) fn is_unruly(char: char) -> bool {
+    char.is_control() || matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_names_its_causes_and_stays_on_its_line() {
+        let error: Box<dyn Error> = "no\nerror: \u{1b}[31mforged\u{2028}".into();
+        assert_eq!(Chain(error.as_ref()).to_string(), r"no\nerror: \u{1b}[31mforged\u{2028}");
+    }
+
+    #[test]
+    fn ordinary_text_is_left_alone() {
+        let mut line = String::new();
+        OneLine(&mut line).write_str("Größe: \"5\" µm \\ 日本").unwrap();
+        assert_eq!(line, "Größe: \"5\" µm \\ 日本");
     }
 }

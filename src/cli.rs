@@ -1,15 +1,17 @@
 //! [`Args`]: what was typed or set in the environment, not yet resolved. The only room that knows clap.
 
 use std::ffi::OsString;
-use std::fmt;
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
+use crate::chain::OneLine;
 use crate::config::{
-    DEFAULT_FIBERS, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
+    ConfigError, DEFAULT_FIBERS, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
     DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, DEFAULT_URL, Source,
 };
 
@@ -55,14 +57,28 @@ impl Usage {
     /// Prints it where it belongs, and says how the process should end.
     pub fn report(&self) -> ExitCode {
         // Nobody is left to tell when even this cannot be printed.
-        let _ = self.0.print();
+        let _ = match self.0.use_stderr() {
+            true => writeln!(std::io::stderr(), "zizq-worker: {self}"),
+            false => self.0.print(),
+        };
         u8::try_from(self.0.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
     }
 }
 
+/// A mistake takes one line, like every other; what was asked for takes as many as it has.
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        if !self.0.use_stderr() {
+            return self.0.fmt(f);
+        }
+        let text = self.0.to_string();
+        let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+        // A word that is no flag is hardly meant as the handler.
+        let idle = ["For more information", "tip: to pass"];
+        let telling: Vec<&str> =
+            lines.filter(|line| !line.is_empty() && !idle.iter().any(|start| line.starts_with(start))).collect();
+        let problem = telling.join("; ");
+        write!(OneLine(f), "{}; see --help", problem.trim_start_matches("error: "))
     }
 }
 
@@ -79,14 +95,22 @@ impl Args {
     }
 
     /// What was given for the setting of that name. An empty variable counts as not set.
-    pub(crate) fn given(&self, name: &'static str) -> Option<Given> {
-        let values: Vec<String> = self.matches.get_many::<String>(name)?.cloned().collect();
-        let source = match self.matches.value_source(name)? {
-            ValueSource::EnvVariable => Source::Variable(variable(name)),
+    ///
+    /// # Errors
+    /// When it is no text.
+    pub(crate) fn given(&self, name: &'static str) -> Result<Option<Given>, ConfigError> {
+        let Some(values) = self.matches.get_many::<OsString>(name) else { return Ok(None) };
+        let source = match self.matches.value_source(name) {
+            Some(ValueSource::EnvVariable) => Source::Variable(variable(name)),
             _ => Source::Flag(format!("--{name}")),
         };
-        let unset = matches!(source, Source::Variable(_)) && values.iter().all(String::is_empty);
-        (!unset).then_some(Given { values, source })
+        if matches!(source, Source::Variable(_)) && values.clone().all(|value| value.is_empty()) {
+            return Ok(None);
+        }
+        match values.cloned().map(OsString::into_string).collect() {
+            Ok(values) => Ok(Some(Given { values, source })),
+            Err(value) => Err(ConfigError::new(source, format!("must be valid UTF-8 (got {})", value.display()))),
+        }
     }
 
     /// The words after `--`.
@@ -112,6 +136,7 @@ fn setting(name: &'static str, value_name: &'static str, help: impl Into<String>
         .value_name(value_name)
         .env(variable(name))
         .hide_env_values(true)
+        .value_parser(clap::value_parser!(OsString))
         .allow_negative_numbers(true)
         .help(help.into())
 }
@@ -236,6 +261,7 @@ fn embedded_args() -> Vec<Arg> {
         Arg::new("jobs")
             .long("jobs")
             .value_name("FILE")
+            .value_parser(clap::value_parser!(OsString))
             .help("Enqueue the lines of FILE (- for stdin) in the embedded server: one JSON object with queue, type and payload each"),
     ]
 }

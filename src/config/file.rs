@@ -1,8 +1,12 @@
 //! [`ConfigFile`]: the TOML file as it is written. Values are read and checked together with the command line's.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use toml::{Spanned, Value};
 
 use super::{ConfigError, Source};
@@ -23,8 +27,11 @@ pub(super) struct ConfigFile {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct FileTable {
     pub(super) url: Field,
+    #[serde(deserialize_with = "table")]
     pub(super) worker: WorkerTable,
+    #[serde(deserialize_with = "table")]
     pub(super) handler: HandlerTable,
+    #[serde(deserialize_with = "table")]
     pub(super) log: LogTable,
 }
 
@@ -56,6 +63,25 @@ pub(super) struct LogTable {
     pub(super) format: Field,
 }
 
+/// Takes a table only. A derived struct would take the elements of an array for its fields, `[[worker]]` included.
+fn table<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    deserializer.deserialize_map(Table(PhantomData))
+}
+
+struct Table<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Table<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("one table, as under a line like [worker]")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map))
+    }
+}
+
 impl ConfigFile {
     /// Reads the file that was named, if one was.
     pub(super) fn load(named: Option<&Given>) -> Result<Self, ConfigError> {
@@ -73,7 +99,8 @@ impl ConfigFile {
             Ok(table) => Ok(Self { path, text, table }),
             Err(error) => {
                 let line = error.span().map_or(1, |span| line_of(&text, span.start));
-                let problem = error.message().replace('\n', ", ");
+                // serde says field where TOML says key.
+                let problem = error.message().replace('\n', ", ").replace("unknown field", "unknown key");
                 Err(ConfigError::new(Source::File(path, line), problem))
             }
         }

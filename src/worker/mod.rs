@@ -89,6 +89,7 @@ impl<D: Dispatcher> Worker<D> {
             &self.config;
         let shown = if queues.is_empty() { "(all)".to_owned() } else { queues.join(",") };
         info!(url = %self.client.url(), queues = shown, threads = threads.get(), fibers = fibers.get(), prefetch = prefetch.get(), "worker starting");
+        self.config.warn();
 
         let activity = Activity::default();
         let (acks, ack_queue) =

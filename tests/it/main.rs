@@ -3,10 +3,15 @@
 #![expect(
     unreachable_pub,
     clippy::disallowed_methods,
-    reason = "tests are no library, and start processes, sleep and read the environment"
+    clippy::unwrap_used,
+    reason = "tests are no library: they start processes, wait, read the environment, and panic when they fail"
 )]
 
 mod support;
 
 mod dispatch;
+mod example;
+mod logs;
+mod mistakes;
+mod settings;
 mod protocol;

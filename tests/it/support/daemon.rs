@@ -1,6 +1,7 @@
 //! The daemon as its users run it: a process with arguments, an environment, signals, a log and an exit status.
 
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
@@ -13,11 +14,12 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Api, eventually};
+use super::{Api, eventually, terminal};
 
 /// A daemon that has not started: `Daemon::of(&server).threads(4).sh("exit 3").start()`.
 pub struct Daemon {
     command: Command,
+    terminal: Option<File>,
     dir: TempDir,
 }
 
@@ -38,7 +40,7 @@ impl Daemon {
         }
         let dir = TempDir::with_prefix("zizq-worker-test-").unwrap();
         command.env("DIR", dir.path());
-        Self { command, dir }
+        Self { command, terminal: None, dir }
     }
 
     pub fn args<const N: usize>(mut self, args: [&str; N]) -> Self {
@@ -50,13 +52,26 @@ impl Daemon {
         self.args(["--threads", &threads.to_string()])
     }
 
-    pub fn env(mut self, name: &str, value: &str) -> Self {
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
         self
     }
 
     pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
         self.command.stdin(stdin);
+        self
+    }
+
+    /// The log goes to a terminal, as it does when somebody is watching.
+    pub fn on_terminal(mut self) -> Self {
+        let (ours, theirs) = terminal::open();
+        self.command.stderr(theirs);
+        self.terminal = Some(ours);
+        self
+    }
+
+    pub fn current_dir(mut self, dir: &Path) -> Self {
+        self.command.current_dir(dir);
         self
     }
 
@@ -94,11 +109,15 @@ impl Daemon {
     pub fn start(mut self) -> Running {
         let mut child = self.command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
-        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let stderr: Box<dyn Read + Send> = match self.terminal.take() {
+            Some(terminal) => Box::new(terminal),
+            None => Box::new(child.stderr.take().unwrap()),
+        };
         let lines = Arc::clone(&log);
         let reading = std::thread::spawn(move || {
-            for line in stderr.split(b'\n') {
-                lines.lock().unwrap().push(String::from_utf8_lossy(&line.unwrap()).into_owned());
+            // A terminal ends with an error.
+            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+                lines.lock().unwrap().push(String::from_utf8_lossy(&line).into_owned());
             }
         });
         let mut stdout = child.stdout.take().unwrap();

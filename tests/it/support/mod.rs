@@ -1,11 +1,14 @@
 //! What the tests are made of: a server, the daemon as a real process, and handlers as real scripts.
 
 mod daemon;
+mod recorder;
 mod server;
+mod terminal;
 
 use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Running};
+pub use recorder::Recorder;
 pub use server::{Api, Server};
 
 /// How long a test waits for something that must happen: far longer than it ever takes.

@@ -1,0 +1,61 @@
+//! [`EmbeddedConfig`]: the server in this process.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::{ConfigError, Source};
+use crate::cli::Args;
+use crate::client::ServerUrl;
+
+/// The server in this process.
+#[derive(Debug)]
+pub struct EmbeddedConfig {
+    /// Where the jobs to start with come from.
+    pub jobs: Option<JobsSource>,
+}
+
+/// Where NDJSON lines are read from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JobsSource {
+    /// Standard input.
+    Stdin,
+    /// A file.
+    File(PathBuf),
+}
+
+impl fmt::Display for JobsSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdin => f.write_str("stdin"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
+#[cfg(feature = "embedded")]
+pub(super) fn resolve(args: &Args, url: &ServerUrl) -> Result<Option<EmbeddedConfig>, ConfigError> {
+    let given = args.given("jobs")?;
+    let jobs = given.as_ref().and_then(|given| given.values.last()).map(|file| match file.as_str() {
+        "-" => JobsSource::Stdin,
+        file => JobsSource::File(Path::new(file).to_owned()),
+    });
+    let flag = |name: &str| Source::Flag(name.to_owned());
+    match args.is_set("embedded") {
+        false if jobs.is_some() => {
+            Err(ConfigError::new(flag("--jobs"), "only the embedded server takes jobs from a file; add --embedded"))
+        }
+        true if url.is_https() => {
+            Err(ConfigError::new(flag("--embedded"), "the embedded server speaks plain http; change url"))
+        }
+        true if !url.prefix().is_empty() => Err(ConfigError::new(
+            flag("--embedded"),
+            format!("the embedded server has no path prefix; take {} off url", url.prefix()),
+        )),
+        embedded => Ok(embedded.then_some(EmbeddedConfig { jobs })),
+    }
+}
+
+#[cfg(not(feature = "embedded"))]
+pub(super) fn resolve(_: &Args, _: &ServerUrl) -> Result<Option<EmbeddedConfig>, ConfigError> {
+    Ok(None)
+}

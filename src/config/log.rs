@@ -1,0 +1,66 @@
+//! [`LogConfig`]: what is logged, and how.
+
+use super::ConfigError;
+use super::layers::Layers;
+
+/// The settings of the log.
+#[derive(Debug, Clone, Default)]
+pub struct LogConfig {
+    /// From which severity on events are logged.
+    pub level: LogLevel,
+    /// How they are written; by whether stderr is a terminal when not given.
+    pub format: Option<LogFormat>,
+    /// `RUST_LOG`: a filter that wins over the level.
+    pub filter: Option<String>,
+}
+
+/// The severities of the log, by their names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the documentation")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// The forms of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Coloured, for people at a terminal.
+    Pretty,
+    /// One plain line for each event, for journals.
+    Compact,
+    /// One JSON object for each event, for machines.
+    Json,
+}
+
+impl LogConfig {
+    pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
+        let file = &layers.file.table.log;
+        Ok(Self {
+            level: layers
+                .pick("log-level", &file.level, |raw| raw.one_of("log_level", &LogLevel::NAMES))?
+                .unwrap_or_default(),
+            format: layers.pick("log-format", &file.format, |raw| raw.one_of("log_format", &LogFormat::NAMES))?,
+            filter: layers.args.rust_log.clone(),
+        })
+    }
+}
+
+impl LogLevel {
+    const NAMES: [(&'static str, Self); 5] = [
+        ("error", Self::Error),
+        ("warn", Self::Warn),
+        ("info", Self::Info),
+        ("debug", Self::Debug),
+        ("trace", Self::Trace),
+    ];
+}
+
+impl LogFormat {
+    const NAMES: [(&'static str, Self); 3] =
+        [("pretty", Self::Pretty), ("compact", Self::Compact), ("json", Self::Json)];
+}

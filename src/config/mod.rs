@@ -1,0 +1,53 @@
+//! [`Config`]: every setting resolved and checked. A flag or variable wins over the file, the file over the `DEFAULT_*`.
+
+mod embedded;
+mod error;
+mod file;
+mod handler;
+mod layers;
+mod log;
+mod source;
+mod value;
+mod worker;
+
+use crate::cli::Args;
+use crate::process::Program;
+use file::ConfigFile;
+use layers::Layers;
+
+pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
+pub use crate::client::DEFAULT_URL;
+pub use embedded::{EmbeddedConfig, JobsSource};
+pub use error::ConfigError;
+pub use log::{LogConfig, LogFormat, LogLevel};
+pub use source::Source;
+pub use worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, WorkerConfig};
+
+/// Everything that the program needs to know.
+#[derive(Debug)]
+pub struct Config {
+    /// What the worker does.
+    pub worker: WorkerConfig,
+    /// What is run for a job.
+    pub handler: Program,
+    /// What is logged, and how.
+    pub log: LogConfig,
+    /// The server to start in this process.
+    pub embedded: Option<EmbeddedConfig>,
+}
+
+impl Config {
+    /// Resolves and checks every setting.
+    ///
+    /// # Errors
+    /// The first mistake found.
+    pub fn resolve(args: &Args) -> Result<Self, ConfigError> {
+        let file = ConfigFile::load(args.given("config")?.as_ref())?;
+        let layers = Layers { args, file: &file };
+        let worker = WorkerConfig::resolve(&layers)?;
+        let embedded = embedded::resolve(args, &worker.url)?;
+        let log = LogConfig::resolve(&layers)?;
+        // Last, so that a handler which nobody has given yet does not hide a mistake in what has been given.
+        Ok(Self { handler: handler::resolve(&layers)?, log, worker, embedded })
+    }
+}

@@ -1,0 +1,174 @@
+//! [`WorkerConfig`]: what a worker does, and its defaults.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use humantime::format_duration;
+use tracing::warn;
+
+use super::layers::Layers;
+use super::value::Raw;
+use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source};
+use crate::backoff::Backoff;
+use crate::client::{ServerUrl, WorkerId};
+
+/// One job at a time is right for every handler; more is for whoever knows that theirs can stand it.
+pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::MIN;
+
+/// Like threads.
+pub const DEFAULT_FIBERS: NonZeroUsize = NonZeroUsize::MIN;
+
+/// Time for jobs of ordinary length to end.
+pub const DEFAULT_SHUTDOWN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// More loops than processes that one machine runs well, and far more than a server hands out by default (1024).
+const MAX_CONCURRENCY: usize = 65_536;
+
+/// Characters that the server refuses in the name of a queue.
+const FORBIDDEN_IN_QUEUES: [char; 8] = [',', '*', '?', '[', ']', '{', '}', '\\'];
+
+/// The settings of a [`Worker`](crate::Worker).
+#[derive(Debug, Clone)]
+pub struct WorkerConfig {
+    /// Where the server is.
+    pub url: ServerUrl,
+    /// What the server calls the worker in its log.
+    pub worker_id: WorkerId,
+    /// The queues to take jobs from; none means all.
+    pub queues: Vec<String>,
+    /// How many groups of worker loops there are.
+    pub threads: NonZeroUsize,
+    /// How many loops are in each group.
+    pub fibers: NonZeroUsize,
+    /// How many unreported jobs the server may hand to this worker.
+    pub prefetch: NonZeroUsize,
+    /// The waits before reconnecting, and before a report is sent again.
+    pub backoff: Backoff,
+    /// How long draining may take before it becomes killing.
+    pub shutdown_deadline: Duration,
+    /// After how long without a job the worker drains by itself.
+    pub exit_when_idle: Option<Duration>,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        Self {
+            url: ServerUrl::default(),
+            worker_id: WorkerId::default(),
+            queues: Vec::new(),
+            threads: DEFAULT_THREADS,
+            fibers: DEFAULT_FIBERS,
+            prefetch: default_prefetch(DEFAULT_THREADS.saturating_mul(DEFAULT_FIBERS)),
+            backoff: Backoff::default(),
+            shutdown_deadline: DEFAULT_SHUTDOWN_DEADLINE,
+            exit_when_idle: None,
+        }
+    }
+}
+
+impl WorkerConfig {
+    pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
+        let file = &layers.file.table.worker;
+        let threads = layers.pick("threads", &file.threads, |raw| raw.count("threads"))?.unwrap_or(DEFAULT_THREADS);
+        let fibers = layers.pick("fibers", &file.fibers, |raw| raw.count("fibers"))?.unwrap_or(DEFAULT_FIBERS);
+        let concurrency = concurrency(layers, threads, fibers)?;
+        let prefetch =
+            layers.pick("prefetch", &file.prefetch, |raw| raw.count_up_to("prefetch", 2 * MAX_CONCURRENCY))?;
+        let deadline = layers
+            .pick("shutdown-deadline", &file.shutdown_deadline, |raw| raw.positive_duration("shutdown_deadline"))?;
+        let idle =
+            layers.pick("exit-when-idle", &file.exit_when_idle, |raw| raw.positive_duration("exit_when_idle"))?;
+        let queues = layers.pick("queues", &file.queues, |raw| raw.list("queues").and_then(check_queues))?;
+        Ok(Self {
+            url: layers.pick("url", &layers.file.table.url, |raw| raw.parsed("url"))?.unwrap_or_default(),
+            worker_id: layers.pick("worker-id", &file.worker_id, |raw| raw.parsed("worker_id"))?.unwrap_or_default(),
+            queues: queues.unwrap_or_default(),
+            threads,
+            fibers,
+            prefetch: prefetch.unwrap_or(default_prefetch(concurrency)),
+            backoff: resolve_backoff(layers)?,
+            shutdown_deadline: deadline.unwrap_or(DEFAULT_SHUTDOWN_DEADLINE),
+            exit_when_idle: idle,
+        })
+    }
+
+    /// How many jobs run at once: threads × fibers.
+    pub fn concurrency(&self) -> NonZeroUsize {
+        self.threads.saturating_mul(self.fibers)
+    }
+
+    /// Says what is allowed, but hardly meant.
+    pub(crate) fn warn(&self) {
+        let (prefetch, concurrency) = (self.prefetch.get(), self.concurrency().get());
+        if prefetch < concurrency {
+            let idle = concurrency - prefetch;
+            warn!(
+                prefetch,
+                concurrency,
+                idle,
+                "prefetch is below threads x fibers: the server never hands out enough jobs for every worker loop, so some stay idle; raise prefetch"
+            );
+        }
+    }
+}
+
+/// For each loop one job to run and one to follow it, so that none waits for a report's round trip.
+fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
+    concurrency.saturating_add(concurrency.get())
+}
+
+fn concurrency(layers: &Layers<'_>, threads: NonZeroUsize, fibers: NonZeroUsize) -> Result<NonZeroUsize, ConfigError> {
+    match threads.checked_mul(fibers).filter(|product| product.get() <= MAX_CONCURRENCY) {
+        Some(concurrency) => Ok(concurrency),
+        None => {
+            let file = &layers.file.table.worker;
+            let (larger, field) = if threads >= fibers { ("threads", &file.threads) } else { ("fibers", &file.fibers) };
+            let source = layers.locate(larger, field, |_| Ok(()))?.map_or(Source::Missing, |((), source)| source);
+            Err(ConfigError::new(
+                source,
+                format!("threads x fibers must be at most {MAX_CONCURRENCY} (got {threads} x {fibers})"),
+            ))
+        }
+    }
+}
+
+fn check_queues(queues: Vec<String>) -> Result<Vec<String>, String> {
+    let bad = queues.iter().find_map(|queue| queue.find(FORBIDDEN_IN_QUEUES).map(|at| (queue, &queue[at..])));
+    match bad {
+        Some((queue, rest)) => {
+            let refused = rest.chars().next().unwrap_or_default();
+            Err(format!("queues must be names without , * ? [ ] {{ }} \\ (got {refused} in {queue:?})"))
+        }
+        None => Ok(queues),
+    }
+}
+
+fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
+    let file = &layers.file.table.worker;
+    let wait = |name: &'static str, field, setting| layers.locate(name, field, |raw| raw.positive_duration(setting));
+    let min = wait("retry-min-wait", &file.retry_min_wait, "retry_min_wait")?;
+    let max = wait("retry-max-wait", &file.retry_max_wait, "retry_max_wait")?;
+    let growth = |raw: &Raw<'_>| raw.number("retry_multiplier").and_then(check_growth);
+    let multiplier = layers.pick("retry-multiplier", &file.retry_multiplier, growth)?;
+    let min_wait = min.as_ref().map_or(DEFAULT_RETRY_MIN_WAIT, |(wait, _)| *wait);
+    let max_wait = max.as_ref().map_or(DEFAULT_RETRY_MAX_WAIT, |(wait, _)| *wait);
+    Backoff::try_new(min_wait, max_wait, multiplier.unwrap_or(DEFAULT_RETRY_MULTIPLIER)).map_err(|problem| {
+        // Each of the two is right by itself. The blame goes to one that was given, for the defaults fit together.
+        match (min, max) {
+            (Some((_, source)), None) => {
+                let (least, most) = (format_duration(min_wait), format_duration(max_wait));
+                let problem =
+                    format!("retry_min_wait must be at most retry_max_wait ({most} unless set) (got {least})");
+                ConfigError::new(source, problem)
+            }
+            (_, max) => ConfigError::new(max.map_or(Source::Missing, |(_, source)| source), problem),
+        }
+    })
+}
+
+fn check_growth(multiplier: f64) -> Result<f64, String> {
+    match multiplier >= 1.0 && multiplier.is_finite() {
+        true => Ok(multiplier),
+        false => Err(format!("retry_multiplier must be at least 1 (got {multiplier})")),
+    }
+}

@@ -1,0 +1,94 @@
+//! `config/zizq-worker.toml` is documentation, and it does not lie.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use zizq_worker::cli::{self, Args};
+use zizq_worker::config::{
+    DEFAULT_FIBERS, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
+    DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, DEFAULT_URL, LogFormat, LogLevel,
+};
+use zizq_worker::{Backoff, Config};
+
+fn path() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("config/zizq-worker.toml")
+}
+
+fn text() -> String {
+    fs::read_to_string(path()).unwrap()
+}
+
+/// The settings that a file comes to, with nothing else given but what is in `args`.
+fn load(file: &Path, args: &[&str]) -> Config {
+    let argv =
+        ["zizq-worker", "--config", file.to_str().unwrap()].into_iter().chain(args.iter().copied()).map(OsString::from);
+    Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
+}
+
+/// A commented setting, `#key = value`, and not a sentence, which has a space after its `#`.
+fn is_commented_setting(line: &str) -> bool {
+    line.starts_with('#') && line.contains(" = ") && !line.starts_with("# ")
+}
+
+fn uncommented() -> String {
+    let lines = text()
+        .lines()
+        .map(|line| if is_commented_setting(line) { &line[1..] } else { line }.to_owned())
+        .collect::<Vec<_>>();
+    lines.join("\n")
+}
+
+#[test]
+fn every_value_in_the_example_is_the_default() {
+    let Config { worker, log, .. } = load(&path(), &["--", "true"]);
+    // The variable is set in this process when the tests have a real server.
+    assert_eq!(text().parse::<toml::Table>().unwrap()["url"].as_str(), Some(DEFAULT_URL));
+    assert_eq!(worker.queues, [""; 0]);
+    assert_eq!((worker.threads, worker.fibers), (DEFAULT_THREADS, DEFAULT_FIBERS));
+    let backoff = Backoff::try_new(DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MULTIPLIER);
+    assert_eq!(worker.backoff, backoff.unwrap());
+    assert_eq!(worker.shutdown_deadline, DEFAULT_SHUTDOWN_DEADLINE);
+    assert_eq!(log.level, LogLevel::default());
+    assert_eq!((log.format, worker.exit_when_idle), (None, None));
+}
+
+#[test]
+fn what_is_commented_out_is_accepted_when_it_no_longer_is() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("zizq-worker.toml");
+    fs::write(&file, uncommented()).unwrap();
+    let Config { worker, handler, log, .. } = load(&file, &[]);
+    assert_eq!(handler.file_name(), "cat");
+    assert_eq!(worker.prefetch.get(), 2 * DEFAULT_THREADS.get() * DEFAULT_FIBERS.get());
+    assert_eq!(worker.exit_when_idle, Some(Duration::from_secs(600)));
+    assert_eq!(worker.worker_id.to_string(), "mailer-1");
+    assert_eq!(log.format, Some(LogFormat::Compact));
+}
+
+/// Every key that the file may have, and no setting without its flag and variable.
+#[test]
+fn the_example_has_every_setting() {
+    let table: toml::Table = uncommented().parse().unwrap();
+    let tables = table.iter().filter_map(|(name, value)| Some((name, value.as_table()?)));
+    let keys = tables.flat_map(|(table, settings)| settings.keys().map(move |key| format!("{table}.{key}")));
+    let mut keys: BTreeSet<String> = keys.collect();
+    keys.insert("url".to_owned());
+    let command = cli::command();
+    let with_variable = command.get_arguments().filter_map(|arg| Some((arg.get_long()?, arg.get_env()?)));
+    for (flag, variable) in with_variable.filter(|(flag, _)| *flag != "config") {
+        let line = format!("# --{flag}, {}", variable.display());
+        let text = text();
+        let mut after = text.lines().skip_while(|found| !found.starts_with(&line)).skip(1);
+        let setting = after.next().unwrap_or_else(|| panic!("no {line:?} in the example"));
+        let key = setting.trim_start_matches('#').split(" = ").next().unwrap();
+        let name = flag.replace('-', "_");
+        assert!(name == key || name == format!("log_{key}"), "{line} above {setting}");
+        assert!(keys.iter().any(|known| known == key || known.ends_with(&format!(".{key}"))), "{key} in {keys:?}");
+        keys.retain(|known| known != key && !known.ends_with(&format!(".{key}")));
+    }
+    assert!(keys.is_empty(), "without a flag: {keys:?}");
+}
