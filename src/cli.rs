@@ -47,6 +47,8 @@ pub struct Args {
     pub(crate) rust_log: Option<String>,
     /// `PATH`, on which handlers are looked up.
     pub(crate) path_list: Option<OsString>,
+    /// Everything that handlers may inherit.
+    pub(crate) environment: Vec<(OsString, OsString)>,
 }
 
 /// A command line that asks for something else than work: for help, or for another try. Says so when printed.
@@ -91,7 +93,7 @@ impl Args {
     pub fn try_parse_from(argv: impl IntoIterator<Item = OsString>) -> Result<Self, Usage> {
         let matches = command().try_get_matches_from(argv).map_err(Usage)?;
         let rust_log = std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
-        Ok(Self { matches, rust_log, path_list: std::env::var_os("PATH") })
+        Ok(Self { matches, rust_log, path_list: std::env::var_os("PATH"), environment: std::env::vars_os().collect() })
     }
 
     /// What was given for the setting of that name. An empty variable counts as not set.

@@ -137,7 +137,13 @@ pub struct Failure {
 impl Failure {
     /// A failure of the given type, without a backtrace.
     pub fn new(error_type: &str, message: impl Into<String>) -> Self {
-        Self { message: message.into(), error_type: Some(error_type.to_owned()), backtrace: None, retry_at: None, kill: false }
+        Self {
+            message: message.into(),
+            error_type: Some(error_type.to_owned()),
+            backtrace: None,
+            retry_at: None,
+            kill: false,
+        }
     }
 
     /// The same failure with a backtrace; an empty text leaves it without one.

@@ -76,5 +76,5 @@ pub use dispatch::{Dispatcher, Ended, ExecDispatcher};
 pub use handler::{Handler, Handlers};
 pub use job::{Failure, Job, JobId, Outcome};
 pub use lifecycle::{Lifecycle, Phase, StopSignals};
-pub use process::{Program, Usage};
+pub use process::{Output, Program, Signal, Usage};
 pub use worker::{Summary, Worker, WorkerError};

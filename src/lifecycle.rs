@@ -134,7 +134,10 @@ impl StopSignals {
                     lifecycle.stop();
                 }
                 Phase::Draining => {
-                    warn!(signal, "killing: stopping running jobs, which go back to the server; once more skips their grace");
+                    warn!(
+                        signal,
+                        "killing: stopping running jobs, which go back to the server; once more skips their grace"
+                    );
                     lifecycle.kill();
                 }
                 Phase::Killing | Phase::Forcing | Phase::Stopped => {

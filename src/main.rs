@@ -44,7 +44,10 @@ async fn run(config: Config) -> Result<Summary, Fatal> {
     let signals = StopSignals::listen()?;
     let obeying = lifecycle.clone();
     tokio::spawn(async move { signals.obey(&obeying).await });
-    let dispatcher = ExecDispatcher::new(config.handler, config.worker.worker_id.to_string());
+    let concurrency = config.worker.concurrency().get();
+    let dispatcher =
+        ExecDispatcher::new(config.handlers, concurrency, config.worker.worker_id.to_string(), &std::env::temp_dir())
+            .map_err(|error| format!("cannot make a directory for result files: {error}"))?;
     Ok(Worker::new(config.worker, dispatcher).run(&lifecycle).await?)
 }
 

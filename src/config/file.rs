@@ -1,5 +1,6 @@
 //! [`ConfigFile`]: the TOML file as it is written. Values are read and checked together with the command line's.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 use std::path::PathBuf;
@@ -27,12 +28,11 @@ pub(super) struct ConfigFile {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct FileTable {
     pub(super) url: Field,
-    #[serde(deserialize_with = "table")]
-    pub(super) worker: WorkerTable,
-    #[serde(deserialize_with = "table")]
-    pub(super) handler: HandlerTable,
-    #[serde(deserialize_with = "table")]
-    pub(super) log: LogTable,
+    pub(super) worker: Table<WorkerTable>,
+    pub(super) handler: Table<HandlerTable>,
+    /// By job type.
+    pub(super) handlers: BTreeMap<Spanned<String>, Table<HandlerTable>>,
+    pub(super) log: Table<LogTable>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -54,6 +54,17 @@ pub(super) struct WorkerTable {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct HandlerTable {
     pub(super) exec: Field,
+    pub(super) stdin: Field,
+    pub(super) output: Field,
+    pub(super) env: Field,
+    pub(super) env_clear: Field,
+    pub(super) pass_env: Field,
+    pub(super) cwd: Field,
+    pub(super) success_exit_codes: Field,
+    pub(super) kill_exit_codes: Field,
+    pub(super) timeout: Field,
+    pub(super) kill_grace: Field,
+    pub(super) drain_signal: Field,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -64,13 +75,18 @@ pub(super) struct LogTable {
 }
 
 /// Takes a table only. A derived struct would take the elements of an array for its fields, `[[worker]]` included.
-fn table<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
-    deserializer.deserialize_map(Table(PhantomData))
+#[derive(Debug, Default)]
+pub(super) struct Table<T>(pub(super) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(TableVisitor(PhantomData)).map(Self)
+    }
 }
 
-struct Table<T>(PhantomData<T>);
+struct TableVisitor<T>(PhantomData<T>);
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Table<T> {
+impl<'de, T: Deserialize<'de>> Visitor<'de> for TableVisitor<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -106,9 +122,9 @@ impl ConfigFile {
         }
     }
 
-    /// Where a field of this file stands.
-    pub(super) fn source(&self, field: &Spanned<Value>) -> Source {
-        Source::File(self.path.clone(), line_of(&self.text, field.span().start))
+    /// Where that byte of this file stands.
+    pub(super) fn source_at(&self, offset: usize) -> Source {
+        Source::File(self.path.clone(), line_of(&self.text, offset))
     }
 }
 

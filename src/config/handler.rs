@@ -1,31 +1,179 @@
-//! The handler: the command of a configuration, found and ready to run.
+//! The handlers: the file's `[handler]` and `[handlers.TYPE]` tables, and `--exec`, found and ready to run.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::path::PathBuf;
 
+use signal_hook::low_level::signal_name;
+
+use super::file::{Field, HandlerTable};
 use super::layers::Layers;
+use super::value::Raw;
 use super::{ConfigError, Source};
-use crate::process::Program;
+use crate::handler::{DEFAULT_KILL_GRACE, Handler, Handlers, Stdin};
+use crate::process::{Output, Program, Signal};
 
-pub(super) fn resolve(layers: &Layers<'_>) -> Result<Program, ConfigError> {
-    let (words, source) = handler_words(layers)?;
-    let mut words = words.into_iter();
-    let Some(name) = words.next() else {
-        return Err(ConfigError::new(source, "exec must name a command (got nothing)"));
-    };
-    Program::find(name, words.collect(), layers.args.path_list.as_ref())
-        .map_err(|problem| ConfigError::unusable(source, format!("handler cannot be run: {problem}")))
+/// The words of `stdin`.
+const STDIN_NAMES: [(&str, Stdin); 3] = [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
+
+/// The words of `output`.
+const OUTPUT_NAMES: [(&str, Output); 3] = [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
+
+/// Every handler, checked as far as that can be done without running it.
+pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
+    let tables = &layers.file.table;
+    let command = default_command(layers)?;
+    let mut handlers = Handlers::default();
+    for (job_type, table) in &tables.handlers {
+        let scope = Scope { layers, route: Some(&table.0), default: &tables.handler.0 };
+        let command = match layers.locate_in_file(&table.0.exec, |raw| raw.command("exec"))?.or_else(|| command.clone())
+        {
+            Some(command) => command,
+            None => {
+                let problem = format!("handlers.{} has no exec, and there is no default one", job_type.get_ref());
+                return Err(ConfigError::new(layers.file.source_at(job_type.span().start), problem));
+            }
+        };
+        handlers.routes.insert(job_type.get_ref().clone(), scope.handler(command)?);
+    }
+    let scope = Scope { layers, route: None, default: &tables.handler.0 };
+    handlers.default = command.map(|command| scope.handler(command)).transpose()?;
+    match handlers.default.is_none() && handlers.routes.is_empty() {
+        true => Err(ConfigError::new(Source::Missing, NO_HANDLER)),
+        false => Ok(handlers),
+    }
 }
 
-fn handler_words(layers: &Layers<'_>) -> Result<(Vec<OsString>, Source), ConfigError> {
+const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the \
+     file's [handler] or [handlers.TYPE]";
+
+/// The words of a command, and where they were written.
+type Written = (Vec<OsString>, Source);
+
+fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> {
     let flag = layers.args.given("exec")?.map(|given| given.source);
     match layers.args.trailing_command() {
         Some(_) if matches!(flag, Some(Source::Flag(_))) => {
             Err(ConfigError::new(Source::TrailingCommand, "give the handler once: with --exec or after --, not both"))
         }
-        Some(words) => Ok((words, Source::TrailingCommand)),
-        None => layers.locate("exec", &layers.file.table.handler.exec, |raw| raw.command("exec"))?.ok_or_else(|| {
-            let help = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the file's [handler]";
-            ConfigError::new(Source::Missing, help)
-        }),
+        Some(words) => Ok(Some((words, Source::TrailingCommand))),
+        None => layers.locate("exec", &layers.file.table.handler.0.exec, |raw| raw.command("exec")),
     }
+}
+
+/// What the settings of one handler are looked up in: its route, if it is one's, and then the default.
+struct Scope<'a> {
+    layers: &'a Layers<'a>,
+    route: Option<&'a HandlerTable>,
+    default: &'a HandlerTable,
+}
+
+impl Scope<'_> {
+    fn handler(&self, (words, source): Written) -> Result<Handler, ConfigError> {
+        let mut words = words.into_iter();
+        let Some(name) = words.next() else {
+            return Err(ConfigError::new(source, "exec must name a command (got nothing)"));
+        };
+        let program = Program::find(name, words.collect(), self.layers.args.path_list.as_ref())
+            .map_err(|problem| ConfigError::unusable(source, format!("handler cannot be run: {problem}")))?;
+        let (success_exit_codes, kill_exit_codes) = self.exit_codes()?;
+        Ok(Handler {
+            env: self.env()?,
+            cwd: self.cwd()?,
+            stdin: self.pick(|table| &table.stdin, |raw| raw.one_of("stdin", &STDIN_NAMES))?.unwrap_or_default(),
+            output: self.pick(|table| &table.output, |raw| raw.one_of("output", &OUTPUT_NAMES))?.unwrap_or_default(),
+            success_exit_codes,
+            kill_exit_codes,
+            timeout: self.pick(|table| &table.timeout, |raw| raw.positive_duration("timeout"))?,
+            kill_grace: self
+                .pick(|table| &table.kill_grace, |raw| raw.duration("kill_grace"))?
+                .unwrap_or(DEFAULT_KILL_GRACE),
+            drain_signal: self
+                .pick(|table| &table.drain_signal, |raw| raw.text("drain_signal").and_then(parse_signal))?,
+            ..Handler::new(program)
+        })
+    }
+
+    /// The setting of the route, or else the default's.
+    fn pick<T>(
+        &self,
+        field: impl Fn(&HandlerTable) -> &Field,
+        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+    ) -> Result<Option<T>, ConfigError> {
+        self.locate(field, parse).map(|found| found.map(|(value, _)| value))
+    }
+
+    fn locate<T>(
+        &self,
+        field: impl Fn(&HandlerTable) -> &Field,
+        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+    ) -> Result<Option<(T, Source)>, ConfigError> {
+        let tables = self.route.into_iter().chain([self.default]);
+        match tables.map(field).find(|field| field.is_some()) {
+            Some(field) => self.layers.locate_in_file(field, parse),
+            None => Ok(None),
+        }
+    }
+
+    /// The inherited environment without the worker's own settings, or what `pass_env` names of it; then `env`, key by
+    /// key the route's or else the default's.
+    fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
+        let clear = self.pick(|table| &table.env_clear, |raw| raw.boolean("env_clear"))?.unwrap_or_default();
+        let pass = self.locate(|table| &table.pass_env, |raw| raw.strings("pass_env"))?;
+        if let Some((names, source)) = &pass
+            && !names.is_empty()
+            && !clear
+        {
+            return Err(ConfigError::new(
+                source.clone(),
+                "pass_env goes with env_clear = true: without it, everything is passed",
+            ));
+        }
+        let pass = pass.map(|(names, _)| names).unwrap_or_default();
+        let inherited = self.layers.args.environment.iter().filter(|(name, _)| match clear {
+            true => pass.iter().any(|pass| name == pass.as_str()),
+            false => !name.as_encoded_bytes().starts_with(b"ZIZQ_"),
+        });
+        let mut env: Vec<(OsString, OsString)> = inherited.cloned().collect();
+        for table in [Some(self.default), self.route].into_iter().flatten() {
+            let added = self.layers.locate_in_file(&table.env, |raw| raw.variables("env"))?;
+            env.extend(added.map(|(added, _)| added).unwrap_or_default());
+        }
+        Ok(env)
+    }
+
+    fn cwd(&self) -> Result<Option<PathBuf>, ConfigError> {
+        let Some((cwd, source)) = self.locate(|table| &table.cwd, |raw| raw.text("cwd"))? else { return Ok(None) };
+        match std::path::absolute(&cwd).ok().filter(|path| path.is_dir()) {
+            Some(path) => Ok(Some(path)),
+            None => Err(ConfigError::unusable(source, format!("cwd must be a directory that exists (got {cwd})"))),
+        }
+    }
+
+    fn exit_codes(&self) -> Result<(BTreeSet<u8>, BTreeSet<u8>), ConfigError> {
+        let success = self.pick(|table| &table.success_exit_codes, |raw| raw.exit_codes("success_exit_codes"))?;
+        let success = success.unwrap_or_default();
+        match self.locate(|table| &table.kill_exit_codes, |raw| raw.exit_codes("kill_exit_codes"))? {
+            None => Ok((success, BTreeSet::new())),
+            Some((kill, source)) => match kill.iter().find(|code| **code == 0 || success.contains(code)) {
+                Some(code) => {
+                    Err(ConfigError::new(source, format!("kill_exit_codes must not name a success (got {code})")))
+                }
+                None => Ok((success, kill)),
+            },
+        }
+    }
+}
+
+/// By its name, with or without SIG. What no process can catch would tell it nothing.
+fn parse_signal(name: String) -> Result<Signal, String> {
+    let wanted = name.trim().to_uppercase();
+    let named = |number: &i32| {
+        signal_name(*number).is_some_and(|known| known == wanted || known.trim_start_matches("SIG") == wanted)
+    };
+    (1..32)
+        .find(named)
+        .and_then(Signal::from_named_raw)
+        .filter(|signal| ![Signal::KILL, Signal::STOP].contains(signal))
+        .ok_or_else(|| format!("drain_signal must be a signal that can be caught, like USR1 (got {name})"))
 }

@@ -29,15 +29,32 @@ impl Layers<'_> {
         in_file: &Field,
         parse: impl Fn(&Raw<'_>) -> Result<T, String>,
     ) -> Result<Option<(T, Source)>, ConfigError> {
-        let given = self.args.given(name)?;
-        let (raw, source) = match (&given, in_file) {
-            (Some(given), _) => (Raw::Text(&given.values), given.source.clone()),
-            (None, Some(field)) => (Raw::Toml(field.get_ref()), self.file.source(field)),
-            (None, None) => return Ok(None),
-        };
-        match parse(&raw) {
-            Ok(value) => Ok(Some((value, source))),
-            Err(problem) => Err(ConfigError::new(source, problem)),
+        match self.args.given(name)? {
+            Some(given) => read(&Raw::Text(&given.values), given.source.clone(), parse),
+            None => self.locate_in_file(in_file, parse),
         }
+    }
+
+    /// The value of a setting that only the file can have.
+    pub(super) fn locate_in_file<T>(
+        &self,
+        in_file: &Field,
+        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+    ) -> Result<Option<(T, Source)>, ConfigError> {
+        match in_file {
+            Some(field) => read(&Raw::Toml(field.get_ref()), self.file.source_at(field.span().start), parse),
+            None => Ok(None),
+        }
+    }
+}
+
+fn read<T>(
+    raw: &Raw<'_>,
+    source: Source,
+    parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+) -> Result<Option<(T, Source)>, ConfigError> {
+    match parse(raw) {
+        Ok(value) => Ok(Some((value, source))),
+        Err(problem) => Err(ConfigError::new(source, problem)),
     }
 }

@@ -39,7 +39,7 @@ pub enum LogFormat {
 
 impl LogConfig {
     pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
-        let file = &layers.file.table.log;
+        let file = &layers.file.table.log.0;
         Ok(Self {
             level: layers
                 .pick("log-level", &file.level, |raw| raw.one_of("log_level", &LogLevel::NAMES))?

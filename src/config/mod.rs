@@ -11,7 +11,7 @@ mod value;
 mod worker;
 
 use crate::cli::Args;
-use crate::process::Program;
+use crate::handler::Handlers;
 use file::ConfigFile;
 use layers::Layers;
 
@@ -29,7 +29,7 @@ pub struct Config {
     /// What the worker does.
     pub worker: WorkerConfig,
     /// What is run for a job.
-    pub handler: Program,
+    pub handlers: Handlers,
     /// What is logged, and how.
     pub log: LogConfig,
     /// The server to start in this process.
@@ -48,6 +48,6 @@ impl Config {
         let embedded = embedded::resolve(args, &worker.url)?;
         let log = LogConfig::resolve(&layers)?;
         // Last, so that a handler which nobody has given yet does not hide a mistake in what has been given.
-        Ok(Self { handler: handler::resolve(&layers)?, log, worker, embedded })
+        Ok(Self { handlers: handler::resolve(&layers)?, log, worker, embedded })
     }
 }

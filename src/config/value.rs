@@ -1,5 +1,6 @@
 //! [`Raw`]: one written value, and the ways of reading it. Each error names the setting, the rule, and what was got.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -31,7 +32,8 @@ impl fmt::Display for Raw<'_> {
 }
 
 impl Raw<'_> {
-    fn text(&self, name: &str) -> Result<String, String> {
+    /// Any text.
+    pub(super) fn text(&self, name: &str) -> Result<String, String> {
         match self {
             Self::Toml(Value::String(_)) | Self::Text(_) => Ok(self.to_string()),
             Self::Toml(value) => Err(format!("{name} must be a string (got {value})")),
@@ -116,6 +118,45 @@ impl Raw<'_> {
             }
         };
         Ok(names.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect())
+    }
+
+    /// A list of strings, in the file.
+    pub(super) fn strings(&self, name: &str) -> Result<Vec<String>, String> {
+        let strings = if let Self::Toml(value) = self { strings(value) } else { None };
+        strings.ok_or_else(|| format!("{name} must be a list of strings (got {self})"))
+    }
+
+    /// Yes or no, in the file.
+    pub(super) fn boolean(&self, name: &str) -> Result<bool, String> {
+        match self {
+            Self::Toml(Value::Boolean(value)) => Ok(*value),
+            _ => Err(format!("{name} must be true or false (got {self})")),
+        }
+    }
+
+    /// A list of exit statuses, in the file.
+    pub(super) fn exit_codes(&self, name: &str) -> Result<BTreeSet<u8>, String> {
+        let codes = match self {
+            Self::Toml(Value::Array(items)) => {
+                items.iter().map(|item| item.as_integer().and_then(|code| u8::try_from(code).ok())).collect()
+            }
+            _ => None,
+        };
+        codes.ok_or_else(|| format!("{name} must be a list of numbers from 0 to 255 (got {self})"))
+    }
+
+    /// A table of environment variables, in the file.
+    pub(super) fn variables(&self, name: &str) -> Result<Vec<(OsString, OsString)>, String> {
+        let is_name = |name: &str| !name.is_empty() && !name.contains(['=', '\0']);
+        let variable = |(name, value): (&String, &Value)| {
+            let value = value.as_str().filter(|value| is_name(name) && !value.contains('\0'))?;
+            Some((OsString::from(name), OsString::from(value)))
+        };
+        let variables = match self {
+            Self::Toml(Value::Table(table)) => table.iter().map(variable).collect(),
+            _ => None,
+        };
+        variables.ok_or_else(|| format!("{name} must be a table of variable names and strings (got {self})"))
     }
 
     /// The words of a command: a string is split as a shell would, a list is taken as it is.

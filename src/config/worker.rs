@@ -68,7 +68,7 @@ impl Default for WorkerConfig {
 
 impl WorkerConfig {
     pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
-        let file = &layers.file.table.worker;
+        let file = &layers.file.table.worker.0;
         let threads = layers.pick("threads", &file.threads, |raw| raw.count("threads"))?.unwrap_or(DEFAULT_THREADS);
         let fibers = layers.pick("fibers", &file.fibers, |raw| raw.count("fibers"))?.unwrap_or(DEFAULT_FIBERS);
         let concurrency = concurrency(layers, threads, fibers)?;
@@ -121,7 +121,7 @@ fn concurrency(layers: &Layers<'_>, threads: NonZeroUsize, fibers: NonZeroUsize)
     match threads.checked_mul(fibers).filter(|product| product.get() <= MAX_CONCURRENCY) {
         Some(concurrency) => Ok(concurrency),
         None => {
-            let file = &layers.file.table.worker;
+            let file = &layers.file.table.worker.0;
             let (larger, field) = if threads >= fibers { ("threads", &file.threads) } else { ("fibers", &file.fibers) };
             let source = layers.locate(larger, field, |_| Ok(()))?.map_or(Source::Missing, |((), source)| source);
             Err(ConfigError::new(
@@ -144,7 +144,7 @@ fn check_queues(queues: Vec<String>) -> Result<Vec<String>, String> {
 }
 
 fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
-    let file = &layers.file.table.worker;
+    let file = &layers.file.table.worker.0;
     let wait = |name: &'static str, field, setting| layers.locate(name, field, |raw| raw.positive_duration(setting));
     let min = wait("retry-min-wait", &file.retry_min_wait, "retry_min_wait")?;
     let max = wait("retry-max-wait", &file.retry_max_wait, "retry_max_wait")?;

@@ -55,7 +55,11 @@ impl Brake {
     }
 
     /// Starts something, as soon as this handler may be started.
-    pub(super) async fn start<T>(&self, lifecycle: &Lifecycle, spawn: impl Fn() -> io::Result<T>) -> Result<T, NotStarted> {
+    pub(super) async fn start<T>(
+        &self,
+        lifecycle: &Lifecycle,
+        spawn: impl Fn() -> io::Result<T>,
+    ) -> Result<T, NotStarted> {
         if !self.engaged.load(Ordering::Acquire) {
             match spawn() {
                 Err(error) if may_pass(&error) => {}

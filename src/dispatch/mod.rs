@@ -15,7 +15,9 @@ use tracing::{info, warn};
 use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::process::{Channel, Exit, Input, Process, Start, Stops, Usage};
+use crate::process::{
+    Channel, Exit, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors, keep_exit_statuses,
+};
 use brake::{Brake, NotStarted};
 use outcome::Cause;
 use result_file::{ResultDir, ResultFile};
@@ -70,12 +72,19 @@ impl Route {
 }
 
 impl ExecDispatcher {
-    /// A dispatcher that runs `handlers`, and tells them which worker they run under. Result files are made in a
-    /// directory of its own below `temp_dir`.
+    /// A dispatcher that runs `handlers`, up to `concurrency` at once, and tells them which worker they run under. Result
+    /// files are made in a directory of its own below `temp_dir`.
     ///
     /// # Errors
     /// When that directory cannot be made.
-    pub fn new(handlers: Handlers, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
+    pub fn new(handlers: Handlers, concurrency: usize, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
+        keep_exit_statuses();
+        if let Err(TooFewDescriptors { limit, needed }) = ensure_descriptors(concurrency) {
+            warn!(
+                limit,
+                needed, "limit of open files is too low for that many jobs at once; raise it (ulimit -n, LimitNOFILE=)"
+            );
+        }
         let routes = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, Route::new(handler)));
         Ok(Self {
             routes: routes.collect(),
@@ -91,7 +100,8 @@ impl ExecDispatcher {
     }
 
     fn spawn(&self, handler: &Handler, job: &Job, result: &ResultFile) -> io::Result<Process> {
-        let (priority, attempts, ready_at) = (job.priority.to_string(), job.attempts.to_string(), job.ready_at.to_string());
+        let (priority, attempts, ready_at) =
+            (job.priority.to_string(), job.attempts.to_string(), job.ready_at.to_string());
         let mut env: Vec<(&str, &OsStr)> = vec![
             ("ZIZQ_JOB_ID", job.id.as_str().as_ref()),
             ("ZIZQ_JOB_TYPE", job.job_type.as_ref()),
@@ -100,7 +110,7 @@ impl ExecDispatcher {
             ("ZIZQ_JOB_ATTEMPTS", attempts.as_ref()),
             ("ZIZQ_JOB_READY_AT", ready_at.as_ref()),
             ("ZIZQ_WORKER_ID", self.worker_id.as_ref()),
-            ("ZIZQ_RESULT_FILE", result.path().as_ref()),
+            ("ZIZQ_RESULT_FILE", result.path()),
         ];
         let retry_limit = job.retry_limit.map(|limit| limit.to_string());
         env.extend(retry_limit.iter().map(|limit| ("ZIZQ_JOB_RETRY_LIMIT", limit.as_ref())));
@@ -150,8 +160,7 @@ async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle) -
         terminate: cause_to_terminate(handler, lifecycle),
         skip_grace: lifecycle.reached(Phase::Forcing),
         kill_grace: handler.kill_grace,
-        notify: lifecycle.reached(Phase::Draining),
-        notification: handler.drain_signal.filter(|_| !draining),
+        notify: handler.drain_signal.filter(|_| !draining).map(|signal| (signal, lifecycle.reached(Phase::Draining))),
     };
     process.supervise(stops, log_line).await
 }

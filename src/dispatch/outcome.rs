@@ -160,7 +160,9 @@ mod tests {
     #[test]
     fn a_status_that_is_lost_is_no_success() {
         let lost = Exit { ended: Err(std::io::ErrorKind::NotFound.into()), ..exit(0) };
-        assert!(matches!(outcome(lost), Outcome::Failure(Failure { error_type: Some(kind), .. }) if kind == "WaitError"));
+        assert!(
+            matches!(outcome(lost), Outcome::Failure(Failure { error_type: Some(kind), .. }) if kind == "WaitError")
+        );
     }
 
     #[test]

@@ -187,7 +187,9 @@ fn retry_at(time: &NumberOrText) -> Result<Retry, String> {
             .ok()
             .and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok()),
     };
-    millis.map(Retry::At).ok_or_else(|| "retry_at must be Unix milliseconds, or a time like \"2030-01-31T08:00:00Z\"".to_owned())
+    millis
+        .map(Retry::At)
+        .ok_or_else(|| "retry_at must be Unix milliseconds, or a time like \"2030-01-31T08:00:00Z\"".to_owned())
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@ use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, kill_process, kill_process_group, pidfd_open, test_kill_process_group, waitpgid,
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, kill_process_group, pidfd_open, test_kill_process_group,
+    waitpgid,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -117,7 +118,9 @@ fn reap(pid: Pid) -> io::Result<(ExitStatus, Usage)> {
 
 impl From<libc::rusage> for Usage {
     fn from(usage: libc::rusage) -> Self {
-        let seconds = |time: libc::timeval| Duration::new(time.tv_sec.unsigned_abs(), 0) + Duration::from_micros(time.tv_usec.unsigned_abs());
+        let seconds = |time: libc::timeval| {
+            Duration::new(time.tv_sec.unsigned_abs(), 0) + Duration::from_micros(time.tv_usec.unsigned_abs())
+        };
         Self { cpu: seconds(usage.ru_utime) + seconds(usage.ru_stime), max_rss: usage.ru_maxrss.unsigned_abs() * 1024 }
     }
 }

@@ -1,4 +1,4 @@
-//! Limits of the operating system that running many children at once comes up against.
+//! What this process may have been handed down that running children does not go with.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -11,16 +11,32 @@ const OTHER_DESCRIPTORS: u64 = 64;
 /// Sees to it that `processes` children can run at once, by raising the soft limit of open files if need be.
 ///
 /// # Errors
-/// When the hard limit does not allow that: what there is, and what is needed.
-pub(crate) fn ensure_descriptors(processes: usize) -> Result<(), (u64, u64)> {
+/// When the hard limit does not allow that.
+pub(crate) fn ensure_descriptors(processes: usize) -> Result<(), TooFewDescriptors> {
     let needed = DESCRIPTORS_PER_PROCESS * processes as u64 + OTHER_DESCRIPTORS;
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let Some(soft) = current.filter(|soft| *soft < needed) else {
         return Ok(());
     };
     let raised = maximum.map_or(needed, |hard| hard.min(needed));
-    if setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum }).is_err() {
-        return Err((soft, needed));
-    }
-    if raised < needed { Err((raised, needed)) } else { Ok(()) }
+    let limit = match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum }) {
+        Ok(()) => raised,
+        Err(_) => soft,
+    };
+    if limit < needed { Err(TooFewDescriptors { limit, needed }) } else { Ok(()) }
+}
+
+/// The limit of open files is lower than what may be needed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TooFewDescriptors {
+    pub(crate) limit: u64,
+    pub(crate) needed: u64,
+}
+
+/// Sees to it that the kernel keeps exit statuses for us. It throws them away where SIGCHLD is ignored, and that is
+/// handed down from whoever started this process.
+#[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
+pub(crate) fn keep_exit_statuses() {
+    // SAFETY: the default action of SIGCHLD does nothing, and no handler of ours is replaced.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }

@@ -11,18 +11,20 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use futures_util::FutureExt;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::{Receiver, Sender};
+use tokio::time::Instant;
 
 use group::Group;
 pub use group::Usage;
-pub(crate) use limits::ensure_descriptors;
+pub(crate) use limits::{TooFewDescriptors, ensure_descriptors, keep_exit_statuses};
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
 pub use rustix::process::Signal;
@@ -68,12 +70,11 @@ pub(crate) struct Start<'a> {
 pub(crate) struct Stops<C, F, G> {
     /// Why to terminate it: SIGTERM to the group, and SIGKILL after `kill_grace`.
     pub(crate) terminate: C,
+    pub(crate) kill_grace: Duration,
     /// When to cut that grace short.
     pub(crate) skip_grace: G,
-    pub(crate) kill_grace: Duration,
-    /// When to send its leader a signal that only tells it something.
-    pub(crate) notify: F,
-    pub(crate) notification: Option<Signal>,
+    /// A signal that only tells the leader something, and when it is sent.
+    pub(crate) notify: Option<(Signal, F)>,
 }
 
 /// How a process ended.
@@ -121,82 +122,110 @@ impl Process {
         })
     }
 
-    /// The process id, which is the group's too.
-    pub(crate) fn id(&self) -> i32 {
-        self.group.id().as_raw_nonzero().get()
-    }
-
-    /// Sees the process through to its end. Whatever is left of the group when its leader exits is killed.
+    /// Sees the process through to its end. Whatever is left of its group when the leader exits by itself is killed; when
+    /// the group is terminated, it has the grace too.
     pub(crate) async fn supervise<C>(
         self,
         stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
         on_line: impl Fn(Channel, &str),
     ) -> Exit<C> {
         let Self { group, stdin, stdout, stderr } = self;
-        let mut tail = Tail::default();
-        let mut notified = false;
+        let Stops { terminate, skip_grace, kill_grace, notify } = stops;
+        let mut skip_grace = pin!(skip_grace.fuse());
+        let (mut tail, mut notified) = (Tail::default(), false);
         let terminated = {
-            let mut end = pin!(until_exit(&group, stops, &mut notified));
             let mut io = pin!(async {
                 let out = output::read_lines(stdout, |line| on_line(Channel::Stdout, line), None);
                 let err = output::read_lines(stderr, |line| on_line(Channel::Stderr, line), Some(&mut tail));
                 tokio::join!(feed(stdin), out, err);
             });
-            // All three pipes are served while waiting: a child blocked on any of them would never exit.
-            let (terminated, io_ended) = tokio::select! {
-                biased;
-                terminated = &mut end => (terminated, false),
-                () = &mut io => (end.await, true),
+            let (terminated, io_ended) = {
+                let mut end = pin!(async {
+                    let cause = until_told_to_end(&group, terminate, notify, &mut notified).await?;
+                    Some(Terminated { cause, kill_at: terminate_leader(&group, kill_grace, &mut skip_grace).await })
+                });
+                // All three pipes are served while waiting: a child blocked on any of them would never exit.
+                tokio::select! {
+                    biased;
+                    terminated = &mut end => (terminated, false),
+                    () = &mut io => (end.await, true),
+                }
             };
             if !io_ended {
-                group.signal(Signal::KILL);
-                let _ = tokio::time::timeout(OUTPUT_GRACE, io).await;
+                let kill_at = terminated.as_ref().map(|terminated| terminated.kill_at);
+                read_the_rest(&group, io, kill_at, skip_grace).await;
             }
-            terminated
+            terminated.map(|terminated| terminated.cause)
         };
         Exit { ended: group.end().await, terminated, notified, stderr: tail }
     }
 }
 
-/// Waits until the leader has exited, by itself or because it was told to.
-async fn until_exit<C>(
-    group: &Group,
-    stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
-    notified: &mut bool,
-) -> Option<C> {
-    let Stops { terminate, skip_grace, kill_grace, notify, notification } = stops;
-    let mut terminate = pin!(terminate);
-    let mut cause = tokio::select! {
-        biased;
-        () = group.leader_exited() => return None,
-        cause = &mut terminate => Some(cause),
-        () = notify, if notification.is_some() => None,
-    };
-    if let (None, Some(signal)) = (&cause, notification) {
-        group.signal_leader(signal);
-        *notified = true;
-        cause = tokio::select! {
-            biased;
-            () = group.leader_exited() => return None,
-            cause = terminate => Some(cause),
-        };
-    }
-    terminate_group(group, kill_grace, skip_grace).await;
-    cause
+/// A process that was told to end.
+struct Terminated<C> {
+    cause: C,
+    /// When what is left of its group is killed.
+    kill_at: Instant,
 }
 
-async fn terminate_group(group: &Group, kill_grace: Duration, skip_grace: impl Future<Output = ()>) {
+/// Waits until the leader has exited by itself (`None`), or there is cause to terminate it.
+async fn until_told_to_end<C>(
+    group: &Group,
+    terminate: impl Future<Output = C>,
+    notify: Option<(Signal, impl Future<Output = ()>)>,
+    notified: &mut bool,
+) -> Option<C> {
+    let mut terminate = pin!(terminate);
+    if let Some((signal, when)) = notify {
+        tokio::select! {
+            biased;
+            () = group.leader_exited() => return None,
+            cause = &mut terminate => return Some(cause),
+            () = when => group.signal_leader(signal),
+        }
+        *notified = true;
+    }
+    tokio::select! {
+        biased;
+        () = group.leader_exited() => None,
+        cause = terminate => Some(cause),
+    }
+}
+
+/// Tells the group to end, and returns once its leader has, with the time until which the others may take.
+async fn terminate_leader(group: &Group, kill_grace: Duration, skip_grace: impl Future<Output = ()>) -> Instant {
+    let kill_at = Instant::now() + kill_grace;
     group.signal(Signal::TERM);
     // A stopped process would not see SIGTERM until it is continued.
     group.signal(Signal::CONT);
     tokio::select! {
         biased;
-        () = group.leader_exited() => return,
+        () = group.leader_exited() => return kill_at,
         () = skip_grace => {}
-        () = tokio::time::sleep(kill_grace) => {}
+        () = tokio::time::sleep_until(kill_at) => {}
     }
     group.signal(Signal::KILL);
     group.leader_exited().await;
+    Instant::now()
+}
+
+/// Reads what comes after the leader's exit. A shell dies of SIGTERM before the command that it runs, so whoever still
+/// holds a pipe then has until `kill_at`. All else of the group is killed, and what has left the group is not waited for.
+async fn read_the_rest(
+    group: &Group,
+    mut io: Pin<&mut impl Future<Output = ()>>,
+    kill_at: Option<Instant>,
+    skip_grace: impl Future<Output = ()>,
+) {
+    if let Some(kill_at) = kill_at {
+        tokio::select! {
+            () = &mut io => return,
+            () = skip_grace => {}
+            () = tokio::time::sleep_until(kill_at) => {}
+        }
+    }
+    group.signal(Signal::KILL);
+    let _ = tokio::time::timeout(OUTPUT_GRACE, io).await;
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the room that starts processes")]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, debug, error, info, info_span};
 
@@ -18,7 +18,7 @@ use crate::ack::{AckProcessor, AckQueue};
 use crate::chain::Chain;
 use crate::client::{Client, ClientError};
 use crate::config::WorkerConfig;
-use crate::dispatch::Dispatcher;
+use crate::dispatch::{Dispatcher, Ended};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use activity::{Activity, Counts, Unfinished};
@@ -80,7 +80,7 @@ impl<D: Dispatcher> Worker<D> {
     }
 
     /// Works until `lifecycle` says stop and everything has been taken down. Each run takes a new lifecycle; all else
-    /// is made anew, so that it may be called again.
+    /// is made anew, so that it may be called again. Dropped before its end, it stops everything where it is.
     ///
     /// # Errors
     /// When the server refuses the worker's very first request.
@@ -96,7 +96,7 @@ impl<D: Dispatcher> Worker<D> {
             AckProcessor::start(Arc::clone(&self.client), prefetch.get() * 2, *backoff, lifecycle.clone());
         let (dispatch_queue, jobs) = async_channel::bounded(prefetch.get());
         let loops = self.start_loops(&jobs, &ack_queue, &activity, lifecycle);
-        let producer = tokio::spawn(self.producer(dispatch_queue, &activity, lifecycle).run());
+        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &activity, lifecycle).run()));
         let _deadline =
             spawn_watch(lifecycle, async |lifecycle, deadline| lifecycle.enforce(deadline).await, *shutdown_deadline);
         let _idle = exit_when_idle.map(|limit| {
@@ -183,7 +183,7 @@ async fn tear_down(
     jobs: async_channel::Receiver<Delivery>,
     loops: JoinSet<()>,
     acks: AckProcessor,
-    producer: JoinHandle<Result<(), WorkerError>>,
+    producer: AbortOnDropHandle<Result<(), WorkerError>>,
     lifecycle: &Lifecycle,
 ) -> TornDown {
     jobs.close();
@@ -222,11 +222,10 @@ impl<D: Dispatcher> WorkerLoop<D> {
     async fn work(&self, delivery: Delivery) {
         let _running = self.activity.start_job();
         let started = Instant::now();
-        let outcome = self.dispatch(&delivery.job).await;
-        let seconds = started.elapsed().as_secs_f64();
-        log_outcome(&outcome, seconds);
-        self.activity.count(&outcome);
-        match outcome {
+        let ended = self.dispatch(&delivery.job).await;
+        log_ended(&ended, started.elapsed());
+        self.activity.count(&ended.outcome);
+        match ended.outcome {
             Outcome::Success => self.acks.success(delivery.job.id.clone()).await,
             Outcome::Failure(failure) => self.acks.failure(delivery.job.id.clone(), failure).await,
             Outcome::Interrupted => {}
@@ -234,11 +233,10 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 
     /// A dispatcher that panics has failed its job, not the worker.
-    async fn dispatch(&self, job: &Job) -> Outcome {
+    async fn dispatch(&self, job: &Job) -> Ended {
         let work = AssertUnwindSafe(self.dispatcher.dispatch(job, &self.lifecycle));
-        work.catch_unwind()
-            .await
-            .unwrap_or_else(|panic| Outcome::Failure(Failure::new("Panic", panic_message(&*panic))))
+        let failure = |panic: Box<dyn Any + Send>| Failure::new("Panic", panic_message(&*panic));
+        work.catch_unwind().await.unwrap_or_else(|panic| Outcome::Failure(failure(panic)).into())
     }
 }
 
@@ -247,14 +245,19 @@ fn job_span(job: &Job) -> Span {
     info_span!("job", id = job.id.as_str(), r#type = job.job_type, queue = job.queue, attempt = job.attempts + 1)
 }
 
-fn log_outcome(outcome: &Outcome, seconds: f64) {
-    match outcome {
-        Outcome::Success => debug!(seconds, "job completed"),
+fn log_ended(ended: &Ended, elapsed: Duration) {
+    let seconds = elapsed.as_secs_f64();
+    let cpu_seconds = ended.usage.map(|usage| usage.cpu.as_secs_f64());
+    let peak_memory_bytes = ended.usage.map(|usage| usage.max_rss);
+    match &ended.outcome {
+        Outcome::Success => debug!(seconds, cpu_seconds, peak_memory_bytes, "job completed"),
         Outcome::Failure(failure) => {
             let error_type = failure.error_type.as_deref().unwrap_or_default();
-            error!(seconds, error_type, error = failure.message, "job failed");
+            error!(seconds, cpu_seconds, peak_memory_bytes, error_type, error = failure.message, "job failed");
         }
-        Outcome::Interrupted => info!(seconds, "job interrupted, it goes back to the server"),
+        Outcome::Interrupted => {
+            info!(seconds, cpu_seconds, peak_memory_bytes, "job interrupted, it goes back to the server");
+        }
     }
 }
 

@@ -12,7 +12,8 @@ use zizq_worker::config::{
     DEFAULT_FIBERS, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
     DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, DEFAULT_URL, LogFormat, LogLevel,
 };
-use zizq_worker::{Backoff, Config};
+use zizq_worker::handler::{DEFAULT_KILL_GRACE, Stdin};
+use zizq_worker::{Backoff, Config, Output};
 
 fn path() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("config/zizq-worker.toml")
@@ -61,8 +62,12 @@ fn what_is_commented_out_is_accepted_when_it_no_longer_is() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("zizq-worker.toml");
     fs::write(&file, uncommented()).unwrap();
-    let Config { worker, handler, log, .. } = load(&file, &[]);
-    assert_eq!(handler.file_name(), "cat");
+    let Config { worker, handlers, log, .. } = load(&file, &[]);
+    let handler = handlers.default.unwrap();
+    assert_eq!(handler.program.file_name(), "cat");
+    assert_eq!((handler.stdin, handler.output), (Stdin::Payload, Output::Log));
+    assert_eq!(handler.kill_grace, DEFAULT_KILL_GRACE);
+    assert!(handlers.routes.contains_key("send_email"));
     assert_eq!(worker.prefetch.get(), 2 * DEFAULT_THREADS.get() * DEFAULT_FIBERS.get());
     assert_eq!(worker.exit_when_idle, Some(Duration::from_secs(600)));
     assert_eq!(worker.worker_id.to_string(), "mailer-1");
@@ -90,5 +95,6 @@ fn the_example_has_every_setting() {
         assert!(keys.iter().any(|known| known == key || known.ends_with(&format!(".{key}"))), "{key} in {keys:?}");
         keys.retain(|known| known != key && !known.ends_with(&format!(".{key}")));
     }
+    keys.retain(|key| !key.starts_with("handler.") && !key.starts_with("handlers."));
     assert!(keys.is_empty(), "without a flag: {keys:?}");
 }

@@ -10,8 +10,15 @@
 mod support;
 
 mod dispatch;
+mod embedded;
 mod example;
+mod library;
+mod lifecycle;
 mod logs;
 mod mistakes;
-mod settings;
+mod official_client;
+mod producer;
 mod protocol;
+mod real_server;
+mod reports;
+mod settings;
