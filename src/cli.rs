@@ -15,18 +15,19 @@ use crate::config::{
     DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, DEFAULT_URL, Source,
 };
 
+/// A paragraph is one line: clap breaks lines where the terminal ends.
 const AFTER_HELP: &str = "\
-Each setting is taken from its flag, else its environment variable, else the configuration file, else its default.
+Each setting is taken from its flag, else its environment variable, else the configuration file, else its default. \
 Durations are written like 500ms or \"1m 30s\"; a bare number is seconds.
 
-A handler gets the job's payload (JSON) on stdin and ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY,
-ZIZQ_JOB_ATTEMPTS, ZIZQ_JOB_READY_AT and ZIZQ_WORKER_ID in its environment. Exit status 0 acknowledges the job; any
+A handler gets the job's payload (JSON) on stdin and ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY, \
+ZIZQ_JOB_ATTEMPTS, ZIZQ_JOB_READY_AT and ZIZQ_WORKER_ID in its environment. Exit status 0 acknowledges the job; any \
 other status, or death by a signal, reports it as failed, and the server decides when it is tried again.
 
-SIGTERM or SIGINT (Ctrl-C) finishes and reports the jobs that were taken, then exits. A second one stops running jobs;
+SIGTERM or SIGINT (Ctrl-C) finishes and reports the jobs that were taken, then exits. A second one stops running jobs; \
 the server hands them out again, with no attempt counted.
 
-Exit status: 0 stopped as asked, 1 jobs had to be stopped or the server refused the worker, 2 a mistake on the command
+Exit status: 0 stopped as asked, 1 jobs had to be stopped or the server refused the worker, 2 a mistake on the command \
 line or in a variable, 78 a mistake in the configuration file or a handler that cannot be run.
 
 Try it without a server:
@@ -121,6 +122,7 @@ impl Args {
     }
 
     /// Whether a flag without a value was given.
+    #[cfg(feature = "embedded")]
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.matches.get_flag(name)
     }
@@ -182,14 +184,14 @@ fn handler_args() -> Vec<Arg> {
         setting(
             "exec",
             "CMD",
-            "The command to run for each job, split into words as a shell would, but run without one",
+            "The command to run for each job, split into words as a shell would, but run without one [required, here or elsewhere]",
         ),
         Arg::new("command")
             .value_name("CMD")
             .num_args(1..)
             .last(true)
             .value_parser(clap::value_parser!(OsString))
-            .help("The same as separate words, after --"),
+            .help("The same as separate words, after --; wins over ZIZQ_EXEC and the file"),
     ]
 }
 

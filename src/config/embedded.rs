@@ -32,7 +32,6 @@ impl fmt::Display for JobsSource {
     }
 }
 
-#[cfg(feature = "embedded")]
 pub(super) fn resolve(args: &Args, url: &ServerUrl) -> Result<Option<EmbeddedConfig>, ConfigError> {
     let given = args.given("jobs")?;
     let jobs = given.as_ref().and_then(|given| given.values.last()).map(|file| match file.as_str() {
@@ -53,9 +52,4 @@ pub(super) fn resolve(args: &Args, url: &ServerUrl) -> Result<Option<EmbeddedCon
         )),
         embedded => Ok(embedded.then_some(EmbeddedConfig { jobs })),
     }
-}
-
-#[cfg(not(feature = "embedded"))]
-pub(super) fn resolve(_: &Args, _: &ServerUrl) -> Result<Option<EmbeddedConfig>, ConfigError> {
-    Ok(None)
 }

@@ -1,5 +1,6 @@
 //! [`Config`]: every setting resolved and checked. A flag or variable wins over the file, the file over the `DEFAULT_*`.
 
+#[cfg(feature = "embedded")]
 mod embedded;
 mod error;
 mod file;
@@ -17,6 +18,7 @@ use layers::Layers;
 
 pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 pub use crate::client::DEFAULT_URL;
+#[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
 pub use log::{LogConfig, LogFormat, LogLevel};
@@ -33,6 +35,7 @@ pub struct Config {
     /// What is logged, and how.
     pub log: LogConfig,
     /// The server to start in this process.
+    #[cfg(feature = "embedded")]
     pub embedded: Option<EmbeddedConfig>,
 }
 
@@ -45,9 +48,17 @@ impl Config {
         let file = ConfigFile::load(args.given("config")?.as_ref())?;
         let layers = Layers { args, file: &file };
         let worker = WorkerConfig::resolve(&layers)?;
-        let embedded = embedded::resolve(args, &worker.url)?;
         let log = LogConfig::resolve(&layers)?;
+        #[cfg(feature = "embedded")]
+        let embedded = embedded::resolve(args, &worker.url)?;
         // Last, so that a handler which nobody has given yet does not hide a mistake in what has been given.
-        Ok(Self { handlers: handler::resolve(&layers)?, log, worker, embedded })
+        let handlers = handler::resolve(&layers)?;
+        Ok(Self {
+            worker,
+            handlers,
+            log,
+            #[cfg(feature = "embedded")]
+            embedded,
+        })
     }
 }

@@ -32,7 +32,7 @@ fn load(file: &Path, args: &[&str]) -> Config {
 
 /// A commented setting, `#key = value`, and not a sentence, which has a space after its `#`.
 fn is_commented_setting(line: &str) -> bool {
-    line.starts_with('#') && line.contains(" = ") && !line.starts_with("# ")
+    line.starts_with('#') && (line.contains(" = ") || line.starts_with("#[")) && !line.starts_with("# ")
 }
 
 fn uncommented() -> String {

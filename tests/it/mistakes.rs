@@ -165,8 +165,8 @@ fn a_mistake_in_the_file_is_shown_with_its_line() {
     for (toml, problem) in [
         ("[worker]\nthreadz = 3", &*unknown("threadz")),
         ("[worker]\nretry-min-wait = 3", &unknown("retry-min-wait")),
-        ("\n\nthreads = 1", "3: unknown key `threads`, expected one of `url`, `worker`, `handler`, `log`"),
-        ("[logs]", "1: unknown key `logs`, expected one of `url`, `worker`, `handler`, `log`"),
+        ("\n\nthreads = 1", "3: unknown key `threads`, expected one of `url`, `worker`, `handler`, `handlers`, `log`"),
+        ("[logs]", "1: unknown key `logs`, expected one of `url`, `worker`, `handler`, `handlers`, `log`"),
         ("[log]\nfile = 'x'", "2: unknown key `file`, expected `level` or `format`"),
         ("[handler]\ncommand = 'x'", "2: unknown key `command`, expected `exec`"),
         ("worker = 3", "1: invalid type: integer `3`, expected one table, as under a line like [worker]"),
@@ -211,7 +211,7 @@ fn the_file_must_be_readable() {
 #[test]
 fn there_must_be_one_handler() {
     let line = "the command line: no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, \
-                or exec in the file's [handler]";
+                or exec in the file's [handler] or [handlers.TYPE]";
     refuse(Daemon::bare(), USAGE, line);
     refuse(Daemon::bare().env("ZIZQ_EXEC", ""), USAGE, line);
     refuse(Daemon::bare().args(["--"]), USAGE, line);
