@@ -1,11 +1,12 @@
 //! [`AckProcessor`]: reports what became of the jobs. Successes leave in bulk, failures one by one; neither waits for the other.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, error, warn};
 
 use crate::backoff::{Backoff, retry};
@@ -22,6 +23,10 @@ const MAX_FAILURES_UNDER_WAY: usize = 8;
 
 /// How long the last try of a report may take once the worker is killed.
 const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long all last tries together may take, however many there are: one for what was under way when the worker was
+/// killed, and one for what had gathered behind it.
+const LAST_TRIES_TIMEOUT: Duration = LAST_TRY_TIMEOUT.saturating_mul(2);
 
 /// A place in the ack queue; given back when the report has been answered or given up.
 type Place = OwnedSemaphorePermit;
@@ -58,8 +63,8 @@ impl AckQueue {
 /// Takes reports from its queue and sees each through: accepted, refused, or given up because the worker is killed.
 #[derive(Debug)]
 pub(crate) struct AckProcessor {
-    successes: JoinHandle<()>,
-    failures: JoinHandle<()>,
+    successes: AbortOnDropHandle<()>,
+    failures: AbortOnDropHandle<()>,
 }
 
 /// What the sending side needs.
@@ -68,6 +73,8 @@ struct Reporter {
     client: Arc<Client>,
     backoff: Backoff,
     lifecycle: Lifecycle,
+    /// When a report first noticed that the worker is killed.
+    killed: Arc<OnceLock<Instant>>,
 }
 
 impl AckProcessor {
@@ -80,10 +87,10 @@ impl AckProcessor {
     ) -> (Self, AckQueue) {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
-        let reporter = Reporter { client, backoff, lifecycle };
+        let reporter = Reporter { client, backoff, lifecycle, killed: Arc::default() };
         let processor = Self {
-            successes: tokio::spawn(reporter.clone().report_successes(success_queue)),
-            failures: tokio::spawn(reporter.report_failures(failure_queue)),
+            successes: AbortOnDropHandle::new(tokio::spawn(reporter.clone().report_successes(success_queue))),
+            failures: AbortOnDropHandle::new(tokio::spawn(reporter.report_failures(failure_queue))),
         };
         (processor, AckQueue { places: Arc::new(Semaphore::new(capacity)), successes, failures })
     }
@@ -145,8 +152,9 @@ impl Reporter {
     {
         let attempt = || async {
             tokio::select! {
-                answer = call() => answer,
+                biased;
                 () = self.last_try_over() => Err(ClientError::TimedOut(LAST_TRY_TIMEOUT)),
+                answer = call() => answer,
             }
         };
         retry(&self.backoff, &self.lifecycle, Phase::Killing, attempt, |error, wait| {
@@ -157,7 +165,9 @@ impl Reporter {
 
     async fn last_try_over(&self) {
         self.lifecycle.reached(Phase::Killing).await;
-        tokio::time::sleep(LAST_TRY_TIMEOUT).await;
+        let now = Instant::now();
+        let killed = *self.killed.get_or_init(|| now);
+        tokio::time::sleep_until((now + LAST_TRY_TIMEOUT).min(killed + LAST_TRIES_TIMEOUT)).await;
     }
 }
 
