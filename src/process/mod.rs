@@ -18,6 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::pipe::{Receiver, Sender};
+use tokio::time::Instant;
 
 pub(crate) use output::{Channel, Tail};
 
@@ -118,8 +119,8 @@ impl Process {
     }
 
     /// Sees the process through to its end. When `stop` comes first, the group is terminated: SIGTERM, and SIGKILL after
-    /// `kill_grace`. Whatever is left of the group when its leader exits is killed before the leader is reaped, while
-    /// the zombie still keeps the number from being given to anyone else.
+    /// `kill_grace`. Whatever is left of the group when its leader exits by itself is killed at once. All that happens
+    /// before the leader is reaped, while the zombie still keeps the number from being given to anyone else.
     pub(crate) async fn supervise<C>(
         self,
         stop: impl Future<Output = C>,
@@ -136,19 +137,32 @@ impl Process {
                 tokio::join!(feed(stdin), out, err);
             });
             // All three pipes are served while waiting: a child blocked on any of them would never exit.
-            let (stopped, io_ended) = tokio::select! {
+            let (stopped, mut io_ended) = tokio::select! {
                 biased;
                 stopped = &mut end => (stopped, false),
                 () = &mut io => (end.await, true),
             };
+            // A shell dies of SIGTERM before the command that it runs: whoever still holds a pipe has the grace, too.
+            if let Some(Stopped { kill_at, .. }) = stopped
+                && !io_ended
+            {
+                io_ended = tokio::time::timeout_at(kill_at, &mut io).await.is_ok();
+            }
             leader.signal(Signal::KILL);
             if !io_ended {
                 let _ = tokio::time::timeout(OUTPUT_GRACE, io).await;
             }
-            stopped
+            stopped.map(|stopped| stopped.cause)
         };
         Exit { status: leader.reap(), stopped, stderr: tail }
     }
+}
+
+/// A process that was told to end.
+struct Stopped<C> {
+    cause: C,
+    /// When what is left of its group is killed.
+    kill_at: Instant,
 }
 
 /// Waits until the leader has exited, by itself or because `stop` said so.
@@ -157,20 +171,21 @@ async fn until_exit<C>(
     pidfd: &AsyncFd<OwnedFd>,
     stop: impl Future<Output = C>,
     kill_grace: Duration,
-) -> Option<C> {
+) -> Option<Stopped<C>> {
     let cause = tokio::select! {
         biased;
         () = exited(pidfd) => return None,
         cause = stop => cause,
     };
+    let kill_at = Instant::now() + kill_grace;
     // A stopped process would not see SIGTERM until it is continued.
     leader.signal(Signal::TERM);
     leader.signal(Signal::CONT);
-    if tokio::time::timeout(kill_grace, exited(pidfd)).await.is_err() {
+    if tokio::time::timeout_at(kill_at, exited(pidfd)).await.is_err() {
         leader.signal(Signal::KILL);
         exited(pidfd).await;
     }
-    Some(cause)
+    Some(Stopped { cause, kill_at })
 }
 
 #[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
