@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, debug, error, info, info_span};
 
@@ -80,7 +80,7 @@ impl<D: Dispatcher> Worker<D> {
     }
 
     /// Works until `lifecycle` says stop and everything has been taken down. Each run takes a new lifecycle; all else
-    /// is made anew, so that it may be called again.
+    /// is made anew, so that it may be called again. Dropped before its end, it stops everything where it is.
     ///
     /// # Errors
     /// When the server refuses the worker's very first request.
@@ -95,7 +95,7 @@ impl<D: Dispatcher> Worker<D> {
             AckProcessor::start(Arc::clone(&self.client), prefetch.get() * 2, *backoff, lifecycle.clone());
         let (dispatch_queue, jobs) = async_channel::bounded(prefetch.get());
         let loops = self.start_loops(&jobs, &ack_queue, &activity, lifecycle);
-        let producer = tokio::spawn(self.producer(dispatch_queue, &activity, lifecycle).run());
+        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &activity, lifecycle).run()));
         let _deadline =
             spawn_watch(lifecycle, async |lifecycle, deadline| lifecycle.enforce(deadline).await, *shutdown_deadline);
         let _idle = exit_when_idle.map(|limit| {
@@ -182,7 +182,7 @@ async fn tear_down(
     jobs: async_channel::Receiver<Delivery>,
     loops: JoinSet<()>,
     acks: AckProcessor,
-    producer: JoinHandle<Result<(), WorkerError>>,
+    producer: AbortOnDropHandle<Result<(), WorkerError>>,
     lifecycle: &Lifecycle,
 ) -> TornDown {
     jobs.close();
