@@ -3,10 +3,18 @@
 #![expect(
     unreachable_pub,
     clippy::disallowed_methods,
-    reason = "tests are no library, and start processes, sleep and read the environment"
+    clippy::unwrap_used,
+    reason = "tests are no library: they start processes, wait, read the environment, and panic when they fail"
 )]
 
 mod support;
 
 mod dispatch;
+mod embedded;
+mod library;
+mod lifecycle;
+mod official_client;
+mod producer;
 mod protocol;
+mod real_server;
+mod reports;

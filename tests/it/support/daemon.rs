@@ -24,9 +24,12 @@ pub struct Daemon {
 impl Daemon {
     /// A daemon for that server, with its log as JSON at level debug.
     pub fn of(server: &Api) -> Self {
-        let mut daemon = Self::bare();
-        daemon.command.args(["--url", &server.url, "--log-format", "json", "--log-level", "debug"]);
-        daemon
+        Self::at(&server.url)
+    }
+
+    /// A daemon for whatever is at that url.
+    pub fn at(url: &str) -> Self {
+        Self::bare().args(["--url", url, "--log-format", "json", "--log-level", "debug"])
     }
 
     /// A daemon without any argument or `ZIZQ_*` variable.
@@ -154,6 +157,10 @@ impl Running {
         self.signal(Signal::TERM)
     }
 
+    pub fn sigint(&self) -> &Self {
+        self.signal(Signal::INT)
+    }
+
     /// The log so far.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
@@ -171,6 +178,37 @@ impl Running {
         self.wait_for(&format!("log: {message}"), |event| {
             event["message"].as_str().is_some_and(|text| text.contains(message))
         })
+    }
+
+    /// Waits until there are that many events with that message, and returns all of them.
+    pub fn wait_for_messages(&self, count: usize, message: &str) -> Vec<Value> {
+        eventually(&format!("log: {count} × {message}"), || {
+            let events = self.log().into_iter().filter_map(|line| serde_json::from_str::<Value>(&line).ok());
+            let found: Vec<Value> = events.filter(|event| event["message"] == message).collect();
+            (found.len() >= count).then_some(found)
+        })
+    }
+
+    /// Waits until handlers have written that many lines into a file in the test's directory, and returns them.
+    pub fn wait_for_lines(&self, count: usize, name: &str) -> Vec<String> {
+        let path = self.dir.path().join(name);
+        eventually(&format!("{count} lines in {name}"), || {
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            let lines: Vec<String> = text.lines().map(str::to_owned).collect();
+            (lines.len() >= count && text.ends_with('\n')).then_some(lines)
+        })
+    }
+
+    /// Waits until one of its threads reads from its stdin, as the kernel sees it.
+    pub fn wait_for_blocked_read(&self) {
+        let tasks = Path::new("/proc").join(self.pid().to_string()).join("task");
+        eventually("a read from stdin", || {
+            let mut calls = fs::read_dir(&tasks)
+                .ok()?
+                .flatten()
+                .filter_map(|task| fs::read_to_string(task.path().join("syscall")).ok());
+            calls.find(|call| call.starts_with(&format!("{} 0x0 ", libc::SYS_read)))
+        });
     }
 
     /// Waits until a handler has made a file in the test's directory, and returns what is in it.
@@ -202,6 +240,13 @@ impl Finished {
         self
     }
 
+    /// Ended as asked, or by the signal itself if it came before anyone listened.
+    #[track_caller]
+    pub fn assert_obeyed(self) {
+        let obeyed = self.status.code() == Some(0) || self.status.signal() == Some(Signal::TERM.as_raw());
+        assert!(obeyed, "{}, log:\n{}", self.status, self.log.join("\n"));
+    }
+
     /// The events of a JSON log.
     pub fn events(&self) -> Vec<Value> {
         self.log.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
@@ -212,6 +257,11 @@ impl Finished {
     pub fn event(&self, message: &str) -> Value {
         let found = self.events().into_iter().find(|event| event["message"] == message);
         found.unwrap_or_else(|| panic!("no {message:?} in the log:\n{}", self.log.join("\n")))
+    }
+
+    /// All events with that message.
+    pub fn all(&self, message: &str) -> Vec<Value> {
+        self.events().into_iter().filter(|event| event["message"] == message).collect()
     }
 
     /// Whether the log has an event with that message.

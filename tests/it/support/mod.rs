@@ -1,12 +1,16 @@
 //! What the tests are made of: a server, the daemon as a real process, and handlers as real scripts.
 
 mod daemon;
+mod proxy;
+mod raw;
 mod server;
 
 use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Running};
-pub use server::{Api, Server};
+pub use proxy::{Call, Event, Fault, Proxy};
+pub use raw::RawServer;
+pub use server::{Api, Server, runtime, unused_address};
 
 /// How long a test waits for something that must happen: far longer than it ever takes.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -117,8 +117,17 @@ impl Server {
     }
 
     pub fn with(options: Options) -> Self {
+        Self::bind(SocketAddr::from(([127, 0, 0, 1], 0)), options)
+    }
+
+    /// A server on a port that was free a moment ago.
+    pub fn at(address: SocketAddr) -> Self {
+        Self::bind(address, Options::default())
+    }
+
+    fn bind(address: SocketAddr, options: Options) -> Self {
         let store = Store::new(options);
-        let server = runtime().block_on(EmbeddedServer::bind("127.0.0.1:0", store.clone())).unwrap();
+        let server = runtime().block_on(EmbeddedServer::bind(address, store.clone())).unwrap();
         let address = server.local_addr();
         Self { api: Api::new(format!("http://{address}")), address, store, running: Some(serve(server)) }
     }

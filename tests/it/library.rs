@@ -1,0 +1,176 @@
+//! The library: a worker of one's own, without any process.
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use zizq_worker::{Dispatcher, Failure, Job, Lifecycle, Outcome, Phase, Summary, Worker, WorkerConfig, WorkerError};
+
+use crate::support::{Api, Call, Proxy, RawServer, Server, eventually, runtime};
+
+/// Does what the job's type says, and remembers the payloads.
+#[derive(Debug, Clone, Default)]
+struct Obedient {
+    payloads: Arc<Mutex<Vec<String>>>,
+    endless: Arc<AtomicUsize>,
+}
+
+impl Dispatcher for Obedient {
+    async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Outcome {
+        self.payloads.lock().unwrap().push(String::from_utf8(job.payload.to_vec()).unwrap());
+        match job.job_type.as_str() {
+            "succeed" => Outcome::Success,
+            "fail" => Outcome::Failure(Failure::new("Oddity", "odd").with_backtrace("here\nthere".to_owned())),
+            "panic" => panic!("oh no"),
+            "endless" => {
+                self.endless.fetch_add(1, Ordering::Relaxed);
+                lifecycle.reached(Phase::Killing).await;
+                Outcome::Interrupted
+            }
+            other => panic!("no such type: {other}"),
+        }
+    }
+}
+
+fn worker(server: &Api, dispatcher: &Obedient) -> Arc<Worker<Obedient>> {
+    let config = WorkerConfig {
+        url: server.url.parse().unwrap(),
+        fibers: NonZeroUsize::new(2).unwrap(),
+        prefetch: NonZeroUsize::new(4).unwrap(),
+        ..WorkerConfig::default()
+    };
+    Arc::new(Worker::new(config, dispatcher.clone()))
+}
+
+type Run = JoinHandle<Result<Summary, WorkerError>>;
+
+fn run(worker: &Arc<Worker<Obedient>>, lifecycle: &Lifecycle) -> Run {
+    let (worker, lifecycle) = (Arc::clone(worker), lifecycle.clone());
+    runtime().spawn(async move { worker.run(&lifecycle).await })
+}
+
+fn ended(run: Run) -> Result<Summary, WorkerError> {
+    runtime().block_on(run).unwrap()
+}
+
+#[test]
+fn a_dispatcher_of_ones_own_decides_how_jobs_end() {
+    let server = Server::start();
+    let dispatcher = Obedient::default();
+    let lifecycle = Lifecycle::new();
+    let running = run(&worker(&server, &dispatcher), &lifecycle);
+    let good = server.enqueue("q", "succeed", json!({"n": 1}));
+    server.wait_until_done(&good);
+    let bad = server.enqueue("q", "fail", json!(2));
+    let error = server.wait_for_error(&bad, 1);
+    assert_eq!(error["message"], "odd");
+    assert_eq!((&error["error_type"], &error["backtrace"]), (&json!("Oddity"), &json!("here\nthere")));
+    lifecycle.stop();
+    assert_eq!(ended(running).unwrap(), Summary { killed: false, succeeded: 1, failed: 1, interrupted: 0 });
+    assert_eq!(*dispatcher.payloads.lock().unwrap(), [r#"{"n":1}"#, "2"]);
+}
+
+#[test]
+fn a_worker_can_run_again() {
+    let server = Server::start();
+    let worker = worker(&server, &Obedient::default());
+    for _ in 0..3 {
+        let lifecycle = Lifecycle::new();
+        let running = run(&worker, &lifecycle);
+        let id = server.enqueue("q", "succeed", json!(null));
+        server.wait_until_done(&id);
+        lifecycle.stop();
+        assert_eq!(ended(running).unwrap().succeeded, 1);
+    }
+}
+
+#[test]
+fn two_workers_run_at_once_in_one_process() {
+    let server = Server::start();
+    let (first, second) = (Lifecycle::new(), Lifecycle::new());
+    let worker = worker(&server, &Obedient::default());
+    let runs = [run(&worker, &first), run(&worker, &second)];
+    server.enqueue_all(vec![json!({"queue": "q", "type": "succeed", "payload": null}); 50]);
+    eventually("all jobs done", || (server.count("ready,in_flight") == 0).then_some(()));
+    first.stop();
+    let id = server.enqueue("q", "succeed", json!(null));
+    server.wait_until_done(&id);
+    second.stop();
+    assert_eq!(runs.map(|run| ended(run).unwrap().succeeded).iter().sum::<u64>(), 51);
+}
+
+#[test]
+fn a_run_can_be_stopped_from_another_thread() {
+    let server = Server::start();
+    let lifecycle = Lifecycle::new();
+    let running = run(&worker(&server, &Obedient::default()), &lifecycle);
+    std::thread::spawn(move || lifecycle.stop()).join().unwrap();
+    assert!(!ended(running).unwrap().killed);
+}
+
+#[test]
+fn a_run_can_be_killed_from_another_thread() {
+    let server = Server::start();
+    let dispatcher = Obedient::default();
+    let lifecycle = Lifecycle::new();
+    let running = run(&worker(&server, &dispatcher), &lifecycle);
+    let id = server.enqueue("q", "endless", json!(null));
+    eventually("the job's start", || (dispatcher.endless.load(Ordering::Relaxed) == 1).then_some(()));
+    std::thread::spawn(move || lifecycle.kill()).join().unwrap();
+    assert_eq!(ended(running).unwrap(), Summary { killed: true, succeeded: 0, failed: 0, interrupted: 1 });
+    assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
+}
+
+#[test]
+fn a_run_that_is_stopped_before_it_starts_ends_at_once_and_takes_nothing() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let lifecycle = Lifecycle::new();
+    lifecycle.stop();
+    assert_eq!(ended(run(&worker(&proxy, &Obedient::default()), &lifecycle)).unwrap().succeeded, 0);
+    assert_eq!(proxy.calls(Call::Take).len(), 0);
+}
+
+#[test]
+fn a_dispatcher_that_panics_fails_its_job_and_nothing_else() {
+    let server = Server::start();
+    let lifecycle = Lifecycle::new();
+    let running = run(&worker(&server, &Obedient::default()), &lifecycle);
+    // More than there are loops, so that none of them can have died of it.
+    let bad = server.enqueue_all(vec![json!({"queue": "q", "type": "panic", "payload": null}); 5]);
+    for id in &bad {
+        let error = server.wait_for_error(id, 1);
+        assert_eq!(
+            (&error["error_type"], &error["message"]),
+            (&json!("Panic"), &json!("the dispatcher panicked: oh no"))
+        );
+    }
+    let good = server.enqueue("q", "succeed", json!(null));
+    server.wait_until_done(&good);
+    lifecycle.stop();
+    assert_eq!(ended(running).unwrap(), Summary { killed: false, succeeded: 1, failed: 5, interrupted: 0 });
+}
+
+#[test]
+fn a_refusal_of_the_first_request_is_the_error_of_the_run() {
+    let server = RawServer::start();
+    let running = run(&worker(&Api::new(server.url()), &Obedient::default()), &Lifecycle::new());
+    server.request().answer("403 Forbidden", r#"{"error":"who are you?"}"#);
+    let error = ended(running).unwrap_err().to_string();
+    assert!(error.ends_with("403 Forbidden: who are you?"), "{error}");
+}
+
+#[test]
+fn a_run_that_is_dropped_gives_its_jobs_back() {
+    let server = Server::start();
+    let dispatcher = Obedient::default();
+    let lifecycle = Lifecycle::new();
+    let running = run(&worker(&server, &dispatcher), &lifecycle);
+    let id = server.enqueue("q", "endless", json!(null));
+    eventually("the job's start", || (dispatcher.endless.load(Ordering::Relaxed) == 1).then_some(()));
+    running.abort();
+    let job: Value = server.wait_for_status(&id, "ready");
+    assert_eq!(job["attempts"], 0);
+}

@@ -1,0 +1,137 @@
+//! A server that does only what a test tells it, byte by byte: for all that a real one never does.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use super::{PATIENCE, eventually};
+
+/// A listener; each connection and each answer is made by the test.
+pub struct RawServer {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+/// One request, and the connection on which it came.
+pub struct RawRequest {
+    /// The request line and the headers, names in lower case as hyper sends them.
+    pub head: String,
+    pub body: String,
+    stream: TcpStream,
+}
+
+impl RawServer {
+    /// Listens on a port of its own.
+    pub fn start() -> Self {
+        Self::at("127.0.0.1:0".parse().unwrap())
+    }
+
+    /// Listens on a port that was free a moment ago.
+    pub fn at(address: SocketAddr) -> Self {
+        let listener = TcpListener::bind(address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        Self { listener, address }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Waits for the next connection and the first request on it.
+    pub fn request(&self) -> RawRequest {
+        RawRequest::read(self.connection())
+    }
+
+    /// Waits for the next connection, and reads nothing.
+    pub fn connection(&self) -> TcpStream {
+        let (stream, _) = eventually("a connection", || self.listener.accept().ok());
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// Whether nobody waits for an answer.
+    pub fn is_quiet(&self) -> bool {
+        self.listener.accept().is_err()
+    }
+
+    /// Waits for the next request for the take stream and opens it.
+    pub fn take(&self) -> RawRequest {
+        self.request().open()
+    }
+}
+
+impl RawRequest {
+    fn read(mut stream: TcpStream) -> Self {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            head.extend_from_slice(&byte);
+        }
+        let head = String::from_utf8(head).unwrap();
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+        let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+        stream.read_exact(&mut body).unwrap();
+        Self { head, body: String::from_utf8(body).unwrap(), stream }
+    }
+
+    pub fn line(&self) -> &str {
+        self.head.lines().next().unwrap()
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    }
+
+    /// Answers with a status and a body, and closes.
+    pub fn answer(mut self, status: &str, body: &str) {
+        let length = body.len();
+        self.write(&format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"));
+    }
+
+    /// Answers with a stream that has not ended.
+    pub fn open(mut self) -> Self {
+        self.write("HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n");
+        self
+    }
+
+    pub fn heartbeat(&mut self) -> &mut Self {
+        self.chunk("\n")
+    }
+
+    /// Sends a job with that id.
+    pub fn job(&mut self, id: &str) -> &mut Self {
+        let fields = r#""type":"t","queue":"q","priority":32768,"status":"in_flight","payload":null,"ready_at":1"#;
+        self.chunk(&format!("{{\"id\":\"{id}\",{fields},\"attempts\":0,\"dequeued_at\":1}}\n"))
+    }
+
+    pub fn chunk(&mut self, text: &str) -> &mut Self {
+        self.write(&format!("{:x}\r\n{text}\r\n", text.len()));
+        self
+    }
+
+    /// Ends the stream as a server does that shuts down in good order.
+    pub fn end(mut self) {
+        self.write("0\r\n\r\n");
+    }
+
+    /// Waits until the client has closed the connection.
+    pub fn wait_until_closed(mut self) {
+        // A reset is an end as well.
+        let _ = self.stream.read_to_end(&mut Vec::new());
+    }
+
+    /// Whether the client still holds the connection open.
+    pub fn is_open(&self) -> bool {
+        self.stream.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        let open = matches!(self.stream.peek(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock);
+        self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        open
+    }
+
+    fn write(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).unwrap();
+    }
+}
