@@ -43,7 +43,7 @@ fn the_first_command_of_the_readme_runs_the_demo_jobs_shows_why_some_fail_and_ex
 
 #[test]
 fn jobs_of_a_file_are_enqueued_in_their_order() {
-    let daemon = embedded(unused_address()).args(["--exit-when-idle", "100ms"]).sh("echo $ZIZQ_JOB_TYPE >> $DIR/types");
+    let daemon = embedded(unused_address()).args(["--exit-when-idle", "500ms"]).sh("echo $ZIZQ_JOB_TYPE >> $DIR/types");
     let jobs = daemon.file(
         "jobs.ndjson",
         r#"{"queue":"q","type":"second","payload":1}
@@ -58,7 +58,7 @@ fn jobs_of_a_file_are_enqueued_in_their_order() {
 
 #[test]
 fn jobs_can_come_from_stdin() {
-    let daemon = embedded(unused_address()).args(["--jobs", "-", "--exit-when-idle", "100ms"]).sh("cat > $DIR/payload");
+    let daemon = embedded(unused_address()).args(["--jobs", "-", "--exit-when-idle", "500ms"]).sh("cat > $DIR/payload");
     let jobs = daemon.file("jobs.ndjson", "{\"queue\":\"q\",\"type\":\"t\",\"payload\":{\"n\":1}}\n");
     let finished = daemon.stdin(File::open(jobs).unwrap()).run().assert_exit(0);
     assert_eq!(finished.read("payload"), r#"{"n":1}"#);
@@ -97,7 +97,7 @@ fn the_embedded_server_serves_others_too() {
 fn an_idle_worker_of_any_server_exits_0() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
-    let finished = Daemon::of(&server).args(["--exit-when-idle", "100ms"]).sh("true").run().assert_exit(0);
+    let finished = Daemon::of(&server).args(["--exit-when-idle", "500ms"]).sh("true").run().assert_exit(0);
     server.wait_until_done(&id);
     assert!(position(&finished, "job completed") < position(&finished, "no job for that long: draining"));
 }
@@ -106,7 +106,7 @@ fn an_idle_worker_of_any_server_exits_0() {
 fn a_worker_with_a_running_job_is_not_idle() {
     let server = Server::start();
     let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 2]);
-    let finished = Daemon::of(&server).args(["--exit-when-idle", "100ms"]).sh("sleep 0.6").run().assert_exit(0);
+    let finished = Daemon::of(&server).args(["--exit-when-idle", "500ms"]).sh("sleep 1.5").run().assert_exit(0);
     ids.iter().for_each(|id| server.wait_until_done(id));
     let events = finished.events();
     let idle = position(&finished, "no job for that long: draining");
@@ -120,10 +120,8 @@ fn a_worker_without_a_connection_is_not_idle() {
     let daemon = daemon.args(["--retry-min-wait", "100ms", "--retry-multiplier", "1"]).sh("true").start();
     // By now it has been without a job for several times that long.
     daemon.wait_for_messages(6, "server unreachable, reconnecting");
-    let server = Server::at(address);
-    let id = server.enqueue("q", "t", json!(null));
+    let _server = Server::at(address);
     let finished = daemon.assert_exit(0);
-    server.wait_until_done(&id);
     assert!(
         position(&finished, "connected, listening for jobs") < position(&finished, "no job for that long: draining")
     );
