@@ -1,18 +1,22 @@
-//! [`AckProcessor`]: reports what became of the jobs. Successes leave in bulk, failures one by one; neither waits for the other.
+//! [`AckProcessor`]: reports what became of the jobs. Successes leave in bulk, failures one by one; neither waits for the
+//! other. A report that the server has no use for now is kept in the [`Ledger`], for the case that its job comes again.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, error, warn};
 
 use crate::backoff::{Backoff, retry};
 use crate::chain::Chain;
-use crate::client::{Acceptance, Client, ClientError};
-use crate::job::{Failure, JobId};
+use crate::client::{Acceptance, Client, ClientError, JobState};
+use crate::job::{Failure, JobId, Outcome};
+use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 
 /// How many ids one bulk request carries at most, so that its size stays far below what servers and proxies accept.
@@ -28,49 +32,56 @@ const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
 /// killed, and one for what had gathered behind it.
 const LAST_TRIES_TIMEOUT: Duration = LAST_TRY_TIMEOUT.saturating_mul(2);
 
-/// A place in the ack queue; given back when the report has been answered or given up.
+/// A place in the ack queue; given back when the report has been settled or given up.
 type Place = OwnedSemaphorePermit;
 
-/// The worker loops' side of the ack queue.
+#[derive(Debug)]
+struct Success {
+    attempt: Attempt,
+    _place: Place,
+}
+
+#[derive(Debug)]
+struct Failed {
+    attempt: Attempt,
+    failure: Failure,
+    _place: Place,
+}
+
+/// The way into the ack queue.
 #[derive(Debug, Clone)]
 pub(crate) struct AckQueue {
     places: Arc<Semaphore>,
-    successes: mpsc::UnboundedSender<(JobId, Place)>,
-    failures: mpsc::UnboundedSender<(JobId, Failure, Place)>,
+    successes: mpsc::UnboundedSender<Success>,
+    failures: mpsc::UnboundedSender<Failed>,
 }
 
 impl AckQueue {
-    /// Hands over a success; waits while the queue is full.
-    pub(crate) async fn success(&self, id: JobId) {
-        if let Some(place) = self.place().await {
-            let _ = self.successes.send((id, place));
+    /// Hands over a report; waits while the queue is full.
+    pub(crate) async fn report(&self, attempt: Attempt, outcome: Outcome) {
+        // The semaphore is never closed, and the processor outlives every queue: a place and a receiver there always are.
+        let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
+        match outcome {
+            Outcome::Success => drop(self.successes.send(Success { attempt, _place: place })),
+            Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, _place: place })),
+            Outcome::Interrupted => {}
         }
-    }
-
-    /// Hands over a failure; waits while the queue is full.
-    pub(crate) async fn failure(&self, id: JobId, failure: Failure) {
-        if let Some(place) = self.place().await {
-            let _ = self.failures.send((id, failure, place));
-        }
-    }
-
-    /// The semaphore is never closed, and the processor outlives every queue, so a place and a receiver there always are.
-    async fn place(&self) -> Option<Place> {
-        Arc::clone(&self.places).acquire_owned().await.ok()
     }
 }
 
-/// Takes reports from its queue and sees each through: accepted, refused, or given up because the worker is killed.
+/// Takes reports from its queue and sees each through: accepted, kept, refused, or given up because the worker is killed.
 #[derive(Debug)]
 pub(crate) struct AckProcessor {
     successes: AbortOnDropHandle<()>,
     failures: AbortOnDropHandle<()>,
+    closing: CancellationToken,
 }
 
 /// What the sending side needs.
 #[derive(Debug, Clone)]
-struct Reporter {
+pub(crate) struct Reporter {
     client: Arc<Client>,
+    ledger: Arc<Ledger>,
     backoff: Backoff,
     lifecycle: Lifecycle,
     /// When a report first noticed that the worker is killed.
@@ -79,24 +90,22 @@ struct Reporter {
 
 impl AckProcessor {
     /// Starts it with a queue of `capacity` reports, those under way included.
-    pub(crate) fn start(
-        client: Arc<Client>,
-        capacity: usize,
-        backoff: Backoff,
-        lifecycle: Lifecycle,
-    ) -> (Self, AckQueue) {
+    pub(crate) fn start(reporter: Reporter, capacity: usize) -> (Self, AckQueue) {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
-        let reporter = Reporter { client, backoff, lifecycle, killed: Arc::default() };
+        let closing = CancellationToken::new();
+        let reporting = reporter.clone().report_successes(success_queue, closing.clone());
         let processor = Self {
-            successes: AbortOnDropHandle::new(tokio::spawn(reporter.clone().report_successes(success_queue))),
-            failures: AbortOnDropHandle::new(tokio::spawn(reporter.report_failures(failure_queue))),
+            successes: AbortOnDropHandle::new(tokio::spawn(reporting)),
+            failures: AbortOnDropHandle::new(tokio::spawn(reporter.report_failures(failure_queue, closing.clone()))),
+            closing,
         };
         (processor, AckQueue { places: Arc::new(Semaphore::new(capacity)), successes, failures })
     }
 
-    /// Waits until every report has been answered or given up. Every clone of its queue must be gone, or going.
+    /// Takes no more reports, and waits until every one that it has is settled or given up.
     pub(crate) async fn finish(self) {
+        self.closing.cancel();
         let (successes, failures) = tokio::join!(self.successes, self.failures);
         for ended in [successes, failures] {
             ended.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
@@ -104,31 +113,79 @@ impl AckProcessor {
     }
 }
 
+/// What became of a report that the server has answered.
+enum Settled {
+    /// The server knows, or need not know any more.
+    Done,
+    /// The server does not hold the attempt for us now. What it held when that was found out.
+    NotHeld(Option<Delivery>),
+}
+
 impl Reporter {
+    pub(crate) fn new(client: Arc<Client>, ledger: Arc<Ledger>, backoff: Backoff, lifecycle: Lifecycle) -> Self {
+        Self { client, ledger, backoff, lifecycle, killed: Arc::default() }
+    }
+
     /// One bulk request at a time: while it is under way, the next one gathers. No timer holds a report back.
-    async fn report_successes(self, mut queue: mpsc::UnboundedReceiver<(JobId, Place)>) {
-        let mut waiting = Vec::new();
-        while queue.recv_many(&mut waiting, MAX_SUCCESSES_PER_REQUEST).await > 0 {
-            let (ids, places): (Vec<JobId>, Vec<Place>) = waiting.drain(..).unzip();
-            self.report_bulk(&ids).await;
-            drop(places);
+    async fn report_successes(self, mut queue: mpsc::UnboundedReceiver<Success>, closing: CancellationToken) {
+        let mut batch = Vec::new();
+        loop {
+            tokio::select! {
+                count = queue.recv_many(&mut batch, MAX_SUCCESSES_PER_REQUEST) => if count == 0 { break },
+                () = closing.cancelled(), if !queue.is_closed() => {
+                    queue.close();
+                    continue;
+                }
+            }
+            let attempt = || {
+                // What has gathered since the last try leaves with this one.
+                while batch.len() < MAX_SUCCESSES_PER_REQUEST
+                    && let Ok(success) = queue.try_recv()
+                {
+                    batch.push(success);
+                }
+                self.try_successes(batch.iter().map(|success| success.attempt.clone()).collect())
+            };
+            if let Err(error) = self.see_through(attempt).await {
+                let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
+                log_dropped(&ids, &error);
+                batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
+            }
+            batch.clear();
         }
     }
 
-    async fn report_bulk(&self, ids: &[JobId]) {
-        match self.send(ids, || self.client.success(ids)).await {
-            Ok(not_found) => not_found.iter().for_each(|id| debug!(%id, "success was already handled")),
-            Err(error) => log_undelivered(ids, &error),
+    /// Sends one bulk request. What is not found in flight is looked into by itself: it is gone, or will come again.
+    async fn try_successes(&self, attempts: Vec<Attempt>) -> Result<(), ClientError> {
+        let ids: Vec<JobId> = attempts.iter().map(|attempt| attempt.id.clone()).collect();
+        let held: Vec<Option<Delivery>> = attempts.iter().map(|attempt| self.ledger.held(attempt)).collect();
+        let not_found = self.client.success(&ids).await?;
+        for (attempt, seen) in attempts.iter().zip(held) {
+            if !not_found.contains(&attempt.id) || self.is_gone(attempt).await? {
+                self.ledger.forget(attempt);
+            } else if self.ledger.park(attempt, seen, Outcome::Success).is_some() {
+                // It came again while we asked.
+                self.client.success(std::slice::from_ref(&attempt.id)).await?;
+                self.ledger.forget(attempt);
+            }
         }
+        Ok(())
     }
 
-    async fn report_failures(self, mut queue: mpsc::UnboundedReceiver<(JobId, Failure, Place)>) {
+    async fn is_gone(&self, attempt: &Attempt) -> Result<bool, ClientError> {
+        let state = self.client.job(&attempt.id).await?;
+        debug!(id = attempt.id.as_str(), ?state, "success was already handled, or its job was handed out again");
+        Ok(state.is_none_or(|state| state.is_over()))
+    }
+
+    async fn report_failures(self, mut queue: mpsc::UnboundedReceiver<Failed>, closing: CancellationToken) {
         let mut under_way = FuturesUnordered::new();
         loop {
             tokio::select! {
                 Some(()) = under_way.next() => {}
+                () = closing.cancelled(), if !queue.is_closed() => queue.close(),
                 report = queue.recv(), if under_way.len() < MAX_FAILURES_UNDER_WAY => match report {
-                    Some((id, failure, place)) => under_way.push(self.report_failure(id, failure, place)),
+                    Some(report) => under_way.push(self.report_failure(report)),
                     None => break,
                 },
             }
@@ -136,29 +193,70 @@ impl Reporter {
         under_way.collect::<()>().await;
     }
 
-    async fn report_failure(&self, id: JobId, failure: Failure, _place: Place) {
-        let ids = std::slice::from_ref(&id);
-        match self.send(ids, || self.client.failure(&id, &failure)).await {
-            Ok(Acceptance::Accepted) => {}
-            Ok(Acceptance::AlreadyHandled) => debug!(%id, "failure was already handled"),
-            Err(error) => log_undelivered(ids, &error),
+    async fn report_failure(&self, report: Failed) {
+        let Failed { attempt, mut failure, _place } = report;
+        let fate_unknown = AtomicBool::new(false);
+        loop {
+            match self.see_through(|| self.try_failure(&attempt, &failure, &fate_unknown)).await {
+                Ok(Settled::Done) => return self.ledger.forget(&attempt),
+                Ok(Settled::NotHeld(seen)) => match self.ledger.park(&attempt, seen, Outcome::Failure(failure)) {
+                    // It came again meanwhile.
+                    Some(Outcome::Failure(again)) => failure = again,
+                    _ => return debug!(id = attempt.id.as_str(), "failure kept until its job comes again"),
+                },
+                Err(error) => {
+                    log_dropped(std::slice::from_ref(&attempt.id), &error);
+                    return self.ledger.forget(&attempt);
+                }
+            }
         }
     }
 
-    /// Sends until the server has answered. Once killing, the try under way is the last.
-    async fn send<T, F>(&self, ids: &[JobId], call: impl Fn() -> F) -> Result<T, ClientError>
+    /// Sends a failure, but never to a later attempt of its job, and not a second time before it is clear that the first
+    /// has not arrived: each that arrives costs the job an attempt, and the server goes by the id alone.
+    async fn try_failure(
+        &self,
+        attempt: &Attempt,
+        failure: &Failure,
+        fate_unknown: &AtomicBool,
+    ) -> Result<Settled, ClientError> {
+        let held = self.ledger.held(attempt);
+        if held.is_none() {
+            return Ok(Settled::NotHeld(held));
+        }
+        if fate_unknown.load(Ordering::Relaxed) {
+            match self.client.job(&attempt.id).await? {
+                Some(state) if state.is_in_flight() && !is_past(&state, attempt) => {}
+                state => return Ok(settled_by(state, attempt, held)),
+            }
+        }
+        match self.client.failure(&attempt.id, failure).await {
+            Ok(Acceptance::Accepted) => Ok(Settled::Done),
+            Ok(Acceptance::AlreadyHandled) => Ok(settled_by(self.client.job(&attempt.id).await?, attempt, held)),
+            Err(error) => {
+                fate_unknown.fetch_or(error.may_have_arrived(), Ordering::Relaxed);
+                Err(error)
+            }
+        }
+    }
+
+    /// Tries until the server has answered. Once killing, the try under way is the last.
+    async fn see_through<T, F>(&self, mut attempt: impl FnMut() -> F) -> Result<T, ClientError>
     where
         F: Future<Output = Result<T, ClientError>>,
     {
-        let attempt = || async {
-            tokio::select! {
-                biased;
-                () = self.last_try_over() => Err(ClientError::TimedOut(LAST_TRY_TIMEOUT)),
-                answer = call() => answer,
+        let attempt = || {
+            let attempt = attempt();
+            async {
+                tokio::select! {
+                    biased;
+                    () = self.last_try_over() => Err(ClientError::TimedOut(LAST_TRY_TIMEOUT)),
+                    answer = attempt => answer,
+                }
             }
         };
         retry(&self.backoff, &self.lifecycle, Phase::Killing, attempt, |error, wait| {
-            warn!(reports = ids.len(), error = %Chain(error), retry_in = ?wait, "report failed, trying again");
+            warn!(error = %Chain(error), retry_in = ?wait, "report failed, trying again");
         })
         .await
     }
@@ -171,6 +269,20 @@ impl Reporter {
     }
 }
 
-fn log_undelivered(ids: &[JobId], error: &ClientError) {
+/// Whether a job that is not in flight for us has this failure behind it, or waits to be handed out once more.
+fn settled_by(state: Option<JobState>, attempt: &Attempt, held: Option<Delivery>) -> Settled {
+    debug!(id = attempt.id.as_str(), ?state, "failure was already handled, or its job was handed out again");
+    match state {
+        Some(state) if !state.is_over() && !is_past(&state, attempt) => Settled::NotHeld(held),
+        _ => Settled::Done,
+    }
+}
+
+/// Whether the server has counted a failure since the attempt began.
+fn is_past(state: &JobState, attempt: &Attempt) -> bool {
+    attempt.attempts.is_some_and(|before| state.attempts > before)
+}
+
+fn log_dropped(ids: &[JobId], error: &ClientError) {
     error!(?ids, error = %Chain(error), "report dropped");
 }

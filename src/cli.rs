@@ -5,14 +5,16 @@ use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use bytesize::ByteSize;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::chain::OneLine;
 use crate::config::{
-    ConfigError, DEFAULT_FIBERS, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
-    DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, DEFAULT_URL, Source,
+    ConfigError, DEFAULT_FIBERS, DEFAULT_MAX_JOB_SIZE, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT,
+    DEFAULT_RETRY_MULTIPLIER, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL,
+    Source,
 };
 
 /// A paragraph is one line: clap breaks lines where the terminal ends.
@@ -173,8 +175,23 @@ pub fn command() -> Command {
 }
 
 fn server_args() -> Vec<Arg> {
+    let idle = humantime::format_duration(DEFAULT_STREAM_IDLE_TIMEOUT);
+    let size = ByteSize(DEFAULT_MAX_JOB_SIZE as u64);
     vec![
         setting("url", "URL", format!("Where the server is; a path prefix is kept [default: {DEFAULT_URL}]")),
+        setting("tls-ca", "FILE", "Trust the certificates in this file (PEM) [default: those that the system trusts]"),
+        setting(
+            "tls-client-cert",
+            "FILE",
+            "Show this certificate chain (PEM) to the server; goes with --tls-client-key",
+        ),
+        setting("tls-client-key", "FILE", "The private key of that certificate (PEM)"),
+        setting(
+            "stream-idle-timeout",
+            "DURATION",
+            format!("Reconnect when nothing came for that long, heartbeats included [default: {idle}]"),
+        ),
+        setting("max-job-size", "SIZE", format!("The longest job that is accepted, like 64MiB [default: {size}]")),
         setting("worker-id", "ID", "What the server calls this worker in its log [default: HOSTNAME-PID]"),
     ]
 }

@@ -5,7 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
 /// The server's name for a job: opaque, and cheap to clone.
@@ -21,6 +22,45 @@ impl JobId {
     /// The id as the server wrote it.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl JobId {
+    /// The id in the text of something that is no job, or in the beginning of one. Reads no further than that.
+    pub(crate) fn find(text: &[u8]) -> Option<Self> {
+        let mut found = None;
+        // How the reading ends says nothing more, once the id was found or was not.
+        let _ = IdSeeker(&mut found).deserialize(&mut serde_json::Deserializer::from_slice(text));
+        found.as_deref().map(Self::from)
+    }
+}
+
+struct IdSeeker<'a>(&'a mut Option<String>);
+
+impl<'de> DeserializeSeed<'de> for IdSeeker<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for IdSeeker<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<(), A::Error> {
+        while let Some(name) = fields.next_key::<Cow<'_, str>>()? {
+            if name == "id" {
+                *self.0 = Some(fields.next_value()?);
+                return Ok(());
+            }
+            fields.next_value::<IgnoredAny>()?;
+        }
+        Ok(())
     }
 }
 
@@ -181,6 +221,16 @@ mod tests {
     fn a_line_without_a_payload_is_no_job() {
         let error = Job::from_line(&Bytes::from_static(br#"{"id":"1","type":"t"}"#)).unwrap_err();
         assert!(error.to_string().contains("missing field"), "{error}");
+    }
+
+    #[test]
+    fn an_id_is_found_in_what_is_no_job_and_in_the_beginning_of_a_job() {
+        let find = |text: &str| JobId::find(text.as_bytes()).map(|id| id.to_string());
+        assert_eq!(find(r#"{"id":"a","type":7}"#).as_deref(), Some("a"));
+        assert_eq!(find(r#"{"type":{"id":"x"},"id":"a\u0062","payload":"xxx"#).as_deref(), Some("ab"));
+        for text in ["", "null", "[]", "{", r#"{"id":7}"#, r#"{"id":"a"#, r#"{"payload":{"id":"x"#] {
+            assert_eq!(find(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@
 //! | [`handler`] | what is run for a job, and how |
 //! | [`dispatch`] | a job to a process to an outcome |
 //! | `process` | one child in its own process group |
+//! | `ledger` | which jobs are here, so that none runs twice |
 //! | `ack` | the reports |
 //! | [`embedded`] | the in-memory server |
 //!
@@ -63,6 +64,7 @@ pub mod dispatch;
 pub mod embedded;
 pub mod handler;
 pub mod job;
+mod ledger;
 pub mod lifecycle;
 pub mod logging;
 mod process;

@@ -2,40 +2,82 @@
 
 use std::error::Error;
 use std::fmt;
+use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::job::Job;
+use crate::job::{Job, JobId};
+
+/// What is kept of a line that is too long: enough for its id, which comes first.
+const BEGINNING_BYTES: usize = 64 * 1024;
+
+/// Beyond these a take stream is given up, or a line of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamLimits {
+    /// How long not one byte may come, heartbeats included.
+    pub idle_timeout: Duration,
+    /// How long a job's line may be, in bytes.
+    pub max_job_size: usize,
+}
+
+/// Ten of the server's heartbeats: nothing but a dead connection is silent for that long.
+pub const DEFAULT_STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Far more than a job should be, and what a worker can still hold.
+pub const DEFAULT_MAX_JOB_SIZE: usize = 64 * 1024 * 1024;
+
+impl Default for StreamLimits {
+    fn default() -> Self {
+        Self { idle_timeout: DEFAULT_STREAM_IDLE_TIMEOUT, max_job_size: DEFAULT_MAX_JOB_SIZE }
+    }
+}
 
 /// An open take stream on a connection of its own. The server holds its jobs for this worker until it closes.
 #[derive(Debug)]
 pub struct TakeStream {
     body: Incoming,
     decoder: Decoder,
+    idle_timeout: Duration,
     connection: AbortOnDropHandle<()>,
 }
 
+/// What came over a take stream.
+#[derive(Debug)]
+pub enum Received {
+    /// A job.
+    Job(Job),
+    /// Something with a job's id that is no job.
+    Malformed {
+        /// The id that it has.
+        id: JobId,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
 impl TakeStream {
-    pub(crate) fn new(body: Incoming, connection: AbortOnDropHandle<()>) -> Self {
-        Self { body, decoder: Decoder::default(), connection }
+    pub(crate) fn new(body: Incoming, connection: AbortOnDropHandle<()>, limits: StreamLimits) -> Self {
+        let StreamLimits { idle_timeout, max_job_size } = limits;
+        Self { body, decoder: Decoder::new(max_job_size), idle_timeout, connection }
     }
 
-    /// Waits for the next job. Nothing is lost when the wait is given up.
+    /// Waits for what comes next. Nothing is lost when the wait is given up.
     ///
     /// # Errors
     /// Once the stream can give no more jobs; it must be closed then.
-    pub async fn next(&mut self) -> Result<Job, StreamError> {
+    pub async fn next(&mut self) -> Result<Received, StreamError> {
         loop {
             while let Some(line) = self.decoder.next_line() {
-                if !is_heartbeat(&line) {
-                    return Job::from_line(&line).map_err(StreamError::NotAJob);
+                if !line.is_heartbeat() {
+                    return line.read();
                 }
             }
-            let frame = self.body.frame().await.ok_or(StreamError::Ended)?.map_err(StreamError::Broken)?;
-            if let Ok(chunk) = frame.into_data() {
+            let frame = tokio::time::timeout(self.idle_timeout, self.body.frame()).await;
+            let frame = frame.map_err(|_| StreamError::Silent(self.idle_timeout))?.ok_or(StreamError::Ended)?;
+            if let Ok(chunk) = frame.map_err(StreamError::Broken)?.into_data() {
                 self.decoder.push(chunk);
             }
         }
@@ -49,11 +91,6 @@ impl TakeStream {
     }
 }
 
-/// The server keeps an idle stream alive with empty lines.
-fn is_heartbeat(line: &Bytes) -> bool {
-    line.is_empty()
-}
-
 /// Why a take stream gives no more jobs.
 #[derive(Debug)]
 pub enum StreamError {
@@ -61,8 +98,10 @@ pub enum StreamError {
     Ended,
     /// The connection failed.
     Broken(hyper::Error),
-    /// A line was not a job.
-    NotAJob(serde_json::Error),
+    /// Nothing came for so long that the connection must be dead.
+    Silent(Duration),
+    /// A line was not a job, and had no id by which it could be reported.
+    NotAJob(String),
 }
 
 impl fmt::Display for StreamError {
@@ -70,7 +109,8 @@ impl fmt::Display for StreamError {
         match self {
             Self::Ended => f.write_str("the server ended the stream"),
             Self::Broken(_) => f.write_str("the stream broke"),
-            Self::NotAJob(_) => f.write_str("the stream carried a line that is no job"),
+            Self::Silent(limit) => write!(f, "nothing came for {}", humantime::format_duration(*limit)),
+            Self::NotAJob(reason) => write!(f, "the stream carried a line that is no job, and has no id: {reason}"),
         }
     }
 }
@@ -78,23 +118,60 @@ impl fmt::Display for StreamError {
 impl Error for StreamError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Self::Ended => None,
             Self::Broken(error) => Some(error),
-            Self::NotAJob(error) => Some(error),
+            Self::Ended | Self::Silent(_) | Self::NotAJob(_) => None,
+        }
+    }
+}
+
+/// A line of the stream, without its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Line {
+    /// All of it.
+    Whole(Bytes),
+    /// The beginning of one that is longer than it may be.
+    TooLong(Bytes),
+}
+
+impl Line {
+    /// The server keeps an idle stream alive with empty lines.
+    fn is_heartbeat(&self) -> bool {
+        matches!(self, Self::Whole(line) if line.is_empty())
+    }
+
+    fn read(&self) -> Result<Received, StreamError> {
+        let (text, reason) = match self {
+            Self::Whole(line) => match Job::from_line(line) {
+                Ok(job) => return Ok(Received::Job(job)),
+                Err(error) => (line, error.to_string()),
+            },
+            Self::TooLong(beginning) => (beginning, "it is larger than max_job_size".to_owned()),
+        };
+        match JobId::find(text) {
+            Some(id) => Ok(Received::Malformed { id, reason }),
+            None => Err(StreamError::NotAJob(reason)),
         }
     }
 }
 
 /// Cuts body bytes into lines, wherever the chunks were cut. A line within one chunk is a slice of it, not a copy.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
+    max_line: usize,
     /// What has arrived and was not searched yet.
     chunk: Bytes,
     /// The start of a line whose end has not arrived.
     partial: BytesMut,
+    /// That line is too long already: the rest of it is dropped.
+    too_long: bool,
 }
 
 impl Decoder {
+    /// A decoder for lines of at most `max_line` bytes.
+    pub fn new(max_line: usize) -> Self {
+        Self { max_line, chunk: Bytes::new(), partial: BytesMut::new(), too_long: false }
+    }
+
     /// Adds bytes of the body.
     pub fn push(&mut self, chunk: Bytes) {
         if !self.chunk.is_empty() {
@@ -106,20 +183,35 @@ impl Decoder {
         self.chunk = chunk;
     }
 
-    /// The next whole line without its end, if one has arrived.
-    pub fn next_line(&mut self) -> Option<Bytes> {
+    /// The next line, if all of one has arrived.
+    pub fn next_line(&mut self) -> Option<Line> {
         let Some(end) = memchr::memchr(b'\n', &self.chunk) else {
-            self.partial.extend_from_slice(&self.chunk);
-            self.chunk.clear();
+            let rest = std::mem::take(&mut self.chunk);
+            self.keep(&rest);
             return None;
         };
         let line = self.chunk.split_to(end);
         self.chunk.advance(1);
-        if self.partial.is_empty() {
-            return Some(line);
+        if self.partial.is_empty() && line.len() <= self.max_line {
+            return Some(Line::Whole(line));
         }
-        self.partial.extend_from_slice(&line);
-        Some(std::mem::take(&mut self.partial).freeze())
+        self.keep(&line);
+        let line = std::mem::take(&mut self.partial).freeze();
+        Some(if std::mem::take(&mut self.too_long) { Line::TooLong(line) } else { Line::Whole(line) })
+    }
+
+    fn keep(&mut self, piece: &[u8]) {
+        self.too_long |= self.partial.len() + piece.len() > self.max_line;
+        if !self.too_long {
+            self.partial.extend_from_slice(piece);
+            return;
+        }
+        let room = BEGINNING_BYTES.saturating_sub(self.partial.len());
+        self.partial.extend_from_slice(&piece[..piece.len().min(room)]);
+        if self.partial.len() > BEGINNING_BYTES {
+            // The rest of the line may take a while, and must not hold all that memory meanwhile.
+            self.partial = BytesMut::from(&self.partial[..BEGINNING_BYTES]);
+        }
     }
 }
 
@@ -127,13 +219,17 @@ impl Decoder {
 mod tests {
     use super::*;
 
-    fn lines(chunks: &[&[u8]]) -> Vec<Vec<u8>> {
-        let mut decoder = Decoder::default();
+    fn lines(chunks: &[&[u8]]) -> Vec<Line> {
+        lines_of(1024, chunks)
+    }
+
+    fn lines_of(max_line: usize, chunks: &[&[u8]]) -> Vec<Line> {
+        let mut decoder = Decoder::new(max_line);
         let mut lines = Vec::new();
         for chunk in chunks {
             decoder.push(Bytes::copy_from_slice(chunk));
             while let Some(line) = decoder.next_line() {
-                lines.push(line.to_vec());
+                lines.push(line);
             }
         }
         lines
@@ -143,7 +239,7 @@ mod tests {
     fn lines_are_the_same_wherever_the_chunks_are_cut() {
         let text = "{\"é\":1}\n\n\n{\"b\":2}\nrest".as_bytes();
         let whole = lines(&[text]);
-        assert_eq!(whole, [&b"{\"\xc3\xa9\":1}"[..], b"", b"", b"{\"b\":2}"]);
+        assert_eq!(whole, ["{\"é\":1}", "", "", "{\"b\":2}"].map(|line| Line::Whole(line.into())));
         for cut in 0..=text.len() {
             let (head, tail) = text.split_at(cut);
             assert_eq!(lines(&[head, tail]), whole, "cut at {cut}");
@@ -153,20 +249,52 @@ mod tests {
 
     #[test]
     fn bytes_pushed_before_the_last_were_read_are_kept() {
-        let mut decoder = Decoder::default();
+        let mut decoder = Decoder::new(1024);
         decoder.push(Bytes::from_static(b"a\nb"));
         decoder.push(Bytes::from_static(b"c\n"));
-        assert_eq!(decoder.next_line().unwrap(), "a");
-        assert_eq!(decoder.next_line().unwrap(), "bc");
+        assert_eq!(decoder.next_line(), Some(Line::Whole("a".into())));
+        assert_eq!(decoder.next_line(), Some(Line::Whole("bc".into())));
         assert_eq!(decoder.next_line(), None);
     }
 
     #[test]
     fn a_line_within_one_chunk_is_not_copied() {
         let chunk = Bytes::from_static(b"one\ntwo\n");
-        let mut decoder = Decoder::default();
+        let mut decoder = Decoder::new(1024);
         decoder.push(chunk.clone());
         decoder.next_line();
-        assert_eq!(decoder.next_line().unwrap().as_ptr(), chunk[4..].as_ptr());
+        let Some(Line::Whole(line)) = decoder.next_line() else { panic!("no line") };
+        assert_eq!(line.as_ptr(), chunk[4..].as_ptr());
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_keeps_its_beginning_and_spares_the_next() {
+        let text = b"1234567\n12345\n123456\n";
+        let expected = [Line::TooLong("1234567".into()), Line::Whole("12345".into()), Line::TooLong("123456".into())];
+        for cut in 0..=text.len() {
+            let (head, tail) = text.split_at(cut);
+            assert_eq!(lines_of(5, &[head, tail]), expected, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn an_endless_line_is_not_held_in_memory() {
+        let mut decoder = Decoder::new(100_000);
+        for _ in 0..1000 {
+            decoder.push(Bytes::from(vec![b'x'; 10_000]));
+            assert_eq!(decoder.next_line(), None);
+            assert!(decoder.partial.capacity() <= 200_000, "{}", decoder.partial.capacity());
+        }
+        decoder.push(Bytes::from_static(b"\n"));
+        assert!(matches!(decoder.next_line(), Some(Line::TooLong(line)) if line.len() == BEGINNING_BYTES));
+    }
+
+    #[test]
+    fn what_is_no_job_is_known_by_its_id_or_not_at_all() {
+        let read = |line: &'static str| Line::Whole(line.into()).read();
+        assert!(matches!(read(r#"{"id":"a","type":7}"#), Ok(Received::Malformed { id, .. }) if id.as_str() == "a"));
+        assert!(matches!(read(r#"{"type":"t"}"#), Err(StreamError::NotAJob(_))));
+        let cut = Line::TooLong(r#"{"id":"a","payload":"xxxxxx"#.into()).read();
+        assert!(matches!(cut, Ok(Received::Malformed { id, .. }) if id.as_str() == "a"));
     }
 }

@@ -28,11 +28,20 @@ pub(super) struct ConfigFile {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct FileTable {
     pub(super) url: Field,
+    pub(super) tls: Table<TlsTable>,
     pub(super) worker: Table<WorkerTable>,
     pub(super) handler: Table<HandlerTable>,
     /// By job type.
     pub(super) handlers: BTreeMap<Spanned<String>, Table<HandlerTable>>,
     pub(super) log: Table<LogTable>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct TlsTable {
+    pub(super) ca: Field,
+    pub(super) client_cert: Field,
+    pub(super) client_key: Field,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -45,6 +54,8 @@ pub(super) struct WorkerTable {
     pub(super) retry_min_wait: Field,
     pub(super) retry_max_wait: Field,
     pub(super) retry_multiplier: Field,
+    pub(super) stream_idle_timeout: Field,
+    pub(super) max_job_size: Field,
     pub(super) shutdown_deadline: Field,
     pub(super) exit_when_idle: Field,
     pub(super) worker_id: Field,

@@ -8,6 +8,7 @@ mod handler;
 mod layers;
 mod log;
 mod source;
+mod tls;
 mod value;
 mod worker;
 
@@ -19,6 +20,7 @@ use layers::Layers;
 pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 pub use crate::client::DEFAULT_URL;
 #[cfg(feature = "embedded")]
+pub use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
 pub use log::{LogConfig, LogFormat, LogLevel};

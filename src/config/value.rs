@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use toml::Value;
 
 /// Longer is a slip of the pen, and the clock's arithmetic has an end.
@@ -106,6 +107,14 @@ impl Raw<'_> {
             Duration::ZERO => Err(format!("{name} must be greater than 0s (got {self})")),
             duration => Ok(duration),
         }
+    }
+
+    /// A number of bytes, of at least 1 KiB.
+    pub(super) fn size(&self, name: &str) -> Result<usize, String> {
+        let wanted =
+            || format!("{name} must be a size like 64MiB or 500kB, at least 1KiB; a bare number is bytes (got {self})");
+        let size: ByteSize = self.to_string().trim().parse().map_err(|_| wanted())?;
+        usize::try_from(size.as_u64()).ok().filter(|size| *size >= 1024).ok_or_else(wanted)
     }
 
     /// Names: separated by commas, in any number of flags, or a list in the file.

@@ -4,13 +4,15 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use humantime::format_duration;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::layers::Layers;
+use super::tls;
 use super::value::Raw;
 use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source};
 use crate::backoff::Backoff;
-use crate::client::{ServerUrl, WorkerId};
+use crate::client::{ServerUrl, Tls, WorkerId};
+use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT, StreamLimits};
 
 /// One job at a time is right for every handler; more is for whoever knows that theirs can stand it.
 pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::MIN;
@@ -32,6 +34,8 @@ const FORBIDDEN_IN_QUEUES: [char; 8] = [',', '*', '?', '[', ']', '{', '}', '\\']
 pub struct WorkerConfig {
     /// Where the server is.
     pub url: ServerUrl,
+    /// Whom it trusts, and who it says it is, where `url` is https.
+    pub tls: Tls,
     /// What the server calls the worker in its log.
     pub worker_id: WorkerId,
     /// The queues to take jobs from; none means all.
@@ -44,6 +48,8 @@ pub struct WorkerConfig {
     pub prefetch: NonZeroUsize,
     /// The waits before reconnecting, and before a report is sent again.
     pub backoff: Backoff,
+    /// Beyond these a take stream, or a job of it, is given up.
+    pub stream_limits: StreamLimits,
     /// How long draining may take before it becomes killing.
     pub shutdown_deadline: Duration,
     /// After how long without a job the worker drains by itself.
@@ -54,12 +60,14 @@ impl Default for WorkerConfig {
     fn default() -> Self {
         Self {
             url: ServerUrl::default(),
+            tls: Tls::default(),
             worker_id: WorkerId::default(),
             queues: Vec::new(),
             threads: DEFAULT_THREADS,
             fibers: DEFAULT_FIBERS,
             prefetch: default_prefetch(DEFAULT_THREADS.saturating_mul(DEFAULT_FIBERS)),
             backoff: Backoff::default(),
+            stream_limits: StreamLimits::default(),
             shutdown_deadline: DEFAULT_SHUTDOWN_DEADLINE,
             exit_when_idle: None,
         }
@@ -79,14 +87,17 @@ impl WorkerConfig {
         let idle =
             layers.pick("exit-when-idle", &file.exit_when_idle, |raw| raw.positive_duration("exit_when_idle"))?;
         let queues = layers.pick("queues", &file.queues, |raw| raw.list("queues").and_then(check_queues))?;
+        let url = layers.pick("url", &layers.file.table.url, |raw| raw.parsed("url"))?.unwrap_or_default();
         Ok(Self {
-            url: layers.pick("url", &layers.file.table.url, |raw| raw.parsed("url"))?.unwrap_or_default(),
+            tls: tls::resolve(layers, &url)?,
+            url,
             worker_id: layers.pick("worker-id", &file.worker_id, |raw| raw.parsed("worker_id"))?.unwrap_or_default(),
             queues: queues.unwrap_or_default(),
             threads,
             fibers,
             prefetch: prefetch.unwrap_or(default_prefetch(concurrency)),
             backoff: resolve_backoff(layers)?,
+            stream_limits: resolve_stream_limits(layers)?,
             shutdown_deadline: deadline.unwrap_or(DEFAULT_SHUTDOWN_DEADLINE),
             exit_when_idle: idle,
         })
@@ -97,9 +108,12 @@ impl WorkerConfig {
         self.threads.saturating_mul(self.fibers)
     }
 
-    /// Says what is allowed, but hardly meant.
-    pub(crate) fn warn(&self) {
-        let (prefetch, concurrency) = (self.prefetch.get(), self.concurrency().get());
+    /// Logs what a worker with these settings is about to do, and warns of what is allowed but hardly meant.
+    pub(crate) fn announce(&self) {
+        let (threads, fibers, prefetch) = (self.threads.get(), self.fibers.get(), self.prefetch.get());
+        let queues = if self.queues.is_empty() { "(all)".to_owned() } else { self.queues.join(",") };
+        info!(url = %self.url, queues, threads, fibers, prefetch, "worker starting");
+        let concurrency = self.concurrency().get();
         if prefetch < concurrency {
             let idle = concurrency - prefetch;
             warn!(
@@ -163,6 +177,17 @@ fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
             }
             (_, max) => ConfigError::new(max.map_or(Source::Missing, |(_, source)| source), problem),
         }
+    })
+}
+
+fn resolve_stream_limits(layers: &Layers<'_>) -> Result<StreamLimits, ConfigError> {
+    let file = &layers.file.table.worker.0;
+    let idle_timeout = layers
+        .pick("stream-idle-timeout", &file.stream_idle_timeout, |raw| raw.positive_duration("stream_idle_timeout"))?;
+    let max_job_size = layers.pick("max-job-size", &file.max_job_size, |raw| raw.size("max_job_size"))?;
+    Ok(StreamLimits {
+        idle_timeout: idle_timeout.unwrap_or(DEFAULT_STREAM_IDLE_TIMEOUT),
+        max_job_size: max_job_size.unwrap_or(DEFAULT_MAX_JOB_SIZE),
     })
 }
 

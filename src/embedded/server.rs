@@ -7,6 +7,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::rt::Executor;
@@ -14,7 +15,9 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, ToSocketAddrs};
+use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -30,6 +33,7 @@ pub struct EmbeddedServer {
     listener: TcpListener,
     address: SocketAddr,
     store: Store,
+    tls: Option<Arc<ServerConfig>>,
 }
 
 impl EmbeddedServer {
@@ -43,7 +47,14 @@ impl EmbeddedServer {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         store.with(|state, _| state.start());
-        Ok(Self { listener, address, store })
+        Ok(Self { listener, address, store, tls: None })
+    }
+
+    /// The same server, speaking TLS. Whether it wants to see certificates is the configuration's to say.
+    #[must_use]
+    pub fn with_tls(mut self, config: Arc<ServerConfig>) -> Self {
+        self.tls = Some(config);
+        self
     }
 
     /// Where it listens; the port is known even if any free one was asked for.
@@ -54,13 +65,14 @@ impl EmbeddedServer {
     /// Serves until `stop`, then drops every connection as the death of a server process would:
     /// no goodbye, and every job in flight is ready again.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { listener, address, store } = self;
+        let Self { listener, address, store, tls } = self;
         let connections = Connections { end: CancellationToken::new(), tasks: TaskTracker::new() };
         // Whoever drops this future, instead of stopping it, ends the connections as well.
         let _end = connections.end.clone().drop_guard();
         tracing::debug!(%address, "embedded server started");
         connections.execute(store.clone().keep_time());
-        stop.run_until_cancelled(accept(listener, store.clone(), connections.clone())).await;
+        stop.run_until_cancelled(accept(listener, tls.map(TlsAcceptor::from), store.clone(), connections.clone()))
+            .await;
         store.with(|state, _| state.halt());
         connections.end.cancel();
         connections.tasks.close();
@@ -88,19 +100,28 @@ where
     }
 }
 
-async fn accept(listener: TcpListener, store: Store, connections: Connections) {
+async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, store: Store, connections: Connections) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 // Acks are small and awaited; Nagle would hold back the answers.
                 let _ = stream.set_nodelay(true);
-                connections.execute(serve(stream, store.clone(), connections.clone()));
+                connections.execute(greet(stream, tls.clone(), store.clone(), connections.clone()));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// Begins a connection, by a handshake where there is one: it may take as long as the client likes.
+async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, store: Store, connections: Connections) {
+    let Some(tls) = tls else { return serve(stream, store, connections).await };
+    match tls.accept(stream).await {
+        Ok(stream) => serve(stream, store, connections).await,
+        Err(error) => tracing::debug!(%error, "TLS handshake failed"),
     }
 }
 

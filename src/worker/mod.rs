@@ -14,22 +14,35 @@ use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, debug, error, info, info_span};
 
-use crate::ack::{AckProcessor, AckQueue};
+use crate::ack::{AckProcessor, AckQueue, Reporter};
 use crate::chain::Chain;
 use crate::client::{Client, ClientError};
 use crate::config::WorkerConfig;
 use crate::dispatch::{Dispatcher, Ended};
 use crate::job::{Failure, Job, Outcome};
+use crate::ledger::{Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::process::Usage;
 use activity::{Activity, Counts, Unfinished};
 use producer::Producer;
 
 /// A job between the stream and its outcome.
 #[derive(Debug)]
-struct Delivery {
+struct Taken {
     job: Job,
+    delivery: Delivery,
     /// Held for as long as the job keeps the worker busy.
     _unfinished: Unfinished,
+}
+
+/// What the parts of one run share.
+#[derive(Debug, Clone)]
+struct Run {
+    client: Arc<Client>,
+    ledger: Arc<Ledger>,
+    activity: Activity,
+    lifecycle: Lifecycle,
+    acks: AckQueue,
 }
 
 /// Takes jobs from a server, has a [`Dispatcher`] do them, and reports how they ended.
@@ -75,7 +88,7 @@ impl std::error::Error for WorkerError {}
 impl<D: Dispatcher> Worker<D> {
     /// A worker that has not started.
     pub fn new(config: WorkerConfig, dispatcher: D) -> Self {
-        let client = Client::new(config.url.clone(), config.worker_id.clone());
+        let client = Client::new(config.url.clone(), config.worker_id.clone(), &config.tls);
         Self { config, client: Arc::new(client), dispatcher: Arc::new(dispatcher) }
     }
 
@@ -85,33 +98,17 @@ impl<D: Dispatcher> Worker<D> {
     /// # Errors
     /// When the server refuses the worker's very first request.
     pub async fn run(&self, lifecycle: &Lifecycle) -> Result<Summary, WorkerError> {
-        let WorkerConfig { queues, threads, fibers, prefetch, backoff, shutdown_deadline, exit_when_idle, .. } =
-            &self.config;
-        let shown = if queues.is_empty() { "(all)".to_owned() } else { queues.join(",") };
-        info!(url = %self.client.url(), queues = shown, threads = threads.get(), fibers = fibers.get(), prefetch = prefetch.get(), "worker starting");
-        self.config.warn();
-
-        let activity = Activity::default();
-        let (acks, ack_queue) =
-            AckProcessor::start(Arc::clone(&self.client), prefetch.get() * 2, *backoff, lifecycle.clone());
-        let (dispatch_queue, jobs) = async_channel::bounded(prefetch.get());
-        let loops = self.start_loops(&jobs, &ack_queue, &activity, lifecycle);
-        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &activity, lifecycle).run()));
-        let _deadline =
-            spawn_watch(lifecycle, async |lifecycle, deadline| lifecycle.enforce(deadline).await, *shutdown_deadline);
-        let _idle = exit_when_idle.map(|limit| {
-            let activity = activity.clone();
-            spawn_watch(
-                lifecycle,
-                async move |lifecycle, limit| activity.stop_when_idle(&lifecycle, limit).await,
-                limit,
-            )
-        });
+        self.config.announce();
+        let (acks, run) = self.start_acks(lifecycle);
+        let (dispatch_queue, jobs) = async_channel::bounded(self.config.prefetch.get());
+        let loops = self.start_loops(&jobs, &run);
+        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &run).run()));
+        let _watches = self.start_watches(&run);
 
         lifecycle.reached(Phase::Draining).await;
+        let Run { activity, .. } = run;
         let Counts { running, waiting } = activity.counts(jobs.len());
         info!(running, waiting, "shutting down, waiting for workers to finish");
-        drop(ack_queue);
         let ended = tear_down(jobs, loops, acks, producer, lifecycle).await;
         let summary = activity.summary(ended.killed);
         let Summary { succeeded, failed, interrupted, .. } = summary;
@@ -119,30 +116,26 @@ impl<D: Dispatcher> Worker<D> {
         ended.producer.map(|()| summary)
     }
 
-    fn producer(
-        &self,
-        dispatch_queue: async_channel::Sender<Delivery>,
-        activity: &Activity,
-        lifecycle: &Lifecycle,
-    ) -> Producer {
+    fn start_acks(&self, lifecycle: &Lifecycle) -> (AckProcessor, Run) {
+        let capacity = self.config.prefetch.get() * 2;
+        let (client, ledger) = (Arc::clone(&self.client), Arc::new(Ledger::new(capacity)));
+        let reporter = Reporter::new(Arc::clone(&client), Arc::clone(&ledger), self.config.backoff, lifecycle.clone());
+        let (processor, acks) = AckProcessor::start(reporter, capacity);
+        (processor, Run { client, ledger, activity: Activity::default(), lifecycle: lifecycle.clone(), acks })
+    }
+
+    fn producer(&self, dispatch_queue: async_channel::Sender<Taken>, run: &Run) -> Producer {
         Producer {
-            client: Arc::clone(&self.client),
             queues: self.config.queues.clone(),
             prefetch: self.config.prefetch.get(),
+            limits: self.config.stream_limits,
             backoff: self.config.backoff,
             dispatch_queue,
-            activity: activity.clone(),
-            lifecycle: lifecycle.clone(),
+            run: run.clone(),
         }
     }
 
-    fn start_loops(
-        &self,
-        jobs: &async_channel::Receiver<Delivery>,
-        acks: &AckQueue,
-        activity: &Activity,
-        lifecycle: &Lifecycle,
-    ) -> JoinSet<()> {
+    fn start_loops(&self, jobs: &async_channel::Receiver<Taken>, run: &Run) -> JoinSet<()> {
         let mut loops = JoinSet::new();
         for thread in 0..self.config.threads.get() {
             for fiber in 0..self.config.fibers.get() {
@@ -150,26 +143,24 @@ impl<D: Dispatcher> Worker<D> {
                     name: format!("{thread}:{fiber}"),
                     jobs: jobs.clone(),
                     dispatcher: Arc::clone(&self.dispatcher),
-                    acks: acks.clone(),
-                    activity: activity.clone(),
-                    lifecycle: lifecycle.clone(),
+                    run: run.clone(),
                 };
                 loops.spawn(worker_loop.run());
             }
         }
         loops
     }
-}
 
-fn spawn_watch<F>(
-    lifecycle: &Lifecycle,
-    watch: impl FnOnce(Lifecycle, Duration) -> F,
-    limit: Duration,
-) -> AbortOnDropHandle<()>
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    AbortOnDropHandle::new(tokio::spawn(watch(lifecycle.clone(), limit)))
+    /// What ends a run by itself: the deadline of a drain, and idleness.
+    fn start_watches(&self, run: &Run) -> Vec<AbortOnDropHandle<()>> {
+        let Run { activity, lifecycle, .. } = run.clone();
+        let (deadline, draining) = (self.config.shutdown_deadline, lifecycle.clone());
+        let mut watches = vec![tokio::spawn(async move { draining.enforce(deadline).await })];
+        if let Some(limit) = self.config.exit_when_idle {
+            watches.push(tokio::spawn(async move { activity.stop_when_idle(&lifecycle, limit).await }));
+        }
+        watches.into_iter().map(AbortOnDropHandle::new).collect()
+    }
 }
 
 struct TornDown {
@@ -180,7 +171,7 @@ struct TornDown {
 /// The order of the end: no more jobs, then no more running jobs, then no more reports, and only then no stream. The
 /// server hands a job out again as soon as the stream is closed, so nothing of it may still be under way here.
 async fn tear_down(
-    jobs: async_channel::Receiver<Delivery>,
+    jobs: async_channel::Receiver<Taken>,
     loops: JoinSet<()>,
     acks: AckProcessor,
     producer: AbortOnDropHandle<Result<(), WorkerError>>,
@@ -198,43 +189,47 @@ async fn tear_down(
 /// One of the threads × fibers loops: it runs one job at a time, and hands its outcome on before it takes the next.
 struct WorkerLoop<D> {
     name: String,
-    jobs: async_channel::Receiver<Delivery>,
+    jobs: async_channel::Receiver<Taken>,
     dispatcher: Arc<D>,
-    acks: AckQueue,
-    activity: Activity,
-    lifecycle: Lifecycle,
+    run: Run,
 }
 
 impl<D: Dispatcher> WorkerLoop<D> {
     async fn run(self) {
         info!(worker = self.name, "worker loop started");
-        while let Ok(delivery) = self.jobs.recv().await {
+        while let Ok(taken) = self.jobs.recv().await {
             // Once killing, what waits here is not started: it goes back to the server with the stream.
-            if self.lifecycle.phase() >= Phase::Killing {
+            if self.run.lifecycle.phase() >= Phase::Killing {
                 break;
             }
-            let span = job_span(&delivery.job);
-            self.work(delivery).instrument(span).await;
+            let span = job_span(&taken.job);
+            self.work(taken).instrument(span).await;
         }
         info!(worker = self.name, "worker loop stopped");
     }
 
-    async fn work(&self, delivery: Delivery) {
-        let _running = self.activity.start_job();
+    async fn work(&self, taken: Taken) {
+        let Run { ledger, activity, acks, .. } = &self.run;
+        let Taken { job, delivery, _unfinished } = taken;
+        if !ledger.begin(&job.id, delivery) {
+            debug!("job not started: its stream was lost, and the server has it again");
+            return;
+        }
+        let _running = activity.start_job();
         let started = Instant::now();
-        let ended = self.dispatch(&delivery.job).await;
-        log_ended(&ended, started.elapsed());
-        self.activity.count(&ended.outcome);
-        match ended.outcome {
-            Outcome::Success => self.acks.success(delivery.job.id.clone()).await,
-            Outcome::Failure(failure) => self.acks.failure(delivery.job.id.clone(), failure).await,
-            Outcome::Interrupted => {}
+        let Ended { outcome, usage, .. } = self.dispatch(&job).await;
+        log_ended(&outcome, usage, started.elapsed());
+        activity.count(&outcome);
+        // Its payload is not held while the report waits for a place.
+        let id = job.id;
+        if let Some(attempt) = ledger.end(&id, &outcome) {
+            acks.report(attempt, outcome).await;
         }
     }
 
     /// A dispatcher that panics has failed its job, not the worker.
     async fn dispatch(&self, job: &Job) -> Ended {
-        let work = AssertUnwindSafe(self.dispatcher.dispatch(job, &self.lifecycle));
+        let work = AssertUnwindSafe(self.dispatcher.dispatch(job, &self.run.lifecycle));
         let failure = |panic: Box<dyn Any + Send>| Failure::new("Panic", panic_message(&*panic));
         work.catch_unwind().await.unwrap_or_else(|panic| Outcome::Failure(failure(panic)).into())
     }
@@ -245,11 +240,11 @@ fn job_span(job: &Job) -> Span {
     info_span!("job", id = job.id.as_str(), r#type = job.job_type, queue = job.queue, attempt = job.attempts + 1)
 }
 
-fn log_ended(ended: &Ended, elapsed: Duration) {
+fn log_ended(outcome: &Outcome, usage: Option<Usage>, elapsed: Duration) {
     let seconds = elapsed.as_secs_f64();
-    let cpu_seconds = ended.usage.map(|usage| usage.cpu.as_secs_f64());
-    let peak_memory_bytes = ended.usage.map(|usage| usage.max_rss);
-    match &ended.outcome {
+    let cpu_seconds = usage.map(|usage| usage.cpu.as_secs_f64());
+    let peak_memory_bytes = usage.map(|usage| usage.max_rss);
+    match outcome {
         Outcome::Success => debug!(seconds, cpu_seconds, peak_memory_bytes, "job completed"),
         Outcome::Failure(failure) => {
             let error_type = failure.error_type.as_deref().unwrap_or_default();

@@ -1,28 +1,26 @@
 //! [`Producer`]: keeps a take stream open, and puts what comes over it into the dispatch queue.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
-use super::activity::Activity;
-use super::{Delivery, WorkerError};
+use super::{Run, Taken, WorkerError};
 use crate::backoff::{Backoff, Retryable, retry};
 use crate::chain::Chain;
-use crate::client::{Client, ClientError};
-use crate::job::Job;
+use crate::client::ClientError;
+use crate::job::{Failure, Job, JobId, Outcome};
+use crate::ledger::{Arrival, Attempt, Delivery};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::stream::{StreamError, TakeStream};
+use crate::stream::{Received, StreamError, StreamLimits, TakeStream};
 
 pub(super) struct Producer {
-    pub(super) client: Arc<Client>,
     pub(super) queues: Vec<String>,
     pub(super) prefetch: usize,
+    pub(super) limits: StreamLimits,
     pub(super) backoff: Backoff,
-    pub(super) dispatch_queue: async_channel::Sender<Delivery>,
-    pub(super) activity: Activity,
-    pub(super) lifecycle: Lifecycle,
+    pub(super) dispatch_queue: async_channel::Sender<Taken>,
+    pub(super) run: Run,
 }
 
 /// Why there is no stream, or none any more.
@@ -49,26 +47,32 @@ impl Producer {
     /// Runs until the lifecycle is stopped, through any number of connections. However it ends, it does not leave the
     /// worker running without it.
     pub(super) async fn run(self) -> Result<(), WorkerError> {
-        let _stop = StopOnDrop(self.lifecycle.clone());
+        let lifecycle = &self.run.lifecycle;
+        let _stop = StopOnDrop(lifecycle.clone());
         let connected_before = AtomicBool::new(false);
         let session = || self.session(&connected_before);
-        match retry(&self.backoff, &self.lifecycle, Phase::Draining, session, log_disconnected).await {
+        match retry(&self.backoff, lifecycle, Phase::Killing, session, log_disconnected).await {
             Err(Disconnected::Refused(error)) => Err(WorkerError::Refused(error)),
             Err(Disconnected::Lost(error)) => {
-                warn!(error = %Chain(&error), "stream lost while draining, unfinished jobs may run elsewhere too");
+                warn!(error = %Chain(&error), "stream lost while killing, interrupted jobs may run elsewhere before they end here");
                 Ok(())
             }
             Err(Disconnected::Unreachable(_)) | Ok(()) => Ok(()),
         }
     }
 
-    /// One connection, from its opening to its end. `Ok` means that it was closed because the worker has stopped.
+    /// One connection, from its opening to its end. `Ok` means that it was closed, or is not needed, because the worker
+    /// stops.
     async fn session(&self, connected_before: &AtomicBool) -> Result<(), Disconnected> {
-        info!(url = %self.client.url(), "connecting");
+        let Run { client, ledger, activity, .. } = &self.run;
+        if !self.is_needed() {
+            return Ok(());
+        }
+        info!(url = %client.url(), "connecting");
         let opened = tokio::select! {
             biased;
-            () = self.lifecycle.reached(Phase::Draining) => return Ok(()),
-            opened = self.client.take(&self.queues, self.prefetch) => opened,
+            () = self.not_needed() => return Ok(()),
+            opened = client.take(&self.queues, self.prefetch, self.limits) => opened,
         };
         let mut stream =
             opened.map_err(|error| match error.is_retryable() || connected_before.load(Ordering::Relaxed) {
@@ -77,45 +81,98 @@ impl Producer {
             })?;
         info!("connected, listening for jobs");
         connected_before.store(true, Ordering::Relaxed);
-        self.activity.set_connected(true);
+        activity.set_connected(true);
         let ended = self.follow(&mut stream).await;
-        self.activity.set_connected(false);
+        activity.set_connected(false);
+        ledger.lose_stream();
         stream.close().await;
         ended.map_err(Disconnected::Lost)
     }
 
-    /// Takes jobs until the worker drains, and then holds the stream open until it has stopped.
+    /// While draining, a stream that was lost is opened again for the jobs that are still here: the server hands them
+    /// out again, and if that is to this worker they need not run a second time.
+    fn is_needed(&self) -> bool {
+        match self.run.lifecycle.phase() {
+            Phase::Running => true,
+            Phase::Draining => !self.run.ledger.is_empty(),
+            Phase::Killing | Phase::Forcing | Phase::Stopped => false,
+        }
+    }
+
+    /// Waits until no stream need be opened any more.
+    async fn not_needed(&self) {
+        self.run.lifecycle.reached(Phase::Draining).await;
+        if self.is_needed() {
+            self.run.lifecycle.reached(Phase::Killing).await;
+        }
+    }
+
+    /// Takes what comes, until the worker has stopped: only then may the stream be closed.
     async fn follow(&self, stream: &mut TakeStream) -> Result<(), StreamError> {
         loop {
             tokio::select! {
                 biased;
-                () = self.lifecycle.reached(Phase::Draining) => break,
-                job = stream.next() => self.push(job?).await,
+                () = self.run.lifecycle.reached(Phase::Stopped) => return Ok(()),
+                received = stream.next() => match received? {
+                    Received::Job(job) => self.receive(job).await,
+                    Received::Malformed { id, reason } => self.refuse(id, &reason).await,
+                },
             }
         }
-        tokio::select! {
-            () = self.lifecycle.reached(Phase::Stopped) => Ok(()),
-            lost = give_back(stream) => lost,
+    }
+
+    /// Finds out what a job that has come needs: to be started, or to be reported, or nothing.
+    async fn receive(&self, job: Job) {
+        let Run { ledger, acks, .. } = &self.run;
+        let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
+        match ledger.arrive(&attempt) {
+            (Arrival::New, delivery) => self.push(job, delivery).await,
+            (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
+            (Arrival::Ended(outcome), _) => {
+                info!(id = job.id.as_str(), "job received again after it ended here, reported");
+                self.unless_stopped(acks.report(attempt, outcome)).await;
+            }
         }
     }
 
     /// Waits for room in the dispatch queue, or for the drain: then the job goes back with the stream.
-    async fn push(&self, job: Job) {
+    async fn push(&self, job: Job, delivery: Delivery) {
+        let Run { ledger, activity, lifecycle, .. } = &self.run;
         debug!(id = job.id.as_str(), r#type = job.job_type, waiting = self.dispatch_queue.len(), "job received");
-        let delivery = Delivery { job, _unfinished: self.activity.take_job() };
-        tokio::select! {
+        let id = job.id.clone();
+        let taken = Taken { job, delivery, _unfinished: activity.take_job() };
+        let pushed = tokio::select! {
             biased;
-            () = self.lifecycle.reached(Phase::Draining) => {}
-            _ = self.dispatch_queue.send(delivery) => {}
+            () = lifecycle.reached(Phase::Draining) => false,
+            pushed = self.dispatch_queue.send(taken) => pushed.is_ok(),
+        };
+        if !pushed {
+            debug!(id = id.as_str(), "job received while draining, it goes back to the server");
+            ledger.give_back(&id, delivery);
         }
     }
-}
 
-/// Reads on, so that the end of the stream is noticed, but starts nothing: what comes now goes back when it closes.
-async fn give_back(stream: &mut TakeStream) -> Result<(), StreamError> {
-    loop {
-        let job = stream.next().await?;
-        debug!(id = job.id.as_str(), "job received while draining, it goes back to the server");
+    /// Reports what is no job, but has an id, as failed: it would come again and again.
+    async fn refuse(&self, id: JobId, reason: &str) {
+        error!(id = id.as_str(), reason, "malformed job, reported as failed");
+        let attempt = Attempt { id, attempts: None };
+        let failure =
+            Outcome::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
+        let outcome = match self.run.ledger.arrive(&attempt) {
+            (Arrival::New, _) => failure,
+            (Arrival::Ended(outcome), _) => outcome,
+            (Arrival::UnderWay, _) => return,
+        };
+        if let Some(attempt) = self.run.ledger.end(&attempt.id, &outcome) {
+            self.unless_stopped(self.run.acks.report(attempt, outcome)).await;
+        }
+    }
+
+    async fn unless_stopped(&self, work: impl Future<Output = ()>) {
+        tokio::select! {
+            () = self.run.lifecycle.reached(Phase::Stopped) => {}
+            () = work => {}
+        }
     }
 }
 

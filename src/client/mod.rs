@@ -1,8 +1,10 @@
 //! [`Client`]: the calls of the Zizq HTTP API that a worker makes.
 
+mod error;
+pub(crate) mod tls;
+mod url;
+
 use std::error::Error;
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,22 +12,23 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue, LOCATION, USER_AGENT};
-use hyper::{Method, Request, Response, StatusCode, Uri};
+use hyper::rt::{Read, Write};
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client as PooledClient;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
 use tokio_util::task::AbortOnDropHandle;
 use tower_service::Service;
 
-use crate::backoff::Retryable;
 use crate::job::{Failure, JobId};
-use crate::stream::TakeStream;
+use crate::stream::{StreamLimits, TakeStream};
 
-/// Where a Zizq server listens unless told otherwise.
-pub const DEFAULT_URL: &str = "http://localhost:7890";
+pub use error::ClientError;
+pub use tls::Tls;
+pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 
 /// How long a server may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -36,99 +39,25 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// After how much silence the kernel asks whether the peer still lives.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
 
+/// How often it asks then …
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// … and after how many unanswered questions the connection is dead.
+const TCP_KEEPALIVE_RETRIES: u32 = 3;
+
 /// More of an answer than this is not read; all that the server has to say to a worker is shorter.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 
 /// What a path segment or query value may hold as it is (RFC 3986, unreserved).
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Where the server is: `http` or `https`, a host, and maybe a port and a path prefix.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServerUrl(Uri);
-
-impl Default for ServerUrl {
-    fn default() -> Self {
-        Self(Uri::from_static(DEFAULT_URL))
-    }
-}
-
-impl FromStr for ServerUrl {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wanted = || format!("url must be http://HOST[:PORT][/PREFIX] or https://… (got {text:?})");
-        let uri: Uri = text.trim_end_matches('/').parse().map_err(|_| wanted())?;
-        let authority = uri.authority().ok_or_else(wanted)?;
-        let fits = matches!(uri.scheme_str(), Some("http" | "https"))
-            && !authority.host().is_empty()
-            && !authority.as_str().contains('@')
-            && uri.query().is_none()
-            && (authority.port_u16().is_some() || authority.as_str() == authority.host());
-        if fits { Ok(Self(uri)) } else { Err(wanted()) }
-    }
-}
-
-impl fmt::Display for ServerUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.to_string().trim_end_matches('/'))
-    }
-}
-
-impl ServerUrl {
-    /// The host name or address, without brackets.
-    pub fn host(&self) -> &str {
-        self.0.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']')
-    }
-
-    /// The port, by the scheme when none is written.
-    pub fn port(&self) -> u16 {
-        self.0.port_u16().unwrap_or(if self.is_https() { 443 } else { 80 })
-    }
-
-    /// Whether the connection is encrypted.
-    pub fn is_https(&self) -> bool {
-        self.0.scheme_str() == Some("https")
-    }
-
-    /// The part of each request's path that comes before the API's own.
-    pub fn prefix(&self) -> &str {
-        self.0.path().trim_end_matches('/')
-    }
-}
-
-/// What the server calls a worker in its log: a legal header value. `HOSTNAME-PID` by default.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WorkerId(HeaderValue);
-
-impl FromStr for WorkerId {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let value = HeaderValue::from_str(text.trim()).ok().filter(|value| !value.is_empty() && value.to_str().is_ok());
-        value.map(Self).ok_or_else(|| format!("worker_id must be printable ASCII, and not empty (got {text:?})"))
-    }
-}
-
-impl Default for WorkerId {
-    fn default() -> Self {
-        let (host, pid) = (gethostname::gethostname(), std::process::id());
-        format!("{}-{pid}", host.to_string_lossy()).parse().unwrap_or_else(|_| Self(HeaderValue::from(pid)))
-    }
-}
-
-impl fmt::Display for WorkerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.to_str().unwrap_or_default())
-    }
-}
-
 /// A client for one server, under one worker id. Reports share pooled connections; each take stream has its own.
 #[derive(Debug)]
 pub struct Client {
     url: ServerUrl,
     worker_id: WorkerId,
-    connector: HttpConnector,
-    reports: PooledClient<HttpConnector, Full<Bytes>>,
+    connector: HttpsConnector<HttpConnector>,
+    reports: PooledClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
 }
 
 /// What the server made of a report.
@@ -138,6 +67,27 @@ pub enum Acceptance {
     Accepted,
     /// The job was not in flight: reported before, or handed out again since.
     AlreadyHandled,
+}
+
+/// What the server says of a job, as far as a report depends on it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct JobState {
+    /// `scheduled`, `ready`, `in_flight`, `completed` or `dead`.
+    pub status: String,
+    /// How many attempts have failed.
+    pub attempts: u32,
+}
+
+impl JobState {
+    /// Whether it will not be tried again.
+    pub fn is_over(&self) -> bool {
+        matches!(self.status.as_str(), "completed" | "dead")
+    }
+
+    /// Whether it is being tried.
+    pub fn is_in_flight(&self) -> bool {
+        self.status == "in_flight"
+    }
 }
 
 #[derive(Serialize)]
@@ -152,13 +102,17 @@ struct NotFound {
 
 impl Client {
     /// A client that has not connected yet.
-    pub fn new(url: ServerUrl, worker_id: WorkerId) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.enforce_http(false);
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        connector.set_keepalive(Some(TCP_KEEPALIVE));
-        let reports = PooledClient::builder(TokioExecutor::new()).build(connector.clone());
+    pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls) -> Self {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        tcp.set_keepalive(Some(TCP_KEEPALIVE));
+        tcp.set_keepalive_interval(Some(TCP_KEEPALIVE_INTERVAL));
+        tcp.set_keepalive_retries(Some(TCP_KEEPALIVE_RETRIES));
+        let connector = HttpsConnector::from((tcp.clone(), tls.speaking(&["http/1.1"])));
+        let pooled = HttpsConnector::from((tcp, tls.speaking(&["h2", "http/1.1"])));
+        let reports = PooledClient::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(pooled);
         Self { url, worker_id, connector, reports }
     }
 
@@ -171,7 +125,12 @@ impl Client {
     ///
     /// # Errors
     /// When no connection can be made, or the server does not answer with a stream.
-    pub async fn take(&self, queues: &[String], prefetch: usize) -> Result<TakeStream, ClientError> {
+    pub async fn take(
+        &self,
+        queues: &[String],
+        prefetch: usize,
+        limits: StreamLimits,
+    ) -> Result<TakeStream, ClientError> {
         within_request_timeout(async {
             let (mut sender, connection) =
                 http1::handshake(self.connect().await?).await.map_err(ClientError::Transport)?;
@@ -182,16 +141,16 @@ impl Client {
             let sent = sender.send_request(self.take_request(queues, prefetch)?).await;
             let response = sent.map_err(ClientError::Transport)?;
             match response.status() {
-                StatusCode::OK => Ok(TakeStream::new(response.into_body(), connection)),
+                StatusCode::OK => Ok(TakeStream::new(response.into_body(), connection, limits)),
                 _ => Err(refusal(response).await),
             }
         })
         .await
     }
 
-    async fn connect(&self) -> Result<TokioIo<TcpStream>, ClientError> {
-        let connected = self.connector.clone().call(self.url.0.clone()).await;
-        connected.map_err(|error| ClientError::Connect(error.into()))
+    async fn connect(&self) -> Result<impl Read + Write + Unpin + use<>, ClientError> {
+        let connected = self.connector.clone().call(self.url.uri()).await;
+        connected.map_err(ClientError::Connect)
     }
 
     fn take_request(&self, queues: &[String], prefetch: usize) -> Result<Request<Full<Bytes>>, ClientError> {
@@ -239,10 +198,31 @@ impl Client {
         }
     }
 
+    /// What the server says of a job; nothing if it does not have it.
+    ///
+    /// # Errors
+    /// When the request fails, or the server refuses it.
+    pub async fn job(&self, id: &JobId) -> Result<Option<JobState>, ClientError> {
+        let response =
+            self.send(self.request(Method::GET, &format!("/jobs/{}", encode(id.as_str())), Bytes::new())?).await?;
+        match response.status() {
+            status if status.is_success() => {
+                let body = read(response).await?;
+                serde_json::from_slice(&body).map(Some).map_err(|error| ClientError::Answer(error.into()))
+            }
+            StatusCode::NOT_FOUND => Ok(None),
+            _ => Err(refusal(response).await),
+        }
+    }
+
     async fn post(&self, path: &str, body: &impl Serialize) -> Result<Response<Incoming>, ClientError> {
         let body = serde_json::to_vec(body).map_err(invalid)?;
         let mut request = self.request(Method::POST, path, body.into())?;
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.send(request).await
+    }
+
+    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
         within_request_timeout(async {
             self.reports.request(request).await.map_err(|error| {
                 if error.is_connect() { ClientError::Connect(error.into()) } else { ClientError::Request(error) }
@@ -256,7 +236,7 @@ impl Client {
             .method(method)
             .uri(format!("{}{path}", self.url))
             .header(USER_AGENT, concat!("zizq-worker/", env!("CARGO_PKG_VERSION")))
-            .header("worker-id", &self.worker_id.0)
+            .header("worker-id", self.worker_id.header())
             .body(Full::new(body))
             .map_err(invalid)
     }
@@ -304,78 +284,12 @@ fn refused(status: StatusCode, body: &[u8]) -> ClientError {
     ClientError::Refused { status, message }
 }
 
-/// Why a call to the server did not succeed.
-#[derive(Debug)]
-pub enum ClientError {
-    /// No connection could be made.
-    Connect(Box<dyn Error + Send + Sync>),
-    /// The connection of a take stream failed before the stream began.
-    Transport(hyper::Error),
-    /// A request failed under way; the server may have carried it out.
-    Request(hyper_util::client::legacy::Error),
-    /// The answer could not be read to its end.
-    Answer(Box<dyn Error + Send + Sync>),
-    /// No answer came in time; the server may have carried the request out.
-    TimedOut(Duration),
-    /// The server answered, but not with what was asked for.
-    Refused {
-        /// Its status.
-        status: StatusCode,
-        /// What it said, as far as it said anything.
-        message: String,
-    },
-    /// The request cannot be put into words that HTTP knows.
-    Unsendable(Box<dyn Error + Send + Sync>),
-}
-
-impl ClientError {
-    /// Whether the same call may succeed later: everything but a client error (4xx) of the server.
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            Self::Refused { status, .. } => !status.is_client_error(),
-            Self::Unsendable(_) => false,
-            _ => true,
-        }
-    }
-}
-
-impl Retryable for ClientError {
-    fn is_retryable(&self) -> bool {
-        Self::is_retryable(self)
-    }
-}
-
-impl fmt::Display for ClientError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Connect(_) => f.write_str("cannot connect"),
-            Self::Transport(_) | Self::Request(_) => f.write_str("the request failed"),
-            Self::Answer(_) => f.write_str("the answer broke off"),
-            Self::TimedOut(limit) => write!(f, "no answer within {}", humantime::format_duration(*limit)),
-            Self::Refused { status, message } if message.is_empty() => write!(f, "the server answered {status}"),
-            Self::Refused { status, message } => write!(f, "the server answered {status}: {message}"),
-            Self::Unsendable(_) => f.write_str("the request cannot be sent"),
-        }
-    }
-}
-
-impl Error for ClientError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match self {
-            Self::Connect(error) | Self::Answer(error) | Self::Unsendable(error) => Some(error.as_ref()),
-            Self::Transport(error) => Some(error),
-            Self::Request(error) => Some(error),
-            Self::TimedOut(_) | Self::Refused { .. } => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn client(url: &str) -> Client {
-        Client::new(url.parse().unwrap(), "w-1".parse().unwrap())
+        Client::new(url.parse().unwrap(), "w-1".parse().unwrap(), &Tls::default())
     }
 
     fn take_target(url: &str, queues: &[&str]) -> (String, String) {
@@ -394,22 +308,6 @@ mod tests {
     fn queue_names_are_percent_encoded_and_the_commas_between_them_are_not() {
         let (_, target) = take_target("http://h", &["a b/c", "ü&x"]);
         assert_eq!(target, "/jobs/take?prefetch=8&queue=a%20b%2Fc,%C3%BC%26x");
-    }
-
-    #[test]
-    fn urls_that_cannot_work_are_refused() {
-        for bad in ["", "localhost:7890", "ftp://h", "http://", "http://u:p@h", "http://h?x=1", "http://h:99999", "/x"]
-        {
-            let error = bad.parse::<ServerUrl>().unwrap_err();
-            assert!(error.starts_with("url must be http://HOST"), "{bad}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_url_knows_its_parts() {
-        let url: ServerUrl = "https://[::1]/q".parse().unwrap();
-        assert_eq!((url.host(), url.port(), url.prefix(), url.is_https()), ("::1", 443, "/q", true));
-        assert_eq!("http://h:7890/".parse::<ServerUrl>().unwrap().to_string(), "http://h:7890");
     }
 
     #[test]

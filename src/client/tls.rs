@@ -1,0 +1,106 @@
+//! [`Tls`]: whom a client trusts, and who it says it is.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore};
+
+/// The TLS settings of a client. There are none that turn verification off.
+#[derive(Clone)]
+pub struct Tls(Arc<ClientConfig>);
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tls")
+    }
+}
+
+/// Trusts nobody: right for plain HTTP alone.
+impl Default for Tls {
+    fn default() -> Self {
+        Self::trusting(RootCertStore::empty())
+    }
+}
+
+/// A certificate chain and its private key.
+pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+impl Tls {
+    /// Trusts what the system trusts.
+    ///
+    /// # Errors
+    /// When the system has no certificates: a sentence that says what to do.
+    pub fn system() -> Result<Self, String> {
+        Ok(Self::trusting(system_roots()?))
+    }
+
+    fn trusting(roots: RootCertStore) -> Self {
+        Self(Arc::new(builder(roots).with_no_client_auth()))
+    }
+
+    /// Trusts `roots`, and shows `identity` to a server that asks.
+    ///
+    /// # Errors
+    /// When the key does not belong to the certificate.
+    pub(crate) fn new(roots: RootCertStore, identity: Option<Identity>) -> Result<Self, String> {
+        let builder = builder(roots);
+        let config = match identity {
+            Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|error| error.to_string())?,
+            None => builder.with_no_client_auth(),
+        };
+        Ok(Self(Arc::new(config)))
+    }
+
+    /// The same for connections that speak one of `protocols`.
+    pub(super) fn speaking(&self, protocols: &[&str]) -> ClientConfig {
+        let mut config = ClientConfig::clone(&self.0);
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        config
+    }
+}
+
+fn builder(roots: RootCertStore) -> rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let versions = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    #[expect(clippy::expect_used, reason = "the versions are the provider's own, so it has them")]
+    versions.expect("ring speaks the default versions of TLS").with_root_certificates(roots)
+}
+
+/// What the system trusts.
+pub(crate) fn system_roots() -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    let (added, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    match added {
+        0 => {
+            Err("this system has no trusted certificates; install ca-certificates, or name a file with --tls-ca"
+                .to_owned())
+        }
+        _ => Ok(roots),
+    }
+}
+
+/// What a file of certificates in PEM trusts.
+pub(crate) fn roots_from_pem(pem: &[u8]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(pem)? {
+        roots.add(certificate).map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;
+    }
+    Ok(roots)
+}
+
+/// The certificates in a file in PEM, in its order.
+pub(crate) fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match certificates {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        Ok(_) => Err("holds no certificate in PEM".to_owned()),
+        Err(error) => Err(format!("is not PEM: {error}")),
+    }
+}
+
+/// The first private key in a file in PEM.
+pub(crate) fn private_key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, String> {
+    PrivateKeyDer::from_pem_slice(pem).map_err(|error| format!("holds no private key in PEM: {error}"))
+}

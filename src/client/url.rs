@@ -1,0 +1,121 @@
+//! [`ServerUrl`]: where the server is. [`WorkerId`]: what it calls this worker.
+
+use std::fmt;
+use std::str::FromStr;
+
+use hyper::Uri;
+use hyper::header::HeaderValue;
+
+/// Where a Zizq server listens unless told otherwise.
+pub const DEFAULT_URL: &str = "http://localhost:7890";
+
+/// Where the server is: `http` or `https`, a host, and maybe a port and a path prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerUrl(Uri);
+
+impl Default for ServerUrl {
+    fn default() -> Self {
+        Self(Uri::from_static(DEFAULT_URL))
+    }
+}
+
+impl FromStr for ServerUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wanted = || format!("url must be http://HOST[:PORT][/PREFIX] or https://… (got {text:?})");
+        let uri: Uri = text.trim_end_matches('/').parse().map_err(|_| wanted())?;
+        let authority = uri.authority().ok_or_else(wanted)?;
+        let fits = matches!(uri.scheme_str(), Some("http" | "https"))
+            && !authority.host().is_empty()
+            && !authority.as_str().contains('@')
+            && uri.query().is_none()
+            && (authority.port_u16().is_some() || authority.as_str() == authority.host());
+        if fits { Ok(Self(uri)) } else { Err(wanted()) }
+    }
+}
+
+impl fmt::Display for ServerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.to_string().trim_end_matches('/'))
+    }
+}
+
+impl ServerUrl {
+    pub(super) fn uri(&self) -> Uri {
+        self.0.clone()
+    }
+
+    /// The host name or address, without brackets.
+    pub fn host(&self) -> &str {
+        self.0.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']')
+    }
+
+    /// The port, by the scheme when none is written.
+    pub fn port(&self) -> u16 {
+        self.0.port_u16().unwrap_or(if self.is_https() { 443 } else { 80 })
+    }
+
+    /// Whether the connection is encrypted.
+    pub fn is_https(&self) -> bool {
+        self.0.scheme_str() == Some("https")
+    }
+
+    /// The part of each request's path that comes before the API's own.
+    pub fn prefix(&self) -> &str {
+        self.0.path().trim_end_matches('/')
+    }
+}
+
+/// What the server calls a worker in its log: a legal header value. `HOSTNAME-PID` by default.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerId(HeaderValue);
+
+impl FromStr for WorkerId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let value = HeaderValue::from_str(text.trim()).ok().filter(|value| !value.is_empty() && value.to_str().is_ok());
+        value.map(Self).ok_or_else(|| format!("worker_id must be printable ASCII, and not empty (got {text:?})"))
+    }
+}
+
+impl WorkerId {
+    pub(super) fn header(&self) -> &HeaderValue {
+        &self.0
+    }
+}
+
+impl Default for WorkerId {
+    fn default() -> Self {
+        let (host, pid) = (gethostname::gethostname(), std::process::id());
+        format!("{}-{pid}", host.to_string_lossy()).parse().unwrap_or_else(|_| Self(HeaderValue::from(pid)))
+    }
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.to_str().unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_that_cannot_work_are_refused() {
+        for bad in ["", "localhost:7890", "ftp://h", "http://", "http://u:p@h", "http://h?x=1", "http://h:99999", "/x"]
+        {
+            let error = bad.parse::<ServerUrl>().unwrap_err();
+            assert!(error.starts_with("url must be http://HOST"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_url_knows_its_parts() {
+        let url: ServerUrl = "https://[::1]/q".parse().unwrap();
+        assert_eq!((url.host(), url.port(), url.prefix(), url.is_https()), ("::1", 443, "/q", true));
+        assert_eq!("http://h:7890/".parse::<ServerUrl>().unwrap().to_string(), "http://h:7890");
+    }
+}

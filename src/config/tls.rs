@@ -1,0 +1,62 @@
+//! The TLS settings: files, read and matched before anything connects.
+
+use super::file::Field;
+use super::layers::Layers;
+use super::{ConfigError, Source};
+use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
+use crate::client::{ServerUrl, Tls};
+
+pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl) -> Result<Tls, ConfigError> {
+    let file = &layers.file.table.tls.0;
+    let ca = File::find(layers, "tls-ca", &file.ca)?;
+    let chain = File::find(layers, "tls-client-cert", &file.client_cert)?;
+    let key = File::find(layers, "tls-client-key", &file.client_key)?;
+    if !url.is_https() {
+        return match ca.or(chain).or(key) {
+            Some(file) => Err(file.error("is of no use: url is http; make it https")),
+            None => Ok(Tls::default()),
+        };
+    }
+    let roots = match &ca {
+        Some(ca) => ca.parse(roots_from_pem)?,
+        None => system_roots().map_err(|problem| ConfigError::unusable(Source::Missing, problem))?,
+    };
+    let identity = match (&chain, &key) {
+        (Some(chain), Some(key)) => Some((chain.parse(certificates)?, key.parse(private_key)?)),
+        (None, None) => None,
+        (Some(alone), None) => return Err(alone.error("goes with tls_client_key, which is not set")),
+        (None, Some(alone)) => return Err(alone.error("goes with tls_client_cert, which is not set")),
+    };
+    Tls::new(roots, identity).map_err(|problem| match &key {
+        Some(key) => key.error(&format!("does not belong to the certificate in tls_client_cert: {problem}")),
+        None => ConfigError::unusable(Source::Missing, problem),
+    })
+}
+
+/// A file that a setting names, as it was read.
+struct File {
+    setting: String,
+    path: String,
+    source: Source,
+    bytes: Vec<u8>,
+}
+
+impl File {
+    fn find(layers: &Layers<'_>, name: &'static str, in_file: &Field) -> Result<Option<Self>, ConfigError> {
+        let setting = name.replace('-', "_");
+        let Some((path, source)) = layers.locate(name, in_file, |raw| raw.text(&setting))? else { return Ok(None) };
+        match std::fs::read(&path) {
+            Ok(bytes) => Ok(Some(Self { setting, path, source, bytes })),
+            Err(error) => Err(ConfigError::unusable(source, format!("{setting}: cannot read {path}: {error}"))),
+        }
+    }
+
+    fn parse<T>(&self, parse: impl Fn(&[u8]) -> Result<T, String>) -> Result<T, ConfigError> {
+        parse(&self.bytes).map_err(|problem| self.error(&problem))
+    }
+
+    /// A sentence about the file that begins with its verb.
+    fn error(&self, problem: &str) -> ConfigError {
+        ConfigError::unusable(self.source.clone(), format!("{}: {} {problem}", self.setting, self.path))
+    }
+}

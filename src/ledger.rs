@@ -1,0 +1,321 @@
+//! [`Ledger`]: which jobs are here, so that none is run twice because a connection was lost.
+//!
+//! The server hands a job out again as soon as the stream that took it is gone, while its run goes on here. What is known
+//! of a job is kept from its arrival until its report has been accepted; what has ended and could not be reported then is
+//! kept for the case that it comes again.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::job::{JobId, Outcome};
+
+/// A job, and which of its attempts. The server goes by the id alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Attempt {
+    pub(crate) id: JobId,
+    /// How many attempts had failed before; unknown for what could not be read.
+    pub(crate) attempts: Option<u32>,
+}
+
+/// One handing over of a job by the server. Later ones are greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Delivery(u64);
+
+/// What to do with a job that has arrived.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Arrival {
+    /// Start it.
+    New,
+    /// Nothing: the run, or the report, that is under way answers for it.
+    UnderWay,
+    /// Report how it ended.
+    Ended(Outcome),
+}
+
+/// What is known of the jobs that are here.
+#[derive(Debug)]
+pub(crate) struct Ledger(Mutex<Entries>);
+
+#[derive(Debug)]
+struct Entries {
+    by_id: HashMap<JobId, Entry>,
+    /// The jobs whose outcome waits for them to come again, oldest first.
+    parked: VecDeque<JobId>,
+    max_parked: usize,
+    deliveries: u64,
+    /// Every delivery up to this one came over a stream that is lost.
+    lost: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    attempts: Option<u32>,
+    delivery: Delivery,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// In the dispatch queue.
+    Waiting,
+    /// In a worker loop.
+    Running,
+    /// In the ack queue.
+    Reporting { failed: bool },
+    /// Ended; the server did not hold the job for us when it was reported.
+    Parked(Outcome),
+}
+
+impl Ledger {
+    /// An empty ledger that keeps at most `max_parked` outcomes for jobs that may come again.
+    pub(crate) fn new(max_parked: usize) -> Self {
+        let by_id = HashMap::new();
+        Self(Mutex::new(Entries { by_id, parked: VecDeque::new(), max_parked, deliveries: 0, lost: 0 }))
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        // No entry is half written when a thread panics: each is replaced as a whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that a job has come over the stream.
+    pub(crate) fn arrive(&self, attempt: &Attempt) -> (Arrival, Delivery) {
+        let mut entries = self.entries();
+        entries.deliveries += 1;
+        let delivery = Delivery(entries.deliveries);
+        (entries.arrive(attempt, delivery), delivery)
+    }
+
+    /// Notes that the stream is lost: the server has its jobs again. Those that wait are forgotten.
+    pub(crate) fn lose_stream(&self) {
+        let mut entries = self.entries();
+        entries.lost = entries.deliveries;
+        entries.by_id.retain(|_, entry| !matches!(entry.state, State::Waiting));
+    }
+
+    /// Notes that a run begins, unless the job is no longer ours to run.
+    pub(crate) fn begin(&self, id: &JobId, delivery: Delivery) -> bool {
+        let mut entries = self.entries();
+        match entries.by_id.get_mut(id) {
+            Some(entry) if entry.delivery == delivery && matches!(entry.state, State::Waiting) => {
+                entry.state = State::Running;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Forgets a job that will not be started: the server has it again when the stream closes.
+    pub(crate) fn give_back(&self, id: &JobId, delivery: Delivery) {
+        let mut entries = self.entries();
+        if entries
+            .by_id
+            .get(id)
+            .is_some_and(|entry| entry.delivery == delivery && matches!(entry.state, State::Waiting))
+        {
+            entries.by_id.remove(id);
+        }
+    }
+
+    /// Notes that a run has ended. Returns the attempt that is to be reported, if any is: the job may have been handed
+    /// over anew since the run began.
+    pub(crate) fn end(&self, id: &JobId, outcome: &Outcome) -> Option<Attempt> {
+        let mut entries = self.entries();
+        if *outcome == Outcome::Interrupted {
+            entries.by_id.remove(id);
+            return None;
+        }
+        let entry = entries.by_id.get_mut(id)?;
+        entry.state = State::Reporting { failed: matches!(outcome, Outcome::Failure(_)) };
+        Some(Attempt { id: id.clone(), attempts: entry.attempts })
+    }
+
+    /// The delivery by which the server holds this attempt for us, if it does.
+    pub(crate) fn held(&self, attempt: &Attempt) -> Option<Delivery> {
+        let entries = self.entries();
+        let entry = entries.by_id.get(&attempt.id)?;
+        (entry.attempts == attempt.attempts && entry.delivery.0 > entries.lost).then_some(entry.delivery)
+    }
+
+    /// Forgets an attempt whose report is settled.
+    pub(crate) fn forget(&self, attempt: &Attempt) {
+        let mut entries = self.entries();
+        let settled = |entry: &Entry| entry.attempts == attempt.attempts && !matches!(entry.state, State::Waiting);
+        if entries.by_id.get(&attempt.id).is_some_and(settled) {
+            entries.by_id.remove(&attempt.id);
+        }
+    }
+
+    /// Keeps the outcome of an attempt that the server did not hold for us when it was reported. Gives it back when the
+    /// job has come again since the delivery `seen`: then it can be reported at once.
+    pub(crate) fn park(&self, attempt: &Attempt, seen: Option<Delivery>, outcome: Outcome) -> Option<Outcome> {
+        let mut entries = self.entries();
+        let lost = entries.lost;
+        let entry = entries.by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts)?;
+        if entry.delivery.0 > lost && seen != Some(entry.delivery) {
+            return Some(outcome);
+        }
+        entry.state = State::Parked(outcome);
+        entries.parked.push_back(attempt.id.clone());
+        entries.evict();
+        None
+    }
+
+    /// Whether anything here may still have to be told to the server.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries().by_id.is_empty()
+    }
+}
+
+impl Entries {
+    fn arrive(&mut self, attempt: &Attempt, delivery: Delivery) -> Arrival {
+        let new = Entry { attempts: attempt.attempts, delivery, state: State::Waiting };
+        let Some(entry) = self.by_id.get_mut(&attempt.id) else {
+            self.by_id.insert(attempt.id.clone(), new);
+            return Arrival::New;
+        };
+        let same = entry.attempts == attempt.attempts;
+        match &entry.state {
+            // The failure that is being reported, or was kept, has been counted already: this is the next attempt.
+            State::Reporting { failed: true } | State::Parked(Outcome::Failure(_)) if !same => {
+                *entry = new;
+                Arrival::New
+            }
+            // Whatever attempt it is by now, the work is done or being done.
+            State::Waiting | State::Running | State::Reporting { .. } => {
+                *entry = Entry { state: std::mem::replace(&mut entry.state, State::Waiting), ..new };
+                Arrival::UnderWay
+            }
+            State::Parked(outcome) => {
+                let outcome = outcome.clone();
+                *entry = Entry { state: State::Reporting { failed: matches!(outcome, Outcome::Failure(_)) }, ..new };
+                Arrival::Ended(outcome)
+            }
+        }
+    }
+
+    /// Forgets the oldest outcomes beyond the limit. A name whose job has come again meanwhile just makes room.
+    fn evict(&mut self) {
+        while self.parked.len() > self.max_parked {
+            let Some(oldest) = self.parked.pop_front() else { return };
+            if self.by_id.get(&oldest).is_some_and(|entry| matches!(entry.state, State::Parked(_))) {
+                self.by_id.remove(&oldest);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Failure;
+
+    fn attempt(id: &str, attempts: u32) -> Attempt {
+        Attempt { id: id.into(), attempts: Some(attempts) }
+    }
+
+    fn failure() -> Outcome {
+        Outcome::Failure(Failure::new("ExitStatus", "no"))
+    }
+
+    /// A job that has arrived and is running.
+    fn running(ledger: &Ledger, attempt: &Attempt) {
+        let (arrival, delivery) = ledger.arrive(attempt);
+        assert_eq!(arrival, Arrival::New);
+        assert!(ledger.begin(&attempt.id, delivery));
+    }
+
+    #[test]
+    fn a_job_that_comes_again_while_it_runs_is_not_started_and_its_report_counts_again() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        ledger.lose_stream();
+        assert_eq!(ledger.held(&job), None);
+        assert_eq!(ledger.arrive(&job).0, Arrival::UnderWay);
+        assert_eq!(ledger.end(&job.id, &Outcome::Success), Some(job.clone()));
+        assert!(ledger.held(&job).is_some());
+        ledger.forget(&job);
+        assert!(ledger.is_empty());
+    }
+
+    #[test]
+    fn a_run_answers_for_the_attempt_that_the_server_has_come_to() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        ledger.lose_stream();
+        assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
+        assert_eq!(ledger.end(&job.id, &failure()), Some(attempt("a", 1)));
+    }
+
+    #[test]
+    fn what_waits_when_the_stream_is_lost_is_not_started() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (_, old) = ledger.arrive(&job);
+        ledger.lose_stream();
+        let (arrival, new) = ledger.arrive(&job);
+        assert_eq!(arrival, Arrival::New);
+        assert!(!ledger.begin(&job.id, old));
+        assert!(ledger.begin(&job.id, new));
+        assert!(!ledger.begin(&job.id, new));
+    }
+
+    #[test]
+    fn an_outcome_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        let seen = ledger.held(&job);
+        ledger.end(&job.id, &failure());
+        ledger.lose_stream();
+        assert_eq!(ledger.park(&job, seen, failure()), None);
+        assert_eq!(ledger.arrive(&job).0, Arrival::Ended(failure()));
+    }
+
+    #[test]
+    fn a_job_that_has_come_again_is_not_parked_unless_the_server_denied_that_very_delivery() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        let seen = ledger.held(&job);
+        ledger.end(&job.id, &Outcome::Success);
+        ledger.lose_stream();
+        ledger.arrive(&job);
+        assert_eq!(ledger.park(&job, seen, Outcome::Success), Some(Outcome::Success));
+        let seen = ledger.held(&job);
+        assert_eq!(ledger.park(&job, seen, Outcome::Success), None);
+    }
+
+    #[test]
+    fn a_failure_that_was_counted_is_not_told_to_the_next_attempt() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        ledger.end(&job.id, &failure());
+        let (arrival, delivery) = ledger.arrive(&attempt("a", 1));
+        assert_eq!(arrival, Arrival::New);
+        assert_eq!(ledger.held(&job), None);
+        ledger.forget(&job);
+        assert!(ledger.begin(&job.id, delivery), "forgetting the old attempt spares the new one");
+    }
+
+    #[test]
+    fn work_that_is_done_is_done_whatever_attempt_comes_next() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        ledger.end(&job.id, &Outcome::Success);
+        ledger.lose_stream();
+        ledger.park(&job, None, Outcome::Success);
+        assert_eq!(ledger.arrive(&attempt("a", 3)).0, Arrival::Ended(Outcome::Success));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let ledger = Ledger::new(2);
+        for name in ["a", "b", "c"] {
+            let job = attempt(name, 0);
+            running(&ledger, &job);
+            ledger.end(&job.id, &Outcome::Success);
+            ledger.park(&job, ledger.held(&job), Outcome::Success);
+        }
+        ledger.lose_stream();
+        assert_eq!(ledger.arrive(&attempt("a", 0)).0, Arrival::New);
+        assert_eq!(ledger.arrive(&attempt("b", 0)).0, Arrival::Ended(Outcome::Success));
+    }
+}
