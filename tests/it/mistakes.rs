@@ -89,7 +89,9 @@ fn there_is_an_end_to_how_many_jobs_run_at_once() {
 
 #[test]
 fn durations_must_be_durations_and_longer_than_nothing() {
-    for flag in ["--retry-min-wait", "--retry-max-wait", "--shutdown-deadline", "--exit-when-idle"] {
+    for flag in
+        ["--retry-min-wait", "--retry-max-wait", "--shutdown-deadline", "--exit-when-idle", "--stream-idle-timeout"]
+    {
         let name = flag.trim_start_matches('-').replace('-', "_");
         let toml = |value| format!("worker.{name} = {value}");
         let wanted = "must be a duration like 30s, 500ms or 1m 30s; a bare number is seconds";
@@ -102,6 +104,15 @@ fn durations_must_be_durations_and_longer_than_nothing() {
             CONFIG,
             &format!("DIR/zizq-worker.toml:1: {name} {wanted} (got true)"),
         );
+    }
+}
+
+#[test]
+fn the_size_of_a_job_must_be_a_size_that_a_job_can_have() {
+    for bad in ["big", "-1", "0", "1023", "1.5 parsec"] {
+        let wanted = "must be a size like 64MiB or 500kB, at least 1KiB; a bare number is bytes";
+        let problem = format!("max_job_size {wanted} (got {bad})");
+        refuse_everywhere("--max-job-size", bad, &format!("worker.max_job_size = '{bad}'"), &problem);
     }
 }
 
@@ -160,13 +171,18 @@ fn a_value_must_be_text() {
 #[test]
 fn a_mistake_in_the_file_is_shown_with_its_line() {
     let known = "`queues`, `threads`, `fibers`, `prefetch`, `retry_min_wait`, `retry_max_wait`, `retry_multiplier`, \
-                 `shutdown_deadline`, `exit_when_idle`, `worker_id`";
+                 `stream_idle_timeout`, `max_job_size`, `shutdown_deadline`, `exit_when_idle`, `worker_id`";
     let unknown = |key| format!("2: unknown key `{key}`, expected one of {known}");
     for (toml, problem) in [
         ("[worker]\nthreadz = 3", &*unknown("threadz")),
         ("[worker]\nretry-min-wait = 3", &unknown("retry-min-wait")),
-        ("\n\nthreads = 1", "3: unknown key `threads`, expected one of `url`, `worker`, `handler`, `handlers`, `log`"),
-        ("[logs]", "1: unknown key `logs`, expected one of `url`, `worker`, `handler`, `handlers`, `log`"),
+        (
+            "\n\nthreads = 1",
+            "3: unknown key `threads`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`",
+        ),
+        ("[logs]", "1: unknown key `logs`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`"),
+        ("[tls]\nverify = false", "2: unknown key `verify`, expected one of `ca`, `client_cert`, `client_key`"),
+        ("[tls]\nca = 3", "2: tls_ca must be a string (got 3)"),
         ("[log]\nfile = 'x'", "2: unknown key `file`, expected `level` or `format`"),
         (
             "[handler]\ncommand = 'x'",

@@ -135,18 +135,6 @@ fn a_stream_that_breaks_is_opened_again_and_its_jobs_come_again() {
 }
 
 #[test]
-fn a_line_that_is_no_job_is_a_stream_error() {
-    let server = RawServer::start();
-    let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();
-    let mut stream = server.take();
-    stream.chunk("{\"id\":\"1\"}\n");
-    let lost = daemon.wait_for_message("stream lost, reconnecting");
-    assert!(lost["error"].as_str().unwrap().contains("missing field"), "{lost}");
-    stream.wait_until_closed();
-    server.take();
-}
-
-#[test]
 fn a_server_that_restarts_is_found_again() {
     let mut server = Server::start();
     let daemon = Daemon::of(&server).args(QUICK).sh("true").start();

@@ -5,9 +5,9 @@ use std::ffi::OsString;
 use serde_json::{Value, json};
 use zizq_worker::Config;
 use zizq_worker::cli::Args;
-use zizq_worker::config::DEFAULT_SHUTDOWN_DEADLINE;
+use zizq_worker::config::{DEFAULT_MAX_JOB_SIZE, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT};
 
-use crate::support::{Daemon, Finished, Recorder, Server};
+use crate::support::{Daemon, Finished, RawServer, Recorder, Server, eventually};
 
 /// Nobody listens there.
 const NOWHERE: &str = "http://127.0.0.1:1";
@@ -264,6 +264,57 @@ fn exit_when_idle() {
 }
 
 #[test]
+fn stream_idle_timeout() {
+    Setting {
+        flag: "--stream-idle-timeout",
+        variable: "ZIZQ_STREAM_IDLE_TIMEOUT",
+        key: "worker.stream_idle_timeout",
+        given: ["10ms", "0.02", "'30ms'"],
+        seen: ["nothing came for 10ms", "nothing came for 20ms", "nothing came for 30ms"],
+        // Too long to wait for: see below.
+        default: None,
+        see: |daemon| {
+            let server = RawServer::start();
+            let running = daemon.args(["--url", &server.url(), "--log-format", "json", "--", "true"]).start();
+            let _silent = server.take();
+            text(&running.wait_for_message("stream lost, reconnecting")["error"])
+        },
+    }
+    .check();
+    let limits = resolve(&["--exec", "true"]).worker.stream_limits;
+    assert_eq!(limits.idle_timeout, DEFAULT_STREAM_IDLE_TIMEOUT);
+}
+
+#[test]
+fn max_job_size() {
+    Setting {
+        flag: "--max-job-size",
+        variable: "ZIZQ_MAX_JOB_SIZE",
+        key: "worker.max_job_size",
+        given: ["2KiB", "4096", "'8 KiB'"],
+        seen: ["up to 2 KiB", "up to 4 KiB", "up to 8 KiB"],
+        default: Some("more"),
+        see: largest_job,
+    }
+    .check();
+    assert_eq!(resolve(&["--exec", "true"]).worker.stream_limits.max_job_size, DEFAULT_MAX_JOB_SIZE);
+}
+
+/// The first of some jobs that the daemon refuses for its size.
+fn largest_job(daemon: Daemon) -> String {
+    let server = Server::start();
+    let payload = |kib: usize| json!({"queue": "q", "type": "t", "payload": "x".repeat(kib * 1024 - 512)});
+    let ids = server.enqueue_all([1, 2, 4, 8].map(|kib| payload(2 * kib)));
+    let _running = daemon.args(["--url", &server.url, "--log-format", "json"]).sh("cat > /dev/null").start();
+    let accepted = |id: &String| {
+        let refused = server.errors(id).first().map(|error| error["error_type"] == "MalformedJob");
+        if server.job(id).is_none() { Some(true) } else { refused.map(|refused| !refused) }
+    };
+    let accepted = ids.iter().filter(|id| eventually("the end of a job", || accepted(id))).count();
+    ["none", "up to 2 KiB", "up to 4 KiB", "up to 8 KiB", "more"][accepted].to_owned()
+}
+
+#[test]
 fn worker_id() {
     Setting {
         flag: "--worker-id",
@@ -449,8 +500,13 @@ fn help_groups_the_flags_and_shows_variables_and_defaults() {
     assert!(!help.contains("999"), "the present environment is nobody's help");
 }
 
-const HELP: [(&str, &str, &str); 15] = [
+const HELP: [(&str, &str, &str); 20] = [
     ("--url <URL>", "ZIZQ_URL", "[default: http://localhost:7890]"),
+    ("--tls-ca <FILE>", "ZIZQ_TLS_CA", "[default: those that the system trusts]"),
+    ("--tls-client-cert <FILE>", "ZIZQ_TLS_CLIENT_CERT", ""),
+    ("--tls-client-key <FILE>", "ZIZQ_TLS_CLIENT_KEY", ""),
+    ("--stream-idle-timeout <DURATION>", "ZIZQ_STREAM_IDLE_TIMEOUT", "[default: 30s]"),
+    ("--max-job-size <SIZE>", "ZIZQ_MAX_JOB_SIZE", "[default: 64.0 MiB]"),
     ("--queues <A,B>", "ZIZQ_QUEUES", "[default: all queues]"),
     ("--threads <N>", "ZIZQ_THREADS", "[default: 1]"),
     ("--fibers <N>", "ZIZQ_FIBERS", "[default: 1]"),
