@@ -1,11 +1,12 @@
 //! [`AckProcessor`]: reports what became of the jobs. Successes leave in bulk, failures one by one; neither waits for the
 //! other. A report that the server has no use for now is kept in the [`Ledger`], for the case that its job comes again.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,9 @@ const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
 /// How many failures are under way at once: enough to hide the round trip, few enough to spare the server.
 const MAX_FAILURES_UNDER_WAY: usize = 8;
+
+/// How many successes that the server denies are looked into at once, for the same reasons.
+const MAX_LOOKS_UNDER_WAY: usize = 8;
 
 /// How long the last try of a report may take once the worker is killed.
 const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,6 +49,8 @@ struct Success {
 struct Failed {
     attempt: Attempt,
     failure: Failure,
+    /// It may have been sent before.
+    in_doubt: bool,
     _place: Place,
 }
 
@@ -59,11 +65,20 @@ pub(crate) struct AckQueue {
 impl AckQueue {
     /// Hands over a report; waits while the queue is full.
     pub(crate) async fn report(&self, attempt: Attempt, outcome: Outcome) {
+        self.put(attempt, outcome, false).await;
+    }
+
+    /// Hands over a report that may have been sent before.
+    pub(crate) async fn report_again(&self, attempt: Attempt, outcome: Outcome) {
+        self.put(attempt, outcome, true).await;
+    }
+
+    async fn put(&self, attempt: Attempt, outcome: Outcome, in_doubt: bool) {
         // The semaphore is never closed, and the processor outlives every queue: a place and a receiver there always are.
         let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
         match outcome {
             Outcome::Success => drop(self.successes.send(Success { attempt, _place: place })),
-            Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, _place: place })),
+            Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, in_doubt, _place: place })),
             Outcome::Interrupted => {}
         }
     }
@@ -75,6 +90,7 @@ pub(crate) struct AckProcessor {
     successes: AbortOnDropHandle<()>,
     failures: AbortOnDropHandle<()>,
     closing: CancellationToken,
+    reporter: Reporter,
 }
 
 /// What the sending side needs.
@@ -94,21 +110,28 @@ impl AckProcessor {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
         let closing = CancellationToken::new();
-        let reporting = reporter.clone().report_successes(success_queue, closing.clone());
+        let success_task = tokio::spawn(reporter.clone().report_successes(success_queue, closing.clone()));
+        let failure_task = tokio::spawn(reporter.clone().report_failures(failure_queue, closing.clone()));
         let processor = Self {
-            successes: AbortOnDropHandle::new(tokio::spawn(reporting)),
-            failures: AbortOnDropHandle::new(tokio::spawn(reporter.report_failures(failure_queue, closing.clone()))),
+            successes: AbortOnDropHandle::new(success_task),
+            failures: AbortOnDropHandle::new(failure_task),
             closing,
+            reporter,
         };
         (processor, AckQueue { places: Arc::new(Semaphore::new(capacity)), successes, failures })
     }
 
-    /// Takes no more reports, and waits until every one that it has is settled or given up.
+    /// Waits until every report is settled or given up, and takes no more. Every run has ended before.
     pub(crate) async fn finish(self) {
+        self.reporter.await_outcomes().await;
         self.closing.cancel();
         let (successes, failures) = tokio::join!(self.successes, self.failures);
         for ended in [successes, failures] {
             ended.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
+        }
+        let ids = self.reporter.ledger.ended();
+        if !ids.is_empty() {
+            error!(?ids, error = "the jobs did not come again in time", "report dropped");
         }
     }
 }
@@ -155,27 +178,76 @@ impl Reporter {
         }
     }
 
-    /// Sends one bulk request. What is not found in flight is looked into by itself: it is gone, or will come again.
-    async fn try_successes(&self, attempts: Vec<Attempt>) -> Result<(), ClientError> {
-        let ids: Vec<JobId> = attempts.iter().map(|attempt| attempt.id.clone()).collect();
-        let held: Vec<Option<Delivery>> = attempts.iter().map(|attempt| self.ledger.held(attempt)).collect();
-        let not_found = self.client.success(&ids).await?;
-        for (attempt, seen) in attempts.iter().zip(held) {
-            if !not_found.contains(&attempt.id) || self.is_gone(attempt).await? {
-                self.ledger.forget(attempt);
-            } else if self.ledger.park(attempt, seen, Outcome::Success).is_some() {
-                // It came again while we asked.
-                self.client.success(std::slice::from_ref(&attempt.id)).await?;
-                self.ledger.forget(attempt);
-            }
+    /// Sends one bulk request, and another for those whose jobs came again while it was under way.
+    async fn try_successes(&self, mut attempts: Vec<Attempt>) -> Result<(), ClientError> {
+        while !attempts.is_empty() {
+            let ids: Vec<JobId> = attempts.iter().map(|attempt| attempt.id.clone()).collect();
+            let held: Vec<Option<Delivery>> = attempts.iter().map(|attempt| self.ledger.held(attempt)).collect();
+            let not_found: HashSet<JobId> = self.client.success(&ids).await?.into_iter().collect();
+            let (denied, accepted): (Vec<_>, Vec<_>) =
+                attempts.into_iter().zip(held).partition(|(attempt, _)| not_found.contains(&attempt.id));
+            accepted.iter().for_each(|(attempt, _)| self.ledger.forget(attempt));
+            let looks = stream::iter(denied).map(|(attempt, seen)| self.look_into(attempt, seen));
+            let looked: Vec<Option<Attempt>> = looks.buffer_unordered(MAX_LOOKS_UNDER_WAY).try_collect().await?;
+            attempts = looked.into_iter().flatten().collect();
         }
         Ok(())
     }
 
-    async fn is_gone(&self, attempt: &Attempt) -> Result<bool, ClientError> {
+    /// A success whose job is not in flight: it is gone, or will come again, or has come meanwhile: then it is returned.
+    async fn look_into(&self, attempt: Attempt, seen: Option<Delivery>) -> Result<Option<Attempt>, ClientError> {
         let state = self.client.job(&attempt.id).await?;
         debug!(id = attempt.id.as_str(), ?state, "success was already handled, or its job was handed out again");
-        Ok(state.is_none_or(|state| state.is_over()))
+        if state.is_none_or(|state| state.is_over()) {
+            self.ledger.forget(&attempt);
+            return Ok(None);
+        }
+        let came_again = self.ledger.park(&attempt, seen, Outcome::Success);
+        Ok(came_again.map(|_| attempt))
+    }
+
+    /// Waits until no outcome is being reported, or kept for its job to come again; or until the worker is killed.
+    async fn await_outcomes(&self) {
+        let mut waits = self.backoff.waits();
+        let mut next_look = Instant::now() + waits.next_wait();
+        while !self.ledger.ended().is_empty() {
+            tokio::select! {
+                () = self.lifecycle.reached(Phase::Killing) => return,
+                () = self.ledger.moved() => {}
+                () = tokio::time::sleep_until(next_look) => {
+                    self.look_into_parked().await;
+                    next_look = Instant::now() + waits.next_wait();
+                }
+            }
+        }
+    }
+
+    /// Forgets the outcomes that are kept in vain, because their jobs will not come to this worker.
+    async fn look_into_parked(&self) {
+        for (attempt, succeeded) in self.ledger.parked() {
+            let state = tokio::select! {
+                () = self.lifecycle.reached(Phase::Killing) => return,
+                state = self.client.job(&attempt.id) => state,
+            };
+            // Who is not reached now may be later.
+            let Ok(state) = state else { return };
+            if self.is_over(&attempt, succeeded, state).await {
+                self.ledger.forget(&attempt);
+            }
+        }
+    }
+
+    /// Whether an outcome is of no use any more. A success is of use wherever the job is in flight.
+    async fn is_over(&self, attempt: &Attempt, succeeded: bool, state: Option<JobState>) -> bool {
+        match state {
+            None => true,
+            Some(state) if state.is_over() => true,
+            Some(state) if succeeded && state.is_in_flight() => {
+                let ids = std::slice::from_ref(&attempt.id);
+                self.client.success(ids).await.is_ok_and(|not_found| not_found.is_empty())
+            }
+            Some(state) => !succeeded && is_past(&state, attempt),
+        }
     }
 
     async fn report_failures(self, mut queue: mpsc::UnboundedReceiver<Failed>, closing: CancellationToken) {
@@ -194,8 +266,8 @@ impl Reporter {
     }
 
     async fn report_failure(&self, report: Failed) {
-        let Failed { attempt, mut failure, _place } = report;
-        let fate_unknown = AtomicBool::new(false);
+        let Failed { attempt, mut failure, in_doubt, _place } = report;
+        let fate_unknown = AtomicBool::new(in_doubt);
         loop {
             match self.see_through(|| self.try_failure(&attempt, &failure, &fate_unknown)).await {
                 Ok(Settled::Done) => return self.ledger.forget(&attempt),

@@ -180,11 +180,7 @@ fn server_args() -> Vec<Arg> {
     vec![
         setting("url", "URL", format!("Where the server is; a path prefix is kept [default: {DEFAULT_URL}]")),
         setting("tls-ca", "FILE", "Trust the certificates in this file (PEM) [default: those that the system trusts]"),
-        setting(
-            "tls-client-cert",
-            "FILE",
-            "Show this certificate chain (PEM) to the server; goes with --tls-client-key",
-        ),
+        setting("tls-client-cert", "FILE", "Show this certificate chain (PEM) to the server; needs its key"),
         setting("tls-client-key", "FILE", "The private key of that certificate (PEM)"),
         setting(
             "stream-idle-timeout",

@@ -7,6 +7,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Notify;
+
 use crate::job::{JobId, Outcome};
 
 /// A job, and which of its attempts. The server goes by the id alone.
@@ -34,7 +36,11 @@ pub(crate) enum Arrival {
 
 /// What is known of the jobs that are here.
 #[derive(Debug)]
-pub(crate) struct Ledger(Mutex<Entries>);
+pub(crate) struct Ledger {
+    entries: Mutex<Entries>,
+    /// Rings when an outcome has been settled, or kept, or is wanted again.
+    moved: Notify,
+}
 
 #[derive(Debug)]
 struct Entries {
@@ -70,12 +76,13 @@ impl Ledger {
     /// An empty ledger that keeps at most `max_parked` outcomes for jobs that may come again.
     pub(crate) fn new(max_parked: usize) -> Self {
         let by_id = HashMap::new();
-        Self(Mutex::new(Entries { by_id, parked: VecDeque::new(), max_parked, deliveries: 0, lost: 0 }))
+        let entries = Entries { by_id, parked: VecDeque::new(), max_parked, deliveries: 0, lost: 0 };
+        Self { entries: Mutex::new(entries), moved: Notify::new() }
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
         // No entry is half written when a thread panics: each is replaced as a whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that a job has come over the stream.
@@ -83,7 +90,11 @@ impl Ledger {
         let mut entries = self.entries();
         entries.deliveries += 1;
         let delivery = Delivery(entries.deliveries);
-        (entries.arrive(attempt, delivery), delivery)
+        let arrival = entries.arrive(attempt, delivery);
+        if matches!(arrival, Arrival::Ended(_)) {
+            self.moved.notify_one();
+        }
+        (arrival, delivery)
     }
 
     /// Notes that the stream is lost: the server has its jobs again. Those that wait are forgotten.
@@ -137,12 +148,15 @@ impl Ledger {
         (entry.attempts == attempt.attempts && entry.delivery.0 > entries.lost).then_some(entry.delivery)
     }
 
-    /// Forgets an attempt whose report is settled.
+    /// Forgets an attempt whose report is settled. What waits or runs under its name is another one.
     pub(crate) fn forget(&self, attempt: &Attempt) {
         let mut entries = self.entries();
-        let settled = |entry: &Entry| entry.attempts == attempt.attempts && !matches!(entry.state, State::Waiting);
+        let settled = |entry: &Entry| {
+            entry.attempts == attempt.attempts && matches!(entry.state, State::Reporting { .. } | State::Parked(_))
+        };
         if entries.by_id.get(&attempt.id).is_some_and(settled) {
-            entries.by_id.remove(&attempt.id);
+            entries.remove(&attempt.id);
+            self.moved.notify_one();
         }
     }
 
@@ -156,9 +170,31 @@ impl Ledger {
             return Some(outcome);
         }
         entry.state = State::Parked(outcome);
+        entries.parked.retain(|id| *id != attempt.id);
         entries.parked.push_back(attempt.id.clone());
         entries.evict();
+        self.moved.notify_one();
         None
+    }
+
+    /// The attempts whose outcome waits for their jobs to come again, and whether it is a success.
+    pub(crate) fn parked(&self) -> Vec<(Attempt, bool)> {
+        let entries = self.entries();
+        let parked = entries.parked.iter().filter_map(|id| Some((id, entries.by_id.get(id)?)));
+        let attempt = |(id, entry): (&JobId, &Entry)| Attempt { id: id.clone(), attempts: entry.attempts };
+        parked.map(|found| (attempt(found), matches!(found.1.state, State::Parked(Outcome::Success)))).collect()
+    }
+
+    /// The jobs that have ended, and whose outcome is not settled.
+    pub(crate) fn ended(&self) -> Vec<JobId> {
+        let entries = self.entries();
+        let ended = |entry: &Entry| matches!(entry.state, State::Reporting { .. } | State::Parked(_));
+        entries.by_id.iter().filter(|(_, entry)| ended(entry)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Waits until an outcome has moved since the last call.
+    pub(crate) async fn moved(&self) {
+        self.moved.notified().await;
     }
 
     /// Whether anything here may still have to be told to the server.
@@ -176,32 +212,48 @@ impl Entries {
         };
         let same = entry.attempts == attempt.attempts;
         match &entry.state {
-            // The failure that is being reported, or was kept, has been counted already: this is the next attempt.
-            State::Reporting { failed: true } | State::Parked(Outcome::Failure(_)) if !same => {
+            // The one that waits is out of date: somebody else has reported it meanwhile.
+            State::Waiting => {
                 *entry = new;
                 Arrival::New
             }
-            // Whatever attempt it is by now, the work is done or being done.
-            State::Waiting | State::Running | State::Reporting { .. } => {
-                *entry = Entry { state: std::mem::replace(&mut entry.state, State::Waiting), ..new };
+            // The failure that is being reported, or was kept, has been counted already: this is the next attempt.
+            State::Reporting { failed: true } | State::Parked(Outcome::Failure(_)) if !same => {
+                self.parked.retain(|id| *id != attempt.id);
+                *entry = new;
+                Arrival::New
+            }
+            // Whatever attempt it is by now, the work is being done.
+            State::Running => {
+                *entry = Entry { state: State::Running, ..new };
+                Arrival::UnderWay
+            }
+            // The report goes by the attempt that it was given, whatever attempt it is by now.
+            State::Reporting { .. } => {
+                entry.delivery = delivery;
                 Arrival::UnderWay
             }
             State::Parked(outcome) => {
                 let outcome = outcome.clone();
+                self.parked.retain(|id| *id != attempt.id);
                 *entry = Entry { state: State::Reporting { failed: matches!(outcome, Outcome::Failure(_)) }, ..new };
                 Arrival::Ended(outcome)
             }
         }
     }
 
-    /// Forgets the oldest outcomes beyond the limit. A name whose job has come again meanwhile just makes room.
+    /// Forgets the oldest outcomes beyond the limit.
     fn evict(&mut self) {
-        while self.parked.len() > self.max_parked {
-            let Some(oldest) = self.parked.pop_front() else { return };
-            if self.by_id.get(&oldest).is_some_and(|entry| matches!(entry.state, State::Parked(_))) {
-                self.by_id.remove(&oldest);
-            }
+        while self.parked.len() > self.max_parked
+            && let Some(oldest) = self.parked.pop_front()
+        {
+            self.by_id.remove(&oldest);
         }
+    }
+
+    fn remove(&mut self, id: &JobId) {
+        self.by_id.remove(id);
+        self.parked.retain(|parked| parked != id);
     }
 }
 
@@ -303,6 +355,51 @@ mod tests {
         ledger.lose_stream();
         ledger.park(&job, None, Outcome::Success);
         assert_eq!(ledger.arrive(&attempt("a", 3)).0, Arrival::Ended(Outcome::Success));
+    }
+
+    #[test]
+    fn a_success_that_is_being_reported_is_kept_whatever_attempt_comes_meanwhile() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        ledger.end(&job.id, &Outcome::Success);
+        ledger.lose_stream();
+        assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
+        let seen = ledger.held(&job);
+        assert!(seen.is_some());
+        assert_eq!(ledger.park(&job, seen, Outcome::Success), None);
+        assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::Ended(Outcome::Success));
+        ledger.forget(&attempt("a", 1));
+        assert!(ledger.is_empty());
+    }
+
+    #[test]
+    fn a_job_that_comes_again_while_it_waits_is_started_once_as_what_it_has_become() {
+        let ledger = Ledger::new(8);
+        let (_, old) = ledger.arrive(&attempt("a", 0));
+        let (arrival, new) = ledger.arrive(&attempt("a", 1));
+        assert_eq!(arrival, Arrival::New);
+        assert!(!ledger.begin(&"a".into(), old));
+        ledger.give_back(&"a".into(), old);
+        assert!(ledger.begin(&"a".into(), new));
+        assert_eq!(ledger.end(&"a".into(), &failure()), Some(attempt("a", 1)));
+    }
+
+    #[test]
+    fn an_outcome_that_is_kept_again_and_again_takes_one_place() {
+        let ledger = Ledger::new(2);
+        let keep = |name| {
+            let job = attempt(name, 0);
+            let (arrival, delivery) = ledger.arrive(&job);
+            if arrival == Arrival::New {
+                assert!(ledger.begin(&job.id, delivery));
+                ledger.end(&job.id, &Outcome::Success);
+            }
+            assert_eq!(ledger.park(&job, Some(delivery), Outcome::Success), None);
+        };
+        ["a", "a", "a", "b"].into_iter().for_each(keep);
+        assert_eq!(ledger.parked(), [(attempt("a", 0), true), (attempt("b", 0), true)]);
+        ledger.forget(&attempt("a", 0));
+        assert_eq!(ledger.parked(), [(attempt("b", 0), true)]);
     }
 
     #[test]

@@ -45,6 +45,13 @@ const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// … and after how many unanswered questions the connection is dead.
 const TCP_KEEPALIVE_RETRIES: u32 = 3;
 
+/// How long what was sent may stay unconfirmed before the kernel gives a connection up; keepalive is for idle ones alone.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often an HTTP/2 connection with requests under way is asked for a sign of life, and how long that may take: all
+/// reports share it, and would all time out on a dead one, again and again.
+const HTTP2_KEEPALIVE: Duration = Duration::from_secs(10);
+
 /// More of an answer than this is not read; all that the server has to say to a worker is shorter.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 
@@ -110,9 +117,14 @@ impl Client {
         tcp.set_keepalive(Some(TCP_KEEPALIVE));
         tcp.set_keepalive_interval(Some(TCP_KEEPALIVE_INTERVAL));
         tcp.set_keepalive_retries(Some(TCP_KEEPALIVE_RETRIES));
+        #[cfg(target_os = "linux")]
+        tcp.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
         let connector = HttpsConnector::from((tcp.clone(), tls.speaking(&["http/1.1"])));
         let pooled = HttpsConnector::from((tcp, tls.speaking(&["h2", "http/1.1"])));
-        let reports = PooledClient::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(pooled);
+        let mut reports = PooledClient::builder(TokioExecutor::new());
+        reports.timer(TokioTimer::new()).pool_timer(TokioTimer::new());
+        reports.http2_keep_alive_interval(HTTP2_KEEPALIVE).http2_keep_alive_timeout(HTTP2_KEEPALIVE);
+        let reports = reports.build(pooled);
         Self { url, worker_id, connector, reports }
     }
 

@@ -102,7 +102,7 @@ impl<D: Dispatcher> Worker<D> {
         let (acks, run) = self.start_acks(lifecycle);
         let (dispatch_queue, jobs) = async_channel::bounded(self.config.prefetch.get());
         let loops = self.start_loops(&jobs, &run);
-        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &run).run()));
+        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &jobs, &run).run()));
         let _watches = self.start_watches(&run);
 
         lifecycle.reached(Phase::Draining).await;
@@ -118,19 +118,27 @@ impl<D: Dispatcher> Worker<D> {
 
     fn start_acks(&self, lifecycle: &Lifecycle) -> (AckProcessor, Run) {
         let capacity = self.config.prefetch.get() * 2;
-        let (client, ledger) = (Arc::clone(&self.client), Arc::new(Ledger::new(capacity)));
+        // With a small prefetch, more may run over several lost streams than one stream may hold.
+        let ledger = Arc::new(Ledger::new(capacity.max(2 * self.config.concurrency().get())));
+        let client = Arc::clone(&self.client);
         let reporter = Reporter::new(Arc::clone(&client), Arc::clone(&ledger), self.config.backoff, lifecycle.clone());
         let (processor, acks) = AckProcessor::start(reporter, capacity);
         (processor, Run { client, ledger, activity: Activity::default(), lifecycle: lifecycle.clone(), acks })
     }
 
-    fn producer(&self, dispatch_queue: async_channel::Sender<Taken>, run: &Run) -> Producer {
+    fn producer(
+        &self,
+        dispatch_queue: async_channel::Sender<Taken>,
+        waiting: &async_channel::Receiver<Taken>,
+        run: &Run,
+    ) -> Producer {
         Producer {
             queues: self.config.queues.clone(),
             prefetch: self.config.prefetch.get(),
             limits: self.config.stream_limits,
             backoff: self.config.backoff,
             dispatch_queue,
+            waiting: waiting.clone(),
             run: run.clone(),
         }
     }

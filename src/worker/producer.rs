@@ -20,6 +20,8 @@ pub(super) struct Producer {
     pub(super) limits: StreamLimits,
     pub(super) backoff: Backoff,
     pub(super) dispatch_queue: async_channel::Sender<Taken>,
+    /// Its other end, for what is not to be started any more.
+    pub(super) waiting: async_channel::Receiver<Taken>,
     pub(super) run: Run,
 }
 
@@ -64,7 +66,7 @@ impl Producer {
     /// One connection, from its opening to its end. `Ok` means that it was closed, or is not needed, because the worker
     /// stops.
     async fn session(&self, connected_before: &AtomicBool) -> Result<(), Disconnected> {
-        let Run { client, ledger, activity, .. } = &self.run;
+        let Run { client, activity, .. } = &self.run;
         if !self.is_needed() {
             return Ok(());
         }
@@ -84,9 +86,18 @@ impl Producer {
         activity.set_connected(true);
         let ended = self.follow(&mut stream).await;
         activity.set_connected(false);
-        ledger.lose_stream();
+        self.drop_waiting();
         stream.close().await;
         ended.map_err(Disconnected::Lost)
+    }
+
+    /// The stream is gone, and the server has its jobs again. What stayed in the queue would be in the way of the next
+    /// stream: while this one waits for room it hears neither jobs nor silence.
+    fn drop_waiting(&self) {
+        self.run.ledger.lose_stream();
+        while let Ok(Taken { job, .. }) = self.waiting.try_recv() {
+            debug!(id = job.id.as_str(), "job not started: its stream was lost, and the server has it again");
+        }
     }
 
     /// While draining, a stream that was lost is opened again for the jobs that are still here: the server hands them
@@ -130,7 +141,7 @@ impl Producer {
             (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
             (Arrival::Ended(outcome), _) => {
                 info!(id = job.id.as_str(), "job received again after it ended here, reported");
-                self.unless_stopped(acks.report(attempt, outcome)).await;
+                self.unless_stopped(acks.report_again(attempt, outcome)).await;
             }
         }
     }
