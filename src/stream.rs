@@ -217,6 +217,8 @@ impl Decoder {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn lines(chunks: &[&[u8]]) -> Vec<Line> {
@@ -287,6 +289,85 @@ mod tests {
         }
         decoder.push(Bytes::from_static(b"\n"));
         assert!(matches!(decoder.next_line(), Some(Line::TooLong(line)) if line.len() == BEGINNING_BYTES));
+    }
+
+    /// What the lines must be, said in another way: with all of the text at hand.
+    fn expected(max_line: usize, text: &[u8]) -> Vec<Line> {
+        let mut lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
+        lines.pop();
+        let line = |line: &[u8]| match line.len() <= max_line {
+            true => Line::Whole(Bytes::copy_from_slice(line)),
+            false => Line::TooLong(Bytes::copy_from_slice(&line[..line.len().min(BEGINNING_BYTES)])),
+        };
+        lines.into_iter().map(line).collect()
+    }
+
+    /// The lines of a text that comes in pieces of those lengths, again and again, of which some are pushed together.
+    fn lines_in_pieces(max_line: usize, text: &[u8], lengths: &[(usize, bool)]) -> Vec<Line> {
+        let (mut decoder, mut found, mut rest) = (Decoder::new(max_line), Vec::new(), text);
+        for (length, is_read) in lengths.iter().cycle() {
+            let (piece, left) = rest.split_at(rest.len().min(*length));
+            decoder.push(Bytes::copy_from_slice(piece));
+            rest = left;
+            if *is_read || rest.is_empty() {
+                found.extend(std::iter::from_fn(|| decoder.next_line()));
+            }
+            if rest.is_empty() {
+                break;
+            }
+        }
+        found
+    }
+
+    /// Lines of every length around the limits, with bytes of every kind.
+    fn any_text() -> impl Strategy<Value = Vec<u8>> {
+        let byte = prop_oneof![1 => Just(b'\n'), 6 => any::<u8>(), 2 => Just(b'"'), 1 => Just(0xc3)];
+        let long = (0..2 * BEGINNING_BYTES).prop_map(|length| vec![b'x'; length]);
+        let piece = prop_oneof![20 => proptest::collection::vec(byte, 0..60), 1 => long];
+        proptest::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat())
+    }
+
+    fn any_lengths(most: usize) -> impl Strategy<Value = Vec<(usize, bool)>> {
+        proptest::collection::vec((1..most, any::<bool>()), 1..20)
+    }
+
+    fn any_job() -> impl Strategy<Value = (String, String, u32)> {
+        (".{0,8}", ".{0,40}", any::<u32>())
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_any_bytes_gives_the_same_lines(
+            text in any_text(),
+            lengths in prop_oneof![any_lengths(40), any_lengths(100_000)],
+            max_line in prop_oneof![0usize..80, 0usize..200_000],
+        ) {
+            let found = lines_in_pieces(max_line, &text, &lengths);
+            prop_assert_eq!(&found, &expected(max_line, &text));
+            // Whatever it is, reading it ends.
+            found.iter().for_each(|line| drop(line.read()));
+        }
+
+        #[test]
+        fn any_split_of_a_stream_gives_the_same_jobs(
+            jobs in proptest::collection::vec(any_job(), 0..12),
+            lengths in any_lengths(200),
+        ) {
+            let mut text = String::new();
+            for (job_type, payload, attempts) in &jobs {
+                let job = serde_json::json!({
+                    "id": payload, "type": job_type, "queue": "q", "priority": 1, "attempts": attempts, "ready_at": 1,
+                    "payload": payload,
+                });
+                text.push_str(&format!("\n{job}\n"));
+            }
+            let lines = lines_in_pieces(1024, text.as_bytes(), &lengths);
+            let found: Vec<(String, String, u32)> = lines.iter().filter(|line| !line.is_heartbeat()).map(|line| {
+                let Ok(Received::Job(job)) = line.read() else { panic!("no job: {line:?}") };
+                (job.job_type, serde_json::from_slice(&job.payload).unwrap(), job.attempts)
+            }).collect();
+            prop_assert_eq!(found, jobs);
+        }
     }
 
     #[test]

@@ -193,6 +193,10 @@ fn log_disconnected(disconnected: &Disconnected, wait: Duration) {
         Disconnected::Unreachable(error @ ClientError::Refused { status, .. }) if status.is_client_error() => {
             error!(error = %Chain(error), reconnect_in, "server refuses the worker, reconnecting");
         }
+        // Neither a network nor a restart makes such a line, and it may come again and again.
+        Disconnected::Lost(error @ StreamError::NotAJob(_)) => {
+            error!(error = %Chain(error), reconnect_in, "stream lost, reconnecting");
+        }
         Disconnected::Lost(StreamError::Ended) => warn!(reconnect_in, "server ended the stream, reconnecting"),
         Disconnected::Lost(error) => warn!(error = %Chain(error), reconnect_in, "stream lost, reconnecting"),
         Disconnected::Unreachable(error) | Disconnected::Refused(error) => {

@@ -218,6 +218,18 @@ impl Running {
         })
     }
 
+    /// Its memory, as the kernel counts it.
+    pub fn resident_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim_end_matches("kB").trim().parse().unwrap()
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
     /// Waits until one of its threads reads from its stdin, as the kernel sees it.
     pub fn wait_for_blocked_read(&self) {
         let tasks = Path::new("/proc").join(self.pid().to_string()).join("task");

@@ -4,7 +4,9 @@ use std::convert::Infallible;
 use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, stream};
@@ -12,13 +14,16 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http1 as client;
-use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
-use hyper::{Request, Response, Version};
-use hyper_util::rt::TokioIo;
+use hyper::{Method, Request, Response, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -38,6 +43,8 @@ pub enum Call {
     Take,
     Successes,
     Failure,
+    /// A look at a job.
+    Job,
 }
 
 /// What happens to a call instead of its passing.
@@ -49,8 +56,29 @@ pub enum Fault {
     Hold(Gate),
     /// Its connection is cut before the server hears of it.
     Cut,
+    /// Its connection is reset before the server hears of it.
+    Reset,
     /// The server carries it out, but its connection is cut before the answer arrives.
     Swallow,
+    /// The server carries it out, but the answer is lost, and another one is given with this status.
+    Lose(u16),
+    /// It passes after a while.
+    Delay(Duration),
+    /// It passes, but this befalls the body of its answer.
+    Body(BodyFault),
+}
+
+/// What happens to the body of an answer, which for a take stream is the stream.
+#[derive(Debug, Clone, Copy)]
+pub enum BodyFault {
+    /// Its connection is cut after so many bytes …
+    CutAfterBytes(usize),
+    /// … or after so many jobs.
+    CutAfterJobs(usize),
+    /// It comes byte by byte.
+    Drip,
+    /// After so many jobs nothing more comes, not even an end.
+    StallAfterJobs(usize),
 }
 
 /// Holds calls back until it is released.
@@ -87,8 +115,10 @@ struct Shared {
     upstream: SocketAddr,
     rules: Mutex<Vec<Rule>>,
     events: Mutex<Vec<Event>>,
-    /// How to cut each connection that carries a take stream.
-    streams: Mutex<Vec<CancellationToken>>,
+    /// The connections that carry a take stream.
+    streams: Mutex<Vec<Connection>>,
+    tls: Option<Arc<ServerConfig>>,
+    http1_only: bool,
 }
 
 #[derive(Debug)]
@@ -107,15 +137,32 @@ impl std::ops::Deref for Proxy {
 }
 
 impl Proxy {
-    /// A proxy without faults.
+    /// A proxy without faults, which speaks HTTP/1.1 only, as many reverse proxies do.
     pub fn before(server: &Server) -> Self {
+        Self::start(server.address(), None, true)
+    }
+
+    /// The same before any server.
+    pub fn before_address(server: SocketAddr) -> Self {
+        Self::start(server, None, true)
+    }
+
+    /// One that ends TLS.
+    pub fn with_tls(server: &Server, tls: Arc<ServerConfig>, http1_only: bool) -> Self {
+        Self::start(server.address(), Some(tls), http1_only)
+    }
+
+    fn start(upstream: SocketAddr, tls: Option<Arc<ServerConfig>>, http1_only: bool) -> Self {
         let listener = runtime().block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
-        let api = Api::new(format!("http://{}", listener.local_addr().unwrap()));
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let api = Api::new(format!("{scheme}://{}", listener.local_addr().unwrap()));
         let shared = Arc::new(Shared {
-            upstream: server.address(),
+            upstream,
             rules: Mutex::default(),
             events: Mutex::default(),
             streams: Mutex::default(),
+            tls,
+            http1_only,
         });
         let stop = CancellationToken::new();
         runtime().spawn(stop.clone().run_until_cancelled_owned(accept(listener, Arc::clone(&shared))));
@@ -148,7 +195,17 @@ impl Proxy {
 
     /// Cuts the connections of all take streams, without a word.
     pub fn cut_streams(&self) {
-        self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.cancel());
+        self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.cut.cancel());
+    }
+
+    /// Resets the connections of all take streams: what was under way is lost.
+    pub fn reset_streams(&self) {
+        self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.reset());
+    }
+
+    /// From now on nothing more comes over the take streams that are open, not even their end.
+    pub fn stall_streams(&self) {
+        self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.stall.cancel());
     }
 
     pub fn events(&self) -> Vec<Event> {
@@ -228,6 +285,9 @@ struct Connection {
     number: usize,
     shared: Arc<Shared>,
     cut: CancellationToken,
+    stall: CancellationToken,
+    /// Whether it ends with a reset.
+    is_reset: Arc<AtomicBool>,
 }
 
 /// All that belongs to the proxy ends with this.
@@ -235,25 +295,57 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = tokio::task::JoinSet::new();
     for number in 0.. {
         let Ok((stream, _)) = listener.accept().await else { return };
-        let connection = Connection { number, shared: Arc::clone(&shared), cut: CancellationToken::new() };
+        let connection = Connection {
+            number,
+            shared: Arc::clone(&shared),
+            cut: CancellationToken::new(),
+            stall: CancellationToken::new(),
+            is_reset: Arc::default(),
+        };
         connections.spawn(connection.serve(stream));
     }
 }
 
 impl Connection {
     async fn serve(self, stream: TcpStream) {
-        let service = service_fn(|request| self.clone().answer(request));
-        let serving = server::Builder::new().serve_connection(TokioIo::new(stream), service);
-        // Cut: dropped as it stands, whatever was under way.
-        let _ = self.cut.run_until_cancelled(serving).await;
+        let stream = stream.into_std().unwrap();
+        let socket = TcpStream::from_std(stream.try_clone().unwrap()).unwrap();
+        let stream = TcpStream::from_std(stream).unwrap();
+        match self.shared.tls.clone() {
+            None => self.serve_http(stream).await,
+            Some(tls) => {
+                if let Ok(stream) = TlsAcceptor::from(tls).accept(stream).await {
+                    self.serve_http(stream).await;
+                }
+            }
+        }
+        if self.is_reset.load(Ordering::Relaxed) {
+            socket.set_zero_linger().unwrap();
+        }
+        drop(socket);
         self.shared.record(Event::Closed(self.number));
+    }
+
+    async fn serve_http(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let service = service_fn(|request| self.clone().answer(request));
+        let mut builder = auto::Builder::new(TokioExecutor::new());
+        if self.shared.http1_only {
+            builder = builder.http1_only();
+        }
+        // Cut: dropped as it stands, whatever was under way.
+        let _ = self.cut.run_until_cancelled(builder.serve_connection(TokioIo::new(stream), service)).await;
+    }
+
+    fn reset(&self) {
+        self.is_reset.store(true, Ordering::Relaxed);
+        self.cut.cancel();
     }
 
     async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let (head, body) = request.into_parts();
         let Ok(body) = body.collect().await else { return self.hang_up().await };
         let request = Request::from_parts(head, body.to_bytes());
-        let call = call(request.uri().path());
+        let call = call(request.uri().path()).filter(|call| *call != Call::Job || request.method() == Method::GET);
         self.shared.record(Event::Request(Seen {
             connection: self.number,
             call,
@@ -262,24 +354,37 @@ impl Connection {
             body: request.body().clone(),
         }));
         if call == Some(Call::Take) {
-            self.shared.streams.lock().unwrap().push(self.cut.clone());
+            self.shared.streams.lock().unwrap().push(self.clone());
         }
+        let mut fault_of_body = None;
         match call.and_then(|call| self.shared.next_fault(call)) {
             Some(Fault::Answer(status, body)) => return Ok(say(status, body)),
             Some(Fault::Hold(gate)) => gate.pass().await,
+            Some(Fault::Delay(time)) => tokio::time::sleep(time).await,
             Some(Fault::Cut) => return self.hang_up().await,
+            Some(Fault::Reset) => self.reset(),
             Some(Fault::Swallow) => {
-                // Read to its end: by then the server has done what was asked.
-                if let Ok(answer) = self.forward(request).await {
-                    let _ = answer.into_body().collect().await;
-                }
+                self.carry_out(request).await;
                 return self.hang_up().await;
             }
+            Some(Fault::Lose(status)) => {
+                self.carry_out(request).await;
+                return Ok(say(status, "<html>\n"));
+            }
+            Some(Fault::Body(fault)) => fault_of_body = Some(fault),
             None => {}
         }
-        match self.forward(request).await {
+        match self.forward(request, fault_of_body).await {
             Ok(answer) => Ok(answer),
             Err(_) => self.hang_up().await,
+        }
+    }
+
+    /// Has the server do what was asked. Its answer goes nowhere.
+    async fn carry_out(&self, request: Request<Bytes>) {
+        // Read to its end: by then it is done.
+        if let Ok(answer) = self.forward(request, None).await {
+            let _ = answer.into_body().collect().await;
         }
     }
 
@@ -290,23 +395,102 @@ impl Connection {
     }
 
     /// Passes a request on, over a connection of its own, which ends with the answer's body.
-    async fn forward(&self, request: Request<Bytes>) -> io::Result<Response<Body>> {
+    async fn forward(&self, request: Request<Bytes>, fault: Option<BodyFault>) -> io::Result<Response<Body>> {
         let stream = TcpStream::connect(self.shared.upstream).await?;
         let (mut sender, upstream) = client::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
         let upstream = AbortOnDropHandle::new(tokio::spawn(async move {
             let _ = upstream.await;
         }));
-        let answer = sender.send_request(request.map(Full::new)).await.map_err(io::Error::other)?;
-        Ok(answer.map(|body| StreamBody::new(frames(body, upstream)).boxed_unsync()))
+        let answer = sender.send_request(for_http1(request).map(Full::new)).await.map_err(io::Error::other)?;
+        let connection = self.clone();
+        Ok(answer.map(|body| {
+            let passing = Passing { body, fault, connection, passed: 0, rest: Bytes::new(), _upstream: upstream };
+            StreamBody::new(passing.frames()).boxed_unsync()
+        }))
     }
 }
 
-/// An answer's body as it passes; faults of a body belong here.
-fn frames(body: Incoming, upstream: AbortOnDropHandle<()>) -> impl Stream<Item = hyper::Result<Frame<Bytes>>> + Send {
-    stream::unfold((body, upstream), async |(mut body, upstream)| {
-        let frame = body.frame().await?;
-        Some((frame, (body, upstream)))
-    })
+/// A request of HTTP/2 has its host in its target.
+fn for_http1(mut request: Request<Bytes>) -> Request<Bytes> {
+    if let Some(host) = request.uri().authority().map(|authority| authority.as_str().parse().unwrap()) {
+        request.headers_mut().insert(hyper::header::HOST, host);
+        *request.uri_mut() = request.uri().path_and_query().unwrap().as_str().parse().unwrap();
+    }
+    *request.version_mut() = Version::HTTP_11;
+    request
+}
+
+/// An answer's body as it passes.
+struct Passing {
+    body: Incoming,
+    fault: Option<BodyFault>,
+    connection: Connection,
+    /// How many bytes or jobs have passed, whichever count.
+    passed: usize,
+    /// What has arrived and not passed.
+    rest: Bytes,
+    _upstream: AbortOnDropHandle<()>,
+}
+
+impl Passing {
+    fn frames(self) -> impl Stream<Item = hyper::Result<Frame<Bytes>>> + Send {
+        stream::unfold(self, async |mut passing| {
+            if passing.is_over() {
+                return passing.end().await;
+            }
+            if passing.rest.is_empty() {
+                let frame = passing.connection.stall.run_until_cancelled(passing.body.frame()).await;
+                let Some(frame) = frame else { return pending().await };
+                match frame?.map(Frame::into_data) {
+                    Ok(Ok(data)) => passing.rest = data,
+                    Ok(Err(other)) => return Some((Ok(other), passing)),
+                    Err(error) => return Some((Err(error), passing)),
+                }
+            }
+            Some((Ok(Frame::data(passing.next().await)), passing))
+        })
+    }
+
+    fn is_over(&self) -> bool {
+        match self.fault {
+            Some(BodyFault::CutAfterBytes(limit)) => self.passed >= limit,
+            Some(BodyFault::CutAfterJobs(limit) | BodyFault::StallAfterJobs(limit)) => self.passed >= limit,
+            Some(BodyFault::Drip) | None => false,
+        }
+    }
+
+    async fn end<T>(self) -> T {
+        // hyper writes what it was given when it asks for more and has to wait.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if !matches!(self.fault, Some(BodyFault::StallAfterJobs(_))) {
+            self.connection.cut.cancel();
+        }
+        pending().await
+    }
+
+    /// What passes next of what has arrived.
+    async fn next(&mut self) -> Bytes {
+        let all = self.rest.len();
+        let length = match self.fault {
+            None => all,
+            Some(BodyFault::Drip) => {
+                // So that each byte is seen by itself.
+                tokio::time::sleep(Duration::from_micros(200)).await;
+                1
+            }
+            Some(BodyFault::CutAfterBytes(limit)) => all.min(limit - self.passed),
+            Some(BodyFault::CutAfterJobs(_) | BodyFault::StallAfterJobs(_)) => {
+                self.rest.iter().position(|byte| *byte == b'\n').map_or(all, |end| end + 1)
+            }
+        };
+        let data = self.rest.split_to(length);
+        self.passed += match self.fault {
+            Some(BodyFault::CutAfterBytes(_)) => length,
+            // A heartbeat is no job.
+            _ => usize::from(length > 1 && data.ends_with(b"\n")),
+        };
+        data
+    }
 }
 
 fn call(path: &str) -> Option<Call> {
@@ -314,6 +498,7 @@ fn call(path: &str) -> Option<Call> {
         "/jobs/take" => Some(Call::Take),
         "/jobs/success" => Some(Call::Successes),
         path if path.ends_with("/failure") => Some(Call::Failure),
+        path if path.strip_prefix("/jobs/").is_some_and(|id| !id.contains('/')) => Some(Call::Job),
         _ => None,
     }
 }

@@ -103,8 +103,23 @@ impl RawRequest {
 
     /// Sends a job with that id.
     pub fn job(&mut self, id: &str) -> &mut Self {
-        let fields = r#""type":"t","queue":"q","priority":32768,"status":"in_flight","payload":null,"ready_at":1"#;
-        self.chunk(&format!("{{\"id\":\"{id}\",{fields},\"attempts\":0,\"dequeued_at\":1}}\n"))
+        self.attempt(id, 0)
+    }
+
+    /// Sends a job that has failed so many times.
+    pub fn attempt(&mut self, id: &str, attempts: u32) -> &mut Self {
+        self.typed_attempt(id, "t", attempts)
+    }
+
+    /// Sends a job of that type.
+    pub fn typed_job(&mut self, id: &str, job_type: &str) -> &mut Self {
+        self.typed_attempt(id, job_type, 0)
+    }
+
+    /// Sends a job of that type that has failed so many times.
+    pub fn typed_attempt(&mut self, id: &str, job_type: &str, attempts: u32) -> &mut Self {
+        let fields = r#""queue":"q","priority":32768,"status":"in_flight","payload":null,"ready_at":1,"dequeued_at":1"#;
+        self.chunk(&format!("{{\"id\":\"{id}\",\"type\":\"{job_type}\",{fields},\"attempts\":{attempts}}}\n"))
     }
 
     pub fn chunk(&mut self, text: &str) -> &mut Self {

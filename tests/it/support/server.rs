@@ -1,12 +1,13 @@
 //! A Zizq server and its HTTP API, as a test sees them.
 
 use std::net::SocketAddr;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use zizq_worker::embedded::{EmbeddedServer, Options, Store};
 
 use super::eventually;
@@ -76,6 +77,12 @@ impl Api {
             let status = answer.status().as_u16();
             (status, serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or(Value::Null))
         })
+    }
+
+    /// Any call without a body, and the status of its answer, if there is one.
+    pub fn try_call(&self, method: &str, path: &str) -> Option<u16> {
+        let request = self.http.request(method.parse().unwrap(), format!("{}{path}", self.url));
+        runtime().block_on(async { Some(request.send().await.ok()?.status().as_u16()) })
     }
 
     /// Waits until the job is gone, as a job is that succeeded.
@@ -148,6 +155,14 @@ impl Server {
 
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// A second server over the same jobs, which speaks TLS. Returns its port.
+    pub fn with_tls(&self, config: Arc<ServerConfig>) -> (u16, DropGuard) {
+        let server = runtime().block_on(EmbeddedServer::bind("127.0.0.1:0", self.store.clone())).unwrap();
+        let (port, stop) = (server.local_addr().port(), CancellationToken::new());
+        runtime().spawn(server.with_tls(config).run(stop.clone()));
+        (port, stop.drop_guard())
     }
 }
 

@@ -1,0 +1,416 @@
+//! One run per attempt, whatever happens to the connections: what waits is dropped, what runs goes on, what has ended is
+//! reported, and a failure costs one attempt.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::{Call, Daemon, Fault, Gate, Proxy, RawServer, Restartable, Running, Server, eventually};
+
+const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
+
+/// Runs until the test's directory has a file `go`. Fails if the job's type says so.
+const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
+until [ -e $DIR/go ]; do sleep 0.01; done
+[ $ZIZQ_JOB_TYPE = good ]";
+
+/// Its first attempt fails at once, the next one runs until `go`.
+const FAILS_FIRST: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
+[ $ZIZQ_JOB_ATTEMPTS != 0 ] || exit 1
+until [ -e $DIR/go ]; do sleep 0.01; done";
+
+const AGAIN: &str = "job received again while it is here, not started";
+const ENDED: &str = "job received again after it ended here, reported";
+const NOT_STARTED: &str = "job not started: its stream was lost, and the server has it again";
+const DENIED_SUCCESS: &str = "success was already handled, or its job was handed out again";
+const DENIED_FAILURE: &str = "failure was already handled, or its job was handed out again";
+const KEPT: &str = "failure kept until its job comes again";
+
+fn go(daemon: &Running) {
+    fs::write(daemon.dir().join("go"), "").unwrap();
+}
+
+/// A job whose next attempt is due at once.
+fn quick_job(job_type: &str) -> Value {
+    let backoff = json!({"base_ms": 1, "exponent": 0.0, "jitter_ms": 0});
+    json!({"queue": "q", "type": job_type, "payload": null, "backoff": backoff})
+}
+
+/// A daemon behind a proxy, with one job that runs until `go`.
+fn with_a_running_job(job_type: &str) -> (Server, Proxy, Running, String) {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let id = server.enqueue("q", job_type, json!(null));
+    let daemon = Daemon::of(&proxy).args(QUICK).sh(UNTIL_GO).start();
+    daemon.wait_for_lines(1, "started");
+    (server, proxy, daemon, id)
+}
+
+/// The job is gone, or has failed that often.
+#[track_caller]
+fn assert_settled(server: &Server, id: &str, failures: usize) {
+    match failures {
+        0 => server.wait_until_done(id),
+        _ => drop(server.wait_for_error(id, failures)),
+    }
+    assert_eq!(server.errors(id).len(), failures);
+}
+
+#[test]
+fn jobs_that_wait_when_the_stream_is_lost_are_dropped_and_come_again() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let ids: Vec<String> = (0..3).map(|_| server.enqueue("q", "good", json!(null))).collect();
+    let daemon = Daemon::of(&proxy).args(QUICK).args(["--prefetch", "3"]).sh(UNTIL_GO).start();
+    daemon.wait_for_messages(3, "job received");
+    daemon.wait_for_lines(1, "started");
+    let gate = proxy.hold(Call::Take);
+    proxy.cut_streams();
+    let dropped = daemon.wait_for_messages(2, NOT_STARTED);
+    assert_eq!(dropped.iter().map(|event| event["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
+    // The loop is free again, and nothing is left for it.
+    go(&daemon);
+    daemon.wait_for_message(DENIED_SUCCESS);
+    assert_eq!(daemon.wait_for_lines(1, "started").len(), 1);
+    gate.release();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(daemon.wait_for_lines(3, "started"), first_attempts(&ids));
+}
+
+/// The lines that the first attempts of those jobs leave.
+fn first_attempts(ids: &[String]) -> Vec<String> {
+    ids.iter().map(|id| format!("{id} 0")).collect()
+}
+
+fn a_running_job_goes_on(job_type: &str, failures: usize) {
+    let (server, proxy, daemon, id) = with_a_running_job(job_type);
+    for times in 1..=3 {
+        proxy.cut_streams();
+        daemon.wait_for_messages(times, AGAIN);
+    }
+    go(&daemon);
+    assert_settled(&server, &id, failures);
+    daemon.sigterm();
+    assert_eq!(daemon.assert_exit(0).read("started"), format!("{id} 0\n"));
+}
+
+#[test]
+fn a_running_job_goes_on_when_its_stream_is_lost_and_its_success_counts() {
+    a_running_job_goes_on("good", 0);
+}
+
+#[test]
+fn a_running_job_goes_on_when_its_stream_is_lost_and_its_failure_counts_once() {
+    a_running_job_goes_on("bad", 1);
+}
+
+/// Half of the jobs fail, and have no second attempt.
+fn jobs_run_once_over_restarts(server: &mut Restartable) {
+    let job = |number: usize| {
+        let mut job = server.order(if number.is_multiple_of(2) { "good" } else { "bad" }, json!(null));
+        job["retry_limit"] = json!(0);
+        job
+    };
+    let ids = server.enqueue_all((0..12).map(job));
+    let daemon = Daemon::of(server).args(["--queues", &server.queue]).args(QUICK).threads(4).sh(UNTIL_GO).start();
+    daemon.wait_for_lines(4, "started");
+    for restart in 1..=2 {
+        server.restart(Duration::from_millis(200));
+        // What runs comes first again, and is not started.
+        daemon.wait_for_messages(4 * restart, AGAIN);
+    }
+    server.restart(Duration::from_millis(200));
+    go(&daemon);
+    eventually("all jobs", || (server.unfinished() == 0).then_some(()));
+    daemon.sigterm();
+    let finished = daemon.assert_exit(0);
+    let mut started: Vec<String> = finished.read("started").lines().map(str::to_owned).collect();
+    started.sort();
+    assert_eq!(started, first_attempts(&ids));
+    for (number, id) in ids.iter().enumerate() {
+        assert_eq!(server.errors(id).len(), number % 2, "job {number}");
+    }
+}
+
+#[test]
+fn jobs_run_once_over_restarts_of_the_server() {
+    jobs_run_once_over_restarts(&mut Restartable::embedded());
+}
+
+#[test]
+#[ignore = "needs a Zizq server at ZIZQ_URL, and ZIZQ_RESTART_CMD"]
+fn real_server_jobs_run_once_over_restarts_of_the_server() {
+    if let Some(mut server) = Restartable::real() {
+        jobs_run_once_over_restarts(&mut server);
+    }
+}
+
+fn a_drain_outlives_a_restart(server: &mut Restartable) {
+    let mut bad = server.order("bad", json!(null));
+    bad["retry_limit"] = json!(0);
+    let ids = server.enqueue_all([server.order("good", json!(null)), bad]);
+    let daemon = Daemon::of(server).args(["--queues", &server.queue]).args(QUICK).threads(2).sh(UNTIL_GO).start();
+    daemon.wait_for_lines(2, "started");
+    daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
+    server.restart(Duration::from_millis(200));
+    go(&daemon);
+    assert!(!daemon.assert_exit(0).has("report dropped"));
+    server.wait_until_done(&ids[0]);
+    assert_eq!((server.job(&ids[1]).unwrap()["status"].as_str(), server.errors(&ids[1]).len()), (Some("dead"), 1));
+}
+
+#[test]
+fn a_drain_outlives_a_restart_of_the_server() {
+    a_drain_outlives_a_restart(&mut Restartable::embedded());
+}
+
+#[test]
+#[ignore = "needs a Zizq server at ZIZQ_URL, and ZIZQ_RESTART_CMD"]
+fn real_server_a_drain_outlives_a_restart_of_the_server() {
+    if let Some(mut server) = Restartable::real() {
+        a_drain_outlives_a_restart(&mut server);
+    }
+}
+
+/// It ends while there is no stream, so the server denies its report, and hands the job out again later.
+fn an_ended_job_is_reported_when_it_comes_again(job_type: &str, kept: &str, failures: usize) {
+    let (server, proxy, daemon, id) = with_a_running_job(job_type);
+    let gate = proxy.hold(Call::Take);
+    proxy.cut_streams();
+    gate.wait_for(1);
+    server.wait_for_status(&id, "ready");
+    go(&daemon);
+    daemon.wait_for_message(kept);
+    gate.release();
+    daemon.wait_for_message(ENDED);
+    assert_settled(&server, &id, failures);
+    daemon.sigterm();
+    assert_eq!(daemon.assert_exit(0).read("started"), format!("{id} 0\n"));
+}
+
+#[test]
+fn a_success_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
+    an_ended_job_is_reported_when_it_comes_again("good", DENIED_SUCCESS, 0);
+}
+
+#[test]
+fn a_failure_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
+    an_ended_job_is_reported_when_it_comes_again("bad", KEPT, 1);
+}
+
+/// The server has seen the end of the stream before the worker has: what the worker believes to hold is denied.
+#[test]
+fn a_report_that_the_server_denies_is_not_sent_again_until_the_job_comes_again() {
+    for job_type in ["good", "bad"] {
+        let server = RawServer::start();
+        let daemon = Daemon::at(&server.url()).args(QUICK).sh(UNTIL_GO).start();
+        let mut stream = server.take();
+        go(&daemon);
+        for id in ["1", "2"] {
+            stream.typed_job(id, job_type);
+            // Were the last report sent in a loop, it would come before this one.
+            let report = server.request();
+            assert!(report.line().contains(&format!("/{id}/failure")) || report.body.contains(id), "{}", report.line());
+            match job_type {
+                "good" => report.answer("422 Unprocessable", &format!(r#"{{"not_found":["{id}"]}}"#)),
+                _ => report.answer("404 Not Found", r#"{"error":"not in flight"}"#),
+            }
+            let look = server.request();
+            assert_eq!(look.line(), format!("GET /jobs/{id} HTTP/1.1"));
+            look.answer("200 OK", r#"{"status":"ready","attempts":0}"#);
+        }
+        stream.end();
+        let mut stream = server.take();
+        stream.typed_job("1", job_type);
+        daemon.wait_for_message(ENDED);
+        let mut again = server.request();
+        if job_type == "bad" {
+            assert_eq!(again.line(), "GET /jobs/1 HTTP/1.1");
+            again.answer("200 OK", r#"{"status":"in_flight","attempts":0}"#);
+            again = server.request();
+            assert_eq!(again.line(), "POST /jobs/1/failure HTTP/1.1");
+        }
+        again.answer("204 No Content", "");
+        assert_eq!(daemon.wait_for_lines(2, "started"), ["1 0", "2 0"]);
+    }
+}
+
+/// The failure has arrived, its answer has not, and the next attempt is under way by the time that it is sent again.
+fn a_failure_whose_answer_is_lost_costs_one_attempt(fault: Fault) {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let look = proxy.hold(Call::Job);
+    proxy.fault_times(1, Call::Failure, fault);
+    let id = server.enqueue_with(quick_job("good"));
+    let daemon = Daemon::of(&proxy).args(QUICK).sh(FAILS_FIRST).start();
+    assert_eq!(daemon.wait_for_lines(2, "started"), [format!("{id} 0"), format!("{id} 1")]);
+    look.wait_for(1);
+    look.release();
+    daemon.wait_for_message(DENIED_FAILURE);
+    assert_eq!(proxy.calls(Call::Failure).len(), 1);
+    go(&daemon);
+    server.wait_until_done(&id);
+    daemon.sigterm();
+    assert_eq!(daemon.assert_exit(0).event("worker stopped")["failed"], 1);
+}
+
+#[test]
+fn a_failure_whose_answer_is_swallowed_costs_one_attempt() {
+    a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Swallow);
+}
+
+#[test]
+fn a_failure_whose_answer_a_proxy_replaces_by_502_costs_one_attempt() {
+    a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(502));
+}
+
+#[test]
+fn a_failure_whose_answer_a_proxy_replaces_by_504_costs_one_attempt() {
+    a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(504));
+}
+
+#[test]
+fn a_failure_whose_request_is_lost_is_sent_again_once_a_look_says_so() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    proxy.fault_times(1, Call::Failure, Fault::Reset);
+    proxy.fault_times(1, Call::Failure, Fault::Answer(502, ""));
+    let id = server.enqueue("q", "bad", json!(null));
+    let daemon = Daemon::of(&proxy).args(QUICK).sh("exit 1").start();
+    assert_settled(&server, &id, 1);
+    daemon.sigterm();
+    daemon.assert_exit(0);
+    assert_eq!((proxy.calls(Call::Failure).len(), proxy.calls(Call::Job).len()), (3, 2));
+}
+
+#[test]
+fn a_failure_in_doubt_is_not_told_to_the_next_attempt_at_another_worker() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let look = proxy.hold(Call::Job);
+    proxy.fault_times(1, Call::Failure, Fault::Swallow);
+    let id = server.enqueue_with(quick_job("good"));
+    let blocker = server.enqueue_with(quick_job("good"));
+    let script = format!("[ $ZIZQ_JOB_ID != {blocker} ] || exec sh -c 'until [ -e $DIR/go ]; do sleep 0.01; done'");
+    let first =
+        Daemon::of(&proxy).args(QUICK).args(["--prefetch", "1"]).sh(&format!("{script}\n{FAILS_FIRST}")).start();
+    // The failure has made room for the blocker, which leaves no room for the next attempt.
+    first.wait_for_lines(1, "started");
+    look.wait_for(1);
+    server.wait_for_status(&blocker, "in_flight");
+    let second = Daemon::of(&server).sh(FAILS_FIRST).start();
+    assert_eq!(second.wait_for_lines(1, "started"), [format!("{id} 1")]);
+    look.release();
+    first.wait_for_message(DENIED_FAILURE);
+    assert_eq!((proxy.calls(Call::Failure).len(), server.errors(&id).len()), (1, 1));
+    [&first, &second].into_iter().for_each(go);
+    [&id, &blocker].into_iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(first.wait_for_lines(1, "started"), [format!("{id} 0")]);
+}
+
+#[test]
+fn a_success_whose_answer_is_swallowed_is_sent_again_and_its_job_runs_once() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    proxy.fault_times(2, Call::Successes, Fault::Swallow);
+    let id = server.enqueue("q", "good", json!(null));
+    let daemon = Daemon::of(&proxy).args(QUICK).sh("echo $ZIZQ_JOB_ID >> $DIR/started").start();
+    server.wait_until_done(&id);
+    daemon.wait_for_message(DENIED_SUCCESS);
+    daemon.sigterm();
+    assert_eq!(daemon.assert_exit(0).read("started"), format!("{id}\n"));
+}
+
+/// The next attempt arrives while the report of this one is still under way.
+#[test]
+fn a_later_attempt_is_started_while_the_failure_of_the_one_before_awaits_its_answer() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).args(QUICK).sh(FAILS_FIRST).start();
+    let mut stream = server.take();
+    stream.attempt("1", 0);
+    let failure = server.request();
+    stream.attempt("1", 1);
+    assert_eq!(daemon.wait_for_lines(2, "started"), ["1 0", "1 1"]);
+    failure.answer("200 OK", "{}");
+    go(&daemon);
+    let success = server.request();
+    assert_eq!((success.line(), &*success.body), ("POST /jobs/success HTTP/1.1", r#"{"ids":["1"]}"#));
+    success.answer("204 No Content", "");
+    daemon.sigterm();
+    daemon.assert_exit(0);
+}
+
+/// Somebody else has failed the job while it waited here, so it comes again as its next attempt.
+#[test]
+fn a_job_that_comes_again_while_it_waits_runs_once() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).args(QUICK).args(["--prefetch", "4"]).sh(UNTIL_GO).start();
+    let mut stream = server.take();
+    stream.typed_job("0", "good").attempt("1", 0).attempt("1", 1);
+    daemon.wait_for_messages(3, "job received");
+    go(&daemon);
+    assert_eq!(daemon.wait_for_lines(2, "started"), ["0 0", "1 1"]);
+    drop(stream);
+}
+
+/// A success counts for whatever attempt the server has come to meanwhile.
+#[test]
+fn a_success_is_not_lost_when_its_job_comes_as_a_later_attempt_while_it_is_reported() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).args(QUICK).sh(UNTIL_GO).start();
+    let mut stream = server.take();
+    stream.typed_job("1", "good");
+    go(&daemon);
+    let success = server.request();
+    stream.typed_attempt("1", "good", 1);
+    daemon.wait_for_message(AGAIN);
+    success.answer("422 Unprocessable", r#"{"not_found":["1"]}"#);
+    server.request().answer("200 OK", r#"{"status":"in_flight","attempts":1}"#);
+    let again = server.request();
+    assert_eq!(again.body, r#"{"ids":["1"]}"#);
+    again.answer("204 No Content", "");
+    assert_eq!(daemon.wait_for_lines(1, "started"), ["1 0"]);
+}
+
+/// The daemon drains with an outcome that it keeps for its job to come again.
+fn draining_with_a_kept_failure(deadline: &str) -> (Server, Proxy, Running, String, Gate) {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let id = server.enqueue("q", "bad", json!(null));
+    let daemon = Daemon::of(&proxy).args(QUICK).args(["--shutdown-deadline", deadline]).sh(UNTIL_GO).start();
+    daemon.wait_for_lines(1, "started");
+    let gate = proxy.hold(Call::Take);
+    proxy.cut_streams();
+    gate.wait_for(1);
+    go(&daemon);
+    daemon.wait_for_message(KEPT);
+    daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
+    (server, proxy, daemon, id, gate)
+}
+
+#[test]
+fn a_drain_waits_for_a_job_to_come_again_whose_outcome_is_kept() {
+    let (server, _proxy, daemon, id, gate) = draining_with_a_kept_failure("10m");
+    gate.release();
+    assert!(daemon.assert_exit(0).has(ENDED));
+    assert_settled(&server, &id, 1);
+}
+
+#[test]
+fn a_drain_does_not_wait_for_a_job_that_another_worker_has_finished() {
+    let (server, _proxy, daemon, id, _gate) = draining_with_a_kept_failure("10m");
+    let other = Daemon::of(&server).sh("true").start();
+    server.wait_until_done(&id);
+    assert!(!daemon.assert_exit(0).has("report dropped"));
+    other.sigterm();
+    other.assert_exit(0);
+}
+
+#[test]
+fn an_outcome_whose_job_has_not_come_again_by_the_deadline_is_logged_with_its_id() {
+    let (server, _proxy, daemon, id, _gate) = draining_with_a_kept_failure("300ms");
+    let finished = daemon.assert_exit(1);
+    assert!(finished.event("report dropped")["ids"].as_str().unwrap().contains(&id));
+    assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
+}
