@@ -37,8 +37,11 @@ pub(crate) async fn read_lines(pipe: Option<Receiver>, on_line: impl Fn(&str), m
             }
         }) {
             Ok(0) => break,
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => break,
-            Ok(_) | Err(_) => {}
+            // The pipe of a child that prints without pause is always readable: without this, whoever waits in the same
+            // task, for the stop above all, would not get their turn.
+            Ok(_) => tokio::task::yield_now().await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => break,
         }
     }
     lines.finish(&on_line);

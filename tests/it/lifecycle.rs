@@ -173,6 +173,20 @@ echo not reached >&2";
 }
 
 #[test]
+fn handlers_that_print_without_pause_do_not_keep_the_worker_from_its_stop() {
+    let server = Server::start();
+    let ids = server.enqueue_all(jobs(4));
+    // Their output is read, but not kept in this test's memory.
+    let daemon = Daemon::of(&server).threads(4).env("RUST_LOG", "warn,zizq_worker::lifecycle=info");
+    let daemon = daemon.sh("echo >> $DIR/started; exec yes").start();
+    daemon.wait_for_lines(4, "started");
+    daemon.sigterm().wait_for_message("draining");
+    daemon.sigterm();
+    daemon.assert_exit(1);
+    ids.iter().for_each(|id| assert_given_back(&server, id));
+}
+
+#[test]
 fn a_job_that_exits_0_because_it_was_terminated_has_not_succeeded() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
