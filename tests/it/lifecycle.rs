@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -296,6 +297,25 @@ fn a_signal_while_a_server_does_not_answer_is_obeyed_at_once() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).sh("true").start();
     let _unanswered = server.request();
+    let asked = Instant::now();
+    daemon.sigterm();
+    daemon.assert_exit(0);
+    assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
+}
+
+/// A name server that does not answer, as the C library sees it.
+const SLOW_LOOKUP: &str = "#include <unistd.h>
+int getaddrinfo(const char *node, const char *service, const void *hints, void **result) { sleep(600); return -3; }";
+
+#[test]
+fn a_signal_while_the_servers_name_is_looked_up_is_obeyed_at_once() {
+    let daemon = Daemon::at("http://server.example.org:7890");
+    let source = daemon.file("lookup.c", SLOW_LOOKUP);
+    let library = daemon.dir().join("lookup.so");
+    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status().unwrap();
+    assert!(compiled.success());
+    let daemon = daemon.env("LD_PRELOAD", library).sh("true").start();
+    daemon.wait_for_message("connecting");
     let asked = Instant::now();
     daemon.sigterm();
     daemon.assert_exit(0);
