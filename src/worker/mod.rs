@@ -242,7 +242,13 @@ impl<D: Dispatcher> WorkerLoop<D> {
 
 /// `attempt` counts from 1, as in the server's list of errors.
 fn job_span(job: &Job) -> Span {
-    info_span!("job", id = job.id.as_str(), r#type = job.job_type, queue = job.queue, attempt = job.attempts + 1)
+    info_span!(
+        "job",
+        id = job.id.as_str(),
+        r#type = job.job_type,
+        queue = job.queue,
+        attempt = job.attempts.saturating_add(1)
+    )
 }
 
 fn log_ended(ended: &Ended, elapsed: Duration) {
