@@ -125,13 +125,41 @@ impl From<libc::rusage> for Usage {
     }
 }
 
-/// Returns once no process of a killed group is left. Dying takes a moment; nobody tells when it is over.
+/// Returns once no process of a killed group runs any more. Dying takes a moment; nobody tells when it is over.
 async fn until_gone(group: Pid) {
     let mut pause = Duration::from_millis(1);
     while test_kill_process_group(group).is_ok() {
         // As process 1, this process is what orphans are handed to. Asked by group, no other job's status is taken.
         while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {}
         tokio::time::sleep(pause).await;
+        if only_zombies_are_left(group) {
+            return;
+        }
         pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+/// Orphans can be signalled until they are reaped, and some init processes take their time, or never do it. A zombie runs
+/// nothing and holds nothing open.
+fn only_zombies_are_left(group: Pid) -> bool {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return false };
+    let stats = processes.flatten().filter_map(|process| std::fs::read_to_string(process.path().join("stat")).ok());
+    let mut members = stats.filter_map(|stat| Member::parse(&stat)).filter(|member| member.group == group).peekable();
+    members.peek().is_some() && members.all(|member| member.is_zombie)
+}
+
+/// What a line of `/proc/PID/stat` says of a process.
+struct Member {
+    group: Pid,
+    is_zombie: bool,
+}
+
+impl Member {
+    fn parse(stat: &str) -> Option<Self> {
+        // The name comes before, in brackets, and may hold anything.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        // A leader that has exited looks like a zombie while its other threads still run.
+        let is_zombie = *fields.first()? == "Z" && *fields.get(17)? == "1";
+        Some(Self { group: Pid::from_raw(fields.get(2)?.parse().ok()?)?, is_zombie })
     }
 }
