@@ -62,10 +62,10 @@ impl Brake {
     ) -> Result<T, NotStarted> {
         if !self.engaged.load(Ordering::Acquire) {
             match spawn() {
-                Err(error) if may_pass(&error) => {}
-                Err(error) if is_the_jobs_own(&error) => return Err(NotStarted::Failed(error)),
-                Err(error) => return self.failed(&mut *self.turn.lock().await, error),
                 Ok(started) => return Ok(started),
+                Err(error) if is_the_jobs_own(&error) => return Err(NotStarted::Failed(error)),
+                // Many may find the fault at once. Each tries again when it is its turn: it counts once, and costs one job.
+                Err(_) => {}
             }
         }
         tokio::select! {

@@ -40,6 +40,8 @@ pub(crate) async fn read_lines(pipe: Option<Receiver>, on_line: impl Fn(&str), m
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => break,
             Ok(_) | Err(_) => {}
         }
+        // A child that prints as fast as it is read would keep this thread from all other work.
+        tokio::task::coop::consume_budget().await;
     }
     lines.finish(&on_line);
 }
