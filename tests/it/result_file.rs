@@ -196,11 +196,10 @@ fn what_is_no_regular_file_is_ignored_and_holds_up_nothing() {
 fn what_cannot_be_read_is_ignored() {
     // Whoever may read everything, like root, reads this too.
     let readable = std::process::Command::new("id").arg("-u").output().is_ok_and(|id| id.stdout == b"0\n");
-    match readable {
-        true => {
-            assert_eq!(fail("say '{\"message\":\"read\"}'; chmod 0 $ZIZQ_RESULT_FILE", "").error["message"], "read")
-        }
-        false => assert_ignored("say '{}'; chmod 0 $ZIZQ_RESULT_FILE", "cannot be opened"),
+    if readable {
+        assert_eq!(fail("say '{\"message\":\"read\"}'; chmod 0 $ZIZQ_RESULT_FILE", "").error["message"], "read");
+    } else {
+        assert_ignored("say '{}'; chmod 0 $ZIZQ_RESULT_FILE", "cannot be opened");
     }
 }
 
