@@ -43,6 +43,8 @@ pub(crate) async fn read_lines(pipe: Option<Receiver>, on_line: impl Fn(&str), m
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => break,
         }
+        // A child that prints as fast as it is read would keep this thread from all other work.
+        tokio::task::coop::consume_budget().await;
     }
     lines.finish(&on_line);
 }

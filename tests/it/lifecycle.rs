@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Call, Daemon, Event, Fault, Proxy, RawServer, Running, Server, unused_address};
-
-/// Runs until the test's directory has a file `go`.
-const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go ]; do sleep 0.01; done";
+use crate::support::{
+    Call, Daemon, Event, Fault, Proxy, RawServer, Running, Server, UNTIL_GO, is_alive, jobs, unused_address,
+};
 
 /// Runs until it is killed, and hears no SIGTERM, nor does its child.
 const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
@@ -21,20 +20,6 @@ while :; do sleep 0.05; done";
 
 /// Far less than any limit that would end a wait by itself, far more than obeying takes.
 const AT_ONCE: Duration = Duration::from_secs(15);
-
-fn jobs(count: usize) -> Vec<Value> {
-    vec![json!({"queue": "q", "type": "t", "payload": null}); count]
-}
-
-fn go(daemon: &Running) {
-    fs::write(daemon.dir().join("go"), "").unwrap();
-}
-
-/// Whether a process runs; a zombie does not.
-fn is_alive(pid: &str) -> bool {
-    let stat = fs::read_to_string(Path::new("/proc").join(pid).join("stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z") && !rest.starts_with(" X"))
-}
 
 /// The job waits for the next worker as if it had never been taken.
 #[track_caller]
@@ -53,7 +38,7 @@ fn drains_on(signal: Signal) {
     daemon.signal(signal);
     let draining = daemon.wait_for_message("shutting down, waiting for workers to finish");
     assert_eq!((&draining["running"], &draining["waiting"]), (&json!(1), &json!(2)));
-    go(&daemon);
+    daemon.go();
     let finished = daemon.assert_exit(0);
     assert_eq!(finished.read("started").lines().collect::<Vec<_>>(), ids[..3]);
     assert!(finished.has("job received while draining, it goes back to the server"));
@@ -82,7 +67,7 @@ fn a_drain_flushes_the_reports_and_only_then_closes_the_stream() {
     let daemon = Daemon::of(&proxy).threads(2).sh(&format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE = good ]")).start();
     daemon.wait_for_lines(2, "started");
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    go(&daemon);
+    daemon.go();
     let take = proxy.calls(Call::Take)[0].connection;
     for gate in gates {
         gate.wait_for(1);
@@ -114,7 +99,7 @@ fn reports_are_tried_again_while_draining_too() {
     let daemon = Daemon::of(&proxy).args(["--retry-min-wait", "20ms"]).sh(UNTIL_GO).start();
     daemon.wait_for_lines(1, "started");
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    go(&daemon);
+    daemon.go();
     daemon.assert_exit(0);
     server.wait_until_done(&id);
 }
@@ -356,7 +341,7 @@ fn a_stop_while_the_dispatch_queue_is_full_finishes_the_queue_and_nothing_more()
     }
     daemon.wait_for_messages(4, "job received");
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    go(&daemon);
+    daemon.go();
     let mut reported = Vec::new();
     while reported.len() < 3 {
         let report = server.request();
@@ -395,7 +380,7 @@ fn a_stream_lost_while_draining_is_not_opened_again() {
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
     proxy.cut_streams();
     daemon.wait_for_message("stream lost while draining");
-    go(&daemon);
+    daemon.go();
     let finished = daemon.assert_exit(0);
     assert!(finished.has("success was already handled"));
     assert_eq!(proxy.calls(Call::Take).len(), 1);

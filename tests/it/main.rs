@@ -9,16 +9,23 @@
 
 mod support;
 
+mod contract;
 mod dispatch;
 mod embedded;
 mod example;
+mod groups;
+mod handlers;
 mod library;
 mod lifecycle;
 mod logs;
 mod mistakes;
 mod official_client;
+mod output;
 mod producer;
 mod protocol;
 mod real_server;
 mod reports;
+mod result_file;
+mod routes;
 mod settings;
+mod starts;
