@@ -1,7 +1,5 @@
 //! How the worker stops: drained by the first signal, killed by the second or by the deadline, and the stream last.
 
-use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
