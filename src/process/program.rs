@@ -26,6 +26,11 @@ impl Program {
         }
     }
 
+    /// Whether the file is there now.
+    pub(crate) fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// The last part of its path, for messages.
     pub fn file_name(&self) -> String {
         let name = self.path.file_name().unwrap_or(self.name.as_os_str());

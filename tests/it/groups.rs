@@ -122,6 +122,13 @@ until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep
 }
 
 #[test]
+fn what_is_left_is_killed_even_if_nobody_holds_a_pipe() {
+    let script =
+        "sleep 1000 < /dev/null > /dev/null 2>&1 & echo $! > $DIR/left; exec < /dev/null > /dev/null 2>&1; sleep 0.1";
+    assert_dead(&succeed(script, "").read("left"));
+}
+
+#[test]
 fn a_grandchild_that_holds_the_pipes_delays_nothing() {
     let script = "echo before; (sh -c 'trap \"\" TERM HUP; sleep 1000' & ) ; echo last >&2";
     let finished = succeed(script, "");

@@ -131,7 +131,7 @@ fn a_gigabyte_on_stderr_does_not_make_the_worker_grow() {
 fn handlers_that_print_without_end_hold_up_nobody() {
     let server = Server::start();
     let settings = "kill_grace = '200ms'\n[handlers.quick]\nexec = 'true'";
-    let script = "trap '' TERM; echo $$ >> $DIR/pids; exec tr '\\0' x < /dev/zero >&2";
+    let script = "trap '' TERM; echo $$ >> $DIR/pids; exec cat /dev/zero >&2";
     let running = Daemon::of(&server).without_output().threads(5).handler(script, settings).start();
     server.enqueue_all(jobs(4));
     running.wait_for_lines(4, "pids");

@@ -94,19 +94,30 @@ fn a_job_that_waits_for_its_handler_goes_back_when_the_worker_drains() {
 #[test]
 fn a_handler_that_stays_away_fails_its_job_after_five_seconds_and_others_are_not_held_up() {
     let server = Server::start();
-    let running = Daemon::of(&server).threads(2).handler("true", "[handlers.other]\nexec = 'true'").start();
+    let daemon = Daemon::of(&server).threads(4);
+    fs::create_dir(daemon.dir().join("cwd")).unwrap();
+    daemon.script("script.sh", "true");
+    let handlers = "[handlers.other]\nexec = 'true'\n[handlers.homeless]\nexec = 'true'\ncwd = '$DIR/cwd'
+[handlers.script]\nexec = '$DIR/script.sh'";
+    let running = daemon.handler("true", handlers).start();
     running.wait_for_message("connected, listening for jobs");
     fs::remove_file(running.dir().join("handle.sh")).unwrap();
+    fs::remove_dir(running.dir().join("cwd")).unwrap();
+    fs::write(running.dir().join("script.sh"), "#!/no/such/shell\n").unwrap();
     let id = server.enqueue("q", "t", json!(null));
+    let hinted = ["homeless", "script"].map(|job_type| server.enqueue("q", job_type, json!(null)));
     let other = server.enqueue("q", "other", json!(null));
     server.wait_until_done(&other);
     let error = server.wait_for_error(&id, 1);
     assert_eq!(error["error_type"], "SpawnError");
     assert_eq!(error["message"], "handle.sh could not be started: No such file or directory (os error 2)");
+    let hints = hinted.map(|id| server.wait_for_error(&id, 1)["message"].as_str().unwrap().to_owned());
+    assert!(hints[0].ends_with("/cwd is missing)"), "{hints:?}");
+    assert!(hints[1].ends_with("(the file is there; what its #! line names is not)"), "{hints:?}");
     let finished = running.stop();
     let took = finished.event("job failed")["seconds"].as_f64().unwrap();
     assert!((5.0..20.0).contains(&took), "{took}");
-    assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 1);
+    assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 3);
 }
 
 /// ENOEXEC does not pass by itself, so a job fails at once, and then the brake holds the others.
@@ -117,8 +128,8 @@ fn a_broken_handler_does_not_run_through_a_queue_and_is_fast_again_once_it_is_me
     let first = server.enqueue_all(jobs(8));
     first.iter().for_each(|id| server.wait_until_done(id));
     deploy(&running, "\0\0 not a program");
-    let ids = server.enqueue_all(jobs(60));
     let broken = Instant::now();
+    let ids = server.enqueue_all(jobs(60));
     let failed = eventually("a second failure", || Some(errors(&server, &ids)).filter(|errors| errors.len() >= 2));
     // One at once, and one a second later: not one for each of the four loops.
     assert!(broken.elapsed() >= Duration::from_millis(900), "{:?}", broken.elapsed());
@@ -126,8 +137,7 @@ fn a_broken_handler_does_not_run_through_a_queue_and_is_fast_again_once_it_is_me
     assert!(failed[0]["message"].as_str().unwrap().contains("Exec format error"), "{failed:?}");
     deploy(&running, GOOD);
     let mended = Instant::now();
-    let good = running.wait_for_lines(8 + 60 - failed.len() - 1, "ran").len();
-    assert!(good <= 8 + 60 - failed.len());
+    running.wait_for_lines(8 + 60 - failed.len() - 1, "ran");
     // Two seconds of the third pause at most, and then without any.
     assert!(mended.elapsed() < Duration::from_secs(15), "{:?}", mended.elapsed());
     running.wait_for_message("handler can be started again");
@@ -194,7 +204,9 @@ fn a_low_hard_limit_of_open_files_is_said_with_what_to_do_and_jobs_are_done_all_
 fn an_ignored_sigchld_that_was_handed_down_does_no_harm() {
     let server = Server::start();
     let ids = ["0", "3"].map(|code| server.enqueue("q", code, json!(null)));
-    let running = Daemon::of(&server).sh("/bin/true; exit $ZIZQ_JOB_TYPE").after("trap '' CHLD").start();
+    // Not every shell can do it.
+    let ignore = r#"exec perl -e '$SIG{CHLD} = "IGNORE"; exec @ARGV' "$@""#;
+    let running = Daemon::of(&server).sh("/bin/true; exit $ZIZQ_JOB_TYPE").after(ignore).start();
     server.wait_until_done(&ids[0]);
     assert_eq!(server.wait_for_error(&ids[1], 1)["message"], "handle.sh exited with status 3");
     assert!(running.stop().event("job completed")["cpu_seconds"].is_number());
