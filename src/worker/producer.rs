@@ -64,6 +64,10 @@ impl Producer {
 
     /// One connection, from its opening to its end. `Ok` means that it was closed because the worker has stopped.
     async fn session(&self, connected_before: &AtomicBool) -> Result<(), Disconnected> {
+        // A drain cuts the wait before this short.
+        if self.lifecycle.phase() >= Phase::Draining {
+            return Ok(());
+        }
         info!(url = %self.client.url(), "connecting");
         let opened = tokio::select! {
             biased;

@@ -272,7 +272,7 @@ fn a_signal_while_waiting_to_reconnect_is_obeyed_at_once() {
     let daemon = daemon.args(["--retry-min-wait", "10m", "--retry-max-wait", "10m"]).sh("true").start();
     daemon.wait_for_message("server unreachable, reconnecting");
     daemon.sigint();
-    daemon.assert_exit(0);
+    assert_eq!(daemon.assert_exit(0).all("connecting").len(), 1);
 }
 
 #[test]
