@@ -12,11 +12,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use rustix::io::ioctl_fionread;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::{Receiver, Sender};
@@ -130,11 +132,12 @@ impl Process {
     ) -> Exit<C> {
         let Self { group, stdin, stdout, stderr } = self;
         let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
-        let (mut tail, mut notified) = (Tail::default(), false);
+        let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
         let terminated = {
             let mut io = pin!(async {
-                let out = output::read_lines(stdout, |line| on_line(Channel::Stdout, line), None);
-                let err = output::read_lines(stderr, |line| on_line(Channel::Stderr, line), Some(&mut tail));
+                let out = output::read_lines(stdout.as_ref(), &read, |line| on_line(Channel::Stdout, line), None);
+                let err =
+                    output::read_lines(stderr.as_ref(), &read, |line| on_line(Channel::Stderr, line), Some(&mut tail));
                 tokio::join!(feed(stdin), out, err);
             });
             let mut end = pin!(async {
@@ -146,16 +149,30 @@ impl Process {
             tokio::select! {
                 biased;
                 terminated = &mut end => {
-                    // What is left of the group holds the pipes no longer then. What has left the group may, and is not
-                    // waited for.
+                    // What is left of the group holds the pipes no longer then. What has left the group may.
                     group.kill();
-                    let _ = tokio::time::timeout(OUTPUT_GRACE, io).await;
+                    read_the_rest(io, &read, [&stdout, &stderr]).await;
                     terminated
                 }
                 () = &mut io => end.await,
             }
         };
         Exit { ended: group.end().await, terminated, notified, stderr: tail }
+    }
+}
+
+/// Reads what is in the pipes, and nothing later than the grace: that would be of a process that lives on. Only a worker
+/// too busy to have read what was there takes longer.
+async fn read_the_rest(mut io: Pin<&mut impl Future<Output = ()>>, read: &AtomicU64, pipes: [&Option<Receiver>; 2]) {
+    let there = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
+    let all = read.load(Ordering::Relaxed) + there.sum::<u64>();
+    loop {
+        let before = read.load(Ordering::Relaxed);
+        let ended = tokio::time::timeout(OUTPUT_GRACE, &mut io).await.is_ok();
+        let now = read.load(Ordering::Relaxed);
+        if ended || now >= all || now == before {
+            return;
+        }
     }
 }
 

@@ -252,7 +252,8 @@ fn job_span(job: &Job) -> Span {
 }
 
 fn log_ended(ended: &Ended, elapsed: Duration) {
-    let seconds = elapsed.as_secs_f64();
+    // Microseconds are as fine as anybody wants to read.
+    let seconds = elapsed.as_micros() as f64 / 1e6;
     let cpu_seconds = ended.usage.map(|usage| usage.cpu.as_secs_f64());
     let peak_memory_bytes = ended.usage.map(|usage| usage.max_rss);
     match &ended.outcome {

@@ -156,6 +156,23 @@ fn death_by_a_signal_is_a_failure_that_names_it() {
 }
 
 #[test]
+fn the_end_of_stderr_is_reported_however_busy_the_worker_is() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).threads(6).env("RUST_LOG", "warn");
+    let daemon = daemon
+        .sh("[ $ZIZQ_JOB_TYPE = busy ] && { echo >> $DIR/busy; exec yes; }
+        yes 'not the end' | head -c 65000 >&2; echo >&2; echo the end >&2; exit 1")
+        .start();
+    server.enqueue_all(vec![json!({"queue": "q", "type": "busy", "payload": null}); 4]);
+    daemon.wait_for_lines(4, "busy");
+    let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "bad", "payload": null}); 6]);
+    for id in ids {
+        let error = server.wait_for_error(&id, 1);
+        assert_eq!(error["message"], "handle.sh exited with status 1: the end");
+    }
+}
+
+#[test]
 fn the_backtrace_is_bounded_and_keeps_both_ends() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
