@@ -31,7 +31,10 @@ type Fatal = Box<dyn std::error::Error>;
 
 fn start(config: Config) -> Result<Summary, Fatal> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(run(config))
+    let ended = runtime.block_on(run(config));
+    // Not waited for: a name that is still being looked up, which cannot be called off, would hold up the exit.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn run(config: Config) -> Result<Summary, Fatal> {

@@ -30,6 +30,9 @@ impl FromStr for ServerUrl {
             && !authority.host().is_empty()
             && !authority.as_str().contains('@')
             && uri.query().is_none()
+            && !text.contains('#')
+            // Nobody can be reached at port 0, and an embedded server there would be at another one.
+            && authority.port_u16() != Some(0)
             && (authority.port_u16().is_some() || authority.as_str() == authority.host());
         if fits { Ok(Self(uri)) } else { Err(wanted()) }
     }
@@ -105,8 +108,18 @@ mod tests {
 
     #[test]
     fn urls_that_cannot_work_are_refused() {
-        for bad in ["", "localhost:7890", "ftp://h", "http://", "http://u:p@h", "http://h?x=1", "http://h:99999", "/x"]
-        {
+        for bad in [
+            "",
+            "localhost:7890",
+            "ftp://h",
+            "http://",
+            "http://u:p@h",
+            "http://h?x=1",
+            "http://h:99999",
+            "http://h:0",
+            "http://h#x",
+            "/x",
+        ] {
             let error = bad.parse::<ServerUrl>().unwrap_err();
             assert!(error.starts_with("url must be http://HOST"), "{bad}: {error}");
         }

@@ -62,10 +62,10 @@ impl Brake {
     ) -> Result<T, NotStarted> {
         if !self.engaged.load(Ordering::Acquire) {
             match spawn() {
-                Err(error) if may_pass(&error) => {}
-                Err(error) if is_the_jobs_own(&error) => return Err(NotStarted::Failed(error)),
-                Err(error) => return self.failed(&mut *self.turn.lock().await, error),
                 Ok(started) => return Ok(started),
+                Err(error) if is_the_jobs_own(&error) => return Err(NotStarted::Failed(error)),
+                // Many may find the fault at once. Each tries again when it is its turn: it counts once, and costs one job.
+                Err(_) => {}
             }
         }
         tokio::select! {
@@ -133,4 +133,106 @@ fn may_pass(error: &io::Error) -> bool {
         Errno::from_io_error(error),
         Some(E::AGAIN | E::NOMEM | E::MFILE | E::NFILE | E::TXTBSY | E::NOENT | E::ACCESS)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    fn brake() -> Brake {
+        Brake::new("handle.sh".to_owned())
+    }
+
+    fn fault(errno: Errno) -> io::Error {
+        errno.into()
+    }
+
+    /// Tries a start that goes wrong in that way, and says how long it took.
+    async fn fail(brake: &Brake, errno: Errno) -> Duration {
+        let begun = Instant::now();
+        let started = brake.start(&Lifecycle::new(), || Err::<(), _>(fault(errno))).await;
+        assert!(matches!(started, Err(NotStarted::Failed(_))));
+        begun.elapsed()
+    }
+
+    async fn succeed(brake: &Brake) -> Duration {
+        let begun = Instant::now();
+        brake.start(&Lifecycle::new(), || Ok(())).await.unwrap();
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fault_that_passes_in_time_is_none() {
+        for errno in
+            [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::TXTBSY, Errno::NOENT, Errno::ACCESS]
+        {
+            let (brake, begun) = (brake(), Instant::now());
+            let over = begun + Duration::from_secs(4);
+            let spawn = || if Instant::now() < over { Err(fault(errno)) } else { Ok(()) };
+            brake.start(&Lifecycle::new(), spawn).await.unwrap();
+            assert!(begun.elapsed() < Duration::from_secs(5), "{errno}: {:?}", begun.elapsed());
+            assert_eq!(succeed(&brake).await, Duration::ZERO);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fault_that_does_not_pass_fails_the_job_after_five_seconds() {
+        let took = fail(&brake(), Errno::NOENT).await.as_secs_f64();
+        assert!((5.0..5.7).contains(&took), "{took}");
+        assert_eq!(fail(&brake(), Errno::NOEXEC).await, Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_in_a_row_are_one_second_apart_and_then_up_to_thirty_until_a_start_works() {
+        let brake = brake();
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            pauses.push(fail(&brake, Errno::NOEXEC).await.as_secs_f64().round());
+        }
+        assert_eq!(pauses, [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]);
+        assert_eq!(succeed(&brake).await.as_secs_f64().round(), 30.0);
+        assert_eq!(succeed(&brake).await, Duration::ZERO);
+        assert_eq!(fail(&brake, Errno::NOEXEC).await, Duration::ZERO);
+        assert_eq!(fail(&brake, Errno::NOEXEC).await.as_secs_f64().round(), 1.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn jobs_that_come_at_once_fail_one_after_the_other() {
+        let (brake, begun, tries) = (brake(), Instant::now(), Cell::new(0));
+        let spawn = || {
+            tries.set(tries.get() + 1);
+            // The first job tries twice: at once, and in its turn.
+            if tries.get() <= 4 { Err(fault(Errno::NOEXEC)) } else { Ok(()) }
+        };
+        let lifecycle = Lifecycle::new();
+        let start = || brake.start(&lifecycle, spawn);
+        let (a, b, c, d) = tokio::join!(start(), start(), start(), start());
+        assert!([a, b, c].iter().all(Result::is_err));
+        assert!(d.is_ok());
+        assert_eq!(begun.elapsed().as_secs_f64().round(), 7.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_wrong_with_one_job_fails_it_at_once_and_slows_down_no_other() {
+        let brake = brake();
+        assert_eq!(fail(&brake, Errno::TOOBIG).await, Duration::ZERO);
+        let zero_byte = || Err::<(), _>(io::ErrorKind::InvalidInput.into());
+        assert!(matches!(brake.start(&Lifecycle::new(), zero_byte).await, Err(NotStarted::Failed(_))));
+        assert_eq!(succeed(&brake).await, Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_ends_the_wait() {
+        let (brake, lifecycle, begun) = (brake(), Lifecycle::new(), Instant::now());
+        fail(&brake, Errno::NOEXEC).await;
+        let stop = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            lifecycle.stop();
+        };
+        let (started, ()) = tokio::join!(brake.start(&lifecycle, || Ok(())), stop);
+        assert!(matches!(started, Err(NotStarted::Stopping)));
+        assert!(begun.elapsed() < Duration::from_secs(1));
+    }
 }

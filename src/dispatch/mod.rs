@@ -146,11 +146,23 @@ impl Dispatcher for ExecDispatcher {
             }
             Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
             Err(NotStarted::Failed(error)) => {
-                let message = format!("{} could not be started: {error}", handler.program.file_name());
-                Outcome::Failure(Failure::new("SpawnError", message)).into()
+                Outcome::Failure(Failure::new("SpawnError", not_started(handler, &error))).into()
             }
         }
     }
+}
+
+/// The system says the same whether the file is missing, the directory, or the program that its first line names.
+fn not_started(handler: &Handler, error: &io::Error) -> String {
+    let name = handler.program.file_name();
+    let hint = match &handler.cwd {
+        Some(cwd) if !cwd.is_dir() => format!(" (its cwd {} is missing)", cwd.display()),
+        _ if error.kind() == io::ErrorKind::NotFound && handler.program.exists() => {
+            " (the file is there; what its #! line names is not)".to_owned()
+        }
+        _ => String::new(),
+    };
+    format!("{name} could not be started: {error}{hint}")
 }
 
 async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle) -> Exit<Cause> {

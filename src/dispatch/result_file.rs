@@ -20,6 +20,12 @@ use crate::job::Failure;
 /// A handler has no reason to say more than this; all that it could say in earnest is a message and a backtrace.
 const MAX_BYTES: u64 = 1024 * 1024;
 
+/// The end of the year 9999, in Unix milliseconds. A server may refuse a time beyond it, and with it the whole report.
+const LAST_TIME: u64 = 253_402_300_799_999;
+
+/// A thousand years: more is a mistake.
+const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
+
 /// A private directory for result files. It is removed with the dispatcher.
 #[derive(Debug)]
 pub(super) struct ResultDir {
@@ -176,7 +182,10 @@ fn retry_in(wait: &NumberOrText) -> Result<Retry, String> {
         NumberOrText::Number(seconds) => Duration::try_from_secs_f64(*seconds).ok(),
         NumberOrText::Text(text) => humantime::parse_duration(text).ok(),
     };
-    duration.map(Retry::In).ok_or_else(|| "retry_in must be seconds, or a duration like \"5m\"".to_owned())
+    duration
+        .filter(|wait| *wait <= LONGEST_WAIT)
+        .map(Retry::In)
+        .ok_or_else(|| "retry_in must be seconds, or a duration like \"5m\"".to_owned())
 }
 
 fn retry_at(time: &NumberOrText) -> Result<Retry, String> {
@@ -188,6 +197,7 @@ fn retry_at(time: &NumberOrText) -> Result<Retry, String> {
             .and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok()),
     };
     millis
+        .filter(|millis| *millis <= LAST_TIME)
         .map(Retry::At)
         .ok_or_else(|| "retry_at must be Unix milliseconds, or a time like \"2030-01-31T08:00:00Z\"".to_owned())
 }
@@ -233,6 +243,8 @@ mod tests {
             (r#"{"retry_in":true}"#, "expected a number or a string"),
             (r#"{"retry_at":"tomorrow"}"#, "retry_at must be"),
             (r#"{"retry_at":-5}"#, "retry_at must be"),
+            (r#"{"retry_at":1e300}"#, "retry_at must be"),
+            (r#"{"retry_in":1e18}"#, "retry_in must be"),
             (r#"{"retry_in":1,"retry_at":1}"#, "both"),
             (r#"{"message":7}"#, "invalid type"),
         ] {

@@ -14,8 +14,13 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
+use super::census;
+
 /// How long a killed group may take to be gone. Only a process stuck in the kernel needs longer.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the dead may take to be reaped by whoever inherits them, before it is asked whether they are no more than dead.
+const PATIENCE_WITH_THE_DEAD: Duration = Duration::from_millis(32);
 
 /// What a process has used, from its birth to its end, children that it waited for included.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,6 +58,12 @@ impl Group {
         let _ = kill_process_group(self.id(), signal);
     }
 
+    /// Kills the whole group, and the leader wherever it has gone: a leader may leave its group.
+    pub(super) fn kill(&self) {
+        self.signal(Signal::KILL);
+        self.signal_leader(Signal::KILL);
+    }
+
     /// Signals the leader alone.
     pub(super) fn signal_leader(&self, signal: Signal) {
         let _ = kill_process(self.id(), signal);
@@ -67,11 +78,17 @@ impl Group {
         }
     }
 
+    /// Waits until the leader has exited and nobody else of the group lives.
+    pub(super) async fn died_out(&self) {
+        self.leader_exited().await;
+        census::died_out(self.id()).await;
+    }
+
     /// Kills what is left of the group, reaps the leader, which has exited, and sees the rest dead. The zombie keeps the
     /// group's number from being given to anyone else until the signal has been sent.
     pub(super) async fn end(mut self) -> io::Result<(ExitStatus, Usage)> {
         let id = self.id();
-        self.signal(Signal::KILL);
+        self.kill();
         let ended = reap(id);
         self.reaped = true;
         if tokio::time::timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
@@ -84,7 +101,7 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if !self.reaped {
-            self.signal(Signal::KILL);
+            self.kill();
             let _ = self.leader.wait();
         }
     }
@@ -132,6 +149,10 @@ async fn until_gone(group: Pid) {
         // As process 1, this process is what orphans are handed to. Asked by group, no other job's status is taken.
         while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {}
         tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_millis(50));
+        pause *= 2;
+        if pause > PATIENCE_WITH_THE_DEAD {
+            // Whoever is process 1 may leave zombies where they are.
+            return census::died_out(group).await;
+        }
     }
 }

@@ -35,8 +35,15 @@ pub(crate) struct TooFewDescriptors {
 
 /// Sees to it that the kernel keeps exit statuses for us. It throws them away where SIGCHLD is ignored, and that is
 /// handed down from whoever started this process.
-#[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
+#[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal, or sets it back to its default")]
 pub(crate) fn keep_exit_statuses() {
-    // SAFETY: the default action of SIGCHLD does nothing, and no handler of ours is replaced.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `sigaction`. The default action
+    // of SIGCHLD does nothing, and takes the place of none that does: a handler of the embedding program stays.
+    unsafe {
+        libc::sigaction(libc::SIGCHLD, std::ptr::null(), action.as_mut_ptr());
+        if action.assume_init().sa_sigaction == libc::SIG_IGN {
+            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it.
 //! Knows neither jobs nor settings.
 
+mod census;
 mod group;
 mod limits;
 mod output;
@@ -13,14 +14,14 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use futures_util::FutureExt;
+use rustix::io::ioctl_fionread;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::{Receiver, Sender};
-use tokio::time::Instant;
 
 use group::Group;
 pub use group::Usage;
@@ -130,42 +131,49 @@ impl Process {
         on_line: impl Fn(Channel, &str),
     ) -> Exit<C> {
         let Self { group, stdin, stdout, stderr } = self;
-        let Stops { terminate, skip_grace, kill_grace, notify } = stops;
-        let mut skip_grace = pin!(skip_grace.fuse());
-        let (mut tail, mut notified) = (Tail::default(), false);
+        let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
+        let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
         let terminated = {
             let mut io = pin!(async {
-                let out = output::read_lines(stdout, |line| on_line(Channel::Stdout, line), None);
-                let err = output::read_lines(stderr, |line| on_line(Channel::Stderr, line), Some(&mut tail));
+                let out = output::read_lines(stdout.as_ref(), &read, |line| on_line(Channel::Stdout, line), None);
+                let err =
+                    output::read_lines(stderr.as_ref(), &read, |line| on_line(Channel::Stderr, line), Some(&mut tail));
                 tokio::join!(feed(stdin), out, err);
             });
-            let (terminated, io_ended) = {
-                let mut end = pin!(async {
-                    let cause = until_told_to_end(&group, terminate, notify, &mut notified).await?;
-                    Some(Terminated { cause, kill_at: terminate_leader(&group, kill_grace, &mut skip_grace).await })
-                });
-                // All three pipes are served while waiting: a child blocked on any of them would never exit.
-                tokio::select! {
-                    biased;
-                    terminated = &mut end => (terminated, false),
-                    () = &mut io => (end.await, true),
+            let mut end = pin!(async {
+                let cause = until_told_to_end(&group, cause, notify, &mut notified).await?;
+                terminate(&group, kill_grace, skip_grace).await;
+                Some(cause)
+            });
+            // All three pipes are served while waiting: a child blocked on any of them would never exit.
+            tokio::select! {
+                biased;
+                terminated = &mut end => {
+                    // What is left of the group holds the pipes no longer then. What has left the group may.
+                    group.kill();
+                    read_the_rest(io, &read, [&stdout, &stderr]).await;
+                    terminated
                 }
-            };
-            if !io_ended {
-                let kill_at = terminated.as_ref().map(|terminated| terminated.kill_at);
-                read_the_rest(&group, io, kill_at, skip_grace).await;
+                () = &mut io => end.await,
             }
-            terminated.map(|terminated| terminated.cause)
         };
         Exit { ended: group.end().await, terminated, notified, stderr: tail }
     }
 }
 
-/// A process that was told to end.
-struct Terminated<C> {
-    cause: C,
-    /// When what is left of its group is killed.
-    kill_at: Instant,
+/// Reads what is in the pipes, and nothing later than the grace: that would be of a process that lives on. Only a worker
+/// too busy to have read what was there takes longer.
+async fn read_the_rest(mut io: Pin<&mut impl Future<Output = ()>>, read: &AtomicU64, pipes: [&Option<Receiver>; 2]) {
+    let there = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
+    let all = read.load(Ordering::Relaxed) + there.sum::<u64>();
+    loop {
+        let before = read.load(Ordering::Relaxed);
+        let ended = tokio::time::timeout(OUTPUT_GRACE, &mut io).await.is_ok();
+        let now = read.load(Ordering::Relaxed);
+        if ended || now >= all || now == before {
+            return;
+        }
+    }
 }
 
 /// Waits until the leader has exited by itself (`None`), or there is cause to terminate it.
@@ -192,40 +200,20 @@ async fn until_told_to_end<C>(
     }
 }
 
-/// Tells the group to end, and returns once its leader has, with the time until which the others may take.
-async fn terminate_leader(group: &Group, kill_grace: Duration, skip_grace: impl Future<Output = ()>) -> Instant {
-    let kill_at = Instant::now() + kill_grace;
+/// Tells the group to end, gives it the grace, and kills it then. Not only the leader has that time: a shell dies of SIGTERM
+/// before the command that it runs.
+async fn terminate(group: &Group, kill_grace: Duration, skip_grace: impl Future<Output = ()>) {
     group.signal(Signal::TERM);
     // A stopped process would not see SIGTERM until it is continued.
     group.signal(Signal::CONT);
     tokio::select! {
         biased;
-        () = group.leader_exited() => return kill_at,
+        () = group.died_out() => return,
         () = skip_grace => {}
-        () = tokio::time::sleep_until(kill_at) => {}
+        () = tokio::time::sleep(kill_grace) => {}
     }
-    group.signal(Signal::KILL);
+    group.kill();
     group.leader_exited().await;
-    Instant::now()
-}
-
-/// Reads what comes after the leader's exit. A shell dies of SIGTERM before the command that it runs, so whoever still
-/// holds a pipe then has until `kill_at`. All else of the group is killed, and what has left the group is not waited for.
-async fn read_the_rest(
-    group: &Group,
-    mut io: Pin<&mut impl Future<Output = ()>>,
-    kill_at: Option<Instant>,
-    skip_grace: impl Future<Output = ()>,
-) {
-    if let Some(kill_at) = kill_at {
-        tokio::select! {
-            () = &mut io => return,
-            () = skip_grace => {}
-            () = tokio::time::sleep_until(kill_at) => {}
-        }
-    }
-    group.signal(Signal::KILL);
-    let _ = tokio::time::timeout(OUTPUT_GRACE, io).await;
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the room that starts processes")]

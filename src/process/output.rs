@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::net::unix::pipe::Receiver;
 
@@ -25,21 +26,32 @@ pub(crate) enum Channel {
     Stderr,
 }
 
-/// Reads a pipe, if there is one, to its end, line by line.
-pub(crate) async fn read_lines(pipe: Option<Receiver>, on_line: impl Fn(&str), mut tail: Option<&mut Tail>) {
+/// Reads a pipe, if there is one, to its end, line by line. Counts in `read` the bytes of it.
+pub(crate) async fn read_lines(
+    pipe: Option<&Receiver>,
+    read: &AtomicU64,
+    on_line: impl Fn(&str),
+    mut tail: Option<&mut Tail>,
+) {
     let Some(pipe) = pipe else { return };
     let mut lines = Lines::default();
     while pipe.readable().await.is_ok() {
-        match read_some(&pipe, |chunk| {
+        match read_some(pipe, |chunk| {
+            read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             lines.push(chunk, &on_line);
             if let Some(tail) = &mut tail {
                 tail.push(chunk);
             }
         }) {
             Ok(0) => break,
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => break,
-            Ok(_) | Err(_) => {}
+            // The pipe of a child that prints without pause is always readable: without this, whoever waits in the same
+            // task, for the stop above all, would not get their turn.
+            Ok(_) => tokio::task::yield_now().await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => break,
         }
+        // A child that prints as fast as it is read would keep this thread from all other work.
+        tokio::task::coop::consume_budget().await;
     }
     lines.finish(&on_line);
 }

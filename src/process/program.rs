@@ -19,11 +19,19 @@ impl Program {
     /// # Errors
     /// A sentence that says what is wrong with it, and what to do.
     pub fn find(name: OsString, args: Vec<OsString>, path_list: Option<&OsString>) -> Result<Self, String> {
+        if name.is_empty() {
+            return Err("the command is an empty word".to_owned());
+        }
         let found = which::which_in(&name, path_list, ".").ok().and_then(|found| std::path::absolute(found).ok());
         match found {
             Some(path) => Ok(Self { path, name, args }),
             None => Err(why_not_found(&name)),
         }
+    }
+
+    /// Whether the file is there now.
+    pub(crate) fn exists(&self) -> bool {
+        self.path.exists()
     }
 
     /// The last part of its path, for messages.

@@ -245,11 +245,18 @@ impl<D: Dispatcher> WorkerLoop<D> {
 
 /// `attempt` counts from 1, as in the server's list of errors.
 fn job_span(job: &Job) -> Span {
-    info_span!("job", id = job.id.as_str(), r#type = job.job_type, queue = job.queue, attempt = job.attempts + 1)
+    info_span!(
+        "job",
+        id = job.id.as_str(),
+        r#type = job.job_type,
+        queue = job.queue,
+        attempt = job.attempts.saturating_add(1)
+    )
 }
 
 fn log_ended(outcome: &Outcome, usage: Option<Usage>, elapsed: Duration) {
-    let seconds = elapsed.as_secs_f64();
+    // Microseconds are as fine as anybody wants to read.
+    let seconds = elapsed.as_micros() as f64 / 1e6;
     let cpu_seconds = usage.map(|usage| usage.cpu.as_secs_f64());
     let peak_memory_bytes = usage.map(|usage| usage.max_rss);
     match outcome {

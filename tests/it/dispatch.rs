@@ -1,5 +1,9 @@
 //! A job becomes a process, and its exit becomes a report.
 
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process, set_child_subreaper};
 use serde_json::{Value, json};
 
 use crate::support::{Daemon, Server, eventually};
@@ -152,6 +156,23 @@ fn death_by_a_signal_is_a_failure_that_names_it() {
 }
 
 #[test]
+fn the_end_of_stderr_is_reported_however_busy_the_worker_is() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).threads(6).env("RUST_LOG", "warn");
+    let daemon = daemon
+        .sh("[ $ZIZQ_JOB_TYPE = busy ] && { echo >> $DIR/busy; exec yes; }
+        yes 'not the end' | head -c 65000 >&2; echo >&2; echo the end >&2; exit 1")
+        .start();
+    server.enqueue_all(vec![json!({"queue": "q", "type": "busy", "payload": null}); 4]);
+    daemon.wait_for_lines(4, "busy");
+    let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "bad", "payload": null}); 6]);
+    for id in ids {
+        let error = server.wait_for_error(&id, 1);
+        assert_eq!(error["message"], "handle.sh exited with status 1: the end");
+    }
+}
+
+#[test]
 fn the_backtrace_is_bounded_and_keeps_both_ends() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
@@ -191,4 +212,40 @@ fn threads_times_fibers_jobs_run_at_once() {
     for id in ids {
         server.wait_until_done(&id);
     }
+}
+
+/// Kills a process, and the daemon that it has started, when the test is over.
+struct Negligent(Child, tempfile::TempDir);
+
+impl Drop for Negligent {
+    fn drop(&mut self) {
+        let worker = std::fs::read_to_string(self.1.path().join("worker")).unwrap_or_default();
+        if let Some(worker) = worker.trim().parse().ok().and_then(Pid::from_raw) {
+            let _ = kill_process(worker, Signal::KILL);
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A daemon below a process that orphans are handed to, and that never reaps one, as in a container without an init.
+#[expect(unsafe_code, reason = "nothing else makes another process a subreaper")]
+fn start_below_a_process_that_does_not_reap(server: &Server, script: &str) -> Negligent {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", r#""$@" & exec sleep 600"#, "sh", env!("CARGO_BIN_EXE_zizq-worker")]);
+    command.args(["--url", &server.url, "--", "sh", "-c", script]).env("DIR", dir.path());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // SAFETY: one system call, between fork and exec.
+    unsafe { command.pre_exec(|| Ok(set_child_subreaper(Pid::from_raw(1))?)) };
+    Negligent(command.spawn().unwrap(), dir)
+}
+
+#[test]
+fn the_next_job_does_not_wait_until_what_the_last_one_left_behind_is_reaped() {
+    let server = Server::start();
+    server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 20]);
+    // At five seconds for each of them it would take longer than is waited here.
+    let _daemon = start_below_a_process_that_does_not_reap(&server, "echo $PPID > $DIR/worker; sleep 600 & exit 0");
+    eventually("all jobs done", || (server.count("ready,in_flight") == 0).then_some(()));
 }

@@ -1,16 +1,14 @@
 //! How the worker stops: drained by the first signal, killed by the second or by the deadline, and the stream last.
 
-use std::fs;
-use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Call, Daemon, Event, Fault, Proxy, RawServer, Running, Server, unused_address};
-
-/// Runs until the test's directory has a file `go`.
-const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go ]; do sleep 0.01; done";
+use crate::support::{
+    Call, Daemon, Event, Fault, Proxy, RawServer, Running, Server, UNTIL_GO, is_alive, jobs, unused_address,
+};
 
 /// Waits so short that no test has to wait for them.
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
@@ -23,20 +21,6 @@ while :; do sleep 0.05; done";
 
 /// Far less than any limit that would end a wait by itself, far more than obeying takes.
 const AT_ONCE: Duration = Duration::from_secs(15);
-
-fn jobs(count: usize) -> Vec<Value> {
-    vec![json!({"queue": "q", "type": "t", "payload": null}); count]
-}
-
-fn go(daemon: &Running) {
-    fs::write(daemon.dir().join("go"), "").unwrap();
-}
-
-/// Whether a process runs; a zombie does not.
-fn is_alive(pid: &str) -> bool {
-    let stat = fs::read_to_string(Path::new("/proc").join(pid).join("stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z") && !rest.starts_with(" X"))
-}
 
 /// The job waits for the next worker as if it had never been taken.
 #[track_caller]
@@ -55,7 +39,7 @@ fn drains_on(signal: Signal) {
     daemon.signal(signal);
     let draining = daemon.wait_for_message("shutting down, waiting for workers to finish");
     assert_eq!((&draining["running"], &draining["waiting"]), (&json!(1), &json!(2)));
-    go(&daemon);
+    daemon.go();
     let finished = daemon.assert_exit(0);
     assert_eq!(finished.read("started").lines().collect::<Vec<_>>(), ids[..3]);
     assert!(finished.has("job received while draining, it goes back to the server"));
@@ -84,7 +68,7 @@ fn a_drain_flushes_the_reports_and_only_then_closes_the_stream() {
     let daemon = Daemon::of(&proxy).threads(2).sh(&format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE = good ]")).start();
     daemon.wait_for_lines(2, "started");
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    go(&daemon);
+    daemon.go();
     let take = proxy.calls(Call::Take)[0].connection;
     for gate in gates {
         gate.wait_for(1);
@@ -116,7 +100,7 @@ fn reports_are_tried_again_while_draining_too() {
     let daemon = Daemon::of(&proxy).args(["--retry-min-wait", "20ms"]).sh(UNTIL_GO).start();
     daemon.wait_for_lines(1, "started");
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    go(&daemon);
+    daemon.go();
     daemon.assert_exit(0);
     server.wait_until_done(&id);
 }
@@ -173,6 +157,20 @@ echo not reached >&2";
     daemon.sigterm();
     assert_eq!(daemon.assert_exit(1).read("saved"), "saved\n");
     assert_given_back(&server, &id);
+}
+
+#[test]
+fn handlers_that_print_without_pause_do_not_keep_the_worker_from_its_stop() {
+    let server = Server::start();
+    let ids = server.enqueue_all(jobs(4));
+    // Their output is read, but not kept in this test's memory.
+    let daemon = Daemon::of(&server).threads(4).env("RUST_LOG", "warn,zizq_worker::lifecycle=info");
+    let daemon = daemon.sh("echo >> $DIR/started; exec yes").start();
+    daemon.wait_for_lines(4, "started");
+    daemon.sigterm().wait_for_message("draining");
+    daemon.sigterm();
+    daemon.assert_exit(1);
+    ids.iter().for_each(|id| assert_given_back(&server, id));
 }
 
 #[test]
@@ -277,7 +275,7 @@ fn a_signal_while_waiting_to_reconnect_is_obeyed_at_once() {
     let daemon = daemon.args(["--retry-min-wait", "10m", "--retry-max-wait", "10m"]).sh("true").start();
     daemon.wait_for_message("server unreachable, reconnecting");
     daemon.sigint();
-    daemon.assert_exit(0);
+    assert_eq!(daemon.assert_exit(0).all("connecting").len(), 1);
 }
 
 #[test]
@@ -285,6 +283,25 @@ fn a_signal_while_a_server_does_not_answer_is_obeyed_at_once() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).sh("true").start();
     let _unanswered = server.request();
+    let asked = Instant::now();
+    daemon.sigterm();
+    daemon.assert_exit(0);
+    assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
+}
+
+/// A name server that does not answer, as the C library sees it.
+const SLOW_LOOKUP: &str = "#include <unistd.h>
+int getaddrinfo(const char *node, const char *service, const void *hints, void **result) { sleep(600); return -3; }";
+
+#[test]
+fn a_signal_while_the_servers_name_is_looked_up_is_obeyed_at_once() {
+    let daemon = Daemon::at("http://server.example.org:7890");
+    let source = daemon.file("lookup.c", SLOW_LOOKUP);
+    let library = daemon.dir().join("lookup.so");
+    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status().unwrap();
+    assert!(compiled.success());
+    let daemon = daemon.env("LD_PRELOAD", library).sh("true").start();
+    daemon.wait_for_message("connecting");
     let asked = Instant::now();
     daemon.sigterm();
     daemon.assert_exit(0);
@@ -325,7 +342,7 @@ fn a_stop_while_the_dispatch_queue_is_full_finishes_the_queue_and_nothing_more()
     }
     daemon.wait_for_messages(4, "job received");
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    go(&daemon);
+    daemon.go();
     let mut reported = Vec::new();
     while reported.len() < 3 {
         let report = server.request();
@@ -366,7 +383,7 @@ fn a_stream_lost_while_draining_is_opened_again_for_the_jobs_that_are_still_here
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
     proxy.cut_streams();
     daemon.wait_for_message("job received again while it is here, not started");
-    go(&daemon);
+    daemon.go();
     let finished = daemon.assert_exit(0);
     assert_eq!(finished.read("started"), format!("{running}\n"));
     server.wait_until_done(&running);

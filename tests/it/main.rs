@@ -9,20 +9,27 @@
 
 mod support;
 
+mod contract;
 mod dispatch;
 mod embedded;
 mod example;
 mod faults;
+mod groups;
+mod handlers;
 mod library;
 mod lifecycle;
 mod logs;
 mod mistakes;
 mod official_client;
 mod once;
+mod output;
 mod producer;
 mod protocol;
 mod real_server;
 mod reports;
+mod result_file;
+mod routes;
 mod settings;
 mod soak;
+mod starts;
 mod tls;

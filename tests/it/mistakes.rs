@@ -292,7 +292,7 @@ fn jobs_need_the_embedded_server() {
 #[test]
 fn jobs_must_be_jobs() {
     let embedded = |jobs: &str| {
-        let daemon = Daemon::bare().args(["--embedded", "--url", "http://127.0.0.1:0"]);
+        let daemon = Daemon::bare().args(["--embedded", "--url", "http://127.0.0.1:1"]);
         let path = daemon.file("jobs.ndjson", jobs);
         daemon.args(["--jobs", path.to_str().unwrap(), "--", "true"])
     };
@@ -310,7 +310,7 @@ fn jobs_must_be_jobs() {
 
 #[test]
 fn jobs_may_come_from_stdin() {
-    let daemon = Daemon::bare().args(["--embedded", "--url", "http://127.0.0.1:0", "--jobs", "-", "--", "true"]);
+    let daemon = Daemon::bare().args(["--embedded", "--url", "http://127.0.0.1:1", "--jobs", "-", "--", "true"]);
     let jobs = File::open(daemon.file("jobs", "\n{\"queue\":\"a,b\",\"type\":\"t\",\"payload\":1}\n")).unwrap();
     let line = "--jobs: stdin:2: queue must not contain ','";
     complains(daemon.stdin(jobs), CONFIG, line);

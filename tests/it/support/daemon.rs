@@ -20,6 +20,7 @@ use super::{Api, eventually, terminal};
 pub struct Daemon {
     command: Command,
     terminal: Option<File>,
+    keep_output: bool,
     dir: TempDir,
 }
 
@@ -43,7 +44,7 @@ impl Daemon {
         }
         let dir = TempDir::with_prefix("zizq-worker-test-").unwrap();
         command.env("DIR", dir.path());
-        Self { command, terminal: None, dir }
+        Self { command, terminal: None, keep_output: true, dir }
     }
 
     pub fn args<const N: usize>(mut self, args: [&str; N]) -> Self {
@@ -104,8 +105,42 @@ impl Daemon {
         self.args(["--config", path.to_str().unwrap()])
     }
 
+    /// The same, with `$DIR` in it for the test's directory.
+    pub fn handlers(self, toml: &str) -> Self {
+        let toml = toml.replace("$DIR", self.dir.path().to_str().unwrap());
+        self.config(&toml)
+    }
+
+    /// One shell script for all jobs, with these settings.
+    pub fn handler(self, script: &str, settings: &str) -> Self {
+        self.script("handle.sh", script);
+        self.handlers(&format!("[handler]\nexec = ['$DIR/handle.sh']\n{settings}"))
+    }
+
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Starts it from a shell that first does `what`: to limits and signals, which are handed down.
+    pub fn after(mut self, what: &str) -> Self {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("{what}; exec \"$@\""), "sh"]);
+        shell.arg(self.command.get_program()).args(self.command.get_args());
+        for (name, value) in self.command.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.command = shell;
+        self
+    }
+
+    /// What its handlers print is read from the log, but not kept.
+    pub fn without_output(mut self) -> Self {
+        self.keep_output = false;
+        self
     }
 
     /// Starts it.
@@ -117,10 +152,12 @@ impl Daemon {
             None => Box::new(child.stderr.take().unwrap()),
         };
         let lines = Arc::clone(&log);
+        let keep = move |line: &String| self.keep_output || !line.contains(r#""message":"stderr""#);
         let reading = std::thread::spawn(move || {
             // A terminal ends with an error.
-            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
-                lines.lock().unwrap().push(String::from_utf8_lossy(&line).into_owned());
+            let all = BufReader::new(stderr).split(b'\n').map_while(Result::ok);
+            for line in all.map(|line| String::from_utf8_lossy(&line).into_owned()).filter(keep) {
+                lines.lock().unwrap().push(line);
             }
         });
         let mut stdout = child.stdout.take().unwrap();
@@ -246,6 +283,24 @@ impl Running {
     pub fn wait_for_file(&self, name: &str) -> String {
         let path = self.dir.path().join(name);
         eventually(&format!("file {name}"), || fs::read_to_string(&path).ok().filter(|text| text.ends_with('\n')))
+    }
+
+    /// The most memory that it has had resident so far, in KiB.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        peak.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Tells handlers that wait for a file `go` in the test's directory.
+    pub fn go(&self) {
+        fs::write(self.dir().join("go"), "").unwrap();
+    }
+
+    /// Stops it, and waits for its end.
+    pub fn stop(self) -> Finished {
+        self.sigterm();
+        self.assert_exit(0)
     }
 
     /// Waits for the daemon's end.

@@ -9,9 +9,13 @@ mod restartable;
 mod server;
 mod terminal;
 
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub use authority::{Authority, Identity};
+use serde_json::{Value, json};
+
 pub use daemon::{Daemon, Finished, Running};
 pub use proxy::{BodyFault, Call, Event, Fault, Gate, Proxy};
 pub use raw::RawServer;
@@ -32,4 +36,18 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         assert!(started.elapsed() < PATIENCE, "waited in vain: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Runs until the test's directory has a file `go`.
+pub const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go ]; do sleep 0.01; done";
+
+/// Jobs that differ in nothing.
+pub fn jobs(count: usize) -> Vec<Value> {
+    vec![json!({"queue": "q", "type": "t", "payload": null}); count]
+}
+
+/// Whether a process runs; a zombie does not.
+pub fn is_alive(pid: &str) -> bool {
+    let stat = fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z") && !rest.starts_with(" X"))
 }

@@ -1,0 +1,77 @@
+//! Which process groups are alive. A signal reaches zombies as well and so does not tell; only /proc does.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::Duration;
+
+use rustix::process::Pid;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+/// How old an answer may be. Looking takes milliseconds on a busy machine, and hundreds of jobs may ask at once.
+const MAX_AGE: Duration = Duration::from_millis(50);
+
+/// The latest look around, of whoever asked. All groups are in one list, so one look is enough for all.
+static LATEST: Mutex<Census> = Mutex::const_new(Census { begun: None, groups: BTreeSet::new() });
+
+#[derive(Debug)]
+struct Census {
+    begun: Option<Instant>,
+    groups: BTreeSet<i32>,
+}
+
+/// Whether a process of the group has not ended, as seen later than `since`.
+async fn is_alive(group: Pid, since: Instant) -> bool {
+    let mut latest = LATEST.lock().await;
+    if latest.begun.is_none_or(|begun| begun < since) {
+        *latest = Census { begun: Some(Instant::now()), groups: living_groups() };
+    }
+    latest.groups.contains(&group.as_raw_nonzero().get())
+}
+
+/// Returns once every process of the group has ended, reaped or not.
+pub(super) async fn died_out(group: Pid) {
+    // What was seen before may lack what has been started since.
+    let mut since = Instant::now();
+    while is_alive(group, since).await {
+        tokio::time::sleep(MAX_AGE / 2).await;
+        since = since.max(Instant::now() - MAX_AGE);
+    }
+}
+
+fn living_groups() -> BTreeSet<i32> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit());
+    processes.filter_map(|entry| living_group(&fs::read_to_string(entry.path().join("stat")).ok()?)).collect()
+}
+
+/// The group of a process, from its line in /proc, unless it is a zombie. Its name may contain anything, even `)`.
+fn living_group(stat: &str) -> Option<i32> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let (state, group, threads) = (*fields.first()?, *fields.get(2)?, *fields.get(17)?);
+    // A process whose first thread has exited looks like a zombie while others of it still run.
+    let is_dead = state == "X" || (state == "Z" && threads == "1");
+    if is_dead { None } else { group.parse().ok() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_living_are_found_by_their_group_and_zombies_are_not() {
+        let stat = |state: &str, threads: u32| {
+            format!("7 (a) b) {state} 1 5 5 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 {threads} 0 12345")
+        };
+        assert_eq!(living_group(&stat("S", 1)), Some(5));
+        assert_eq!(living_group(&stat("Z", 1)), None);
+        assert_eq!(living_group(&stat("Z", 2)), Some(5));
+        assert_eq!(living_group(""), None);
+    }
+
+    #[test]
+    fn this_process_is_alive() {
+        assert!(living_groups().contains(&rustix::process::getpgrp().as_raw_nonzero().get()));
+    }
+}

@@ -1,0 +1,190 @@
+//! What a handler gets: its stdin, its environment, its directory; and what its exit status says.
+
+use serde_json::json;
+
+use crate::support::{Daemon, Finished, RawServer, Server};
+
+/// Runs one job, and returns what is left.
+fn run(daemon: impl FnOnce(Daemon) -> Daemon) -> Finished {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!({"secret": "s3cr3t"}));
+    let running = daemon(Daemon::of(&server)).start();
+    server.wait_until_done(&id);
+    running.stop()
+}
+
+/// The environment of a job's process.
+fn env(daemon: impl FnOnce(Daemon) -> Daemon) -> Vec<String> {
+    let finished = run(daemon);
+    let mut env: Vec<String> = finished.read("env").split('\0').map(str::to_owned).collect();
+    env.pop();
+    env.sort();
+    env
+}
+
+/// A shell adds variables of its own; the kernel knows what the process was given. `$DIR` may not be there.
+fn show_env(daemon: Daemon, settings: &str) -> Daemon {
+    let path = daemon.dir().join("env");
+    daemon.handler(&format!("/bin/cat /proc/$$/environ > {}", path.display()), settings)
+}
+
+fn names(env: &[String], prefix: &str) -> Vec<String> {
+    let names = env.iter().map(|variable| variable.split_once('=').unwrap().0.to_owned());
+    names.filter(|name| name.starts_with(prefix)).collect()
+}
+
+#[test]
+fn stdin_may_be_the_whole_job_as_the_server_sent_it_unknown_fields_included() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).handler("cat > $DIR/job; echo >> $DIR/job", "stdin = 'job'").start();
+    let job = r#"{ "id":"1","type":"t","queue":"q","priority":1,"payload": {"b":1.50, "a":[ ]},"ready_at":1,"attempts":0,"new":{"x": "\u00e9"} }"#;
+    server.take().chunk(&format!("{job}\n"));
+    assert_eq!(daemon.wait_for_file("job"), format!("{job}\n"));
+}
+
+#[test]
+fn stdin_may_be_nothing() {
+    let finished = run(|daemon| daemon.handler("cat | wc -c > $DIR/count", "stdin = 'none'"));
+    assert_eq!(finished.read("count").trim(), "0");
+}
+
+const ABOUT_A_JOB: [&str; 8] = [
+    "ZIZQ_JOB_ATTEMPTS",
+    "ZIZQ_JOB_ID",
+    "ZIZQ_JOB_PRIORITY",
+    "ZIZQ_JOB_QUEUE",
+    "ZIZQ_JOB_READY_AT",
+    "ZIZQ_JOB_TYPE",
+    "ZIZQ_RESULT_FILE",
+    "ZIZQ_WORKER_ID",
+];
+
+#[test]
+fn the_workers_own_settings_are_not_passed_on() {
+    let settings = [
+        ("ZIZQ_THREADS", "2"),
+        ("ZIZQ_LOG_LEVEL", "debug"),
+        ("ZIZQ_RETRY_MIN_WAIT", "2s"),
+        ("ZIZQ_JOB_TIMEOUT", "7"),
+        ("ZIZQ_TLS_CLIENT_KEY", "key.pem"),
+        ("ZIZQ_", "x"),
+    ];
+    let env = env(|daemon| {
+        let daemon = settings.iter().fold(daemon, |daemon, (name, value)| daemon.env(name, value));
+        show_env(daemon.env("NOT_ZIZQ_", "stays"), "")
+    });
+    assert_eq!(names(&env, "ZIZQ"), ABOUT_A_JOB);
+    assert!(env.contains(&"NOT_ZIZQ_=stays".to_owned()), "{env:?}");
+}
+
+#[test]
+fn a_job_is_told_its_retry_limit_and_its_timeout_when_it_has_them() {
+    let server = Server::start();
+    let jobs = [
+        json!({"queue": "q", "type": "none", "payload": 1}),
+        json!({"queue": "q", "type": "both", "payload": 1, "retry_limit": 3}),
+    ];
+    let ids = server.enqueue_all(jobs);
+    let script = "echo $ZIZQ_JOB_TYPE ${ZIZQ_JOB_RETRY_LIMIT-none} ${ZIZQ_JOB_TIMEOUT-none} >> $DIR/seen";
+    let running = Daemon::of(&server).handler(script, "[handlers.both]\ntimeout = '1m 30s'").start();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(running.stop().read("seen"), "none none none\nboth 3 90\n");
+}
+
+#[test]
+fn env_adds_and_replaces_but_not_what_is_said_of_the_job() {
+    let settings = "env = { NEW = 'a b=$HOME', OLD = 'new', ZIZQ_JOB_TYPE = 'forged', ZIZQ_TOKEN = 'mine' }";
+    let env = env(|daemon| show_env(daemon.env("OLD", "old"), settings));
+    for expected in ["NEW=a b=$HOME", "OLD=new", "ZIZQ_JOB_TYPE=t", "ZIZQ_TOKEN=mine"] {
+        assert!(env.iter().any(|variable| variable == expected), "{expected}: {env:?}");
+    }
+    assert!(!env.iter().any(|variable| variable == "OLD=old"), "{env:?}");
+}
+
+#[test]
+fn env_clear_starts_from_nothing_and_pass_env_names_what_stays() {
+    let nothing = env(|daemon| show_env(daemon.env("A", "a"), "env_clear = true"));
+    assert_eq!(names(&nothing, ""), ABOUT_A_JOB);
+    let settings = "env_clear = true\npass_env = ['A', 'MISSING']\nenv = { C = 'c' }";
+    let some = env(|daemon| show_env(daemon.env("A", "a").env("B", "b"), settings));
+    assert_eq!(some[..2], ["A=a", "C=c"]);
+    assert_eq!(names(&some[2..], ""), ABOUT_A_JOB);
+}
+
+#[test]
+fn cwd_is_where_it_runs() {
+    assert_eq!(run(|daemon| daemon.handler("pwd > $DIR/pwd", "cwd = '/'")).read("pwd"), "/\n");
+}
+
+/// The file that was found at start is run, and not another one of that name in the handler's directory.
+#[test]
+fn a_relative_command_is_found_from_the_workers_directory_and_not_from_cwd() {
+    let finished = run(|daemon| {
+        daemon.script("here.sh", "pwd > $DIR/pwd");
+        let dir = daemon.dir().to_owned();
+        daemon.current_dir(&dir).config("[handler]\nexec = './here.sh'\ncwd = '/'")
+    });
+    assert_eq!(finished.read("pwd"), "/\n");
+}
+
+#[test]
+fn nothing_of_the_payload_is_in_the_arguments_or_the_environment() {
+    let script = "tr '\\0' '\\n' < /proc/$$/environ > $DIR/seen; tr '\\0' '\\n' < /proc/$$/cmdline >> $DIR/seen; cat > $DIR/stdin";
+    for stdin in ["payload", "job"] {
+        let finished = run(|daemon| daemon.handler(script, &format!("stdin = '{stdin}'")));
+        assert!(finished.read("seen").contains("ZIZQ_JOB_ID"));
+        assert!(!finished.read("seen").contains("s3cr3t"));
+        assert!(finished.read("stdin").contains("s3cr3t"));
+    }
+}
+
+#[test]
+fn a_handler_says_which_statuses_are_a_success_and_which_leave_the_job_dead() {
+    let server = Server::start();
+    let ids = ["0", "99", "1", "100"].map(|code| server.enqueue("q", code, json!(null)));
+    let settings = "success_exit_codes = [0, 99]\nkill_exit_codes = [100]";
+    let running = Daemon::of(&server).handler("exit $ZIZQ_JOB_TYPE", settings).start();
+    ids[..2].iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(server.wait_for_error(&ids[2], 1)["message"], "handle.sh exited with status 1");
+    server.wait_for_status(&ids[2], "scheduled");
+    server.wait_for_status(&ids[3], "dead");
+    assert_eq!(server.errors(&ids[3])[0]["message"], "handle.sh exited with status 100");
+    running.stop();
+}
+
+#[test]
+fn by_default_only_0_is_a_success_and_nothing_kills() {
+    let server = Server::start();
+    let ids = ["99", "100", "255"].map(|code| server.enqueue("q", code, json!(null)));
+    let running = Daemon::of(&server).sh("exit $ZIZQ_JOB_TYPE").start();
+    for id in &ids {
+        assert_eq!(server.wait_for_error(id, 1)["error_type"], "ExitStatus");
+        server.wait_for_status(id, "scheduled");
+    }
+    running.stop();
+}
+
+#[test]
+fn what_a_job_used_is_in_the_log() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let script = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done
+head -c 60000000 /dev/zero | tail -c 60000000 > /dev/null; sleep 0.3";
+    let running = Daemon::of(&server).sh(script).start();
+    server.wait_until_done(&id);
+    let completed = running.stop().event("job completed");
+    let number = |name: &str| completed[name].as_f64().unwrap();
+    assert!(number("seconds") > 0.3 + number("cpu_seconds") / 4.0, "{completed}");
+    assert!((0.01..30.0).contains(&number("cpu_seconds")), "{completed}");
+    assert!((60e6..200e6).contains(&number("peak_memory_bytes")), "{completed}");
+}
+
+#[test]
+fn what_a_failed_job_used_is_in_the_log_too() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).sh("exit 1").start();
+    server.wait_for_error(&id, 1);
+    let failed = running.stop().event("job failed");
+    assert!(failed["cpu_seconds"].is_number() && failed["peak_memory_bytes"].as_u64().unwrap() > 100_000, "{failed}");
+}

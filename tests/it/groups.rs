@@ -1,0 +1,318 @@
+//! A job is its process group: how it is told to stop, what is killed with it, and what is not waited for.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::support::{Daemon, Finished, Running, Server, UNTIL_GO, eventually, is_alive, jobs};
+
+/// Far more than anything here takes that is not waited for, far less than the waits that would hold it up.
+const AT_ONCE: Duration = Duration::from_secs(15);
+
+/// A tree of three that hears no SIGTERM. It says who it is, and that it heard.
+const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
+sh -c 'trap \"\" TERM; sh -c \"echo \\$\\$ >> $DIR/pids; while :; do sleep 0.05; done\" & echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
+echo started >&2
+echo $$ >> $DIR/pids
+while :; do sleep 0.05; done";
+
+/// Runs one job to its failure, and stops.
+fn fail(script: &str, settings: &str) -> (Value, Finished) {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).handler(script, settings).start();
+    let error = server.wait_for_error(&id, 1);
+    (error, running.stop())
+}
+
+/// Runs one job to its success, and stops.
+fn succeed(script: &str, settings: &str) -> Finished {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).handler(script, settings).start();
+    server.wait_until_done(&id);
+    running.stop()
+}
+
+fn seconds(event: &Value) -> f64 {
+    event["seconds"].as_f64().unwrap()
+}
+
+#[track_caller]
+fn assert_dead(pids: &str) {
+    let alive: Vec<&str> = pids.lines().filter(|pid| is_alive(pid)).collect();
+    assert!(alive.is_empty() && !pids.is_empty(), "{alive:?} of {pids:?} are alive");
+}
+
+fn kill(pid: &str) {
+    kill_process(Pid::from_raw(pid.trim().parse().unwrap()).unwrap(), Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_timeout_is_a_failure_with_what_the_handler_printed() {
+    let (error, finished) = fail("echo halfway >&2; exec sleep 1000", "timeout = '1s'\nkill_grace = '10m'");
+    assert_eq!(error["error_type"], "Timeout");
+    assert_eq!(error["message"], "handle.sh was stopped after its timeout of 1s: halfway");
+    assert_eq!(error["backtrace"], "halfway\n");
+    let took = seconds(&finished.event("job failed"));
+    assert!((1.0..10.0).contains(&took), "{took}");
+}
+
+#[test]
+fn a_job_that_ends_well_when_its_time_is_up_has_failed_all_the_same() {
+    let script = "trap 'echo bye >&2; exit 0' TERM; while :; do sleep 0.02; done";
+    let (error, _) = fail(script, "timeout = '1s'");
+    assert_eq!(error["error_type"], "Timeout");
+    // A shell may say that its command was terminated.
+    assert!(error["backtrace"].as_str().unwrap().ends_with("bye\n"), "{error}");
+}
+
+#[test]
+fn a_tree_that_ignores_sigterm_is_killed_after_the_grace() {
+    let (error, finished) = fail(STUBBORN, "timeout = '1s'\nkill_grace = '500ms'");
+    assert_eq!(error["error_type"], "Timeout");
+    assert!(error["backtrace"].as_str().unwrap().starts_with("started\n"), "{error}");
+    assert_eq!(finished.read("heard"), "heard\n");
+    let took = seconds(&finished.event("job failed"));
+    assert!((1.5..10.0).contains(&took), "{took}");
+    assert_eq!(finished.read("pids").lines().count(), 3);
+    assert_dead(&finished.read("pids"));
+}
+
+#[test]
+fn a_stopped_handler_is_continued_so_that_it_hears_of_its_end() {
+    let script = "trap 'echo heard > $DIR/heard; exit 1' TERM; kill -STOP $$; while :; do sleep 0.02; done";
+    let (error, finished) = fail(script, "timeout = '1s'\nkill_grace = '10m'");
+    assert_eq!(error["error_type"], "Timeout");
+    assert_eq!(finished.read("heard"), "heard\n");
+}
+
+#[test]
+fn a_stopped_handler_that_hears_nothing_is_killed() {
+    let (error, finished) = fail(
+        "trap '' TERM; echo $$ > $DIR/pid; while :; do kill -STOP $$; done",
+        "timeout = '1s'\nkill_grace = '200ms'",
+    );
+    assert_eq!(error["error_type"], "Timeout");
+    assert_dead(&finished.read("pid"));
+}
+
+/// The handler's child does not hold its output, so only the group tells that it lives.
+#[test]
+fn what_outlives_its_leader_has_the_grace_too_whatever_it_holds() {
+    for output in ["log", "null", "inherit"] {
+        let script = "sh -c 'trap \"sleep 0.3; echo saved > $DIR/saved; exit\" TERM; echo up > $DIR/up; while :; do sleep 0.02; done' > /dev/null 2>&1 &
+until [ -e $DIR/up ]; do sleep 0.01; done; wait";
+        let (error, finished) = fail(script, &format!("timeout = '1s'\nkill_grace = '10m'\noutput = '{output}'"));
+        assert_eq!(error["error_type"], "Timeout");
+        assert_eq!(finished.read("saved"), "saved\n", "{output}");
+    }
+}
+
+#[test]
+fn what_is_left_of_the_group_is_killed_when_the_leader_exits_and_what_has_left_it_lives_on() {
+    let script = "trap '' TERM; sleep 1000 & echo $! > $DIR/left
+setsid sleep 1000 > /dev/null 2>&1 & echo $! > $DIR/detached
+until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep 0.01; done";
+    let finished = succeed(script, "");
+    assert_dead(&finished.read("left"));
+    assert!(is_alive(&finished.read("detached")));
+    kill(&finished.read("detached"));
+}
+
+#[test]
+fn what_is_left_is_killed_even_if_nobody_holds_a_pipe() {
+    let script =
+        "sleep 1000 < /dev/null > /dev/null 2>&1 & echo $! > $DIR/left; exec < /dev/null > /dev/null 2>&1; sleep 0.1";
+    assert_dead(&succeed(script, "").read("left"));
+}
+
+#[test]
+fn a_grandchild_that_holds_the_pipes_delays_nothing() {
+    let script = "echo before; (sh -c 'trap \"\" TERM HUP; sleep 1000' & ) ; echo last >&2";
+    let finished = succeed(script, "");
+    assert!(seconds(&finished.event("job completed")) < 5.0);
+    assert_eq!(finished.event("stderr")["line"], "last");
+}
+
+/// It starts a process of another session that holds all three pipes.
+const DETACHED: &str = "echo before; setsid sleep 1000 <&0 & echo $! > $DIR/detached
+until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep 0.01; done";
+
+#[test]
+fn a_detached_process_that_holds_the_pipes_delays_nothing_and_lives_on() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!("x".repeat(1_000_000)));
+    let running = Daemon::of(&server).sh(&format!("{DETACHED}; echo last")).start();
+    server.wait_until_done(&id);
+    let finished = running.stop();
+    let lines: Vec<Value> = finished.all("stdout").iter().map(|event| event["line"].clone()).collect();
+    assert_eq!(lines, ["before", "last"]);
+    assert!(seconds(&finished.event("job completed")) < 5.0);
+    assert!(is_alive(&finished.read("detached")));
+    kill(&finished.read("detached"));
+}
+
+#[test]
+fn a_detached_process_that_holds_the_pipes_does_not_delay_a_timeout_either() {
+    let (error, finished) = fail(&format!("{DETACHED}; exec sleep 1000"), "timeout = '1s'\nkill_grace = '10m'");
+    assert_eq!(error["error_type"], "Timeout");
+    assert!(is_alive(&finished.read("detached")));
+    kill(&finished.read("detached"));
+}
+
+#[test]
+fn a_leader_that_has_left_its_group_does_not_escape() {
+    let script = "exec perl -e 'my $child = fork; if (!$child) { setpgrp(0, 0); sleep 1000; exit }
+select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
+    let (error, _) = fail(script, "timeout = '1s'\nkill_grace = '100ms'");
+    assert_eq!(error["error_type"], "Timeout");
+}
+
+/// Several jobs that hear nothing, all of them up.
+fn stubborn(server: &Server, count: usize, kill_grace: &str) -> (Running, Vec<String>) {
+    server.enqueue_all(jobs(count));
+    let settings = format!("kill_grace = '{kill_grace}'");
+    let running = Daemon::of(server).threads(count).handler(STUBBORN, &settings).start();
+    let pids = running.wait_for_lines(3 * count, "pids");
+    running.sigterm().wait_for_message("shutting down, waiting for workers to finish");
+    (running, pids)
+}
+
+#[test]
+fn a_second_signal_ends_all_groups_at_once_and_nothing_of_them_outlives_the_worker() {
+    let server = Server::start();
+    let (running, pids) = stubborn(&server, 6, "2s");
+    let killed = Instant::now();
+    running.sigterm();
+    let finished = running.assert_exit(1);
+    // One after the other they would take twelve seconds.
+    assert!((2.0..10.0).contains(&killed.elapsed().as_secs_f64()), "{:?}", killed.elapsed());
+    assert_eq!(finished.read("heard").lines().count(), 6);
+    assert_dead(&pids.join("\n"));
+    assert_eq!(finished.all("job interrupted, it goes back to the server").len(), 6);
+}
+
+#[test]
+fn a_third_signal_skips_the_grace() {
+    let server = Server::start();
+    let (running, pids) = stubborn(&server, 2, "10m");
+    running.sigterm().wait_for_lines(2, "heard");
+    assert!(pids.iter().all(|pid| is_alive(pid)));
+    let forced = Instant::now();
+    running.sigterm();
+    let finished = running.assert_exit(1);
+    assert!(forced.elapsed() < AT_ONCE, "{:?}", forced.elapsed());
+    assert_dead(&pids.join("\n"));
+    assert!(finished.has("killing running jobs without grace"));
+    assert_eq!(server.count("ready"), 2);
+}
+
+#[test]
+fn a_grace_of_nothing_kills_at_once() {
+    let server = Server::start();
+    let (running, pids) = stubborn(&server, 1, "0s");
+    running.sigterm();
+    running.assert_exit(1);
+    assert_dead(&pids.join("\n"));
+}
+
+#[test]
+fn a_third_signal_skips_the_grace_of_a_timeout_too() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).handler(STUBBORN, "timeout = '1s'\nkill_grace = '10m'").start();
+    running.wait_for_file("heard");
+    for phase in ["shutting down", "killing: ", "killing running jobs without grace"] {
+        running.sigterm().wait_for_message(phase);
+    }
+    assert_dead(&running.assert_exit(1).read("pids"));
+}
+
+#[test]
+fn drain_signal_tells_the_leaders_alone_so_that_they_can_save_their_work() {
+    let server = Server::start();
+    let ids = server.enqueue_all(jobs(2));
+    let script = "trap 'echo $ZIZQ_JOB_ID >> $DIR/saved; kill $child; exit 0' USR1
+sh -c 'trap \"echo wrong > $DIR/wrong\" USR1; echo up >> $DIR/up; while :; do sleep 0.02; done' & child=$!
+while :; do sleep 0.02; done";
+    let running = Daemon::of(&server).threads(2).handler(script, "drain_signal = 'USR1'").start();
+    running.wait_for_lines(2, "up");
+    let finished = running.stop();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(finished.read("saved").lines().count(), 2);
+    assert_eq!(finished.read("wrong"), "");
+}
+
+#[test]
+fn a_handler_that_dies_of_the_drain_signal_is_interrupted_and_not_failed() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).handler("echo up > $DIR/up; exec sleep 1000", "drain_signal = 'SIGHUP'").start();
+    running.wait_for_file("up");
+    let finished = running.stop();
+    assert!(finished.has("job interrupted, it goes back to the server"));
+    assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
+    assert_eq!(server.errors(&id), Vec::<Value>::new());
+}
+
+#[test]
+fn what_a_handler_says_after_the_drain_signal_counts() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let script = r#"trap 'echo "{\"retry_in\":\"1h\",\"message\":\"saved\"}" > $ZIZQ_RESULT_FILE; exit 1' USR1; echo up > $DIR/up; while :; do sleep 0.02; done"#;
+    let running = Daemon::of(&server).handler(script, "drain_signal = 'usr1'").start();
+    running.wait_for_file("up");
+    running.stop();
+    assert_eq!(server.errors(&id)[0]["message"], "saved");
+}
+
+#[test]
+fn without_a_drain_signal_a_drain_tells_handlers_nothing() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).sh(&format!("trap 'echo > $DIR/told' TERM INT HUP USR1; {UNTIL_GO}")).start();
+    running.wait_for_lines(1, "started");
+    running.sigterm().wait_for_message("shutting down");
+    running.go();
+    let finished = running.assert_exit(0);
+    server.wait_until_done(&id);
+    assert_eq!(finished.read("told"), "");
+}
+
+fn descriptors(running: &Running) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", running.pid())).unwrap().count()
+}
+
+fn children(running: &Running) -> String {
+    let pid = running.pid().to_string();
+    let shown = std::process::Command::new("ps").args(["-o", "pid=,stat=,args=", "--ppid", &pid]).output().unwrap();
+    String::from_utf8(shown.stdout).unwrap()
+}
+
+/// Of every kind of end: a success, a failure, a death, a timeout, a leftover, a refusal to read.
+#[test]
+fn no_job_leaves_a_descriptor_or_a_zombie_in_the_worker() {
+    let server = Server::start();
+    let running = Daemon::of(&server).threads(4).handler(
+        "case $ZIZQ_JOB_TYPE in 0) ;; 1) exit 1 ;; 2) kill -KILL $$ ;; 3) exec sleep 1000 ;; 4) sleep 1000 & ;; 5) exec <&- ;; esac",
+        "[handlers.3]\ntimeout = '200ms'",
+    );
+    let running = running.start();
+    let round = || {
+        let kinds = (0..24).map(
+            |n| json!({"queue": "q", "type": (n % 6).to_string(), "payload": "x".repeat(n * 10_000), "retry_limit": 0}),
+        );
+        let ids = server.enqueue_all(kinds);
+        let ended = |id: &String| server.job(id).is_none_or(|job| job["status"] == "dead");
+        eventually("all jobs ended", || ids.iter().all(ended).then_some(()));
+        eventually("no child is left", || children(&running).is_empty().then_some(()));
+        descriptors(&running)
+    };
+    let after_one = round();
+    let after_three = [round(), round()];
+    // Connections to the server come and go.
+    assert!(after_three[1] <= after_one + 4, "{after_one} and then {after_three:?}");
+    running.stop();
+}

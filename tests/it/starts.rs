@@ -1,0 +1,227 @@
+//! Handlers that cannot be started: for a moment, for longer, for one job, or for want of something.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::{Daemon, RawServer, Running, Server, UNTIL_GO, eventually, jobs};
+
+/// Puts a script where a handler is, as a deploy does that knows what it is doing.
+fn deploy(daemon: &Running, script: &str) {
+    let (new, path) = (daemon.dir().join("new"), daemon.dir().join("handle.sh"));
+    fs::write(&new, script).unwrap();
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(new, path).unwrap();
+}
+
+/// Passes the time that something takes which nobody tells of.
+fn meanwhile(milliseconds: u64) {
+    std::thread::sleep(Duration::from_millis(milliseconds));
+}
+
+fn errors(server: &Server, ids: &[String]) -> Vec<Value> {
+    ids.iter().flat_map(|id| server.errors(id)).collect()
+}
+
+const GOOD: &str = "#!/bin/sh\necho $ZIZQ_JOB_ID >> $DIR/ran\n";
+
+#[test]
+fn a_handler_that_is_missing_for_a_moment_fails_no_job() {
+    let server = Server::start();
+    let running = Daemon::of(&server).threads(4).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    fs::remove_file(running.dir().join("handle.sh")).unwrap();
+    let ids = server.enqueue_all(jobs(12));
+    running.wait_for_messages(8, "job received");
+    meanwhile(700);
+    assert_eq!(server.count("in_flight"), 8);
+    deploy(&running, GOOD);
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(running.wait_for_lines(12, "ran").len(), 12);
+    let finished = running.stop();
+    assert!(!finished.has("job failed") && !finished.has("handler cannot be started, its jobs are slowed down"));
+}
+
+#[test]
+fn a_handler_that_may_not_be_run_for_a_moment_fails_no_job() {
+    let server = Server::start();
+    let running = Daemon::of(&server).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    let path = running.dir().join("handle.sh");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    let id = server.enqueue("q", "t", json!(null));
+    running.wait_for_message("job received");
+    meanwhile(300);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    server.wait_until_done(&id);
+    assert!(!running.stop().has("job failed"));
+}
+
+#[test]
+fn a_handler_that_is_still_being_written_fails_no_job() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server);
+    let path = daemon.dir().join("handle");
+    fs::copy("/bin/true", &path).unwrap();
+    let running = daemon.args(["--exec", path.to_str().unwrap()]).start();
+    running.wait_for_message("connected, listening for jobs");
+    let writing = fs::File::options().append(true).open(&path).unwrap();
+    let id = server.enqueue("q", "t", json!(null));
+    running.wait_for_message("job received");
+    meanwhile(300);
+    assert_eq!(server.errors(&id), Vec::<Value>::new());
+    drop(writing);
+    server.wait_until_done(&id);
+    running.stop();
+}
+
+#[test]
+fn a_job_that_waits_for_its_handler_goes_back_when_the_worker_drains() {
+    let server = Server::start();
+    let running = Daemon::of(&server).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    fs::remove_file(running.dir().join("handle.sh")).unwrap();
+    let id = server.enqueue("q", "t", json!(null));
+    running.wait_for_message("job received");
+    let finished = running.stop();
+    assert!(finished.has("job interrupted, it goes back to the server"));
+    assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
+}
+
+#[test]
+fn a_handler_that_stays_away_fails_its_job_after_five_seconds_and_others_are_not_held_up() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).threads(4);
+    fs::create_dir(daemon.dir().join("cwd")).unwrap();
+    daemon.script("script.sh", "true");
+    let handlers = "[handlers.other]\nexec = 'true'\n[handlers.homeless]\nexec = 'true'\ncwd = '$DIR/cwd'
+[handlers.script]\nexec = '$DIR/script.sh'";
+    let running = daemon.handler("true", handlers).start();
+    running.wait_for_message("connected, listening for jobs");
+    fs::remove_file(running.dir().join("handle.sh")).unwrap();
+    fs::remove_dir(running.dir().join("cwd")).unwrap();
+    fs::write(running.dir().join("script.sh"), "#!/no/such/shell\n").unwrap();
+    let id = server.enqueue("q", "t", json!(null));
+    let hinted = ["homeless", "script"].map(|job_type| server.enqueue("q", job_type, json!(null)));
+    let other = server.enqueue("q", "other", json!(null));
+    server.wait_until_done(&other);
+    let error = server.wait_for_error(&id, 1);
+    assert_eq!(error["error_type"], "SpawnError");
+    assert_eq!(error["message"], "handle.sh could not be started: No such file or directory (os error 2)");
+    let hints = hinted.map(|id| server.wait_for_error(&id, 1)["message"].as_str().unwrap().to_owned());
+    assert!(hints[0].ends_with("/cwd is missing)"), "{hints:?}");
+    assert!(hints[1].ends_with("(the file is there; what its #! line names is not)"), "{hints:?}");
+    let finished = running.stop();
+    let took = finished.event("job failed")["seconds"].as_f64().unwrap();
+    assert!((5.0..20.0).contains(&took), "{took}");
+    assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 3);
+}
+
+/// ENOEXEC does not pass by itself, so a job fails at once, and then the brake holds the others.
+#[test]
+fn a_broken_handler_does_not_run_through_a_queue_and_is_fast_again_once_it_is_mended() {
+    let server = Server::start();
+    let running = Daemon::of(&server).threads(4).args(["--prefetch", "8"]).sh("echo $ZIZQ_JOB_ID >> $DIR/ran").start();
+    let first = server.enqueue_all(jobs(8));
+    first.iter().for_each(|id| server.wait_until_done(id));
+    deploy(&running, "\0\0 not a program");
+    let broken = Instant::now();
+    let ids = server.enqueue_all(jobs(60));
+    let failed = eventually("a second failure", || Some(errors(&server, &ids)).filter(|errors| errors.len() >= 2));
+    // One at once, and one a second later: not one for each of the four loops.
+    assert!(broken.elapsed() >= Duration::from_millis(900), "{:?}", broken.elapsed());
+    assert!(failed.iter().all(|error| error["error_type"] == "SpawnError"), "{failed:?}");
+    assert!(failed[0]["message"].as_str().unwrap().contains("Exec format error"), "{failed:?}");
+    deploy(&running, GOOD);
+    let mended = Instant::now();
+    running.wait_for_lines(8 + 60 - failed.len() - 1, "ran");
+    // Two seconds of the third pause at most, and then without any.
+    assert!(mended.elapsed() < Duration::from_secs(15), "{:?}", mended.elapsed());
+    running.wait_for_message("handler can be started again");
+    let finished = running.stop();
+    assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 1);
+    assert_eq!(finished.all("handler can be started again").len(), 1);
+    assert!(finished.all("job failed").len() <= 3);
+}
+
+#[test]
+fn a_job_too_large_for_any_process_fails_at_once_and_slows_down_no_other() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).sh("true").start();
+    let mut stream = server.take();
+    let long = "x".repeat(140 * 1024);
+    let job = |id: &str, job_type: &str| {
+        format!(
+            "{{\"id\":\"{id}\",\"type\":\"{job_type}\",\"queue\":\"q\",\"priority\":1,\"payload\":1,\"ready_at\":1,\"attempts\":0}}\n"
+        )
+    };
+    for (id, job_type) in [("1", long.as_str()), ("2", &long), ("3", "a\\u0000b")] {
+        stream.chunk(&job(id, job_type));
+        let report = server.request();
+        assert!(report.line().contains(&format!("/jobs/{id}/failure")), "{}", report.line());
+        assert!(
+            report.body.contains(r#""error_type":"SpawnError""#)
+                && report.body.contains("handle.sh could not be started")
+        );
+        report.answer("200 OK", "{}");
+    }
+    stream.chunk(&job("4", "t"));
+    let report = server.request();
+    assert!(report.line().contains("/jobs/success"), "{}", report.line());
+    report.answer("204 No Content", "");
+    assert!(!daemon.stop().has("handler cannot be started, its jobs are slowed down"));
+}
+
+#[test]
+fn a_low_soft_limit_of_open_files_is_raised() {
+    let server = Server::start();
+    let ids = server.enqueue_all(jobs(40));
+    let running = Daemon::of(&server).threads(40).sh(UNTIL_GO).after("ulimit -S -n 64").start();
+    running.wait_for_lines(40, "started");
+    running.go();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    let finished = running.stop();
+    assert!(!finished.has("job failed"));
+    assert!(!finished.log.iter().any(|line| line.contains("limit of open files")));
+}
+
+#[test]
+fn a_low_hard_limit_of_open_files_is_said_with_what_to_do_and_jobs_are_done_all_the_same() {
+    let server = Server::start();
+    let ids = server.enqueue_all(jobs(60));
+    let running = Daemon::of(&server).threads(40).sh("sleep 0.1").after("ulimit -n 64").start();
+    let warning = running.wait_for_message("limit of open files is too low for that many jobs at once");
+    assert!(warning["message"].as_str().unwrap().contains("ulimit -n, LimitNOFILE="));
+    assert_eq!((&warning["level"], &warning["limit"], &warning["needed"]), (&json!("WARN"), &json!(64), &json!(344)));
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert!(!running.stop().has("job failed"));
+}
+
+#[test]
+fn an_ignored_sigchld_that_was_handed_down_does_no_harm() {
+    let server = Server::start();
+    let ids = ["0", "3"].map(|code| server.enqueue("q", code, json!(null)));
+    // Not every shell can do it.
+    let ignore = r#"exec perl -e '$SIG{CHLD} = "IGNORE"; exec @ARGV' "$@""#;
+    let running = Daemon::of(&server).sh("/bin/true; exit $ZIZQ_JOB_TYPE").after(ignore).start();
+    server.wait_until_done(&ids[0]);
+    assert_eq!(server.wait_for_error(&ids[1], 1)["message"], "handle.sh exited with status 3");
+    assert!(running.stop().event("job completed")["cpu_seconds"].is_number());
+}
+
+#[test]
+fn the_worker_leaves_no_file_open_to_its_handlers() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let list = "exec ls -l /proc/self/fd";
+    let running = Daemon::of(&server).sh(&format!("{list} > $DIR/open")).start();
+    server.wait_until_done(&id);
+    let open = running.stop().read("open");
+    // Whoever runs the tests may hand down files, too.
+    let expected = Command::new("sh").args(["-c", list]).stdin(Stdio::null()).output().unwrap();
+    let count = |list: &str| list.lines().filter(|line| line.contains("->")).count();
+    assert_eq!(count(&open), count(&String::from_utf8_lossy(&expected.stdout)), "{open}");
+}
