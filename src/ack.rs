@@ -186,7 +186,7 @@ impl Reporter {
             let not_found: HashSet<JobId> = self.client.success(&ids).await?.into_iter().collect();
             let (denied, accepted): (Vec<_>, Vec<_>) =
                 attempts.into_iter().zip(held).partition(|(attempt, _)| not_found.contains(&attempt.id));
-            accepted.iter().for_each(|(attempt, _)| self.ledger.forget(attempt));
+            accepted.iter().for_each(|(attempt, _)| self.ledger.settle(attempt));
             let looks = stream::iter(denied).map(|(attempt, seen)| self.look_into(attempt, seen));
             let looked: Vec<Option<Attempt>> = looks.buffer_unordered(MAX_LOOKS_UNDER_WAY).try_collect().await?;
             attempts = looked.into_iter().flatten().collect();
@@ -199,7 +199,7 @@ impl Reporter {
         let state = self.client.job(&attempt.id).await?;
         debug!(id = attempt.id.as_str(), ?state, "success was already handled, or its job was handed out again");
         if state.is_none_or(|state| state.is_over()) {
-            self.ledger.forget(&attempt);
+            self.ledger.settle(&attempt);
             return Ok(None);
         }
         let came_again = self.ledger.park(&attempt, seen, Outcome::Success);
@@ -232,7 +232,7 @@ impl Reporter {
             // Who is not reached now may be later.
             let Ok(state) = state else { return };
             if self.is_over(&attempt, succeeded, state).await {
-                self.ledger.forget(&attempt);
+                self.ledger.settle(&attempt);
             }
         }
     }
@@ -270,7 +270,7 @@ impl Reporter {
         let fate_unknown = AtomicBool::new(in_doubt);
         loop {
             match self.see_through(|| self.try_failure(&attempt, &failure, &fate_unknown)).await {
-                Ok(Settled::Done) => return self.ledger.forget(&attempt),
+                Ok(Settled::Done) => return self.ledger.settle(&attempt),
                 Ok(Settled::NotHeld(seen)) => match self.ledger.park(&attempt, seen, Outcome::Failure(failure)) {
                     // It came again meanwhile.
                     Some(Outcome::Failure(again)) => failure = again,

@@ -28,7 +28,7 @@ pub(crate) struct Delivery(u64);
 pub(crate) enum Arrival {
     /// Start it.
     New,
-    /// Nothing: the run, or the report, that is under way answers for it.
+    /// Nothing: the run or the report that is under way answers for it, or a report that has arrived.
     UnderWay,
     /// Report how it ended.
     Ended(Outcome),
@@ -45,9 +45,9 @@ pub(crate) struct Ledger {
 #[derive(Debug)]
 struct Entries {
     by_id: HashMap<JobId, Entry>,
-    /// The jobs whose outcome waits for them to come again, oldest first.
-    parked: VecDeque<JobId>,
-    max_parked: usize,
+    /// The jobs that are parked or settled, oldest first.
+    kept: VecDeque<JobId>,
+    max_kept: usize,
     deliveries: u64,
     /// Every delivery up to this one came over a stream that is lost.
     lost: u64,
@@ -70,13 +70,15 @@ enum State {
     Reporting { failed: bool },
     /// Ended; the server did not hold the job for us when it was reported.
     Parked(Outcome),
+    /// Reported; but when the server took the report it may have handed the job out again, by a line that is under way.
+    Settled { failed: bool },
 }
 
 impl Ledger {
-    /// An empty ledger that keeps at most `max_parked` outcomes for jobs that may come again.
-    pub(crate) fn new(max_parked: usize) -> Self {
+    /// An empty ledger that remembers at most `max_kept` ended jobs for the case that they come again.
+    pub(crate) fn new(max_kept: usize) -> Self {
         let by_id = HashMap::new();
-        let entries = Entries { by_id, parked: VecDeque::new(), max_parked, deliveries: 0, lost: 0 };
+        let entries = Entries { by_id, kept: VecDeque::new(), max_kept, deliveries: 0, lost: 0 };
         Self { entries: Mutex::new(entries), moved: Notify::new() }
     }
 
@@ -97,11 +99,14 @@ impl Ledger {
         (arrival, delivery)
     }
 
-    /// Notes that the stream is lost: the server has its jobs again. Those that wait are forgotten.
+    /// Notes that the stream is lost: the server has its jobs again. Those that wait are forgotten, and so are those that
+    /// could only have come again over this stream.
     pub(crate) fn lose_stream(&self) {
         let mut entries = self.entries();
-        entries.lost = entries.deliveries;
-        entries.by_id.retain(|_, entry| !matches!(entry.state, State::Waiting));
+        let Entries { by_id, kept, deliveries, lost, .. } = &mut *entries;
+        *lost = *deliveries;
+        by_id.retain(|_, entry| !matches!(entry.state, State::Waiting | State::Settled { .. }));
+        kept.retain(|id| by_id.contains_key(id));
     }
 
     /// Notes that a run begins, unless the job is no longer ours to run.
@@ -148,13 +153,27 @@ impl Ledger {
         (entry.attempts == attempt.attempts && entry.delivery.0 > entries.lost).then_some(entry.delivery)
     }
 
-    /// Forgets an attempt whose report is settled. What waits or runs under its name is another one.
+    /// Notes that an attempt's report has arrived.
+    pub(crate) fn settle(&self, attempt: &Attempt) {
+        let mut entries = self.entries();
+        let lost = entries.lost;
+        let Some(entry) = entries.ended(attempt) else { return };
+        // Held over the stream that is open, it cannot have been handed out again: no other line is under way. And what has
+        // no number cannot be told from its next attempt.
+        if entry.delivery.0 > lost || attempt.attempts.is_none() {
+            entries.remove(&attempt.id);
+        } else {
+            let failed = matches!(entry.state, State::Reporting { failed: true } | State::Parked(Outcome::Failure(_)));
+            entry.state = State::Settled { failed };
+            entries.keep(&attempt.id);
+        }
+        self.moved.notify_one();
+    }
+
+    /// Forgets an attempt whose report was given up.
     pub(crate) fn forget(&self, attempt: &Attempt) {
         let mut entries = self.entries();
-        let settled = |entry: &Entry| {
-            entry.attempts == attempt.attempts && matches!(entry.state, State::Reporting { .. } | State::Parked(_))
-        };
-        if entries.by_id.get(&attempt.id).is_some_and(settled) {
+        if entries.ended(attempt).is_some() {
             entries.remove(&attempt.id);
             self.moved.notify_one();
         }
@@ -170,9 +189,7 @@ impl Ledger {
             return Some(outcome);
         }
         entry.state = State::Parked(outcome);
-        entries.parked.retain(|id| *id != attempt.id);
-        entries.parked.push_back(attempt.id.clone());
-        entries.evict();
+        entries.keep(&attempt.id);
         self.moved.notify_one();
         None
     }
@@ -180,9 +197,13 @@ impl Ledger {
     /// The attempts whose outcome waits for their jobs to come again, and whether it is a success.
     pub(crate) fn parked(&self) -> Vec<(Attempt, bool)> {
         let entries = self.entries();
-        let parked = entries.parked.iter().filter_map(|id| Some((id, entries.by_id.get(id)?)));
-        let attempt = |(id, entry): (&JobId, &Entry)| Attempt { id: id.clone(), attempts: entry.attempts };
-        parked.map(|found| (attempt(found), matches!(found.1.state, State::Parked(Outcome::Success)))).collect()
+        let parked = entries.kept.iter().filter_map(|id| match entries.by_id.get(id) {
+            Some(Entry { attempts, state: State::Parked(outcome), .. }) => {
+                Some((Attempt { id: id.clone(), attempts: *attempts }, *outcome == Outcome::Success))
+            }
+            _ => None,
+        });
+        parked.collect()
     }
 
     /// The jobs that have ended, and whose outcome is not settled.
@@ -199,7 +220,7 @@ impl Ledger {
 
     /// Whether anything here may still have to be told to the server.
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries().by_id.is_empty()
+        self.entries().by_id.values().all(|entry| matches!(entry.state, State::Settled { .. }))
     }
 }
 
@@ -218,10 +239,19 @@ impl Entries {
                 Arrival::New
             }
             // The failure that is being reported, or was kept, has been counted already: this is the next attempt.
-            State::Reporting { failed: true } | State::Parked(Outcome::Failure(_)) if !same => {
-                self.parked.retain(|id| *id != attempt.id);
+            State::Reporting { failed: true }
+            | State::Parked(Outcome::Failure(_))
+            | State::Settled { failed: true }
+                if !same =>
+            {
                 *entry = new;
+                self.kept.retain(|id| *id != attempt.id);
                 Arrival::New
+            }
+            // This line was sent before the report arrived: the server does not hold the job any more.
+            State::Settled { .. } => {
+                self.remove(&attempt.id);
+                Arrival::UnderWay
             }
             // Whatever attempt it is by now, the work is being done.
             State::Running => {
@@ -235,17 +265,26 @@ impl Entries {
             }
             State::Parked(outcome) => {
                 let outcome = outcome.clone();
-                self.parked.retain(|id| *id != attempt.id);
+                self.kept.retain(|id| *id != attempt.id);
                 *entry = Entry { state: State::Reporting { failed: matches!(outcome, Outcome::Failure(_)) }, ..new };
                 Arrival::Ended(outcome)
             }
         }
     }
 
-    /// Forgets the oldest outcomes beyond the limit.
-    fn evict(&mut self) {
-        while self.parked.len() > self.max_parked
-            && let Some(oldest) = self.parked.pop_front()
+    /// An attempt that has ended here, and whose outcome is not settled. What waits or runs under its name is another one.
+    fn ended(&mut self, attempt: &Attempt) -> Option<&mut Entry> {
+        self.by_id.get_mut(&attempt.id).filter(|entry| {
+            entry.attempts == attempt.attempts && matches!(entry.state, State::Reporting { .. } | State::Parked(_))
+        })
+    }
+
+    /// Counts an entry to those that are kept, and forgets the oldest beyond the limit.
+    fn keep(&mut self, id: &JobId) {
+        self.kept.retain(|kept| kept != id);
+        self.kept.push_back(id.clone());
+        while self.kept.len() > self.max_kept
+            && let Some(oldest) = self.kept.pop_front()
         {
             self.by_id.remove(&oldest);
         }
@@ -253,7 +292,7 @@ impl Entries {
 
     fn remove(&mut self, id: &JobId) {
         self.by_id.remove(id);
-        self.parked.retain(|parked| parked != id);
+        self.kept.retain(|kept| kept != id);
     }
 }
 
@@ -400,6 +439,37 @@ mod tests {
         assert_eq!(ledger.parked(), [(attempt("a", 0), true), (attempt("b", 0), true)]);
         ledger.forget(&attempt("a", 0));
         assert_eq!(ledger.parked(), [(attempt("b", 0), true)]);
+    }
+
+    #[test]
+    fn a_line_that_was_sent_before_the_report_arrived_starts_nothing() {
+        for (outcome, next) in [(Outcome::Success, Arrival::UnderWay), (failure(), Arrival::New)] {
+            let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+            let settled = || {
+                running(&ledger, &job);
+                ledger.end(&job.id, &outcome);
+                ledger.lose_stream();
+                ledger.settle(&job);
+                assert!(ledger.is_empty() && ledger.ended().is_empty());
+            };
+            settled();
+            assert_eq!(ledger.arrive(&job).0, Arrival::UnderWay);
+            settled();
+            assert_eq!(ledger.arrive(&attempt("a", 1)).0, next);
+            ledger.lose_stream();
+            settled();
+            ledger.lose_stream();
+            assert_eq!(ledger.arrive(&job).0, Arrival::New, "such a line is lost with its stream");
+        }
+    }
+
+    #[test]
+    fn nothing_is_remembered_of_a_job_that_was_held_when_its_report_arrived() {
+        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        running(&ledger, &job);
+        ledger.end(&job.id, &Outcome::Success);
+        ledger.settle(&job);
+        assert!(ledger.entries().by_id.is_empty() && ledger.entries().kept.is_empty());
     }
 
     #[test]

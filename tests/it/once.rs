@@ -373,6 +373,43 @@ fn a_success_is_not_lost_when_its_job_comes_as_a_later_attempt_while_it_is_repor
     assert_eq!(daemon.wait_for_lines(1, "started"), ["1 0"]);
 }
 
+/// The server has handed the job out over a new stream, and takes its report before that line has been read.
+#[test]
+fn a_line_that_a_report_has_overtaken_starts_nothing() {
+    for job_type in ["good", "bad"] {
+        let server = RawServer::start();
+        let daemon = Daemon::at(&server.url()).args(QUICK).sh(UNTIL_GO).start();
+        let mut stream = server.take();
+        stream.typed_job("1", job_type);
+        daemon.wait_for_lines(1, "started");
+        // A failure is sent only while the job is held, so it is under way when the stream ends.
+        let report = if job_type == "good" {
+            stream.end();
+            stream = server.take();
+            go(&daemon);
+            server.request()
+        } else {
+            go(&daemon);
+            let report = server.request();
+            stream.end();
+            stream = server.take();
+            report
+        };
+        report.answer("200 OK", "{}");
+        // The next report comes when this one has been settled.
+        stream.typed_job("2", "good");
+        server.request().answer("204 No Content", "");
+        stream.typed_job("1", job_type);
+        daemon.wait_for_message(AGAIN);
+        if job_type == "bad" {
+            stream.typed_attempt("1", "good", 1);
+            daemon.wait_for_lines(3, "started");
+        }
+        let expected = ["1 0", "2 0", "1 1"];
+        assert_eq!(daemon.wait_for_lines(2, "started"), expected[..if job_type == "good" { 2 } else { 3 }]);
+    }
+}
+
 /// The daemon drains with an outcome that it keeps for its job to come again.
 fn draining_with_a_kept_failure(deadline: &str) -> (Server, Proxy, Running, String, Gate) {
     let server = Server::start();

@@ -19,8 +19,9 @@ fn a_success_is_reported_at_once_and_all_that_wait_meanwhile_go_out_in_one_reque
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Successes);
     let daemon = Daemon::of(&proxy).args(["--prefetch", "10"]).sh(BY_TYPE).start();
-    let ids = server.enqueue_all(jobs(6, "good"));
+    let mut ids = server.enqueue_all(jobs(1, "good"));
     gate.wait_for(1);
+    ids.extend(server.enqueue_all(jobs(5, "good")));
     daemon.wait_for_messages(6, "job completed");
     gate.release();
     ids.iter().for_each(|id| server.wait_until_done(id));

@@ -158,9 +158,9 @@ impl Soak {
             }
             10 => {
                 if random.bool() {
-                    proxy.stall_streams()
+                    proxy.stall_streams();
                 } else {
-                    proxy.reset_streams()
+                    proxy.reset_streams();
                 }
                 "streams stalled or reset"
             }
