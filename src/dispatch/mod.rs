@@ -139,9 +139,14 @@ impl Dispatcher for ExecDispatcher {
         };
         let handler = &route.handler;
         let result = self.results.file();
-        match route.brake.start(lifecycle, || self.spawn(handler, job, &result)).await {
-            Ok(process) => {
-                let exit = supervise(process, handler, lifecycle).await;
+        let spawn = || {
+            // Asked before: a handler may already run when its start returns, and be there when the drain begins.
+            let draining = lifecycle.phase() >= Phase::Draining;
+            self.spawn(handler, job, &result).map(|process| (process, draining))
+        };
+        match route.brake.start(lifecycle, spawn).await {
+            Ok((process, started_draining)) => {
+                let exit = supervise(process, handler, lifecycle, started_draining).await;
                 outcome::of(handler, exit, || result.read())
             }
             Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
@@ -165,14 +170,16 @@ fn not_started(handler: &Handler, error: &io::Error) -> String {
     format!("{name} could not be started: {error}{hint}")
 }
 
-async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle) -> Exit<Cause> {
-    // A handler that starts while draining has not missed the signal: there was nothing yet to tell it about.
-    let draining = lifecycle.phase() >= Phase::Draining;
+/// A handler that has been started while draining has not missed the signal that tells of it.
+async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle, started_draining: bool) -> Exit<Cause> {
     let stops = Stops {
         terminate: cause_to_terminate(handler, lifecycle),
         skip_grace: lifecycle.reached(Phase::Forcing),
         kill_grace: handler.kill_grace,
-        notify: handler.drain_signal.filter(|_| !draining).map(|signal| (signal, lifecycle.reached(Phase::Draining))),
+        notify: handler
+            .drain_signal
+            .filter(|_| !started_draining)
+            .map(|signal| (signal, lifecycle.reached(Phase::Draining))),
     };
     process.supervise(stops, log_line).await
 }

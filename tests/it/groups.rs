@@ -165,9 +165,12 @@ fn a_detached_process_that_holds_the_pipes_does_not_delay_a_timeout_either() {
 #[test]
 fn a_leader_that_has_left_its_group_does_not_escape() {
     let script = "exec perl -e 'my $child = fork; if (!$child) { setpgrp(0, 0); sleep 1000; exit }
+open my $pid, q(>), qq($ENV{DIR}/child); print $pid $child; close $pid;
 select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
-    let (error, _) = fail(script, "timeout = '1s'\nkill_grace = '100ms'");
+    let (error, finished) = fail(script, "timeout = '1s'\nkill_grace = '100ms'");
     assert_eq!(error["error_type"], "Timeout");
+    // The group that it went to is none of the job's.
+    kill(&finished.read("child"));
 }
 
 /// Several jobs that hear nothing, all of them up.
@@ -255,6 +258,21 @@ fn a_handler_that_dies_of_the_drain_signal_is_interrupted_and_not_failed() {
     assert!(finished.has("job interrupted, it goes back to the server"));
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
     assert_eq!(server.errors(&id), Vec::<Value>::new());
+}
+
+#[test]
+fn a_handler_that_starts_while_draining_is_not_sent_the_drain_signal() {
+    let server = Server::start();
+    let ids = server.enqueue_all(jobs(2));
+    let script = format!("trap 'echo told >> $DIR/told' USR1; {UNTIL_GO}");
+    let running = Daemon::of(&server).handler(&script, "drain_signal = 'USR1'").start();
+    running.wait_for_messages(2, "job received");
+    running.wait_for_lines(1, "started");
+    running.sigterm().wait_for_lines(1, "told");
+    running.go();
+    let finished = running.assert_exit(0);
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!((finished.read("told").as_str(), finished.read("started").lines().count()), ("told\n", 2));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use zizq_worker::{
     Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Phase, Summary, Worker, WorkerConfig, WorkerError,
 };
 
-use crate::support::{Api, Call, Proxy, RawServer, Server, eventually, runtime};
+use crate::support::{Api, Call, PATIENCE, Proxy, RawServer, Server, eventually, runtime};
 
 /// Does what the job's type says, and remembers the payloads.
 #[derive(Debug, Clone, Default)]
@@ -55,7 +55,7 @@ fn run(worker: &Arc<Worker<Obedient>>, lifecycle: &Lifecycle) -> Run {
 }
 
 fn ended(run: Run) -> Result<Summary, WorkerError> {
-    runtime().block_on(run).unwrap()
+    runtime().block_on(async { tokio::time::timeout(PATIENCE, run).await }).expect("the run's end").unwrap()
 }
 
 #[test]

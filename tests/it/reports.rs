@@ -18,15 +18,17 @@ fn a_success_is_reported_at_once_and_all_that_wait_meanwhile_go_out_in_one_reque
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Successes);
-    let daemon = Daemon::of(&proxy).args(["--prefetch", "10"]).sh(BY_TYPE).start();
-    let mut ids = server.enqueue_all(jobs(1, "good"));
+    let _daemon = Daemon::of(&proxy).args(["--prefetch", "10"]).sh(BY_TYPE).start();
+    let first = server.enqueue("q", "good", json!(null));
     gate.wait_for(1);
-    ids.extend(server.enqueue_all(jobs(5, "good")));
-    daemon.wait_for_messages(6, "job completed");
+    let ids = server.enqueue_all(jobs(5, "good"));
+    // The one loop takes the next job only after it has handed on the success before it.
+    let bad = server.enqueue("q", "bad", json!(null));
+    server.wait_for_error(&bad, 1);
     gate.release();
     ids.iter().for_each(|id| server.wait_until_done(id));
     let reported: Vec<Vec<String>> = proxy.calls(Call::Successes).iter().map(|call| call.ids()).collect();
-    assert_eq!(reported, [&ids[..1], &ids[1..]]);
+    assert_eq!(reported, [vec![first], ids]);
 }
 
 #[test]
@@ -147,16 +149,17 @@ fn of_a_bulk_report_only_the_ids_that_were_not_found_are_already_handled() {
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Successes);
     let daemon = Daemon::of(&proxy).args(["--prefetch", "10"]).sh(BY_TYPE).start();
-    let ids = server.enqueue_all(jobs(4, "good"));
+    server.enqueue("q", "good", json!(null));
     gate.wait_for(1);
+    let ids = server.enqueue_all(jobs(3, "good"));
     daemon.wait_for_messages(4, "job completed");
-    let (status, _) = server.call("POST", &format!("/jobs/{}/success", ids[2]), None);
+    let (status, _) = server.call("POST", &format!("/jobs/{}/success", ids[1]), None);
     assert_eq!(status, 204);
     gate.release();
     ids.iter().for_each(|id| server.wait_until_done(id));
     daemon.sigterm();
     let handled = daemon.assert_exit(0).all("success was already handled, or its job was handed out again");
-    assert_eq!(handled.iter().map(|event| event["id"].as_str().unwrap()).collect::<Vec<_>>(), [&ids[2]]);
+    assert_eq!(handled.iter().map(|event| event["id"].as_str().unwrap()).collect::<Vec<_>>(), [&ids[1]]);
 }
 
 #[test]
@@ -186,10 +189,11 @@ fn a_full_ack_queue_holds_back_the_loops() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(["--prefetch", "2"]).sh("echo $ZIZQ_JOB_ID >> $DIR/started").start();
     let mut stream = server.take();
-    for number in 1..=8 {
+    stream.job("1");
+    let held = server.request();
+    for number in 2..=8 {
         stream.job(&number.to_string());
     }
-    let held = server.request();
     // The loop holds job 5 and waits for a place, so 6 and 7 wait in the dispatch queue, and the producer has 8.
     daemon.wait_for_messages(5, "job completed");
     daemon.wait_for_messages(8, "job received");
