@@ -1,6 +1,7 @@
 //! [`Client`]: the calls of the Zizq HTTP API that a worker makes.
 
 mod error;
+mod skim;
 pub(crate) mod tls;
 mod url;
 
@@ -27,6 +28,7 @@ use crate::job::{Failure, JobId};
 use crate::stream::{StreamLimits, TakeStream};
 
 pub use error::ClientError;
+use skim::Skimmer;
 pub use tls::Tls;
 pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 
@@ -219,8 +221,8 @@ impl Client {
             self.send(self.request(Method::GET, &format!("/jobs/{}", encode(id.as_str())), Bytes::new())?).await?;
         match response.status() {
             status if status.is_success() => {
-                let body = read(response).await?;
-                serde_json::from_slice(&body).map(Some).map_err(|error| ClientError::Answer(error.into()))
+                let body = skim(response.into_body()).await?;
+                serde_json::from_slice(body.kept()).map(Some).map_err(|error| ClientError::Answer(error.into()))
             }
             StatusCode::NOT_FOUND => Ok(None),
             _ => Err(refusal(response).await),
@@ -269,6 +271,20 @@ async fn within_request_timeout<T>(call: impl Future<Output = Result<T, ClientEr
 async fn read(response: Response<Incoming>) -> Result<Bytes, ClientError> {
     let collected = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect();
     within_request_timeout(async { collected.await.map_err(ClientError::Answer) }).await.map(|body| body.to_bytes())
+}
+
+/// Reads a job without its payload, which may be larger than all that is held here.
+async fn skim(mut body: Incoming) -> Result<Skimmer, ClientError> {
+    let reading = async {
+        let mut skimmer = Skimmer::default();
+        while let Some(frame) = body.frame().await {
+            if let Some(data) = frame.map_err(|error| ClientError::Answer(error.into()))?.data_ref() {
+                skimmer.push(data);
+            }
+        }
+        Ok(skimmer)
+    };
+    within_request_timeout(reading).await
 }
 
 /// An answer that is neither success nor anything the call expects, as an error with what the server said.
