@@ -337,7 +337,10 @@ impl Reporter {
         self.lifecycle.reached(Phase::Killing).await;
         let now = Instant::now();
         let killed = *self.killed.get_or_init(|| now);
-        tokio::time::sleep_until((now + LAST_TRY_TIMEOUT).min(killed + LAST_TRIES_TIMEOUT)).await;
+        tokio::select! {
+            () = tokio::time::sleep_until((now + LAST_TRY_TIMEOUT).min(killed + LAST_TRIES_TIMEOUT)) => {}
+            () = self.lifecycle.reached(Phase::Forcing) => {}
+        }
     }
 }
 

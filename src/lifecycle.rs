@@ -126,25 +126,28 @@ impl StopSignals {
 
     /// The first signal drains, the second kills, the third does so without grace. Ends only when the process does.
     pub async fn obey(mut self, lifecycle: &Lifecycle) {
+        let mut count = 0;
         while let Some(signal) = self.0.next().await {
-            let signal = signal_name(signal).unwrap_or("signal");
-            match lifecycle.phase() {
-                Phase::Running => {
-                    info!(signal, "draining: finishing what was taken; once more stops running jobs");
-                    lifecycle.stop();
-                }
-                Phase::Draining => {
-                    warn!(
-                        signal,
-                        "killing: stopping running jobs, which go back to the server; once more skips their grace"
-                    );
-                    lifecycle.kill();
-                }
-                Phase::Killing | Phase::Forcing | Phase::Stopped => {
-                    warn!(signal, "killing running jobs without grace");
-                    lifecycle.force();
-                }
-            }
+            count += 1;
+            stop(lifecycle, count, signal_name(signal).unwrap_or("signal"));
+        }
+    }
+}
+
+/// One step further on the way to a stop. The step comes before the word about it: the log may be slow.
+fn stop(lifecycle: &Lifecycle, count: usize, signal: &'static str) {
+    match lifecycle.phase() {
+        Phase::Running | Phase::Draining if count == 1 => {
+            lifecycle.stop();
+            info!(signal, "draining: finishing what was taken; once more stops running jobs");
+        }
+        Phase::Running | Phase::Draining => {
+            lifecycle.kill();
+            warn!(signal, "killing: stopping running jobs, which go back to the server; once more skips their grace");
+        }
+        Phase::Killing | Phase::Forcing | Phase::Stopped => {
+            lifecycle.force();
+            warn!(signal, "killing running jobs without grace");
         }
     }
 }
@@ -159,6 +162,17 @@ mod tests {
         lifecycle.kill();
         lifecycle.stop();
         assert_eq!(lifecycle.phase(), Phase::Killing);
+    }
+
+    #[test]
+    fn the_first_signal_drains_even_if_a_drain_is_under_way() {
+        let lifecycle = Lifecycle::new();
+        lifecycle.stop();
+        let phases = [1, 2, 3].map(|count| {
+            stop(&lifecycle, count, "SIGTERM");
+            lifecycle.phase()
+        });
+        assert_eq!(phases, [Phase::Draining, Phase::Killing, Phase::Forcing]);
     }
 
     #[tokio::test]

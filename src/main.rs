@@ -50,8 +50,16 @@ async fn run(config: Config) -> Result<Summary, Fatal> {
     let concurrency = config.worker.concurrency().get();
     let dispatcher =
         ExecDispatcher::new(config.handlers, concurrency, config.worker.worker_id.to_string(), &std::env::temp_dir())
-            .map_err(|error| format!("cannot make a directory for result files: {error}"))?;
+            .map_err(|error| no_room_for_results(&error))?;
     Ok(Worker::new(config.worker, dispatcher).run(&lifecycle).await?)
+}
+
+fn no_room_for_results(error: &std::io::Error) -> ConfigError {
+    let problem = format!(
+        "cannot make a directory for result files in {}: {error}; name one that can be written",
+        std::env::temp_dir().display()
+    );
+    ConfigError::unusable(Source::Variable("TMPDIR".to_owned()), problem)
 }
 
 /// The one line in which the process says why it ends.

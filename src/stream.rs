@@ -136,7 +136,7 @@ pub enum Line {
 impl Line {
     /// The server keeps an idle stream alive with empty lines.
     fn is_heartbeat(&self) -> bool {
-        matches!(self, Self::Whole(line) if line.is_empty())
+        matches!(self, Self::Whole(line) if line.is_empty() || &line[..] == b"\r")
     }
 
     fn read(&self) -> Result<Received, StreamError> {

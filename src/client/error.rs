@@ -28,6 +28,8 @@ pub enum ClientError {
         /// What it said, as far as it said anything.
         message: String,
     },
+    /// The server answered a take request with something else than a stream of jobs.
+    NotAStream,
     /// The request cannot be put into words that HTTP knows.
     Unsendable(Box<dyn Error + Send + Sync>),
 }
@@ -36,7 +38,7 @@ impl ClientError {
     /// Whether the server may have carried the request out all the same.
     pub fn may_have_arrived(&self) -> bool {
         match self {
-            Self::Connect(_) | Self::Unsendable(_) => false,
+            Self::Connect(_) | Self::NotAStream | Self::Unsendable(_) => false,
             // An error of the server, or of a proxy that lost the answer; what a client error refuses is not done.
             Self::Refused { status, .. } => !status.is_client_error(),
             Self::Transport(_) | Self::Request(_) | Self::Answer(_) | Self::TimedOut(_) => true,
@@ -68,6 +70,7 @@ impl fmt::Display for ClientError {
             Self::TimedOut(limit) => write!(f, "no answer within {}", humantime::format_duration(*limit)),
             Self::Refused { status, message } if message.is_empty() => write!(f, "the server answered {status}"),
             Self::Refused { status, message } => write!(f, "the server answered {status}: {message}"),
+            Self::NotAStream => f.write_str("what answers there is no Zizq server: it sent no stream of jobs"),
             Self::Unsendable(_) => f.write_str("the request cannot be sent"),
         }
     }
@@ -79,7 +82,7 @@ impl Error for ClientError {
             Self::Connect(error) | Self::Answer(error) | Self::Unsendable(error) => Some(error.as_ref()),
             Self::Transport(error) => Some(error),
             Self::Request(error) => Some(error),
-            Self::TimedOut(_) | Self::Refused { .. } => None,
+            Self::TimedOut(_) | Self::Refused { .. } | Self::NotAStream => None,
         }
     }
 }

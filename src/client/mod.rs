@@ -1,6 +1,7 @@
 //! [`Client`]: the calls of the Zizq HTTP API that a worker makes.
 
 mod error;
+mod skim;
 pub(crate) mod tls;
 mod url;
 
@@ -27,8 +28,12 @@ use crate::job::{Failure, JobId};
 use crate::stream::{StreamLimits, TakeStream};
 
 pub use error::ClientError;
+use skim::Skimmer;
 pub use tls::Tls;
 pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
+
+/// The type of a take stream.
+const NDJSON: &str = "application/x-ndjson";
 
 /// How long a server may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -153,7 +158,8 @@ impl Client {
             let sent = sender.send_request(self.take_request(queues, prefetch)?).await;
             let response = sent.map_err(ClientError::Transport)?;
             match response.status() {
-                StatusCode::OK => Ok(TakeStream::new(response.into_body(), connection, limits)),
+                StatusCode::OK if is_ndjson(&response) => Ok(TakeStream::new(response.into_body(), connection, limits)),
+                StatusCode::OK => Err(ClientError::NotAStream),
                 _ => Err(refusal(response).await),
             }
         })
@@ -175,7 +181,7 @@ impl Client {
         let target = request.uri().path_and_query().map(|target| target.as_str().to_owned()).unwrap_or_default();
         *request.uri_mut() = target.parse().map_err(invalid)?;
         request.headers_mut().insert(HOST, host.parse().map_err(invalid)?);
-        request.headers_mut().insert(ACCEPT, HeaderValue::from_static("application/x-ndjson"));
+        request.headers_mut().insert(ACCEPT, HeaderValue::from_static(NDJSON));
         Ok(request)
     }
 
@@ -219,8 +225,8 @@ impl Client {
             self.send(self.request(Method::GET, &format!("/jobs/{}", encode(id.as_str())), Bytes::new())?).await?;
         match response.status() {
             status if status.is_success() => {
-                let body = read(response).await?;
-                serde_json::from_slice(&body).map(Some).map_err(|error| ClientError::Answer(error.into()))
+                let body = skim(response.into_body()).await?;
+                serde_json::from_slice(body.kept()).map(Some).map_err(|error| ClientError::Answer(error.into()))
             }
             StatusCode::NOT_FOUND => Ok(None),
             _ => Err(refusal(response).await),
@@ -262,6 +268,12 @@ fn invalid(error: impl Into<Box<dyn Error + Send + Sync>>) -> ClientError {
     ClientError::Unsendable(error.into())
 }
 
+/// What a page of a proxy, or of some other server altogether, is not.
+fn is_ndjson(response: &Response<Incoming>) -> bool {
+    let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    content_type.is_some_and(|content_type| content_type.starts_with(NDJSON))
+}
+
 async fn within_request_timeout<T>(call: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
     tokio::time::timeout(REQUEST_TIMEOUT, call).await.unwrap_or(Err(ClientError::TimedOut(REQUEST_TIMEOUT)))
 }
@@ -269,6 +281,20 @@ async fn within_request_timeout<T>(call: impl Future<Output = Result<T, ClientEr
 async fn read(response: Response<Incoming>) -> Result<Bytes, ClientError> {
     let collected = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect();
     within_request_timeout(async { collected.await.map_err(ClientError::Answer) }).await.map(|body| body.to_bytes())
+}
+
+/// Reads a job without its payload, which may be larger than all that is held here.
+async fn skim(mut body: Incoming) -> Result<Skimmer, ClientError> {
+    let reading = async {
+        let mut skimmer = Skimmer::default();
+        while let Some(frame) = body.frame().await {
+            if let Some(data) = frame.map_err(|error| ClientError::Answer(error.into()))?.data_ref() {
+                skimmer.push(data);
+            }
+        }
+        Ok(skimmer)
+    };
+    within_request_timeout(reading).await
 }
 
 /// An answer that is neither success nor anything the call expects, as an error with what the server said.

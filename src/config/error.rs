@@ -27,7 +27,7 @@ impl ConfigError {
     }
 
     /// A mistake in what `source` refers to: a file or a handler.
-    pub(crate) fn unusable(source: Source, problem: impl Into<String>) -> Self {
+    pub fn unusable(source: Source, problem: impl Into<String>) -> Self {
         Self { source, problem: problem.into(), status: STATUS_CONFIG }
     }
 

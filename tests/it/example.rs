@@ -1,4 +1,4 @@
-//! `config/zizq-worker.toml` is documentation, and it does not lie.
+//! `config/zizq-worker.toml` and the README are documentation, and they do not lie.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -103,4 +103,20 @@ fn the_example_has_every_setting() {
     }
     keys.retain(|key| !key.starts_with("handler.") && !key.starts_with("handlers."));
     assert!(keys.is_empty(), "without a flag: {keys:?}");
+}
+
+/// The table of faults names tests, by their beginnings.
+#[test]
+fn the_tests_that_the_readme_names_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let names: Vec<(&str, &str)> = readme.split('`').filter_map(|text| text.split_once("::")).collect();
+    assert!(names.len() > 15, "{names:?}");
+    for (file, name) in names {
+        let tests = fs::read_to_string(root.join(format!("tests/it/{file}.rs"))).unwrap();
+        assert!(
+            tests.contains(&format!("#[test]\nfn {}", name.trim_end_matches('…'))) || name == "soak",
+            "{file}::{name}"
+        );
+    }
 }

@@ -2,7 +2,7 @@
 //! reported, and a failure costs one attempt.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -268,6 +268,38 @@ fn a_failure_whose_answer_a_proxy_replaces_by_502_costs_one_attempt() {
 #[test]
 fn a_failure_whose_answer_a_proxy_replaces_by_504_costs_one_attempt() {
     a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(504));
+}
+
+/// A look at a job brings its payload with it.
+#[test]
+fn a_failure_in_doubt_of_a_large_job_is_settled() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    proxy.fault_times(1, Call::Failure, Fault::Swallow);
+    let payload = ["x".repeat(4_000_000), "[".to_owned()];
+    let id = server.enqueue("q", "bad", json!({"status": "dead", "text": payload}));
+    let daemon = Daemon::of(&proxy).args(QUICK).sh("exit 1").start();
+    daemon.wait_for_message(DENIED_FAILURE);
+    daemon.sigterm();
+    daemon.assert_exit(0);
+    assert_eq!((server.errors(&id).len(), proxy.calls(Call::Job).len()), (1, 1));
+}
+
+#[test]
+fn a_kill_does_not_wait_for_a_look_at_a_job() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    proxy.fault_times(1, Call::Failure, Fault::Swallow);
+    let look = proxy.hold(Call::Job);
+    let id = server.enqueue("q", "bad", json!(null));
+    let daemon = Daemon::of(&proxy).args(QUICK).sh("exit 1").start();
+    look.wait_for(1);
+    daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
+    let killed = Instant::now();
+    daemon.sigterm();
+    let dropped = daemon.assert_exit(1).event("report dropped");
+    assert!(dropped["ids"].as_str().unwrap().contains(&id), "{dropped}");
+    assert!(killed.elapsed() < Duration::from_secs(15), "{:?}", killed.elapsed());
 }
 
 #[test]
