@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use zizq_worker::chain::Chain;
 use zizq_worker::cli::Args;
+use zizq_worker::config::Source;
 use zizq_worker::{Config, ConfigError, ExecDispatcher, Lifecycle, StopSignals, Summary, Worker, logging};
 
 fn main() -> ExitCode {

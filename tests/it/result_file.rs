@@ -213,5 +213,9 @@ fn a_link_that_is_removed_leaves_alone_what_it_leads_to() {
 fn a_worker_without_a_temporary_directory_says_so_before_it_takes_a_job() {
     let server = Server::start();
     let finished = Daemon::of(&server).env("TMPDIR", "/nonexistent").sh("true").run().assert_exit(78);
-    assert!(finished.log.last().unwrap().contains("TMPDIR: cannot make a directory for result files in /nonexistent"), "{:?}", finished.log);
+    assert!(
+        finished.log.last().unwrap().contains("TMPDIR: cannot make a directory for result files in /nonexistent"),
+        "{:?}",
+        finished.log
+    );
 }
