@@ -146,6 +146,15 @@ impl Ledger {
         Some(Attempt { id: id.clone(), attempts: entry.attempts })
     }
 
+    /// Whether an attempt's report is under way.
+    pub(crate) fn is_reporting(&self, attempt: &Attempt) -> bool {
+        let entries = self.entries();
+        entries
+            .by_id
+            .get(&attempt.id)
+            .is_some_and(|entry| entry.attempts == attempt.attempts && matches!(entry.state, State::Reporting { .. }))
+    }
+
     /// The delivery by which the server holds this attempt for us, if it does.
     pub(crate) fn held(&self, attempt: &Attempt) -> Option<Delivery> {
         let entries = self.entries();

@@ -82,9 +82,12 @@ impl Reporter {
                 {
                     batch.push(success);
                 }
+                // What the last try has settled does not leave again.
+                batch.retain(|success| self.ledger.is_reporting(&success.attempt));
                 self.try_successes(batch.iter().map(|success| success.attempt.clone()).collect())
             };
             if let Err(error) = self.see_through(attempt).await {
+                batch.retain(|success| self.ledger.is_reporting(&success.attempt));
                 let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
                 log_dropped(&ids, &error);
                 batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
@@ -111,7 +114,13 @@ impl Reporter {
 
     /// A success whose job is not in flight: it is gone, or will come again, or has come meanwhile: then it is returned.
     async fn look_into(&self, attempt: Attempt, seen: Option<Delivery>) -> Result<Option<Attempt>, ClientError> {
-        let state = self.client.job(&attempt.id).await?;
+        let state = match self.client.job(&attempt.id).await {
+            Err(error) if !error.is_retryable() => {
+                warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose success was denied");
+                return Ok(self.ledger.park(&attempt, seen, Outcome::Success).map(|_| attempt));
+            }
+            looked => looked?,
+        };
         debug!(id = attempt.id.as_str(), ?state, "success was already handled, or its job was handed out again");
         if state.is_none_or(|state| state.is_over()) {
             self.ledger.settle(&attempt);
