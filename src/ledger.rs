@@ -8,6 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
+use tracing::warn;
 
 use crate::job::{JobId, Outcome};
 
@@ -307,7 +308,9 @@ impl Entries {
         while self.kept.len() > self.max_kept
             && let Some(oldest) = self.kept.pop_front()
         {
-            self.by_id.remove(&oldest);
+            if let Some(Entry { state: State::Parked(_), .. }) = self.by_id.remove(&oldest) {
+                warn!(id = oldest.as_str(), "outcome dropped: too many are kept for their jobs to come again");
+            }
         }
     }
 
