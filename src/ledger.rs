@@ -8,6 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
+use tracing::warn;
 
 use crate::job::{JobId, Outcome};
 
@@ -146,6 +147,15 @@ impl Ledger {
         Some(Attempt { id: id.clone(), attempts: entry.attempts })
     }
 
+    /// Whether an attempt's report is under way.
+    pub(crate) fn is_reporting(&self, attempt: &Attempt) -> bool {
+        let entries = self.entries();
+        entries
+            .by_id
+            .get(&attempt.id)
+            .is_some_and(|entry| entry.attempts == attempt.attempts && matches!(entry.state, State::Reporting { .. }))
+    }
+
     /// The delivery by which the server holds this attempt for us, if it does.
     pub(crate) fn held(&self, attempt: &Attempt) -> Option<Delivery> {
         let entries = self.entries();
@@ -209,8 +219,7 @@ impl Ledger {
     /// The jobs that have ended, and whose outcome is not settled.
     pub(crate) fn ended(&self) -> Vec<JobId> {
         let entries = self.entries();
-        let ended = |entry: &Entry| matches!(entry.state, State::Reporting { .. } | State::Parked(_));
-        entries.by_id.iter().filter(|(_, entry)| ended(entry)).map(|(id, _)| id.clone()).collect()
+        entries.by_id.iter().filter(|(_, entry)| entry.is_unsettled()).map(|(id, _)| id.clone()).collect()
     }
 
     /// Waits until an outcome has moved since the last call.
@@ -224,6 +233,51 @@ impl Ledger {
     }
 }
 
+impl Entry {
+    /// Notes that its job has come again.
+    fn come_again(&mut self, new: Self) -> Arrival {
+        let same = self.attempts == new.attempts;
+        match &self.state {
+            // The one that waits is out of date: somebody else has reported it meanwhile.
+            State::Waiting => {
+                *self = new;
+                Arrival::New
+            }
+            // The failure that was, is being, or is to be reported has been counted already: this is the next attempt.
+            State::Settled { failed: true }
+            | State::Reporting { failed: true }
+            | State::Parked(Outcome::Failure(_))
+                if !same =>
+            {
+                *self = new;
+                Arrival::New
+            }
+            // Whatever attempt it is by now, the work is being done.
+            State::Running => {
+                *self = Self { state: State::Running, ..new };
+                Arrival::UnderWay
+            }
+            // The report goes by the attempt that it was given, whatever attempt it is by now.
+            State::Reporting { .. } => {
+                self.delivery = new.delivery;
+                Arrival::UnderWay
+            }
+            // This line was sent before the report arrived: the server does not hold the job any more.
+            State::Settled { .. } => Arrival::UnderWay,
+            State::Parked(outcome) => {
+                let outcome = outcome.clone();
+                *self = Self { state: State::Reporting { failed: matches!(outcome, Outcome::Failure(_)) }, ..new };
+                Arrival::Ended(outcome)
+            }
+        }
+    }
+
+    /// Whether it is an attempt that has ended here, and whose outcome is not settled.
+    fn is_unsettled(&self) -> bool {
+        matches!(self.state, State::Reporting { .. } | State::Parked(_))
+    }
+}
+
 impl Entries {
     fn arrive(&mut self, attempt: &Attempt, delivery: Delivery) -> Arrival {
         let new = Entry { attempts: attempt.attempts, delivery, state: State::Waiting };
@@ -231,52 +285,20 @@ impl Entries {
             self.by_id.insert(attempt.id.clone(), new);
             return Arrival::New;
         };
-        let same = entry.attempts == attempt.attempts;
-        match &entry.state {
-            // The one that waits is out of date: somebody else has reported it meanwhile.
-            State::Waiting => {
-                *entry = new;
-                Arrival::New
-            }
-            // The failure that is being reported, or was kept, has been counted already: this is the next attempt.
-            State::Reporting { failed: true }
-            | State::Parked(Outcome::Failure(_))
-            | State::Settled { failed: true }
-                if !same =>
-            {
-                *entry = new;
-                self.kept.retain(|id| *id != attempt.id);
-                Arrival::New
-            }
-            // This line was sent before the report arrived: the server does not hold the job any more.
-            State::Settled { .. } => {
-                self.remove(&attempt.id);
-                Arrival::UnderWay
-            }
-            // Whatever attempt it is by now, the work is being done.
-            State::Running => {
-                *entry = Entry { state: State::Running, ..new };
-                Arrival::UnderWay
-            }
-            // The report goes by the attempt that it was given, whatever attempt it is by now.
-            State::Reporting { .. } => {
-                entry.delivery = delivery;
-                Arrival::UnderWay
-            }
-            State::Parked(outcome) => {
-                let outcome = outcome.clone();
-                self.kept.retain(|id| *id != attempt.id);
-                *entry = Entry { state: State::Reporting { failed: matches!(outcome, Outcome::Failure(_)) }, ..new };
-                Arrival::Ended(outcome)
-            }
+        let was_kept = matches!(entry.state, State::Settled { .. } | State::Parked(_));
+        let arrival = entry.come_again(new);
+        if matches!(entry.state, State::Settled { .. }) {
+            self.by_id.remove(&attempt.id);
         }
+        if was_kept {
+            self.kept.retain(|id| *id != attempt.id);
+        }
+        arrival
     }
 
     /// An attempt that has ended here, and whose outcome is not settled. What waits or runs under its name is another one.
     fn ended(&mut self, attempt: &Attempt) -> Option<&mut Entry> {
-        self.by_id.get_mut(&attempt.id).filter(|entry| {
-            entry.attempts == attempt.attempts && matches!(entry.state, State::Reporting { .. } | State::Parked(_))
-        })
+        self.by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts && entry.is_unsettled())
     }
 
     /// Counts an entry to those that are kept, and forgets the oldest beyond the limit.
@@ -286,7 +308,9 @@ impl Entries {
         while self.kept.len() > self.max_kept
             && let Some(oldest) = self.kept.pop_front()
         {
-            self.by_id.remove(&oldest);
+            if let Some(Entry { state: State::Parked(_), .. }) = self.by_id.remove(&oldest) {
+                warn!(id = oldest.as_str(), "outcome dropped: too many are kept for their jobs to come again");
+            }
         }
     }
 

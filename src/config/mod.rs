@@ -19,8 +19,8 @@ use layers::Layers;
 
 pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 pub use crate::client::DEFAULT_URL;
-#[cfg(feature = "embedded")]
 pub use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
+#[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
 pub use log::{LogConfig, LogFormat, LogLevel};

@@ -354,6 +354,37 @@ fn a_success_whose_answer_is_swallowed_is_sent_again_and_its_job_runs_once() {
     assert_eq!(daemon.assert_exit(0).read("started"), format!("{id}\n"));
 }
 
+/// The report is under way when the worker cannot find out what became of one of its jobs.
+#[test]
+fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).args(QUICK).args(["--prefetch", "4"]).sh("true").start();
+    let mut stream = server.take();
+    stream.job("0");
+    let first = server.request();
+    stream.job("1").job("2").job("3");
+    // When the third has ended, the second has been handed over.
+    daemon.wait_for_messages(4, "job completed");
+    first.answer("204 No Content", "");
+    let all = server.request();
+    assert!(all.body.starts_with(r#"{"ids":["1","2""#), "{}", all.body);
+    all.answer("422 Unprocessable", r#"{"not_found":["1"]}"#);
+    let look = server.request();
+    assert_eq!(look.line(), "GET /jobs/1 HTTP/1.1");
+    look.answer("503 Service Unavailable", "");
+    let again = server.request();
+    assert!(again.body.contains(r#""1""#) && !again.body.contains(r#""2""#), "{}", again.body);
+    again.answer("422 Unprocessable", r#"{"not_found":["1"]}"#);
+    let look = server.request();
+    assert_eq!(look.line(), "GET /jobs/1 HTTP/1.1");
+    // Whatever stands before the server does not let anyone look: then the success is kept.
+    look.answer("403 Forbidden", "");
+    daemon.wait_for_message("cannot look at a job whose success was denied");
+    stream.end();
+    server.take().job("1");
+    daemon.wait_for_message(ENDED);
+}
+
 /// The next attempt arrives while the report of this one is still under way.
 #[test]
 fn a_later_attempt_is_started_while_the_failure_of_the_one_before_awaits_its_answer() {

@@ -142,6 +142,10 @@ impl Soak {
             proxy.fault_times(times, call, fault);
             name
         };
+        let fault_on_streams = |name, fault: fn(&Proxy)| {
+            fault(proxy);
+            name
+        };
         match random.u8(0..12) {
             0 => lay("500", call, Fault::Answer(500, r#"{"error":"disk full"}"#)),
             1 => lay("503", call, Fault::Answer(503, "")),
@@ -152,18 +156,9 @@ impl Soak {
             6 => lay("delay", call, Fault::Delay(Duration::from_millis(random.u64(1..300)))),
             7 => lay("cut after bytes", Call::Take, Fault::Body(BodyFault::CutAfterBytes(random.usize(1..5000)))),
             8 => lay("stalled after jobs", Call::Take, Fault::Body(BodyFault::StallAfterJobs(random.usize(1..20)))),
-            9 => {
-                proxy.cut_streams();
-                "streams cut"
-            }
-            10 => {
-                if random.bool() {
-                    proxy.stall_streams();
-                } else {
-                    proxy.reset_streams();
-                }
-                "streams stalled or reset"
-            }
+            9 => fault_on_streams("streams cut", Proxy::cut_streams),
+            10 if random.bool() => fault_on_streams("streams stalled", Proxy::stall_streams),
+            10 => fault_on_streams("streams reset", Proxy::reset_streams),
             _ => {
                 server.restart(Duration::from_millis(random.u64(0..600)));
                 "restart"

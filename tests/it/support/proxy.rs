@@ -345,17 +345,7 @@ impl Connection {
         let (head, body) = request.into_parts();
         let Ok(body) = body.collect().await else { return self.hang_up().await };
         let request = Request::from_parts(head, body.to_bytes());
-        let call = call(request.uri().path()).filter(|call| *call != Call::Job || request.method() == Method::GET);
-        self.shared.record(Event::Request(Seen {
-            connection: self.number,
-            call,
-            path: request.uri().to_string(),
-            version: request.version(),
-            body: request.body().clone(),
-        }));
-        if call == Some(Call::Take) {
-            self.shared.streams.lock().unwrap().push(self.clone());
-        }
+        let call = self.record(&request);
         let mut fault_of_body = None;
         match call.and_then(|call| self.shared.next_fault(call)) {
             Some(Fault::Answer(status, body)) => return Ok(say(status, body)),
@@ -378,6 +368,22 @@ impl Connection {
             Ok(answer) => Ok(answer),
             Err(_) => self.hang_up().await,
         }
+    }
+
+    /// Notes what is asked for.
+    fn record(&self, request: &Request<Bytes>) -> Option<Call> {
+        let call = call(request.uri().path()).filter(|call| *call != Call::Job || request.method() == Method::GET);
+        self.shared.record(Event::Request(Seen {
+            connection: self.number,
+            call,
+            path: request.uri().to_string(),
+            version: request.version(),
+            body: request.body().clone(),
+        }));
+        if call == Some(Call::Take) {
+            self.shared.streams.lock().unwrap().push(self.clone());
+        }
+        call
     }
 
     /// Has the server do what was asked. Its answer goes nowhere.

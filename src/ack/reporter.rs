@@ -1,5 +1,5 @@
-//! [`AckProcessor`]: reports what became of the jobs. Successes leave in bulk, failures one by one; neither waits for the
-//! other. A report that the server has no use for now is kept in the [`Ledger`], for the case that its job comes again.
+//! [`Reporter`]: the sending side. It sees each report through: accepted, kept, refused, or given up because the worker is
+//! killed.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,12 +7,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, error, warn};
 
+use super::{Failed, Success};
 use crate::backoff::{Backoff, retry};
 use crate::chain::Chain;
 use crate::client::{Acceptance, Client, ClientError, JobState};
@@ -36,104 +36,15 @@ const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
 /// killed, and one for what had gathered behind it.
 const LAST_TRIES_TIMEOUT: Duration = LAST_TRY_TIMEOUT.saturating_mul(2);
 
-/// A place in the ack queue; given back when the report has been settled or given up.
-type Place = OwnedSemaphorePermit;
-
-#[derive(Debug)]
-struct Success {
-    attempt: Attempt,
-    _place: Place,
-}
-
-#[derive(Debug)]
-struct Failed {
-    attempt: Attempt,
-    failure: Failure,
-    /// It may have been sent before.
-    in_doubt: bool,
-    _place: Place,
-}
-
-/// The way into the ack queue.
-#[derive(Debug, Clone)]
-pub(crate) struct AckQueue {
-    places: Arc<Semaphore>,
-    successes: mpsc::UnboundedSender<Success>,
-    failures: mpsc::UnboundedSender<Failed>,
-}
-
-impl AckQueue {
-    /// Hands over a report; waits while the queue is full.
-    pub(crate) async fn report(&self, attempt: Attempt, outcome: Outcome) {
-        self.put(attempt, outcome, false).await;
-    }
-
-    /// Hands over a report that may have been sent before.
-    pub(crate) async fn report_again(&self, attempt: Attempt, outcome: Outcome) {
-        self.put(attempt, outcome, true).await;
-    }
-
-    async fn put(&self, attempt: Attempt, outcome: Outcome, in_doubt: bool) {
-        // The semaphore is never closed, and the processor outlives every queue: a place and a receiver there always are.
-        let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
-        match outcome {
-            Outcome::Success => drop(self.successes.send(Success { attempt, _place: place })),
-            Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, in_doubt, _place: place })),
-            Outcome::Interrupted => {}
-        }
-    }
-}
-
-/// Takes reports from its queue and sees each through: accepted, kept, refused, or given up because the worker is killed.
-#[derive(Debug)]
-pub(crate) struct AckProcessor {
-    successes: AbortOnDropHandle<()>,
-    failures: AbortOnDropHandle<()>,
-    closing: CancellationToken,
-    reporter: Reporter,
-}
-
 /// What the sending side needs.
 #[derive(Debug, Clone)]
 pub(crate) struct Reporter {
     client: Arc<Client>,
-    ledger: Arc<Ledger>,
+    pub(super) ledger: Arc<Ledger>,
     backoff: Backoff,
     lifecycle: Lifecycle,
     /// When a report first noticed that the worker is killed.
     killed: Arc<OnceLock<Instant>>,
-}
-
-impl AckProcessor {
-    /// Starts it with a queue of `capacity` reports, those under way included.
-    pub(crate) fn start(reporter: Reporter, capacity: usize) -> (Self, AckQueue) {
-        let (successes, success_queue) = mpsc::unbounded_channel();
-        let (failures, failure_queue) = mpsc::unbounded_channel();
-        let closing = CancellationToken::new();
-        let success_task = tokio::spawn(reporter.clone().report_successes(success_queue, closing.clone()));
-        let failure_task = tokio::spawn(reporter.clone().report_failures(failure_queue, closing.clone()));
-        let processor = Self {
-            successes: AbortOnDropHandle::new(success_task),
-            failures: AbortOnDropHandle::new(failure_task),
-            closing,
-            reporter,
-        };
-        (processor, AckQueue { places: Arc::new(Semaphore::new(capacity)), successes, failures })
-    }
-
-    /// Waits until every report is settled or given up, and takes no more. Every run has ended before.
-    pub(crate) async fn finish(self) {
-        self.reporter.await_outcomes().await;
-        self.closing.cancel();
-        let (successes, failures) = tokio::join!(self.successes, self.failures);
-        for ended in [successes, failures] {
-            ended.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
-        }
-        let ids = self.reporter.ledger.ended();
-        if !ids.is_empty() {
-            error!(?ids, error = "the jobs did not come again in time", "report dropped");
-        }
-    }
 }
 
 /// What became of a report that the server has answered.
@@ -150,7 +61,11 @@ impl Reporter {
     }
 
     /// One bulk request at a time: while it is under way, the next one gathers. No timer holds a report back.
-    async fn report_successes(self, mut queue: mpsc::UnboundedReceiver<Success>, closing: CancellationToken) {
+    pub(super) async fn report_successes(
+        self,
+        mut queue: mpsc::UnboundedReceiver<Success>,
+        closing: CancellationToken,
+    ) {
         let mut batch = Vec::new();
         loop {
             tokio::select! {
@@ -167,9 +82,12 @@ impl Reporter {
                 {
                     batch.push(success);
                 }
+                // What the last try has settled does not leave again.
+                batch.retain(|success| self.ledger.is_reporting(&success.attempt));
                 self.try_successes(batch.iter().map(|success| success.attempt.clone()).collect())
             };
             if let Err(error) = self.see_through(attempt).await {
+                batch.retain(|success| self.ledger.is_reporting(&success.attempt));
                 let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
                 log_dropped(&ids, &error);
                 batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
@@ -196,7 +114,13 @@ impl Reporter {
 
     /// A success whose job is not in flight: it is gone, or will come again, or has come meanwhile: then it is returned.
     async fn look_into(&self, attempt: Attempt, seen: Option<Delivery>) -> Result<Option<Attempt>, ClientError> {
-        let state = self.client.job(&attempt.id).await?;
+        let state = match self.client.job(&attempt.id).await {
+            Err(error) if !error.is_retryable() => {
+                warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose success was denied");
+                return Ok(self.ledger.park(&attempt, seen, Outcome::Success).map(|_| attempt));
+            }
+            looked => looked?,
+        };
         debug!(id = attempt.id.as_str(), ?state, "success was already handled, or its job was handed out again");
         if state.is_none_or(|state| state.is_over()) {
             self.ledger.settle(&attempt);
@@ -207,7 +131,7 @@ impl Reporter {
     }
 
     /// Waits until no outcome is being reported, or kept for its job to come again; or until the worker is killed.
-    async fn await_outcomes(&self) {
+    pub(super) async fn await_outcomes(&self) {
         let mut waits = self.backoff.waits();
         let mut next_look = Instant::now() + waits.next_wait();
         while !self.ledger.ended().is_empty() {
@@ -250,7 +174,7 @@ impl Reporter {
         }
     }
 
-    async fn report_failures(self, mut queue: mpsc::UnboundedReceiver<Failed>, closing: CancellationToken) {
+    pub(super) async fn report_failures(self, mut queue: mpsc::UnboundedReceiver<Failed>, closing: CancellationToken) {
         let mut under_way = FuturesUnordered::new();
         loop {
             tokio::select! {
