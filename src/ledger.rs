@@ -367,6 +367,7 @@ mod tests {
         let (ledger, job) = (Ledger::new(8), attempt("a", 0));
         let (_, old) = ledger.arrive(&job);
         ledger.lose_stream();
+        assert!(ledger.is_empty() && !ledger.begin(&job.id, old));
         let (arrival, new) = ledger.arrive(&job);
         assert_eq!(arrival, Arrival::New);
         assert!(!ledger.begin(&job.id, old));
