@@ -93,10 +93,53 @@ impl ResultFile {
 impl Drop for ResultFile {
     fn drop(&mut self) {
         match fs::remove_file(&self.0) {
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => drop(fs::remove_dir_all(&self.0)),
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => drop(remove_tree(&self.0)),
             Err(_) | Ok(()) => {}
         }
     }
+}
+
+impl Drop for ResultDir {
+    fn drop(&mut self) {
+        // What was written too late: it may be as deep as the rest.
+        let _ = remove_tree(self.dir.path());
+    }
+}
+
+/// Removes a directory of any depth, which `fs::remove_dir_all` does not: it takes a stack frame and a descriptor for each
+/// level, and a handler would end the worker with some ten thousand of them. What is below is moved up to the top first.
+fn remove_tree(top: &Path) -> io::Result<()> {
+    loop {
+        let mut is_flat = true;
+        for entry in fs::read_dir(top)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                is_flat = false;
+                empty_into(top, &entry.path())?;
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        if is_flat {
+            return fs::remove_dir(top);
+        }
+    }
+}
+
+/// Moves the directories in `dir` to `top`, removes what else is in it, and then itself.
+fn empty_into(top: &Path, dir: &Path) -> io::Result<()> {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            // Not even its own user may move a directory that is not writable.
+            fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o700))?;
+            fs::rename(entry.path(), top.join(format!("{:032x}", fastrand::u128(..))))?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    fs::remove_dir(dir)
 }
 
 /// What a handler says of its failure.

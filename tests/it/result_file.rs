@@ -192,6 +192,25 @@ fn what_is_no_regular_file_is_ignored_and_holds_up_nothing() {
     assert_ignored("ln -s $ZIZQ_RESULT_FILE $ZIZQ_RESULT_FILE", "cannot be opened");
 }
 
+/// Deeper than a stack is high, or descriptors are many.
+#[test]
+fn a_directory_of_any_depth_is_removed_and_does_not_end_the_worker() {
+    let server = Server::start();
+    let temp_dir = tempfile::tempdir().unwrap();
+    let dig = r#"import os
+os.mkdir(os.environ["ZIZQ_RESULT_FILE"]); os.chdir(os.environ["ZIZQ_RESULT_FILE"])
+for level in range(15000): os.mkdir("a"); os.chdir("a")
+os.mkdir("b")
+os.chmod(".", 0)"#;
+    let daemon = Daemon::of(&server).env("TMPDIR", temp_dir.path()).sh(&format!("python3 -c '{dig}'")).start();
+    let id = server.enqueue("q", "t", json!(null));
+    server.wait_until_done(&id);
+    let results = std::fs::read_dir(temp_dir.path()).unwrap().next().unwrap().unwrap().path();
+    assert_eq!(std::fs::read_dir(results).unwrap().count(), 0);
+    daemon.stop();
+    assert_eq!(std::fs::read_dir(temp_dir.path()).unwrap().count(), 0);
+}
+
 #[test]
 fn what_cannot_be_read_is_ignored() {
     // Whoever may read everything, like root, reads this too.
