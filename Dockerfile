@@ -7,7 +7,7 @@ FROM ${BUILD_IMAGE} AS build
 WORKDIR /build
 # The dependencies change less often than the source: built first, they stay in the cache.
 COPY Cargo.toml Cargo.lock ./
-RUN mkdir -p src tests/it && echo 'fn main() {}' > src/main.rs && touch src/lib.rs tests/it/main.rs \
+RUN mkdir -p src tests/it benches && echo 'fn main() {}' > src/main.rs && touch src/lib.rs tests/it/main.rs benches/throughput.rs \
     && cargo build --release --locked && rm -r src
 COPY src src
 
