@@ -252,7 +252,7 @@ while :; do sleep 0.02; done";
 fn a_handler_that_dies_of_the_drain_signal_is_interrupted_and_not_failed() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
-    let running = Daemon::of(&server).handler("echo up > $DIR/up; exec sleep 1000", "drain_signal = 'SIGHUP'").start();
+    let running = Daemon::of(&server).handler("echo up > $DIR/up; exec sleep 1000", "drain_signal = 'SIGUSR1'").start();
     running.wait_for_file("up");
     let finished = running.stop();
     assert!(finished.has("job interrupted, it goes back to the server"));
