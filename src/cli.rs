@@ -23,14 +23,16 @@ Each setting is taken from its flag, else its environment variable, else the con
 Durations are written like 500ms or \"1m 30s\"; a bare number is seconds.
 
 A handler gets the job's payload (JSON) on stdin and ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY, \
-ZIZQ_JOB_ATTEMPTS, ZIZQ_JOB_READY_AT and ZIZQ_WORKER_ID in its environment. Exit status 0 acknowledges the job; any \
+ZIZQ_JOB_ATTEMPTS, ZIZQ_JOB_READY_AT, ZIZQ_WORKER_ID and ZIZQ_RESULT_FILE in its environment; where there is such a limit, \
+also ZIZQ_JOB_RETRY_LIMIT and ZIZQ_JOB_TIMEOUT. Exit status 0 acknowledges the job; any \
 other status, or death by a signal, reports it as failed, and the server decides when it is tried again.
 
 SIGTERM or SIGINT (Ctrl-C) finishes and reports the jobs that were taken, then exits. A second one stops running jobs; \
 the server hands them out again, with no attempt counted.
 
-Exit status: 0 stopped as asked, 1 jobs had to be stopped or the server refused the worker, 2 a mistake on the command \
-line or in a variable, 78 a mistake in the configuration file or a handler that cannot be run.
+Exit status: 0 stopped as asked, 1 jobs had to be stopped or could not be reported, or the server refused the worker, 2 a \
+mistake on the command line or in a variable, 78 a mistake in the configuration file, or a handler or certificate that \
+cannot be used.
 
 Try it without a server:
   zizq-worker --embedded --jobs config/demo-jobs.ndjson --exec config/handle.sh --exit-when-idle 1s";

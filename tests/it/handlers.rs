@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::{Daemon, Finished, RawServer, Server, unused_address};
 
 /// Whether there is such a program here; says so if not.
-fn has(program: &str) -> bool {
+pub fn has(program: &str) -> bool {
     let mut version = Command::new(program);
     version.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let found = version.status().is_ok_and(|status| status.success());
