@@ -54,6 +54,15 @@ fn run(worker: &Arc<Worker<Obedient>>, lifecycle: &Lifecycle) -> Run {
     runtime().spawn(async move { worker.run(&lifecycle).await })
 }
 
+/// A run that is busy with one job, and that job's id.
+fn run_an_endless_job(server: &Server, lifecycle: &Lifecycle) -> (Run, String) {
+    let dispatcher = Obedient::default();
+    let running = run(&worker(server, &dispatcher), lifecycle);
+    let id = server.enqueue("q", "endless", json!(null));
+    eventually("the job's start", || (dispatcher.endless.load(Ordering::Relaxed) == 1).then_some(()));
+    (running, id)
+}
+
 fn ended(run: Run) -> Result<Summary, WorkerError> {
     runtime().block_on(async { tokio::time::timeout(PATIENCE, run).await }).expect("the run's end").unwrap()
 }
@@ -115,12 +124,8 @@ fn a_run_can_be_stopped_from_another_thread() {
 
 #[test]
 fn a_run_can_be_killed_from_another_thread() {
-    let server = Server::start();
-    let dispatcher = Obedient::default();
-    let lifecycle = Lifecycle::new();
-    let running = run(&worker(&server, &dispatcher), &lifecycle);
-    let id = server.enqueue("q", "endless", json!(null));
-    eventually("the job's start", || (dispatcher.endless.load(Ordering::Relaxed) == 1).then_some(()));
+    let (server, lifecycle) = (Server::start(), Lifecycle::new());
+    let (running, id) = run_an_endless_job(&server, &lifecycle);
     std::thread::spawn(move || lifecycle.kill()).join().unwrap();
     assert_eq!(ended(running).unwrap(), Summary { killed: true, succeeded: 0, failed: 0, interrupted: 1 });
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
@@ -167,12 +172,8 @@ fn a_refusal_of_the_first_request_is_the_error_of_the_run() {
 
 #[test]
 fn a_run_that_is_dropped_gives_its_jobs_back() {
-    let server = Server::start();
-    let dispatcher = Obedient::default();
-    let lifecycle = Lifecycle::new();
-    let running = run(&worker(&server, &dispatcher), &lifecycle);
-    let id = server.enqueue("q", "endless", json!(null));
-    eventually("the job's start", || (dispatcher.endless.load(Ordering::Relaxed) == 1).then_some(()));
+    let (server, lifecycle) = (Server::start(), Lifecycle::new());
+    let (running, id) = run_an_endless_job(&server, &lifecycle);
     running.abort();
     let job: Value = server.wait_for_status(&id, "ready");
     assert_eq!(job["attempts"], 0);
