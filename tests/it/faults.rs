@@ -1,11 +1,14 @@
 //! What networks and servers do on bad days, and what the daemon makes of it.
 
 use std::fs;
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{BodyFault, Call, Daemon, Fault, Proxy, RawServer, Recorder, Running, Server, eventually};
+use crate::support::{
+    BodyFault, Call, Daemon, Fault, Proxy, RawServer, Recorder, Running, Server, eventually, runtime,
+};
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
@@ -151,6 +154,45 @@ fn the_first_wait_and_the_capped_ones_have_their_jitter() {
     let events = daemon.wait_for_messages(6, "server unreachable, reconnecting");
     assert_waits(&events, 300.0);
     assert!(events.iter().any(|event| event["reconnect_in"] != events[0]["reconnect_in"]), "no chance in {events:?}");
+}
+
+/// The limits are fixed: 10 s for a connection, 30 s for an answer.
+#[test]
+fn a_report_that_is_not_answered_is_sent_again_after_thirty_seconds() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();
+    let mut stream = server.take();
+    stream.job("1");
+    let (_unanswered, asked) = (server.request(), Instant::now());
+    while asked.elapsed() < Duration::from_secs(29) {
+        stream.heartbeat();
+        assert!(server.is_quiet(), "sent again after {:?}", asked.elapsed());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let again = server.request();
+    assert_eq!(again.body, r#"{"ids":["1"]}"#);
+    again.answer("204 No Content", "");
+    assert_eq!(daemon.wait_for_message("report failed, trying again")["error"], "no answer within 30s");
+}
+
+#[test]
+fn a_connection_that_is_not_accepted_is_given_up_after_ten_seconds() {
+    let full = runtime().block_on(async {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        socket.listen(0).unwrap()
+    });
+    let address = full.local_addr().unwrap();
+    // The kernel accepts into the backlog, until that is full.
+    let mut queued = Vec::new();
+    while let Ok(connection) = TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
+        queued.push(connection);
+    }
+    let started = Instant::now();
+    let daemon = Daemon::at(&format!("http://{address}")).args(QUICK).sh("true").start();
+    let event = daemon.wait_for_message("server unreachable, reconnecting");
+    assert!(started.elapsed() >= Duration::from_secs(10), "{:?}", started.elapsed());
+    assert!(event["error"].as_str().unwrap().starts_with("cannot connect: "), "{event}");
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! How the worker stops: drained by the first signal, killed by the second or by the deadline, and the stream last.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -297,12 +296,7 @@ int getaddrinfo(const char *node, const char *service, const void *hints, void *
 
 #[test]
 fn a_signal_while_the_servers_name_is_looked_up_is_obeyed_at_once() {
-    let daemon = Daemon::at("http://server.example.org:7890");
-    let source = daemon.file("lookup.c", SLOW_LOOKUP);
-    let library = daemon.dir().join("lookup.so");
-    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status().unwrap();
-    assert!(compiled.success());
-    let daemon = daemon.env("LD_PRELOAD", library).sh("true").start();
+    let daemon = Daemon::at("http://server.example.org:7890").preload(SLOW_LOOKUP).sh("true").start();
     daemon.wait_for_message("connecting");
     let asked = Instant::now();
     daemon.sigterm();

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use crate::support::{Daemon, RawServer, Running, Server, UNTIL_GO, eventually, jobs};
@@ -41,6 +42,54 @@ fn a_handler_that_is_missing_for_a_moment_fails_no_job() {
     deploy(&running, GOOD);
     ids.iter().for_each(|id| server.wait_until_done(id));
     assert_eq!(running.wait_for_lines(12, "ran").len(), 12);
+    let finished = running.stop();
+    assert!(!finished.has("job failed") && !finished.has("handler cannot be started, its jobs are slowed down"));
+}
+
+/// Starts no process, and notes it, for as long as there is an errno in the test's directory.
+const FAULTY_SPAWN: &str = r#"#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+static FILE *open_file(const char *name, const char *mode) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/%s", getenv("DIR"), name);
+    return fopen(path, mode);
+}
+int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions, const posix_spawnattr_t *attributes,
+                 char *const argv[], char *const envp[]) {
+    int number = 0;
+    FILE *fault = open_file("errno", "re");
+    if (fault) {
+        if (fscanf(fault, "%d", &number) != 1) number = 0;
+        fclose(fault);
+    }
+    if (number) {
+        FILE *refused = open_file("refused", "ae");
+        fprintf(refused, "%d\n", number);
+        fclose(refused);
+        return number;
+    }
+    int (*spawn)(pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *, char *const[],
+                 char *const[]) = dlsym(RTLD_NEXT, "posix_spawnp");
+    return spawn(pid, file, actions, attributes, argv, envp);
+}"#;
+
+#[test]
+fn a_machine_that_is_short_of_something_for_a_moment_fails_no_job() {
+    let server = Server::start();
+    let running = Daemon::of(&server).preload(FAULTY_SPAWN).sh("true").start();
+    let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::TXTBSY];
+    for (number, errno) in shortages.into_iter().enumerate() {
+        let fault = running.dir().join("errno");
+        fs::write(&fault, errno.raw_os_error().to_string()).unwrap();
+        let id = server.enqueue("q", "t", json!(null));
+        running.wait_for_lines(2 * (number + 1), "refused");
+        assert_eq!(server.job(&id).unwrap()["status"], "in_flight");
+        fs::remove_file(fault).unwrap();
+        server.wait_until_done(&id);
+    }
     let finished = running.stop();
     assert!(!finished.has("job failed") && !finished.has("handler cannot be started, its jobs are slowed down"));
 }

@@ -117,6 +117,14 @@ impl Daemon {
         self.handlers(&format!("[handler]\nexec = ['$DIR/handle.sh']\n{settings}"))
     }
 
+    /// Puts functions of the C library's out of order, by others in C that come before them.
+    pub fn preload(self, source: &str) -> Self {
+        let (source, library) = (self.file("preload.c", source), self.dir().join("preload.so"));
+        let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status().unwrap();
+        assert!(compiled.success());
+        self.env("LD_PRELOAD", library)
+    }
+
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
