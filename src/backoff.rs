@@ -57,6 +57,11 @@ impl Backoff {
         Ok(Self { min_wait, max_wait, multiplier })
     }
 
+    /// The least wait, the greatest, and the multiplier.
+    pub(crate) fn parts(&self) -> (Duration, Duration, f64) {
+        (self.min_wait, self.max_wait, self.multiplier)
+    }
+
     /// A fresh sequence of waits.
     pub fn waits(&self) -> Waits {
         Waits { policy: *self, next: self.min_wait }

@@ -28,7 +28,8 @@ also ZIZQ_JOB_RETRY_LIMIT and ZIZQ_JOB_TIMEOUT. Exit status 0 acknowledges the j
 other status, or death by a signal, reports it as failed, and the server decides when it is tried again.
 
 SIGTERM or SIGINT (Ctrl-C) finishes and reports the jobs that were taken, then exits. A second one stops running jobs; \
-the server hands them out again, with no attempt counted.
+the server hands them out again, with no attempt counted. SIGHUP reads the configuration file again. SIGUSR2 is quiet: nothing \
+more is taken until SIGCONT. SIGUSR1 logs what the worker is doing.
 
 Exit status: 0 stopped as asked, 1 jobs had to be stopped or could not be reported, or the server refused the worker, 2 a \
 mistake on the command line or in a variable, 78 a mistake in the configuration file, or a handler or certificate that \
@@ -54,6 +55,8 @@ pub struct Args {
     pub(crate) path_list: Option<OsString>,
     /// Everything that handlers may inherit.
     pub(crate) environment: Vec<(OsString, OsString)>,
+    /// `NO_COLOR` (<https://no-color.org>).
+    pub(crate) no_color: bool,
 }
 
 /// A command line that asks for something else than work: for help, or for another try. Says so when printed.
@@ -98,7 +101,9 @@ impl Args {
     pub fn try_parse_from(argv: impl IntoIterator<Item = OsString>) -> Result<Self, Usage> {
         let matches = command().try_get_matches_from(argv).map_err(Usage)?;
         let rust_log = std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
-        Ok(Self { matches, rust_log, path_list: std::env::var_os("PATH"), environment: std::env::vars_os().collect() })
+        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let (path_list, environment) = (std::env::var_os("PATH"), std::env::vars_os().collect());
+        Ok(Self { matches, rust_log, path_list, environment, no_color })
     }
 
     /// What was given for the setting of that name. An empty variable counts as not set.
@@ -125,8 +130,17 @@ impl Args {
         Some(self.matches.get_many::<OsString>("command")?.cloned().collect())
     }
 
+    /// Whether the settings are to be shown, and nothing is to be run.
+    pub fn is_check(&self) -> bool {
+        self.is_set("check")
+    }
+
+    /// Whether whoever started this process wants to be told how it does.
+    pub fn is_supervised(&self) -> bool {
+        self.environment.iter().any(|(name, value)| name == "NOTIFY_SOCKET" && !value.is_empty())
+    }
+
     /// Whether a flag without a value was given.
-    #[cfg(feature = "embedded")]
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.matches.get_flag(name)
     }
@@ -172,6 +186,7 @@ pub fn command() -> Command {
     let command = command.next_help_heading("Handler").args(handler_args());
     let command = command.next_help_heading("Worker").args(worker_args());
     let command = command.next_help_heading("Retries").args(retry_args());
+    let command = command.next_help_heading("Operations").args(operations_args());
     let command = command.next_help_heading("Logging").args(log_args());
     command.next_help_heading("Trying it out").args(embedded_args())
 }
@@ -236,6 +251,8 @@ fn worker_args() -> Vec<Arg> {
             format!("How long finishing may take after a signal [default: {deadline}]"),
         )
         .visible_alias("shutdown-timeout"),
+        setting("max-jobs", "N", "Exit after starting exactly that many jobs [default: no limit]"),
+        setting("max-time", "DURATION", "Exit after that long, when running jobs have finished [default: no limit]"),
         setting("exit-when-idle", "DURATION", "Exit once connected and without a job for that long [default: never]"),
         setting("config", "FILE", "The configuration file (TOML) [default: none]").short('c'),
     ]
@@ -255,6 +272,19 @@ fn retry_args() -> Vec<Arg> {
             "retry-multiplier",
             "X",
             format!("How much longer each wait is than the last [default: {DEFAULT_RETRY_MULTIPLIER}]"),
+        ),
+    ]
+}
+
+fn operations_args() -> Vec<Arg> {
+    vec![
+        setting(
+            "admin-listen",
+            "ADDRESS:PORT",
+            "Serve /live, /ready, /status and /metrics over HTTP there, like 127.0.0.1:9290 [default: off]",
+        ),
+        Arg::new("check").long("check").action(ArgAction::SetTrue).help(
+            "Check and print every setting with its origin, ask the server for its version, and exit without taking a job",
         ),
     ]
 }

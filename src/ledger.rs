@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tracing::warn;
 
 use crate::job::{JobId, Outcome};
@@ -39,8 +39,22 @@ pub(crate) enum Arrival {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     entries: Mutex<Entries>,
-    /// Rings when an outcome has been settled, or kept, or is wanted again.
-    moved: Notify,
+    /// Changes when a job is here no longer, or its outcome has been kept, or is wanted again.
+    moved: watch::Sender<()>,
+}
+
+/// Whether a run may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Beginning {
+    /// It has begun.
+    Begun {
+        /// Whether it is the last that may begin.
+        is_last: bool,
+    },
+    /// The job is no longer ours to run.
+    NotOurs,
+    /// As many have begun as may.
+    NoneLeft,
 }
 
 #[derive(Debug)]
@@ -50,6 +64,8 @@ struct Entries {
     kept: VecDeque<JobId>,
     max_kept: usize,
     deliveries: u64,
+    /// How many runs may still begin, where that is limited.
+    runs_left: Option<u64>,
     /// Every delivery up to this one came over a stream that is lost.
     lost: u64,
 }
@@ -76,11 +92,12 @@ enum State {
 }
 
 impl Ledger {
-    /// An empty ledger that remembers at most `max_kept` ended jobs for the case that they come again.
-    pub(crate) fn new(max_kept: usize) -> Self {
-        let by_id = HashMap::new();
-        let entries = Entries { by_id, kept: VecDeque::new(), max_kept, deliveries: 0, lost: 0 };
-        Self { entries: Mutex::new(entries), moved: Notify::new() }
+    /// An empty ledger that remembers at most `max_kept` ended jobs for the case that they come again, and lets at most
+    /// `max_runs` begin.
+    pub(crate) fn new(max_kept: usize, max_runs: Option<u64>) -> Self {
+        let (by_id, kept) = (HashMap::new(), VecDeque::new());
+        let entries = Entries { by_id, kept, max_kept, deliveries: 0, runs_left: max_runs, lost: 0 };
+        Self { entries: Mutex::new(entries), moved: watch::Sender::default() }
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
@@ -95,7 +112,7 @@ impl Ledger {
         let delivery = Delivery(entries.deliveries);
         let arrival = entries.arrive(attempt, delivery);
         if matches!(arrival, Arrival::Ended(_)) {
-            self.moved.notify_one();
+            self.moved.send_replace(());
         }
         (arrival, delivery)
     }
@@ -110,27 +127,33 @@ impl Ledger {
         kept.retain(|id| by_id.contains_key(id));
     }
 
-    /// Notes that a run begins, unless the job is no longer ours to run.
-    pub(crate) fn begin(&self, id: &JobId, delivery: Delivery) -> bool {
+    /// Notes that a run begins, if it may. A job that may not, because as many have begun as may, is forgotten: the server
+    /// has it again when the stream closes.
+    pub(crate) fn begin(&self, id: &JobId, delivery: Delivery) -> Beginning {
         let mut entries = self.entries();
-        match entries.by_id.get_mut(id) {
-            Some(entry) if entry.delivery == delivery && matches!(entry.state, State::Waiting) => {
-                entry.state = State::Running;
-                true
+        let Entries { by_id, runs_left, .. } = &mut *entries;
+        let Some(entry) = by_id.get_mut(id).filter(|entry| entry.waits_since(delivery)) else {
+            return Beginning::NotOurs;
+        };
+        match runs_left {
+            Some(0) => {
+                by_id.remove(id);
+                self.moved.send_replace(());
+                return Beginning::NoneLeft;
             }
-            _ => false,
+            Some(left) => *left -= 1,
+            None => {}
         }
+        entry.state = State::Running;
+        Beginning::Begun { is_last: *runs_left == Some(0) }
     }
 
     /// Forgets a job that will not be started: the server has it again when the stream closes.
     pub(crate) fn give_back(&self, id: &JobId, delivery: Delivery) {
         let mut entries = self.entries();
-        if entries
-            .by_id
-            .get(id)
-            .is_some_and(|entry| entry.delivery == delivery && matches!(entry.state, State::Waiting))
-        {
+        if entries.by_id.get(id).is_some_and(|entry| entry.waits_since(delivery)) {
             entries.by_id.remove(id);
+            self.moved.send_replace(());
         }
     }
 
@@ -140,6 +163,7 @@ impl Ledger {
         let mut entries = self.entries();
         if *outcome == Outcome::Interrupted {
             entries.by_id.remove(id);
+            self.moved.send_replace(());
             return None;
         }
         let entry = entries.by_id.get_mut(id)?;
@@ -177,7 +201,7 @@ impl Ledger {
             entry.state = State::Settled { failed };
             entries.keep(&attempt.id);
         }
-        self.moved.notify_one();
+        self.moved.send_replace(());
     }
 
     /// Forgets an attempt whose report was given up.
@@ -185,7 +209,7 @@ impl Ledger {
         let mut entries = self.entries();
         if entries.ended(attempt).is_some() {
             entries.remove(&attempt.id);
-            self.moved.notify_one();
+            self.moved.send_replace(());
         }
     }
 
@@ -200,7 +224,7 @@ impl Ledger {
         }
         entry.state = State::Parked(outcome);
         entries.keep(&attempt.id);
-        self.moved.notify_one();
+        self.moved.send_replace(());
         None
     }
 
@@ -222,9 +246,16 @@ impl Ledger {
         entries.by_id.iter().filter(|(_, entry)| entry.is_unsettled()).map(|(id, _)| id.clone()).collect()
     }
 
-    /// Waits until an outcome has moved since the last call.
-    pub(crate) async fn moved(&self) {
-        self.moved.notified().await;
+    /// How many jobs wait here, run, or are being reported. What is parked is not: the server has it.
+    pub(crate) fn under_way(&self) -> usize {
+        let is_under_way =
+            |entry: &&Entry| matches!(entry.state, State::Waiting | State::Running | State::Reporting { .. });
+        self.entries().by_id.values().filter(is_under_way).count()
+    }
+
+    /// Changes whenever a job is here no longer, or its outcome has been kept, or is wanted again.
+    pub(crate) fn movements(&self) -> watch::Receiver<()> {
+        self.moved.subscribe()
     }
 
     /// Whether anything here may still have to be told to the server.
@@ -270,6 +301,11 @@ impl Entry {
                 Arrival::Ended(outcome)
             }
         }
+    }
+
+    /// Whether it waits to be run since that delivery.
+    fn waits_since(&self, delivery: Delivery) -> bool {
+        self.delivery == delivery && matches!(self.state, State::Waiting)
     }
 
     /// Whether it is an attempt that has ended here, and whose outcome is not settled.
@@ -337,12 +373,12 @@ mod tests {
     fn running(ledger: &Ledger, attempt: &Attempt) {
         let (arrival, delivery) = ledger.arrive(attempt);
         assert_eq!(arrival, Arrival::New);
-        assert!(ledger.begin(&attempt.id, delivery));
+        assert_eq!(ledger.begin(&attempt.id, delivery), Beginning::Begun { is_last: false });
     }
 
     #[test]
     fn a_job_that_comes_again_while_it_runs_is_not_started_and_its_report_counts_again() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         ledger.lose_stream();
         assert_eq!(ledger.held(&job), None);
@@ -355,7 +391,7 @@ mod tests {
 
     #[test]
     fn a_run_answers_for_the_attempt_that_the_server_has_come_to() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         ledger.lose_stream();
         assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
@@ -364,20 +400,20 @@ mod tests {
 
     #[test]
     fn what_waits_when_the_stream_is_lost_is_not_started() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         let (_, old) = ledger.arrive(&job);
         ledger.lose_stream();
-        assert!(ledger.is_empty() && !ledger.begin(&job.id, old));
+        assert!(ledger.is_empty() && ledger.begin(&job.id, old) == Beginning::NotOurs);
         let (arrival, new) = ledger.arrive(&job);
         assert_eq!(arrival, Arrival::New);
-        assert!(!ledger.begin(&job.id, old));
-        assert!(ledger.begin(&job.id, new));
-        assert!(!ledger.begin(&job.id, new));
+        assert!(ledger.begin(&job.id, old) == Beginning::NotOurs);
+        assert_eq!(ledger.begin(&job.id, new), Beginning::Begun { is_last: false });
+        assert!(ledger.begin(&job.id, new) == Beginning::NotOurs);
     }
 
     #[test]
     fn an_outcome_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         let seen = ledger.held(&job);
         ledger.end(&job.id, &failure());
@@ -388,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_job_that_has_come_again_is_not_parked_unless_the_server_denied_that_very_delivery() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         let seen = ledger.held(&job);
         ledger.end(&job.id, &Outcome::Success);
@@ -401,19 +437,20 @@ mod tests {
 
     #[test]
     fn a_failure_that_was_counted_is_not_told_to_the_next_attempt() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         ledger.end(&job.id, &failure());
         let (arrival, delivery) = ledger.arrive(&attempt("a", 1));
         assert_eq!(arrival, Arrival::New);
         assert_eq!(ledger.held(&job), None);
         ledger.forget(&job);
-        assert!(ledger.begin(&job.id, delivery), "forgetting the old attempt spares the new one");
+        let begun = ledger.begin(&job.id, delivery);
+        assert_eq!(begun, Beginning::Begun { is_last: false }, "forgetting the old attempt spares the new one");
     }
 
     #[test]
     fn work_that_is_done_is_done_whatever_attempt_comes_next() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         ledger.end(&job.id, &Outcome::Success);
         ledger.lose_stream();
@@ -423,7 +460,7 @@ mod tests {
 
     #[test]
     fn a_success_that_is_being_reported_is_kept_whatever_attempt_comes_meanwhile() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         ledger.end(&job.id, &Outcome::Success);
         ledger.lose_stream();
@@ -438,24 +475,24 @@ mod tests {
 
     #[test]
     fn a_job_that_comes_again_while_it_waits_is_started_once_as_what_it_has_become() {
-        let ledger = Ledger::new(8);
+        let ledger = Ledger::new(8, None);
         let (_, old) = ledger.arrive(&attempt("a", 0));
         let (arrival, new) = ledger.arrive(&attempt("a", 1));
         assert_eq!(arrival, Arrival::New);
-        assert!(!ledger.begin(&"a".into(), old));
+        assert_eq!(ledger.begin(&"a".into(), old), Beginning::NotOurs);
         ledger.give_back(&"a".into(), old);
-        assert!(ledger.begin(&"a".into(), new));
+        assert_eq!(ledger.begin(&"a".into(), new), Beginning::Begun { is_last: false });
         assert_eq!(ledger.end(&"a".into(), &failure()), Some(attempt("a", 1)));
     }
 
     #[test]
     fn an_outcome_that_is_kept_again_and_again_takes_one_place() {
-        let ledger = Ledger::new(2);
+        let ledger = Ledger::new(2, None);
         let keep = |name| {
             let job = attempt(name, 0);
             let (arrival, delivery) = ledger.arrive(&job);
             if arrival == Arrival::New {
-                assert!(ledger.begin(&job.id, delivery));
+                assert_eq!(ledger.begin(&job.id, delivery), Beginning::Begun { is_last: false });
                 ledger.end(&job.id, &Outcome::Success);
             }
             assert_eq!(ledger.park(&job, Some(delivery), Outcome::Success), None);
@@ -469,7 +506,7 @@ mod tests {
     #[test]
     fn a_line_that_was_sent_before_the_report_arrived_starts_nothing() {
         for (outcome, next) in [(Outcome::Success, Arrival::UnderWay), (failure(), Arrival::New)] {
-            let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+            let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
             let settled = || {
                 running(&ledger, &job);
                 ledger.end(&job.id, &outcome);
@@ -490,7 +527,7 @@ mod tests {
 
     #[test]
     fn nothing_is_remembered_of_a_job_that_was_held_when_its_report_arrived() {
-        let (ledger, job) = (Ledger::new(8), attempt("a", 0));
+        let (ledger, job) = (Ledger::new(8, None), attempt("a", 0));
         running(&ledger, &job);
         ledger.end(&job.id, &Outcome::Success);
         ledger.settle(&job);
@@ -499,7 +536,7 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_bounded() {
-        let ledger = Ledger::new(2);
+        let ledger = Ledger::new(2, None);
         for name in ["a", "b", "c"] {
             let job = attempt(name, 0);
             running(&ledger, &job);

@@ -25,6 +25,9 @@
 //! | `process` | one child in its own process group |
 //! | `ledger` | which jobs are here, so that none runs twice |
 //! | `ack` | the reports |
+//! | [`daemon`] | a worker with all that watches and steers it; `admin`: over HTTP; `supervisor`: the service manager |
+//! | `metrics` | what is counted, for Prometheus |
+//! | [`check`] | `--check`; [`version`]: which servers fit |
 //! | [`embedded`] | the in-memory server |
 //!
 //! A worker for work that is not a process is a [`Dispatcher`] of your own:
@@ -54,11 +57,14 @@
 //! ```
 
 mod ack;
+mod admin;
 pub mod backoff;
 pub mod chain;
+pub mod check;
 pub mod cli;
 pub mod client;
 pub mod config;
+pub mod daemon;
 pub mod dispatch;
 #[cfg(feature = "embedded")]
 pub mod embedded;
@@ -67,8 +73,11 @@ pub mod job;
 mod ledger;
 pub mod lifecycle;
 pub mod logging;
+mod metrics;
 mod process;
 pub mod stream;
+mod supervisor;
+pub mod version;
 pub mod worker;
 
 pub use backoff::Backoff;
@@ -77,6 +86,6 @@ pub use config::{Config, ConfigError, WorkerConfig};
 pub use dispatch::{Dispatcher, Ended, ExecDispatcher};
 pub use handler::{Handler, Handlers};
 pub use job::{Failure, Job, JobId, Outcome};
-pub use lifecycle::{Lifecycle, Phase, StopSignals};
+pub use lifecycle::{Lifecycle, Phase, Request, WorkerSignals};
 pub use process::{Output, Program, Signal, Usage};
-pub use worker::{Summary, Worker, WorkerError};
+pub use worker::{Controls, Status, Summary, Unready, Worker, WorkerError};

@@ -1,14 +1,16 @@
-//! [`Lifecycle`]: how far a worker has come on its way to a stop, and what moves it there.
+//! [`Lifecycle`]: how far a worker has come on its way to a stop, and what moves it there. [`WorkerSignals`]: what it is told
+//! from outside.
 
 use std::fmt;
 use std::io;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::low_level::signal_name;
 use signal_hook_tokio::Signals;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 /// A step on the way to a stop. Later steps are greater, and nothing leads back.
@@ -44,11 +46,12 @@ impl fmt::Display for Phase {
 #[derive(Debug, Clone)]
 pub struct Lifecycle {
     phase: watch::Sender<Phase>,
+    reason: Arc<OnceLock<String>>,
 }
 
 impl Default for Lifecycle {
     fn default() -> Self {
-        Self { phase: watch::Sender::new(Phase::Running) }
+        Self { phase: watch::Sender::new(Phase::Running), reason: Arc::default() }
     }
 }
 
@@ -66,6 +69,23 @@ impl Lifecycle {
     /// Asks for a graceful stop: what was taken is finished and reported first.
     pub fn stop(&self) {
         self.raise(Phase::Draining);
+    }
+
+    /// The same, and says why, unless it stops already.
+    pub(crate) fn stop_because(&self, reason: impl Into<String>) {
+        self.phase.send_if_modified(|current| {
+            let is_first = *current == Phase::Running;
+            if is_first {
+                let _ = self.reason.set(reason.into());
+                *current = Phase::Draining;
+            }
+            is_first
+        });
+    }
+
+    /// Why it was first asked to stop, if that was said.
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.get().map(String::as_str)
     }
 
     /// Asks for a stop now: running jobs are terminated, and handed out again by the server.
@@ -106,30 +126,62 @@ impl Lifecycle {
     }
 }
 
-/// SIGTERM and SIGINT, heard from the moment [`listen`](Self::listen) returns.
-pub struct StopSignals(Signals);
+/// What a signal asks for that is no stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// SIGHUP: read the settings again.
+    Reload,
+    /// SIGUSR1: say what is going on.
+    Status,
+    /// SIGUSR2: take nothing more.
+    Pause,
+    /// SIGCONT: take again.
+    Resume,
+}
 
-impl fmt::Debug for StopSignals {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("StopSignals")
+impl Request {
+    fn of(signal: i32) -> Option<Self> {
+        match signal {
+            SIGHUP => Some(Self::Reload),
+            SIGUSR1 => Some(Self::Status),
+            SIGUSR2 => Some(Self::Pause),
+            SIGCONT => Some(Self::Resume),
+            _ => None,
+        }
     }
 }
 
-impl StopSignals {
-    /// Starts to hear the signals; until then they end the process.
+/// The signals of a worker, heard from the moment [`listen`](Self::listen) returns.
+pub struct WorkerSignals(Signals);
+
+impl fmt::Debug for WorkerSignals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WorkerSignals")
+    }
+}
+
+impl WorkerSignals {
+    /// Starts to hear the signals; until then they do what they do to any process.
     ///
     /// # Errors
     /// When the operating system refuses the handlers.
     pub fn listen() -> io::Result<Self> {
-        Signals::new([SIGTERM, SIGINT]).map(Self)
+        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGCONT]).map(Self)
     }
 
-    /// The first signal drains, the second kills, the third does so without grace. Ends only when the process does.
-    pub async fn obey(mut self, lifecycle: &Lifecycle) {
+    /// The first SIGTERM or SIGINT drains, the second kills, the third does so without grace. All other signals are passed
+    /// on: what they ask for may take its time, and no stop waits for that. Ends only when the process does.
+    pub async fn obey(mut self, lifecycle: Lifecycle, requests: mpsc::UnboundedSender<Request>) {
         let mut count = 0;
         while let Some(signal) = self.0.next().await {
-            count += 1;
-            stop(lifecycle, count, signal_name(signal).unwrap_or("signal"));
+            match Request::of(signal) {
+                // Nobody is left to hear it when the worker has stopped.
+                Some(request) => drop(requests.send(request)),
+                None => {
+                    count += 1;
+                    stop(&lifecycle, count, signal_name(signal).unwrap_or("signal"));
+                }
+            }
         }
     }
 }
@@ -138,7 +190,7 @@ impl StopSignals {
 fn stop(lifecycle: &Lifecycle, count: usize, signal: &'static str) {
     match lifecycle.phase() {
         Phase::Running | Phase::Draining if count == 1 => {
-            lifecycle.stop();
+            lifecycle.stop_because(signal);
             info!(signal, "draining: finishing what was taken; once more stops running jobs");
         }
         Phase::Running | Phase::Draining => {

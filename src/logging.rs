@@ -1,30 +1,64 @@
-//! The log: pretty, compact or JSON lines on stderr.
+//! [`Log`]: pretty, compact or JSON lines on stderr, and on a terminal a last line that changes ([`LiveLine`]).
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write, stderr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::fmt;
+use tracing_subscriber::fmt::{MakeWriter, layer};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::chain::is_unruly;
 use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, Source};
 
-/// Starts the log of this process.
-///
-/// # Errors
-/// When `RUST_LOG` is not a filter.
-pub fn init(config: &LogConfig) -> Result<(), ConfigError> {
-    let log = fmt().with_env_filter(filter(config)?).with_writer(stderr).log_internal_errors(false);
-    let is_terminal = stderr().is_terminal();
-    match config.format.unwrap_or(if is_terminal { LogFormat::Pretty } else { LogFormat::Compact }) {
-        LogFormat::Pretty => log.with_target(false).with_ansi(is_terminal).init(),
-        LogFormat::Compact => log.with_target(false).with_ansi(false).compact().init(),
-        LogFormat::Json => {
-            let log = log.with_writer(|| JsonWriter(stderr()));
-            log.with_target(false).json().flatten_event(true).with_span_list(false).init();
-        }
+/// The log of this process.
+#[derive(Debug)]
+pub struct Log {
+    filter: reload::Handle<EnvFilter, Registry>,
+    live: Option<LiveLine>,
+}
+
+impl Log {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// When `RUST_LOG` is not a filter.
+    pub fn start(config: &LogConfig) -> Result<Self, ConfigError> {
+        let (filtering, filter) = reload::Layer::new(filter(config)?);
+        let is_terminal = stderr().is_terminal();
+        let format = config.format.unwrap_or(if is_terminal { LogFormat::Pretty } else { LogFormat::Compact });
+        let live = (is_terminal && format != LogFormat::Json).then(LiveLine::default);
+        let plain = layer().log_internal_errors(false).with_target(false).with_ansi(is_terminal && !config.no_color);
+        let writing = match (format, &live) {
+            (LogFormat::Json, _) => {
+                let json = layer().log_internal_errors(false).with_target(false).with_ansi(false).json();
+                json.flatten_event(true).with_span_list(false).with_writer(|| JsonWriter(stderr())).boxed()
+            }
+            (LogFormat::Compact, Some(live)) => plain.with_ansi(false).compact().with_writer(live.clone()).boxed(),
+            (LogFormat::Compact, None) => plain.with_ansi(false).compact().with_writer(stderr).boxed(),
+            (LogFormat::Pretty, Some(live)) => plain.with_writer(live.clone()).boxed(),
+            (LogFormat::Pretty, None) => plain.with_writer(stderr).boxed(),
+        };
+        tracing_subscriber::registry().with(filtering).with(writing).init();
+        Ok(Self { filter, live })
     }
-    Ok(())
+
+    /// Logs from now on what these settings say; their format has no effect.
+    ///
+    /// # Errors
+    /// When `RUST_LOG` is not a filter.
+    pub fn refilter(&self, config: &LogConfig) -> Result<(), ConfigError> {
+        let filter = filter(config)?;
+        // It fails only when there is no log any more.
+        let _ = self.filter.reload(filter);
+        Ok(())
+    }
+
+    /// The last line of the terminal, if the log is on one.
+    pub fn live_line(&self) -> Option<&LiveLine> {
+        self.live.as_ref()
+    }
 }
 
 fn filter(config: &LogConfig) -> Result<EnvFilter, ConfigError> {
@@ -44,6 +78,62 @@ fn level_name(level: LogLevel) -> &'static str {
         LogLevel::Info => "info",
         LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
+    }
+}
+
+/// A line below the log that is rewritten in place; clones are of one line.
+#[derive(Clone, Default)]
+pub struct LiveLine(Arc<Mutex<String>>);
+
+impl fmt::Debug for LiveLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LiveLine")
+    }
+}
+
+/// Back to the beginning of the line, which is then empty.
+const CLEAR: &str = "\r\x1b[K";
+
+impl LiveLine {
+    /// Shows that text there; nothing takes the line away.
+    pub fn show(&self, text: &str) {
+        let mut shown = self.lock();
+        if !(shown.is_empty() && text.is_empty()) {
+            // A terminal that is gone shows nothing.
+            let _ = write!(stderr(), "{CLEAR}{text}");
+            text.clone_into(&mut shown);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<'a> MakeWriter<'a> for LiveLine {
+    type Writer = AboveLiveLine<'a>;
+
+    fn make_writer(&'a self) -> AboveLiveLine<'a> {
+        AboveLiveLine(self.lock())
+    }
+}
+
+/// Writes events where the live line was, and the live line below them again.
+#[derive(Debug)]
+pub struct AboveLiveLine<'a>(MutexGuard<'a, String>);
+
+impl Write for AboveLiveLine<'_> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        match self.0.is_empty() {
+            true => stderr().write_all(event)?,
+            // At once, so that no half of it is seen.
+            false => stderr().write_all(&[CLEAR.as_bytes(), event, self.0.as_bytes()].concat())?,
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        stderr().flush()
     }
 }
 

@@ -2,6 +2,7 @@
 //! other. A report that the server has no use for now is kept in the [`Ledger`](crate::ledger::Ledger), for the case that its
 //! job comes again.
 
+mod link;
 mod reporter;
 
 use std::sync::Arc;
@@ -13,10 +14,29 @@ use tracing::error;
 
 use crate::job::{Failure, Outcome};
 use crate::ledger::Attempt;
+use crate::metrics::Metrics;
+pub(crate) use link::Link;
 pub(crate) use reporter::Reporter;
 
 /// A place in the ack queue; given back when the report has been settled or given up.
-type Place = OwnedSemaphorePermit;
+#[derive(Debug)]
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    metrics: Metrics,
+}
+
+impl Place {
+    fn take(permit: OwnedSemaphorePermit, metrics: &Metrics) -> Self {
+        metrics.report_waits();
+        Self { _permit: permit, metrics: metrics.clone() }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.metrics.report_leaves();
+    }
+}
 
 #[derive(Debug)]
 struct Success {
@@ -39,6 +59,7 @@ pub(crate) struct AckQueue {
     places: Arc<Semaphore>,
     successes: mpsc::UnboundedSender<Success>,
     failures: mpsc::UnboundedSender<Failed>,
+    metrics: Metrics,
 }
 
 impl AckQueue {
@@ -54,7 +75,8 @@ impl AckQueue {
 
     async fn put(&self, attempt: Attempt, outcome: Outcome, in_doubt: bool) {
         // The semaphore is never closed. Once nobody receives, the worker has stopped, and the job goes back.
-        let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&self.places).acquire_owned().await else { return };
+        let place = Place::take(permit, &self.metrics);
         match outcome {
             Outcome::Success => drop(self.successes.send(Success { attempt, _place: place })),
             Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, in_doubt, _place: place })),
@@ -74,7 +96,7 @@ pub(crate) struct AckProcessor {
 
 impl AckProcessor {
     /// Starts it with a queue of `capacity` reports, those under way included.
-    pub(crate) fn start(reporter: Reporter, capacity: usize) -> (Self, AckQueue) {
+    pub(crate) fn start(reporter: Reporter, capacity: usize, metrics: Metrics) -> (Self, AckQueue) {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
         let closing = CancellationToken::new();
@@ -86,7 +108,7 @@ impl AckProcessor {
             closing,
             reporter,
         };
-        (processor, AckQueue { places: Arc::new(Semaphore::new(capacity)), successes, failures })
+        (processor, AckQueue { places: Arc::new(Semaphore::new(capacity)), successes, failures, metrics })
     }
 
     /// Waits until every report is settled or given up, and takes no more. Every run has ended before.
@@ -99,6 +121,7 @@ impl AckProcessor {
         }
         let ids = self.reporter.ledger.ended();
         if !ids.is_empty() {
+            self.reporter.metrics.reports_dropped(ids.len());
             error!(?ids, error = "the jobs did not come again in time", "report dropped");
         }
     }

@@ -12,13 +12,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
+use super::link::Link;
 use super::{Failed, Success};
 use crate::backoff::{Backoff, retry};
 use crate::chain::Chain;
-use crate::client::{Acceptance, Client, ClientError, JobState};
+use crate::client::{Acceptance, ClientError, JobState};
 use crate::job::{Failure, JobId, Outcome};
 use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::Metrics;
 
 /// How many ids one bulk request carries at most, so that its size stays far below what servers and proxies accept.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
@@ -39,10 +41,11 @@ const LAST_TRIES_TIMEOUT: Duration = LAST_TRY_TIMEOUT.saturating_mul(2);
 /// What the sending side needs.
 #[derive(Debug, Clone)]
 pub(crate) struct Reporter {
-    client: Arc<Client>,
+    link: Link,
     pub(super) ledger: Arc<Ledger>,
     backoff: Backoff,
     lifecycle: Lifecycle,
+    pub(super) metrics: Metrics,
     /// When a report first noticed that the worker is killed.
     killed: Arc<OnceLock<Instant>>,
 }
@@ -56,8 +59,14 @@ enum Settled {
 }
 
 impl Reporter {
-    pub(crate) fn new(client: Arc<Client>, ledger: Arc<Ledger>, backoff: Backoff, lifecycle: Lifecycle) -> Self {
-        Self { client, ledger, backoff, lifecycle, killed: Arc::default() }
+    pub(crate) fn new(
+        link: Link,
+        ledger: Arc<Ledger>,
+        backoff: Backoff,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+    ) -> Self {
+        Self { link, ledger, backoff, lifecycle, metrics, killed: Arc::default() }
     }
 
     /// One bulk request at a time: while it is under way, the next one gathers. No timer holds a report back.
@@ -89,7 +98,7 @@ impl Reporter {
             if let Err(error) = self.see_through(attempt).await {
                 batch.retain(|success| self.ledger.is_reporting(&success.attempt));
                 let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
-                log_dropped(&ids, &error);
+                self.drop_reports(&ids, &error);
                 batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
             }
             batch.clear();
@@ -101,7 +110,7 @@ impl Reporter {
         while !attempts.is_empty() {
             let ids: Vec<JobId> = attempts.iter().map(|attempt| attempt.id.clone()).collect();
             let held: Vec<Option<Delivery>> = attempts.iter().map(|attempt| self.ledger.held(attempt)).collect();
-            let not_found: HashSet<JobId> = self.client.success(&ids).await?.into_iter().collect();
+            let not_found: HashSet<JobId> = self.link.client().success(&ids).await?.into_iter().collect();
             let (denied, accepted): (Vec<_>, Vec<_>) =
                 attempts.into_iter().zip(held).partition(|(attempt, _)| not_found.contains(&attempt.id));
             accepted.iter().for_each(|(attempt, _)| self.ledger.settle(attempt));
@@ -114,7 +123,7 @@ impl Reporter {
 
     /// A success whose job is not in flight: it is gone, or will come again, or has come meanwhile: then it is returned.
     async fn look_into(&self, attempt: Attempt, seen: Option<Delivery>) -> Result<Option<Attempt>, ClientError> {
-        let state = match self.client.job(&attempt.id).await {
+        let state = match self.link.client().job(&attempt.id).await {
             Err(error) if !error.is_retryable() => {
                 warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose success was denied");
                 return Ok(self.ledger.park(&attempt, seen, Outcome::Success).map(|_| attempt));
@@ -134,10 +143,12 @@ impl Reporter {
     pub(super) async fn await_outcomes(&self) {
         let mut waits = self.backoff.waits();
         let mut next_look = Instant::now() + waits.next_wait();
+        let mut movements = self.ledger.movements();
         while !self.ledger.ended().is_empty() {
             tokio::select! {
                 () = self.lifecycle.reached(Phase::Killing) => return,
-                () = self.ledger.moved() => {}
+                // It fails only once the ledger is gone, and `self` has it.
+                _ = movements.changed() => {}
                 () = tokio::time::sleep_until(next_look) => {
                     self.look_into_parked().await;
                     next_look = Instant::now() + waits.next_wait();
@@ -149,9 +160,10 @@ impl Reporter {
     /// Forgets the outcomes that are kept in vain, because their jobs will not come to this worker.
     async fn look_into_parked(&self) {
         for (attempt, succeeded) in self.ledger.parked() {
+            let client = self.link.client();
             let state = tokio::select! {
                 () = self.lifecycle.reached(Phase::Killing) => return,
-                state = self.client.job(&attempt.id) => state,
+                state = client.job(&attempt.id) => state,
             };
             // Who is not reached now may be later.
             let Ok(state) = state else { return };
@@ -168,7 +180,7 @@ impl Reporter {
             Some(state) if state.is_over() => true,
             Some(state) if succeeded && state.is_in_flight() => {
                 let ids = std::slice::from_ref(&attempt.id);
-                self.client.success(ids).await.is_ok_and(|not_found| not_found.is_empty())
+                self.link.client().success(ids).await.is_ok_and(|not_found| not_found.is_empty())
             }
             Some(state) => !succeeded && is_past(&state, attempt),
         }
@@ -201,7 +213,7 @@ impl Reporter {
                     _ => return debug!(id = attempt.id.as_str(), "failure kept until its job comes again"),
                 },
                 Err(error) => {
-                    log_dropped(std::slice::from_ref(&attempt.id), &error);
+                    self.drop_reports(std::slice::from_ref(&attempt.id), &error);
                     return self.ledger.forget(&attempt);
                 }
             }
@@ -221,14 +233,14 @@ impl Reporter {
             return Ok(Settled::NotHeld(held));
         }
         if fate_unknown.load(Ordering::Relaxed) {
-            match self.client.job(&attempt.id).await? {
+            match self.link.client().job(&attempt.id).await? {
                 Some(state) if state.is_in_flight() && !is_past(&state, attempt) => {}
                 state => return Ok(settled_by(state, attempt, held)),
             }
         }
-        match self.client.failure(&attempt.id, failure).await {
+        match self.link.client().failure(&attempt.id, failure).await {
             Ok(Acceptance::Accepted) => Ok(Settled::Done),
-            Ok(Acceptance::AlreadyHandled) => Ok(settled_by(self.client.job(&attempt.id).await?, attempt, held)),
+            Ok(Acceptance::AlreadyHandled) => Ok(settled_by(self.link.client().job(&attempt.id).await?, attempt, held)),
             Err(error) => {
                 fate_unknown.fetch_or(error.may_have_arrived(), Ordering::Relaxed);
                 Err(error)
@@ -252,9 +264,15 @@ impl Reporter {
             }
         };
         retry(&self.backoff, &self.lifecycle, Phase::Killing, attempt, |error, wait| {
+            self.metrics.report_retried();
             warn!(error = %Chain(error), retry_in = ?wait, "report failed, trying again");
         })
         .await
+    }
+
+    fn drop_reports(&self, ids: &[JobId], error: &ClientError) {
+        self.metrics.reports_dropped(ids.len());
+        error!(?ids, error = %Chain(error), "report dropped");
     }
 
     async fn last_try_over(&self) {
@@ -280,8 +298,4 @@ fn settled_by(state: Option<JobState>, attempt: &Attempt, held: Option<Delivery>
 /// Whether the server has counted a failure since the attempt began.
 fn is_past(state: &JobState, attempt: &Attempt) -> bool {
     attempt.attempts.is_some_and(|before| state.attempts > before)
-}
-
-fn log_dropped(ids: &[JobId], error: &ClientError) {
-    error!(?ids, error = %Chain(error), "report dropped");
 }

@@ -233,6 +233,24 @@ impl Client {
         }
     }
 
+    /// The server's version.
+    ///
+    /// # Errors
+    /// When the request fails, or the answer names no version.
+    pub async fn version(&self) -> Result<String, ClientError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            version: String,
+        }
+        let response = self.send(self.request(Method::GET, "/version", Bytes::new())?).await?;
+        if !response.status().is_success() {
+            return Err(refusal(response).await);
+        }
+        let answer: Answer =
+            serde_json::from_slice(&read(response).await?).map_err(|error| ClientError::Answer(error.into()))?;
+        Ok(answer.version)
+    }
+
     async fn post(&self, path: &str, body: &impl Serialize) -> Result<Response<Incoming>, ClientError> {
         let body = serde_json::to_vec(body).map_err(invalid)?;
         let mut request = self.request(Method::POST, path, body.into())?;

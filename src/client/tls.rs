@@ -1,15 +1,26 @@
 //! [`Tls`]: whom a client trusts, and who it says it is.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
-/// The TLS settings of a client. There are none that turn verification off.
+/// The TLS settings of a client. There are none that turn verification off. Two are the same if they were made of the
+/// same certificates and keys.
 #[derive(Clone)]
-pub struct Tls(Arc<ClientConfig>);
+pub struct Tls {
+    config: Arc<ClientConfig>,
+    fingerprint: u64,
+}
+
+impl PartialEq for Tls {
+    fn eq(&self, other: &Self) -> bool {
+        self.fingerprint == other.fingerprint
+    }
+}
 
 impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -37,7 +48,8 @@ impl Tls {
     }
 
     fn trusting(roots: RootCertStore) -> Self {
-        Self(Arc::new(builder(roots).with_no_client_auth()))
+        let fingerprint = fingerprint(&roots, None);
+        Self { config: Arc::new(builder(roots).with_no_client_auth()), fingerprint }
     }
 
     /// Trusts `roots`, and shows `identity` to a server that asks.
@@ -45,20 +57,32 @@ impl Tls {
     /// # Errors
     /// When the key does not belong to the certificate.
     pub(crate) fn new(roots: RootCertStore, identity: Option<Identity>) -> Result<Self, String> {
+        let fingerprint = fingerprint(&roots, identity.as_ref());
         let builder = builder(roots);
         let config = match identity {
             Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|error| error.to_string())?,
             None => builder.with_no_client_auth(),
         };
-        Ok(Self(Arc::new(config)))
+        Ok(Self { config: Arc::new(config), fingerprint })
     }
 
     /// The same for connections that speak one of `protocols`.
     pub(super) fn speaking(&self, protocols: &[&str]) -> ClientConfig {
-        let mut config = ClientConfig::clone(&self.0);
+        let mut config = ClientConfig::clone(&self.config);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         config
     }
+}
+
+fn fingerprint(roots: &RootCertStore, identity: Option<&Identity>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for root in &roots.roots {
+        (root.subject.as_ref(), root.subject_public_key_info.as_ref()).hash(&mut hasher);
+    }
+    let identity = identity.map(|(chain, key)| (chain.iter().map(AsRef::as_ref).collect(), key.secret_der()));
+    let identity: Option<(Vec<&[u8]>, &[u8])> = identity;
+    identity.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn builder(roots: RootCertStore) -> rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert> {

@@ -34,6 +34,7 @@ pub(super) struct FileTable {
     /// By job type.
     pub(super) handlers: BTreeMap<Spanned<String>, Table<HandlerTable>>,
     pub(super) log: Table<LogTable>,
+    pub(super) admin: Table<AdminTable>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -57,6 +58,8 @@ pub(super) struct WorkerTable {
     pub(super) stream_idle_timeout: Field,
     pub(super) max_job_size: Field,
     pub(super) shutdown_deadline: Field,
+    pub(super) max_jobs: Field,
+    pub(super) max_time: Field,
     pub(super) exit_when_idle: Field,
     pub(super) worker_id: Field,
 }
@@ -83,6 +86,12 @@ pub(super) struct HandlerTable {
 pub(super) struct LogTable {
     pub(super) level: Field,
     pub(super) format: Field,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct AdminTable {
+    pub(super) listen: Field,
 }
 
 /// Takes a table only. A derived struct would take the elements of an array for its fields, `[[worker]]` included.

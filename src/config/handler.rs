@@ -1,7 +1,7 @@
 //! The handlers: the file's `[handler]` and `[handlers.TYPE]` tables, and `--exec`, found and ready to run.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use signal_hook::low_level::signal_name;
@@ -14,10 +14,10 @@ use crate::handler::{DEFAULT_KILL_GRACE, Handler, Handlers, Stdin};
 use crate::process::{Output, Program, Signal};
 
 /// The words of `stdin`.
-const STDIN_NAMES: [(&str, Stdin); 3] = [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
+pub(super) const STDIN_NAMES: [(&str, Stdin); 3] = [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
 /// The words of `output`.
-const OUTPUT_NAMES: [(&str, Output); 3] = [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
+pub(super) const OUTPUT_NAMES: [(&str, Output); 3] = [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
 /// Every handler, checked as far as that can be done without running it.
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
@@ -25,7 +25,8 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
     let command = default_command(layers)?;
     let mut handlers = Handlers::default();
     for (job_type, table) in &tables.handlers {
-        let scope = Scope { layers, route: Some(&table.0), default: &tables.handler.0 };
+        let name = table_of(Some(job_type.get_ref()));
+        let scope = Scope { layers, name, route: Some(&table.0), default: &tables.handler.0 };
         let command = match layers.locate_in_file(&table.0.exec, |raw| raw.command("exec"))?.or_else(|| command.clone())
         {
             Some(command) => command,
@@ -36,7 +37,7 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
         };
         handlers.routes.insert(job_type.get_ref().clone(), scope.handler(command)?);
     }
-    let scope = Scope { layers, route: None, default: &tables.handler.0 };
+    let scope = Scope { layers, name: table_of(None), route: None, default: &tables.handler.0 };
     handlers.default = command.map(|command| scope.handler(command)).transpose()?;
     match handlers.default.is_none() && handlers.routes.is_empty() {
         true => Err(ConfigError::new(Source::Missing, NO_HANDLER)),
@@ -61,15 +62,27 @@ fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> 
     }
 }
 
+/// The name of a handler's table in the file.
+pub(super) fn table_of(job_type: Option<&str>) -> String {
+    let is_bare = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
+    match job_type {
+        None => "handler".to_owned(),
+        Some(job_type) if is_bare(job_type) => format!("handlers.{job_type}"),
+        Some(job_type) => format!("handlers.{job_type:?}"),
+    }
+}
+
 /// What the settings of one handler are looked up in: its route, if it is one's, and then the default.
 struct Scope<'a> {
     layers: &'a Layers<'a>,
+    name: String,
     route: Option<&'a HandlerTable>,
     default: &'a HandlerTable,
 }
 
 impl Scope<'_> {
     fn handler(&self, (words, source): Written) -> Result<Handler, ConfigError> {
+        self.note("exec", &source);
         let mut words = words.into_iter();
         let Some(name) = words.next() else {
             return Err(ConfigError::new(source, "exec must name a command (got nothing)"));
@@ -80,16 +93,23 @@ impl Scope<'_> {
         Ok(Handler {
             env: self.env()?,
             cwd: self.cwd()?,
-            stdin: self.pick(|table| &table.stdin, |raw| raw.one_of("stdin", &STDIN_NAMES))?.unwrap_or_default(),
-            output: self.pick(|table| &table.output, |raw| raw.one_of("output", &OUTPUT_NAMES))?.unwrap_or_default(),
+            stdin: self
+                .pick("stdin", |table| &table.stdin, |raw| raw.one_of("stdin", &STDIN_NAMES))?
+                .unwrap_or_default(),
+            output: self
+                .pick("output", |table| &table.output, |raw| raw.one_of("output", &OUTPUT_NAMES))?
+                .unwrap_or_default(),
             success_exit_codes,
             kill_exit_codes,
-            timeout: self.pick(|table| &table.timeout, |raw| raw.positive_duration("timeout"))?,
+            timeout: self.pick("timeout", |table| &table.timeout, |raw| raw.positive_duration("timeout"))?,
             kill_grace: self
-                .pick(|table| &table.kill_grace, |raw| raw.duration("kill_grace"))?
+                .pick("kill_grace", |table| &table.kill_grace, |raw| raw.duration("kill_grace"))?
                 .unwrap_or(DEFAULT_KILL_GRACE),
-            drain_signal: self
-                .pick(|table| &table.drain_signal, |raw| raw.text("drain_signal").and_then(parse_signal))?,
+            drain_signal: self.pick(
+                "drain_signal",
+                |table| &table.drain_signal,
+                |raw| raw.text("drain_signal").and_then(parse_signal),
+            )?,
             ..Handler::new(program)
         })
     }
@@ -97,29 +117,35 @@ impl Scope<'_> {
     /// The setting of the route, or else the default's.
     fn pick<T>(
         &self,
+        name: &str,
         field: impl Fn(&HandlerTable) -> &Field,
         parse: impl Fn(&Raw<'_>) -> Result<T, String>,
     ) -> Result<Option<T>, ConfigError> {
-        self.locate(field, parse).map(|found| found.map(|(value, _)| value))
+        self.locate(name, field, parse).map(|found| found.map(|(value, _)| value))
     }
 
     fn locate<T>(
         &self,
+        name: &str,
         field: impl Fn(&HandlerTable) -> &Field,
         parse: impl Fn(&Raw<'_>) -> Result<T, String>,
     ) -> Result<Option<(T, Source)>, ConfigError> {
         let tables = self.route.into_iter().chain([self.default]);
-        match tables.map(field).find(|field| field.is_some()) {
-            Some(field) => self.layers.locate_in_file(field, parse),
-            None => Ok(None),
-        }
+        let Some(field) = tables.map(field).find(|field| field.is_some()) else { return Ok(None) };
+        let found = self.layers.locate_in_file(field, parse)?;
+        found.iter().for_each(|(_, source)| self.note(name, source));
+        Ok(found)
+    }
+
+    fn note(&self, name: &str, source: &Source) {
+        self.layers.note(&format!("{}.{name}", self.name), source, "");
     }
 
     /// The inherited environment without the worker's own settings, or what `pass_env` names of it; then `env`, key by
     /// key the route's or else the default's.
     fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
-        let clear = self.pick(|table| &table.env_clear, |raw| raw.boolean("env_clear"))?.unwrap_or_default();
-        let pass = self.locate(|table| &table.pass_env, |raw| raw.strings("pass_env"))?;
+        let clear = self.pick("env_clear", |table| &table.env_clear, |raw| raw.boolean("env_clear"))?.unwrap_or_default();
+        let pass = self.locate("pass_env", |table| &table.pass_env, |raw| raw.strings("pass_env"))?;
         if let Some((names, source)) = &pass
             && !names.is_empty()
             && !clear
@@ -132,18 +158,20 @@ impl Scope<'_> {
         let pass = pass.map(|(names, _)| names).unwrap_or_default();
         let inherited = self.layers.args.environment.iter().filter(|(name, _)| match clear {
             true => pass.iter().any(|pass| name == pass.as_str()),
-            false => !name.as_encoded_bytes().starts_with(b"ZIZQ_"),
+            false => !is_the_workers_own(name),
         });
         let mut env: Vec<(OsString, OsString)> = inherited.cloned().collect();
         for table in [Some(self.default), self.route].into_iter().flatten() {
-            let added = self.layers.locate_in_file(&table.env, |raw| raw.variables("env"))?;
-            env.extend(added.map(|(added, _)| added).unwrap_or_default());
+            if let Some((added, source)) = self.layers.locate_in_file(&table.env, |raw| raw.variables("env"))? {
+                self.note("env", &source);
+                env.extend(added);
+            }
         }
         Ok(env)
     }
 
     fn cwd(&self) -> Result<Option<PathBuf>, ConfigError> {
-        let Some((cwd, source)) = self.locate(|table| &table.cwd, |raw| raw.text("cwd"))? else { return Ok(None) };
+        let Some((cwd, source)) = self.locate("cwd", |table| &table.cwd, |raw| raw.text("cwd"))? else { return Ok(None) };
         match std::path::absolute(&cwd).ok().filter(|path| path.is_dir()) {
             Some(path) => Ok(Some(path)),
             None => Err(ConfigError::unusable(source, format!("cwd must be a directory that exists (got {cwd})"))),
@@ -151,9 +179,9 @@ impl Scope<'_> {
     }
 
     fn exit_codes(&self) -> Result<(BTreeSet<u8>, BTreeSet<u8>), ConfigError> {
-        let success = self.pick(|table| &table.success_exit_codes, |raw| raw.exit_codes("success_exit_codes"))?;
+        let success = self.pick("success_exit_codes", |table| &table.success_exit_codes, |raw| raw.exit_codes("success_exit_codes"))?;
         let success = success.unwrap_or_default();
-        match self.locate(|table| &table.kill_exit_codes, |raw| raw.exit_codes("kill_exit_codes"))? {
+        match self.locate("kill_exit_codes", |table| &table.kill_exit_codes, |raw| raw.exit_codes("kill_exit_codes"))? {
             None => Ok((success, BTreeSet::new())),
             Some((kill, source)) => match kill.iter().find(|code| **code == 0 || success.contains(code)) {
                 Some(code) => {
@@ -163,6 +191,12 @@ impl Scope<'_> {
             },
         }
     }
+}
+
+/// Its settings, and its line to the service manager: a handler that spoke there would speak for the worker.
+fn is_the_workers_own(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b"ZIZQ_")
+        || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)
 }
 
 /// By its name, with or without SIG. What no process can catch would tell it nothing.

@@ -1,5 +1,8 @@
 //! [`Layers`]: the command line and the file, and which of them a value comes from.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use super::file::{ConfigFile, Field};
 use super::value::Raw;
 use super::{ConfigError, Source};
@@ -9,9 +12,28 @@ use crate::cli::Args;
 pub(super) struct Layers<'a> {
     pub(super) args: &'a Args,
     pub(super) file: &'a ConfigFile,
+    /// Where each setting that was given has been found, by the name under which it was looked up.
+    found: RefCell<Sources>,
 }
 
-impl Layers<'_> {
+/// Where settings were written, and what, by name.
+pub(super) type Sources = BTreeMap<String, (Source, String)>;
+
+impl<'a> Layers<'a> {
+    pub(super) fn new(args: &'a Args, file: &'a ConfigFile) -> Self {
+        Self { args, file, found: RefCell::default() }
+    }
+
+    /// Where everything was found.
+    pub(super) fn into_sources(self) -> Sources {
+        self.found.into_inner()
+    }
+
+    /// Notes where a setting was found, and what was written there.
+    pub(super) fn note(&self, name: &str, source: &Source, written: impl ToString) {
+        self.found.borrow_mut().insert(name.to_owned(), (source.clone(), written.to_string()));
+    }
+
     /// The value of one setting, read by `parse`, from the uppermost layer that has one.
     pub(super) fn pick<T>(
         &self,
@@ -29,10 +51,15 @@ impl Layers<'_> {
         in_file: &Field,
         parse: impl Fn(&Raw<'_>) -> Result<T, String>,
     ) -> Result<Option<(T, Source)>, ConfigError> {
-        match self.args.given(name)? {
+        let parse = |raw: &Raw<'_>| parse(raw).map(|value| (value, raw.to_string()));
+        let found = match self.args.given(name)? {
             Some(given) => read(&Raw::Text(&given.values), given.source.clone(), parse),
             None => self.locate_in_file(in_file, parse),
-        }
+        }?;
+        Ok(found.map(|((value, written), source)| {
+            self.note(name, &source, written);
+            (value, source)
+        }))
     }
 
     /// The value of a setting that only the file can have.

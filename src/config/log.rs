@@ -1,5 +1,7 @@
 //! [`LogConfig`]: what is logged, and how.
 
+use std::fmt;
+
 use super::ConfigError;
 use super::layers::Layers;
 
@@ -12,6 +14,8 @@ pub struct LogConfig {
     pub format: Option<LogFormat>,
     /// `RUST_LOG`: a filter that wins over the level.
     pub filter: Option<String>,
+    /// Whether the terminal's colours are left alone.
+    pub no_color: bool,
 }
 
 /// The severities of the log, by their names.
@@ -46,8 +50,26 @@ impl LogConfig {
                 .unwrap_or_default(),
             format: layers.pick("log-format", &file.format, |raw| raw.one_of("log_format", &LogFormat::NAMES))?,
             filter: layers.args.rust_log.clone(),
+            no_color: layers.args.no_color,
         })
     }
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        name_in(&Self::NAMES, self, f)
+    }
+}
+
+impl fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        name_in(&Self::NAMES, self, f)
+    }
+}
+
+fn name_in<T: PartialEq>(names: &[(&str, T)], value: &T, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let found = names.iter().find(|(_, named)| named == value);
+    f.write_str(found.map_or("", |(name, _)| name))
 }
 
 impl LogLevel {

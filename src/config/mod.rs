@@ -1,5 +1,7 @@
 //! [`Config`]: every setting resolved and checked. A flag or variable wins over the file, the file over the `DEFAULT_*`.
 
+mod admin;
+mod deadlines;
 #[cfg(feature = "embedded")]
 mod embedded;
 mod error;
@@ -7,23 +9,27 @@ mod file;
 mod handler;
 mod layers;
 mod log;
+mod reload;
+mod settings;
 mod source;
 mod tls;
 mod value;
 mod worker;
 
 use crate::cli::Args;
-use crate::handler::Handlers;
+use crate::handler::{Handler, Handlers};
 use file::ConfigFile;
-use layers::Layers;
+use layers::{Layers, Sources};
 
 pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 pub use crate::client::DEFAULT_URL;
 pub use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 #[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
+pub use admin::AdminAddress;
 pub use error::ConfigError;
 pub use log::{LogConfig, LogFormat, LogLevel};
+pub use settings::Setting;
 pub use source::Source;
 pub use worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, WorkerConfig};
 
@@ -36,9 +42,12 @@ pub struct Config {
     pub handlers: Handlers,
     /// What is logged, and how.
     pub log: LogConfig,
+    /// Where the worker tells of itself, if it does.
+    pub admin: Option<AdminAddress>,
     /// The server to start in this process.
     #[cfg(feature = "embedded")]
     pub embedded: Option<EmbeddedConfig>,
+    sources: Sources,
 }
 
 impl Config {
@@ -48,9 +57,10 @@ impl Config {
     /// The first mistake found.
     pub fn resolve(args: &Args) -> Result<Self, ConfigError> {
         let file = ConfigFile::load(args.given("config")?.as_ref())?;
-        let layers = Layers { args, file: &file };
+        let layers = Layers::new(args, &file);
         let worker = WorkerConfig::resolve(&layers)?;
         let log = LogConfig::resolve(&layers)?;
+        let admin = AdminAddress::resolve(&layers)?;
         #[cfg(feature = "embedded")]
         let embedded = embedded::resolve(args, &worker.url)?;
         // Last, so that a handler which nobody has given yet does not hide a mistake in what has been given.
@@ -59,8 +69,27 @@ impl Config {
             worker,
             handlers,
             log,
+            admin,
             #[cfg(feature = "embedded")]
             embedded,
+            sources: layers.into_sources(),
+        })
+    }
+
+    /// Tries to read every handler's file as the system would when it starts it.
+    ///
+    /// # Errors
+    /// The first that cannot be run.
+    pub fn check_programs(&self) -> Result<(), ConfigError> {
+        let routes = self.handlers.routes.iter().map(|(job_type, handler)| (Some(job_type.as_str()), handler));
+        let mut all = routes.chain(self.handlers.default.iter().map(|handler| (None, handler)));
+        all.try_for_each(|(job_type, handler)| self.check_program(&handler::table_of(job_type), handler))
+    }
+
+    fn check_program(&self, table: &str, handler: &Handler) -> Result<(), ConfigError> {
+        handler.program.check().map_err(|problem| {
+            let source = self.sources.get(&format!("{table}.exec")).map_or(Source::Missing, |(source, _)| source.clone());
+            ConfigError::unusable(source, format!("handler cannot be run: {problem}"))
         })
     }
 }

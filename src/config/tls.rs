@@ -1,5 +1,8 @@
 //! The TLS settings: files, read and matched before anything connects.
 
+use std::io;
+use std::path::Path;
+
 use super::file::Field;
 use super::layers::Layers;
 use super::{ConfigError, Source};
@@ -45,7 +48,7 @@ impl File {
     fn find(layers: &Layers<'_>, name: &'static str, in_file: &Field) -> Result<Option<Self>, ConfigError> {
         let setting = name.replace('-', "_");
         let Some((path, source)) = layers.locate(name, in_file, |raw| raw.text(&setting))? else { return Ok(None) };
-        match std::fs::read(&path) {
+        match read(Path::new(&path)) {
             Ok(bytes) => Ok(Some(Self { setting, path, source, bytes })),
             Err(error) => Err(ConfigError::unusable(source, format!("{setting}: cannot read {path}: {error}"))),
         }
@@ -58,5 +61,13 @@ impl File {
     /// A sentence about the file that begins with its verb.
     fn error(&self, problem: &str) -> ConfigError {
         ConfigError::unusable(self.source.clone(), format!("{}: {} {problem}", self.setting, self.path))
+    }
+}
+
+/// Anything else than a file might not be over for ever.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    match std::fs::metadata(path)?.is_file() {
+        true => std::fs::read(path),
+        false => Err(io::Error::other("it is not a regular file")),
     }
 }

@@ -1,6 +1,6 @@
 //! [`WorkerConfig`]: what a worker does, and its defaults.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use humantime::format_duration;
@@ -30,7 +30,7 @@ const MAX_CONCURRENCY: usize = 65_536;
 const FORBIDDEN_IN_QUEUES: [char; 8] = [',', '*', '?', '[', ']', '{', '}', '\\'];
 
 /// The settings of a [`Worker`](crate::Worker).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct WorkerConfig {
     /// Where the server is.
     pub url: ServerUrl,
@@ -52,7 +52,11 @@ pub struct WorkerConfig {
     pub stream_limits: StreamLimits,
     /// How long draining may take before it becomes killing.
     pub shutdown_deadline: Duration,
-    /// After how long without a job the worker drains by itself.
+    /// After how many started jobs the worker drains by itself.
+    pub max_jobs: Option<NonZeroU64>,
+    /// After how long it does so.
+    pub max_time: Option<Duration>,
+    /// After how long without a job it does so.
     pub exit_when_idle: Option<Duration>,
 }
 
@@ -69,6 +73,8 @@ impl Default for WorkerConfig {
             backoff: Backoff::default(),
             stream_limits: StreamLimits::default(),
             shutdown_deadline: DEFAULT_SHUTDOWN_DEADLINE,
+            max_jobs: None,
+            max_time: None,
             exit_when_idle: None,
         }
     }
@@ -84,8 +90,6 @@ impl WorkerConfig {
             layers.pick("prefetch", &file.prefetch, |raw| raw.count_up_to("prefetch", 2 * MAX_CONCURRENCY))?;
         let deadline = layers
             .pick("shutdown-deadline", &file.shutdown_deadline, |raw| raw.positive_duration("shutdown_deadline"))?;
-        let idle =
-            layers.pick("exit-when-idle", &file.exit_when_idle, |raw| raw.positive_duration("exit_when_idle"))?;
         let queues = layers.pick("queues", &file.queues, |raw| raw.list("queues").and_then(check_queues))?;
         let url = layers.pick("url", &layers.file.table.url, |raw| raw.parsed("url"))?.unwrap_or_default();
         Ok(Self {
@@ -99,7 +103,10 @@ impl WorkerConfig {
             backoff: resolve_backoff(layers)?,
             stream_limits: resolve_stream_limits(layers)?,
             shutdown_deadline: deadline.unwrap_or(DEFAULT_SHUTDOWN_DEADLINE),
-            exit_when_idle: idle,
+            max_jobs: layers.pick("max-jobs", &file.max_jobs, |raw| raw.count("max_jobs"))?.map(at_most_u64),
+            max_time: layers.pick("max-time", &file.max_time, |raw| raw.positive_duration("max_time"))?,
+            exit_when_idle: layers
+                .pick("exit-when-idle", &file.exit_when_idle, |raw| raw.positive_duration("exit_when_idle"))?,
         })
     }
 
@@ -126,8 +133,12 @@ impl WorkerConfig {
     }
 }
 
+fn at_most_u64(count: NonZeroUsize) -> NonZeroU64 {
+    NonZeroU64::try_from(count).unwrap_or(NonZeroU64::MAX)
+}
+
 /// For each loop one job to run and one to follow it, so that none waits for a report's round trip.
-fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
+pub(super) fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
     concurrency.saturating_add(concurrency.get())
 }
 

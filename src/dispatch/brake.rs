@@ -54,6 +54,16 @@ impl Brake {
         Self { name, engaged: AtomicBool::new(false), turn: Mutex::default() }
     }
 
+    /// Whether the handler could not be started when that was last tried.
+    pub(super) fn is_engaged(&self) -> bool {
+        self.engaged.load(Ordering::Acquire)
+    }
+
+    /// The handler's name.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Starts something, as soon as this handler may be started.
     pub(super) async fn start<T>(
         &self,

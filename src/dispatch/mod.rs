@@ -2,25 +2,28 @@
 
 mod brake;
 mod outcome;
+mod pids;
 mod result_file;
+mod routes;
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use tracing::{info, warn};
 
 use crate::handler::{Handler, Handlers, Stdin};
-use crate::job::{Failure, Job, Outcome};
+use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Exit, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors, keep_exit_statuses,
+    Channel, Children, Exit, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors, keep_exit_statuses,
 };
-use brake::{Brake, NotStarted};
+use brake::NotStarted;
 use outcome::Cause;
+use pids::Pids;
 use result_file::{ResultDir, ResultFile};
+use routes::{Route, Routes};
 
 /// How a job ended, and what it took.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,29 +49,32 @@ impl From<Outcome> for Ended {
 pub trait Dispatcher: Send + Sync + 'static {
     /// Sees one job through to its end.
     fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> impl Future<Output = Ended> + Send;
+
+    /// Whether jobs of that type are counted by it in the metrics; all other types are counted together. There should be a
+    /// bounded number of types for which that is so.
+    fn is_counted_apart(&self, _job_type: &str) -> bool {
+        false
+    }
+
+    /// The process that runs for a job, if one does.
+    fn pid(&self, _id: &JobId) -> Option<u32> {
+        None
+    }
+
+    /// What cannot be started now, by name.
+    fn broken(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Runs a process for each job, and goes by its exit status and by what it leaves in its result file.
 #[derive(Debug)]
 pub struct ExecDispatcher {
-    routes: HashMap<String, Arc<Route>>,
-    default: Option<Arc<Route>>,
+    routes: RwLock<Arc<Routes>>,
     results: ResultDir,
     worker_id: String,
-}
-
-/// A handler, and how its starts have gone of late.
-#[derive(Debug)]
-struct Route {
-    handler: Handler,
-    brake: Brake,
-}
-
-impl Route {
-    fn new(handler: Handler) -> Arc<Self> {
-        let brake = Brake::new(handler.program.file_name());
-        Arc::new(Self { handler, brake })
-    }
+    pids: Pids,
+    children: Children,
 }
 
 impl ExecDispatcher {
@@ -85,18 +91,34 @@ impl ExecDispatcher {
                 needed, "limit of open files is too low for that many jobs at once; raise it (ulimit -n, LimitNOFILE=)"
             );
         }
-        let routes = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, Route::new(handler)));
         Ok(Self {
-            routes: routes.collect(),
-            default: handlers.default.map(Route::new),
+            routes: RwLock::new(Arc::new(Routes::new(handlers))),
             results: ResultDir::create(temp_dir)?,
             worker_id,
+            pids: Pids::default(),
+            children: Children::of_this_process(),
         })
     }
 
-    /// The type is looked up, and nothing else is ever made of it.
-    fn route(&self, job_type: &str) -> Option<&Arc<Route>> {
-        self.routes.get(job_type).or(self.default.as_ref())
+    /// Jobs that start from now on are run by these handlers.
+    pub fn replace(&self, handlers: Handlers) {
+        *self.routes.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Routes::new(handlers));
+    }
+
+    /// Reaps what handlers leave behind, if this is process 1, for as long as it is polled.
+    ///
+    /// # Errors
+    /// When the operating system refuses the signal handler.
+    pub fn reap_orphans(&self) -> impl Future<Output = io::Result<()>> + Send + use<> {
+        self.children.clone().reap_orphans()
+    }
+
+    fn routes(&self) -> Arc<Routes> {
+        Arc::clone(&self.routes.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn route(&self, job_type: &str) -> Option<Arc<Route>> {
+        self.routes().find(job_type).cloned()
     }
 
     fn spawn(&self, handler: &Handler, job: &Job, result: &ResultFile) -> io::Result<Process> {
@@ -127,6 +149,7 @@ impl ExecDispatcher {
                 Stdin::None => Input::Nothing,
             },
             output: handler.output,
+            children: &self.children,
         })
     }
 }
@@ -146,6 +169,7 @@ impl Dispatcher for ExecDispatcher {
         };
         match route.brake.start(lifecycle, spawn).await {
             Ok((process, started_draining)) => {
+                let _listed = self.pids.list(&job.id, process.id());
                 let exit = supervise(process, handler, lifecycle, started_draining).await;
                 outcome::of(handler, exit, || result.read())
             }
@@ -154,6 +178,18 @@ impl Dispatcher for ExecDispatcher {
                 Outcome::Failure(Failure::new("SpawnError", not_started(handler, &error))).into()
             }
         }
+    }
+
+    fn is_counted_apart(&self, job_type: &str) -> bool {
+        self.routes().has_own(job_type)
+    }
+
+    fn pid(&self, id: &JobId) -> Option<u32> {
+        self.pids.get(id)
+    }
+
+    fn broken(&self) -> Vec<String> {
+        self.routes().broken()
     }
 }
 

@@ -40,9 +40,25 @@ pub(super) async fn died_out(group: Pid) {
 }
 
 fn living_groups() -> BTreeSet<i32> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let processes = processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit());
-    processes.filter_map(|entry| living_group(&fs::read_to_string(entry.path().join("stat")).ok()?)).collect()
+    processes().filter_map(|(_, stat)| living_group(&stat)).collect()
+}
+
+/// The children of a process that have ended, and that nobody has waited for.
+pub(super) fn zombies_of(parent: Pid) -> impl Iterator<Item = Pid> {
+    let is_zombie = move |stat: &str| zombies_parent(stat) == Some(parent.as_raw_nonzero().get());
+    processes().filter(move |(_, stat)| is_zombie(stat)).filter_map(|(pid, _)| Pid::from_raw(pid))
+}
+
+/// All processes, each with its line in /proc.
+fn processes() -> impl Iterator<Item = (i32, String)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbered = entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry)));
+    numbered.filter_map(|(pid, entry)| Some((pid, fs::read_to_string(entry.path().join("stat")).ok()?)))
+}
+
+fn zombies_parent(stat: &str) -> Option<i32> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.trim_start().strip_prefix('Z')?.split_ascii_whitespace().next()?.parse().ok()
 }
 
 /// The group of a process, from its line in /proc, unless it is a zombie. Its name may contain anything, even `)`.
@@ -68,6 +84,12 @@ mod tests {
         assert_eq!(living_group(&stat("Z", 1)), None);
         assert_eq!(living_group(&stat("Z", 2)), Some(5));
         assert_eq!(living_group(""), None);
+    }
+
+    #[test]
+    fn a_zombie_is_known_by_its_parent() {
+        assert_eq!(zombies_parent("7 (a) b) Z 1 5 5 0"), Some(1));
+        assert_eq!(zombies_parent("7 (Z 3) S 1 5 5 0"), None);
     }
 
     #[test]

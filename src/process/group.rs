@@ -15,6 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
 use super::census;
+use super::orphans::Children;
 
 /// How long a killed group may take to be gone. Only a process stuck in the kernel needs longer.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,14 +37,15 @@ pub struct Usage {
 #[derive(Debug)]
 pub(super) struct Group {
     leader: Child,
+    children: Children,
     pidfd: Option<AsyncFd<OwnedFd>>,
     reaped: bool,
 }
 
 impl Group {
-    /// The group of a child that was started as a leader.
-    pub(super) fn of(leader: Child) -> io::Result<Self> {
-        let mut group = Self { leader, pidfd: None, reaped: false };
+    /// The group of a child that was started among `children` as a leader.
+    pub(super) fn of(leader: Child, children: Children) -> io::Result<Self> {
+        let mut group = Self { leader, children, pidfd: None, reaped: false };
         group.pidfd = Some(watch(pidfd_open(group.id(), PidfdFlags::NONBLOCK)?)?);
         Ok(group)
     }
@@ -90,6 +92,7 @@ impl Group {
         let id = self.id();
         self.kill();
         let ended = reap(id);
+        self.children.reaped(id);
         self.reaped = true;
         if tokio::time::timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
             warn!(group = id.as_raw_nonzero().get(), "killed processes of the job are still there");
@@ -103,6 +106,7 @@ impl Drop for Group {
         if !self.reaped {
             self.kill();
             let _ = self.leader.wait();
+            self.children.reaped(self.id());
         }
     }
 }
@@ -146,7 +150,8 @@ impl From<libc::rusage> for Usage {
 async fn until_gone(group: Pid) {
     let mut pause = Duration::from_millis(1);
     while test_kill_process_group(group).is_ok() {
-        // As process 1, this process is what orphans are handed to. Asked by group, no other job's status is taken.
+        // As process 1, this process is what orphans are handed to. Asked by group, no other job's status is taken, and this
+        // job need not wait until somebody looks for all orphans.
         while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {}
         tokio::time::sleep(pause).await;
         pause *= 2;

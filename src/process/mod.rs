@@ -4,6 +4,7 @@
 mod census;
 mod group;
 mod limits;
+mod orphans;
 mod output;
 mod program;
 
@@ -26,6 +27,7 @@ use tokio::net::unix::pipe::{Receiver, Sender};
 use group::Group;
 pub use group::Usage;
 pub(crate) use limits::{TooFewDescriptors, ensure_descriptors, keep_exit_statuses};
+pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
 pub use rustix::process::Signal;
@@ -64,6 +66,8 @@ pub(crate) struct Start<'a> {
     pub(crate) cwd: Option<&'a Path>,
     pub(crate) input: Input,
     pub(crate) output: Output,
+    /// The children of this process.
+    pub(crate) children: &'a Children,
 }
 
 /// When, and how, a running process is interfered with. Each future may never end.
@@ -113,14 +117,19 @@ impl Process {
             Output::Inherit => Stdio::inherit(),
             Output::Null => Stdio::null(),
         };
-        let mut child = command.stdout(output()).stderr(output()).spawn()?;
+        let mut child = start.children.start(|| command.stdout(output()).stderr(output()).spawn())?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         Ok(Self {
-            group: Group::of(child)?,
+            group: Group::of(child, start.children.clone())?,
             stdin: unread,
             stdout: stdout.map(|pipe| Receiver::from_owned_fd(pipe.into())).transpose()?,
             stderr: stderr.map(|pipe| Receiver::from_owned_fd(pipe.into())).transpose()?,
         })
+    }
+
+    /// The process id of the leader.
+    pub(crate) fn id(&self) -> u32 {
+        self.group.id().as_raw_nonzero().get().unsigned_abs()
     }
 
     /// Sees the process through to its end. Whatever is left of its group when the leader exits by itself is killed; when

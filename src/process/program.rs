@@ -1,7 +1,14 @@
 //! [`Program`]: an executable file, found once and started many times.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+/// How much of a file the kernel looks at.
+const MAX_FIRST_LINE: u64 = 256;
 
 /// An executable file and its fixed arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,6 +18,16 @@ pub struct Program {
     /// The file that is run. Absolute, so that it is the same file in every working directory.
     pub(super) path: PathBuf,
     pub(super) args: Vec<OsString>,
+}
+
+/// As it could be typed into a shell.
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = [self.path.as_os_str()].into_iter().chain(self.args.iter().map(OsString::as_os_str));
+        let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
+        // Words with a zero byte cannot be typed, nor can they be arguments.
+        f.write_str(&shlex::try_join(words.iter().map(AsRef::as_ref)).unwrap_or_default())
+    }
 }
 
 impl Program {
@@ -32,6 +49,36 @@ impl Program {
     /// Whether the file is there now.
     pub(crate) fn exists(&self) -> bool {
         self.path.exists()
+    }
+
+    /// Looks whether the system would start the file: it must be a binary, or name its interpreter in its first line.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with it.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let shown = self.path.display();
+        let mut beginning = Vec::new();
+        let file = File::open(&self.path);
+        // What may be run need not be readable: then only a start can tell.
+        let Ok(_) = file.and_then(|file| file.take(MAX_FIRST_LINE).read_to_end(&mut beginning)) else { return Ok(()) };
+        let Some(line) = beginning.strip_prefix(b"#!") else {
+            return match beginning.starts_with(b"\x7fELF") {
+                true => Ok(()),
+                false => Err(format!("{shown} is no program, and its first line names none (like #!/bin/sh)")),
+            };
+        };
+        let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default().trim_ascii();
+        let name = line.split(|byte| matches!(byte, b' ' | b'\t')).next().unwrap_or_default();
+        let interpreter = Path::new(OsStr::from_bytes(name.strip_suffix(b"\r").unwrap_or(name)));
+        match interpreter.is_file() && !name.ends_with(b"\r") {
+            true => Ok(()),
+            false => Err(format!("{shown} names {:?} in its first line, which does not exist", String::from_utf8_lossy(name))),
+        }
+    }
+
+    /// The file that is run.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The last part of its path, for messages.

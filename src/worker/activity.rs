@@ -1,27 +1,46 @@
-//! [`Activity`]: what a run of a worker is doing and has done, counted without locks in the jobs' way.
+//! [`Activity`]: what a worker is doing and has done, counted without locks that jobs would wait for.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::info;
 
 use super::Summary;
-use crate::job::Outcome;
+use crate::job::{Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 
-/// Shared by the parts of one run; clones count together.
-#[derive(Debug, Clone, Default)]
+/// Shared by the parts of one worker; clones count together.
+#[derive(Debug, Clone)]
 pub(super) struct Activity(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    started: Instant,
     state: watch::Sender<State>,
+    /// What each worker loop is at.
+    loops: Vec<Slot>,
     running: AtomicUsize,
     succeeded: AtomicU64,
     failed: AtomicU64,
     interrupted: AtomicU64,
+}
+
+/// One worker loop.
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    current: Mutex<Option<Current>>,
+}
+
+/// The job of a worker loop.
+#[derive(Debug, Clone)]
+pub(super) struct Current {
+    pub(super) id: JobId,
+    pub(super) job_type: String,
+    pub(super) queue: String,
+    pub(super) attempt: u32,
+    pub(super) started: Instant,
 }
 
 /// What decides whether the worker is idle.
@@ -39,7 +58,7 @@ impl State {
 }
 
 /// Jobs at one moment.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Counts {
     pub(super) running: usize,
     pub(super) waiting: usize,
@@ -55,19 +74,51 @@ impl Drop for Unfinished {
     }
 }
 
-/// A job that is being done.
+/// A job that is being done by one of the loops.
 #[derive(Debug)]
-pub(super) struct Running(Activity);
+pub(super) struct Running {
+    activity: Activity,
+    slot: usize,
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.0.running.fetch_sub(1, Ordering::Relaxed);
+        self.activity.0.running.fetch_sub(1, Ordering::Relaxed);
+        self.activity.0.loops[self.slot].set(None);
+    }
+}
+
+impl Slot {
+    fn set(&self, current: Option<Current>) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = current;
     }
 }
 
 impl Activity {
+    /// Of a worker with so many threads of so many fibers.
+    pub(super) fn new(threads: usize, fibers: usize) -> Self {
+        let names = (0..threads).flat_map(|thread| (0..fibers).map(move |fiber| format!("{thread}:{fiber}")));
+        Self(Arc::new(Shared {
+            started: Instant::now(),
+            state: watch::Sender::default(),
+            loops: names.map(|name| Slot { name, current: Mutex::default() }).collect(),
+            running: AtomicUsize::default(),
+            succeeded: AtomicU64::default(),
+            failed: AtomicU64::default(),
+            interrupted: AtomicU64::default(),
+        }))
+    }
+
     pub(super) fn set_connected(&self, connected: bool) {
         self.0.state.send_modify(|state| state.connected = connected);
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.0.state.borrow().connected
+    }
+
+    pub(super) fn uptime(&self) -> Duration {
+        self.0.started.elapsed()
     }
 
     pub(super) fn take_job(&self) -> Unfinished {
@@ -75,9 +126,17 @@ impl Activity {
         Unfinished(self.clone())
     }
 
-    pub(super) fn start_job(&self) -> Running {
+    /// Notes what the loop of that number begins.
+    pub(super) fn start_job(&self, slot: usize, job: &Job) -> Running {
         self.0.running.fetch_add(1, Ordering::Relaxed);
-        Running(self.clone())
+        self.0.loops[slot].set(Some(Current {
+            id: job.id.clone(),
+            job_type: job.job_type.clone(),
+            queue: job.queue.clone(),
+            attempt: job.attempts.saturating_add(1),
+            started: Instant::now(),
+        }));
+        Running { activity: self.clone(), slot }
     }
 
     pub(super) fn count(&self, outcome: &Outcome) {
@@ -89,33 +148,42 @@ impl Activity {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) fn counts(&self, waiting: usize) -> Counts {
-        Counts { running: self.0.running.load(Ordering::Relaxed), waiting }
+    pub(super) fn counts(&self) -> Counts {
+        let running = self.0.running.load(Ordering::Relaxed);
+        Counts { running, waiting: self.0.state.borrow().unfinished.saturating_sub(running) }
     }
 
-    pub(super) fn summary(&self, killed: bool) -> Summary {
+    /// The names of the loops, in their order.
+    pub(super) fn loop_names(&self) -> impl Iterator<Item = &str> {
+        self.0.loops.iter().map(|slot| slot.name.as_str())
+    }
+
+    /// The loops, and what they are at.
+    pub(super) fn loops(&self) -> impl Iterator<Item = (&str, Option<Current>)> {
+        let current = |slot: &Slot| slot.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.0.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
+    }
+
+    /// What has been done since the beginning.
+    pub(super) fn totals(&self) -> Summary {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Summary {
-            killed,
+            killed: false,
             succeeded: count(&self.0.succeeded),
             failed: count(&self.0.failed),
             interrupted: count(&self.0.interrupted),
         }
     }
 
-    /// Drains once the worker has been connected and without a job for as long as `limit`.
-    pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, limit: Duration) {
+    /// Returns once the worker has been connected and without a job for as long as `limit`, or drains.
+    pub(super) async fn idle_for(&self, lifecycle: &Lifecycle, limit: Duration) {
         let mut states = self.0.state.subscribe();
         while states.wait_for(State::is_idle).await.is_ok() {
             tokio::select! {
                 () = lifecycle.reached(Phase::Draining) => return,
                 // Any change, even one that is over by now, starts the time anew.
                 _ = states.changed() => {}
-                () = tokio::time::sleep(limit) => {
-                    info!(?limit, "no job for that long: draining");
-                    lifecycle.stop();
-                    return;
-                }
+                () = tokio::time::sleep(limit) => return,
             }
         }
     }

@@ -1,36 +1,49 @@
 //! [`Worker`]: the producer, the dispatch queue, the worker loops, and the order in which they are taken down.
 
 mod activity;
+mod controls;
+mod intake;
 mod producer;
+mod session;
+mod status;
 
 use std::any::Any;
 use std::fmt;
+use std::num::NonZeroU64;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
+use humantime::format_duration;
+use tokio::sync::{Mutex, OwnedSemaphorePermit};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, debug, error, info, info_span};
 
-use crate::ack::{AckProcessor, AckQueue, Reporter};
+use crate::ack::{AckProcessor, AckQueue, Link, Reporter};
 use crate::chain::Chain;
-use crate::client::{Client, ClientError};
+use crate::client::ClientError;
 use crate::config::WorkerConfig;
 use crate::dispatch::{Dispatcher, Ended};
 use crate::job::{Failure, Job, Outcome};
-use crate::ledger::{Delivery, Ledger};
+use crate::ledger::{Beginning, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::Metrics;
 use crate::process::Usage;
 use activity::{Activity, Counts, Unfinished};
+pub use controls::Controls;
+use intake::Intake;
 use producer::Producer;
+pub use status::{LoopStatus, RunningJob, Status, Unready};
 
 /// A job between the stream and its outcome.
 #[derive(Debug)]
 struct Taken {
     job: Job,
     delivery: Delivery,
+    /// Held for as long as it waits in the dispatch queue.
+    place: Option<OwnedSemaphorePermit>,
     /// Held for as long as the job keeps the worker busy.
     _unfinished: Unfinished,
 }
@@ -38,9 +51,10 @@ struct Taken {
 /// What the parts of one run share.
 #[derive(Debug, Clone)]
 struct Run {
-    client: Arc<Client>,
+    link: Link,
     ledger: Arc<Ledger>,
     activity: Activity,
+    metrics: Metrics,
     lifecycle: Lifecycle,
     acks: AckQueue,
 }
@@ -49,8 +63,10 @@ struct Run {
 #[derive(Debug)]
 pub struct Worker<D> {
     config: WorkerConfig,
-    client: Arc<Client>,
     dispatcher: Arc<D>,
+    intake: Intake,
+    activity: Activity,
+    metrics: Metrics,
 }
 
 /// How a run ended, when it ended as it was asked to.
@@ -64,6 +80,18 @@ pub struct Summary {
     pub failed: u64,
     /// Jobs that were cut short, and go back to the server.
     pub interrupted: u64,
+}
+
+impl Summary {
+    /// What has been done since an earlier one.
+    fn since(self, before: Self, killed: bool) -> Self {
+        Self {
+            killed,
+            succeeded: self.succeeded - before.succeeded,
+            failed: self.failed - before.failed,
+            interrupted: self.interrupted - before.interrupted,
+        }
+    }
 }
 
 /// Why a run could not go on.
@@ -88,8 +116,21 @@ impl std::error::Error for WorkerError {}
 impl<D: Dispatcher> Worker<D> {
     /// A worker that has not started.
     pub fn new(config: WorkerConfig, dispatcher: D) -> Self {
-        let client = Client::new(config.url.clone(), config.worker_id.clone(), &config.tls);
-        Self { config, client: Arc::new(client), dispatcher: Arc::new(dispatcher) }
+        let intake = Intake::new(&config);
+        let activity = Activity::new(config.threads.get(), config.fibers.get());
+        let metrics = Metrics::new(&config.queues);
+        Self { config, dispatcher: Arc::new(dispatcher), intake, activity, metrics }
+    }
+
+    /// The handle by which it is watched and steered.
+    pub fn controls(&self) -> Controls<D> {
+        let Self { dispatcher, intake, activity, metrics, .. } = self;
+        Controls {
+            dispatcher: Arc::clone(dispatcher),
+            intake: intake.clone(),
+            activity: activity.clone(),
+            metrics: metrics.clone(),
+        }
     }
 
     /// Works until `lifecycle` says stop and everything has been taken down. Each run takes a new lifecycle; all else
@@ -99,31 +140,37 @@ impl<D: Dispatcher> Worker<D> {
     /// When the server refuses the worker's very first request.
     pub async fn run(&self, lifecycle: &Lifecycle) -> Result<Summary, WorkerError> {
         self.config.announce();
+        let before = self.activity.totals();
         let (acks, run) = self.start_acks(lifecycle);
-        let (dispatch_queue, jobs) = async_channel::bounded(self.config.prefetch.get());
+        // Bounded by the places of the stream.
+        let (dispatch_queue, jobs) = async_channel::unbounded();
         let loops = self.start_loops(&jobs, &run);
         let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &jobs, &run).run()));
         let _watches = self.start_watches(&run);
 
         lifecycle.reached(Phase::Draining).await;
-        let Run { activity, .. } = run;
-        let Counts { running, waiting } = activity.counts(jobs.len());
+        let Counts { running, waiting } = self.activity.counts();
         info!(running, waiting, "shutting down, waiting for workers to finish");
+        drop(run);
         let ended = tear_down(jobs, loops, acks, producer, lifecycle).await;
-        let summary = activity.summary(ended.killed);
+        let summary = self.activity.totals().since(before, ended.killed);
         let Summary { succeeded, failed, interrupted, .. } = summary;
-        info!(succeeded, failed, interrupted, "worker stopped");
+        let reason = lifecycle.reason().unwrap_or("asked to stop");
+        info!(reason, succeeded, failed, interrupted, "worker stopped");
         ended.producer.map(|()| summary)
     }
 
     fn start_acks(&self, lifecycle: &Lifecycle) -> (AckProcessor, Run) {
         let capacity = self.config.prefetch.get() * 2;
         // With a small prefetch, more may run over several lost streams than one stream may hold.
-        let ledger = Arc::new(Ledger::new(capacity.max(2 * self.config.concurrency().get())));
-        let client = Arc::clone(&self.client);
-        let reporter = Reporter::new(Arc::clone(&client), Arc::clone(&ledger), self.config.backoff, lifecycle.clone());
-        let (processor, acks) = AckProcessor::start(reporter, capacity);
-        (processor, Run { client, ledger, activity: Activity::default(), lifecycle: lifecycle.clone(), acks })
+        let max_kept = capacity.max(2 * self.config.concurrency().get());
+        let ledger = Arc::new(Ledger::new(max_kept, self.config.max_jobs.map(NonZeroU64::get)));
+        let link = Link::to(Arc::clone(&self.intake.tap().client));
+        let (activity, metrics, lifecycle) = (self.activity.clone(), self.metrics.clone(), lifecycle.clone());
+        let backoff = self.config.backoff;
+        let reporter = Reporter::new(link.clone(), Arc::clone(&ledger), backoff, lifecycle.clone(), metrics.clone());
+        let (processor, acks) = AckProcessor::start(reporter, capacity, metrics.clone());
+        (processor, Run { link, ledger, activity, metrics, lifecycle, acks })
     }
 
     fn producer(
@@ -133,39 +180,47 @@ impl<D: Dispatcher> Worker<D> {
         run: &Run,
     ) -> Producer {
         Producer {
-            queues: self.config.queues.clone(),
-            prefetch: self.config.prefetch.get(),
-            limits: self.config.stream_limits,
+            intake: self.intake.clone(),
             backoff: self.config.backoff,
             dispatch_queue,
             waiting: waiting.clone(),
             run: run.clone(),
+            seen_version: Mutex::default(),
         }
     }
 
     fn start_loops(&self, jobs: &async_channel::Receiver<Taken>, run: &Run) -> JoinSet<()> {
         let mut loops = JoinSet::new();
-        for thread in 0..self.config.threads.get() {
-            for fiber in 0..self.config.fibers.get() {
-                let worker_loop = WorkerLoop {
-                    name: format!("{thread}:{fiber}"),
-                    jobs: jobs.clone(),
-                    dispatcher: Arc::clone(&self.dispatcher),
-                    run: run.clone(),
-                };
-                loops.spawn(worker_loop.run());
-            }
+        for (slot, name) in self.activity.loop_names().enumerate() {
+            let worker_loop = WorkerLoop {
+                slot,
+                name: name.to_owned(),
+                jobs: jobs.clone(),
+                dispatcher: Arc::clone(&self.dispatcher),
+                run: run.clone(),
+            };
+            loops.spawn(worker_loop.run());
         }
         loops
     }
 
-    /// What ends a run by itself: the deadline of a drain, and idleness.
+    /// What ends a run by itself: the deadline of a drain, the end of its time, and idleness.
     fn start_watches(&self, run: &Run) -> Vec<AbortOnDropHandle<()>> {
         let Run { activity, lifecycle, .. } = run.clone();
         let (deadline, draining) = (self.config.shutdown_deadline, lifecycle.clone());
         let mut watches = vec![tokio::spawn(async move { draining.enforce(deadline).await })];
+        if let Some(limit) = self.config.max_time {
+            let lifecycle = lifecycle.clone();
+            watches.push(tokio::spawn(async move {
+                tokio::time::sleep(limit).await;
+                lifecycle.stop_because(format!("max_time of {} is over", format_duration(limit)));
+            }));
+        }
         if let Some(limit) = self.config.exit_when_idle {
-            watches.push(tokio::spawn(async move { activity.stop_when_idle(&lifecycle, limit).await }));
+            watches.push(tokio::spawn(async move {
+                activity.idle_for(&lifecycle, limit).await;
+                lifecycle.stop_because(format!("idle for {} (exit_when_idle)", format_duration(limit)));
+            }));
         }
         watches.into_iter().map(AbortOnDropHandle::new).collect()
     }
@@ -196,6 +251,7 @@ async fn tear_down(
 
 /// One of the threads × fibers loops: it runs one job at a time, and hands its outcome on before it takes the next.
 struct WorkerLoop<D> {
+    slot: usize,
     name: String,
     jobs: async_channel::Receiver<Taken>,
     dispatcher: Arc<D>,
@@ -217,21 +273,43 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 
     async fn work(&self, taken: Taken) {
-        let Run { ledger, activity, acks, .. } = &self.run;
-        let Taken { job, delivery, _unfinished } = taken;
-        if !ledger.begin(&job.id, delivery) {
-            debug!("job not started: its stream was lost, and the server has it again");
+        let Run { ledger, activity, metrics, acks, .. } = &self.run;
+        let Taken { job, delivery, place, _unfinished } = taken;
+        drop(place);
+        if !self.may_begin(&job, delivery) {
             return;
         }
-        let _running = activity.start_job();
+        let _running = activity.start_job(self.slot, &job);
+        metrics.job_started(job.ready_at);
         let started = Instant::now();
-        let Ended { outcome, usage, .. } = self.dispatch(&job).await;
-        log_ended(&outcome, usage, started.elapsed());
+        let ended = self.dispatch(&job).await;
+        let elapsed = started.elapsed();
+        metrics.job_ended(&job, self.dispatcher.is_counted_apart(&job.job_type), &ended, elapsed);
+        let Ended { outcome, usage, .. } = ended;
+        log_ended(&outcome, usage, elapsed);
         activity.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;
         if let Some(attempt) = ledger.end(&id, &outcome) {
             acks.report(attempt, outcome).await;
+        }
+    }
+
+    fn may_begin(&self, job: &Job, delivery: Delivery) -> bool {
+        match self.run.ledger.begin(&job.id, delivery) {
+            Beginning::Begun { is_last: false } => true,
+            Beginning::Begun { is_last: true } => {
+                self.run.lifecycle.stop_because("max_jobs have been started");
+                true
+            }
+            Beginning::NotOurs => {
+                debug!("job not started: its stream was lost, and the server has it again");
+                false
+            }
+            Beginning::NoneLeft => {
+                debug!("job not started, because max_jobs have been: it goes back to the server");
+                false
+            }
         }
     }
 
@@ -255,8 +333,7 @@ fn job_span(job: &Job) -> Span {
 }
 
 fn log_ended(outcome: &Outcome, usage: Option<Usage>, elapsed: Duration) {
-    // Microseconds are as fine as anybody wants to read.
-    let seconds = elapsed.as_micros() as f64 / 1e6;
+    let seconds = controls::seconds(elapsed);
     let cpu_seconds = usage.map(|usage| usage.cpu.as_secs_f64());
     let peak_memory_bytes = usage.map(|usage| usage.max_rss);
     match outcome {

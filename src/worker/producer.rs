@@ -1,28 +1,32 @@
 //! [`Producer`]: keeps a take stream open, and puts what comes over it into the dispatch queue.
 
+use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::sync::{Mutex, Semaphore};
 use tracing::{debug, error, info, warn};
 
+use super::intake::{Intake, Tap};
+use super::session::{Left, Session, shut};
 use super::{Run, Taken, WorkerError};
 use crate::backoff::{Backoff, Retryable, retry};
 use crate::chain::Chain;
-use crate::client::ClientError;
-use crate::job::{Failure, Job, JobId, Outcome};
-use crate::ledger::{Arrival, Attempt, Delivery};
+use crate::client::{Client, ClientError};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::stream::{Received, StreamError, StreamLimits, TakeStream};
+use crate::stream::{StreamError, TakeStream};
+use crate::version::misfit;
 
 pub(super) struct Producer {
-    pub(super) queues: Vec<String>,
-    pub(super) prefetch: usize,
-    pub(super) limits: StreamLimits,
+    pub(super) intake: Intake,
     pub(super) backoff: Backoff,
     pub(super) dispatch_queue: async_channel::Sender<Taken>,
     /// Its other end, for what is not to be started any more.
     pub(super) waiting: async_channel::Receiver<Taken>,
     pub(super) run: Run,
+    /// The version of the server at the last connection.
+    pub(super) seen_version: Mutex<Option<String>>,
 }
 
 /// Why there is no stream, or none any more.
@@ -53,7 +57,11 @@ impl Producer {
         let _stop = StopOnDrop(lifecycle.clone());
         let connected_before = AtomicBool::new(false);
         let session = || self.session(&connected_before);
-        match retry(&self.backoff, lifecycle, Phase::Killing, session, log_disconnected).await {
+        let before_wait = |disconnected: &Disconnected, wait| {
+            self.run.metrics.reconnecting();
+            log_disconnected(disconnected, wait);
+        };
+        match retry(&self.backoff, lifecycle, Phase::Killing, session, before_wait).await {
             Err(Disconnected::Refused(error)) => Err(WorkerError::Refused(error)),
             Err(Disconnected::Lost(error)) => {
                 warn!(error = %Chain(&error), "stream lost while killing, interrupted jobs may run elsewhere before they end here");
@@ -63,40 +71,79 @@ impl Producer {
         }
     }
 
-    /// One connection, from its opening to its end. `Ok` means that it was closed, or is not needed, because the worker
-    /// stops.
+    /// One stream after another, until one is lost. `Ok` means that none is needed any more, because the worker stops.
     async fn session(&self, connected_before: &AtomicBool) -> Result<(), Disconnected> {
-        let Run { client, activity, .. } = &self.run;
-        if !self.is_needed() {
-            return Ok(());
+        while let Some(tap) = self.next_tap().await {
+            // The stream before is closed or lost, so nothing is left that its server alone must hear of.
+            self.run.link.move_to(Arc::clone(&tap.client));
+            info!(url = %tap.client.url(), "connecting");
+            let opened = tokio::select! {
+                biased;
+                () = self.not_needed() => return Ok(()),
+                () = shut(&self.run, &self.intake, &tap) => continue,
+                opened = tap.client.take(&tap.queues, tap.prefetch, tap.limits) => opened,
+            };
+            let stream =
+                opened.map_err(|error| match error.is_retryable() || connected_before.load(Ordering::Relaxed) {
+                    true => Disconnected::Unreachable(error),
+                    false => Disconnected::Refused(error),
+                })?;
+            info!("connected, listening for jobs");
+            connected_before.store(true, Ordering::Relaxed);
+            match self.follow(tap, stream).await.map_err(Disconnected::Lost)? {
+                Left::Stopped => return Ok(()),
+                Left::Shut => info!("stream closed, everything taken over it has been reported"),
+            }
         }
-        info!(url = %client.url(), "connecting");
-        let opened = tokio::select! {
+        Ok(())
+    }
+
+    async fn follow(&self, tap: Arc<Tap>, stream: TakeStream) -> Result<Left, StreamError> {
+        let Self { intake, dispatch_queue, run, .. } = self;
+        let (client, places) = (Arc::clone(&tap.client), Arc::new(Semaphore::new(tap.prefetch)));
+        let mut session = Session { run, intake, dispatch_queue, tap, stream, places };
+        run.activity.set_connected(true);
+        let ended = tokio::select! {
             biased;
-            () = self.not_needed() => return Ok(()),
-            opened = client.take(&self.queues, self.prefetch, self.limits) => opened,
+            ended = session.follow() => ended,
+            never = self.warn_of_version(&client) => match never {},
         };
-        let mut stream =
-            opened.map_err(|error| match error.is_retryable() || connected_before.load(Ordering::Relaxed) {
-                true => Disconnected::Unreachable(error),
-                false => Disconnected::Refused(error),
-            })?;
-        info!("connected, listening for jobs");
-        connected_before.store(true, Ordering::Relaxed);
-        activity.set_connected(true);
-        let ended = self.follow(&mut stream).await;
-        activity.set_connected(false);
+        run.activity.set_connected(false);
         self.drop_waiting();
-        stream.close().await;
-        ended.map_err(Disconnected::Lost)
+        session.stream.close().await;
+        ended
+    }
+
+    /// Warns once of each version of the server that does not fit.
+    async fn warn_of_version(&self, client: &Client) -> Infallible {
+        match client.version().await {
+            Ok(version) => {
+                let is_new = self.seen_version.lock().await.replace(version.clone()).is_none_or(|seen| seen != version);
+                if let Some(misfit) = misfit(&version).filter(|_| is_new) {
+                    warn!(version, misfit, "the server's version does not fit this worker's");
+                }
+            }
+            // A proxy may let nothing through but what a worker cannot do without.
+            Err(error) => debug!(error = %Chain(&error), "the server does not tell its version"),
+        }
+        std::future::pending().await
     }
 
     /// The stream is gone, and the server has its jobs again. What stayed in the queue would be in the way of the next
-    /// stream: while this one waits for room it hears neither jobs nor silence.
+    /// stream's.
     fn drop_waiting(&self) {
         self.run.ledger.lose_stream();
         while let Ok(Taken { job, .. }) = self.waiting.try_recv() {
             debug!(id = job.id.as_str(), "job not started: its stream was lost, and the server has it again");
+        }
+    }
+
+    /// Waits until jobs may be taken, and returns what by; nothing once no stream is needed.
+    async fn next_tap(&self) -> Option<Arc<Tap>> {
+        tokio::select! {
+            biased;
+            () = self.run.lifecycle.reached(Phase::Draining) => self.is_needed().then(|| self.intake.tap()),
+            tap = self.intake.open() => Some(tap),
         }
     }
 
@@ -115,74 +162,6 @@ impl Producer {
         self.run.lifecycle.reached(Phase::Draining).await;
         if self.is_needed() {
             self.run.lifecycle.reached(Phase::Killing).await;
-        }
-    }
-
-    /// Takes what comes, until the worker has stopped: only then may the stream be closed.
-    async fn follow(&self, stream: &mut TakeStream) -> Result<(), StreamError> {
-        loop {
-            tokio::select! {
-                biased;
-                () = self.run.lifecycle.reached(Phase::Stopped) => return Ok(()),
-                received = stream.next() => match received? {
-                    Received::Job(job) => self.receive(job).await,
-                    Received::Malformed { id, reason } => self.refuse(id, &reason).await,
-                },
-            }
-        }
-    }
-
-    /// Finds out what a job that has come needs: to be started, or to be reported, or nothing.
-    async fn receive(&self, job: Job) {
-        let Run { ledger, acks, .. } = &self.run;
-        let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
-        match ledger.arrive(&attempt) {
-            (Arrival::New, delivery) => self.push(job, delivery).await,
-            (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
-            (Arrival::Ended(outcome), _) => {
-                info!(id = job.id.as_str(), "job received again after it ended here, reported");
-                self.unless_stopped(acks.report_again(attempt, outcome)).await;
-            }
-        }
-    }
-
-    /// Waits for room in the dispatch queue, or for the drain: then the job goes back with the stream.
-    async fn push(&self, job: Job, delivery: Delivery) {
-        let Run { ledger, activity, lifecycle, .. } = &self.run;
-        debug!(id = job.id.as_str(), r#type = job.job_type, waiting = self.dispatch_queue.len(), "job received");
-        let id = job.id.clone();
-        let taken = Taken { job, delivery, _unfinished: activity.take_job() };
-        let pushed = tokio::select! {
-            biased;
-            () = lifecycle.reached(Phase::Draining) => false,
-            pushed = self.dispatch_queue.send(taken) => pushed.is_ok(),
-        };
-        if !pushed {
-            debug!(id = id.as_str(), "job received while draining, it goes back to the server");
-            ledger.give_back(&id, delivery);
-        }
-    }
-
-    /// Reports what is no job, but has an id, as failed: it would come again and again.
-    async fn refuse(&self, id: JobId, reason: &str) {
-        error!(id = id.as_str(), reason, "malformed job, reported as failed");
-        let attempt = Attempt { id, attempts: None };
-        let failure =
-            Outcome::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
-        let outcome = match self.run.ledger.arrive(&attempt) {
-            (Arrival::New, _) => failure,
-            (Arrival::Ended(outcome), _) => outcome,
-            (Arrival::UnderWay, _) => return,
-        };
-        if let Some(attempt) = self.run.ledger.end(&attempt.id, &outcome) {
-            self.unless_stopped(self.run.acks.report(attempt, outcome)).await;
-        }
-    }
-
-    async fn unless_stopped(&self, work: impl Future<Output = ()>) {
-        tokio::select! {
-            () = self.run.lifecycle.reached(Phase::Stopped) => {}
-            () = work => {}
         }
     }
 }
@@ -210,6 +189,6 @@ struct StopOnDrop(Lifecycle);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
-        self.0.stop();
+        self.0.stop_because("no more jobs can be taken");
     }
 }

@@ -171,16 +171,17 @@ fn a_value_must_be_text() {
 #[test]
 fn a_mistake_in_the_file_is_shown_with_its_line() {
     let known = "`queues`, `threads`, `fibers`, `prefetch`, `retry_min_wait`, `retry_max_wait`, `retry_multiplier`, \
-                 `stream_idle_timeout`, `max_job_size`, `shutdown_deadline`, `exit_when_idle`, `worker_id`";
+                 `stream_idle_timeout`, `max_job_size`, `shutdown_deadline`, `max_jobs`, `max_time`, `exit_when_idle`, \
+                 `worker_id`";
     let unknown = |key| format!("2: unknown key `{key}`, expected one of {known}");
     for (toml, problem) in [
         ("[worker]\nthreadz = 3", &*unknown("threadz")),
         ("[worker]\nretry-min-wait = 3", &unknown("retry-min-wait")),
         (
             "\n\nthreads = 1",
-            "3: unknown key `threads`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`",
+            "3: unknown key `threads`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`",
         ),
-        ("[logs]", "1: unknown key `logs`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`"),
+        ("[logs]", "1: unknown key `logs`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`"),
         ("[tls]\nverify = false", "2: unknown key `verify`, expected one of `ca`, `client_cert`, `client_key`"),
         ("[tls]\nca = 3", "2: tls_ca must be a string (got 3)"),
         ("[log]\nfile = 'x'", "2: unknown key `file`, expected `level` or `format`"),

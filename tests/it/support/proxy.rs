@@ -372,6 +372,10 @@ impl Connection {
 
     /// Notes what is asked for.
     fn record(&self, request: &Request<Bytes>) -> Option<Call> {
+        // A worker asks for it whenever it has connected, and nothing waits for that.
+        if request.uri().path() == "/version" {
+            return None;
+        }
         let call = call(request.uri().path()).filter(|call| *call != Call::Job || request.method() == Method::GET);
         self.shared.record(Event::Request(Seen {
             connection: self.number,

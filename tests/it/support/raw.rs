@@ -38,22 +38,32 @@ impl RawServer {
         format!("http://{}", self.address)
     }
 
-    /// Waits for the next connection and the first request on it.
+    /// Waits for the next connection and the first request on it. What asks for the version is answered here: a worker
+    /// asks whenever it has connected, and waits for nothing of it.
     pub fn request(&self) -> RawRequest {
-        RawRequest::read(self.connection())
+        loop {
+            match RawRequest::read(self.connection()) {
+                request if request.is_for_version() => request.answer_version(),
+                request => return request,
+            }
+        }
     }
 
     /// Waits for the next connection, and reads nothing.
     pub fn connection(&self) -> TcpStream {
         let (stream, _) = eventually("a connection", || self.listener.accept().ok());
-        stream.set_nonblocking(false).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream
+        patient(stream)
     }
 
     /// Whether nobody waits for an answer.
     pub fn is_quiet(&self) -> bool {
-        self.listener.accept().is_err()
+        while let Ok((stream, _)) = self.listener.accept() {
+            match RawRequest::read(patient(stream)) {
+                request if request.is_for_version() => request.answer_version(),
+                _ => return false,
+            }
+        }
+        true
     }
 
     /// Waits for the next request for the take stream and opens it.
@@ -62,7 +72,21 @@ impl RawServer {
     }
 }
 
+fn patient(stream: TcpStream) -> TcpStream {
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
 impl RawRequest {
+    fn is_for_version(&self) -> bool {
+        self.line().starts_with("GET /version ")
+    }
+
+    fn answer_version(self) {
+        self.answer("200 OK", &format!(r#"{{"version":"{}"}}"#, env!("CARGO_PKG_VERSION")));
+    }
+
     fn read(mut stream: TcpStream) -> Self {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {

@@ -1,0 +1,127 @@
+//! [`AdminServer`]: tells over HTTP how the worker does, to whoever watches it.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tracing::{debug, info, warn};
+
+/// How many may ask at once. Whoever comes on top waits: watching must not cost the worker its descriptors.
+const MAX_CONNECTIONS: usize = 32;
+
+/// How long a connection may take to say what it asks.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// After a failed accept (out of descriptors, mostly) trying again at once would only spin.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// The type that Prometheus asks for.
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+const JSON: &str = "application/json";
+
+/// What there is to be told.
+pub(crate) trait Inspected: Send + Sync + 'static {
+    /// Why it cannot work now; nothing when it can.
+    fn unready(&self) -> Vec<String>;
+
+    /// What it is and does.
+    fn status(&self) -> Value;
+
+    /// What it has counted, in the text format of Prometheus.
+    fn metrics(&self) -> String;
+}
+
+/// A server that is bound, and not yet serving.
+#[derive(Debug)]
+pub(crate) struct AdminServer(TcpListener);
+
+impl AdminServer {
+    /// Listens on that address.
+    ///
+    /// # Errors
+    /// When that cannot be done.
+    pub(crate) async fn bind(address: SocketAddr) -> io::Result<Self> {
+        TcpListener::bind(address).await.map(Self)
+    }
+
+    /// Answers for as long as it is polled.
+    pub(crate) async fn serve(self, inspected: Arc<dyn Inspected>) {
+        if let Ok(address) = self.0.local_addr() {
+            info!(%address, "admin server listening");
+        }
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        loop {
+            // The semaphore is never closed.
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            match self.0.accept().await {
+                Ok((stream, _)) => {
+                    let inspected = Arc::clone(&inspected);
+                    tokio::spawn(async move {
+                        answer_all(stream, inspected).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    warn!(%error, "admin server cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+async fn answer_all(stream: TcpStream, inspected: Arc<dyn Inspected>) {
+    let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request, &*inspected))));
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
+        debug!(%error, "connection of the admin server ended");
+    }
+}
+
+fn answer<B>(request: &Request<B>, inspected: &dyn Inspected) -> Response<Full<Bytes>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut refusal = json_body(StatusCode::METHOD_NOT_ALLOWED, &json!({"error": "only GET and HEAD"}));
+        refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return refusal;
+    }
+    match request.uri().path() {
+        "/live" => json_body(StatusCode::OK, &json!({"live": true})),
+        "/ready" => {
+            let reasons = inspected.unready();
+            let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            json_body(status, &json!({"ready": reasons.is_empty(), "reasons": reasons}))
+        }
+        "/status" => json_body(StatusCode::OK, &inspected.status()),
+        "/metrics" => body(StatusCode::OK, PROMETHEUS, inspected.metrics()),
+        _ => {
+            let error = "not found; there are /live, /ready, /status and /metrics";
+            json_body(StatusCode::NOT_FOUND, &json!({"error": error}))
+        }
+    }
+}
+
+fn json_body(status: StatusCode, value: &Value) -> Response<Full<Bytes>> {
+    body(status, JSON, format!("{value}\n"))
+}
+
+fn body(status: StatusCode, content_type: &'static str, text: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}

@@ -1,0 +1,72 @@
+//! `--check`: every setting with its origin, the handlers' files, and the server's version.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+
+use crate::chain::{Chain, OneLine};
+use crate::client::Client;
+use crate::config::{Config, ConfigError, Setting};
+use crate::version::misfit;
+
+/// What keeps a worker with these settings from working.
+#[derive(Debug)]
+pub enum CheckError {
+    /// A setting.
+    Config(ConfigError),
+    /// The server, in a sentence.
+    Server(String),
+    /// There is nobody to tell.
+    Output(io::Error),
+}
+
+impl From<io::Error> for CheckError {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+/// Prints every setting in force and where it was written, and tries what they name without taking a job.
+///
+/// # Errors
+/// When a handler's file cannot be run, or the server cannot be reached.
+pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
+    out.write_all(table(&config.settings()).as_bytes())?;
+    config.check_programs().map_err(CheckError::Config)?;
+    writeln!(out, "\nhandlers: their files can be run")?;
+    #[cfg(feature = "embedded")]
+    if config.embedded.is_some() {
+        return Ok(writeln!(out, "server: the embedded one")?);
+    }
+    check_server(config, out).await
+}
+
+async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
+    let worker = &config.worker;
+    let client = Client::new(worker.url.clone(), worker.worker_id.clone(), &worker.tls);
+    let version = client.version().await;
+    let version =
+        version.map_err(|error| CheckError::Server(format!("cannot ask the server at {}: {}", worker.url, Chain(&error))))?;
+    let mut line = String::new();
+    // Writing to a string does not fail.
+    let _ = write!(OneLine(&mut line), "server: {} is version {version}", worker.url);
+    writeln!(out, "{line}")?;
+    if let Some(misfit) = misfit(&version) {
+        writeln!(out, "warning: {misfit}")?;
+    }
+    Ok(())
+}
+
+/// Columns of names, values and origins.
+fn table(settings: &[Setting]) -> String {
+    let longest = |length: fn(&Setting) -> usize| settings.iter().map(length).max().unwrap_or_default();
+    let names = longest(|setting| setting.name.chars().count());
+    // One long value should not push all origins out of sight.
+    let values = longest(|setting| setting.value.chars().count()).min(40);
+    let mut text = String::new();
+    for Setting { name, value, source, .. } in settings {
+        let source = source.as_ref().map_or("default".to_owned(), ToString::to_string);
+        let _ = write!(OneLine(&mut text), "{name:names$}  {value:values$}  {source}");
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,39 @@
+//! [`AdminAddress`]: where the worker tells of itself.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use super::layers::Layers;
+use super::{ConfigError, Source};
+
+/// The address on which the worker answers questions about itself, and where that was written.
+#[derive(Debug, Clone)]
+pub struct AdminAddress {
+    /// Where it listens; port 0 is any that is free.
+    pub address: SocketAddr,
+    source: Source,
+}
+
+impl fmt::Display for AdminAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)
+    }
+}
+
+impl AdminAddress {
+    pub(super) fn resolve(layers: &Layers<'_>) -> Result<Option<Self>, ConfigError> {
+        let found = layers.locate("admin-listen", &layers.file.table.admin.0.listen, |raw| {
+            let text = raw.text("admin_listen")?;
+            text.trim().parse().map_err(|_| {
+                format!("admin_listen must be ADDRESS:PORT, like 127.0.0.1:9290 or [::]:9290 (got {text})")
+            })
+        })?;
+        Ok(found.map(|(address, source)| Self { address, source }))
+    }
+
+    /// That nobody can listen there.
+    pub fn error(&self, error: &std::io::Error) -> ConfigError {
+        let problem = format!("cannot listen on {}: {error}; choose another address", self.address);
+        ConfigError::unusable(self.source.clone(), problem)
+    }
+}

@@ -1,0 +1,80 @@
+//! The daemon: a worker, and all that watches and steers it: signals, the service manager, the admin server, the terminal.
+
+mod attendant;
+mod inspector;
+
+use std::io;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::admin::AdminServer;
+use crate::cli::Args;
+use crate::config::{Config, ConfigError, Source};
+use crate::dispatch::ExecDispatcher;
+use crate::lifecycle::{Lifecycle, WorkerSignals};
+use crate::logging::Log;
+use crate::supervisor::Supervisor;
+use crate::worker::{Summary, Worker};
+use attendant::Attendant;
+use inspector::Inspector;
+
+/// What ends the process before, or instead of, a good end.
+pub type Fatal = Box<dyn std::error::Error + Send + Sync>;
+
+/// Works until it is told to stop. `args` are what `config` was resolved from, and will be again.
+///
+/// # Errors
+/// When it cannot start, or the server refuses the worker.
+pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fatal> {
+    let lifecycle = Lifecycle::new();
+    // Before signals are heard: it may read its jobs from a terminal, where Ctrl-C has to end it.
+    #[cfg(feature = "embedded")]
+    let _server = match &config.embedded {
+        Some(embedded) => Some(crate::embedded::start(embedded, &config.worker.url).await?),
+        None => None,
+    };
+    let (asking, requests) = mpsc::unbounded_channel();
+    tokio::spawn(WorkerSignals::listen()?.obey(lifecycle.clone(), asking));
+    let admin = bind_admin(&config).await?;
+    config.warn_of_deadlines();
+
+    let settings = config.settings();
+    let dispatcher = dispatcher(&mut config)?;
+    let _orphans = AbortOnDropHandle::new(tokio::spawn(dispatcher.reap_orphans()));
+    let worker = Worker::new(config.worker.clone(), dispatcher);
+    let worker_id = config.worker.worker_id.to_string();
+    let inspector = Arc::new(Inspector::new(worker.controls(), lifecycle.clone(), worker_id, settings));
+    let answering = admin.map(|admin| admin.serve(Arc::clone(&inspector) as _));
+    let _answering = answering.map(|answering| AbortOnDropHandle::new(tokio::spawn(answering)));
+    let supervisor = args.is_supervised().then(Supervisor::of_this_process);
+    let attendant = Attendant { args: Arc::new(args), log, inspector, running: config.worker, supervisor };
+    let attending = AbortOnDropHandle::new(tokio::spawn(attendant.attend(requests)));
+
+    let ended = worker.run(&lifecycle).await;
+    // It has the last line of the terminal to clear.
+    attending.await?;
+    Ok(ended?)
+}
+
+async fn bind_admin(config: &Config) -> Result<Option<AdminServer>, ConfigError> {
+    match &config.admin {
+        Some(admin) => AdminServer::bind(admin.address).await.map(Some).map_err(|error| admin.error(&error)),
+        None => Ok(None),
+    }
+}
+
+fn dispatcher(config: &mut Config) -> Result<ExecDispatcher, ConfigError> {
+    let (worker, temp_dir) = (&config.worker, std::env::temp_dir());
+    let (handlers, concurrency) = (std::mem::take(&mut config.handlers), worker.concurrency().get());
+    ExecDispatcher::new(handlers, concurrency, worker.worker_id.to_string(), &temp_dir).map_err(no_room_for_results)
+}
+
+fn no_room_for_results(error: io::Error) -> ConfigError {
+    let problem = format!(
+        "cannot make a directory for result files in {}: {error}; name one that can be written",
+        std::env::temp_dir().display()
+    );
+    ConfigError::unusable(Source::Variable("TMPDIR".to_owned()), problem)
+}

@@ -1,0 +1,188 @@
+//! [`Attendant`]: does what signals ask for, and tells the service manager and the terminal how it goes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use humantime::format_duration;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use tracing::{error, info, warn};
+
+use super::inspector::Inspector;
+use crate::cli::Args;
+use crate::config::{Config, ConfigError, WorkerConfig};
+use crate::lifecycle::{Phase, Request};
+use crate::logging::Log;
+use crate::supervisor::Supervisor;
+use crate::worker::{LoopStatus, RunningJob, Status};
+
+/// How often the last line of the terminal changes.
+const LIVE_PERIOD: Duration = Duration::from_secs(1);
+
+/// Everything that it needs.
+#[derive(Debug)]
+pub(super) struct Attendant {
+    pub(super) args: Arc<Args>,
+    pub(super) log: Log,
+    pub(super) inspector: Arc<Inspector>,
+    /// The settings by which the worker runs.
+    pub(super) running: WorkerConfig,
+    pub(super) supervisor: Option<Supervisor>,
+}
+
+type Requests = UnboundedReceiver<Request>;
+
+impl Attendant {
+    /// Attends the worker until it has stopped. The service manager's watchdog hears from here: this is what answers
+    /// signals, and a status takes every lock that a job takes.
+    pub(super) async fn attend(mut self, mut requests: Requests) {
+        let lifecycle = self.inspector.lifecycle.clone();
+        let mut ticks = Ticks::every(self.supervisor.as_ref().map(Supervisor::period));
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.ready();
+        }
+        loop {
+            tokio::select! {
+                biased;
+                () = lifecycle.reached(Phase::Draining) => break,
+                Some(request) = requests.recv() => self.obey(request).await,
+                () = ticks.next() => self.tell(),
+            }
+        }
+        self.attend_stop(requests).await;
+    }
+
+    async fn attend_stop(mut self, mut requests: Requests) {
+        let lifecycle = self.inspector.lifecycle.clone();
+        let deadline = Instant::now() + self.running.shutdown_deadline;
+        if let Some(supervisor) = &mut self.supervisor {
+            supervisor.stopping(&self.inspector.worker());
+        }
+        let period = self.supervisor.as_ref().map(Supervisor::period);
+        let mut ticks = Ticks::every(self.log.live_line().map(|_| LIVE_PERIOD).or(period));
+        loop {
+            tokio::select! {
+                biased;
+                () = lifecycle.reached(Phase::Stopped) => break,
+                Some(request) = requests.recv() => self.obey(request).await,
+                () = ticks.next() => {
+                    self.tell();
+                    self.show_stop(deadline);
+                }
+            }
+        }
+        if let Some(line) = self.log.live_line() {
+            line.show("");
+        }
+    }
+
+    fn tell(&mut self) {
+        if let Some(supervisor) = &mut self.supervisor {
+            supervisor.tell(&self.inspector.worker());
+            if self.inspector.lifecycle.phase() >= Phase::Draining {
+                supervisor.extend();
+            }
+        }
+    }
+
+    fn show_stop(&self, deadline: Instant) {
+        let Some(line) = self.log.live_line() else { return };
+        let running = self.inspector.worker().running;
+        line.show(&match self.inspector.lifecycle.phase() {
+            Phase::Draining => {
+                let left = deadline.saturating_duration_since(Instant::now()).as_secs();
+                format!("draining: {running} running, {left}s left; press Ctrl-C again to kill")
+            }
+            Phase::Killing => format!("killing: {running} running; press Ctrl-C again to skip their grace"),
+            _ => String::new(),
+        });
+    }
+
+    async fn obey(&mut self, request: Request) {
+        match request {
+            Request::Status => log_status(&self.inspector.worker()),
+            _ if self.inspector.lifecycle.phase() >= Phase::Draining => {
+                warn!(?request, "signal ignored, the worker is stopping");
+            }
+            Request::Reload => self.reload().await,
+            Request::Pause => {
+                if self.inspector.controls.pause() {
+                    info!("paused: finishing what was taken; SIGCONT takes jobs again");
+                }
+            }
+            Request::Resume => {
+                if self.inspector.controls.resume() {
+                    info!("resumed: taking jobs");
+                }
+            }
+        }
+    }
+
+    async fn reload(&mut self) {
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.reloading();
+        }
+        let reloaded = self.read_again().await.and_then(|config| self.take_over(config));
+        self.inspector.controls.metrics().reloaded(reloaded.is_ok());
+        if let Err(error) = reloaded {
+            error!(%error, "configuration not reloaded, everything stays as it was");
+        }
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.ready();
+        }
+    }
+
+    /// Files may be slow to read, and no signal should wait for that.
+    async fn read_again(&self) -> Result<Config, ConfigError> {
+        let args = Arc::clone(&self.args);
+        let reading = tokio::task::spawn_blocking(move || Config::resolve(&args)).await;
+        reading.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()))
+    }
+
+    /// Changes everything that can be changed, or nothing.
+    fn take_over(&mut self, config: Config) -> Result<(), ConfigError> {
+        self.log.refilter(&config.log)?;
+        config.warn_of_deadlines();
+        let (worker, needing_restart) = config.taken_over(&self.running);
+        let new_stream = self.inspector.controls.reconnect(&worker);
+        self.inspector.renew(config.settings(), &needing_restart);
+        self.inspector.controls.dispatcher().replace(config.handlers);
+        self.running = worker;
+        info!(new_stream, "configuration reloaded");
+        if !needing_restart.is_empty() {
+            warn!(settings = needing_restart.join(", "), "some changed settings need a restart to take effect");
+        }
+        Ok(())
+    }
+}
+
+/// A clock, or none.
+struct Ticks(Option<Interval>);
+
+impl Ticks {
+    fn every(period: Option<Duration>) -> Self {
+        Self(period.map(|period| {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        }))
+    }
+
+    async fn next(&mut self) {
+        match &mut self.0 {
+            Some(ticks) => drop(ticks.tick().await),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+fn log_status(status: &Status) {
+    let Status { state, connected, running, waiting, reports_waiting, succeeded, failed, interrupted, loops, .. } = status;
+    let uptime = format_duration(Duration::from_secs(status.uptime_seconds as u64)).to_string();
+    info!(state, connected, uptime, running, waiting, reports_waiting, succeeded, failed, interrupted, "status");
+    for LoopStatus { name, job } in loops {
+        if let Some(RunningJob { id, r#type, queue, attempt, running_seconds, pid }) = job {
+            info!(worker = name, id, r#type, queue, attempt, running_seconds, pid, "job running");
+        }
+    }
+}

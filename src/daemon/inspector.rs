@@ -1,0 +1,73 @@
+//! [`Inspector`]: what the admin server has to tell of this daemon.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use serde_json::{Value, json};
+
+use crate::admin::Inspected;
+use crate::config::Setting;
+use crate::dispatch::ExecDispatcher;
+use crate::lifecycle::Lifecycle;
+use crate::version::VERSION;
+use crate::worker::{Controls, Status};
+
+/// A worker, and the settings that are in force.
+#[derive(Debug)]
+pub(super) struct Inspector {
+    pub(super) controls: Controls<ExecDispatcher>,
+    pub(super) lifecycle: Lifecycle,
+    worker_id: String,
+    settings: Mutex<Vec<Setting>>,
+}
+
+impl Inspector {
+    pub(super) fn new(
+        controls: Controls<ExecDispatcher>,
+        lifecycle: Lifecycle,
+        worker_id: String,
+        settings: Vec<Setting>,
+    ) -> Self {
+        Self { controls, lifecycle, worker_id, settings: Mutex::new(settings) }
+    }
+
+    pub(super) fn worker(&self) -> Status {
+        self.controls.status(&self.lifecycle)
+    }
+
+    /// Other settings are in force, but for those that need a restart.
+    pub(super) fn renew(&self, settings: Vec<Setting>, unchanged: &[&str]) {
+        let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_unchanged = |setting: &Setting| unchanged.contains(&setting.name.as_str());
+        let kept: Vec<Setting> = present.drain(..).filter(is_unchanged).collect();
+        *present = settings.into_iter().filter(|setting| !is_unchanged(setting)).chain(kept).collect();
+    }
+
+    fn settings(&self) -> BTreeMap<String, Value> {
+        let settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        let shown = |setting: &Setting| {
+            let value = setting.public_value.as_ref().unwrap_or(&setting.value);
+            let source = setting.source.as_ref().map_or("default".to_owned(), ToString::to_string);
+            (setting.name.clone(), json!({"value": value, "source": source}))
+        };
+        settings.iter().map(shown).collect()
+    }
+}
+
+impl Inspected for Inspector {
+    fn unready(&self) -> Vec<String> {
+        self.controls.unready(&self.lifecycle).iter().map(ToString::to_string).collect()
+    }
+
+    fn status(&self) -> Value {
+        let mut status = json!({"version": VERSION, "worker_id": self.worker_id, "settings": self.settings()});
+        if let (Some(all), Ok(Value::Object(worker))) = (status.as_object_mut(), serde_json::to_value(self.worker())) {
+            all.extend(worker);
+        }
+        status
+    }
+
+    fn metrics(&self) -> String {
+        self.controls.metrics_text(&self.lifecycle)
+    }
+}

@@ -1,0 +1,38 @@
+//! [`Pids`]: which process runs for which job, for those who ask.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::job::JobId;
+
+/// The processes of running jobs.
+#[derive(Debug, Default)]
+pub(super) struct Pids(Mutex<HashMap<JobId, u32>>);
+
+/// Held while the process is there.
+#[derive(Debug)]
+pub(super) struct Listed<'a> {
+    pids: &'a Pids,
+    id: &'a JobId,
+}
+
+impl Drop for Listed<'_> {
+    fn drop(&mut self) {
+        self.pids.lock().remove(self.id);
+    }
+}
+
+impl Pids {
+    fn lock(&self) -> MutexGuard<'_, HashMap<JobId, u32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn list<'a>(&'a self, id: &'a JobId, pid: u32) -> Listed<'a> {
+        self.lock().insert(id.clone(), pid);
+        Listed { pids: self, id }
+    }
+
+    pub(super) fn get(&self, id: &JobId) -> Option<u32> {
+        self.lock().get(id).copied()
+    }
+}

@@ -1,0 +1,55 @@
+//! [`Routes`]: which handler a job goes to, and how the starts of each have gone.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::brake::Brake;
+use crate::handler::{Handler, Handlers};
+
+/// A handler, and how its starts have gone of late.
+#[derive(Debug)]
+pub(super) struct Route {
+    pub(super) handler: Handler,
+    pub(super) brake: Brake,
+}
+
+impl Route {
+    fn new(handler: Handler) -> Arc<Self> {
+        let brake = Brake::new(handler.program.file_name());
+        Arc::new(Self { handler, brake })
+    }
+}
+
+/// Each handler of a configuration.
+#[derive(Debug)]
+pub(super) struct Routes {
+    by_type: HashMap<String, Arc<Route>>,
+    default: Option<Arc<Route>>,
+}
+
+impl Routes {
+    pub(super) fn new(handlers: Handlers) -> Self {
+        let routes = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, Route::new(handler)));
+        Self { by_type: routes.collect(), default: handlers.default.map(Route::new) }
+    }
+
+    /// The type is looked up, and nothing else is ever made of it.
+    pub(super) fn find(&self, job_type: &str) -> Option<&Arc<Route>> {
+        self.by_type.get(job_type).or(self.default.as_ref())
+    }
+
+    /// Whether jobs of that type have a handler of their own.
+    pub(super) fn has_own(&self, job_type: &str) -> bool {
+        self.by_type.contains_key(job_type)
+    }
+
+    /// The names of the handlers that cannot be started, in order.
+    pub(super) fn broken(&self) -> Vec<String> {
+        let all = self.by_type.values().chain(&self.default);
+        let mut names: Vec<String> =
+            all.filter(|route| route.brake.is_engaged()).map(|route| route.brake.name().to_owned()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+}

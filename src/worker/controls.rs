@@ -1,0 +1,129 @@
+//! [`Controls`]: what can be asked of a worker, and told to it, while it runs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::activity::{Activity, Counts, Current};
+use super::intake::Intake;
+use super::status::{LoopStatus, RunningJob, Status, Unready};
+use super::Summary;
+use crate::config::WorkerConfig;
+use crate::dispatch::Dispatcher;
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::{Gauges, Metrics};
+
+/// The handle by which a worker is watched and steered; to stop it is the [`Lifecycle`]'s.
+#[derive(Debug)]
+pub struct Controls<D> {
+    pub(super) dispatcher: Arc<D>,
+    pub(super) intake: Intake,
+    pub(super) activity: Activity,
+    pub(super) metrics: Metrics,
+}
+
+impl<D> Clone for Controls<D> {
+    fn clone(&self) -> Self {
+        Self {
+            dispatcher: Arc::clone(&self.dispatcher),
+            intake: self.intake.clone(),
+            activity: self.activity.clone(),
+            metrics: self.metrics.clone(),
+        }
+    }
+}
+
+impl<D: Dispatcher> Controls<D> {
+    /// What jobs are done by.
+    pub fn dispatcher(&self) -> &D {
+        &self.dispatcher
+    }
+
+    /// Takes nothing more. When everything that was taken has been reported, the stream is closed, so that the server can
+    /// give its jobs to others. Returns whether it took jobs before.
+    pub fn pause(&self) -> bool {
+        self.intake.set_paused(true)
+    }
+
+    /// Takes jobs again. Returns whether it was paused.
+    pub fn resume(&self) -> bool {
+        self.intake.set_paused(false)
+    }
+
+    /// Takes jobs by the url, TLS settings, queues, prefetch and stream limits in `config` from now on: over a new stream, as
+    /// soon as everything that came over the present one has been reported. Returns whether anything is new in them. Jobs
+    /// that run when the present stream is lost go on, and are reported to the new server.
+    pub fn reconnect(&self, config: &WorkerConfig) -> bool {
+        self.intake.retap(config)
+    }
+
+    /// The counters that have come with a reload.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// What it is doing.
+    pub fn status(&self, lifecycle: &Lifecycle) -> Status {
+        let Counts { running, waiting } = self.activity.counts();
+        let Summary { succeeded, failed, interrupted, .. } = self.activity.totals();
+        Status {
+            state: self.state(lifecycle),
+            connected: self.activity.is_connected(),
+            uptime_seconds: seconds(self.activity.uptime()),
+            running,
+            waiting,
+            reports_waiting: self.metrics.waiting_reports(),
+            succeeded,
+            failed,
+            interrupted,
+            loops: self.activity.loops().map(|(name, current)| self.loop_status(name, current)).collect(),
+        }
+    }
+
+    fn loop_status(&self, name: &str, current: Option<Current>) -> LoopStatus {
+        let job = current.map(|Current { id, job_type, queue, attempt, started }| RunningJob {
+            pid: self.dispatcher.pid(&id),
+            id: id.to_string(),
+            r#type: job_type,
+            queue,
+            attempt,
+            running_seconds: seconds(started.elapsed()),
+        });
+        LoopStatus { name: name.to_owned(), job }
+    }
+
+    fn state(&self, lifecycle: &Lifecycle) -> &'static str {
+        match lifecycle.phase() {
+            Phase::Running if self.intake.is_paused() => "paused",
+            Phase::Running => "running",
+            Phase::Draining => "draining",
+            Phase::Killing | Phase::Forcing | Phase::Stopped => "killing",
+        }
+    }
+
+    /// Why it cannot start jobs now; nothing when it can.
+    pub fn unready(&self, lifecycle: &Lifecycle) -> Vec<Unready> {
+        let state = self.state(lifecycle);
+        let of_state = match state {
+            "running" => None,
+            "paused" => Some(Unready::Paused),
+            _ => Some(Unready::Stopping(state)),
+        };
+        let unconnected = (!self.activity.is_connected()).then_some(Unready::NotConnected);
+        let broken = self.dispatcher.broken().into_iter().map(Unready::Broken);
+        of_state.into_iter().chain(unconnected).chain(broken).collect()
+    }
+
+    /// All counters, in the text format of Prometheus.
+    pub fn metrics_text(&self, lifecycle: &Lifecycle) -> String {
+        let Counts { running, waiting } = self.activity.counts();
+        let (loops, connected) = (self.activity.loop_names().count(), self.activity.is_connected());
+        let gauges = Gauges { running, waiting, loops, connected, state: self.state(lifecycle) };
+        // It fails for names that Prometheus does not know; that there are none is held by a test.
+        self.metrics.text(gauges).unwrap_or_default()
+    }
+}
+
+/// Microseconds are as fine as anybody wants to read.
+pub(super) fn seconds(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1e6
+}
