@@ -44,8 +44,8 @@ async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), Check
     let worker = &config.worker;
     let client = Client::new(worker.url.clone(), worker.worker_id.clone(), &worker.tls);
     let version = client.version().await;
-    let version =
-        version.map_err(|error| CheckError::Server(format!("cannot ask the server at {}: {}", worker.url, Chain(&error))))?;
+    let version = version
+        .map_err(|error| CheckError::Server(format!("cannot ask the server at {}: {}", worker.url, Chain(&error))))?;
     let mut line = String::new();
     // Writing to a string does not fail.
     let _ = write!(OneLine(&mut line), "server: {} is version {version}", worker.url);

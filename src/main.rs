@@ -16,7 +16,8 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(usage) => return usage.report(),
     };
-    let (config, log) = match Config::resolve(&args).and_then(|config| Log::start(&config.log).map(|log| (config, log))) {
+    let (config, log) = match Config::resolve(&args).and_then(|config| Log::start(&config.log).map(|log| (config, log)))
+    {
         Ok(resolved) => resolved,
         Err(error) => return complain(&error, error.exit_status()),
     };

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::core::Collector;
+use prometheus::{CounterVec, Error};
 use prometheus::{
     GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
-use prometheus::{CounterVec, Error};
 
 use crate::dispatch::Ended;
 use crate::job::{Job, Outcome};
@@ -22,9 +22,8 @@ const OTHER: &str = "(other)";
 const MAX_QUEUES: usize = 100;
 
 /// From a program that does nothing to one that runs for hours, in seconds.
-const RUN_BUCKETS: &[f64] = &[
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0,
-];
+const RUN_BUCKETS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0];
 
 /// From a worker that waits for jobs to jobs that wait for a day, in seconds.
 const WAIT_BUCKETS: &[f64] =
@@ -94,7 +93,11 @@ impl Metrics {
                 &["type", "code"],
             )?,
             run_seconds: made.histograms("handler_seconds", "How long jobs ran", RUN_BUCKETS, &["type"])?,
-            wait_seconds: made.histogram("job_wait_seconds", "From a job's ready_at to its start here", WAIT_BUCKETS)?,
+            wait_seconds: made.histogram(
+                "job_wait_seconds",
+                "From a job's ready_at to its start here",
+                WAIT_BUCKETS,
+            )?,
             cpu_seconds: made.floats("handler_cpu_seconds_total", "CPU time that handlers have used", &["type"])?,
             peak_memory: made.gauges(
                 "handler_peak_memory_bytes",

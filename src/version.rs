@@ -16,7 +16,9 @@ fn misfit_between(worker: &str, server: &str) -> Option<String> {
         _ if server_minor < minor => "it is older",
         _ => return None,
     };
-    Some(format!("the server is {server}, this worker is {worker}: {problem}; use a worker {server_major}.{server_minor}"))
+    Some(format!(
+        "the server is {server}, this worker is {worker}: {problem}; use a worker {server_major}.{server_minor}"
+    ))
 }
 
 fn major_minor(version: &str) -> Option<(u64, u64)> {

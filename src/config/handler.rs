@@ -14,10 +14,12 @@ use crate::handler::{DEFAULT_KILL_GRACE, Handler, Handlers, Stdin};
 use crate::process::{Output, Program, Signal};
 
 /// The words of `stdin`.
-pub(super) const STDIN_NAMES: [(&str, Stdin); 3] = [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
+pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
+    [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
 /// The words of `output`.
-pub(super) const OUTPUT_NAMES: [(&str, Output); 3] = [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
+pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
+    [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
 /// Every handler, checked as far as that can be done without running it.
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
@@ -144,7 +146,8 @@ impl Scope<'_> {
     /// The inherited environment without the worker's own settings, or what `pass_env` names of it; then `env`, key by
     /// key the route's or else the default's.
     fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
-        let clear = self.pick("env_clear", |table| &table.env_clear, |raw| raw.boolean("env_clear"))?.unwrap_or_default();
+        let clear =
+            self.pick("env_clear", |table| &table.env_clear, |raw| raw.boolean("env_clear"))?.unwrap_or_default();
         let pass = self.locate("pass_env", |table| &table.pass_env, |raw| raw.strings("pass_env"))?;
         if let Some((names, source)) = &pass
             && !names.is_empty()
@@ -171,7 +174,9 @@ impl Scope<'_> {
     }
 
     fn cwd(&self) -> Result<Option<PathBuf>, ConfigError> {
-        let Some((cwd, source)) = self.locate("cwd", |table| &table.cwd, |raw| raw.text("cwd"))? else { return Ok(None) };
+        let Some((cwd, source)) = self.locate("cwd", |table| &table.cwd, |raw| raw.text("cwd"))? else {
+            return Ok(None);
+        };
         match std::path::absolute(&cwd).ok().filter(|path| path.is_dir()) {
             Some(path) => Ok(Some(path)),
             None => Err(ConfigError::unusable(source, format!("cwd must be a directory that exists (got {cwd})"))),
@@ -179,7 +184,11 @@ impl Scope<'_> {
     }
 
     fn exit_codes(&self) -> Result<(BTreeSet<u8>, BTreeSet<u8>), ConfigError> {
-        let success = self.pick("success_exit_codes", |table| &table.success_exit_codes, |raw| raw.exit_codes("success_exit_codes"))?;
+        let success = self.pick(
+            "success_exit_codes",
+            |table| &table.success_exit_codes,
+            |raw| raw.exit_codes("success_exit_codes"),
+        )?;
         let success = success.unwrap_or_default();
         match self.locate("kill_exit_codes", |table| &table.kill_exit_codes, |raw| raw.exit_codes("kill_exit_codes"))? {
             None => Ok((success, BTreeSet::new())),

@@ -24,9 +24,9 @@ use layers::{Layers, Sources};
 pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 pub use crate::client::DEFAULT_URL;
 pub use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
+pub use admin::AdminAddress;
 #[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
-pub use admin::AdminAddress;
 pub use error::ConfigError;
 pub use log::{LogConfig, LogFormat, LogLevel};
 pub use settings::Setting;
@@ -88,7 +88,8 @@ impl Config {
 
     fn check_program(&self, table: &str, handler: &Handler) -> Result<(), ConfigError> {
         handler.program.check().map_err(|problem| {
-            let source = self.sources.get(&format!("{table}.exec")).map_or(Source::Missing, |(source, _)| source.clone());
+            let source =
+                self.sources.get(&format!("{table}.exec")).map_or(Source::Missing, |(source, _)| source.clone());
             ConfigError::unusable(source, format!("handler cannot be run: {problem}"))
         })
     }

@@ -89,7 +89,11 @@ impl Config {
             self.setting("worker.shutdown_deadline", "shutdown-deadline", duration(worker.shutdown_deadline)),
             self.setting("worker.max_jobs", "max-jobs", shown(worker.max_jobs, "no limit")),
             self.setting("worker.max_time", "max-time", shown(worker.max_time.map(duration), "no limit")),
-            self.setting("worker.exit_when_idle", "exit-when-idle", shown(worker.exit_when_idle.map(duration), "never")),
+            self.setting(
+                "worker.exit_when_idle",
+                "exit-when-idle",
+                shown(worker.exit_when_idle.map(duration), "never"),
+            ),
         ]
     }
 

@@ -87,7 +87,13 @@ impl Attendant {
 
     fn show_stop(&self, deadline: Instant) {
         let Some(line) = self.log.live_line() else { return };
-        let running = self.inspector.worker().running;
+        let Status { running, .. } = self.inspector.worker();
+        // Most stops are over before anybody could read it.
+        if running == 0
+            && deadline.saturating_duration_since(Instant::now()) + LIVE_PERIOD > self.running.shutdown_deadline
+        {
+            return;
+        }
         line.show(&match self.inspector.lifecycle.phase() {
             Phase::Draining => {
                 let left = deadline.saturating_duration_since(Instant::now()).as_secs();
@@ -101,6 +107,8 @@ impl Attendant {
     async fn obey(&mut self, request: Request) {
         match request {
             Request::Status => log_status(&self.inspector.worker()),
+            // systemd sends it after each SIGTERM.
+            Request::Resume if self.inspector.lifecycle.phase() >= Phase::Draining => {}
             _ if self.inspector.lifecycle.phase() >= Phase::Draining => {
                 warn!(?request, "signal ignored, the worker is stopping");
             }
@@ -140,14 +148,15 @@ impl Attendant {
     }
 
     /// Changes everything that can be changed, or nothing.
-    fn take_over(&mut self, config: Config) -> Result<(), ConfigError> {
+    fn take_over(&mut self, mut config: Config) -> Result<(), ConfigError> {
         self.log.refilter(&config.log)?;
+        let written = config.settings();
+        config.take_over(&self.running);
         config.warn_of_deadlines();
-        let (worker, needing_restart) = config.taken_over(&self.running);
-        let new_stream = self.inspector.controls.reconnect(&worker);
-        self.inspector.renew(config.settings(), &needing_restart);
+        let new_stream = self.inspector.controls.reconnect(&config.worker);
+        let needing_restart = self.inspector.renew(config.settings(), &written);
         self.inspector.controls.dispatcher().replace(config.handlers);
-        self.running = worker;
+        self.running = config.worker;
         info!(new_stream, "configuration reloaded");
         if !needing_restart.is_empty() {
             warn!(settings = needing_restart.join(", "), "some changed settings need a restart to take effect");
@@ -177,7 +186,8 @@ impl Ticks {
 }
 
 fn log_status(status: &Status) {
-    let Status { state, connected, running, waiting, reports_waiting, succeeded, failed, interrupted, loops, .. } = status;
+    let Status { state, connected, running, waiting, reports_waiting, succeeded, failed, interrupted, loops, .. } =
+        status;
     let uptime = format_duration(Duration::from_secs(status.uptime_seconds as u64)).to_string();
     info!(state, connected, uptime, running, waiting, reports_waiting, succeeded, failed, interrupted, "status");
     for LoopStatus { name, job } in loops {

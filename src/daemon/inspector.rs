@@ -35,12 +35,14 @@ impl Inspector {
         self.controls.status(&self.lifecycle)
     }
 
-    /// Other settings are in force, but for those that need a restart.
-    pub(super) fn renew(&self, settings: Vec<Setting>, unchanged: &[&str]) {
+    /// These settings are in force now, but for those that need a restart. Returns the names of such as differ.
+    pub(super) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_unchanged = |setting: &Setting| unchanged.contains(&setting.name.as_str());
-        let kept: Vec<Setting> = present.drain(..).filter(is_unchanged).collect();
-        *present = settings.into_iter().filter(|setting| !is_unchanged(setting)).chain(kept).collect();
+        let (kept, _): (Vec<Setting>, Vec<Setting>) = present.drain(..).partition(|setting| !setting.is_reloadable());
+        let differs = |kept: &&Setting| written.iter().any(|new| new.name == kept.name && new.value != kept.value);
+        let differing = kept.iter().filter(differs).map(|setting| setting.name.clone()).collect();
+        *present = settings.into_iter().filter(Setting::is_reloadable).chain(kept).collect();
+        differing
     }
 
     fn settings(&self) -> BTreeMap<String, Value> {

@@ -17,7 +17,8 @@ use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, Exit, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors, keep_exit_statuses,
+    Channel, Children, Exit, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors,
+    keep_exit_statuses,
 };
 use brake::NotStarted;
 use outcome::Cause;

@@ -67,12 +67,16 @@ impl Program {
                 false => Err(format!("{shown} is no program, and its first line names none (like #!/bin/sh)")),
             };
         };
-        let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default().trim_ascii();
-        let name = line.split(|byte| matches!(byte, b' ' | b'\t')).next().unwrap_or_default();
-        let interpreter = Path::new(OsStr::from_bytes(name.strip_suffix(b"\r").unwrap_or(name)));
-        match interpreter.is_file() && !name.ends_with(b"\r") {
+        let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        // Not the carriage return of a file from Windows: the kernel takes it for a part of the name.
+        let mut words = line.split(|byte| matches!(byte, b' ' | b'\t')).filter(|word| !word.is_empty());
+        let name = words.next().unwrap_or_default();
+        match Path::new(OsStr::from_bytes(name)).is_file() {
             true => Ok(()),
-            false => Err(format!("{shown} names {:?} in its first line, which does not exist", String::from_utf8_lossy(name))),
+            false => Err(format!(
+                "{shown} names {:?} in its first line, which does not exist",
+                String::from_utf8_lossy(name)
+            )),
         }
     }
 

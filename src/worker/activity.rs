@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use humantime::format_duration;
 use tokio::sync::watch;
+use tracing::info;
 
 use super::Summary;
 use crate::job::{Job, JobId, Outcome};
@@ -21,9 +23,36 @@ struct Shared {
     /// What each worker loop is at.
     loops: Vec<Slot>,
     running: AtomicUsize,
+    ended: Tally,
+}
+
+/// How many jobs have ended in which way.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
     succeeded: AtomicU64,
     failed: AtomicU64,
     interrupted: AtomicU64,
+}
+
+impl Tally {
+    pub(super) fn count(&self, outcome: &Outcome) {
+        let counter = match outcome {
+            Outcome::Success => &self.succeeded,
+            Outcome::Failure(_) => &self.failed,
+            Outcome::Interrupted => &self.interrupted,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn summary(&self, killed: bool) -> Summary {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Summary {
+            killed,
+            succeeded: count(&self.succeeded),
+            failed: count(&self.failed),
+            interrupted: count(&self.interrupted),
+        }
+    }
 }
 
 /// One worker loop.
@@ -103,9 +132,7 @@ impl Activity {
             state: watch::Sender::default(),
             loops: names.map(|name| Slot { name, current: Mutex::default() }).collect(),
             running: AtomicUsize::default(),
-            succeeded: AtomicU64::default(),
-            failed: AtomicU64::default(),
-            interrupted: AtomicU64::default(),
+            ended: Tally::default(),
         }))
     }
 
@@ -139,13 +166,9 @@ impl Activity {
         Running { activity: self.clone(), slot }
     }
 
-    pub(super) fn count(&self, outcome: &Outcome) {
-        let counter = match outcome {
-            Outcome::Success => &self.0.succeeded,
-            Outcome::Failure(_) => &self.0.failed,
-            Outcome::Interrupted => &self.0.interrupted,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
+    /// What has ended since the worker was made, in all of its runs.
+    pub(super) fn ended(&self) -> &Tally {
+        &self.0.ended
     }
 
     pub(super) fn counts(&self) -> Counts {
@@ -164,26 +187,19 @@ impl Activity {
         self.0.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
-    /// What has been done since the beginning.
-    pub(super) fn totals(&self) -> Summary {
-        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Summary {
-            killed: false,
-            succeeded: count(&self.0.succeeded),
-            failed: count(&self.0.failed),
-            interrupted: count(&self.0.interrupted),
-        }
-    }
-
-    /// Returns once the worker has been connected and without a job for as long as `limit`, or drains.
-    pub(super) async fn idle_for(&self, lifecycle: &Lifecycle, limit: Duration) {
+    /// Drains once the worker has been connected and without a job for as long as `limit`.
+    pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, limit: Duration) {
         let mut states = self.0.state.subscribe();
         while states.wait_for(State::is_idle).await.is_ok() {
             tokio::select! {
                 () = lifecycle.reached(Phase::Draining) => return,
                 // Any change, even one that is over by now, starts the time anew.
                 _ = states.changed() => {}
-                () = tokio::time::sleep(limit) => return,
+                () = tokio::time::sleep(limit) => {
+                    info!(?limit, "no job for that long: draining");
+                    lifecycle.stop_because(format!("idle for {} (exit_when_idle)", format_duration(limit)));
+                    return;
+                }
             }
         }
     }

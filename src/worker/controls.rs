@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Summary;
 use super::activity::{Activity, Counts, Current};
 use super::intake::Intake;
 use super::status::{LoopStatus, RunningJob, Status, Unready};
-use super::Summary;
 use crate::config::WorkerConfig;
 use crate::dispatch::Dispatcher;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -64,7 +64,7 @@ impl<D: Dispatcher> Controls<D> {
     /// What it is doing.
     pub fn status(&self, lifecycle: &Lifecycle) -> Status {
         let Counts { running, waiting } = self.activity.counts();
-        let Summary { succeeded, failed, interrupted, .. } = self.activity.totals();
+        let Summary { succeeded, failed, interrupted, .. } = self.activity.ended().summary(false);
         Status {
             state: self.state(lifecycle),
             connected: self.activity.is_connected(),

@@ -31,7 +31,7 @@ use crate::ledger::{Beginning, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 use crate::process::Usage;
-use activity::{Activity, Counts, Unfinished};
+use activity::{Activity, Counts, Tally, Unfinished};
 pub use controls::Controls;
 use intake::Intake;
 use producer::Producer;
@@ -54,6 +54,8 @@ struct Run {
     link: Link,
     ledger: Arc<Ledger>,
     activity: Activity,
+    /// What has ended in this run.
+    tally: Arc<Tally>,
     metrics: Metrics,
     lifecycle: Lifecycle,
     acks: AckQueue,
@@ -80,18 +82,6 @@ pub struct Summary {
     pub failed: u64,
     /// Jobs that were cut short, and go back to the server.
     pub interrupted: u64,
-}
-
-impl Summary {
-    /// What has been done since an earlier one.
-    fn since(self, before: Self, killed: bool) -> Self {
-        Self {
-            killed,
-            succeeded: self.succeeded - before.succeeded,
-            failed: self.failed - before.failed,
-            interrupted: self.interrupted - before.interrupted,
-        }
-    }
 }
 
 /// Why a run could not go on.
@@ -140,7 +130,6 @@ impl<D: Dispatcher> Worker<D> {
     /// When the server refuses the worker's very first request.
     pub async fn run(&self, lifecycle: &Lifecycle) -> Result<Summary, WorkerError> {
         self.config.announce();
-        let before = self.activity.totals();
         let (acks, run) = self.start_acks(lifecycle);
         // Bounded by the places of the stream.
         let (dispatch_queue, jobs) = async_channel::unbounded();
@@ -151,9 +140,9 @@ impl<D: Dispatcher> Worker<D> {
         lifecycle.reached(Phase::Draining).await;
         let Counts { running, waiting } = self.activity.counts();
         info!(running, waiting, "shutting down, waiting for workers to finish");
-        drop(run);
+        let tally = run.tally;
         let ended = tear_down(jobs, loops, acks, producer, lifecycle).await;
-        let summary = self.activity.totals().since(before, ended.killed);
+        let summary = tally.summary(ended.killed);
         let Summary { succeeded, failed, interrupted, .. } = summary;
         let reason = lifecycle.reason().unwrap_or("asked to stop");
         info!(reason, succeeded, failed, interrupted, "worker stopped");
@@ -170,7 +159,7 @@ impl<D: Dispatcher> Worker<D> {
         let backoff = self.config.backoff;
         let reporter = Reporter::new(link.clone(), Arc::clone(&ledger), backoff, lifecycle.clone(), metrics.clone());
         let (processor, acks) = AckProcessor::start(reporter, capacity, metrics.clone());
-        (processor, Run { link, ledger, activity, metrics, lifecycle, acks })
+        (processor, Run { link, ledger, activity, tally: Arc::default(), metrics, lifecycle, acks })
     }
 
     fn producer(
@@ -213,14 +202,12 @@ impl<D: Dispatcher> Worker<D> {
             let lifecycle = lifecycle.clone();
             watches.push(tokio::spawn(async move {
                 tokio::time::sleep(limit).await;
+                info!(?limit, "max_time is over: draining");
                 lifecycle.stop_because(format!("max_time of {} is over", format_duration(limit)));
             }));
         }
         if let Some(limit) = self.config.exit_when_idle {
-            watches.push(tokio::spawn(async move {
-                activity.idle_for(&lifecycle, limit).await;
-                lifecycle.stop_because(format!("idle for {} (exit_when_idle)", format_duration(limit)));
-            }));
+            watches.push(tokio::spawn(async move { activity.stop_when_idle(&lifecycle, limit).await }));
         }
         watches.into_iter().map(AbortOnDropHandle::new).collect()
     }
@@ -273,7 +260,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 
     async fn work(&self, taken: Taken) {
-        let Run { ledger, activity, metrics, acks, .. } = &self.run;
+        let Run { ledger, activity, tally, metrics, acks, .. } = &self.run;
         let Taken { job, delivery, place, _unfinished } = taken;
         drop(place);
         if !self.may_begin(&job, delivery) {
@@ -287,7 +274,8 @@ impl<D: Dispatcher> WorkerLoop<D> {
         metrics.job_ended(&job, self.dispatcher.is_counted_apart(&job.job_type), &ended, elapsed);
         let Ended { outcome, usage, .. } = ended;
         log_ended(&outcome, usage, elapsed);
-        activity.count(&outcome);
+        activity.ended().count(&outcome);
+        tally.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;
         if let Some(attempt) = ledger.end(&id, &outcome) {
@@ -299,6 +287,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
         match self.run.ledger.begin(&job.id, delivery) {
             Beginning::Begun { is_last: false } => true,
             Beginning::Begun { is_last: true } => {
+                info!("max_jobs have been started: draining");
                 self.run.lifecycle.stop_because("max_jobs have been started");
                 true
             }

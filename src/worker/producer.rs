@@ -118,6 +118,7 @@ impl Producer {
     async fn warn_of_version(&self, client: &Client) -> Infallible {
         match client.version().await {
             Ok(version) => {
+                debug!(version, "server version");
                 let is_new = self.seen_version.lock().await.replace(version.clone()).is_none_or(|seen| seen != version);
                 if let Some(misfit) = misfit(&version).filter(|_| is_new) {
                     warn!(version, misfit, "the server's version does not fit this worker's");

@@ -98,7 +98,12 @@ impl Session<'_> {
         let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
         match ledger.arrive(&attempt) {
             (Arrival::New, delivery) => {
-                debug!(id = job.id.as_str(), r#type = job.job_type, waiting = self.dispatch_queue.len(), "job received");
+                debug!(
+                    id = job.id.as_str(),
+                    r#type = job.job_type,
+                    waiting = self.dispatch_queue.len(),
+                    "job received"
+                );
                 return Some(Taken { job, delivery, place: None, _unfinished: activity.take_job() });
             }
             (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
@@ -163,6 +168,6 @@ impl Session<'_> {
 pub(super) async fn shut(run: &Run, intake: &Intake, tap: &Arc<Tap>) {
     intake.shut(tap).await;
     if run.lifecycle.phase() >= Phase::Draining {
-        std::future::pending().await
+        std::future::pending().await;
     }
 }

@@ -9,7 +9,11 @@
 
 mod support;
 
+mod admin;
+mod bounds;
+mod check;
 mod contract;
+mod deadlines;
 mod dispatch;
 mod embedded;
 mod example;
@@ -22,14 +26,20 @@ mod logs;
 mod mistakes;
 mod official_client;
 mod once;
+mod orphans;
 mod output;
 mod producer;
 mod protocol;
+mod quiet;
 mod real_server;
+mod reload;
 mod reports;
 mod result_file;
 mod routes;
 mod settings;
 mod soak;
 mod starts;
+mod supervisor;
+mod terminal;
 mod tls;
+mod version;

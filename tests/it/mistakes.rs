@@ -181,7 +181,10 @@ fn a_mistake_in_the_file_is_shown_with_its_line() {
             "\n\nthreads = 1",
             "3: unknown key `threads`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`",
         ),
-        ("[logs]", "1: unknown key `logs`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`"),
+        (
+            "[logs]",
+            "1: unknown key `logs`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`",
+        ),
         ("[tls]\nverify = false", "2: unknown key `verify`, expected one of `ca`, `client_cert`, `client_key`"),
         ("[tls]\nca = 3", "2: tls_ca must be a string (got 3)"),
         ("[log]\nfile = 'x'", "2: unknown key `file`, expected `level` or `format`"),

@@ -7,7 +7,7 @@ use zizq_worker::Config;
 use zizq_worker::cli::Args;
 use zizq_worker::config::{DEFAULT_MAX_JOB_SIZE, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT};
 
-use crate::support::{Daemon, Finished, RawServer, Recorder, Server, eventually};
+use crate::support::{Daemon, Finished, RawServer, Recorder, Server, eventually, jobs, unused_address};
 
 /// Nobody listens there.
 const NOWHERE: &str = "http://127.0.0.1:1";
@@ -242,6 +242,59 @@ fn deadline(daemon: Daemon) -> String {
     running.wait_for_file("running");
     running.sigterm();
     text(&running.assert_exit(1).event("shutdown deadline reached: killing what still runs")["deadline"])
+}
+
+#[test]
+fn max_jobs() {
+    Setting {
+        flag: "--max-jobs",
+        variable: "ZIZQ_MAX_JOBS",
+        key: "worker.max_jobs",
+        given: ["1", "2", "3"],
+        seen: ["1", "2", "3"],
+        default: Some("5"),
+        see: |daemon| {
+            let server = Server::start();
+            server.enqueue_all(jobs(5));
+            let daemon = daemon.args(["--url", &server.url, "--log-format", "json", "--exit-when-idle", "100ms"]);
+            let finished = daemon.args(["--", "true"]).run().assert_exit(0);
+            text(&finished.event("worker stopped")["succeeded"])
+        },
+    }
+    .check();
+}
+
+#[test]
+fn max_time() {
+    Setting {
+        flag: "--max-time",
+        variable: "ZIZQ_MAX_TIME",
+        key: "worker.max_time",
+        given: ["10ms", "0.02", "'30ms'"],
+        seen: ["10ms", "20ms", "30ms"],
+        default: None,
+        see: |daemon| {
+            let server = Server::start();
+            let finished = daemon.args(["--url", &server.url, "--log-format", "json", "--", "true"]).run();
+            text(&finished.assert_exit(0).event("max_time is over: draining")["limit"])
+        },
+    }
+    .check();
+    assert_eq!(resolve(&["--exec", "true"]).worker.max_time, None);
+}
+
+#[test]
+fn admin_listen() {
+    let [flag, variable, file] = [(); 3].map(|()| unused_address().to_string());
+    let listening = |daemon: Daemon| {
+        let running = daemon.args(["--url", NOWHERE, "--log-format", "json", "--", "true"]).start();
+        text(&running.wait_for_message("admin server listening")["address"])
+    };
+    let daemon = || Daemon::bare().config(&format!("admin.listen = '{file}'"));
+    assert_eq!(listening(daemon().env("ZIZQ_ADMIN_LISTEN", &variable).args(["--admin-listen", &flag])), flag);
+    assert_eq!(listening(daemon().env("ZIZQ_ADMIN_LISTEN", &variable)), variable);
+    assert_eq!(listening(daemon()), file);
+    assert!(resolve(&["--exec", "true"]).admin.is_none());
 }
 
 #[test]
@@ -488,7 +541,7 @@ fn the_version_can_be_asked_for_by_three_flags() {
 #[test]
 fn help_groups_the_flags_and_shows_variables_and_defaults() {
     let help = Daemon::bare().env("ZIZQ_THREADS", "999").args(["--help"]).run().assert_exit(0).stdout;
-    for heading in ["Server:", "Handler:", "Worker:", "Retries:", "Logging:", "Trying it out:"] {
+    for heading in ["Server:", "Handler:", "Worker:", "Retries:", "Operations:", "Logging:", "Trying it out:"] {
         assert!(help.lines().any(|line| line == heading), "{heading} in\n{help}");
     }
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -500,7 +553,7 @@ fn help_groups_the_flags_and_shows_variables_and_defaults() {
     assert!(!help.contains("999"), "the present environment is nobody's help");
 }
 
-const HELP: [(&str, &str, &str); 20] = [
+const HELP: [(&str, &str, &str); 23] = [
     ("--url <URL>", "ZIZQ_URL", "[default: http://localhost:7890]"),
     ("--tls-ca <FILE>", "ZIZQ_TLS_CA", "[default: those that the system trusts]"),
     ("--tls-client-cert <FILE>", "ZIZQ_TLS_CLIENT_CERT", ""),
@@ -515,6 +568,9 @@ const HELP: [(&str, &str, &str); 20] = [
     ("--retry-max-wait <DURATION>", "ZIZQ_RETRY_MAX_WAIT", "[default: 30s]"),
     ("--retry-multiplier <X>", "ZIZQ_RETRY_MULTIPLIER", "[default: 2]"),
     ("--shutdown-deadline <DURATION>", "ZIZQ_SHUTDOWN_DEADLINE", "[default: 30s]"),
+    ("--max-jobs <N>", "ZIZQ_MAX_JOBS", "[default: no limit]"),
+    ("--max-time <DURATION>", "ZIZQ_MAX_TIME", "[default: no limit]"),
+    ("--admin-listen <ADDRESS:PORT>", "ZIZQ_ADMIN_LISTEN", "[default: off]"),
     ("--exit-when-idle <DURATION>", "ZIZQ_EXIT_WHEN_IDLE", "[default: never]"),
     ("--worker-id <ID>", "ZIZQ_WORKER_ID", "[default: HOSTNAME-PID]"),
     ("--exec <CMD>", "ZIZQ_EXEC", ""),

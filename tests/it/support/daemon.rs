@@ -130,9 +130,25 @@ impl Daemon {
     }
 
     /// Starts it from a shell that first does `what`: to limits and signals, which are handed down.
-    pub fn after(mut self, what: &str) -> Self {
+    pub fn after(self, what: &str) -> Self {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("{what}; exec \"$@\""), "sh"]);
+        self.wrap(shell)
+    }
+
+    /// Starts it as process 1 of a namespace, as in a container without an init.
+    pub fn in_pid_namespace(self) -> Self {
+        let mut unshare = Command::new("unshare");
+        // Who is not root becomes it in a namespace of users.
+        if !rustix::process::getuid().is_root() {
+            unshare.args(["--user", "--map-root-user"]);
+        }
+        unshare.args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"]);
+        self.wrap(unshare)
+    }
+
+    /// Has another command start it.
+    fn wrap(mut self, mut shell: Command) -> Self {
         shell.arg(self.command.get_program()).args(self.command.get_args());
         for (name, value) in self.command.get_envs() {
             match value {
@@ -155,8 +171,9 @@ impl Daemon {
     pub fn start(mut self) -> Running {
         let mut child = self.command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
+        let screen = Arc::default();
         let stderr: Box<dyn Read + Send> = match self.terminal.take() {
-            Some(terminal) => Box::new(terminal),
+            Some(terminal) => Box::new(Watched { terminal, screen: Arc::clone(&screen) }),
             None => Box::new(child.stderr.take().unwrap()),
         };
         let lines = Arc::clone(&log);
@@ -175,7 +192,8 @@ impl Daemon {
             text
         });
         let command = format!("{:?}", self.command);
-        Running { child, command, log, reading: Some(reading), output: Some(output), dir: self.dir, exited: false }
+        let (reading, output) = (Some(reading), Some(output));
+        Running { child, command, log, screen, reading, output, dir: self.dir, exited: false }
     }
 
     /// Starts it and waits for its end.
@@ -184,11 +202,29 @@ impl Daemon {
     }
 }
 
+/// Everything that has come to a terminal.
+type Screen = Arc<Mutex<Vec<u8>>>;
+
+/// A terminal that somebody watches: they see more than whole lines.
+struct Watched {
+    terminal: File,
+    screen: Screen,
+}
+
+impl Read for Watched {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let length = self.terminal.read(buffer)?;
+        self.screen.lock().unwrap().extend_from_slice(&buffer[..length]);
+        Ok(length)
+    }
+}
+
 /// A daemon that runs. Dropped before its end it is killed, and when a test fails it shows what it did.
 pub struct Running {
     child: Child,
     command: String,
     log: Arc<Mutex<Vec<String>>>,
+    screen: Screen,
     reading: Option<JoinHandle<()>>,
     output: Option<JoinHandle<String>>,
     dir: TempDir,
@@ -200,6 +236,8 @@ pub struct Finished {
     pub status: ExitStatus,
     pub log: Vec<String>,
     pub stdout: String,
+    /// What a terminal has shown.
+    pub screen: String,
     dir: TempDir,
 }
 
@@ -217,6 +255,11 @@ impl Running {
         self
     }
 
+    /// Signals another process of it.
+    pub fn signal_process(&self, pid: u32, signal: Signal) {
+        kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), signal).unwrap();
+    }
+
     pub fn sigterm(&self) -> &Self {
         self.signal(Signal::TERM)
     }
@@ -228,6 +271,11 @@ impl Running {
     /// The log so far.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
+    }
+
+    /// What the terminal has shown so far, its last line included.
+    pub fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
     }
 
     /// Waits for an event of the JSON log, and returns it.
@@ -318,7 +366,7 @@ impl Running {
         self.reading.take().unwrap().join().unwrap();
         let stdout = self.output.take().unwrap().join().unwrap();
         let dir = std::mem::replace(&mut self.dir, TempDir::new().unwrap());
-        Finished { status, log: self.log(), stdout, dir }
+        Finished { status, log: self.log(), stdout, screen: self.screen(), dir }
     }
 
     /// Waits for the daemon's end and its exit status.

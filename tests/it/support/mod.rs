@@ -1,5 +1,6 @@
 //! What the tests are made of: a server, the daemon as a real process, and handlers as real scripts.
 
+mod admin;
 mod authority;
 mod daemon;
 mod proxy;
@@ -13,6 +14,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+pub use admin::Admin;
 pub use authority::{Authority, Identity};
 use serde_json::{Value, json};
 

@@ -49,6 +49,11 @@ impl RawServer {
         }
     }
 
+    /// Answers the next request, whatever it asks for.
+    pub fn answer_next(&self, status: &str, body: &str) {
+        RawRequest::read(self.connection()).answer(status, body);
+    }
+
     /// Waits for the next connection, and reads nothing.
     pub fn connection(&self) -> TcpStream {
         let (stream, _) = eventually("a connection", || self.listener.accept().ok());
@@ -80,7 +85,7 @@ fn patient(stream: TcpStream) -> TcpStream {
 
 impl RawRequest {
     fn is_for_version(&self) -> bool {
-        self.line().starts_with("GET /version ")
+        self.line().starts_with("GET ") && self.line().ends_with("/version HTTP/1.1")
     }
 
     fn answer_version(self) {

@@ -1,0 +1,258 @@
+//! The admin server tells the truth about the worker, to whoever watches it.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{Admin, Daemon, PATIENCE, Proxy, Running, Server, UNTIL_GO, eventually, jobs, unused_address};
+
+const ADMIN: [&str; 2] = ["--admin-listen", "127.0.0.1:0"];
+
+fn start(server: &Server, script: &str) -> (Running, Admin) {
+    let running = Daemon::of(server).args(ADMIN).sh(script).start();
+    let admin = Admin::of(&running);
+    (running, admin)
+}
+
+#[test]
+fn a_worker_that_works_is_live_and_ready() {
+    let server = Server::start();
+    let (_running, admin) = start(&server, "true");
+    assert_eq!(admin.call("GET", "/live"), (200, json!({"live": true})));
+    assert_eq!(admin.wait_until_ready(true), [] as [&str; 0]);
+}
+
+#[test]
+fn a_worker_without_a_server_is_live_and_not_ready_until_it_is_connected() {
+    let address = unused_address();
+    let running = Daemon::at(&format!("http://{address}"))
+        .args(ADMIN)
+        .args(["--retry-min-wait", "50ms", "--retry-max-wait", "50ms"])
+        .sh("true")
+        .start();
+    let admin = Admin::of(&running);
+    assert_eq!(admin.wait_until_ready(false), ["not connected to the server"]);
+    assert_eq!(admin.call("GET", "/live").0, 200);
+    let mut server = Server::at(address);
+    admin.wait_until_ready(true);
+    server.stop();
+    assert_eq!(admin.wait_until_ready(false), ["not connected to the server"]);
+}
+
+#[test]
+fn a_stream_that_fell_silent_is_not_ready() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let running = Daemon::of(&proxy)
+        .args(ADMIN)
+        .args(["--stream-idle-timeout", "4s", "--retry-min-wait", "60s", "--retry-max-wait", "60s"])
+        .sh("true")
+        .start();
+    let admin = Admin::of(&running);
+    admin.wait_until_ready(true);
+    proxy.stall_streams();
+    assert_eq!(admin.wait_until_ready(false), ["not connected to the server"]);
+}
+
+#[test]
+fn a_draining_worker_is_not_ready_and_then_gone() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let (running, admin) = start(&server, UNTIL_GO);
+    running.wait_for_lines(1, "started");
+    running.sigterm();
+    assert_eq!(admin.wait_until_ready(false), ["draining"]);
+    assert_eq!(admin.status()["state"], "draining");
+    running.go();
+    running.assert_exit(0);
+}
+
+#[test]
+fn a_handler_that_cannot_be_started_makes_it_not_ready_until_it_can() {
+    let server = Server::start();
+    let (running, admin) = start(&server, "true");
+    admin.wait_until_ready(true);
+    let (handler, aside) = (running.dir().join("handle.sh"), running.dir().join("aside"));
+    std::fs::rename(&handler, &aside).unwrap();
+    let id = server.enqueue("q", "t", json!(null));
+    server.wait_for_error(&id, 1);
+    assert_eq!(admin.wait_until_ready(false), ["handler handle.sh cannot be started"]);
+    std::fs::rename(&aside, &handler).unwrap();
+    server.enqueue("q", "t", json!(null));
+    admin.wait_until_ready(true);
+}
+
+#[test]
+fn the_status_has_what_each_loop_is_at() {
+    let server = Server::start();
+    let id = server.enqueue("mail", "send_email", json!(null));
+    let running = Daemon::of(&server).args(ADMIN).threads(2).args(["--fibers", "2", "--worker-id", "w-1"]);
+    let running = running.sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
+    let admin = Admin::of(&running);
+    let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
+    let status = admin.wait_for_status("a running job", |status| status["running"] == 1);
+    let names: Vec<&Value> = status["loops"].as_array().unwrap().iter().map(|status| &status["name"]).collect();
+    assert_eq!(names, ["0:0", "0:1", "1:0", "1:1"]);
+    let busy: Vec<&Value> =
+        status["loops"].as_array().unwrap().iter().map(|status| &status["job"]).filter(|job| !job.is_null()).collect();
+    let [job] = busy[..] else { panic!("{status:#}") };
+    let expected = json!({"id": id, "type": "send_email", "queue": "mail", "attempt": 1, "pid": pid});
+    for (name, value) in expected.as_object().unwrap() {
+        assert_eq!(&job[name], value, "{name}");
+    }
+    let ran = job["running_seconds"].as_f64().unwrap();
+    assert!(ran > 0.0 && ran < status["uptime_seconds"].as_f64().unwrap(), "{status:#}");
+    assert_eq!((&status["version"], &status["worker_id"]), (&json!(env!("CARGO_PKG_VERSION")), &json!("w-1")));
+    assert_eq!(
+        (&status["state"], &status["connected"], &status["waiting"]),
+        (&json!("running"), &json!(true), &json!(0))
+    );
+    running.go();
+    let status = admin.wait_for_status("the job's end", |status| status["succeeded"] == 1);
+    assert!(status["loops"].as_array().unwrap().iter().all(|status| status["job"].is_null()), "{status:#}");
+}
+
+#[test]
+fn the_status_shows_the_settings_in_force_and_their_origin_but_no_secrets() {
+    let server = Server::start();
+    let running = Daemon::of(&server)
+        .args(ADMIN)
+        .env("SECRET_OF_OURS", "hunter1")
+        .handlers("[worker]\nthreads = 3\n[handler]\nexec = ['/bin/echo', 'hunter2']\nenv = { PASSWORD = 'hunter3' }")
+        .start();
+    let status = Admin::of(&running).status();
+    let file = running.dir().join("zizq-worker.toml");
+    let expected = json!({"value": "3", "source": format!("{}:2", file.display())});
+    assert_eq!(status["settings"]["worker.threads"], expected);
+    assert_eq!(status["settings"]["url"], json!({"value": server.url, "source": "--url"}));
+    assert_eq!(status["settings"]["worker.fibers"], json!({"value": "1", "source": "default"}));
+    assert_eq!(status["settings"]["handler.exec"]["value"], "/bin/echo");
+    assert!(!status.to_string().contains("hunter"), "{status:#}");
+}
+
+#[test]
+fn the_metrics_count_by_queue_type_and_outcome() {
+    let server = Server::start();
+    let running = Daemon::of(&server)
+        .args(ADMIN)
+        .handlers("[handler]\nexec = ['sh', '-c', 'kill -9 $$']\n[handlers.good]\nexec = ['true']\n[handlers.bad]\nexec = ['sh', '-c', 'exit 3']")
+        .start();
+    let admin = Admin::of(&running);
+    let good = ["mail", "bills"].map(|queue| server.enqueue(queue, "good", json!(null)));
+    let bad = server.enqueue("mail", "bad", json!(null));
+    let others = ["one", "two"].map(|job_type| server.enqueue("mail", job_type, json!(null)));
+    good.iter().for_each(|id| server.wait_until_done(id));
+    others.iter().chain([&bad]).for_each(|id| drop(server.wait_for_error(id, 1)));
+    for (metric, value) in [
+        (r#"jobs_total{outcome="succeeded",queue="mail",type="good"}"#, "1"),
+        (r#"jobs_total{outcome="succeeded",queue="bills",type="good"}"#, "1"),
+        (r#"jobs_total{outcome="failed",queue="mail",type="bad"}"#, "1"),
+        (r#"jobs_total{outcome="failed",queue="mail",type="(other)"}"#, "2"),
+        (r#"handler_exits_total{code="0",type="good"}"#, "2"),
+        (r#"handler_exits_total{code="3",type="bad"}"#, "1"),
+        (r#"handler_exits_total{code="signal",type="(other)"}"#, "2"),
+        (r#"handler_seconds_count{type="good"}"#, "2"),
+        ("job_wait_seconds_count", "5"),
+        ("jobs_running", "0"),
+        ("jobs_waiting", "0"),
+        ("loops", "1"),
+        ("reports_waiting", "0"),
+        ("stream_connected", "1"),
+        (r#"state{state="running"}"#, "1"),
+        (&format!(r#"build_info{{version="{}"}}"#, env!("CARGO_PKG_VERSION")), "1"),
+    ] {
+        admin.wait_for_metric(metric, value);
+    }
+    let text = admin.metrics();
+    let number = |name: &str| -> f64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("zizq_worker_{name} "))).unwrap();
+        line.parse().unwrap()
+    };
+    assert!(number(r#"handler_cpu_seconds_total{type="good"}"#) > 0.0);
+    assert!(number(r#"handler_peak_memory_bytes{type="good"}"#) > 100_000.0);
+    assert!(number("start_time_seconds") > 1.7e9);
+}
+
+#[test]
+fn the_metrics_count_reports_and_reconnects_that_went_wrong() {
+    let mut server = Server::start();
+    let running = Daemon::of(&server)
+        .args(ADMIN)
+        .args(["--retry-min-wait", "50ms", "--retry-max-wait", "50ms"])
+        .sh(UNTIL_GO)
+        .start();
+    let admin = Admin::of(&running);
+    server.enqueue("q", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    admin.wait_for_metric("jobs_running", "1");
+    server.stop();
+    admin.wait_for_metric("stream_connected", "0");
+    running.go();
+    admin.wait_for_metric("reports_waiting", "1");
+    let counts = |name: &str| {
+        let text = admin.metrics();
+        let value =
+            text.lines().find_map(|line| line.strip_prefix(&format!("zizq_worker_{name} "))).unwrap().to_owned();
+        value.parse::<u64>().unwrap()
+    };
+    eventually("a retried report", || (counts("reports_retried_total") > 0).then_some(()));
+    eventually("a reconnect", || (counts("reconnects_total") > 0).then_some(()));
+    assert_eq!(counts("reports_dropped_total"), 0);
+    server.resume();
+    admin.wait_for_metric("stream_connected", "1");
+    admin.wait_for_metric("reports_waiting", "0");
+}
+
+#[test]
+fn what_the_admin_server_does_not_know_is_refused() {
+    let server = Server::start();
+    let (_running, admin) = start(&server, "true");
+    assert_eq!(admin.call("GET", "/").0, 404);
+    assert_eq!(admin.call("GET", "/live/").0, 404);
+    assert_eq!(admin.call("POST", "/live").0, 405);
+    assert_eq!(admin.call("HEAD", "/live").0, 200);
+}
+
+#[test]
+fn clients_of_the_admin_server_that_say_nothing_cost_no_job() {
+    let server = Server::start();
+    let (running, admin) = start(&server, "true");
+    let address = admin.url().trim_start_matches("http://").to_owned();
+    let silent: Vec<TcpStream> = (0..100).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    let ids = server.enqueue_all(jobs(20));
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    // The last of them is answered once those before it have been given up.
+    let mut last = silent.last().unwrap();
+    last.set_read_timeout(Some(PATIENCE)).unwrap();
+    last.write_all(b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    last.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+    running.stop();
+}
+
+#[test]
+fn an_address_that_is_taken_ends_the_daemon_before_it_connects() {
+    let (server, taken) = (Server::start(), std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let address = taken.local_addr().unwrap().to_string();
+    let finished = Daemon::of(&server).args(["--admin-listen", &address, "--", "true"]).run().assert_exit(78);
+    let line = finished.log.last().unwrap();
+    assert!(line.starts_with(&format!("zizq-worker: --admin-listen: cannot listen on {address}: ")), "{line}");
+    assert!(!finished.has("connecting"));
+}
+
+#[test]
+fn a_paused_worker_is_not_ready_and_says_so() {
+    let server = Server::start();
+    let (running, admin) = start(&server, "true");
+    admin.wait_until_ready(true);
+    running.signal(Signal::USR2);
+    eventually("both reasons", || {
+        (admin.wait_until_ready(false) == ["paused, waiting for SIGCONT", "not connected to the server"]).then_some(())
+    });
+    assert_eq!(admin.status()["state"], "paused");
+    running.signal(Signal::CONT);
+    admin.wait_until_ready(true);
+}

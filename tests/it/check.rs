@@ -1,0 +1,144 @@
+//! `--check` shows every setting with its origin, and tries what can be tried without taking a job.
+
+use serde_json::json;
+
+use crate::support::{Authority, Daemon, Finished, RawServer, Server, unused_address};
+
+/// The row of that setting: its value and its origin.
+fn row(finished: &Finished, name: &str) -> Vec<String> {
+    let rows = finished.stdout.lines().filter(|line| line.split_whitespace().next() == Some(name));
+    let rows: Vec<&str> = rows.collect();
+    let [row] = rows[..] else { panic!("{name} in\n{}", finished.stdout) };
+    let columns = row.split("  ").map(str::trim).filter(|column| !column.is_empty());
+    columns.skip(1).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_setting_is_shown_with_its_value_and_where_it_came_from() {
+    let server = Server::start();
+    let daemon = Daemon::bare()
+        .config(
+            "[worker]\nqueues = ['mail', 'bills']\nretry_max_wait = 90\n[handler]\nexec = ['true', 'a b']\n\
+             [handlers.\"send mail\"]\nexec = ['cat']\ntimeout = '10s'\nenv_clear = true",
+        )
+        .env("ZIZQ_THREADS", "4")
+        .env("ZIZQ_WORKER_ID", "w-1")
+        .args(["--url", &server.url, "--fibers", "2", "--check"]);
+    let finished = daemon.run().assert_exit(0);
+    let file = finished.dir().join("zizq-worker.toml").display().to_string();
+    let at = |line: usize| format!("{file}:{line}");
+    for (name, value, source) in [
+        ("url", server.url.as_str(), "--url"),
+        ("worker.queues", "mail, bills", &at(2)),
+        ("worker.threads", "4", "ZIZQ_THREADS"),
+        ("worker.fibers", "2", "--fibers"),
+        ("worker.prefetch", "16", "default"),
+        ("worker.retry_max_wait", "1m 30s", &at(3)),
+        ("worker.worker_id", "w-1", "ZIZQ_WORKER_ID"),
+        ("worker.max_jobs", "no limit", "default"),
+        ("log.level", "info", "default"),
+        ("admin.listen", "off", "default"),
+        ("handler.exec", "/usr/bin/true 'a b'", &at(5)),
+        ("handler.kill_grace", "5s", "default"),
+    ] {
+        assert_eq!(row(&finished, name), [value, source], "{name}");
+    }
+    for (name, value, source) in [("exec", "/usr/bin/cat", 7), ("timeout", "10s", 8), ("env", "none", 9)] {
+        let line = finished.stdout.lines().find(|line| line.starts_with(&format!("handlers.\"send mail\".{name} ")));
+        let line = line.unwrap_or_else(|| panic!("{name} in\n{}", finished.stdout));
+        assert!(line.contains(value), "{line}");
+        assert!(name == "env" || line.ends_with(&at(source)), "{line}");
+    }
+    assert!(finished.stdout.contains(&format!("server: {} is version 0.6.", server.url)), "{}", finished.stdout);
+    assert!(!finished.stdout.contains("warning"), "{}", finished.stdout);
+}
+
+#[test]
+fn nothing_is_taken_and_nothing_is_run() {
+    let server = Server::start();
+    let id = server.enqueue("q", "t", json!(null));
+    let finished = Daemon::of(&server).args(["--check"]).sh("echo > $DIR/ran").run().assert_exit(0);
+    assert_eq!(server.job(&id).unwrap()["status"], "ready");
+    assert_eq!(finished.read("ran"), "");
+    assert_eq!(finished.log, [] as [&str; 0]);
+}
+
+#[test]
+fn a_mistake_in_a_setting_is_what_it_is_without_check() {
+    let daemon = || Daemon::at("http://127.0.0.1:1").args(["--check"]);
+    let finished = daemon().config("worker.threads = 0").args(["--", "true"]).run().assert_exit(78);
+    assert!(finished.log[0].contains("threads must be at least 1"), "{:?}", finished.log);
+    daemon().args(["--threads", "0", "--", "true"]).run().assert_exit(2);
+    daemon().run().assert_exit(2);
+    daemon().args(["--", "/does/not/exist"]).run().assert_exit(78);
+}
+
+#[test]
+fn a_handler_that_the_system_would_not_start_is_found() {
+    let server = Server::start();
+    for (text, problem) in [
+        ("#!/does/not/exist\n", "names \"/does/not/exist\" in its first line, which does not exist"),
+        ("#!/bin/sh\r\necho\r\n", "names \"/bin/sh\\r\" in its first line, which does not exist"),
+        ("echo\n", "is no program, and its first line names none (like #!/bin/sh)"),
+    ] {
+        let daemon = Daemon::of(&server);
+        let path = daemon.script("handler", "");
+        std::fs::write(&path, text).unwrap();
+        let finished = daemon.args(["--check", "--exec", path.to_str().unwrap()]).run().assert_exit(78);
+        let line = format!("zizq-worker: --exec: handler cannot be run: {} {problem}", path.display());
+        assert_eq!(finished.log, [line]);
+    }
+}
+
+#[test]
+fn a_server_that_is_not_there_is_exit_status_1() {
+    let address = unused_address();
+    let daemon = Daemon::at(&format!("http://{address}")).args(["--check", "--", "true"]);
+    let finished = daemon.run().assert_exit(1);
+    let line = finished.log.last().unwrap();
+    assert!(
+        line.starts_with(&format!("zizq-worker: cannot ask the server at http://{address}: cannot connect")),
+        "{line}"
+    );
+    assert!(finished.stdout.contains("handlers: their files can be run"), "{}", finished.stdout);
+}
+
+#[test]
+fn what_answers_and_is_no_zizq_server_is_exit_status_1() {
+    let server = RawServer::start();
+    let running = Daemon::at(&server.url()).args(["--check", "--", "true"]).start();
+    server.answer_next("404 Not Found", "<html>");
+    let finished = running.assert_exit(1);
+    assert!(finished.log[0].contains("404"), "{:?}", finished.log);
+}
+
+#[test]
+fn a_version_that_does_not_fit_is_a_warning() {
+    for (version, problem) in [("0.5.9", "it is older"), ("1.6.0", "its major version is another")] {
+        let server = RawServer::start();
+        let running = Daemon::at(&server.url()).args(["--check", "--", "true"]).start();
+        server.answer_next("200 OK", &format!(r#"{{"version":"{version}"}}"#));
+        let finished = running.assert_exit(0);
+        let warning = finished.stdout.lines().last().unwrap();
+        assert!(
+            warning.starts_with(&format!("warning: the server is {version}")) && warning.contains(problem),
+            "{warning}"
+        );
+    }
+}
+
+#[test]
+fn a_server_that_is_not_trusted_is_exit_status_1() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let (port, _stop) = server.with_tls(authority.issue(&["localhost"]).server(&["http/1.1"], None));
+    let daemon = Daemon::at(&format!("https://localhost:{port}"));
+    let ca = daemon.file("ca.pem", &Authority::new().pem());
+    let finished = daemon.args(["--tls-ca", ca.to_str().unwrap(), "--check", "--", "true"]).run().assert_exit(1);
+    assert!(finished.log[0].contains("certificate"), "{:?}", finished.log);
+}
+
+#[test]
+fn the_embedded_server_need_not_be_asked() {
+    let finished = Daemon::bare().args(["--embedded", "--check", "--", "true"]).run().assert_exit(0);
+    assert!(finished.stdout.ends_with("server: the embedded one\n"), "{}", finished.stdout);
+}

@@ -1,0 +1,80 @@
+//! As process 1 of a container without an init, the worker reaps what handlers leave behind, and takes no handler's status.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::support::{Daemon, Server, eventually, jobs};
+
+/// The processes below `parent` that have ended and were not reaped.
+fn zombies_below(parent: u32) -> usize {
+    let stats = fs::read_dir("/proc").unwrap().flatten();
+    let stats = stats.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
+    let is_zombie = |stat: &String| {
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        fields.next() == Some("Z") && fields.next() == Some(&parent.to_string())
+    };
+    stats.filter(is_zombie).count()
+}
+
+/// The worker itself, as it is called outside of its namespace.
+fn inside(pid: u32) -> u32 {
+    eventually("the worker in its namespace", || {
+        let children = fs::read_dir("/proc").unwrap().flatten();
+        let is_child = |path: &Path| {
+            let stat = fs::read_to_string(path.join("stat")).unwrap_or_default();
+            let parent =
+                stat.rsplit(')').next().unwrap_or_default().split_whitespace().nth(1).unwrap_or_default().to_owned();
+            parent == pid.to_string()
+        };
+        children
+            .map(|entry| entry.path())
+            .find(|path| is_child(path))
+            .and_then(|path| path.file_name()?.to_str()?.parse().ok())
+    })
+}
+
+#[test]
+fn what_has_left_its_group_is_reaped_and_no_handlers_status_is_lost() {
+    let server = Server::start();
+    // Each handler leaves a process in a session of its own, which ends when the handler has long been reported.
+    let script = "setsid sh -c 'sleep 0.3; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null & exit $(cat)";
+    let running = Daemon::of(&server).threads(8).sh(script).in_pid_namespace().start();
+    let statuses = [0, 0, 0, 3];
+    let ids: Vec<(String, i32)> = (0..200)
+        .map(|number| statuses[number % statuses.len()])
+        .map(|status| (server.enqueue("q", "t", json!(status)), status))
+        .collect();
+    for (id, status) in &ids {
+        match status {
+            0 => server.wait_until_done(id),
+            _ => assert_eq!(server.wait_for_error(id, 1)["message"], "handle.sh exited with status 3"),
+        }
+    }
+    running.wait_for_lines(200, "left");
+    let worker = inside(running.pid());
+    assert_eq!(
+        fs::read_to_string(format!("/proc/{worker}/status"))
+            .unwrap()
+            .lines()
+            .filter(|line| line.starts_with("NSpid:") && line.ends_with("\t1"))
+            .count(),
+        1
+    );
+    eventually("no zombie is left", || (zombies_below(worker) == 0).then_some(()));
+    running.signal_process(worker, rustix::process::Signal::TERM);
+    let finished = running.assert_exit(0);
+    let stopped = finished.event("worker stopped");
+    assert_eq!((&stopped["succeeded"], &stopped["failed"]), (&json!(150), &json!(50)));
+}
+
+#[test]
+fn a_worker_that_is_not_process_1_leaves_orphans_to_whoever_is() {
+    let server = Server::start();
+    let ids = server.enqueue_all(jobs(4));
+    let running = Daemon::of(&server).sh("setsid true & exit 0").start();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    eventually("no zombie", || (zombies_below(running.pid()) == 0).then_some(()));
+    running.stop();
+}

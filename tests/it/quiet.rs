@@ -1,0 +1,134 @@
+//! SIGUSR2 is quiet: nothing more is taken, what was taken is finished, and no job is held back. SIGCONT takes again.
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::support::{Call, Daemon, Proxy, Server, UNTIL_GO, eventually, jobs};
+
+#[test]
+fn a_quiet_worker_finishes_what_was_taken_and_then_closes_the_stream() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let ids = server.enqueue_all(jobs(2));
+    // The second one waits behind the first.
+    let running = Daemon::of(&proxy).args(["--prefetch", "2"]).sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    eventually("both in flight", || (server.count("in_flight") == 2).then_some(()));
+    running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    let later = server.enqueue("q", "t", json!(null));
+    let take = proxy.calls(Call::Take)[0].connection;
+    assert!(!proxy.has_closed(take), "the stream closed over a running job");
+    running.go();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    proxy.wait_until_closed(take);
+    // What came over the stream meanwhile is free for others, untouched.
+    let job = server.wait_for_status(&later, "ready");
+    assert_eq!(job["attempts"], 0);
+    assert_eq!(running.wait_for_lines(2, "started").len(), 2);
+
+    running.signal(Signal::CONT);
+    running.wait_for_message("resumed");
+    server.wait_until_done(&later);
+    assert_eq!(running.stop().read("started").lines().count(), 3);
+}
+
+#[test]
+fn an_idle_worker_that_is_told_to_be_quiet_closes_the_stream_at_once() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let running = Daemon::of(&proxy).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    let take = proxy.wait_for_calls(Call::Take, 1)[0].connection;
+    running.signal(Signal::USR2);
+    proxy.wait_until_closed(take);
+    let id = server.enqueue("q", "t", json!(null));
+    assert_eq!(server.job(&id).unwrap()["status"], "ready");
+    assert_eq!(proxy.calls(Call::Take).len(), 1);
+    running.signal(Signal::CONT);
+    server.wait_until_done(&id);
+    running.stop();
+}
+
+#[test]
+fn what_came_in_the_quiet_is_started_at_once_when_it_is_over_before_the_stream_closed() {
+    let server = Server::start();
+    let running = Daemon::of(&server).threads(2).args(["--prefetch", "2"]);
+    let running = running.sh(&format!("[ $ZIZQ_JOB_TYPE = quick ] || {{ {UNTIL_GO}; }}")).start();
+    let long = server.enqueue("q", "long", json!(null));
+    running.wait_for_lines(1, "started");
+    running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    let quick = server.enqueue("q", "quick", json!(null));
+    running.wait_for("the job's arrival", |event| event["message"] == "job received" && event["id"] == quick.as_str());
+    assert_eq!(server.job(&quick).unwrap()["status"], "in_flight");
+    running.signal(Signal::CONT);
+    server.wait_until_done(&quick);
+    assert_eq!(server.job(&long).unwrap()["status"], "in_flight", "the stream was not closed for it");
+    running.go();
+    server.wait_until_done(&long);
+    running.stop();
+}
+
+#[test]
+fn a_quiet_worker_stops_as_any_other() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    let held = server.enqueue("q", "t", json!(null));
+    running.wait_for("the job's arrival", |event| event["message"] == "job received" && event["id"] == held.as_str());
+    running.sigterm();
+    running.wait_for_message("shutting down");
+    running.go();
+    let finished = running.assert_exit(0);
+    assert_eq!(finished.event("worker stopped")["succeeded"], 1);
+    assert_eq!(server.wait_for_status(&held, "ready")["attempts"], 0);
+}
+
+#[test]
+fn a_worker_may_be_quiet_before_it_is_connected_and_stop_then() {
+    let running = Daemon::at("http://127.0.0.1:1").sh("true").start();
+    running.wait_for_message("server unreachable, reconnecting");
+    running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    running.sigterm();
+    running.assert_exit(0);
+}
+
+#[test]
+fn a_quiet_worker_is_not_idle() {
+    let server = Server::start();
+    let running = Daemon::of(&server).args(["--exit-when-idle", "1s"]).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    running.signal(Signal::USR2);
+    running.wait_for_message("stream closed, everything taken over it has been reported");
+    running.signal(Signal::CONT);
+    running.wait_for_messages(2, "connected, listening for jobs");
+    let finished = running.assert_exit(0);
+    assert_eq!(finished.all("no job for that long: draining").len(), 1);
+}
+
+#[test]
+fn sigusr1_logs_what_the_worker_does() {
+    let server = Server::start();
+    let id = server.enqueue("mail", "send_email", json!(null));
+    let running = Daemon::of(&server).sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
+    let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
+    running.wait_for_lines(1, "started");
+    running.signal(Signal::USR1);
+    let status = running.wait_for_message("status");
+    assert_eq!(
+        (&status["state"], &status["running"], &status["connected"]),
+        (&json!("running"), &json!(1), &json!(true))
+    );
+    let job = running.wait_for_message("job running");
+    let expected = json!({"worker": "0:0", "id": id, "type": "send_email", "queue": "mail", "attempt": 1, "pid": pid});
+    for (name, value) in expected.as_object().unwrap() {
+        assert_eq!(&job[name], value, "{name}");
+    }
+    running.go();
+    running.stop();
+}

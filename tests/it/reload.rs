@@ -1,0 +1,229 @@
+//! SIGHUP reads the settings again: what can change without harm changes, and a bad file changes nothing.
+
+use std::fs;
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, Running, Server, UNTIL_GO, eventually};
+
+/// A daemon with that file; `$URL` in it is the server's.
+fn start(server: &Api, toml: &str) -> Running {
+    let daemon = Daemon::bare().args(["--log-format", "json", "--admin-listen", "127.0.0.1:0"]);
+    daemon.script("old.sh", "echo old $ZIZQ_JOB_TYPE >> $DIR/ran");
+    daemon.script("new.sh", "echo new $ZIZQ_JOB_TYPE >> $DIR/ran");
+    daemon.script("wait.sh", UNTIL_GO);
+    let toml = toml.replace("$URL", &server.url);
+    let running = daemon.handlers(&toml).start();
+    running.wait_for_message("connected, listening for jobs");
+    running
+}
+
+/// Puts another text into the file, and has it read.
+fn reload(running: &Running, server: &Api, toml: &str) {
+    let toml = toml.replace("$URL", &server.url).replace("$DIR", running.dir().to_str().unwrap());
+    fs::write(running.dir().join("zizq-worker.toml"), toml).unwrap();
+    running.signal(Signal::HUP);
+}
+
+fn reloaded(running: &Running, server: &Api, toml: &str) {
+    let before = running.log().iter().filter(|line| line.contains("configuration reloaded")).count();
+    reload(running, server, toml);
+    running.wait_for_messages(before + 1, "configuration reloaded");
+}
+
+#[test]
+fn jobs_that_start_after_a_reload_are_run_by_the_new_handlers() {
+    let server = Server::start();
+    let old = "url = '$URL'\n[handler]\nexec = ['$DIR/old.sh']";
+    let running = start(&server, old);
+    let first = server.enqueue("q", "a", json!(null));
+    server.wait_until_done(&first);
+    let new = format!(
+        "{old}\nsuccess_exit_codes = [7]\n[handlers.b]\nexec = ['$DIR/new.sh']\n[handlers.c]\nexec = 'sh -c \"exit 7\"'"
+    );
+    reloaded(&running, &server, &new);
+    for job_type in ["a", "b", "c"] {
+        server.wait_until_done(&server.enqueue("q", job_type, json!(null)));
+    }
+    let finished = running.stop();
+    assert_eq!(finished.read("ran"), "old a\nold a\nnew b\n");
+    assert_eq!(finished.all("connected, listening for jobs").len(), 1, "the stream was not touched");
+}
+
+#[test]
+fn a_job_that_runs_keeps_the_limits_that_it_was_started_with() {
+    let server = Server::start();
+    let running = start(&server, "url = '$URL'\n[handler]\nexec = ['$DIR/wait.sh']");
+    let first = server.enqueue("q", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    reloaded(&running, &server, "url = '$URL'\n[handler]\nexec = ['$DIR/wait.sh']\ntimeout = '100ms'");
+    running.go();
+    server.wait_until_done(&first);
+    fs::remove_file(running.dir().join("go")).unwrap();
+    let second = server.enqueue("q", "t", json!(null));
+    assert_eq!(server.wait_for_error(&second, 1)["error_type"], "Timeout");
+    running.stop();
+}
+
+#[test]
+fn the_log_level_changes_and_its_format_does_not() {
+    let server = Server::start();
+    let rest = "url = '$URL'\n[handler]\nexec = ['true']\n";
+    let running = start(&server, &format!("{rest}[log]\nlevel = 'info'"));
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    reloaded(&running, &server, &format!("{rest}[log]\nlevel = 'debug'"));
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    running.wait_for_message("job completed");
+    assert_eq!(running.stop().all("job completed").len(), 1);
+}
+
+#[test]
+fn a_bad_file_changes_nothing_and_is_reported() {
+    let server = Server::start();
+    let running = start(&server, "url = '$URL'\n[handler]\nexec = ['$DIR/old.sh']");
+    let admin = Admin::of(&running);
+    let missing = "url = '$URL'\n[handlers.t]\nexec = ['$DIR/new.sh']\n[handler]\nexec = ['$DIR/missing.sh']";
+    for (count, bad) in ["url = '$URL'\nthreadz = 2", "url = ", missing].iter().enumerate() {
+        reload(&running, &server, bad);
+        let events = running.wait_for_messages(count + 1, "configuration not reloaded, everything stays as it was");
+        let error = events[count]["error"].as_str().unwrap();
+        assert!(error.contains("zizq-worker.toml:"), "{error}");
+    }
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    admin.wait_for_metric(r#"reloads_total{result="failed"}"#, "3");
+    reloaded(&running, &server, "url = '$URL'\n[handler]\nexec = ['$DIR/new.sh']");
+    admin.wait_for_metric(r#"reloads_total{result="ok"}"#, "1");
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    assert_eq!(running.stop().read("ran"), "old t\nnew t\n");
+}
+
+#[test]
+fn other_queues_are_taken_over_a_new_stream_once_everything_of_the_old_one_is_reported() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let toml = |queue| format!("url = '$URL'\nworker.queues = ['{queue}']\n[handler]\nexec = ['$DIR/wait.sh']");
+    let running = start(&proxy, &toml("old"));
+    let old = server.enqueue("old", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    reloaded(&running, &proxy, &toml("new"));
+    let held = server.enqueue("old", "t", json!(null));
+    let new = server.enqueue("new", "t", json!(null));
+    // A second reload while the first waits counts as well.
+    reloaded(&running, &proxy, &toml("new"));
+    let take = proxy.calls(Call::Take)[0].connection;
+    assert!(!proxy.has_closed(take), "the old stream closed over a running job");
+    assert_eq!(server.job(&old).unwrap()["status"], "in_flight");
+    running.go();
+    server.wait_until_done(&old);
+    server.wait_until_done(&new);
+    assert!(proxy.has_closed(take));
+    let paths: Vec<String> = proxy.calls(Call::Take).iter().map(|seen| seen.path.clone()).collect();
+    assert_eq!(paths, ["/jobs/take?prefetch=2&queue=old", "/jobs/take?prefetch=2&queue=new"]);
+    assert_eq!(server.wait_for_status(&held, "ready")["attempts"], 0);
+    assert_eq!(running.stop().read("started").lines().count(), 2);
+}
+
+#[test]
+fn prefetch_and_url_take_effect_on_a_new_stream_and_reports_follow() {
+    let (here, there) = (Server::start(), Server::start());
+    let (first, second) = (Proxy::before(&here), Proxy::before(&there));
+    let running = start(&first, "url = '$URL'\n[handler]\nexec = ['$DIR/wait.sh']");
+    let old = here.enqueue("q", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    reloaded(&running, &second, "url = '$URL'\nworker.prefetch = 9\n[handler]\nexec = ['$DIR/wait.sh']");
+    assert_eq!(second.calls(Call::Take).len(), 0);
+    running.go();
+    here.wait_until_done(&old);
+    let take = second.wait_for_calls(Call::Take, 1);
+    assert_eq!(take[0].path, "/jobs/take?prefetch=9");
+    let new = there.enqueue("q", "t", json!(null));
+    there.wait_until_done(&new);
+    assert_eq!((first.calls(Call::Successes).len(), second.calls(Call::Successes).len()), (1, 1));
+    running.stop();
+}
+
+#[test]
+fn a_server_that_is_gone_does_not_keep_the_worker_from_the_next() {
+    let (mut here, there) = (Server::start(), Server::start());
+    let rest = "worker.retry_min_wait = '50ms'\nworker.retry_max_wait = '50ms'\n[handler]\nexec = ['$DIR/wait.sh']";
+    let running = start(&here, &format!("url = '$URL'\n{rest}"));
+    here.enqueue("q", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    here.stop();
+    running.wait_for_message("server unreachable, reconnecting");
+    reloaded(&running, &there, &format!("url = '$URL'\n{rest}"));
+    running.wait_for_messages(2, "connected, listening for jobs");
+    running.go();
+    let id = there.enqueue("q", "t", json!(null));
+    there.wait_until_done(&id);
+    running.stop();
+}
+
+#[test]
+fn another_certificate_authority_takes_effect_on_a_new_stream() {
+    let (server, old, new) = (Server::start(), Authority::new(), Authority::new());
+    let (port, _stop) = server.with_tls(old.issue(&["localhost"]).server(&["http/1.1"], None));
+    let running = {
+        let daemon = Daemon::bare().args(["--log-format", "json"]);
+        daemon.file("ca.pem", &old.pem());
+        daemon
+            .handlers(&format!("url = 'https://localhost:{port}'\ntls.ca = '$DIR/ca.pem'\n[handler]\nexec = ['true']"))
+    }
+    .start();
+    running.wait_for_message("connected, listening for jobs");
+    // The same certificates: nothing has to be opened anew.
+    running.signal(Signal::HUP);
+    assert_eq!(running.wait_for_messages(1, "configuration reloaded")[0]["new_stream"], false);
+    fs::write(running.dir().join("ca.pem"), old.pem() + &new.pem()).unwrap();
+    running.signal(Signal::HUP);
+    assert_eq!(running.wait_for_messages(2, "configuration reloaded")[1]["new_stream"], true);
+    running.wait_for_messages(2, "connected, listening for jobs");
+    running.stop();
+}
+
+#[test]
+fn threads_need_a_restart_and_the_log_says_so() {
+    let server = Server::start();
+    let toml = |threads| format!("url = '$URL'\nworker.threads = {threads}\n[handler]\nexec = ['$DIR/wait.sh']");
+    let running = start(&server, &toml(1));
+    reloaded(&running, &server, &toml(4));
+    let warning = running.wait_for_message("some changed settings need a restart to take effect");
+    assert_eq!(warning["settings"], "worker.threads");
+    let status = Admin::of(&running).status();
+    assert_eq!(status["settings"]["worker.threads"]["value"], "1", "that is what is in force");
+    assert_eq!(status["settings"]["worker.prefetch"]["value"], "2", "{status:#}");
+    assert_eq!(status["loops"].as_array().unwrap().len(), 1);
+    let ids = [(); 2].map(|()| server.enqueue("q", "t", json!(null)));
+    running.wait_for_lines(1, "started");
+    eventually("both are here", || (server.count("in_flight") == 2).then_some(()));
+    assert_eq!(running.wait_for_lines(1, "started").len(), 1);
+    running.go();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    running.stop();
+}
+
+#[test]
+fn a_reload_without_a_file_finds_the_handlers_again() {
+    let server = Server::start();
+    let running = Daemon::of(&server).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    running.signal(Signal::HUP);
+    running.wait_for_message("configuration reloaded");
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    running.stop();
+}
+
+#[test]
+fn a_stopping_worker_reloads_nothing() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    running.sigterm();
+    running.wait_for_message("shutting down");
+    running.signal(Signal::HUP);
+    running.wait_for_message("signal ignored, the worker is stopping");
+    running.go();
+    running.assert_exit(0);
+}

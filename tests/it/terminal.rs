@@ -1,0 +1,99 @@
+//! What somebody sees who runs the worker by hand.
+
+use serde_json::json;
+
+use crate::support::{Daemon, Running, Server, UNTIL_GO, eventually};
+
+/// A worker on a terminal, with one job that runs until it is told.
+fn watched(daemon: Daemon, server: &Server) -> Running {
+    server.enqueue("q", "t", json!(null));
+    let running = daemon.on_terminal().args(["--url", &server.url]).sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    running
+}
+
+/// Waits until the terminal has shown that text.
+fn wait_for_text(running: &Running, text: &str) {
+    eventually(text, || running.screen().contains(text).then_some(()));
+}
+
+#[test]
+fn a_drain_shows_what_still_runs_and_how_long_it_may() {
+    let server = Server::start();
+    let running = watched(Daemon::bare().args(["--shutdown-deadline", "60s"]), &server);
+    assert!(!running.screen().contains("\x1b[K"), "nothing is shown before");
+    running.sigint();
+    wait_for_text(&running, "draining: 1 running, 59s left; press Ctrl-C again to kill");
+    wait_for_text(&running, "draining: 1 running, 58s left; press Ctrl-C again to kill");
+    running.go();
+    let screen = running.assert_exit(0).screen;
+    let end = screen.rfind("draining: 1 running").unwrap();
+    assert!(screen[end..].contains("\r\x1b[K"), "the line is taken away: {:?}", &screen[end..]);
+    let left: Vec<&str> = screen.lines().filter(|line| line.contains("worker stopped")).collect();
+    assert_eq!(left.len(), 1, "{screen}");
+}
+
+#[test]
+fn events_are_written_above_the_line_and_leave_nothing_of_it() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let script = "echo > $DIR/started; until [ -e $DIR/go ]; do sleep 0.01; done; echo printed; sleep 2";
+    let daemon = Daemon::bare().on_terminal().env("NO_COLOR", "1").args(["--url", &server.url]);
+    let running = daemon.sh(script).start();
+    running.wait_for_file("started");
+    running.sigint();
+    wait_for_text(&running, "draining: 1 running");
+    running.go();
+    wait_for_text(&running, "line=\"printed\"");
+    let screen = running.assert_exit(0).screen;
+    let before = &screen[..screen.find("printed").unwrap()];
+    let cleared = before.rfind("\r\x1b[K").unwrap();
+    assert!(!before[cleared..].contains("draining: 1 running"), "{:?}", &before[cleared..]);
+    let after = &screen[screen.find("line=\"printed\"").unwrap()..];
+    assert!(after.contains("draining: 1 running"), "the line is there again: {after:?}");
+}
+
+#[test]
+fn a_second_ctrl_c_says_what_a_third_does() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let running = Daemon::bare()
+        .on_terminal()
+        .args(["--url", &server.url])
+        .handler("trap '' TERM; echo > $DIR/started; sleep 600 & wait; wait", "kill_grace = '60s'")
+        .start();
+    running.wait_for_file("started");
+    running.sigint();
+    wait_for_text(&running, "press Ctrl-C again to kill");
+    running.sigint();
+    wait_for_text(&running, "killing: 1 running; press Ctrl-C again to skip their grace");
+    running.sigint();
+    running.assert_exit(1);
+}
+
+#[test]
+fn a_json_log_has_no_such_line_and_neither_has_one_that_goes_elsewhere() {
+    for daemon in [Daemon::bare().on_terminal().args(["--log-format", "json"]), Daemon::bare()] {
+        let server = Server::start();
+        server.enqueue("q", "t", json!(null));
+        let running = daemon.args(["--url", &server.url]).sh(UNTIL_GO).start();
+        running.wait_for_lines(1, "started");
+        running.sigint();
+        eventually("the stop", || running.log().iter().any(|line| line.contains("shutting down")).then_some(()));
+        running.go();
+        let finished = running.assert_exit(0);
+        let all = finished.screen + &finished.log.join("\n");
+        assert!(!all.contains("\x1b[K") && !all.contains("press Ctrl-C"), "{all}");
+    }
+}
+
+#[test]
+fn no_color_keeps_colours_off_a_terminal() {
+    let server = Server::start();
+    for (value, coloured) in [("1", false), ("", true)] {
+        let running = Daemon::bare().on_terminal().env("NO_COLOR", value);
+        let running = running.args(["--url", &server.url, "--exit-when-idle", "10ms", "--", "true"]);
+        let screen = running.run().assert_exit(0).screen;
+        assert_eq!(screen.contains("\x1b[3"), coloured, "{screen:?}");
+    }
+}
