@@ -40,8 +40,8 @@ COPY config/image.toml /etc/zizq-worker.toml
 # A file, not ZIZQ_EXEC, says what /handler is: a variable would win over the [handler] of a file that is mounted there.
 # The admin server is what the probe below asks, and the one of Kubernetes. An address of loopback is out of reach for
 # the latter; nothing of the worker can be changed through it.
-ENV ZIZQ_CONFIG=/etc/zizq-worker.toml ZIZQ_ADMIN_LISTEN=0.0.0.0:9890
-EXPOSE 9890
+ENV ZIZQ_CONFIG=/etc/zizq-worker.toml ZIZQ_ADMIN_LISTEN=0.0.0.0:9290
+EXPOSE 9290
 USER 10001:10001
 # The worker drains. A second one would kill, and so does the end of the grace period: 10s with `docker stop`, which is
 # less than the shutdown deadline. Use `docker stop --time 45`, or stop_grace_period as in config/compose.yaml.
