@@ -14,6 +14,7 @@ mod dispatch;
 mod embedded;
 mod example;
 mod faults;
+mod generated;
 mod groups;
 mod handlers;
 mod library;
