@@ -10,6 +10,7 @@
 mod support;
 
 mod contract;
+mod dashboard;
 mod deploy;
 mod dispatch;
 mod embedded;
