@@ -96,7 +96,7 @@ fn the_example_has_every_setting() {
         let setting = after.next().unwrap_or_else(|| panic!("no {line:?} in the example"));
         let key = setting.trim_start_matches('#').split(" = ").next().unwrap();
         let name = flag.replace('-', "_");
-        let prefixed = ["log", "tls"].map(|table| format!("{table}_{key}"));
+        let prefixed = ["admin", "log", "tls"].map(|table| format!("{table}_{key}"));
         assert!(name == key || prefixed.contains(&name), "{line} above {setting}");
         assert!(keys.iter().any(|known| known == key || known.ends_with(&format!(".{key}"))), "{key} in {keys:?}");
         keys.retain(|known| known != key && !known.ends_with(&format!(".{key}")));
