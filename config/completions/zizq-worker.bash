@@ -23,7 +23,7 @@ _zizq__worker() {
 
     case "${cmd}" in
         zizq__worker)
-            opts="-v -V -q -t -f -p -c -h --version --url --tls-ca --tls-client-cert --tls-client-key --stream-idle-timeout --max-job-size --worker-id --exec --queue --queues --threads --fibers --prefetch --shutdown-timeout --shutdown-deadline --exit-when-idle --config --retry-min-wait --retry-max-wait --retry-multiplier --log-level --log-format --embedded --jobs --help"
+            opts="-v -V -q -t -f -p -c -h --version --url --tls-ca --tls-client-cert --tls-client-key --stream-idle-timeout --max-job-size --worker-id --exec --queue --queues --threads --fibers --prefetch --shutdown-timeout --shutdown-deadline --max-jobs --max-time --exit-when-idle --config --retry-min-wait --retry-max-wait --retry-multiplier --admin-listen --check --log-level --log-format --embedded --jobs --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -105,6 +105,14 @@ _zizq__worker() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --max-jobs)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-time)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --exit-when-idle)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -126,6 +134,10 @@ _zizq__worker() {
                     return 0
                     ;;
                 --retry-multiplier)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --admin-listen)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -133,10 +133,16 @@ const SIGNALS: &[Part] = &[
          after their grace (5 seconds, unless kill_grace says otherwise). They are not reported: the server hands them \
          out again, with no attempt counted. A third one skips that grace.",
     ),
-    Item("SIGHUP", "Reads the configuration file again. With a mistake in it, everything stays as it was."),
+    Item(
+        "SIGHUP",
+        "Reads the configuration file again, and the handlers, the queues, the server and its certificates, the prefetch \
+         and the log level are as it says. The log names what needs a restart. With a mistake in the file, everything \
+         stays as it was.",
+    ),
     Item("SIGUSR1", "Writes to the log what the worker is doing."),
     Item("SIGUSR2", "Quiet: takes nothing more. Running jobs go on, and the worker stays."),
     Item("SIGCONT", "Takes jobs again after SIGUSR2."),
+    Text("Once the worker stops, all of these but SIGTERM, SIGINT and SIGUSR1 are ignored."),
 ];
 
 const ADMIN_SERVER: &[Part] = &[
@@ -157,6 +163,7 @@ const EXIT_STATUS: &[Part] = &[
 const ENVIRONMENT: &[Part] = &[
     Text("Nearly every option that takes a value has a variable, named above. An empty one counts as not set."),
     Item("RUST_LOG", "What is logged: a level, or a filter like zizq_worker=debug. It wins over --log-level."),
+    Item("NO_COLOR", "When it is set to anything, the log has no colours."),
     Item("PATH", "Where a handler without a slash in its name is looked up."),
     Item("TMPDIR", "Where the directory of result files is made, instead of /tmp."),
     Item(
@@ -180,6 +187,8 @@ const FILES: &[Part] = &[
 const EXAMPLES: &[Part] = &[
     Text("Take the jobs of two queues, and run at most four handlers at once:"),
     Example("zizq-worker --url http://queue.example.org:7890 --queues mail,billing --threads 4 --exec ./handle.sh"),
+    Text("Say what every setting is and where it was written, and whether it would work:"),
+    Example("zizq-worker --config /etc/zizq-worker.toml --check"),
     Text("Try a handler without a server:"),
     Example("zizq-worker --embedded --jobs jobs.ndjson --exec ./handle.sh --exit-when-idle 1s"),
 ];
