@@ -16,6 +16,8 @@ use zizq_worker::cli::Args;
 use zizq_worker::config::DEFAULT_SHUTDOWN_DEADLINE;
 use zizq_worker::handler::{DEFAULT_KILL_GRACE, Handler};
 
+use crate::support::{Daemon, Server, unused_address};
+
 fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
@@ -267,6 +269,17 @@ fn the_probe_of_the_image_tells_a_worker_that_lives() {
     // Nobody listens.
     let refused = Command::new("/bin/bash").args(["-c", &probe()]).env("ZIZQ_ADMIN_LISTEN", "127.0.0.1:1").output();
     assert_eq!(refused.unwrap().status.code(), Some(1));
+}
+
+#[test]
+fn the_probe_of_the_image_is_for_the_admin_server() {
+    let server = Server::start();
+    let address = unused_address().to_string();
+    let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("true").start();
+    daemon.wait_for_message("admin server listening");
+    let probed = Command::new("/bin/bash").args(["-c", &probe()]).env("ZIZQ_ADMIN_LISTEN", address).status();
+    assert!(probed.unwrap().success());
+    daemon.stop();
 }
 
 #[test]
