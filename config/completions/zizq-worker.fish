@@ -1,0 +1,28 @@
+complete -c zizq-worker -l url -d 'Where the server is; a path prefix is kept [default: http://localhost:7890]' -r
+complete -c zizq-worker -l tls-ca -d 'Trust the certificates in this file (PEM) [default: those that the system trusts]' -r
+complete -c zizq-worker -l tls-client-cert -d 'Show this certificate chain (PEM) to the server; needs its key' -r
+complete -c zizq-worker -l tls-client-key -d 'The private key of that certificate (PEM)' -r
+complete -c zizq-worker -l stream-idle-timeout -d 'Reconnect when nothing came for that long, heartbeats included [default: 30s]' -r
+complete -c zizq-worker -l max-job-size -d 'The longest job that is accepted, like 64MiB [default: 64.0 MiB]' -r
+complete -c zizq-worker -l worker-id -d 'What the server calls this worker in its log [default: HOSTNAME-PID]' -r
+complete -c zizq-worker -l exec -d 'The command to run for each job, split into words as a shell would, but run without one [required, here or elsewhere]' -r
+complete -c zizq-worker -s q -l queues -l queue -d 'The queues to take jobs from; may be repeated [default: all queues]' -r
+complete -c zizq-worker -s t -l threads -d 'Worker threads [default: 1]' -r
+complete -c zizq-worker -s f -l fibers -d 'Jobs at once in each thread; threads x fibers run at once [default: 1]' -r
+complete -c zizq-worker -s p -l prefetch -d 'Unreported jobs that the server may hand to this worker [default: 2 x threads x fibers]' -r
+complete -c zizq-worker -l shutdown-deadline -l shutdown-timeout -d 'How long finishing may take after a signal [default: 30s]' -r
+complete -c zizq-worker -l max-jobs -d 'Exit after starting exactly that many jobs [default: no limit]' -r
+complete -c zizq-worker -l max-time -d 'Exit after that long, when running jobs have finished [default: no limit]' -r
+complete -c zizq-worker -l exit-when-idle -d 'Exit once connected and without a job for that long [default: never]' -r
+complete -c zizq-worker -s c -l config -d 'The configuration file (TOML) [default: none]' -r
+complete -c zizq-worker -l retry-min-wait -d 'The first wait before reconnecting or reporting again [default: 1s]' -r
+complete -c zizq-worker -l retry-max-wait -d 'The longest such wait [default: 30s]' -r
+complete -c zizq-worker -l retry-multiplier -d 'How much longer each wait is than the last [default: 2]' -r
+complete -c zizq-worker -l admin-listen -d 'Serve /live, /ready, /status and /metrics over HTTP there, like 127.0.0.1:9290 [default: off]' -r
+complete -c zizq-worker -l log-level -d 'error, warn, info, debug or trace; RUST_LOG wins [default: info]' -r
+complete -c zizq-worker -l log-format -d 'pretty, compact or json, on stderr [default: pretty on a terminal, else compact]' -r
+complete -c zizq-worker -l jobs -d 'Enqueue the lines of FILE (- for stdin) in the embedded server: one JSON object with queue, type and payload each' -r
+complete -c zizq-worker -s V -s v -l version -d 'Print version'
+complete -c zizq-worker -l check -d 'Check and print every setting with its origin, ask the server for its version, and exit without taking a job'
+complete -c zizq-worker -l embedded -d 'Start an in-memory server in this process, at --url; nothing in it outlives the process'
+complete -c zizq-worker -s h -l help -d 'Print help'

@@ -1,0 +1,301 @@
+//! What the files for systemd, containers and releases say fits together, and fits the worker.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+use tempfile::TempDir;
+use zizq_worker::Config;
+use zizq_worker::cli::Args;
+use zizq_worker::config::DEFAULT_SHUTDOWN_DEADLINE;
+use zizq_worker::handler::{DEFAULT_KILL_GRACE, Handler};
+
+use crate::support::{Daemon, Server, unused_address};
+
+fn path(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+fn text(name: &str) -> String {
+    fs::read_to_string(path(name)).unwrap()
+}
+
+/// The documents of a YAML file.
+fn yaml(name: &str) -> Vec<Value> {
+    serde_yaml_ng::Deserializer::from_str(&text(name)).map(|document| Value::deserialize(document).unwrap()).collect()
+}
+
+/// What the worker makes of a configuration whose handler is only in the image.
+fn load(toml: &str) -> Config {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("zizq-worker.toml");
+    assert!(toml.contains(r#"exec = ["/handler"]"#), "{toml}");
+    fs::write(&file, toml.replace("/handler", "/bin/true")).unwrap();
+    let argv = ["zizq-worker", "--config", file.to_str().unwrap()].map(OsString::from);
+    Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
+}
+
+/// The lines `key=value` of the unit that are not commented out.
+fn unit_settings() -> Vec<(String, String)> {
+    let text = text("config/zizq-worker.service");
+    let settings = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('='));
+    settings.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
+
+#[track_caller]
+fn unit_setting(key: &str) -> String {
+    let mut found = unit_settings().into_iter().filter(|(name, _)| name == key);
+    let (_, value) = found.next().unwrap_or_else(|| panic!("no {key}= in the unit"));
+    assert_eq!(found.next(), None, "{key}= twice in the unit");
+    value
+}
+
+#[test]
+fn systemd_accepts_the_unit() {
+    let dir = TempDir::new().unwrap();
+    let unit = dir.path().join("zizq-worker.service");
+    // It asks whether the program exists, too, and the manual page.
+    let installed = text("config/zizq-worker.service")
+        .replace("ExecStart=/usr/bin/zizq-worker", concat!("ExecStart=", env!("CARGO_BIN_EXE_zizq-worker")));
+    assert!(installed.contains(env!("CARGO_BIN_EXE_zizq-worker")));
+    fs::write(&unit, installed).unwrap();
+    let verify = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit).output();
+    let Ok(verdict) = verify else {
+        assert!(std::env::var_os("CI").is_none(), "systemd-analyze is needed: apt-get install systemd");
+        eprintln!("left out: it needs systemd-analyze");
+        return;
+    };
+    let complaints = String::from_utf8_lossy(&verdict.stderr);
+    let ours: Vec<&str> = complaints.lines().filter(|line| line.contains("zizq-worker")).collect();
+    assert!(verdict.status.success() && ours.is_empty(), "{}\n{complaints}", verdict.status);
+}
+
+#[test]
+fn systemd_waits_longer_than_the_worker_takes_to_stop() {
+    let wait = Duration::from_secs(unit_setting("TimeoutStopSec").parse().unwrap());
+    assert!(wait > DEFAULT_SHUTDOWN_DEADLINE + DEFAULT_KILL_GRACE, "{wait:?}");
+}
+
+#[test]
+fn the_unit_leaves_the_jobs_to_the_worker_and_watches_it() {
+    for (key, value) in [
+        ("Type", "notify"),
+        ("NotifyAccess", "main"),
+        ("KillMode", "mixed"),
+        ("OOMPolicy", "continue"),
+        ("Restart", "on-failure"),
+        ("RestartPreventExitStatus", "78 2"),
+        ("ExecReload", "/bin/kill -HUP $MAINPID"),
+    ] {
+        assert_eq!(unit_setting(key), value, "{key}");
+    }
+    assert!(unit_setting("WatchdogSec").parse::<u32>().unwrap() > 0);
+}
+
+/// systemd.exec(5) says "NoNewPrivileges=yes is implied" of all these, in a service with a User.
+#[test]
+fn handlers_under_systemd_may_become_another_user() {
+    let without_privileges = [
+        "DynamicUser",
+        "LockPersonality",
+        "MemoryDenyWriteExecute",
+        "NoNewPrivileges",
+        "PrivateDevices",
+        "ProtectClock",
+        "ProtectHostname",
+        "ProtectKernelLogs",
+        "ProtectKernelModules",
+        "ProtectKernelTunables",
+        "RestrictAddressFamilies",
+        "RestrictFileSystems",
+        "RestrictNamespaces",
+        "RestrictRealtime",
+        "RestrictSUIDSGID",
+        "SystemCallArchitectures",
+        "SystemCallFilter",
+        "SystemCallLog",
+    ];
+    for (key, _) in unit_settings() {
+        assert!(!without_privileges.contains(&&*key), "{key}");
+        assert_ne!(key, "CapabilityBoundingSet");
+    }
+}
+
+#[test]
+fn compose_waits_longer_than_the_worker_takes_to_stop() {
+    let compose = &yaml("config/compose.yaml")[0];
+    let worker = &compose["services"]["worker"];
+    let duration = |value: &Value| humantime::parse_duration(value.as_str().unwrap()).unwrap();
+    let deadline = duration(&worker["environment"]["ZIZQ_SHUTDOWN_DEADLINE"]);
+    assert!(duration(&worker["stop_grace_period"]) > deadline + DEFAULT_KILL_GRACE);
+    assert_eq!(worker["restart"], "unless-stopped");
+    // Where it is read-only, result files need a place.
+    assert_eq!((&worker["read_only"], &worker["tmpfs"][0]), (&Value::Bool(true), &Value::from("/tmp")));
+    let mounted = worker["volumes"][0].as_str().unwrap().split(':').next().unwrap();
+    assert!(path("config").join(mounted).exists(), "{mounted}");
+}
+
+#[test]
+fn the_deadlines_in_kubernetes_are_in_order() {
+    let documents = yaml("config/kubernetes.yaml");
+    let [map, deployment] = &documents[..] else { panic!("{} documents", documents.len()) };
+    let Config { worker, handlers, .. } = load(map["data"]["zizq-worker.toml"].as_str().unwrap());
+    let Handler { timeout, kill_grace, .. } = handlers.default.unwrap();
+    let pod = &deployment["spec"]["template"]["spec"];
+    let end = Duration::from_secs(pod["terminationGracePeriodSeconds"].as_u64().unwrap());
+    let deadline = worker.shutdown_deadline;
+    assert!(timeout.unwrap() + kill_grace < deadline + kill_grace, "{timeout:?} {deadline:?}");
+    assert!(deadline + kill_grace < end, "{deadline:?} {kill_grace:?} {end:?}");
+}
+
+#[test]
+fn kubernetes_asks_the_admin_server_of_a_worker_that_is_not_root() {
+    let documents = yaml("config/kubernetes.yaml");
+    let (map, template) = (&documents[0], &documents[1]["spec"]["template"]);
+    let (pod, container) = (&template["spec"], &template["spec"]["containers"][0]);
+    assert_eq!(container["livenessProbe"]["httpGet"]["path"], "/live");
+    assert_eq!(container["readinessProbe"]["httpGet"]["path"], "/ready");
+    let port = container["ports"][0]["containerPort"].as_u64().unwrap();
+    let value = |name: &str| {
+        let variables = container["env"].as_array().unwrap();
+        variables.iter().find(|variable| variable["name"] == name).unwrap()["value"].as_str().unwrap()
+    };
+    assert_eq!(value("ZIZQ_ADMIN_LISTEN"), format!("0.0.0.0:{port}"));
+    let annotations = &template["metadata"]["annotations"];
+    assert_eq!(annotations["prometheus.io/scrape"], "true");
+    assert_eq!(annotations["prometheus.io/path"], "/metrics");
+    assert_eq!(annotations["prometheus.io/port"], port.to_string());
+    assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    let user = pod["securityContext"]["runAsUser"].as_u64().unwrap();
+    assert!(text("Dockerfile").contains(&format!("USER {user}:{user}\n")));
+    // Every mount is of a volume that there is, and the file is where the worker looks for it.
+    let mounts = container["volumeMounts"].as_array().unwrap();
+    let volumes: Vec<&Value> = pod["volumes"].as_array().unwrap().iter().map(|volume| &volume["name"]).collect();
+    assert!(mounts.iter().all(|mount| volumes.contains(&&mount["name"])), "{mounts:?}");
+    assert!(mounts.iter().any(|mount| mount["mountPath"] == "/tmp" && mount["readOnly"].is_null()));
+    assert_eq!(pod["volumes"][0]["configMap"]["name"], map["metadata"]["name"]);
+    assert_eq!(value("ZIZQ_CONFIG"), format!("{}/zizq-worker.toml", mounts[0]["mountPath"].as_str().unwrap()));
+    let labels = &template["metadata"]["labels"];
+    assert_eq!(&documents[1]["spec"]["selector"]["matchLabels"], labels);
+}
+
+#[test]
+fn one_copy_gives_the_image_its_handler() {
+    let handler = load(&text("config/image.toml")).handlers.default.unwrap();
+    assert_eq!(handler.program.file_name(), "true");
+    let dockerfile = text("Dockerfile");
+    assert!(dockerfile.contains("COPY config/image.toml /etc/zizq-worker.toml\n"));
+    assert!(dockerfile.contains("ENV ZIZQ_CONFIG=/etc/zizq-worker.toml "));
+}
+
+/// Cargo reads no manifest that names files which are not there, and the dependencies are built without the source.
+#[test]
+fn the_dockerfile_has_a_stand_in_for_every_target() {
+    let manifest: toml::Table = text("Cargo.toml").parse().unwrap();
+    let named = ["bin", "test", "bench", "example"].map(|kind| (kind, manifest.get(kind)));
+    let dockerfile = text("Dockerfile");
+    for (kind, targets) in named {
+        for target in targets.and_then(|targets| targets.as_array()).into_iter().flatten() {
+            let implied = || format!("{kind}es/{}.rs", target["name"].as_str().unwrap());
+            let path = target.get("path").map_or_else(implied, |path| path.as_str().unwrap().to_owned());
+            assert!(dockerfile.contains(&format!(" {path} ")), "{path}");
+        }
+    }
+}
+
+#[test]
+fn the_package_is_of_this_version_and_its_files_are_there() {
+    let manifest: toml::Table = text("Cargo.toml").parse().unwrap();
+    let deb = &manifest["package"]["metadata"]["deb"];
+    for asset in deb["assets"].as_array().unwrap() {
+        let source = asset[0].as_str().unwrap();
+        assert!(source.starts_with("target/") || path(source.trim_end_matches("/*")).exists(), "{source}");
+    }
+    let changelog = text(deb["changelog"].as_str().unwrap());
+    assert!(changelog.starts_with(concat!("zizq-worker (", env!("CARGO_PKG_VERSION"), "-1) ")), "{changelog}");
+    // The unit's program and user are those of the package.
+    assert!(unit_setting("ExecStart").starts_with("/usr/bin/zizq-worker "));
+    assert!(text("config/debian/postinst").contains(&format!(" {}\n", unit_setting("User"))));
+}
+
+/// The probe of the Dockerfile, as a shell is given it.
+fn probe() -> String {
+    let dockerfile = text("Dockerfile").replace("\\\n", "");
+    let line = dockerfile.lines().find_map(|line| line.strip_prefix("HEALTHCHECK ")).unwrap();
+    let (_, words) = line.split_once(" CMD ").unwrap();
+    let words: Vec<String> = serde_json::from_str(words).unwrap();
+    let [bash, flag, script] = &words[..] else { panic!("{words:?}") };
+    assert_eq!((bash.as_str(), flag.as_str()), ("/bin/bash", "-c"));
+    script.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn the_probe_of_compose_is_that_of_the_image() {
+    let compose = &yaml("config/compose.yaml")[0];
+    let test = compose["services"]["worker"]["healthcheck"]["test"].as_array().unwrap();
+    // Compose makes one dollar of two.
+    assert_eq!(test[3].as_str().unwrap().replace("$$", "$"), probe());
+}
+
+/// Runs the probe against a server with that answer, and returns what it asked and its exit status.
+fn ask(status: &str) -> (String, i32) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("0.0.0.0:{}", listener.local_addr().unwrap().port());
+    let script = probe();
+    let probing = std::thread::spawn(move || {
+        Command::new("/bin/bash").args(["-c", &script]).env("ZIZQ_ADMIN_LISTEN", address).output().unwrap()
+    });
+    let (mut stream, _) = listener.accept().unwrap();
+    let lines = BufReader::new(&stream).lines().map_while(Result::ok);
+    let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+    write!(stream, "HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").unwrap();
+    drop(stream);
+    (head.join("\n"), probing.join().unwrap().status.code().unwrap())
+}
+
+#[test]
+fn the_probe_of_the_image_tells_a_worker_that_lives() {
+    let (asked, status) = ask("200 OK");
+    assert!(asked.starts_with("GET /live HTTP/1.1\nhost: "), "{asked}");
+    assert_eq!(status, 0);
+    assert_eq!(ask("503 Service Unavailable").1, 1);
+    // Nobody listens.
+    let refused = Command::new("/bin/bash").args(["-c", &probe()]).env("ZIZQ_ADMIN_LISTEN", "127.0.0.1:1").output();
+    assert_eq!(refused.unwrap().status.code(), Some(1));
+}
+
+#[test]
+fn the_probe_of_the_image_is_for_the_admin_server() {
+    let server = Server::start();
+    let address = unused_address().to_string();
+    let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("true").start();
+    daemon.wait_for_message("admin server listening");
+    let probed = Command::new("/bin/bash").args(["-c", &probe()]).env("ZIZQ_ADMIN_LISTEN", address).status();
+    assert!(probed.unwrap().success());
+    daemon.stop();
+}
+
+#[test]
+fn the_workflow_runs_what_must_hold_and_releases_for_every_platform() {
+    let workflow = &yaml(".github/workflows/ci.yml")[0];
+    let steps = |job: &str| workflow["jobs"][job]["steps"].as_array().unwrap().clone();
+    assert!(steps("check").iter().any(|step| step["run"] == ".ci/run"));
+    assert!(workflow["on"].get("pull_request").is_some() && workflow["on"].get("push").is_some());
+    let matrix = workflow["jobs"]["binary"]["strategy"]["matrix"]["include"].as_array().unwrap();
+    let targets: Vec<String> = matrix.iter().map(|row| row["target"].as_str().unwrap().to_owned()).collect();
+    for target in ["x86_64", "aarch64"].iter().flat_map(|cpu| ["gnu", "musl"].map(|libc| (cpu, libc))) {
+        assert!(targets.contains(&format!("{}-unknown-linux-{}", target.0, target.1)), "{target:?}");
+    }
+    let actions = ["check", "binary", "release"].iter().flat_map(|job| steps(job));
+    for action in actions.filter_map(|step| Some(step["uses"].as_str()?.to_owned())) {
+        let major = action.split_once("@v").map(|(_, version)| version.parse::<u32>());
+        assert!(matches!(major, Some(Ok(_))), "{action} is not at a major version");
+    }
+}

@@ -1,0 +1,215 @@
+//! The completions and the man page are made from the command line, and committed, so that a package has them without
+//! running anything. `UPDATE=1 cargo test generated` writes them anew.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap_complete::Shell;
+use clap_mangen::Man;
+use clap_mangen::roff::{Inline, Roff, bold, roman};
+use zizq_worker::cli;
+
+/// Holds the committed file against what it should be, or writes it.
+#[track_caller]
+fn hold(path: &str, fresh: &[u8]) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if std::env::var_os("UPDATE").is_some() {
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, fresh).unwrap();
+    }
+    let committed = fs::read_to_string(&file).unwrap_or_default();
+    let fresh = std::str::from_utf8(fresh).unwrap();
+    let differing = committed.lines().zip(fresh.lines()).enumerate().find(|(_, (old, new))| old != new);
+    assert!(committed == fresh, "{path} is out of date: UPDATE=1 cargo test generated\n{differing:#?}");
+}
+
+fn completion(shell: Shell) -> Vec<u8> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut cli::command(), "zizq-worker", &mut text);
+    text
+}
+
+#[test]
+fn the_completions_are_those_of_the_command_line() {
+    hold("config/completions/zizq-worker.bash", &completion(Shell::Bash));
+    hold("config/completions/_zizq-worker", &completion(Shell::Zsh));
+    hold("config/completions/zizq-worker.fish", &completion(Shell::Fish));
+}
+
+#[test]
+fn the_man_page_has_every_option_of_the_command_line() {
+    hold("config/man/zizq-worker.1", &man_page());
+}
+
+/// What a section has: paragraphs, and what is explained word by word.
+enum Part {
+    Text(&'static str),
+    Item(&'static str, &'static str),
+    Example(&'static str),
+}
+
+use Part::{Example, Item, Text};
+
+fn man_page() -> Vec<u8> {
+    let source = format!("zizq-worker {}", env!("CARGO_PKG_VERSION"));
+    // No date, so that no day makes it out of date; but troff takes what follows in the place of an empty one.
+    let man = Man::new(cli::command()).date(" ").source(source).manual("User Commands");
+    let mut page = Vec::new();
+    man.render_title(&mut page).unwrap();
+    man.render_name_section(&mut page).unwrap();
+    man.render_synopsis_section(&mut page).unwrap();
+    section("DESCRIPTION", DESCRIPTION, &mut page);
+    man.render_options_section(&mut page).unwrap();
+    for (title, parts) in SECTIONS {
+        section(title, parts, &mut page);
+    }
+    page
+}
+
+fn section(title: &str, parts: &[Part], page: &mut Vec<u8>) {
+    let mut roff = Roff::new();
+    roff.control("SH", [title]);
+    for part in parts {
+        match part {
+            Text(text) => roff.control("PP", []).text([roman(*text)]),
+            Item(word, text) => roff.control("TP", []).text([bold(*word)]).text([roman(*text)]),
+            Example(lines) => {
+                roff.control("PP", []).control("RS", ["4"]).control("nf", []);
+                roff.text(lines.lines().flat_map(|line| [roman(line), Inline::LineBreak]).collect::<Vec<_>>());
+                roff.control("fi", []).control("RE", [])
+            }
+        };
+    }
+    roff.to_writer(page).unwrap();
+}
+
+const DESCRIPTION: &[Part] = &[
+    Text(
+        "zizq-worker takes jobs from a Zizq queue server, runs a command for each, and reports how it ended. The job's \
+         payload is JSON on the command's standard input. With exit status 0 the job is acknowledged; otherwise it has \
+         failed, and is reported with the end of its standard error; the server decides when it is tried again.",
+    ),
+    Text(
+        "Each setting is taken from its option, else its environment variable, else the configuration file, else its \
+         default. Durations are written like 500ms or \"1m 30s\"; a bare number is seconds. The handler's limits, \
+         environment and meaning of exit statuses, and handlers of their own for some types of jobs, can be set in \
+         the configuration file alone.",
+    ),
+];
+
+const SECTIONS: &[(&str, &[Part])] = &[
+    ("HANDLERS", HANDLERS),
+    ("SIGNALS", SIGNALS),
+    ("ADMIN SERVER", ADMIN_SERVER),
+    ("EXIT STATUS", EXIT_STATUS),
+    ("ENVIRONMENT", ENVIRONMENT),
+    ("FILES", FILES),
+    ("EXAMPLES", EXAMPLES),
+    ("SEE ALSO", SEE_ALSO),
+];
+
+const HANDLERS: &[Part] = &[
+    Text(
+        "A handler is started once for each job, without a shell, in a process group of its own. Its environment is the \
+         worker's without the variables that begin with ZIZQ_, and with these:",
+    ),
+    Item("ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY", "What the job is."),
+    Item("ZIZQ_JOB_ATTEMPTS", "How many attempts have failed before this one, from 0."),
+    Item("ZIZQ_JOB_READY_AT", "Since when it could be taken, in Unix milliseconds."),
+    Item("ZIZQ_JOB_RETRY_LIMIT", "Its retry limit, if it has one of its own."),
+    Item("ZIZQ_JOB_TIMEOUT", "How long the handler may run, in seconds, if that is limited."),
+    Item(
+        "ZIZQ_RESULT_FILE",
+        "Where it may say more about a failure, in JSON: message, error_type, backtrace, retry_in, retry_at, kill.",
+    ),
+    Item("ZIZQ_WORKER_ID", "The worker that runs it."),
+];
+
+const SIGNALS: &[Part] = &[
+    Item(
+        "SIGTERM, SIGINT",
+        "The first one drains: nothing more is taken, and the jobs that were taken are finished and reported. A second \
+         one, or the end of --shutdown-deadline, stops the running jobs: their process groups get SIGTERM, and SIGKILL \
+         after their grace (5 seconds, unless kill_grace says otherwise). They are not reported: the server hands them \
+         out again, with no attempt counted. A third one skips that grace.",
+    ),
+    Item(
+        "SIGHUP",
+        "Reads the configuration file again, and the handlers, the queues, the server and its certificates, the prefetch \
+         and the log level are as it says. The log names what needs a restart. With a mistake in the file, everything \
+         stays as it was.",
+    ),
+    Item("SIGUSR1", "Writes to the log what the worker is doing."),
+    Item("SIGUSR2", "Quiet: takes nothing more. Running jobs go on, and the worker stays."),
+    Item("SIGCONT", "Takes jobs again after SIGUSR2."),
+    Text("Once the worker stops, all of these but SIGTERM, SIGINT and SIGUSR1 are ignored."),
+];
+
+const ADMIN_SERVER: &[Part] = &[
+    Text("With --admin-listen, the worker answers these over HTTP. None of them changes anything."),
+    Item("GET /live", "200 as long as the worker itself works, whether or not its server does."),
+    Item("GET /ready", "200 as long as the worker takes jobs, else 503."),
+    Item("GET /status", "What the worker is doing, as JSON."),
+    Item("GET /metrics", "Its metrics, in the text format of Prometheus."),
+];
+
+const EXIT_STATUS: &[Part] = &[
+    Item("0", "Stopped as asked. All jobs that were taken are finished and reported."),
+    Item("1", "Jobs had to be stopped or could not be reported, or the server refused the worker's first request."),
+    Item("2", "A mistake on the command line or in a variable."),
+    Item("78", "A mistake in the configuration file, or a handler or certificate that cannot be used."),
+];
+
+const ENVIRONMENT: &[Part] = &[
+    Text("Nearly every option that takes a value has a variable, named above. An empty one counts as not set."),
+    Item("RUST_LOG", "What is logged: a level, or a filter like zizq_worker=debug. It wins over --log-level."),
+    Item("NO_COLOR", "When it is set to anything, the log has no colours."),
+    Item("PATH", "Where a handler without a slash in its name is looked up."),
+    Item("TMPDIR", "Where the directory of result files is made, instead of /tmp."),
+    Item(
+        "NOTIFY_SOCKET, WATCHDOG_USEC",
+        "Set by systemd, which is then told when the worker is ready, reloads, drains, and that it is alive.",
+    ),
+];
+
+const FILES: &[Part] = &[
+    Item(
+        "/etc/zizq-worker.toml",
+        "The configuration file that the systemd unit names with --config. Without --config or ZIZQ_CONFIG, none is read.",
+    ),
+    Item(
+        "$TMPDIR/zizq-worker-*",
+        "The result files of running handlers, in a directory that only the worker's user can enter. It is removed when \
+         the worker ends, unless it is killed.",
+    ),
+];
+
+const EXAMPLES: &[Part] = &[
+    Text("Take the jobs of two queues, and run at most four handlers at once:"),
+    Example("zizq-worker --url http://queue.example.org:7890 --queues mail,billing --threads 4 --exec ./handle.sh"),
+    Text("Say what every setting is and where it was written, and whether it would work:"),
+    Example("zizq-worker --config /etc/zizq-worker.toml --check"),
+    Text("Try a handler without a server:"),
+    Example("zizq-worker --embedded --jobs jobs.ndjson --exec ./handle.sh --exit-when-idle 1s"),
+];
+
+const SEE_ALSO: &[Part] = &[
+    Text("systemd.service(5), signal(7)"),
+    Text("The configuration file's own comments explain every setting of it."),
+];
+
+/// Where a package puts them, their names matter: each shell looks for its own.
+#[test]
+fn every_generated_file_is_in_the_package() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let manifest: toml::Table = fs::read_to_string(root.join("Cargo.toml")).unwrap().parse().unwrap();
+    let assets = manifest["package"]["metadata"]["deb"]["assets"].as_array().unwrap();
+    let sources: Vec<&str> = assets.iter().map(|asset| asset[0].as_str().unwrap()).collect();
+    for dir in ["config/completions", "config/man"] {
+        let files = fs::read_dir(root.join(dir)).unwrap().map(|entry| entry.unwrap().path());
+        for file in files.collect::<Vec<PathBuf>>() {
+            let path = file.strip_prefix(root).unwrap().to_str().unwrap();
+            assert!(sources.contains(&path), "{path} in {sources:?}");
+        }
+    }
+}
