@@ -168,6 +168,6 @@ impl Session<'_> {
 pub(super) async fn shut(run: &Run, intake: &Intake, tap: &Arc<Tap>) {
     intake.shut(tap).await;
     if run.lifecycle.phase() >= Phase::Draining {
-        std::future::pending().await;
+        std::future::pending::<()>().await;
     }
 }
