@@ -39,7 +39,8 @@ fn inside(pid: u32) -> u32 {
 fn what_has_left_its_group_is_reaped_and_no_handlers_status_is_lost() {
     let server = Server::start();
     // Each handler leaves a process in a session of its own, which ends when the handler has long been reported.
-    let script = "setsid sh -c 'sleep 0.3; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null & exit $(cat)";
+    let script = "setsid sh -c 'echo > $DIR/$ZIZQ_JOB_ID; sleep 0.3; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null &\n\
+        until [ -e $DIR/$ZIZQ_JOB_ID ]; do sleep 0.01; done; exit $(cat)";
     let running = Daemon::of(&server).threads(8).sh(script).in_pid_namespace().start();
     let statuses = [0, 0, 0, 3];
     let ids: Vec<(String, i32)> = (0..200)
