@@ -34,6 +34,7 @@ mod output;
 mod producer;
 mod protocol;
 mod quiet;
+mod readme;
 mod real_server;
 mod reload;
 mod reports;
