@@ -16,13 +16,15 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 /// How many may ask at once. Whoever comes on top waits: watching must not cost the worker its descriptors.
-const MAX_CONNECTIONS: usize = 32;
+const MAX_CONNECTIONS: usize = 64;
 
-/// How long a connection may take to say what it asks.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may take, from its beginning to its end: it is for one question. Whoever holds a place should
+/// not do so for longer than a probe is patient.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// After a failed accept (out of descriptors, mostly) trying again at once would only spin.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -70,7 +72,7 @@ impl AdminServer {
                 Ok((stream, _)) => {
                     let inspected = Arc::clone(&inspected);
                     tokio::spawn(async move {
-                        answer_all(stream, inspected).await;
+                        answer_one(stream, inspected).await;
                         drop(place);
                     });
                 }
@@ -83,12 +85,14 @@ impl AdminServer {
     }
 }
 
-async fn answer_all(stream: TcpStream, inspected: Arc<dyn Inspected>) {
+async fn answer_one(stream: TcpStream, inspected: Arc<dyn Inspected>) {
     let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request, &*inspected))));
     let mut server = http1::Builder::new();
-    server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-    if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
-        debug!(%error, "connection of the admin server ended");
+    server.timer(TokioTimer::new()).header_read_timeout(None).keep_alive(false);
+    match timeout(CONNECTION_TIMEOUT, server.serve_connection(TokioIo::new(stream), service)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "connection of the admin server failed"),
+        Err(_) => debug!("connection of the admin server took too long"),
     }
 }
 

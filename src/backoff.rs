@@ -108,12 +108,29 @@ pub(crate) async fn retry<T, E, F>(
     backoff: &Backoff,
     lifecycle: &Lifecycle,
     until: Phase,
-    mut attempt: impl FnMut() -> F,
+    attempt: impl FnMut() -> F,
     before_wait: impl Fn(&E, Duration),
 ) -> Result<T, E>
 where
     E: Retryable,
     F: Future<Output = Result<T, E>>,
+{
+    retry_sooner(backoff, lifecycle, until, attempt, before_wait, std::future::pending).await
+}
+
+/// The same, but a wait is also cut short when `sooner` ends, and those after it start again from the least.
+pub(crate) async fn retry_sooner<T, E, F, S>(
+    backoff: &Backoff,
+    lifecycle: &Lifecycle,
+    until: Phase,
+    mut attempt: impl FnMut() -> F,
+    before_wait: impl Fn(&E, Duration),
+    sooner: impl Fn() -> S,
+) -> Result<T, E>
+where
+    E: Retryable,
+    F: Future<Output = Result<T, E>>,
+    S: Future<Output = ()>,
 {
     let mut waits = backoff.waits();
     loop {
@@ -129,6 +146,7 @@ where
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = lifecycle.reached(until) => {}
+            () = sooner() => waits.reset(),
         }
     }
 }

@@ -1,18 +1,16 @@
-//! `--check`: every setting with its origin, the handlers' files, and the server's version.
+//! `--check`: every setting with its origin, and the server's version.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use crate::chain::{Chain, OneLine};
 use crate::client::Client;
-use crate::config::{Config, ConfigError, Setting};
+use crate::config::{Config, Setting};
 use crate::version::misfit;
 
-/// What keeps a worker with these settings from working.
+/// Why the check did not get to its end.
 #[derive(Debug)]
 pub enum CheckError {
-    /// A setting.
-    Config(ConfigError),
     /// The server, in a sentence.
     Server(String),
     /// There is nobody to tell.
@@ -25,13 +23,13 @@ impl From<io::Error> for CheckError {
     }
 }
 
-/// Prints every setting in force and where it was written, and tries what they name without taking a job.
+/// Prints every setting in force and where it was written, and asks the server for its version.
 ///
 /// # Errors
-/// When a handler's file cannot be run, or the server cannot be reached.
+/// When the server cannot be reached.
 pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     out.write_all(table(&config.settings()).as_bytes())?;
-    config.check_programs().map_err(CheckError::Config)?;
+    // Or there would be no such configuration.
     writeln!(out, "\nhandlers: their files can be run")?;
     #[cfg(feature = "embedded")]
     if config.embedded.is_some() {

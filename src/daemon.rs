@@ -48,8 +48,9 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let inspector = Arc::new(Inspector::new(worker.controls(), lifecycle.clone(), worker_id, settings));
     let answering = admin.map(|admin| admin.serve(Arc::clone(&inspector) as _));
     let _answering = answering.map(|answering| AbortOnDropHandle::new(tokio::spawn(answering)));
-    let supervisor = args.is_supervised().then(Supervisor::of_this_process);
-    let attendant = Attendant { args: Arc::new(args), log, inspector, running: config.worker, supervisor };
+    let supervisor = args.is_supervised().then(Supervisor::of_this_process).transpose()?;
+    let attendant =
+        Attendant { args: Arc::new(args), log, inspector, running: config.worker, supervisor, reading: None };
     let attending = AbortOnDropHandle::new(tokio::spawn(attendant.attend(requests)));
 
     let ended = worker.run(&lifecycle).await;

@@ -51,7 +51,6 @@ fn show(config: &Config) -> ExitCode {
     runtime.shutdown_background();
     match checked {
         Ok(()) => ExitCode::SUCCESS,
-        Err(CheckError::Config(error)) => complain(&error, error.exit_status()),
         Err(CheckError::Server(problem)) => complain(&problem, 1),
         Err(CheckError::Output(error)) => complain(&error, 1),
     }

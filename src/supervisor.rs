@@ -1,5 +1,7 @@
 //! [`Supervisor`]: tells systemd, or whoever else has set `NOTIFY_SOCKET`, how the worker does. sd_notify(3) has the protocol.
 
+use std::io;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -13,17 +15,39 @@ const PERIOD: Duration = Duration::from_secs(5);
 /// How much longer a stop may take, told again in each period: three may be missed.
 const EXTENSION: Duration = PERIOD.saturating_mul(4);
 
+/// How many messages may wait. A service manager that does not read is told nothing more; it has more to catch up with
+/// than us.
+const MAX_WAITING: usize = 16;
+
 /// A service manager that wants to be told.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     watchdog: Option<Duration>,
     told: String,
+    messages: SyncSender<Message>,
+}
+
+/// What it is told.
+#[derive(Debug)]
+enum Message {
+    Ready,
+    Reloading,
+    Stopping,
+    Extend,
+    Watchdog,
+    Status(String),
 }
 
 impl Supervisor {
-    /// The one that has started this process.
-    pub(crate) fn of_this_process() -> Self {
-        Self { watchdog: sd_notify::watchdog_enabled(), told: String::new() }
+    /// The one that has started this process. It is told from a thread of its own, which waits for it if need be.
+    ///
+    /// # Errors
+    /// When there cannot be such a thread.
+    pub(crate) fn of_this_process() -> io::Result<Self> {
+        let (messages, queue) = sync_channel(MAX_WAITING);
+        std::thread::Builder::new().name("notifier".to_owned()).spawn(move || tell_all(&queue))?;
+        let watchdog = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
+        Ok(Self { watchdog, told: String::new(), messages })
     }
 
     /// How often it wants to be told: twice in the time after which it takes silence for death.
@@ -33,36 +57,72 @@ impl Supervisor {
 
     /// The settings have been checked, and signals are heard.
     pub(crate) fn ready(&self) {
-        notify(&[NotifyState::Ready]);
+        self.send(Message::Ready);
     }
 
     /// The settings are read again; [`ready`](Self::ready) when that is done.
     pub(crate) fn reloading(&self) {
-        let now = NotifyState::monotonic_usec_now();
-        notify(&[Some(NotifyState::Reloading), now.ok()].into_iter().flatten().collect::<Vec<_>>());
+        self.send(Message::Reloading);
     }
 
     /// The worker stops. That it takes its time is as it should be.
     pub(crate) fn stopping(&mut self, status: &Status) {
-        notify(&[NotifyState::Stopping]);
+        self.send(Message::Stopping);
         self.tell(status);
         self.extend();
     }
 
     /// The worker still stops, and is not stuck.
     pub(crate) fn extend(&self) {
-        notify(&[NotifyState::ExtendTimeoutUsec(u32::try_from(EXTENSION.as_micros()).unwrap_or(u32::MAX))]);
+        self.send(Message::Extend);
     }
 
     /// The worker is alive, and this is what it does.
     pub(crate) fn tell(&mut self, status: &Status) {
         if self.watchdog.is_some() {
-            notify(&[NotifyState::Watchdog]);
+            self.send(Message::Watchdog);
         }
         let text = summary(status);
         if text != self.told {
-            notify(&[NotifyState::Status(&text)]);
-            self.told = text;
+            self.told.clone_from(&text);
+            self.send(Message::Status(text));
+        }
+    }
+
+    fn send(&self, message: Message) {
+        // Not waited for: whoever manages this process may be stopped, and jobs should not be.
+        let _ = self.messages.try_send(message);
+    }
+}
+
+/// Tells everything until nobody has anything to tell.
+fn tell_all(queue: &Receiver<Message>) {
+    let mut failed = false;
+    for message in queue {
+        match message.tell() {
+            Ok(()) => failed = false,
+            // Once is enough for a socket that is gone.
+            Err(error) => {
+                if !std::mem::replace(&mut failed, true) {
+                    warn!(%error, "the service manager cannot be told");
+                }
+            }
+        }
+    }
+}
+
+impl Message {
+    fn tell(&self) -> io::Result<()> {
+        match self {
+            Self::Ready => sd_notify::notify(&[NotifyState::Ready]),
+            Self::Reloading => sd_notify::notify(&[NotifyState::Reloading, NotifyState::monotonic_usec_now()?]),
+            Self::Stopping => sd_notify::notify(&[NotifyState::Stopping]),
+            Self::Extend => {
+                let micros = u32::try_from(EXTENSION.as_micros()).unwrap_or(u32::MAX);
+                sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(micros)])
+            }
+            Self::Watchdog => sd_notify::notify(&[NotifyState::Watchdog]),
+            Self::Status(text) => sd_notify::notify(&[NotifyState::Status(text)]),
         }
     }
 }
@@ -93,12 +153,6 @@ fn grouped(number: u64) -> String {
         text.push(digit);
     }
     text
-}
-
-fn notify(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        warn!(%error, "the service manager cannot be told");
-    }
 }
 
 #[cfg(test)]

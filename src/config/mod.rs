@@ -17,7 +17,7 @@ mod value;
 mod worker;
 
 use crate::cli::Args;
-use crate::handler::{Handler, Handlers};
+use crate::handler::Handlers;
 use file::ConfigFile;
 use layers::{Layers, Sources};
 
@@ -73,24 +73,6 @@ impl Config {
             #[cfg(feature = "embedded")]
             embedded,
             sources: layers.into_sources(),
-        })
-    }
-
-    /// Tries to read every handler's file as the system would when it starts it.
-    ///
-    /// # Errors
-    /// The first that cannot be run.
-    pub fn check_programs(&self) -> Result<(), ConfigError> {
-        let routes = self.handlers.routes.iter().map(|(job_type, handler)| (Some(job_type.as_str()), handler));
-        let mut all = routes.chain(self.handlers.default.iter().map(|handler| (None, handler)));
-        all.try_for_each(|(job_type, handler)| self.check_program(&handler::table_of(job_type), handler))
-    }
-
-    fn check_program(&self, table: &str, handler: &Handler) -> Result<(), ConfigError> {
-        handler.program.check().map_err(|problem| {
-            let source =
-                self.sources.get(&format!("{table}.exec")).map_or(Source::Missing, |(source, _)| source.clone());
-            ConfigError::unusable(source, format!("handler cannot be run: {problem}"))
         })
     }
 }

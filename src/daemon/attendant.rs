@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use humantime::format_duration;
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
@@ -28,6 +29,8 @@ pub(super) struct Attendant {
     /// The settings by which the worker runs.
     pub(super) running: WorkerConfig,
     pub(super) supervisor: Option<Supervisor>,
+    /// The settings, while they are read again.
+    pub(super) reading: Option<JoinHandle<Result<Config, ConfigError>>>,
 }
 
 type Requests = UnboundedReceiver<Request>;
@@ -45,7 +48,8 @@ impl Attendant {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => break,
-                Some(request) = requests.recv() => self.obey(request).await,
+                Some(request) = requests.recv() => self.obey(request),
+                read = await_if_any(&mut self.reading) => self.finish_reload(read),
                 () = ticks.next() => self.tell(),
             }
         }
@@ -64,7 +68,7 @@ impl Attendant {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Stopped) => break,
-                Some(request) = requests.recv() => self.obey(request).await,
+                Some(request) = requests.recv() => self.obey(request),
                 () = ticks.next() => {
                     self.tell();
                     self.show_stop(deadline);
@@ -104,7 +108,7 @@ impl Attendant {
         });
     }
 
-    async fn obey(&mut self, request: Request) {
+    fn obey(&mut self, request: Request) {
         match request {
             Request::Status => log_status(&self.inspector.worker()),
             // systemd sends it after each SIGTERM.
@@ -112,7 +116,8 @@ impl Attendant {
             _ if self.inspector.lifecycle.phase() >= Phase::Draining => {
                 warn!(?request, "signal ignored, the worker is stopping");
             }
-            Request::Reload => self.reload().await,
+            Request::Reload if self.reading.is_some() => warn!("signal ignored, the settings are being read"),
+            Request::Reload => self.begin_reload(),
             Request::Pause => {
                 if self.inspector.controls.pause() {
                     info!("paused: finishing what was taken; SIGCONT takes jobs again");
@@ -126,11 +131,18 @@ impl Attendant {
         }
     }
 
-    async fn reload(&mut self) {
+    /// Files may be slow to read, or never end, and nothing here should wait for that.
+    fn begin_reload(&mut self) {
         if let Some(supervisor) = &self.supervisor {
             supervisor.reloading();
         }
-        let reloaded = self.read_again().await.and_then(|config| self.take_over(config));
+        let args = Arc::clone(&self.args);
+        self.reading = Some(spawn_blocking(move || Config::resolve(&args)));
+    }
+
+    fn finish_reload(&mut self, read: Result<Config, ConfigError>) {
+        self.reading = None;
+        let reloaded = read.and_then(|config| self.take_over(config));
         self.inspector.controls.metrics().reloaded(reloaded.is_ok());
         if let Err(error) = reloaded {
             error!(%error, "configuration not reloaded, everything stays as it was");
@@ -138,13 +150,6 @@ impl Attendant {
         if let Some(supervisor) = &self.supervisor {
             supervisor.ready();
         }
-    }
-
-    /// Files may be slow to read, and no signal should wait for that.
-    async fn read_again(&self) -> Result<Config, ConfigError> {
-        let args = Arc::clone(&self.args);
-        let reading = tokio::task::spawn_blocking(move || Config::resolve(&args)).await;
-        reading.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()))
     }
 
     /// Changes everything that can be changed, or nothing.
@@ -162,6 +167,14 @@ impl Attendant {
             warn!(settings = needing_restart.join(", "), "some changed settings need a restart to take effect");
         }
         Ok(())
+    }
+}
+
+/// Waits for a task's end, if there is a task.
+async fn await_if_any<T>(task: &mut Option<JoinHandle<T>>) -> T {
+    match task {
+        Some(task) => task.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
+        None => std::future::pending().await,
     }
 }
 

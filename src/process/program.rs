@@ -41,7 +41,7 @@ impl Program {
         }
         let found = which::which_in(&name, path_list, ".").ok().and_then(|found| std::path::absolute(found).ok());
         match found {
-            Some(path) => Ok(Self { path, name, args }),
+            Some(path) => Self { path, name, args }.checked(),
             None => Err(why_not_found(&name)),
         }
     }
@@ -52,18 +52,17 @@ impl Program {
     }
 
     /// Looks whether the system would start the file: it must be a binary, or name its interpreter in its first line.
-    ///
-    /// # Errors
-    /// A sentence that says what is wrong with it.
-    pub(crate) fn check(&self) -> Result<(), String> {
+    fn checked(self) -> Result<Self, String> {
         let shown = self.path.display();
         let mut beginning = Vec::new();
         let file = File::open(&self.path);
         // What may be run need not be readable: then only a start can tell.
-        let Ok(_) = file.and_then(|file| file.take(MAX_FIRST_LINE).read_to_end(&mut beginning)) else { return Ok(()) };
+        let Ok(_) = file.and_then(|file| file.take(MAX_FIRST_LINE).read_to_end(&mut beginning)) else {
+            return Ok(self);
+        };
         let Some(line) = beginning.strip_prefix(b"#!") else {
             return match beginning.starts_with(b"\x7fELF") {
-                true => Ok(()),
+                true => Ok(self),
                 false => Err(format!("{shown} is no program, and its first line names none (like #!/bin/sh)")),
             };
         };
@@ -72,7 +71,7 @@ impl Program {
         let mut words = line.split(|byte| matches!(byte, b' ' | b'\t')).filter(|word| !word.is_empty());
         let name = words.next().unwrap_or_default();
         match Path::new(OsStr::from_bytes(name)).is_file() {
-            true => Ok(()),
+            true => Ok(self),
             false => Err(format!(
                 "{shown} names {:?} in its first line, which does not exist",
                 String::from_utf8_lossy(name)

@@ -1,6 +1,6 @@
 //! [`Activity`]: what a worker is doing and has done, counted without locks that jobs would wait for.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,8 @@ pub(super) struct Activity(Arc<Shared>);
 struct Shared {
     started: Instant,
     state: watch::Sender<State>,
+    /// Whether the stream is open for what came over it alone.
+    winding_down: AtomicBool,
     /// What each worker loop is at.
     loops: Vec<Slot>,
     running: AtomicUsize,
@@ -130,6 +132,7 @@ impl Activity {
         Self(Arc::new(Shared {
             started: Instant::now(),
             state: watch::Sender::default(),
+            winding_down: AtomicBool::default(),
             loops: names.map(|name| Slot { name, current: Mutex::default() }).collect(),
             running: AtomicUsize::default(),
             ended: Tally::default(),
@@ -138,6 +141,14 @@ impl Activity {
 
     pub(super) fn set_connected(&self, connected: bool) {
         self.0.state.send_modify(|state| state.connected = connected);
+    }
+
+    pub(super) fn set_winding_down(&self, winding_down: bool) {
+        self.0.winding_down.store(winding_down, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_winding_down(&self) -> bool {
+        self.0.winding_down.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_connected(&self) -> bool {

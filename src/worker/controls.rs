@@ -104,6 +104,7 @@ impl<D: Dispatcher> Controls<D> {
     pub fn unready(&self, lifecycle: &Lifecycle) -> Vec<Unready> {
         let state = self.state(lifecycle);
         let of_state = match state {
+            "running" if self.activity.is_winding_down() => Some(Unready::Reconnecting),
             "running" => None,
             "paused" => Some(Unready::Paused),
             _ => Some(Unready::Stopping(state)),

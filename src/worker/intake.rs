@@ -93,6 +93,11 @@ impl Intake {
         self.tap()
     }
 
+    /// Waits until something about it changes.
+    pub(super) async fn changed(&self) {
+        let _ = self.0.subscribe().changed().await;
+    }
+
     /// Waits until jobs may not be taken by `tap` any more.
     pub(super) async fn shut(&self, tap: &Arc<Tap>) {
         let _ = self.0.subscribe().wait_for(|state| state.paused || !Arc::ptr_eq(&state.tap, tap)).await;

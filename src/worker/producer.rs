@@ -11,7 +11,7 @@ use tracing::{debug, error, info, warn};
 use super::intake::{Intake, Tap};
 use super::session::{Left, Session, shut};
 use super::{Run, Taken, WorkerError};
-use crate::backoff::{Backoff, Retryable, retry};
+use crate::backoff::{Backoff, Retryable, retry_sooner};
 use crate::chain::Chain;
 use crate::client::{Client, ClientError};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -61,7 +61,8 @@ impl Producer {
             self.run.metrics.reconnecting();
             log_disconnected(disconnected, wait);
         };
-        match retry(&self.backoff, lifecycle, Phase::Killing, session, before_wait).await {
+        let other_settings = || async { self.intake.changed().await };
+        match retry_sooner(&self.backoff, lifecycle, Phase::Killing, session, before_wait, other_settings).await {
             Err(Disconnected::Refused(error)) => Err(WorkerError::Refused(error)),
             Err(Disconnected::Lost(error)) => {
                 warn!(error = %Chain(&error), "stream lost while killing, interrupted jobs may run elsewhere before they end here");

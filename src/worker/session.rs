@@ -45,9 +45,14 @@ impl Session<'_> {
             tokio::select! {
                 biased;
                 () = self.run.lifecycle.reached(Phase::Stopped) => return Ok(Left::Stopped),
-                () = shut(self.run, self.intake, &self.tap) => if let Wound::Down = self.wind_down().await? {
-                    return Ok(Left::Shut);
-                },
+                () = shut(self.run, self.intake, &self.tap) => {
+                    self.run.activity.set_winding_down(true);
+                    let wound = self.wind_down().await;
+                    self.run.activity.set_winding_down(false);
+                    if let Wound::Down = wound? {
+                        return Ok(Left::Shut);
+                    }
+                }
                 received = self.stream.next() => {
                     if let Some(taken) = self.receive(received?).await {
                         self.push(taken).await;
@@ -63,6 +68,10 @@ impl Session<'_> {
         let (run, intake, tap) = (self.run, self.intake, Arc::clone(&self.tap));
         let mut movements = run.ledger.movements();
         let mut held = Vec::new();
+        let under_way = run.ledger.under_way();
+        if under_way > 0 && !intake.is_paused() {
+            info!(under_way, "finishing what was taken, to reconnect by other settings");
+        }
         while run.ledger.under_way() > held.len() {
             tokio::select! {
                 biased;

@@ -62,6 +62,8 @@ pub enum Unready {
     NotConnected,
     /// It was told to take nothing.
     Paused,
+    /// It takes nothing until it can open a stream by other settings.
+    Reconnecting,
     /// It is on its way to a stop.
     Stopping(&'static str),
     /// That handler cannot be started.
@@ -72,6 +74,7 @@ impl fmt::Display for Unready {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotConnected => f.write_str("not connected to the server"),
+            Self::Reconnecting => f.write_str("finishing what was taken, to reconnect by other settings"),
             Self::Paused => f.write_str("paused, waiting for SIGCONT"),
             Self::Stopping(state) => f.write_str(state),
             Self::Broken(handler) => write!(f, "handler {handler} cannot be started"),

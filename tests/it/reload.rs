@@ -146,12 +146,13 @@ fn prefetch_and_url_take_effect_on_a_new_stream_and_reports_follow() {
 #[test]
 fn a_server_that_is_gone_does_not_keep_the_worker_from_the_next() {
     let (mut here, there) = (Server::start(), Server::start());
-    let rest = "worker.retry_min_wait = '50ms'\nworker.retry_max_wait = '50ms'\n[handler]\nexec = ['$DIR/wait.sh']";
+    let rest = "worker.retry_min_wait = '10m'\nworker.retry_max_wait = '10m'\n[handler]\nexec = ['$DIR/wait.sh']";
     let running = start(&here, &format!("url = '$URL'\n{rest}"));
     here.enqueue("q", "t", json!(null));
     running.wait_for_lines(1, "started");
     here.stop();
-    running.wait_for_message("server unreachable, reconnecting");
+    running.wait_for("the wait for the old server", |event| event["reconnect_in"].is_string());
+    // The wait for the old one is cut short.
     reloaded(&running, &there, &format!("url = '$URL'\n{rest}"));
     running.wait_for_messages(2, "connected, listening for jobs");
     running.go();

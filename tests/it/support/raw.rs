@@ -39,19 +39,21 @@ impl RawServer {
     }
 
     /// Waits for the next connection and the first request on it. What asks for the version is answered here: a worker
-    /// asks whenever it has connected, and waits for nothing of it.
+    /// asks whenever it has connected, waits for nothing of it, and may give it up before it has asked.
     pub fn request(&self) -> RawRequest {
         loop {
             match RawRequest::read(self.connection()) {
-                request if request.is_for_version() => request.answer_version(),
-                request => return request,
+                Some(request) if request.is_for_version() => request.answer_version(),
+                Some(request) => return request,
+                None => {}
             }
         }
     }
 
     /// Answers the next request, whatever it asks for.
     pub fn answer_next(&self, status: &str, body: &str) {
-        RawRequest::read(self.connection()).answer(status, body);
+        let request = RawRequest::read(self.connection());
+        request.expect("a request").answer(status, body);
     }
 
     /// Waits for the next connection, and reads nothing.
@@ -64,8 +66,9 @@ impl RawServer {
     pub fn is_quiet(&self) -> bool {
         while let Ok((stream, _)) = self.listener.accept() {
             match RawRequest::read(patient(stream)) {
-                request if request.is_for_version() => request.answer_version(),
-                _ => return false,
+                Some(request) if request.is_for_version() => request.answer_version(),
+                Some(_) => return false,
+                None => {}
             }
         }
         true
@@ -92,18 +95,19 @@ impl RawRequest {
         self.answer("200 OK", &format!(r#"{{"version":"{}"}}"#, env!("CARGO_PKG_VERSION")));
     }
 
-    fn read(mut stream: TcpStream) -> Self {
+    /// Nothing when the connection ends before there is a request.
+    fn read(mut stream: TcpStream) -> Option<Self> {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
-            stream.read_exact(&mut byte).unwrap();
+            stream.read_exact(&mut byte).ok()?;
             head.extend_from_slice(&byte);
         }
         let head = String::from_utf8(head).unwrap();
         let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
         let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
         stream.read_exact(&mut body).unwrap();
-        Self { head, body: String::from_utf8(body).unwrap(), stream }
+        Some(Self { head, body: String::from_utf8(body).unwrap(), stream })
     }
 
     pub fn line(&self) -> &str {
