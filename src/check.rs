@@ -1,16 +1,22 @@
 //! `--check`: every setting with its origin, and the server's version.
 
 use std::fmt::Write as _;
+#[cfg(feature = "embedded")]
+use std::fs::File;
 use std::io::{self, Write};
 
 use crate::chain::{Chain, OneLine};
 use crate::client::Client;
+#[cfg(feature = "embedded")]
+use crate::config::JobsSource;
 use crate::config::{Config, Setting};
 use crate::version::misfit;
 
 /// Why the check did not get to its end.
 #[derive(Debug)]
 pub enum CheckError {
+    /// The jobs of the embedded server cannot be read, in a sentence.
+    Jobs(String),
     /// The server, in a sentence.
     Server(String),
     /// There is nobody to tell.
@@ -32,7 +38,11 @@ pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckErr
     // Or there would be no such configuration.
     writeln!(out, "\nhandlers: their files can be run")?;
     #[cfg(feature = "embedded")]
-    if config.embedded.is_some() {
+    if let Some(embedded) = &config.embedded {
+        if let Some(JobsSource::File(path)) = &embedded.jobs {
+            let opened = File::open(path);
+            opened.map_err(|error| CheckError::Jobs(format!("--jobs: cannot read {}: {error}", path.display())))?;
+        }
         return Ok(writeln!(out, "server: the embedded one")?);
     }
     check_server(config, out).await

@@ -41,6 +41,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     config.warn_of_deadlines();
 
     let settings = config.settings();
+    let longest_grace = config.handlers.longest_grace();
     let dispatcher = dispatcher(&mut config)?;
     let _orphans = AbortOnDropHandle::new(tokio::spawn(dispatcher.reap_orphans()));
     let worker = Worker::new(config.worker.clone(), dispatcher);
@@ -49,8 +50,8 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let answering = admin.map(|admin| admin.serve(Arc::clone(&inspector) as _));
     let _answering = answering.map(|answering| AbortOnDropHandle::new(tokio::spawn(answering)));
     let supervisor = args.is_supervised().then(Supervisor::of_this_process).transpose()?;
-    let attendant =
-        Attendant { args: Arc::new(args), log, inspector, running: config.worker, supervisor, reading: None };
+    let (args, running) = (Arc::new(args), config.worker);
+    let attendant = Attendant { args, log, inspector, running, longest_grace, supervisor, reading: None };
     let attending = AbortOnDropHandle::new(tokio::spawn(attendant.attend(requests)));
 
     let ended = worker.run(&lifecycle).await;

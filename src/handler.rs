@@ -43,7 +43,7 @@ pub struct Handler {
     pub timeout: Option<Duration>,
     /// How long it may take to end when it is terminated.
     pub kill_grace: Duration,
-    /// What it is sent when the worker begins to drain.
+    /// What it is sent when the worker is told to stop.
     pub drain_signal: Option<Signal>,
 }
 
@@ -72,4 +72,11 @@ pub struct Handlers {
     pub routes: HashMap<String, Handler>,
     /// For types without a route.
     pub default: Option<Handler>,
+}
+
+impl Handlers {
+    /// The longest `kill_grace` of all.
+    pub(crate) fn longest_grace(&self) -> Duration {
+        self.routes.values().chain(&self.default).map(|handler| handler.kill_grace).max().unwrap_or_default()
+    }
 }

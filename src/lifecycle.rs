@@ -45,13 +45,21 @@ impl fmt::Display for Phase {
 /// Clones share one phase. It may be used from any thread or task, and only ever rises.
 #[derive(Debug, Clone)]
 pub struct Lifecycle {
-    phase: watch::Sender<Phase>,
+    state: watch::Sender<State>,
     reason: Arc<OnceLock<String>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct State {
+    phase: Phase,
+    /// Whether somebody waits for the stop. A worker that has come to its end by itself may take its time.
+    awaited: bool,
 }
 
 impl Default for Lifecycle {
     fn default() -> Self {
-        Self { phase: watch::Sender::new(Phase::Running), reason: Arc::default() }
+        let state = State { phase: Phase::Running, awaited: false };
+        Self { state: watch::Sender::new(state), reason: Arc::default() }
     }
 }
 
@@ -63,59 +71,76 @@ impl Lifecycle {
 
     /// Where it is now.
     pub fn phase(&self) -> Phase {
-        *self.phase.borrow()
+        self.state.borrow().phase
     }
 
-    /// Asks for a graceful stop: what was taken is finished and reported first.
+    /// Asks for a graceful stop: what was taken is finished and reported first, within the deadline.
     pub fn stop(&self) {
-        self.raise(Phase::Draining);
+        self.rise(Phase::Draining, true, None);
     }
 
     /// The same, and says why, unless it stops already.
     pub(crate) fn stop_because(&self, reason: impl Into<String>) {
-        self.phase.send_if_modified(|current| {
-            let is_first = *current == Phase::Running;
-            if is_first {
-                let _ = self.reason.set(reason.into());
-                *current = Phase::Draining;
-            }
-            is_first
-        });
+        self.rise(Phase::Draining, true, Some(reason.into()));
     }
 
-    /// Why it was first asked to stop, if that was said.
+    /// Begins a graceful stop that nobody has asked for, and for which there is no deadline until somebody does.
+    pub(crate) fn finish_because(&self, reason: impl Into<String>) {
+        self.rise(Phase::Draining, false, Some(reason.into()));
+    }
+
+    /// Why it first began to stop, if that was said.
     pub fn reason(&self) -> Option<&str> {
         self.reason.get().map(String::as_str)
     }
 
     /// Asks for a stop now: running jobs are terminated, and handed out again by the server.
     pub fn kill(&self) {
-        self.raise(Phase::Killing);
+        self.rise(Phase::Killing, true, None);
     }
 
     /// Asks for a stop without grace: what is being terminated is killed.
     pub fn force(&self) {
-        self.raise(Phase::Forcing);
+        self.rise(Phase::Forcing, true, None);
+    }
+
+    /// Everything has ended.
+    pub(crate) fn stopped(&self) {
+        self.rise(Phase::Stopped, true, None);
     }
 
     /// Moves up to `phase`; a lesser phase than the present one changes nothing.
-    pub(crate) fn raise(&self, phase: Phase) {
-        self.phase.send_if_modified(|current| {
-            let rises = phase > *current;
-            *current = phase.max(*current);
-            rises
+    fn rise(&self, phase: Phase, awaited: bool, reason: Option<String>) {
+        self.state.send_if_modified(|state| {
+            if let Some(reason) = reason.filter(|_| state.phase == Phase::Running) {
+                // It is set here alone, and phases do not come again.
+                let _ = self.reason.set(reason);
+            }
+            let before = *state;
+            *state = State { phase: phase.max(before.phase), awaited: awaited || before.awaited };
+            *state != before
         });
     }
 
     /// Waits until `phase`, or a later one, has been reached.
     pub async fn reached(&self, phase: Phase) {
         // It fails only once every sender is gone, and `self` is one.
-        let _ = self.phase.subscribe().wait_for(|current| *current >= phase).await;
+        let _ = self.state.subscribe().wait_for(|state| state.phase >= phase).await;
     }
 
-    /// Kills a drain that takes longer than `deadline`. Ends when the worker has stopped.
+    /// Whether it stops, and somebody waits for that.
+    pub fn is_awaited(&self) -> bool {
+        self.state.borrow().awaited
+    }
+
+    /// Waits until somebody waits for the stop.
+    pub async fn awaited(&self) {
+        let _ = self.state.subscribe().wait_for(|state| state.awaited).await;
+    }
+
+    /// Kills a drain that takes longer than `deadline` after somebody has asked for it. Ends when the worker has stopped.
     pub(crate) async fn enforce(&self, deadline: Duration) {
-        self.reached(Phase::Draining).await;
+        self.awaited().await;
         tokio::select! {
             () = self.reached(Phase::Killing) => {}
             () = tokio::time::sleep(deadline) => {
@@ -234,8 +259,23 @@ mod tests {
             let lifecycle = lifecycle.clone();
             async move { lifecycle.reached(Phase::Draining).await }
         });
-        lifecycle.raise(Phase::Stopped);
+        lifecycle.stopped();
         waiting.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_that_nobody_has_asked_for_has_no_deadline_until_somebody_does() {
+        let lifecycle = Lifecycle::new();
+        lifecycle.finish_because("enough");
+        let enforced = lifecycle.clone();
+        let enforcing = tokio::spawn(async move { enforced.enforce(Duration::from_secs(30)).await });
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!((lifecycle.phase(), lifecycle.is_awaited()), (Phase::Draining, false));
+        stop(&lifecycle, 1, "SIGTERM");
+        let asked = tokio::time::Instant::now();
+        enforcing.await.unwrap();
+        assert_eq!((lifecycle.phase(), asked.elapsed()), (Phase::Killing, Duration::from_secs(30)));
+        assert_eq!(lifecycle.reason(), Some("enough"));
     }
 
     #[tokio::test(start_paused = true)]

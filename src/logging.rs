@@ -4,6 +4,7 @@ use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write, stderr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::termios::tcgetwinsize;
 use tracing_subscriber::fmt::{MakeWriter, layer};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -99,15 +100,22 @@ impl LiveLine {
     pub fn show(&self, text: &str) {
         let mut shown = self.lock();
         if !(shown.is_empty() && text.is_empty()) {
+            // What wraps would not be cleared.
+            *shown = text.chars().take(width().saturating_sub(1)).collect();
             // A terminal that is gone shows nothing.
-            let _ = write!(stderr(), "{CLEAR}{text}");
-            text.clone_into(&mut shown);
+            let _ = write!(stderr(), "{CLEAR}{shown}");
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How many characters fit into a line of the terminal. One that does not know has no limit.
+fn width() -> usize {
+    let columns = tcgetwinsize(stderr()).map_or(0, |size| usize::from(size.ws_col));
+    if columns == 0 { usize::MAX } else { columns }
 }
 
 impl<'a> MakeWriter<'a> for LiveLine {

@@ -51,6 +51,7 @@ fn show(config: &Config) -> ExitCode {
     runtime.shutdown_background();
     match checked {
         Ok(()) => ExitCode::SUCCESS,
+        Err(CheckError::Jobs(problem)) => complain(&problem, 78),
         Err(CheckError::Server(problem)) => complain(&problem, 1),
         Err(CheckError::Output(error)) => complain(&error, 1),
     }

@@ -12,13 +12,16 @@ use tracing::{error, info, warn};
 use super::inspector::Inspector;
 use crate::cli::Args;
 use crate::config::{Config, ConfigError, WorkerConfig};
-use crate::lifecycle::{Phase, Request};
+use crate::lifecycle::{Lifecycle, Phase, Request};
 use crate::logging::Log;
 use crate::supervisor::Supervisor;
 use crate::worker::{LoopStatus, RunningJob, Status};
 
 /// How often the last line of the terminal changes.
 const LIVE_PERIOD: Duration = Duration::from_secs(1);
+
+/// How long the end may take when all jobs are dead: for the last tries of their reports, twice.
+const MARGIN: Duration = Duration::from_secs(20);
 
 /// Everything that it needs.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub(super) struct Attendant {
     pub(super) inspector: Arc<Inspector>,
     /// The settings by which the worker runs.
     pub(super) running: WorkerConfig,
+    /// The longest that a killed job may take to end, by all settings that have been in force.
+    pub(super) longest_grace: Duration,
     pub(super) supervisor: Option<Supervisor>,
     /// The settings, while they are read again.
     pub(super) reading: Option<JoinHandle<Result<Config, ConfigError>>>,
@@ -58,10 +63,10 @@ impl Attendant {
 
     async fn attend_stop(mut self, mut requests: Requests) {
         let lifecycle = self.inspector.lifecycle.clone();
-        let deadline = Instant::now() + self.running.shutdown_deadline;
         if let Some(supervisor) = &mut self.supervisor {
             supervisor.stopping(&self.inspector.worker());
         }
+        let mut stop = Stop::default();
         let period = self.supervisor.as_ref().map(Supervisor::period);
         let mut ticks = Ticks::every(self.log.live_line().map(|_| LIVE_PERIOD).or(period));
         loop {
@@ -70,8 +75,9 @@ impl Attendant {
                 () = lifecycle.reached(Phase::Stopped) => break,
                 Some(request) = requests.recv() => self.obey(request),
                 () = ticks.next() => {
-                    self.tell();
-                    self.show_stop(deadline);
+                    stop.look_at(&lifecycle);
+                    self.tell_of(&stop);
+                    self.show(&stop);
                 }
             }
         }
@@ -83,28 +89,32 @@ impl Attendant {
     fn tell(&mut self) {
         if let Some(supervisor) = &mut self.supervisor {
             supervisor.tell(&self.inspector.worker());
-            if self.inspector.lifecycle.phase() >= Phase::Draining {
-                supervisor.extend();
-            }
         }
     }
 
-    fn show_stop(&self, deadline: Instant) {
+    fn tell_of(&mut self, stop: &Stop) {
+        self.tell();
+        // A job that cannot even be killed hangs in the kernel. Then it is for the service manager to give up.
+        let is_in_time = stop.killed.is_none_or(|killed| killed.elapsed() < self.longest_grace + MARGIN);
+        if let Some(supervisor) = self.supervisor.as_ref().filter(|_| is_in_time) {
+            supervisor.extend();
+        }
+    }
+
+    fn show(&self, stop: &Stop) {
         let Some(line) = self.log.live_line() else { return };
         let Status { running, .. } = self.inspector.worker();
         // Most stops are over before anybody could read it.
-        if running == 0
-            && deadline.saturating_duration_since(Instant::now()) + LIVE_PERIOD > self.running.shutdown_deadline
-        {
+        if running == 0 && stop.begun.elapsed() < LIVE_PERIOD {
             return;
         }
-        line.show(&match self.inspector.lifecycle.phase() {
-            Phase::Draining => {
-                let left = deadline.saturating_duration_since(Instant::now()).as_secs();
+        line.show(&match (stop.killed, stop.asked) {
+            (Some(_), _) => format!("killing: {running} running; press Ctrl-C again to skip their grace"),
+            (None, Some(asked)) => {
+                let left = self.running.shutdown_deadline.saturating_sub(asked.elapsed()).as_secs();
                 format!("draining: {running} running, {left}s left; press Ctrl-C again to kill")
             }
-            Phase::Killing => format!("killing: {running} running; press Ctrl-C again to skip their grace"),
-            _ => String::new(),
+            (None, None) => format!("draining: {running} running; press Ctrl-C to set a deadline"),
         });
     }
 
@@ -160,6 +170,7 @@ impl Attendant {
         config.warn_of_deadlines();
         let new_stream = self.inspector.controls.reconnect(&config.worker);
         let needing_restart = self.inspector.renew(config.settings(), &written);
+        self.longest_grace = self.longest_grace.max(config.handlers.longest_grace());
         self.inspector.controls.dispatcher().replace(config.handlers);
         self.running = config.worker;
         info!(new_stream, "configuration reloaded");
@@ -167,6 +178,31 @@ impl Attendant {
             warn!(settings = needing_restart.join(", "), "some changed settings need a restart to take effect");
         }
         Ok(())
+    }
+}
+
+/// How far a stop is.
+struct Stop {
+    begun: Instant,
+    asked: Option<Instant>,
+    killed: Option<Instant>,
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self { begun: Instant::now(), asked: None, killed: None }
+    }
+}
+
+impl Stop {
+    fn look_at(&mut self, lifecycle: &Lifecycle) {
+        let now = Instant::now();
+        if lifecycle.is_awaited() {
+            self.asked.get_or_insert(now);
+        }
+        if lifecycle.phase() >= Phase::Killing {
+            self.killed.get_or_insert(now);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tracing::{error, info};
 
-use crate::lifecycle::{Lifecycle, Phase};
+use crate::lifecycle::Lifecycle;
 
 /// How long one job waits for a fault that may pass: a deploy that replaces the file, a machine short of something.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -80,7 +80,7 @@ impl Brake {
         }
         tokio::select! {
             biased;
-            () = lifecycle.reached(Phase::Draining) => Err(NotStarted::Stopping),
+            () = lifecycle.awaited() => Err(NotStarted::Stopping),
             started = self.start_in_turn(spawn) => started,
         }
     }

@@ -164,14 +164,14 @@ impl Dispatcher for ExecDispatcher {
         let handler = &route.handler;
         let result = self.results.file();
         let spawn = || {
-            // Asked before: a handler may already run when its start returns, and be there when the drain begins.
-            let draining = lifecycle.phase() >= Phase::Draining;
-            self.spawn(handler, job, &result).map(|process| (process, draining))
+            // Asked before: a handler may already run when its start returns, and be there when the stop is asked for.
+            let stopping = lifecycle.is_awaited();
+            self.spawn(handler, job, &result).map(|process| (process, stopping))
         };
         match route.brake.start(lifecycle, spawn).await {
-            Ok((process, started_draining)) => {
+            Ok((process, started_stopping)) => {
                 let _listed = self.pids.list(&job.id, process.id());
-                let exit = supervise(process, handler, lifecycle, started_draining).await;
+                let exit = supervise(process, handler, lifecycle, started_stopping).await;
                 outcome::of(handler, exit, || result.read())
             }
             Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
@@ -207,16 +207,13 @@ fn not_started(handler: &Handler, error: &io::Error) -> String {
     format!("{name} could not be started: {error}{hint}")
 }
 
-/// A handler that has been started while draining has not missed the signal that tells of it.
-async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle, started_draining: bool) -> Exit<Cause> {
+/// A handler that has been started after the stop was asked for has not missed the signal that tells of it.
+async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle, started_stopping: bool) -> Exit<Cause> {
     let stops = Stops {
         terminate: cause_to_terminate(handler, lifecycle),
         skip_grace: lifecycle.reached(Phase::Forcing),
         kill_grace: handler.kill_grace,
-        notify: handler
-            .drain_signal
-            .filter(|_| !started_draining)
-            .map(|signal| (signal, lifecycle.reached(Phase::Draining))),
+        notify: handler.drain_signal.filter(|_| !started_stopping).map(|signal| (signal, lifecycle.awaited())),
     };
     process.supervise(stops, log_line).await
 }

@@ -208,7 +208,7 @@ impl Activity {
                 _ = states.changed() => {}
                 () = tokio::time::sleep(limit) => {
                     info!(?limit, "no job for that long: draining");
-                    lifecycle.stop_because(format!("idle for {} (exit_when_idle)", format_duration(limit)));
+                    lifecycle.finish_because(format!("idle for {} (exit_when_idle)", format_duration(limit)));
                     return;
                 }
             }

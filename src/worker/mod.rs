@@ -203,7 +203,7 @@ impl<D: Dispatcher> Worker<D> {
             watches.push(tokio::spawn(async move {
                 tokio::time::sleep(limit).await;
                 info!(?limit, "max_time is over: draining");
-                lifecycle.stop_because(format!("max_time of {} is over", format_duration(limit)));
+                lifecycle.finish_because(format!("max_time of {} is over", format_duration(limit)));
             }));
         }
         if let Some(limit) = self.config.exit_when_idle {
@@ -231,7 +231,7 @@ async fn tear_down(
     loops.join_all().await;
     acks.finish().await;
     let killed = lifecycle.phase() >= Phase::Killing;
-    lifecycle.raise(Phase::Stopped);
+    lifecycle.stopped();
     let producer = producer.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
     TornDown { killed, producer }
 }
@@ -288,7 +288,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
             Beginning::Begun { is_last: false } => true,
             Beginning::Begun { is_last: true } => {
                 info!("max_jobs have been started: draining");
-                self.run.lifecycle.stop_because("max_jobs have been started");
+                self.run.lifecycle.finish_because("max_jobs have been started");
                 true
             }
             Beginning::NotOurs => {
