@@ -23,7 +23,7 @@ pub enum Stdin {
 }
 
 /// What is run for a job, and what its exit means.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handler {
     /// The executable and its arguments.
     pub program: Program,

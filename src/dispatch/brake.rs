@@ -59,6 +59,12 @@ impl Brake {
         self.engaged.load(Ordering::Acquire)
     }
 
+    /// Whether a start that failed still keeps the next one waiting. Whoever is at it now will know more soon.
+    pub(super) fn has_failed_lately(&self) -> bool {
+        let turn = self.turn.try_lock().ok();
+        turn.is_none_or(|turn| turn.not_before.is_some_and(|not_before| Instant::now() < not_before))
+    }
+
     /// The handler's name.
     pub(super) fn name(&self) -> &str {
         &self.name

@@ -9,8 +9,9 @@ mod routes;
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::handler::{Handler, Handlers, Stdin};
@@ -71,7 +72,7 @@ pub trait Dispatcher: Send + Sync + 'static {
 /// Runs a process for each job, and goes by its exit status and by what it leaves in its result file.
 #[derive(Debug)]
 pub struct ExecDispatcher {
-    routes: RwLock<Arc<Routes>>,
+    routes: watch::Sender<Arc<Routes>>,
     results: ResultDir,
     worker_id: String,
     pids: Pids,
@@ -93,7 +94,7 @@ impl ExecDispatcher {
             );
         }
         Ok(Self {
-            routes: RwLock::new(Arc::new(Routes::new(handlers))),
+            routes: watch::Sender::new(Arc::new(Routes::new(handlers))),
             results: ResultDir::create(temp_dir)?,
             worker_id,
             pids: Pids::default(),
@@ -101,9 +102,9 @@ impl ExecDispatcher {
         })
     }
 
-    /// Jobs that start from now on are run by these handlers.
+    /// Jobs that start from now on are run by these handlers, and so are those that wait for one that cannot be started.
     pub fn replace(&self, handlers: Handlers) {
-        *self.routes.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Routes::new(handlers));
+        self.routes.send_modify(|routes| *routes = Arc::new(routes.renewed(handlers)));
     }
 
     /// Reaps what handlers leave behind, if this is process 1, for as long as it is polled.
@@ -115,11 +116,7 @@ impl ExecDispatcher {
     }
 
     fn routes(&self) -> Arc<Routes> {
-        Arc::clone(&self.routes.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn route(&self, job_type: &str) -> Option<Arc<Route>> {
-        self.routes().find(job_type).cloned()
+        Arc::clone(&self.routes.borrow())
     }
 
     fn spawn(&self, handler: &Handler, job: &Job, result: &ResultFile) -> io::Result<Process> {
@@ -157,27 +154,21 @@ impl ExecDispatcher {
 
 impl Dispatcher for ExecDispatcher {
     async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
-        let Some(route) = self.route(&job.job_type) else {
-            let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
-            return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
-        };
-        let handler = &route.handler;
-        let result = self.results.file();
-        let spawn = || {
-            // Asked before: a handler may already run when its start returns, and be there when the stop is asked for.
-            let stopping = lifecycle.is_awaited();
-            self.spawn(handler, job, &result).map(|process| (process, stopping))
-        };
-        match route.brake.start(lifecycle, spawn).await {
-            Ok((process, started_stopping)) => {
-                let _listed = self.pids.list(&job.id, process.id());
-                let exit = supervise(process, handler, lifecycle, started_stopping).await;
-                outcome::of(handler, exit, || result.read())
-            }
-            Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
-            Err(NotStarted::Failed(error)) => {
-                Outcome::Failure(Failure::new("SpawnError", not_started(handler, &error))).into()
-            }
+        let mut routes = self.routes.subscribe();
+        loop {
+            let route = routes.borrow_and_update().find(&job.job_type).cloned();
+            let Some(route) = route else {
+                let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
+                return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
+            };
+            let result = self.results.file();
+            let started = tokio::select! {
+                biased;
+                started = self.start(&route, job, lifecycle, &result) => started,
+                // It fails only once the sender is gone, and `self` has it.
+                _ = routes.changed() => continue,
+            };
+            return self.see_through(started, &route.handler, job, lifecycle, &result).await;
         }
     }
 
@@ -191,6 +182,47 @@ impl Dispatcher for ExecDispatcher {
 
     fn broken(&self) -> Vec<String> {
         self.routes().broken()
+    }
+}
+
+/// A process, and whether the stop had been asked for when it was started.
+type Started = (Process, bool);
+
+impl ExecDispatcher {
+    async fn start(
+        &self,
+        route: &Route,
+        job: &Job,
+        lifecycle: &Lifecycle,
+        result: &ResultFile,
+    ) -> Result<Started, NotStarted> {
+        let spawn = || {
+            // Asked before: a handler may already run when its start returns, and be there when the stop is asked for.
+            let stopping = lifecycle.is_awaited();
+            self.spawn(&route.handler, job, result).map(|process| (process, stopping))
+        };
+        route.brake.start(lifecycle, spawn).await
+    }
+
+    async fn see_through(
+        &self,
+        started: Result<Started, NotStarted>,
+        handler: &Handler,
+        job: &Job,
+        lifecycle: &Lifecycle,
+        result: &ResultFile,
+    ) -> Ended {
+        match started {
+            Ok((process, started_stopping)) => {
+                let _listed = self.pids.list(&job.id, process.id());
+                let exit = supervise(process, handler, lifecycle, started_stopping).await;
+                outcome::of(handler, exit, || result.read())
+            }
+            Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
+            Err(NotStarted::Failed(error)) => {
+                Outcome::Failure(Failure::new("SpawnError", not_started(handler, &error))).into()
+            }
+        }
     }
 }
 

@@ -18,6 +18,11 @@ impl Route {
         let brake = Brake::new(handler.program.file_name());
         Arc::new(Self { handler, brake })
     }
+
+    /// Whether a start would fail, as far as that can be known without one.
+    fn is_broken(&self) -> bool {
+        self.brake.is_engaged() && (self.brake.has_failed_lately() || self.handler.program.problem().is_some())
+    }
 }
 
 /// Each handler of a configuration.
@@ -31,6 +36,18 @@ impl Routes {
     pub(super) fn new(handlers: Handlers) -> Self {
         let routes = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, Route::new(handler)));
         Self { by_type: routes.collect(), default: handlers.default.map(Route::new) }
+    }
+
+    /// The routes of other handlers. Those that are as they were keep what is known of their starts.
+    pub(super) fn renewed(&self, handlers: Handlers) -> Self {
+        let mut new = Self::new(handlers);
+        let pairs = new.by_type.iter_mut().filter_map(|(job_type, route)| Some((route, self.by_type.get(job_type)?)));
+        for (route, old) in pairs.chain(new.default.iter_mut().zip(&self.default)) {
+            if route.handler == old.handler {
+                *route = Arc::clone(old);
+            }
+        }
+        new
     }
 
     /// The type is looked up, and nothing else is ever made of it.
@@ -47,7 +64,7 @@ impl Routes {
     pub(super) fn broken(&self) -> Vec<String> {
         let all = self.by_type.values().chain(&self.default);
         let mut names: Vec<String> =
-            all.filter(|route| route.brake.is_engaged()).map(|route| route.brake.name().to_owned()).collect();
+            all.filter(|route| route.is_broken()).map(|route| route.brake.name().to_owned()).collect();
         names.sort_unstable();
         names.dedup();
         names

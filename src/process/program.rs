@@ -51,32 +51,31 @@ impl Program {
         self.path.exists()
     }
 
-    /// Looks whether the system would start the file: it must be a binary, or name its interpreter in its first line.
     fn checked(self) -> Result<Self, String> {
+        self.problem().map_or(Ok(self), Err)
+    }
+
+    /// What would keep the system from starting the file, as far as it can be seen: it must be a binary, or name its
+    /// interpreter in its first line.
+    pub(crate) fn problem(&self) -> Option<String> {
         let shown = self.path.display();
         let mut beginning = Vec::new();
-        let file = File::open(&self.path);
-        // What may be run need not be readable: then only a start can tell.
-        let Ok(_) = file.and_then(|file| file.take(MAX_FIRST_LINE).read_to_end(&mut beginning)) else {
-            return Ok(self);
+        let Ok(file) = File::open(&self.path) else {
+            // What may be run need not be readable: then only a start can tell.
+            return (!self.path.exists()).then(|| format!("{shown} does not exist"));
         };
+        file.take(MAX_FIRST_LINE).read_to_end(&mut beginning).ok()?;
         let Some(line) = beginning.strip_prefix(b"#!") else {
-            return match beginning.starts_with(b"\x7fELF") {
-                true => Ok(self),
-                false => Err(format!("{shown} is no program, and its first line names none (like #!/bin/sh)")),
-            };
+            return (!beginning.starts_with(b"\x7fELF"))
+                .then(|| format!("{shown} is no program, and its first line names none (like #!/bin/sh)"));
         };
         let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
         // Not the carriage return of a file from Windows: the kernel takes it for a part of the name.
         let mut words = line.split(|byte| matches!(byte, b' ' | b'\t')).filter(|word| !word.is_empty());
         let name = words.next().unwrap_or_default();
-        match Path::new(OsStr::from_bytes(name)).is_file() {
-            true => Ok(self),
-            false => Err(format!(
-                "{shown} names {:?} in its first line, which does not exist",
-                String::from_utf8_lossy(name)
-            )),
-        }
+        let interpreter = String::from_utf8_lossy(name);
+        (!Path::new(OsStr::from_bytes(name)).is_file())
+            .then(|| format!("{shown} names {interpreter:?} in its first line, which does not exist"))
     }
 
     /// The file that is run.

@@ -56,7 +56,8 @@ impl Producer {
         let lifecycle = &self.run.lifecycle;
         let _stop = StopOnDrop(lifecycle.clone());
         let connected_before = AtomicBool::new(false);
-        let session = || self.session(&connected_before);
+        let first = self.intake.tap();
+        let session = || self.session(&first, &connected_before);
         let before_wait = |disconnected: &Disconnected, wait| {
             self.run.metrics.reconnecting();
             log_disconnected(disconnected, wait);
@@ -73,7 +74,7 @@ impl Producer {
     }
 
     /// One stream after another, until one is lost. `Ok` means that none is needed any more, because the worker stops.
-    async fn session(&self, connected_before: &AtomicBool) -> Result<(), Disconnected> {
+    async fn session(&self, first: &Arc<Tap>, connected_before: &AtomicBool) -> Result<(), Disconnected> {
         while let Some(tap) = self.next_tap().await {
             // The stream before is closed or lost, so nothing is left that its server alone must hear of.
             self.run.link.move_to(Arc::clone(&tap.client));
@@ -84,11 +85,12 @@ impl Producer {
                 () = shut(&self.run, &self.intake, &tap) => continue,
                 opened = tap.client.take(&tap.queues, tap.prefetch, tap.limits) => opened,
             };
-            let stream =
-                opened.map_err(|error| match error.is_retryable() || connected_before.load(Ordering::Relaxed) {
-                    true => Disconnected::Unreachable(error),
-                    false => Disconnected::Refused(error),
-                })?;
+            // What a reload has brought may be mended by the next one.
+            let may_pass = connected_before.load(Ordering::Relaxed) || !Arc::ptr_eq(&tap, first);
+            let stream = opened.map_err(|error| match error.is_retryable() || may_pass {
+                true => Disconnected::Unreachable(error),
+                false => Disconnected::Refused(error),
+            })?;
             info!("connected, listening for jobs");
             connected_before.store(true, Ordering::Relaxed);
             match self.follow(tap, stream).await.map_err(Disconnected::Lost)? {

@@ -67,28 +67,34 @@ impl Session<'_> {
     async fn wind_down(&mut self) -> Result<Wound, StreamError> {
         let (run, intake, tap) = (self.run, self.intake, Arc::clone(&self.tap));
         let mut movements = run.ledger.movements();
-        let mut held = Vec::new();
+        // The server has them in flight for us, but nothing is known of them here, until they are to be started after all.
+        let mut held: Vec<Job> = Vec::new();
         let under_way = run.ledger.under_way();
         if under_way > 0 && !intake.is_paused() {
             info!(under_way, "finishing what was taken, to reconnect by other settings");
         }
-        while run.ledger.under_way() > held.len() {
+        while run.ledger.under_way() > 0 {
             tokio::select! {
                 biased;
                 () = run.lifecycle.reached(Phase::Draining) => {
-                    held.iter().for_each(|taken| self.give_back(taken));
+                    held.iter().for_each(|job| log_given_back(&job.id));
                     return Ok(Wound::Back);
                 }
                 () = intake.open_again(&tap) => {
-                    for taken in held {
-                        self.push(taken).await;
+                    for job in held {
+                        self.take(job).await;
                     }
                     return Ok(Wound::Back);
                 }
                 // It fails only once the ledger is gone, and `run` has it.
                 _ = movements.changed() => {}
                 // Each report frees a place that the server fills at once.
-                received = self.stream.next() => held.extend(self.receive(received?).await),
+                received = self.stream.next() => if let Some(Taken { job, delivery, .. }) = self.receive(received?).await {
+                    run.ledger.give_back(&job.id, delivery);
+                    // It may come again, when somebody else has reported it.
+                    held.retain(|other| other.id != job.id);
+                    held.push(job);
+                }
             }
         }
         Ok(Wound::Down)
@@ -96,13 +102,16 @@ impl Session<'_> {
 
     /// Finds out what has come: a job to be started, or something to be reported, or nothing.
     async fn receive(&self, received: Received) -> Option<Taken> {
-        let job = match received {
-            Received::Job(job) => job,
+        match received {
+            Received::Job(job) => self.arrive(job).await,
             Received::Malformed { id, reason } => {
                 self.refuse(id, &reason).await;
-                return None;
+                None
             }
-        };
+        }
+    }
+
+    async fn arrive(&self, job: Job) -> Option<Taken> {
         let Run { ledger, acks, activity, .. } = self.run;
         let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
         match ledger.arrive(&attempt) {
@@ -122,6 +131,12 @@ impl Session<'_> {
             }
         }
         None
+    }
+
+    async fn take(&self, job: Job) {
+        if let Some(taken) = self.arrive(job).await {
+            self.push(taken).await;
+        }
     }
 
     /// Waits for room in the dispatch queue, or for the drain: then the job goes back with the stream.
@@ -145,7 +160,7 @@ impl Session<'_> {
     }
 
     fn give_back_by(&self, id: &JobId, delivery: Delivery) {
-        debug!(id = id.as_str(), "job received while draining, it goes back to the server");
+        log_given_back(id);
         self.run.ledger.give_back(id, delivery);
     }
 
@@ -171,6 +186,10 @@ impl Session<'_> {
             () = work => {}
         }
     }
+}
+
+fn log_given_back(id: &JobId) {
+    debug!(id = id.as_str(), "job received while draining, it goes back to the server");
 }
 
 /// Waits until nothing more may be taken by `tap`, though the worker runs. A drain has its own way of ending a stream.

@@ -220,7 +220,7 @@ fn clients_of_the_admin_server_that_say_nothing_cost_no_job() {
     let server = Server::start();
     let (running, admin) = start(&server, "true");
     let address = admin.url().trim_start_matches("http://").to_owned();
-    let silent: Vec<TcpStream> = (0..100).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    let silent: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect(&address).unwrap()).collect();
     let ids = server.enqueue_all(jobs(20));
     ids.iter().for_each(|id| server.wait_until_done(id));
     // The last of them is answered once those before it have been given up.

@@ -1,5 +1,7 @@
 //! Runs with an end of their own: after so many jobs, after so long, after so long without a job.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use crate::support::{Daemon, Server, UNTIL_GO, eventually, jobs};
@@ -47,6 +49,35 @@ fn the_last_of_max_jobs_is_finished_and_reported() {
     running.go();
     running.assert_exit(0);
     assert!(server.job(&id).is_none());
+}
+
+#[test]
+fn a_run_that_ends_by_itself_has_no_deadline_until_it_is_told_to_stop() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let script = format!("trap 'echo >> $DIR/told' USR1; {UNTIL_GO}");
+    let daemon = Daemon::of(&server).args(["--max-jobs", "1", "--shutdown-deadline", "300ms"]);
+    let running = daemon.handler(&script, "drain_signal = 'USR1'").start();
+    running.wait_for_message("max_jobs have been started: draining");
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(!running.dir().join("told").exists(), "nobody is in a hurry");
+    running.sigterm();
+    running.wait_for_lines(1, "told");
+    let finished = running.assert_exit(1);
+    assert!(finished.has("shutdown deadline reached: killing what still runs"));
+    assert_eq!(finished.event("worker stopped")["reason"], "max_jobs have been started");
+}
+
+#[test]
+fn the_last_of_max_jobs_fails_when_its_handler_cannot_be_started() {
+    let server = Server::start();
+    let running = Daemon::of(&server).args(["--max-jobs", "1"]).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    std::fs::write(running.dir().join("handle.sh"), "\u{7f}no program").unwrap();
+    let id = server.enqueue("q", "t", json!(null));
+    let finished = running.assert_exit(0);
+    assert_eq!(server.errors(&id)[0]["error_type"], "SpawnError");
+    assert_eq!(finished.event("worker stopped")["failed"], 1);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::support::{Call, Daemon, Proxy, Server, UNTIL_GO, eventually, jobs};
+use crate::support::{Call, Daemon, Proxy, RawServer, Server, UNTIL_GO, eventually, jobs};
 
 #[test]
 fn a_quiet_worker_finishes_what_was_taken_and_then_closes_the_stream() {
@@ -68,6 +68,31 @@ fn what_came_in_the_quiet_is_started_at_once_when_it_is_over_before_the_stream_c
     running.go();
     server.wait_until_done(&long);
     running.stop();
+}
+
+#[test]
+fn a_job_that_comes_twice_in_the_quiet_does_not_close_the_stream_over_another_that_runs() {
+    let server = RawServer::start();
+    let running = Daemon::at(&server.url()).args(["--prefetch", "2"]).sh(UNTIL_GO).start();
+    let mut stream = server.take();
+    stream.job("running");
+    running.wait_for_lines(1, "started");
+    running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    // Somebody else has reported it as failed meanwhile.
+    stream.attempt("held", 0).attempt("held", 1);
+    running.wait_for_messages(3, "job received");
+    assert!(stream.is_open(), "the stream was closed over a running job");
+    running.signal(Signal::CONT);
+    running.wait_for_message("resumed");
+    running.go();
+    for id in ["running", "held"] {
+        let report = server.request();
+        assert_eq!(report.body, format!(r#"{{"ids":["{id}"]}}"#));
+        report.answer("204 No Content", "");
+    }
+    assert!(stream.is_open());
+    assert_eq!(running.stop().read("started"), "running\nheld\n");
 }
 
 #[test]

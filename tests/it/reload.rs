@@ -5,7 +5,7 @@ use std::fs;
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, Running, Server, UNTIL_GO, eventually};
+use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, Recorder, Running, Server, UNTIL_GO, eventually};
 
 /// A daemon with that file; `$URL` in it is the server's.
 fn start(server: &Api, toml: &str) -> Running {
@@ -213,6 +213,101 @@ fn a_reload_without_a_file_finds_the_handlers_again() {
     running.wait_for_message("configuration reloaded");
     server.wait_until_done(&server.enqueue("q", "t", json!(null)));
     running.stop();
+}
+
+#[test]
+fn a_job_that_waits_for_a_broken_handler_is_run_by_the_one_that_takes_its_place() {
+    let server = Server::start();
+    let toml = |name| format!("url = '$URL'\nworker.threads = 4\n[handler]\nexec = ['$DIR/{name}.sh']");
+    let running = start(&server, &toml("old"));
+    fs::remove_file(running.dir().join("old.sh")).unwrap();
+    let ids = [(); 4].map(|()| server.enqueue("q", "t", json!(null)));
+    let admin = Admin::of(&running);
+    admin.wait_for_metric("jobs_running", "4");
+    reloaded(&running, &server, &toml("new"));
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(running.stop().read("ran"), "new t\n".repeat(4));
+}
+
+#[test]
+fn a_handler_that_is_as_it_was_is_still_known_to_be_broken() {
+    let server = Server::start();
+    let toml = "url = '$URL'\n[handler]\nexec = ['$DIR/old.sh']";
+    let running = start(&server, toml);
+    let admin = Admin::of(&running);
+    fs::write(running.dir().join("old.sh"), "no program").unwrap();
+    server.wait_for_error(&server.enqueue("q", "t", json!(null)), 1);
+    admin.wait_until_ready(false);
+    fs::write(running.dir().join("old.sh"), "#!/bin/sh\n").unwrap();
+    reloaded(&running, &server, &format!("{toml}\n[handlers.b]\nexec = ['$DIR/new.sh']"));
+    // Nobody has started it since, but nothing is wrong with it any more.
+    admin.wait_until_ready(true);
+    running.stop();
+}
+
+#[test]
+fn a_server_of_a_reload_that_refuses_the_worker_is_tried_again() {
+    let refusing = Recorder::answering(404, "no zizq here");
+    let running = Daemon::bare()
+        .args(["--log-format", "json", "--retry-min-wait", "10ms", "--retry-max-wait", "10ms"])
+        .handlers("url = 'http://127.0.0.1:1'\n[handler]\nexec = ['true']")
+        .start();
+    running.wait_for_message("server unreachable, reconnecting");
+    let toml = format!("url = '{}'\n[handler]\nexec = ['true']", refusing.url);
+    fs::write(running.dir().join("zizq-worker.toml"), toml).unwrap();
+    running.signal(Signal::HUP);
+    running.wait_for_messages(2, "server refuses the worker, reconnecting");
+    running.stop();
+}
+
+#[test]
+fn a_file_that_never_ends_holds_up_nothing() {
+    let server = Server::start();
+    let running = start(&server, "url = '$URL'\n[handler]\nexec = ['$DIR/old.sh']");
+    let file = running.dir().join("zizq-worker.toml");
+    fs::remove_file(&file).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    // Two at once may count as one.
+    eventually("a reload while another one lasts", || {
+        running.signal(Signal::HUP);
+        running.log().iter().any(|line| line.contains("signal ignored, the settings are being read")).then_some(())
+    });
+    running.signal(Signal::USR1);
+    running.wait_for_message("status");
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    running.stop();
+}
+
+#[test]
+fn a_worker_that_waits_to_reconnect_is_not_ready_and_says_why() {
+    let server = Server::start();
+    let toml = |queue| format!("url = '$URL'\nworker.queues = ['{queue}']\n[handler]\nexec = ['$DIR/wait.sh']");
+    let running = start(&server, &toml("old"));
+    let admin = Admin::of(&running);
+    server.enqueue("old", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    reloaded(&running, &server, &toml("new"));
+    running.wait_for_message("finishing what was taken, to reconnect by other settings");
+    assert_eq!(admin.wait_until_ready(false), ["finishing what was taken, to reconnect by other settings"]);
+    running.go();
+    admin.wait_until_ready(true);
+    running.stop();
+}
+
+#[test]
+fn a_reload_that_is_taken_back_goes_on_over_the_stream_that_is_open() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let toml = |prefetch: u8| format!("url = '$URL'\nworker.prefetch = {prefetch}\n[handler]\nexec = ['$DIR/wait.sh']");
+    let running = start(&proxy, &toml(3));
+    let ids = [(); 2].map(|()| server.enqueue("q", "t", json!(null)));
+    running.wait_for_lines(1, "started");
+    reloaded(&running, &proxy, &toml(4));
+    reloaded(&running, &proxy, &toml(3));
+    running.go();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    assert_eq!(running.stop().read("started").lines().count(), 3);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::support::{Daemon, PATIENCE, Server, UNTIL_GO};
+use crate::support::{Admin, Daemon, PATIENCE, Server, UNTIL_GO, jobs};
 
 /// The socket of a service manager.
 struct Manager(UnixDatagram);
@@ -144,6 +144,38 @@ fn a_reload_is_told_from_its_beginning_to_its_end() {
     };
     assert!(reloading[1].starts_with("MONOTONIC_USEC="), "{reloading:?}");
     manager.wait_for("READY=1");
+    running.sigterm();
+    running.assert_exit(0);
+}
+
+#[test]
+fn a_manager_that_does_not_read_holds_up_nothing() {
+    let server = Server::start();
+    let (manager, daemon) = Manager::of(Daemon::of(&server).args(["--admin-listen", "127.0.0.1:0"]).sh("true"));
+    let path = daemon.dir().join("notify");
+    let fillers: Vec<UnixDatagram> = (0..3).map(|_| UnixDatagram::unbound().unwrap()).collect();
+    for filler in &fillers {
+        filler.set_nonblocking(true).unwrap();
+        filler.connect(&path).unwrap();
+        while filler.send(&[0; 1000]).is_ok() {}
+    }
+    let running = daemon.env("WATCHDOG_USEC", "20000").start();
+    let ids = server.enqueue_all(jobs(20));
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    assert_eq!(Admin::of(&running).wait_until_ready(true), [] as [&str; 0]);
+    running.signal(Signal::USR1);
+    running.wait_for_message("status");
+    running.stop();
+    drop(manager);
+}
+
+#[test]
+fn a_watchdog_of_no_time_is_none() {
+    let (manager, daemon) = Manager::of(Daemon::at("http://127.0.0.1:1").sh("true"));
+    let running = daemon.env("WATCHDOG_USEC", "0").start();
+    manager.wait_for("READY=1");
+    running.signal(Signal::USR1);
+    running.wait_for_message("status");
     running.sigterm();
     running.assert_exit(0);
 }

@@ -54,6 +54,18 @@ fn events_are_written_above_the_line_and_leave_nothing_of_it() {
 }
 
 #[test]
+fn the_line_fits_into_a_narrow_terminal() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let running = Daemon::bare().on_terminal_of(40).args(["--url", &server.url]).sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    running.sigint();
+    wait_for_text(&running, "draining: 1 running, 28s left; press Ct");
+    running.go();
+    assert!(!running.assert_exit(0).screen.contains("press Ctrl-C again"));
+}
+
+#[test]
 fn a_second_ctrl_c_says_what_a_third_does() {
     let server = Server::start();
     server.enqueue("q", "t", json!(null));

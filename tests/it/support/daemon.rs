@@ -74,6 +74,13 @@ impl Daemon {
         self
     }
 
+    /// The same with a terminal of so many columns.
+    pub fn on_terminal_of(self, columns: u16) -> Self {
+        let daemon = self.on_terminal();
+        terminal::resize(daemon.terminal.as_ref().unwrap(), columns);
+        daemon
+    }
+
     pub fn current_dir(mut self, dir: &Path) -> Self {
         self.command.current_dir(dir);
         self

@@ -3,6 +3,7 @@
 use std::fs::File;
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
 
 /// Our end, from which is read what the other end prints, and the other end.
 pub fn open() -> (File, File) {
@@ -12,4 +13,9 @@ pub fn open() -> (File, File) {
     let name = ptsname(&ours, Vec::new()).unwrap();
     let theirs = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
     (ours.into(), theirs)
+}
+
+/// Gives it so many columns.
+pub fn resize(terminal: &File, columns: u16) {
+    tcsetwinsize(terminal, Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
 }
