@@ -1,4 +1,4 @@
-//! [`Backoff`]: how long to wait before the next try, and [`retry`], the one loop that waits between tries.
+//! [`Backoff`]: how long to wait before the next try, and `retry`, the one loop that waits between tries.
 
 use std::time::Duration;
 
