@@ -6,36 +6,33 @@ mod intake;
 mod producer;
 mod session;
 mod status;
+mod worker_loop;
 
-use std::any::Any;
 use std::fmt;
 use std::num::NonZeroU64;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
 use humantime::format_duration;
 use tokio::sync::{Mutex, OwnedSemaphorePermit};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{Instrument, Span, debug, error, info, info_span};
+use tracing::info;
 
 use crate::ack::{AckProcessor, AckQueue, Link, Reporter};
 use crate::chain::Chain;
 use crate::client::ClientError;
 use crate::config::WorkerConfig;
-use crate::dispatch::{Dispatcher, Ended};
-use crate::job::{Failure, Job, Outcome};
-use crate::ledger::{Beginning, Delivery, Ledger};
+use crate::dispatch::Dispatcher;
+use crate::job::Job;
+use crate::ledger::{Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
-use crate::process::Usage;
 use activity::{Activity, Counts, Tally, Unfinished};
 pub use controls::Controls;
 use intake::Intake;
 use producer::Producer;
 pub use status::{LoopStatus, RunningJob, Status, Unready};
+use worker_loop::WorkerLoop;
 
 /// A job between the stream and its outcome.
 #[derive(Debug)]
@@ -234,110 +231,4 @@ async fn tear_down(
     lifecycle.stopped();
     let producer = producer.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
     TornDown { killed, producer }
-}
-
-/// One of the threads × fibers loops: it runs one job at a time, and hands its outcome on before it takes the next.
-struct WorkerLoop<D> {
-    slot: usize,
-    name: String,
-    jobs: async_channel::Receiver<Taken>,
-    dispatcher: Arc<D>,
-    run: Run,
-}
-
-impl<D: Dispatcher> WorkerLoop<D> {
-    async fn run(self) {
-        info!(worker = self.name, "worker loop started");
-        while let Ok(taken) = self.jobs.recv().await {
-            // Once killing, what waits here is not started: it goes back to the server with the stream.
-            if self.run.lifecycle.phase() >= Phase::Killing {
-                break;
-            }
-            let span = job_span(&taken.job);
-            self.work(taken).instrument(span).await;
-        }
-        info!(worker = self.name, "worker loop stopped");
-    }
-
-    async fn work(&self, taken: Taken) {
-        let Run { ledger, activity, tally, metrics, acks, .. } = &self.run;
-        let Taken { job, delivery, place, _unfinished } = taken;
-        drop(place);
-        if !self.may_begin(&job, delivery) {
-            return;
-        }
-        let _running = activity.start_job(self.slot, &job);
-        metrics.job_started(job.ready_at);
-        let started = Instant::now();
-        let ended = self.dispatch(&job).await;
-        let elapsed = started.elapsed();
-        metrics.job_ended(&job, self.dispatcher.is_counted_apart(&job.job_type), &ended, elapsed);
-        let Ended { outcome, usage, .. } = ended;
-        log_ended(&outcome, usage, elapsed);
-        activity.ended().count(&outcome);
-        tally.count(&outcome);
-        // Its payload is not held while the report waits for a place.
-        let id = job.id;
-        if let Some(attempt) = ledger.end(&id, &outcome) {
-            acks.report(attempt, outcome).await;
-        }
-    }
-
-    fn may_begin(&self, job: &Job, delivery: Delivery) -> bool {
-        match self.run.ledger.begin(&job.id, delivery) {
-            Beginning::Begun { is_last: false } => true,
-            Beginning::Begun { is_last: true } => {
-                info!("max_jobs have been started: draining");
-                self.run.lifecycle.finish_because("max_jobs have been started");
-                true
-            }
-            Beginning::NotOurs => {
-                debug!("job not started: its stream was lost, and the server has it again");
-                false
-            }
-            Beginning::NoneLeft => {
-                debug!("job not started, because max_jobs have been: it goes back to the server");
-                false
-            }
-        }
-    }
-
-    /// A dispatcher that panics has failed its job, not the worker.
-    async fn dispatch(&self, job: &Job) -> Ended {
-        let work = AssertUnwindSafe(self.dispatcher.dispatch(job, &self.run.lifecycle));
-        let failure = |panic: Box<dyn Any + Send>| Failure::new("Panic", panic_message(&*panic));
-        work.catch_unwind().await.unwrap_or_else(|panic| Outcome::Failure(failure(panic)).into())
-    }
-}
-
-/// `attempt` counts from 1, as in the server's list of errors.
-fn job_span(job: &Job) -> Span {
-    info_span!(
-        "job",
-        id = job.id.as_str(),
-        r#type = job.job_type,
-        queue = job.queue,
-        attempt = job.attempts.saturating_add(1)
-    )
-}
-
-fn log_ended(outcome: &Outcome, usage: Option<Usage>, elapsed: Duration) {
-    let seconds = controls::seconds(elapsed);
-    let cpu_seconds = usage.map(|usage| usage.cpu.as_secs_f64());
-    let peak_memory_bytes = usage.map(|usage| usage.max_rss);
-    match outcome {
-        Outcome::Success => debug!(seconds, cpu_seconds, peak_memory_bytes, "job completed"),
-        Outcome::Failure(failure) => {
-            let error_type = failure.error_type.as_deref().unwrap_or_default();
-            error!(seconds, cpu_seconds, peak_memory_bytes, error_type, error = failure.message, "job failed");
-        }
-        Outcome::Interrupted => {
-            info!(seconds, cpu_seconds, peak_memory_bytes, "job interrupted, it goes back to the server");
-        }
-    }
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    format!("the dispatcher panicked: {}", text.unwrap_or("no message"))
 }
