@@ -223,6 +223,7 @@ fn clients_of_the_admin_server_that_say_nothing_cost_no_job() {
     let silent: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect(&address).unwrap()).collect();
     let ids = server.enqueue_all(jobs(20));
     ids.iter().for_each(|id| server.wait_until_done(id));
+    assert!(running.descriptors() < 120, "those that wait cost no descriptors: {}", running.descriptors());
     // The last of them is answered once those before it have been given up.
     let mut last = silent.last().unwrap();
     last.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -111,7 +111,8 @@ const SECTIONS: &[(&str, &[Part])] = &[
 const HANDLERS: &[Part] = &[
     Text(
         "A handler is started once for each job, without a shell, in a process group of its own. Its environment is the \
-         worker's without the variables that begin with ZIZQ_, and with these:",
+         worker's without the variables that begin with ZIZQ_ and those by which systemd is told how the worker does, and \
+         with these:",
     ),
     Item("ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY", "What the job is."),
     Item("ZIZQ_JOB_ATTEMPTS", "How many attempts have failed before this one, from 0."),
@@ -140,7 +141,11 @@ const SIGNALS: &[Part] = &[
          stays as it was.",
     ),
     Item("SIGUSR1", "Writes to the log what the worker is doing."),
-    Item("SIGUSR2", "Quiet: takes nothing more. Running jobs go on, and the worker stays."),
+    Item(
+        "SIGUSR2",
+        "Quiet: takes nothing more. What was taken is finished and reported; then the stream closes, so that the server can \
+         give its jobs to others, and the worker waits.",
+    ),
     Item("SIGCONT", "Takes jobs again after SIGUSR2."),
     Text("Once the worker stops, all of these but SIGTERM, SIGINT and SIGUSR1 are ignored."),
 ];
@@ -148,13 +153,17 @@ const SIGNALS: &[Part] = &[
 const ADMIN_SERVER: &[Part] = &[
     Text("With --admin-listen, the worker answers these over HTTP. None of them changes anything."),
     Item("GET /live", "200 as long as the worker itself works, whether or not its server does."),
-    Item("GET /ready", "200 as long as the worker takes jobs, else 503."),
+    Item("GET /ready", "200 as long as the worker can take jobs and start handlers, else 503, with the reasons."),
     Item("GET /status", "What the worker is doing, as JSON."),
     Item("GET /metrics", "Its metrics, in the text format of Prometheus."),
 ];
 
 const EXIT_STATUS: &[Part] = &[
-    Item("0", "Stopped as asked. All jobs that were taken are finished and reported."),
+    Item(
+        "0",
+        "Stopped as asked, by a signal or by --max-jobs, --max-time or --exit-when-idle. All jobs that were started are \
+         finished and reported.",
+    ),
     Item("1", "Jobs had to be stopped or could not be reported, or the server refused the worker's first request."),
     Item("2", "A mistake on the command line or in a variable."),
     Item("78", "A mistake in the configuration file, or a handler or certificate that cannot be used."),

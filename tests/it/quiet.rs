@@ -1,7 +1,9 @@
 //! SIGUSR2 is quiet: nothing more is taken, what was taken is finished, and no job is held back. SIGCONT takes again.
 
+use std::time::Duration;
+
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Call, Daemon, Proxy, RawServer, Server, UNTIL_GO, eventually, jobs};
 
@@ -126,14 +128,20 @@ fn a_worker_may_be_quiet_before_it_is_connected_and_stop_then() {
 #[test]
 fn a_quiet_worker_is_not_idle() {
     let server = Server::start();
-    let running = Daemon::of(&server).args(["--exit-when-idle", "1s"]).sh("true").start();
-    running.wait_for_message("connected, listening for jobs");
+    server.enqueue("q", "t", json!(null));
+    let running = Daemon::of(&server).args(["--exit-when-idle", "300ms"]).sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
     running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    running.go();
     running.wait_for_message("stream closed, everything taken over it has been reported");
+    std::thread::sleep(Duration::from_secs(1));
     running.signal(Signal::CONT);
-    running.wait_for_messages(2, "connected, listening for jobs");
+    running.wait_for_message("resumed");
     let finished = running.assert_exit(0);
-    assert_eq!(finished.all("no job for that long: draining").len(), 1);
+    let messages: Vec<Value> = finished.events().iter().map(|event| event["message"].clone()).collect();
+    let position = |wanted: &str| messages.iter().position(|message| message == wanted).unwrap();
+    assert!(position("no job for that long: draining") > position("resumed: taking jobs"), "{messages:#?}");
 }
 
 #[test]
@@ -143,13 +151,17 @@ fn sigusr1_logs_what_the_worker_does() {
     let running = Daemon::of(&server).sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
     let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
     running.wait_for_lines(1, "started");
-    running.signal(Signal::USR1);
+    // A handler may run before the worker has noted which process it is.
+    eventually("the job's process", || {
+        running.signal(Signal::USR1);
+        running.log().iter().any(|line| line.contains(&format!("\"pid\":{pid}"))).then_some(())
+    });
     let status = running.wait_for_message("status");
     assert_eq!(
         (&status["state"], &status["running"], &status["connected"]),
         (&json!("running"), &json!(1), &json!(true))
     );
-    let job = running.wait_for_message("job running");
+    let job = running.wait_for("its line", |event| event["message"] == "job running" && event["pid"] == pid);
     let expected = json!({"worker": "0:0", "id": id, "type": "send_email", "queue": "mail", "attempt": 1, "pid": pid});
     for (name, value) in expected.as_object().unwrap() {
         assert_eq!(&job[name], value, "{name}");

@@ -144,6 +144,19 @@ fn prefetch_and_url_take_effect_on_a_new_stream_and_reports_follow() {
 }
 
 #[test]
+fn limits_of_the_stream_take_effect_on_a_new_one_and_deadlines_are_checked_again() {
+    let server = Server::start();
+    let rest = "url = '$URL'\n[handler]\nexec = ['true']";
+    let running = start(&server, rest);
+    reloaded(&running, &server, &format!("worker.max_job_size = '2KiB'\n{rest}\ntimeout = '10m'"));
+    running.wait_for_messages(2, "connected, listening for jobs");
+    running.wait_for_message("timeout is longer than the shutdown deadline");
+    let id = server.enqueue("q", "t", json!("x".repeat(3000)));
+    assert_eq!(server.wait_for_error(&id, 1)["error_type"], "MalformedJob");
+    running.stop();
+}
+
+#[test]
 fn a_server_that_is_gone_does_not_keep_the_worker_from_the_next() {
     let (mut here, there) = (Server::start(), Server::start());
     let rest = "worker.retry_min_wait = '10m'\nworker.retry_max_wait = '10m'\n[handler]\nexec = ['$DIR/wait.sh']";
