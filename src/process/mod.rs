@@ -10,12 +10,14 @@ mod program;
 mod spawn;
 
 use std::ffi::{OsStr, OsString};
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -177,6 +179,10 @@ impl Process {
 /// Reads what is in the pipes, and nothing later than the grace: that would be of a process that lives on. Only a worker
 /// too busy to have read what was there takes longer.
 async fn read_the_rest(mut io: Pin<&mut impl Future<Output = ()>>, read: &AtomicU64, pipes: [&Option<Receiver>; 2]) {
+    // Most often that is the end of file in both, which needs no count.
+    if poll_fn(|context| Poll::Ready(io.as_mut().poll(context).is_ready())).await {
+        return;
+    }
     let there = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
     let all = read.load(Ordering::Relaxed) + there.sum::<u64>();
     loop {
