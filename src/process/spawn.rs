@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::raw::{c_char, c_int, c_short};
 use std::path::Path;
 use std::ptr;
+use std::sync::OnceLock;
 
 use rustix::process::Pid;
 
@@ -65,7 +66,8 @@ fn arguments(program: &Program) -> Strings {
 
 fn environment(surroundings: &Surroundings<'_>) -> Strings {
     let Surroundings { env, extra_env, .. } = surroundings;
-    let mut environment = Strings::default();
+    // Most are that small; it grows if this one is not.
+    let mut environment = Strings { bytes: Vec::with_capacity(4096), starts: Vec::with_capacity(64) };
     for (name, value) in env.iter().filter(|(name, _)| extra_env.iter().all(|(extra, _)| name != extra)) {
         environment.push(&[name.as_encoded_bytes(), b"=", value.as_encoded_bytes()]);
     }
@@ -115,27 +117,54 @@ struct Attributes(Box<MaybeUninit<libc::posix_spawnattr_t>>);
 
 #[expect(unsafe_code, reason = "these are calls of the C library")]
 impl Attributes {
-    /// Leads a group of its own, holds no signal back, and dies of SIGPIPE, which this process ignores.
+    /// Leads a group of its own, holds no signal back, and has the default action for all that this process does not ignore.
     fn of_a_leader() -> io::Result<Self> {
         let mut attributes = Box::new(MaybeUninit::uninit());
         let flags = libc::POSIX_SPAWN_SETPGROUP | libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
-        let mut signals = MaybeUninit::uninit();
-        // SAFETY: both may be uninitialised, and are initialised, at a place that does not move, before they are anything else.
-        unsafe {
-            check(libc::posix_spawnattr_init(attributes.as_mut_ptr()))?;
-            libc::sigemptyset(signals.as_mut_ptr());
-        }
+        // SAFETY: it may be uninitialised, and is initialised, at a place that does not move, before it is anything else.
+        check(unsafe { libc::posix_spawnattr_init(attributes.as_mut_ptr()) })?;
         let mut attributes = Self(attributes);
         let of = attributes.0.as_mut_ptr();
-        // SAFETY: both have been initialised.
+        // SAFETY: it has been initialised, and so have the sets.
         unsafe {
             check(libc::posix_spawnattr_setpgroup(of, 0))?;
-            check(libc::posix_spawnattr_setsigmask(of, signals.as_ptr()))?;
-            libc::sigaddset(signals.as_mut_ptr(), libc::SIGPIPE);
-            check(libc::posix_spawnattr_setsigdefault(of, signals.as_ptr()))?;
+            check(libc::posix_spawnattr_setsigmask(of, &signal_set([])))?;
+            check(libc::posix_spawnattr_setsigdefault(of, DEFAULT_SIGNALS.get_or_init(not_ignored)))?;
             check(libc::posix_spawnattr_setflags(of, c_short::try_from(flags).unwrap_or_default()))?;
         }
         Ok(attributes)
+    }
+}
+
+/// Asked once: what this process ignores it does from its beginning.
+static DEFAULT_SIGNALS: OnceLock<libc::sigset_t> = OnceLock::new();
+
+/// A program starts with no signal handled anyway. But the C library, unless it is told to set a signal to its default, asks
+/// the kernel first how it is: that is sixty more calls for each child. Only SIGPIPE is ignored on behalf of this process alone.
+#[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal")]
+fn not_ignored() -> libc::sigset_t {
+    signal_set((1..=libc::SIGRTMAX()).filter(|signal| {
+        let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+        // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `sigaction`.
+        let (asked, action) = unsafe {
+            let asked = libc::sigaction(*signal, ptr::null(), action.as_mut_ptr());
+            (asked, action.assume_init())
+        };
+        let can_be_set = asked == 0 && !matches!(*signal, libc::SIGKILL | libc::SIGSTOP);
+        can_be_set && (*signal == libc::SIGPIPE || action.sa_sigaction != libc::SIG_IGN)
+    }))
+}
+
+#[expect(unsafe_code, reason = "there is no safe way to make a set of signals")]
+fn signal_set(signals: impl IntoIterator<Item = c_int>) -> libc::sigset_t {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: it may be uninitialised, and is initialised, before it is anything else.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        set.assume_init()
     }
 }
 
@@ -179,6 +208,7 @@ impl Strings {
 }
 
 #[cfg(test)]
+#[expect(unsafe_code, reason = "a set of signals is read by a call of the C library")]
 mod tests {
     use super::*;
 
@@ -187,6 +217,15 @@ mod tests {
         let mut strings = Strings::default();
         strings.push(&[b"A", b"=", b"b\0c"]);
         assert_eq!(strings.pointers().err().unwrap().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn what_is_handled_here_or_ignored_for_std_is_set_back_and_nothing_else_that_is_ignored() {
+        let signals = not_ignored();
+        // SAFETY: the set has been initialised.
+        let has = |signal| unsafe { libc::sigismember(&raw const signals, signal) } == 1;
+        assert!(has(libc::SIGPIPE) && has(libc::SIGTERM) && has(libc::SIGRTMAX()));
+        assert!(!has(libc::SIGKILL) && !has(libc::SIGSTOP));
     }
 
     #[test]
