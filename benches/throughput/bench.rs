@@ -16,9 +16,7 @@ pub(crate) struct Bench {
     /// This executable, which plays every part but this worker's.
     pub(crate) exe: String,
     pub(crate) server: Server,
-    pub(crate) rounds: usize,
-    pub(crate) quick: bool,
-    against: Option<String>,
+    pub(crate) plan: Plan,
     dir: TempDir,
 }
 
@@ -37,12 +35,12 @@ impl Bench {
         let exe = std::env::current_exe()?.to_string_lossy().into_owned();
         let server = Server::start(&exe)?;
         let dir = TempDir::with_prefix("zizq-worker-bench-")?;
-        Ok(Self { exe, server, rounds: plan.rounds, quick: plan.quick, against: plan.against.clone(), dir })
+        Ok(Self { exe, server, plan: plan.clone(), dir })
     }
 
     /// A full run's count, or less in a quick one.
     pub(crate) fn scaled(&self, count: usize) -> usize {
-        if self.quick { count.div_ceil(10) } else { count }
+        if self.plan.quick { count.div_ceil(10) } else { count }
     }
 
     pub(crate) fn dir(&self) -> &std::path::Path {
@@ -52,7 +50,7 @@ impl Bench {
     /// This worker, and the other build of it if there is one.
     pub(crate) fn workers(&self) -> Vec<Contender> {
         let this = Contender::Worker { name: "worker", path: env!("CARGO_BIN_EXE_zizq-worker").into() };
-        let other = self.against.iter().map(|path| Contender::Worker { name: "other build", path: path.into() });
+        let other = self.plan.against.iter().map(|path| Contender::Worker { name: "other build", path: path.into() });
         std::iter::once(this).chain(other).collect()
     }
 

@@ -21,7 +21,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     let mut contenders = vec![Contender::Bare, Contender::Baseline];
     contenders.extend(bench.workers());
     let mut times = vec![Vec::new(); contenders.len()];
-    for _ in 0..bench.rounds {
+    for _ in 0..bench.plan.rounds {
         for (contender, times) in contenders.iter().zip(&mut times) {
             times.extend(one_round(bench, contender, &stamps)?);
         }

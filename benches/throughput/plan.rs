@@ -11,6 +11,8 @@ cargo bench -- --long          everything
 cargo bench -- --quick         one short round of each, to see whether it works
 cargo bench -- PART…           these parts alone: throughput payload output latency memory idle start-stop growth faults
 cargo bench -- --rounds N      as many rounds (3)
+cargo bench -- --handler NAME  throughput of that handler alone: /bin/true, sh or python
+cargo bench -- --at-once N     throughput at that width alone
 cargo bench -- --against FILE  another build of the worker as one more contender
 cargo bench -- --save          the chart and the figures also to docs/, where the README shows them
 
@@ -91,12 +93,14 @@ impl Part {
 }
 
 /// What was asked for.
-#[derive(Debug)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Plan {
     pub(crate) help: bool,
     pub(crate) quick: bool,
     pub(crate) save: bool,
     pub(crate) rounds: usize,
+    pub(crate) handler: Option<String>,
+    pub(crate) at_once: Option<usize>,
     pub(crate) against: Option<String>,
     long: bool,
     chosen: Vec<Part>,
@@ -104,8 +108,7 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) fn parse(options: &[&str]) -> Result<Self> {
-        let mut plan =
-            Self { help: false, quick: false, save: false, rounds: 3, against: None, long: false, chosen: Vec::new() };
+        let mut plan = Self { rounds: 3, ..Self::default() };
         let mut options = options.iter();
         while let Some(option) = options.next() {
             match *option {
@@ -116,6 +119,8 @@ impl Plan {
                 "--long" => plan.long = true,
                 "--save" => plan.save = true,
                 "--rounds" => plan.rounds = options.next().ok_or("--rounds needs a number")?.parse()?,
+                "--handler" => plan.handler = Some((*options.next().ok_or("--handler needs a name")?).to_owned()),
+                "--at-once" => plan.at_once = Some(options.next().ok_or("--at-once needs a number")?.parse()?),
                 "--against" => plan.against = Some((*options.next().ok_or("--against needs a file")?).to_owned()),
                 name => plan.chosen.push(part(name)?),
             }

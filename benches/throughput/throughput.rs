@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::bench::{Bench, Handler};
 use crate::contender::{Contender, Contest};
+use crate::plan::Plan;
 use crate::report::{Row, Section, Target};
 
 pub(crate) const AT_ONCE: [usize; 5] = [1, 2, 4, 8, 16];
@@ -12,8 +13,12 @@ pub(crate) const PAYLOAD_BYTES: usize = 80;
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     let mut rows = Vec::new();
+    let Plan { handler: chosen_handler, at_once: chosen_width, .. } = &bench.plan;
     for handler in bench.handlers()? {
-        for at_once in AT_ONCE {
+        if chosen_handler.as_ref().is_some_and(|chosen| chosen != handler.name) {
+            continue;
+        }
+        for at_once in AT_ONCE.into_iter().filter(|at_once| chosen_width.is_none_or(|chosen| chosen == *at_once)) {
             rows.extend(compete(bench, &contest(&handler, at_once), handler.name)?);
         }
     }
@@ -40,7 +45,7 @@ pub(crate) fn compete_among(
 ) -> Result<Vec<Row>> {
     let row = |contender: &Contender| Row::new(about, contest.at_once, contender.name());
     let mut rows: Vec<Row> = contenders.iter().map(row).collect();
-    for round in 0..bench.rounds {
+    for round in 0..bench.plan.rounds {
         eprintln!("  {about}, {} at once, round {}", contest.at_once, round + 1);
         for (contender, row) in contenders.iter().zip(&mut rows) {
             row.samples.push(contender.run(bench, contest)?);
