@@ -14,8 +14,10 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "server";
 
-/// How often it is asked whether all is done: often enough to be exact, and rarely enough not to be in the way.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How often it is asked whether all is done: rarely enough not to be in the way, and near the end often enough to be exact.
+const LOOK_EVERY: Duration = Duration::from_millis(30);
+const LOOK_CLOSELY_EVERY: Duration = Duration::from_millis(2);
+const NEAR_THE_END: u64 = 100;
 
 /// No run of a single contender takes longer, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -85,13 +87,14 @@ impl Server {
 
     pub(crate) fn wait_until_done(&self) -> Result<()> {
         let started = Instant::now();
-        while self.pending()? > 0 {
-            if started.elapsed() > PATIENCE {
-                return Err("the jobs are not done after minutes".into());
+        loop {
+            match self.pending()? {
+                0 => return Ok(()),
+                _ if started.elapsed() > PATIENCE => return Err("the jobs are not done after minutes".into()),
+                1..=NEAR_THE_END => std::thread::sleep(LOOK_CLOSELY_EVERY),
+                _ => std::thread::sleep(LOOK_EVERY),
             }
-            std::thread::sleep(LOOK_EVERY);
         }
-        Ok(())
     }
 
     pub(crate) fn clear(&self) -> Result<()> {
