@@ -14,7 +14,7 @@ cargo bench -- --rounds N      as many rounds (3)
 cargo bench -- --handler NAME  throughput of that handler alone: /bin/true, sh or python
 cargo bench -- --at-once N     throughput at that width alone
 cargo bench -- --against FILE  another build of the worker as one more contender
-cargo bench -- --save          the chart and the figures also to docs/, where the README shows them
+cargo bench -- --save          the figures also into the README, and the chart to docs/, where it shows it
 
 ZIZQ_URL measures against that server instead of the embedded one.";
 

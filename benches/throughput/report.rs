@@ -14,8 +14,13 @@ use crate::chart;
 use crate::plan::{Part, Plan};
 use crate::sample::{Sample, Spread};
 
-/// Where the README shows the chart.
+/// Where the README shows the chart, and the README itself.
 const KEPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs");
+const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+
+/// What is between these in the README is what the last run that was saved has printed.
+const BEGIN: &str = "<!-- figures -->";
+const END: &str = "<!-- end of figures -->";
 
 /// All runs of one contender with the same handler, width and sizes.
 #[derive(Debug, Clone, Serialize)]
@@ -117,24 +122,37 @@ impl Report {
 
     /// Shows a part as soon as it is there.
     pub(crate) fn add(&mut self, part: Part, section: Section) {
-        println!("\n{}: {}\n", part.name(), part.about());
+        println!("\n{}", text(part, &section));
         if !section.rows.is_empty() {
-            println!("{}", tables(&section.rows));
-        }
-        for Line { contender, text } in &section.lines {
-            println!("{contender}: {text}");
+            println!("{}", memory(&section.rows));
         }
         self.sections.push((part, section));
     }
 
     /// The rest, to the terminal and to files.
     pub(crate) fn write(&self, plan: &Plan) -> Result<()> {
-        println!("\n{}", self.targets());
-        if !self.not_run.is_empty() {
-            println!("not run: {}", self.not_run.join(", "));
-        }
+        println!("\n{}", self.conclusion());
         self.write_to(&beside_the_worker())?;
-        if plan.save { self.write_to(Path::new(KEPT)) } else { Ok(()) }
+        if plan.save {
+            self.write_to(Path::new(KEPT))?;
+            self.write_into_readme()?;
+        }
+        Ok(())
+    }
+
+    fn conclusion(&self) -> String {
+        let not_run = self.not_run.join(", ");
+        if not_run.is_empty() { self.targets() } else { format!("{}\nNot run: {not_run}.\n", self.targets()) }
+    }
+
+    fn write_into_readme(&self) -> Result<()> {
+        let readme = fs::read_to_string(README)?;
+        let missing = "the README has no place for the figures";
+        let (before, rest) = readme.split_once(BEGIN).ok_or(missing)?;
+        let (_, after) = rest.split_once(END).ok_or(missing)?;
+        let parts: String = self.sections.iter().map(|(part, section)| text(*part, section) + "\n").collect();
+        fs::write(README, format!("{before}{BEGIN}\n{parts}{}\n{END}{after}", self.conclusion()))?;
+        Ok(())
     }
 
     fn write_to(&self, dir: &Path) -> Result<()> {
@@ -170,20 +188,36 @@ fn beside_the_worker() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_zizq-worker")).with_file_name("performance")
 }
 
-fn tables(rows: &[Row]) -> String {
-    let jobs = table(rows, "jobs/s, median (least – most)", |row| {
+fn text(part: Part, section: &Section) -> String {
+    let mut text = format!("**{}**: {}\n\n", part.name(), part.about());
+    if !section.rows.is_empty() {
+        text += &format!("{}\n{}", throughput(&section.rows), cpu(&section.rows));
+    }
+    for Line { contender, text: line } in &section.lines {
+        let _ = writeln!(text, "- {contender}: {line}");
+    }
+    text
+}
+
+fn throughput(rows: &[Row]) -> String {
+    table(rows, "jobs/s, median (least – most)", |row| {
         let spread = row.spread(|sample| Some(sample.jobs_per_second))?;
         Some(format!("{:.0} ({:.0} – {:.0})", spread.median, spread.least, spread.most))
-    });
-    let cpu = table(rows, "CPU per job in ms, with children (alone)", |row| {
+    })
+}
+
+fn cpu(rows: &[Row]) -> String {
+    table(rows, "CPU per job in ms, with children (without)", |row| {
         let (all, own) = (row.spread(|sample| Some(sample.cpu))?, row.spread(|sample| sample.own_cpu)?);
         Some(format!("{:.2} ({:.3})", all.median, own.median))
-    });
-    let memory = table(rows, "peak memory in MiB", |row| {
+    })
+}
+
+fn memory(rows: &[Row]) -> String {
+    table(rows, "peak memory in MiB", |row| {
         let spread = row.spread(|sample| Some(sample.peak_memory? as f64 / 1024.0 / 1024.0))?;
         Some(format!("{:.1}", spread.median))
-    });
-    [jobs, cpu, memory].join("\n")
+    })
 }
 
 /// A line for each handler and width, and a column for each contender.
