@@ -1,6 +1,6 @@
 //! [`Routes`]: which handler a job goes to, and how the starts of each have gone.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::brake::Brake;
@@ -14,7 +14,10 @@ pub(super) struct Route {
 }
 
 impl Route {
-    fn new(handler: Handler) -> Arc<Self> {
+    fn new(mut handler: Handler) -> Arc<Self> {
+        // Of what is there twice, the later counts.
+        let env: BTreeMap<_, _> = handler.env.into_iter().collect();
+        handler.env = env.into_iter().collect();
         let brake = Brake::new(handler.program.file_name());
         Arc::new(Self { handler, brake })
     }

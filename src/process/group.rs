@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use rustix::process::{
@@ -36,7 +36,7 @@ pub struct Usage {
 /// A process group whose leader has not been reaped, so that its number is its own. Dropped before, it is killed.
 #[derive(Debug)]
 pub(super) struct Group {
-    leader: Child,
+    leader: Pid,
     children: Children,
     pidfd: Option<AsyncFd<OwnedFd>>,
     reaped: bool,
@@ -44,7 +44,7 @@ pub(super) struct Group {
 
 impl Group {
     /// The group of a child that was started among `children` as a leader.
-    pub(super) fn of(leader: Child, children: Children) -> io::Result<Self> {
+    pub(super) fn of(leader: Pid, children: Children) -> io::Result<Self> {
         let mut group = Self { leader, children, pidfd: None, reaped: false };
         group.pidfd = Some(watch(pidfd_open(group.id(), PidfdFlags::NONBLOCK)?)?);
         Ok(group)
@@ -52,7 +52,7 @@ impl Group {
 
     /// The leader's process id, which is the group's too.
     pub(super) fn id(&self) -> Pid {
-        Pid::from_child(&self.leader)
+        self.leader
     }
 
     /// Signals the whole group. That nobody is left to hear it is no error.
@@ -90,7 +90,7 @@ impl Group {
     /// group's number from being given to anyone else until the signal has been sent.
     pub(super) async fn end(mut self) -> io::Result<(ExitStatus, Usage)> {
         let id = self.id();
-        self.kill();
+        self.signal(Signal::KILL);
         let ended = reap(id);
         self.children.reaped(id);
         self.reaped = true;
@@ -105,7 +105,7 @@ impl Drop for Group {
     fn drop(&mut self) {
         if !self.reaped {
             self.kill();
-            let _ = self.leader.wait();
+            let _ = reap(self.leader);
             self.children.reaped(self.id());
         }
     }

@@ -7,19 +7,22 @@ mod limits;
 mod orphans;
 mod output;
 mod program;
+mod spawn;
 
 use std::ffi::{OsStr, OsString};
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::pin::{Pin, pin};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use rustix::io::ioctl_fionread;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::{Receiver, Sender};
@@ -31,6 +34,7 @@ pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
 pub use rustix::process::Signal;
+use spawn::Surroundings;
 
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
@@ -60,7 +64,7 @@ pub enum Output {
 #[derive(Debug)]
 pub(crate) struct Start<'a> {
     pub(crate) program: &'a Program,
-    /// The whole environment, but for `extra_env`, which wins.
+    /// The whole environment, each name once, but for `extra_env`, which wins.
     pub(crate) env: &'a [(OsString, OsString)],
     pub(crate) extra_env: &'a [(&'a str, &'a OsStr)],
     pub(crate) cwd: Option<&'a Path>,
@@ -108,22 +112,24 @@ impl Process {
     /// Starts a program in a process group of its own.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let (stdin, unread) = open_stdin(start.input)?;
-        let mut command = command(start.program);
-        command.env_clear().envs(start.env.iter().map(|(name, value)| (name, value)));
-        command.envs(start.extra_env.iter().copied()).process_group(0).stdin(stdin);
-        start.cwd.map(|cwd| command.current_dir(cwd));
-        let output = || match start.output {
-            Output::Log => Stdio::piped(),
-            Output::Inherit => Stdio::inherit(),
-            Output::Null => Stdio::null(),
+        let (stdout, their_stdout) = open_output(start.output)?;
+        let (stderr, their_stderr) = open_output(start.output)?;
+        let surroundings = Surroundings {
+            env: start.env,
+            extra_env: start.extra_env,
+            cwd: start.cwd,
+            stdio: [
+                Some(stdin.as_fd()),
+                their_stdout.as_ref().map(AsFd::as_fd),
+                their_stderr.as_ref().map(AsFd::as_fd),
+            ],
         };
-        let mut child = start.children.start(|| command.stdout(output()).stderr(output()).spawn())?;
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let leader = start.children.start(|| spawn::spawn(start.program, &surroundings))?;
         Ok(Self {
-            group: Group::of(child, start.children.clone())?,
+            group: Group::of(leader, start.children.clone())?,
             stdin: unread,
-            stdout: stdout.map(|pipe| Receiver::from_owned_fd(pipe.into())).transpose()?,
-            stderr: stderr.map(|pipe| Receiver::from_owned_fd(pipe.into())).transpose()?,
+            stdout: stdout.map(Receiver::from_owned_fd_unchecked).transpose()?,
+            stderr: stderr.map(Receiver::from_owned_fd_unchecked).transpose()?,
         })
     }
 
@@ -159,7 +165,7 @@ impl Process {
                 biased;
                 terminated = &mut end => {
                     // What is left of the group holds the pipes no longer then. What has left the group may.
-                    group.kill();
+                    group.signal(Signal::KILL);
                     read_the_rest(io, &read, [&stdout, &stderr]).await;
                     terminated
                 }
@@ -173,6 +179,10 @@ impl Process {
 /// Reads what is in the pipes, and nothing later than the grace: that would be of a process that lives on. Only a worker
 /// too busy to have read what was there takes longer.
 async fn read_the_rest(mut io: Pin<&mut impl Future<Output = ()>>, read: &AtomicU64, pipes: [&Option<Receiver>; 2]) {
+    // Most often that is the end of file in both, which needs no count.
+    if poll_fn(|context| Poll::Ready(io.as_mut().poll(context).is_ready())).await {
+        return;
+    }
     let there = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
     let all = read.load(Ordering::Relaxed) + there.sum::<u64>();
     loop {
@@ -225,24 +235,39 @@ async fn terminate(group: &Group, kill_grace: Duration, skip_grace: impl Future<
     group.leader_exited().await;
 }
 
-#[expect(clippy::disallowed_methods, reason = "this is the room that starts processes")]
-fn command(program: &Program) -> Command {
-    let mut command = Command::new(&program.path);
-    command.arg0(&program.name).args(&program.args);
-    command
-}
+/// What every pipe takes at once: the kernel makes small ones for a user who has many.
+const SMALLEST_PIPE: usize = 4096;
 
 /// What a child reads from, and what is still to be written to it. What fits into the pipe is written before there is a
 /// child: it needs no reactor, and for most jobs that is everything.
-fn open_stdin(input: Input) -> io::Result<(Stdio, Option<(Sender, Bytes)>)> {
+fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     let Input::Bytes(mut input) = input else {
-        return Ok((Stdio::null(), None));
+        return Ok((open_null(OFlags::RDONLY)?, None));
     };
     let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
-    rustix::io::ioctl_fionbio(&write_end, true)?;
+    if input.len() > SMALLEST_PIPE {
+        ioctl_fionbio(&write_end, true)?;
+    }
     fill(&write_end, &mut input)?;
-    let unread = if input.is_empty() { None } else { Some((Sender::from_owned_fd(write_end)?, input)) };
-    Ok((Stdio::from(read_end), unread))
+    let unread = if input.is_empty() { None } else { Some((Sender::from_owned_fd_unchecked(write_end)?, input)) };
+    Ok((read_end, unread))
+}
+
+/// Our end of an output, if it is read, and what the child writes to, if that is not what this process writes to.
+fn open_output(output: Output) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+    match output {
+        Output::Log => {
+            let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
+            ioctl_fionbio(&read_end, true)?;
+            Ok((Some(read_end), Some(write_end)))
+        }
+        Output::Inherit => Ok((None, None)),
+        Output::Null => Ok((None, Some(open_null(OFlags::WRONLY)?))),
+    }
+}
+
+fn open_null(flags: OFlags) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open("/dev/null", flags | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// Writes what the pipe takes at once.

@@ -4,7 +4,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -38,11 +37,11 @@ impl Children {
     }
 
     /// Starts a child that will be waited for.
-    pub(super) fn start(&self, spawn: impl FnOnce() -> io::Result<Child>) -> io::Result<Child> {
+    pub(super) fn start(&self, spawn: impl FnOnce() -> io::Result<Pid>) -> io::Result<Pid> {
         let Some(waited) = &self.0 else { return spawn() };
         let _starting = waited.starting.read().unwrap_or_else(PoisonError::into_inner);
         let child = spawn()?;
-        *waited.pids().entry(Pid::from_child(&child)).or_default() += 1;
+        *waited.pids().entry(child).or_default() += 1;
         Ok(child)
     }
 

@@ -1,6 +1,7 @@
 //! What a child prints: lines for the log, and the [`Tail`] that a failure report carries. Both are bounded.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,8 +17,11 @@ const HEAD_BYTES: usize = 4 * 1024;
 /// How much is kept of its end.
 const TAIL_BYTES: usize = 28 * 1024;
 
-/// How much is read at once.
-const READ_BYTES: usize = 16 * 1024;
+/// How much is read at once: all that a pipe holds.
+const READ_BYTES: usize = 64 * 1024;
+
+/// How much memory a job keeps to put lines together in, beyond the line that needs it.
+const KEPT_FOR_LINES: usize = 16 * 1024;
 
 /// Where a line was printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,12 +60,17 @@ pub(crate) async fn read_lines(
     lines.finish(&on_line);
 }
 
-/// The buffer lives on the stack and not in the task, so that a silent child costs none.
+thread_local! {
+    /// One for all children of a thread, since it is empty whenever a task waits.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
+}
+
 fn read_some(pipe: &Receiver, mut take: impl FnMut(&[u8])) -> io::Result<usize> {
-    let mut buffer = [0; READ_BYTES];
-    let count = pipe.try_read(&mut buffer)?;
-    take(&buffer[..count]);
-    Ok(count)
+    BUFFER.with_borrow_mut(|buffer| {
+        let count = pipe.try_read(buffer)?;
+        take(&buffer[..count]);
+        Ok(count)
+    })
 }
 
 /// Cuts bytes into lines. Invalid UTF-8 is replaced, and of a line that is too long only the beginning is kept.
@@ -72,16 +81,19 @@ struct Lines {
 }
 
 impl Lines {
-    fn push(&mut self, chunk: &[u8], on_line: &impl Fn(&str)) {
-        for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
-            match piece.strip_suffix(b"\n") {
-                Some(end) => {
-                    self.keep(end);
-                    self.emit(on_line);
-                }
-                None => self.keep(piece),
+    fn push(&mut self, mut chunk: &[u8], on_line: &impl Fn(&str)) {
+        while let Some(end) = memchr::memchr(b'\n', chunk) {
+            let (line, rest) = (&chunk[..end], &chunk[end + 1..]);
+            // Most lines come whole, and need not be put together.
+            if self.partial.is_empty() && line.len() <= MAX_LINE_BYTES {
+                emit(line, 0, on_line);
+            } else {
+                self.keep(line);
+                self.emit(on_line);
             }
+            chunk = rest;
         }
+        self.keep(chunk);
     }
 
     fn finish(&mut self, on_line: &impl Fn(&str)) {
@@ -98,15 +110,19 @@ impl Lines {
     }
 
     fn emit(&mut self, on_line: &impl Fn(&str)) {
-        let line = String::from_utf8_lossy(&self.partial);
-        match self.left_out {
-            0 => on_line(line.strip_suffix('\r').unwrap_or(&line)),
-            count => on_line(&format!("{line}… [{count} bytes cut]")),
-        }
+        emit(&self.partial, self.left_out, on_line);
         self.left_out = 0;
         self.partial.clear();
         // One long line should not cost its job that memory to the end.
-        self.partial.shrink_to(READ_BYTES);
+        self.partial.shrink_to(KEPT_FOR_LINES);
+    }
+}
+
+fn emit(line: &[u8], left_out: usize, on_line: &impl Fn(&str)) {
+    let line = String::from_utf8_lossy(line);
+    match left_out {
+        0 => on_line(line.strip_suffix('\r').unwrap_or(&line)),
+        count => on_line(&format!("{line}… [{count} bytes cut]")),
     }
 }
 
@@ -122,10 +138,12 @@ impl Tail {
     fn push(&mut self, chunk: &[u8]) {
         let (head, rest) = chunk.split_at(chunk.len().min(HEAD_BYTES - self.head.len()));
         self.head.extend_from_slice(head);
-        self.end.extend(rest);
-        let surplus = self.end.len().saturating_sub(TAIL_BYTES);
+        let end = &rest[rest.len().saturating_sub(TAIL_BYTES)..];
+        // Room is made first, so that there is never more than what is kept.
+        let surplus = (self.end.len() + end.len()).saturating_sub(TAIL_BYTES);
         self.end.drain(..surplus);
-        self.left_out += surplus as u64;
+        self.end.extend(end);
+        self.left_out += (surplus + rest.len() - end.len()) as u64;
     }
 
     /// What was kept, with a count where something was left out.
@@ -155,8 +173,6 @@ fn shorten(text: &str, chars: usize) -> Cow<'_, str> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
-
     use super::*;
 
     fn lines(chunks: &[&[u8]]) -> Vec<String> {
@@ -205,6 +221,6 @@ mod tests {
         let text = tail.text();
         assert!(text.starts_with("aaaa") && text.ends_with("cccc"));
         assert!(text.contains("\n[1000 bytes left out]\n"), "{}", &text[HEAD_BYTES..HEAD_BYTES + 60]);
-        assert!(tail.end.capacity() <= 2 * TAIL_BYTES + READ_BYTES);
+        assert!(tail.end.capacity() <= 2 * TAIL_BYTES);
     }
 }

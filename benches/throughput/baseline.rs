@@ -1,0 +1,52 @@
+//! The baseline: what one writes in an afternoon, with the official client and `tokio::process`. All else is as the client has
+//! it by default, so that it is handed a job only when it has reported one; this worker asks for twice as many as it runs.
+
+use std::io;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+use zizq::{Client, Format, Job, Worker};
+
+use crate::Result;
+
+pub(crate) const ROLE: &str = "contender:baseline";
+
+/// Words: url, queue, how many at once, and the handler.
+pub(crate) fn run(words: &[&str]) -> Result<()> {
+    let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
+    let handler: Arc<[String]> = handler.iter().map(|word| (*word).to_owned()).collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(work(url, queue, at_once.parse()?, handler))
+}
+
+async fn work(url: &str, queue: &str, at_once: usize, handler: Arc<[String]>) -> Result<()> {
+    let client = Client::builder().url(url).format(Format::Json).build()?;
+    let worker = Worker::builder()
+        .client(client)
+        .queues([queue])
+        .concurrency(at_once)
+        .handler(move |job| one(job, Arc::clone(&handler)))
+        .build()?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let told_to_end = async move {
+        let _ = terminate.recv().await;
+    };
+    worker.run(told_to_end).await?;
+    Ok(())
+}
+
+async fn one(job: Job, handler: Arc<[String]>) -> io::Result<()> {
+    let payload = serde_json::to_vec(&job.payload)?;
+    let mut command = Command::new(&handler[0]);
+    command.args(&handler[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // Who does not read it is within its rights.
+        let _ = stdin.write_all(&payload).await;
+    }
+    let output = child.wait_with_output().await?;
+    if output.status.success() { Ok(()) } else { Err(io::Error::other(output.status.to_string())) }
+}

@@ -1,0 +1,189 @@
+//! [`Contender`]: who runs the jobs; [`Contest`]: what there is to be run.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use serde::Deserialize;
+
+use crate::bench::Bench;
+use crate::meter::{Process, reap};
+use crate::sample::{Sample, millis};
+use crate::{Result, bare, baseline, server};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Contender {
+    Bare,
+    Xargs,
+    Baseline,
+    /// A build of this worker.
+    Worker {
+        name: &'static str,
+        path: PathBuf,
+    },
+}
+
+/// Jobs for a handler, and how many of them at once.
+#[derive(Debug, Clone)]
+pub(crate) struct Contest {
+    pub(crate) handler: Vec<String>,
+    pub(crate) at_once: usize,
+    pub(crate) jobs: usize,
+    pub(crate) payload_bytes: usize,
+}
+
+/// What the bare loop says of itself.
+#[derive(Deserialize)]
+struct Told {
+    seconds: f64,
+    own_cpu: f64,
+    peak_memory: u64,
+}
+
+impl Contender {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Bare => "bare loop",
+            Self::Xargs => "xargs -P",
+            Self::Baseline => "baseline",
+            Self::Worker { name, .. } => name,
+        }
+    }
+
+    /// One run, from its start to the last report, or to its end.
+    pub(crate) fn run(&self, bench: &Bench, contest: &Contest) -> Result<Sample> {
+        match self {
+            Self::Bare => run_bare(bench, contest),
+            Self::Xargs => run_xargs(contest),
+            Self::Baseline | Self::Worker { .. } => self.run_worker(bench, contest),
+        }
+    }
+
+    fn run_worker(&self, bench: &Bench, contest: &Contest) -> Result<Sample> {
+        bench.server.enqueue(contest.jobs, &server::payload(contest.payload_bytes))?;
+        let started = Instant::now();
+        let running = self.start(bench, contest.at_once, &contest.handler, &[])?;
+        bench.server.wait_until_done()?;
+        let seconds = started.elapsed().as_secs_f64();
+        let (own_cpu, peak_memory) = (running.process().own_cpu()?, running.process().peak_memory()?);
+        let jobs = contest.jobs as f64;
+        Ok(Sample {
+            jobs_per_second: jobs / seconds,
+            cpu: millis(running.stop()?) / jobs,
+            own_cpu: Some(millis(own_cpu) / jobs),
+            peak_memory: Some(peak_memory),
+        })
+    }
+
+    /// Starts a worker of either kind on the jobs of the bench, this one with further options.
+    pub(crate) fn start(&self, bench: &Bench, at_once: usize, handler: &[String], options: &[&str]) -> Result<Running> {
+        self.start_at(&bench.server.url, bench, at_once, handler, options)
+    }
+
+    /// The same, with the server behind something else.
+    pub(crate) fn start_at(
+        &self,
+        url: &str,
+        bench: &Bench,
+        at_once: usize,
+        handler: &[String],
+        options: &[&str],
+    ) -> Result<Running> {
+        let (queue, at_once) = (&bench.server.queue, at_once.to_string());
+        let mut command = match self {
+            Self::Worker { path, .. } => {
+                let mut command = Command::new(path);
+                // What handlers print would be logged; the baseline drops it.
+                command.args(["--url", url, "--queues", queue, "--threads", &at_once, "--log-level", "error"]);
+                command.args(options).arg("--");
+                command
+            }
+            _ => {
+                let mut command = Command::new(&bench.exe);
+                command.args([baseline::ROLE, url, queue, &at_once]);
+                command
+            }
+        };
+        Ok(Running(Some(command.args(handler).stdin(Stdio::null()).spawn()?)))
+    }
+}
+
+fn run_bare(bench: &Bench, contest: &Contest) -> Result<Sample> {
+    let numbers = [contest.at_once, contest.jobs, contest.payload_bytes].map(|number| number.to_string());
+    let mut command = Command::new(&bench.exe);
+    let child = command.arg(bare::ROLE).args(numbers).args(&contest.handler).stdout(Stdio::piped()).spawn()?;
+    let mut running = Running(Some(child));
+    let stdout = running.0.as_mut().and_then(|child| child.stdout.take()).ok_or("the bare loop has no stdout")?;
+    let told: Told = serde_json::from_str(&std::io::read_to_string(stdout)?)?;
+    let jobs = contest.jobs as f64;
+    Ok(Sample {
+        jobs_per_second: jobs / told.seconds,
+        cpu: millis(running.reap()?) / jobs,
+        own_cpu: Some(told.own_cpu * 1000.0 / jobs),
+        peak_memory: Some(told.peak_memory),
+    })
+}
+
+/// `xargs` gives nobody an input, and reads no output: it is there for its speed alone.
+fn run_xargs(contest: &Contest) -> Result<Sample> {
+    let started = Instant::now();
+    let (reader, mut writer) = std::io::pipe()?;
+    let mut command = Command::new("xargs");
+    command.args(["-n", "1", "-P", &contest.at_once.to_string()]).args(&contest.handler);
+    let child = command.stdin(reader).stdout(Stdio::null()).spawn()?;
+    // The command holds the other end of the pipe.
+    drop(command);
+    let mut running = Running(Some(child));
+    let words: String = (1..=contest.jobs).map(|number| format!("{number}\n")).collect();
+    std::io::Write::write_all(&mut writer, words.as_bytes())?;
+    drop(writer);
+    let own_cpu = running.own_cpu_at_its_end()?;
+    let (seconds, jobs) = (started.elapsed().as_secs_f64(), contest.jobs as f64);
+    Ok(Sample {
+        jobs_per_second: jobs / seconds,
+        cpu: millis(running.reap()?) / jobs,
+        own_cpu: Some(millis(own_cpu) / jobs),
+        peak_memory: None,
+    })
+}
+
+/// A process that is ended with this.
+pub(crate) struct Running(Option<Child>);
+
+impl Running {
+    pub(crate) fn process(&self) -> Process {
+        Process(self.0.as_ref().map_or(0, Child::id))
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        Ok(self.0.as_ref().map(Pid::from_child).ok_or("it has been waited for")?)
+    }
+
+    /// Asks it to end, and waits. Says what CPU time it and its children have used.
+    pub(crate) fn stop(mut self) -> Result<std::time::Duration> {
+        kill_process(self.pid()?, Signal::TERM)?;
+        self.reap()
+    }
+
+    fn reap(&mut self) -> Result<std::time::Duration> {
+        let (status, cpu) = reap(self.process())?;
+        self.0 = None;
+        if status == 0 { Ok(cpu) } else { Err(format!("a contender ended with the wait status {status}").into()) }
+    }
+
+    /// The dead keep their accounts until they are waited for. Those of threads that have ended are not among them.
+    fn own_cpu_at_its_end(&self) -> Result<std::time::Duration> {
+        waitid(WaitId::Pid(self.pid()?), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
+        self.process().own_cpu()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! A minute in which reports fail for ten seconds, against a minute in which they do not.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::bench::Bench;
+use crate::contender::Contender;
+use crate::proxy::Proxy;
+use crate::report::{Line, Section, Target};
+use crate::throughput::PAYLOAD_BYTES;
+use crate::{Result, server};
+
+const BEFORE: Duration = Duration::from_secs(20);
+const FAILING: Duration = Duration::from_secs(10);
+const AFTER: Duration = Duration::from_secs(30);
+
+const AT_ONCE: usize = 8;
+
+/// Each job takes a fifth of a second, so that a minute has at most 2,400.
+const HANDLER: [&str; 2] = ["sleep", "0.2"];
+const JOBS: usize = 3000;
+
+/// The server lets no more be unreported at once by default: over all that time, no worker can do more jobs.
+const DEEP_PREFETCH: &str = "1024";
+
+pub(crate) fn measure(bench: &Bench) -> Result<Section> {
+    let worker = &bench.workers()[0];
+    let undisturbed = minute(bench, worker, &[], false)?;
+    let shallow = minute(bench, worker, &[], true)?;
+    let deep = minute(bench, worker, &["--prefetch", DEEP_PREFETCH], true)?;
+    let ratio = |jobs: u64| jobs as f64 / undisturbed as f64;
+    let lines = vec![
+        Line::new("undisturbed", format!("{undisturbed} jobs in a minute")),
+        Line::new(
+            "ten seconds of failures",
+            format!("{shallow} jobs, {:.2} ×, with the default prefetch", ratio(shallow)),
+        ),
+        Line::new("the same", format!("{deep} jobs, {:.2} ×, with --prefetch {DEEP_PREFETCH}", ratio(deep))),
+    ];
+    let about = format!("throughput with failing reports, --prefetch {DEEP_PREFETCH} / undisturbed");
+    Ok(Section::of_lines(lines, vec![Target::at_least(about, 0.95, Some(ratio(deep)))]))
+}
+
+/// How many jobs were done and reported in the minute.
+fn minute(bench: &Bench, contender: &Contender, options: &[&str], failing: bool) -> Result<u64> {
+    let proxy = Proxy::start(&bench.server.url)?;
+    bench.server.enqueue(JOBS, &server::payload(PAYLOAD_BYTES))?;
+    let handler = HANDLER.map(str::to_owned);
+    let worker = contender.start_at(&proxy.url, bench, AT_ONCE, &handler, options)?;
+    sleep(BEFORE);
+    if failing {
+        proxy.cut_reports();
+    }
+    sleep(FAILING);
+    proxy.mend_reports();
+    sleep(AFTER);
+    let done = JOBS as u64 - bench.server.pending()?;
+    // A drain would see the rest through.
+    drop(worker);
+    bench.server.clear()?;
+    Ok(done)
+}

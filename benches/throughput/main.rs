@@ -1,0 +1,58 @@
+//! What a job costs: this worker beside a bare loop, `xargs -P` and a plain worker on the official client. Whole runs, in
+//! turn, each contender as a process of its own. `cargo bench -- --help` says what can be chosen.
+
+#![expect(clippy::disallowed_methods, reason = "a benchmark starts processes, waits, and reads its environment")]
+
+mod bare;
+mod baseline;
+mod bench;
+mod chart;
+mod contender;
+mod faults;
+mod idle;
+mod latency;
+mod memory;
+mod meter;
+mod plan;
+mod proxy;
+mod report;
+mod sample;
+mod scaling;
+mod server;
+mod stamp;
+mod start_stop;
+mod throughput;
+
+use bench::Bench;
+use plan::Plan;
+use report::Report;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// Whatever runs beside the measuring process is this executable once more, told so by its first word.
+fn main() -> Result<()> {
+    // The handler of the latency runs: what it does before its stamp would count.
+    let began = stamp::now();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [stamp::ROLE, socket] => stamp::send(socket, began),
+        [bare::ROLE, ref rest @ ..] => bare::run(rest),
+        [baseline::ROLE, ref rest @ ..] => baseline::run(rest),
+        [server::ROLE] => server::run(),
+        ref options => measure(&Plan::parse(options)?),
+    }
+}
+
+fn measure(plan: &Plan) -> Result<()> {
+    if plan.help {
+        println!("{}", plan::HELP);
+        return Ok(());
+    }
+    let bench = Bench::prepare(plan)?;
+    let mut report = Report::new(plan, &bench);
+    for part in plan.parts() {
+        eprintln!("measuring {} …", part.name());
+        report.add(part, part.measure(&bench)?);
+    }
+    report.write(plan)
+}

@@ -1,0 +1,89 @@
+//! What the kernel says of a process.
+
+use std::fs;
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+use crate::Result;
+
+/// A process, by its number.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Process(pub(crate) u32);
+
+impl Process {
+    pub(crate) fn this() -> Self {
+        Self(std::process::id())
+    }
+
+    /// The CPU time of its living threads, to the nanosecond, and without any child.
+    pub(crate) fn own_cpu(self) -> Result<Duration> {
+        let times = self.of_threads("schedstat", |text| text.split(' ').next()?.parse().ok())?;
+        Ok(Duration::from_nanos(times))
+    }
+
+    /// How often its threads went to sleep, and so had to be woken.
+    pub(crate) fn sleeps(self) -> Result<u64> {
+        self.of_threads("status", |text| number_after(text, "voluntary_ctxt_switches:"))
+    }
+
+    /// The most memory that it had at once, in bytes.
+    pub(crate) fn peak_memory(self) -> Result<u64> {
+        self.memory("VmHWM:")
+    }
+
+    /// The memory that it has now, in bytes.
+    pub(crate) fn memory_now(self) -> Result<u64> {
+        self.memory("VmRSS:")
+    }
+
+    fn memory(self, name: &str) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0))?;
+        Ok(number_after(&status, name).ok_or("no memory in the status of the process")? * 1024)
+    }
+
+    fn of_threads(self, file: &str, read: impl Fn(&str) -> Option<u64>) -> Result<u64> {
+        let mut sum = 0;
+        for thread in fs::read_dir(format!("/proc/{}/task", self.0))? {
+            // A thread may end meanwhile.
+            let text = fs::read_to_string(thread?.path().join(file)).unwrap_or_default();
+            sum += read(&text).unwrap_or_default();
+        }
+        Ok(sum)
+    }
+}
+
+fn number_after(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
+}
+
+/// The CPU time of this process so far, threads that have ended included.
+#[expect(unsafe_code, reason = "no safe wrapper of getrusage is at hand")]
+pub(crate) fn own_cpu_so_far() -> Duration {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `rusage`.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    cpu(&usage)
+}
+
+/// Waits for a child, and says what it and all that it waited for have used.
+#[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
+pub(crate) fn reap(child: Process) -> Result<(i32, Duration)> {
+    let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::zeroed());
+    // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
+    let (reaped, usage) = unsafe {
+        let reaped = libc::wait4(child.0.cast_signed(), &raw mut status, 0, usage.as_mut_ptr());
+        (reaped, usage.assume_init())
+    };
+    if reaped < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok((status, cpu(&usage))) }
+}
+
+fn cpu(usage: &libc::rusage) -> Duration {
+    let time = |time: libc::timeval| {
+        Duration::from_secs(time.tv_sec.unsigned_abs()) + Duration::from_micros(time.tv_usec.unsigned_abs())
+    };
+    time(usage.ru_utime) + time(usage.ru_stime)
+}

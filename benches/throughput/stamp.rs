@@ -1,0 +1,53 @@
+//! The handler that says when it began, on a clock that all processes share.
+
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::Result;
+
+pub(crate) const ROLE: &str = "handler:stamp";
+
+/// Longer than any job waits here, so that a lost one ends the run.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Time since the machine was started.
+pub(crate) fn now() -> Duration {
+    let time = clock_gettime(ClockId::Monotonic);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default())
+}
+
+pub(crate) fn send(socket: &str, began: Duration) -> Result<()> {
+    UnixDatagram::unbound()?.send_to(&began.as_nanos().to_le_bytes(), socket)?;
+    Ok(())
+}
+
+/// Where stamps arrive.
+pub(crate) struct Stamps {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+impl Stamps {
+    pub(crate) fn listen(dir: &Path) -> Result<Self> {
+        let path = dir.join("stamps");
+        let _ = std::fs::remove_file(&path);
+        let socket = UnixDatagram::bind(&path)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self { socket, path })
+    }
+
+    /// The handler that sends them.
+    pub(crate) fn handler(&self, exe: &str) -> Vec<String> {
+        vec![exe.to_owned(), ROLE.to_owned(), self.path.to_string_lossy().into_owned()]
+    }
+
+    /// When the next handler began.
+    pub(crate) fn receive(&self) -> Result<Duration> {
+        let mut bytes = [0; size_of::<u128>()];
+        self.socket.recv(&mut bytes)?;
+        Ok(Duration::from_nanos(u64::try_from(u128::from_le_bytes(bytes))?))
+    }
+}
