@@ -18,8 +18,8 @@ WORKDIR /build
 # The dependencies change less often than the source: built first, with an empty program, they stay in the cache. Cargo
 # reads no manifest whose tests and benches are missing, so these are there, and empty too.
 COPY Cargo.toml Cargo.lock ./
-RUN mkdir -p src tests/it benches \
-    && echo 'fn main() {}' | tee src/main.rs tests/it/main.rs benches/throughput.rs > /dev/null \
+RUN mkdir -p src tests/it benches/throughput \
+    && echo 'fn main() {}' | tee src/main.rs tests/it/main.rs benches/throughput/main.rs > /dev/null \
     && touch src/lib.rs \
     && cargo build --release --locked \
     && rm -r src

@@ -124,13 +124,11 @@ impl Process {
                 their_stderr.as_ref().map(AsFd::as_fd),
             ],
         };
+        // Before there is a child: one that cannot be watched has to be killed, and its job started again.
+        let stdout = stdout.map(Receiver::from_owned_fd_unchecked).transpose()?;
+        let stderr = stderr.map(Receiver::from_owned_fd_unchecked).transpose()?;
         let leader = start.children.start(|| spawn::spawn(start.program, &surroundings))?;
-        Ok(Self {
-            group: Group::of(leader, start.children.clone())?,
-            stdin: unread,
-            stdout: stdout.map(Receiver::from_owned_fd_unchecked).transpose()?,
-            stderr: stderr.map(Receiver::from_owned_fd_unchecked).transpose()?,
-        })
+        Ok(Self { group: Group::of(leader, start.children.clone())?, stdin: unread, stdout, stderr })
     }
 
     /// The process id of the leader.

@@ -88,3 +88,36 @@ impl Waited {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept() -> (Arc<Waited>, Children) {
+        let waited = Arc::new(Waited::default());
+        (Arc::clone(&waited), Children(Some(waited)))
+    }
+
+    #[test]
+    fn no_orphan_is_looked_for_between_a_start_and_its_note() {
+        let (waited, children) = kept();
+        let start = || {
+            assert!(waited.starting.try_write().is_err());
+            Ok(Pid::INIT)
+        };
+        children.start(start).unwrap();
+        assert!(waited.starting.try_write().is_ok() && waited.pids().contains_key(&Pid::INIT));
+    }
+
+    #[test]
+    fn a_number_is_on_the_list_until_the_last_child_that_had_it_is_off() {
+        let (waited, children) = kept();
+        for _ in 0..2 {
+            children.start(|| Ok(Pid::INIT)).unwrap();
+        }
+        children.reaped(Pid::INIT);
+        assert!(waited.pids().contains_key(&Pid::INIT));
+        children.reaped(Pid::INIT);
+        assert!(waited.pids().is_empty());
+    }
+}
