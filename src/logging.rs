@@ -5,10 +5,13 @@ use std::io::{self, IsTerminal, Write, stderr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::termios::tcgetwinsize;
+use tracing::Level;
+use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::{MakeWriter, layer};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::chain::is_unruly;
 use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, Source};
@@ -16,7 +19,7 @@ use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, Source};
 /// The log of this process.
 #[derive(Debug)]
 pub struct Log {
-    filter: reload::Handle<EnvFilter, Registry>,
+    filter: reload::Handle<Targets, Registry>,
     live: Option<LiveLine>,
 }
 
@@ -62,23 +65,24 @@ impl Log {
     }
 }
 
-fn filter(config: &LogConfig) -> Result<EnvFilter, ConfigError> {
+fn filter(config: &LogConfig) -> Result<Targets, ConfigError> {
     match &config.filter {
-        Some(directives) => EnvFilter::try_new(directives).map_err(|error| {
+        Some(directives) => directives.parse().map_err(|error| {
+            let error: ParseError = error;
             let problem = format!("must be a filter like zizq_worker=debug (got {directives}: {error})");
             ConfigError::new(Source::Variable("RUST_LOG".to_owned()), problem)
         }),
-        None => Ok(EnvFilter::new(format!("warn,zizq_worker={}", level_name(config.level)))),
+        None => Ok(Targets::new().with_default(Level::WARN).with_target("zizq_worker", level(config.level))),
     }
 }
 
-fn level_name(level: LogLevel) -> &'static str {
+fn level(level: LogLevel) -> Level {
     match level {
-        LogLevel::Error => "error",
-        LogLevel::Warn => "warn",
-        LogLevel::Info => "info",
-        LogLevel::Debug => "debug",
-        LogLevel::Trace => "trace",
+        LogLevel::Error => Level::ERROR,
+        LogLevel::Warn => Level::WARN,
+        LogLevel::Info => Level::INFO,
+        LogLevel::Debug => Level::DEBUG,
+        LogLevel::Trace => Level::TRACE,
     }
 }
 

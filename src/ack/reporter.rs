@@ -25,6 +25,12 @@ use crate::metrics::Metrics;
 /// How many ids one bulk request carries at most, so that its size stays far below what servers and proxies accept.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
+/// How many bulk requests are under way at once, when the server takes its time: enough to hide that from the jobs.
+const MAX_BULK_REQUESTS: usize = 8;
+
+/// From when on it does. A server in this machine, with its jobs in memory, takes a fifth of that.
+const SLOW_ANSWER: Duration = Duration::from_millis(1);
+
 /// How many failures are under way at once: enough to hide the round trip, few enough to spare the server.
 const MAX_FAILURES_UNDER_WAY: usize = 8;
 
@@ -50,6 +56,17 @@ pub(crate) struct Reporter {
     killed: Arc<OnceLock<Instant>>,
 }
 
+/// A bulk request that did not succeed.
+#[derive(Debug)]
+struct FailedTry {
+    batch: Vec<Success>,
+    error: ClientError,
+}
+
+async fn only_failed(tried: Result<(), FailedTry>) -> Option<FailedTry> {
+    tried.err()
+}
+
 /// What became of a report that the server has answered.
 enum Settled {
     /// The server knows, or need not know any more.
@@ -69,23 +86,57 @@ impl Reporter {
         Self { link, ledger, backoff, lifecycle, metrics, killed: Arc::default() }
     }
 
-    /// One bulk request at a time: while it is under way, the next one gathers. No timer holds a report back.
+    /// While a bulk request is under way, the next one gathers. It leaves when the one before has been answered, or takes so
+    /// long that jobs would have to wait for it. No timer holds a report back.
     pub(super) async fn report_successes(
         self,
         mut queue: mpsc::UnboundedReceiver<Success>,
         closing: CancellationToken,
     ) {
-        let mut batch = Vec::new();
+        let mut under_way = FuturesUnordered::new();
+        let (mut batch, mut slow_at, mut slow) = (Vec::new(), Instant::now(), false);
         loop {
+            let may_leave = under_way.is_empty() || (slow && under_way.len() < MAX_BULK_REQUESTS);
             tokio::select! {
-                count = queue.recv_many(&mut batch, MAX_SUCCESSES_PER_REQUEST) => if count == 0 { break },
-                () = closing.cancelled(), if !queue.is_closed() => {
-                    queue.close();
-                    continue;
+                Some(tried) = under_way.next() => if let Err(failed) = tried {
+                    // The others have left at the same time, and say whether the server is back.
+                    let mut all = vec![failed];
+                    all.extend(under_way.by_ref().filter_map(only_failed).collect::<Vec<_>>().await);
+                    self.try_all_again(all, &mut queue).await;
+                },
+                count = queue.recv_many(&mut batch, MAX_SUCCESSES_PER_REQUEST), if may_leave => {
+                    if count == 0 {
+                        break;
+                    }
+                    under_way.push(self.first_try(std::mem::take(&mut batch)));
+                    (slow_at, slow) = (Instant::now() + SLOW_ANSWER, false);
                 }
+                () = tokio::time::sleep_until(slow_at), if !slow && !under_way.is_empty() => slow = true,
+                () = closing.cancelled(), if !queue.is_closed() => queue.close(),
             }
-            let attempt = || {
-                // What has gathered since the last try leaves with this one.
+        }
+        let failed = under_way.filter_map(only_failed).collect().await;
+        self.try_all_again(failed, &mut queue).await;
+    }
+
+    async fn try_all_again(&self, all: Vec<FailedTry>, queue: &mut mpsc::UnboundedReceiver<Success>) {
+        for failed in all {
+            self.try_again(failed, queue).await;
+        }
+    }
+
+    async fn first_try(&self, batch: Vec<Success>) -> Result<(), FailedTry> {
+        let attempts = batch.iter().map(|success| success.attempt.clone()).collect();
+        self.in_time(self.try_successes(attempts)).await.map_err(|error| FailedTry { batch, error })
+    }
+
+    /// Sees a bulk request through that has failed. What gathers meanwhile leaves with it.
+    async fn try_again(&self, failed: FailedTry, queue: &mut mpsc::UnboundedReceiver<Success>) {
+        let FailedTry { mut batch, error } = failed;
+        let mut first = Some(error);
+        let attempt = || {
+            let failed = first.take();
+            if failed.is_none() {
                 while batch.len() < MAX_SUCCESSES_PER_REQUEST
                     && let Ok(success) = queue.try_recv()
                 {
@@ -93,15 +144,20 @@ impl Reporter {
                 }
                 // What the last try has settled does not leave again.
                 batch.retain(|success| self.ledger.is_reporting(&success.attempt));
-                self.try_successes(batch.iter().map(|success| success.attempt.clone()).collect())
-            };
-            if let Err(error) = self.see_through(attempt).await {
-                batch.retain(|success| self.ledger.is_reporting(&success.attempt));
-                let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
-                self.drop_reports(&ids, &error);
-                batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
             }
-            batch.clear();
+            let attempts = batch.iter().map(|success| success.attempt.clone()).collect();
+            async move {
+                match failed {
+                    Some(error) => Err(error),
+                    None => self.try_successes(attempts).await,
+                }
+            }
+        };
+        if let Err(error) = self.see_through(attempt).await {
+            batch.retain(|success| self.ledger.is_reporting(&success.attempt));
+            let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
+            self.drop_reports(&ids, &error);
+            batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
         }
     }
 
@@ -253,21 +309,21 @@ impl Reporter {
     where
         F: Future<Output = Result<T, ClientError>>,
     {
-        let attempt = || {
-            let attempt = attempt();
-            async {
-                tokio::select! {
-                    biased;
-                    () = self.last_try_over() => Err(ClientError::TimedOut(LAST_TRY_TIMEOUT)),
-                    answer = attempt => answer,
-                }
-            }
-        };
+        let attempt = || self.in_time(attempt());
         retry(&self.backoff, &self.lifecycle, Phase::Killing, attempt, |error, wait| {
             self.metrics.report_retried();
             warn!(error = %Chain(error), retry_in = ?wait, "report failed, trying again");
         })
         .await
+    }
+
+    /// One try, which may not take long once the worker is killed.
+    async fn in_time<T>(&self, attempt: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
+        tokio::select! {
+            biased;
+            () = self.last_try_over() => Err(ClientError::TimedOut(LAST_TRY_TIMEOUT)),
+            answer = attempt => answer,
+        }
     }
 
     fn drop_reports(&self, ids: &[JobId], error: &ClientError) {
