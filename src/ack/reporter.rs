@@ -119,9 +119,19 @@ impl Reporter {
         self.try_all_again(failed, &mut queue).await;
     }
 
+    /// What has failed together is tried again together: it would be a wait for each of them.
     async fn try_all_again(&self, all: Vec<FailedTry>, queue: &mut mpsc::UnboundedReceiver<Success>) {
-        for failed in all {
-            self.try_again(failed, queue).await;
+        let (again, refused): (Vec<_>, Vec<_>) = all.into_iter().partition(|failed| failed.error.is_retryable());
+        refused.into_iter().for_each(|FailedTry { batch, error }| self.give_up(batch, &error));
+        let (mut batch, mut error) = (Vec::new(), None);
+        for failed in again {
+            batch.extend(failed.batch);
+            error.get_or_insert(failed.error);
+        }
+        while !batch.is_empty() {
+            let rest = batch.split_off(batch.len().min(MAX_SUCCESSES_PER_REQUEST));
+            self.try_again(batch, error.take(), queue).await;
+            batch = rest;
         }
     }
 
@@ -130,10 +140,13 @@ impl Reporter {
         self.in_time(self.try_successes(attempts)).await.map_err(|error| FailedTry { batch, error })
     }
 
-    /// Sees a bulk request through that has failed. What gathers meanwhile leaves with it.
-    async fn try_again(&self, failed: FailedTry, queue: &mut mpsc::UnboundedReceiver<Success>) {
-        let FailedTry { mut batch, error } = failed;
-        let mut first = Some(error);
+    /// Sees a bulk request through, whose first try may have failed. What gathers meanwhile leaves with it.
+    async fn try_again(
+        &self,
+        mut batch: Vec<Success>,
+        mut first: Option<ClientError>,
+        queue: &mut mpsc::UnboundedReceiver<Success>,
+    ) {
         let attempt = || {
             let failed = first.take();
             if failed.is_none() {
@@ -154,11 +167,15 @@ impl Reporter {
             }
         };
         if let Err(error) = self.see_through(attempt).await {
-            batch.retain(|success| self.ledger.is_reporting(&success.attempt));
-            let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
-            self.drop_reports(&ids, &error);
-            batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
+            self.give_up(batch, &error);
         }
+    }
+
+    fn give_up(&self, mut batch: Vec<Success>, error: &ClientError) {
+        batch.retain(|success| self.ledger.is_reporting(&success.attempt));
+        let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
+        self.drop_reports(&ids, error);
+        batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
     }
 
     /// Sends one bulk request, and another for those whose jobs came again while it was under way.

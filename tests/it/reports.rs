@@ -38,6 +38,23 @@ fn a_success_is_reported_at_once_and_all_that_have_to_wait_go_out_in_one_request
 }
 
 #[test]
+fn bulk_requests_that_fail_together_are_sent_again_together() {
+    let server = RawServer::start();
+    let waits = ["--retry-min-wait", "300ms", "--retry-max-wait", "300ms"];
+    let _daemon = Daemon::at(&server.url()).args(waits).args(["--prefetch", "10"]).sh("true").start();
+    let mut stream = server.take();
+    let held = ["a", "b", "c"].map(|id| {
+        stream.job(id);
+        server.request()
+    });
+    held.into_iter().for_each(|request| request.answer("503 Service Unavailable", ""));
+    let body: Value = serde_json::from_str(&server.request().body).unwrap();
+    let mut ids: Vec<&str> = body["ids"].as_array().unwrap().iter().map(|id| id.as_str().unwrap()).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, ["a", "b", "c"]);
+}
+
+#[test]
 fn a_single_success_waits_for_no_company() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
