@@ -10,13 +10,15 @@ use serde::Deserialize;
 use crate::bench::Bench;
 use crate::meter::{Process, reap};
 use crate::sample::{Sample, millis};
-use crate::{Result, bare, baseline, server};
+use crate::{Result, bare, baseline, protocol, server};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Contender {
     Bare,
     Xargs,
     Baseline,
+    /// This worker with a dispatcher that starts nothing.
+    Protocol,
     /// A build of this worker.
     Worker {
         name: &'static str,
@@ -47,6 +49,7 @@ impl Contender {
             Self::Bare => "bare loop",
             Self::Xargs => "xargs -P",
             Self::Baseline => "baseline",
+            Self::Protocol => "protocol alone",
             Self::Worker { name, .. } => name,
         }
     }
@@ -56,7 +59,7 @@ impl Contender {
         match self {
             Self::Bare => run_bare(bench, contest),
             Self::Xargs => run_xargs(contest),
-            Self::Baseline | Self::Worker { .. } => self.run_worker(bench, contest),
+            Self::Baseline | Self::Protocol | Self::Worker { .. } => self.run_worker(bench, contest),
         }
     }
 
@@ -100,8 +103,9 @@ impl Contender {
                 command
             }
             _ => {
+                let role = if *self == Self::Protocol { protocol::ROLE } else { baseline::ROLE };
                 let mut command = Command::new(&bench.exe);
-                command.args([baseline::ROLE, url, queue, &at_once]);
+                command.args([role, url, queue, &at_once]);
                 command
             }
         };

@@ -14,6 +14,7 @@ mod latency;
 mod memory;
 mod meter;
 mod plan;
+mod protocol;
 mod proxy;
 mod report;
 mod sample;
@@ -38,6 +39,7 @@ fn main() -> Result<()> {
         [stamp::ROLE, socket] => stamp::send(socket, began),
         [bare::ROLE, ref rest @ ..] => bare::run(rest),
         [baseline::ROLE, ref rest @ ..] => baseline::run(rest),
+        [protocol::ROLE, ref rest @ ..] => protocol::run(rest),
         [server::ROLE] => server::run(),
         ref options => measure(&Plan::parse(options)?),
     }

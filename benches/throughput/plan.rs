@@ -3,13 +3,14 @@
 use crate::Result;
 use crate::bench::Bench;
 use crate::report::Section;
-use crate::{faults, idle, latency, memory, scaling, start_stop, throughput};
+use crate::{faults, idle, latency, memory, protocol, scaling, start_stop, throughput};
 
 pub(crate) const HELP: &str = "\
 cargo bench                    everything but what takes minutes, about ten minutes
 cargo bench -- --long          everything
 cargo bench -- --quick         one short round of each, to see whether it works
 cargo bench -- PART…           these parts alone: throughput payload output latency memory idle start-stop growth faults
+cargo bench -- protocol        what the protocol costs without a process, which explains a part of the others
 cargo bench -- --rounds N      as many rounds (3)
 cargo bench -- --handler NAME  throughput of that handler alone: /bin/true, sh or python
 cargo bench -- --at-once N     throughput at that width alone
@@ -22,6 +23,7 @@ ZIZQ_URL measures against that server instead of the embedded one.";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     Throughput,
+    Protocol,
     Payload,
     Output,
     Latency,
@@ -32,8 +34,9 @@ pub(crate) enum Part {
     Faults,
 }
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     Part::Throughput,
+    Part::Protocol,
     Part::Payload,
     Part::Output,
     Part::Latency,
@@ -48,6 +51,7 @@ impl Part {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Throughput => "throughput",
+            Self::Protocol => "protocol",
             Self::Payload => "payload",
             Self::Output => "output",
             Self::Latency => "latency",
@@ -62,6 +66,7 @@ impl Part {
     pub(crate) fn about(self) -> &'static str {
         match self {
             Self::Throughput => "jobs a second and CPU per job, by handler and by how many run at once",
+            Self::Protocol => "what the server's protocol costs by itself, without a process",
             Self::Payload => "cost by size of the payload, 4 at once",
             Self::Output => "cost by size of the output, 4 at once",
             Self::Latency => "from enqueue to the handler's first instruction, on an idle worker",
@@ -76,6 +81,7 @@ impl Part {
     pub(crate) fn measure(self, bench: &Bench) -> Result<Section> {
         match self {
             Self::Throughput => throughput::measure(bench),
+            Self::Protocol => protocol::measure(bench),
             Self::Payload => scaling::measure_payload(bench),
             Self::Output => scaling::measure_output(bench),
             Self::Latency => latency::measure(bench),
@@ -85,6 +91,11 @@ impl Part {
             Self::Growth => memory::measure_growth(bench),
             Self::Faults => faults::measure(bench),
         }
+    }
+
+    /// It explains others, and is measured when it is asked for.
+    fn is_explanation(self) -> bool {
+        matches!(self, Self::Protocol)
     }
 
     fn takes_minutes(self) -> bool {
@@ -137,7 +148,10 @@ impl Plan {
     }
 
     fn includes(&self, part: Part) -> bool {
-        if self.chosen.is_empty() { self.long || !part.takes_minutes() } else { self.chosen.contains(&part) }
+        match self.chosen.is_empty() {
+            true => !part.is_explanation() && (self.long || !part.takes_minutes()),
+            false => self.chosen.contains(&part),
+        }
     }
 }
 
