@@ -92,7 +92,10 @@ fn the_status_has_what_each_loop_is_at() {
     let running = running.sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
     let admin = Admin::of(&running);
     let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
-    let status = admin.wait_for_status("a running job", |status| status["running"] == 1);
+    // A handler may run before the worker has noted which process it is.
+    let status = admin.wait_for_status("a running process", |status| {
+        status["loops"].as_array().unwrap().iter().any(|status| status["job"]["pid"] == pid)
+    });
     let names: Vec<&Value> = status["loops"].as_array().unwrap().iter().map(|status| &status["name"]).collect();
     assert_eq!(names, ["0:0", "0:1", "1:0", "1:1"]);
     let busy: Vec<&Value> =
