@@ -59,6 +59,7 @@ fn a_run_that_ends_by_itself_has_no_deadline_until_it_is_told_to_stop() {
     let daemon = Daemon::of(&server).args(["--max-jobs", "1", "--shutdown-deadline", "300ms"]);
     let running = daemon.handler(&script, "drain_signal = 'USR1'").start();
     running.wait_for_message("max_jobs have been started: draining");
+    // Three times the deadline, in which nothing may happen: there is no event to wait for.
     std::thread::sleep(Duration::from_secs(1));
     assert!(!running.dir().join("told").exists(), "nobody is in a hurry");
     running.sigterm();

@@ -135,6 +135,7 @@ fn a_quiet_worker_is_not_idle() {
     running.wait_for_message("paused");
     running.go();
     running.wait_for_message("stream closed, everything taken over it has been reported");
+    // Three times the limit, in which nothing may happen: there is no event to wait for.
     std::thread::sleep(Duration::from_secs(1));
     running.signal(Signal::CONT);
     running.wait_for_message("resumed");
