@@ -6,6 +6,7 @@ mod inspector;
 use std::io;
 use std::sync::Arc;
 
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -15,6 +16,7 @@ use crate::config::{Config, ConfigError, Source};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::{Lifecycle, WorkerSignals};
 use crate::logging::Log;
+use crate::process::block_sigchld;
 use crate::supervisor::Supervisor;
 use crate::worker::{Summary, Worker};
 use attendant::Attendant;
@@ -22,6 +24,15 @@ use inspector::Inspector;
 
 /// What ends the process before, or instead of, a good end.
 pub type Fatal = Box<dyn std::error::Error + Send + Sync>;
+
+/// The runtime of a process that does nothing else. To be called before there are other threads.
+///
+/// # Errors
+/// When the operating system refuses threads or descriptors.
+pub fn runtime() -> io::Result<Runtime> {
+    block_sigchld();
+    Builder::new_multi_thread().enable_all().build()
+}
 
 /// Works until it is told to stop. `args` are what `config` was resolved from, and will be again.
 ///

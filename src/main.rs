@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn start(args: Args, config: Config, log: Log) -> Result<Summary, Fatal> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = daemon::runtime()?;
     let ended = runtime.block_on(daemon::run(args, config, log));
     // Not waited for: a name that is still being looked up, which cannot be called off, would hold up the exit.
     runtime.shutdown_background();

@@ -25,11 +25,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt;
-use tokio::net::unix::pipe::{Receiver, Sender};
+use tokio::net::unix::pipe::Sender;
+use tokio::time::{sleep, timeout};
 
 use group::Group;
 pub use group::Usage;
-pub(crate) use limits::{TooFewDescriptors, ensure_descriptors, keep_exit_statuses};
+pub(crate) use limits::{TooFewDescriptors, block_sigchld, ensure_descriptors, keep_exit_statuses};
 pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
