@@ -40,6 +40,10 @@ use spawn::Surroundings;
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
 
+/// How long a child that has all its input runs before its output is read. Most are over by then, and all that they have
+/// printed is read at once.
+const HEAD_START: Duration = Duration::from_millis(2);
+
 /// What comes on a child's stdin.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
@@ -105,8 +109,8 @@ pub(crate) struct Exit<C> {
 pub(crate) struct Process {
     group: Group,
     stdin: Option<(Sender, Bytes)>,
-    stdout: Option<Receiver>,
-    stderr: Option<Receiver>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
 }
 
 impl Process {
@@ -125,9 +129,6 @@ impl Process {
                 their_stderr.as_ref().map(AsFd::as_fd),
             ],
         };
-        // Before there is a child: one that cannot be watched has to be killed, and its job started again.
-        let stdout = stdout.map(Receiver::from_owned_fd_unchecked).transpose()?;
-        let stderr = stderr.map(Receiver::from_owned_fd_unchecked).transpose()?;
         let leader = start.children.start(|| spawn::spawn(start.program, &surroundings))?;
         Ok(Self { group: Group::of(leader, start.children.clone())?, stdin: unread, stdout, stderr })
     }
@@ -147,6 +148,7 @@ impl Process {
         let Self { group, stdin, stdout, stderr } = self;
         let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
+        let head_start = if stdin.is_none() { HEAD_START } else { Duration::ZERO };
         let terminated = {
             let mut io = pin!(async {
                 let out = output::read_lines(stdout.as_ref(), &read, |line| on_line(Channel::Stdout, line), None);
@@ -163,12 +165,10 @@ impl Process {
             tokio::select! {
                 biased;
                 terminated = &mut end => {
-                    // What is left of the group holds the pipes no longer then. What has left the group may.
-                    group.signal(Signal::KILL);
-                    read_the_rest(io, &read, [&stdout, &stderr]).await;
+                    read_the_rest(io, &group, &read, [&stdout, &stderr]).await;
                     terminated
                 }
-                () = &mut io => end.await,
+                () = async { sleep(head_start).await; io.as_mut().await } => end.await,
             }
         };
         Exit { ended: group.end().await, terminated, notified, stderr: tail }
@@ -177,16 +177,23 @@ impl Process {
 
 /// Reads what is in the pipes, and nothing later than the grace: that would be of a process that lives on. Only a worker
 /// too busy to have read what was there takes longer.
-async fn read_the_rest(mut io: Pin<&mut impl Future<Output = ()>>, read: &AtomicU64, pipes: [&Option<Receiver>; 2]) {
-    // Most often that is the end of file in both, which needs no count.
+async fn read_the_rest(
+    mut io: Pin<&mut impl Future<Output = ()>>,
+    group: &Group,
+    read: &AtomicU64,
+    pipes: [&Option<OwnedFd>; 2],
+) {
+    // Most often nobody holds them any more, and that is all.
     if poll_fn(|context| Poll::Ready(io.as_mut().poll(context).is_ready())).await {
         return;
     }
+    // What is left of the group holds the pipes no longer then. What has left the group may.
+    group.signal(Signal::KILL);
     let there = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
     let all = read.load(Ordering::Relaxed) + there.sum::<u64>();
     loop {
         let before = read.load(Ordering::Relaxed);
-        let ended = tokio::time::timeout(OUTPUT_GRACE, &mut io).await.is_ok();
+        let ended = timeout(OUTPUT_GRACE, &mut io).await.is_ok();
         let now = read.load(Ordering::Relaxed);
         if ended || now >= all || now == before {
             return;
@@ -228,7 +235,7 @@ async fn terminate(group: &Group, kill_grace: Duration, skip_grace: impl Future<
         biased;
         () = group.died_out() => return,
         () = skip_grace => {}
-        () = tokio::time::sleep(kill_grace) => {}
+        () = sleep(kill_grace) => {}
     }
     group.kill();
     group.leader_exited().await;

@@ -4,9 +4,14 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use tokio::net::unix::pipe::Receiver;
+use rustix::io::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::sleep;
 
 /// A longer line is cut here.
 const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -23,6 +28,10 @@ const READ_BYTES: usize = 64 * 1024;
 /// How much memory a job keeps to put lines together in, beyond the line that needs it.
 const KEPT_FOR_LINES: usize = 16 * 1024;
 
+/// How often a pipe is read that the reactor does not take, because the system has no room for another descriptor in it. Its
+/// job runs already: it may not be ended for that.
+const PAUSE_WITHOUT_REACTOR: Duration = Duration::from_millis(10);
+
 /// Where a line was printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Channel {
@@ -30,16 +39,16 @@ pub(crate) enum Channel {
     Stderr,
 }
 
-/// Reads a pipe, if there is one, to its end, line by line. Counts in `read` the bytes of it.
+/// Reads a pipe that does not block, if there is one, to its end, line by line. Counts in `read` the bytes of it.
 pub(crate) async fn read_lines(
-    pipe: Option<&Receiver>,
+    pipe: Option<&OwnedFd>,
     read: &AtomicU64,
     on_line: impl Fn(&str),
     mut tail: Option<&mut Tail>,
 ) {
     let Some(pipe) = pipe else { return };
-    let mut lines = Lines::default();
-    while pipe.readable().await.is_ok() {
+    let (mut lines, mut watched) = (Lines::default(), None);
+    loop {
         match read_some(pipe, |chunk| {
             read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             lines.push(chunk, &on_line);
@@ -50,8 +59,9 @@ pub(crate) async fn read_lines(
             Ok(0) => break,
             // The pipe of a child that prints without pause is always readable: without this, whoever waits in the same
             // task, for the stop above all, would not get their turn.
-            Ok(_) => tokio::task::yield_now().await,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Ok(READ_BYTES) => tokio::task::yield_now().await,
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => readable(watched.get_or_insert_with(|| watch(pipe))).await,
             Err(_) => break,
         }
         // A child that prints as fast as it is read would keep this thread from all other work.
@@ -60,14 +70,32 @@ pub(crate) async fn read_lines(
     lines.finish(&on_line);
 }
 
+/// A pipe in the reactor. Most jobs are over before there is need of one, and two system calls for each pipe are saved.
+type Watched<'a> = io::Result<AsyncFd<BorrowedFd<'a>>>;
+
+#[expect(unsafe_code, reason = "the reactor has no safe way in for a descriptor that is borrowed")]
+fn watch(pipe: &OwnedFd) -> Watched<'_> {
+    // SAFETY: an `OwnedFd` stays open, under the same number, for as long as it is borrowed.
+    Ok(unsafe { AsyncFd::register_with_interest(pipe.as_fd(), Interest::READABLE) }?)
+}
+
+/// Waits until there may be something to read, after a read has found nothing.
+async fn readable(pipe: &Watched<'_>) {
+    match pipe {
+        // It fails only when the reactor is gone, and this task with it.
+        Ok(pipe) => drop(pipe.readable().await.map(|mut ready| ready.clear_ready())),
+        Err(_) => sleep(PAUSE_WITHOUT_REACTOR).await,
+    }
+}
+
 thread_local! {
     /// One for all children of a thread, since it is empty whenever a task waits.
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
 }
 
-fn read_some(pipe: &Receiver, mut take: impl FnMut(&[u8])) -> io::Result<usize> {
+fn read_some(pipe: &OwnedFd, mut take: impl FnMut(&[u8])) -> Result<usize, Errno> {
     BUFFER.with_borrow_mut(|buffer| {
-        let count = pipe.try_read(buffer)?;
+        let count = rustix::io::read(pipe, &mut buffer[..])?;
         take(&buffer[..count]);
         Ok(count)
     })
@@ -222,5 +250,21 @@ mod tests {
         assert!(text.starts_with("aaaa") && text.ends_with("cccc"));
         assert!(text.contains("\n[1000 bytes left out]\n"), "{}", &text[HEAD_BYTES..HEAD_BYTES + 60]);
         assert!(tail.end.capacity() <= 2 * TAIL_BYTES);
+    }
+
+    #[tokio::test]
+    async fn a_pipe_that_the_reactor_does_not_take_is_read_all_the_same() {
+        let (pipe, writer) = rustix::pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&pipe, true).unwrap();
+        // It takes no descriptor twice.
+        let _watched = watch(&pipe).unwrap();
+        assert!(watch(&pipe).is_err());
+        let (lines, read) = (RefCell::new(Vec::new()), AtomicU64::default());
+        let reading = read_lines(Some(&pipe), &read, |line| lines.borrow_mut().push(line.to_owned()), None);
+        // It begins when the reading has found nothing.
+        let printing = async move { rustix::io::write(&writer, b"one\ntwo\n").unwrap() };
+        tokio::join!(reading, printing);
+        assert_eq!(lines.into_inner(), ["one", "two"]);
+        assert_eq!(read.into_inner(), 8);
     }
 }
