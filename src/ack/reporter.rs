@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
+use tokio::task::yield_now;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
@@ -25,11 +26,8 @@ use crate::metrics::Metrics;
 /// How many ids one bulk request carries at most, so that its size stays far below what servers and proxies accept.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
-/// How many bulk requests are under way at once, when the server takes its time: enough to hide that from the jobs.
-const MAX_BULK_REQUESTS: usize = 8;
-
-/// From when on it does. A server in this machine, with its jobs in memory, takes a fifth of that.
-const SLOW_ANSWER: Duration = Duration::from_millis(1);
+/// For how many turns of the scheduler a bulk request waits for what ends at the same moment.
+const TURNS: usize = 3;
 
 /// How many failures are under way at once: enough to hide the round trip, few enough to spare the server.
 const MAX_FAILURES_UNDER_WAY: usize = 8;
@@ -56,17 +54,6 @@ pub(crate) struct Reporter {
     killed: Arc<OnceLock<Instant>>,
 }
 
-/// A bulk request that did not succeed.
-#[derive(Debug)]
-struct FailedTry {
-    batch: Vec<Success>,
-    error: ClientError,
-}
-
-async fn only_failed(tried: Result<(), FailedTry>) -> Option<FailedTry> {
-    tried.err()
-}
-
 /// What became of a report that the server has answered.
 enum Settled {
     /// The server knows, or need not know any more.
@@ -86,70 +73,24 @@ impl Reporter {
         Self { link, ledger, backoff, lifecycle, metrics, killed: Arc::default() }
     }
 
-    /// While a bulk request is under way, the next one gathers. It leaves when the one before has been answered, or takes so
-    /// long that jobs would have to wait for it. No timer holds a report back.
+    /// One bulk request at a time: while it is under way, the next one gathers. No timer holds a report back.
     pub(super) async fn report_successes(
         self,
         mut queue: mpsc::UnboundedReceiver<Success>,
         closing: CancellationToken,
     ) {
-        let mut under_way = FuturesUnordered::new();
-        let (mut batch, mut slow_at, mut slow) = (Vec::new(), Instant::now(), false);
+        let mut batch = Vec::new();
         loop {
-            let may_leave = under_way.is_empty() || (slow && under_way.len() < MAX_BULK_REQUESTS);
             tokio::select! {
-                Some(tried) = under_way.next() => if let Err(failed) = tried {
-                    // The others have left at the same time, and say whether the server is back.
-                    let mut all = vec![failed];
-                    all.extend(under_way.by_ref().filter_map(only_failed).collect::<Vec<_>>().await);
-                    self.try_all_again(all, &mut queue).await;
-                },
-                count = queue.recv_many(&mut batch, MAX_SUCCESSES_PER_REQUEST), if may_leave => {
-                    if count == 0 {
-                        break;
-                    }
-                    under_way.push(self.first_try(std::mem::take(&mut batch)));
-                    (slow_at, slow) = (Instant::now() + SLOW_ANSWER, false);
+                count = queue.recv_many(&mut batch, MAX_SUCCESSES_PER_REQUEST) => if count == 0 { break },
+                () = closing.cancelled(), if !queue.is_closed() => {
+                    queue.close();
+                    continue;
                 }
-                () = tokio::time::sleep_until(slow_at), if !slow && !under_way.is_empty() => slow = true,
-                () = closing.cancelled(), if !queue.is_closed() => queue.close(),
             }
-        }
-        let failed = under_way.filter_map(only_failed).collect().await;
-        self.try_all_again(failed, &mut queue).await;
-    }
-
-    /// What has failed together is tried again together: it would be a wait for each of them.
-    async fn try_all_again(&self, all: Vec<FailedTry>, queue: &mut mpsc::UnboundedReceiver<Success>) {
-        let (again, refused): (Vec<_>, Vec<_>) = all.into_iter().partition(|failed| failed.error.is_retryable());
-        refused.into_iter().for_each(|FailedTry { batch, error }| self.give_up(batch, &error));
-        let (mut batch, mut error) = (Vec::new(), None);
-        for failed in again {
-            batch.extend(failed.batch);
-            error.get_or_insert(failed.error);
-        }
-        while !batch.is_empty() {
-            let rest = batch.split_off(batch.len().min(MAX_SUCCESSES_PER_REQUEST));
-            self.try_again(batch, error.take(), queue).await;
-            batch = rest;
-        }
-    }
-
-    async fn first_try(&self, batch: Vec<Success>) -> Result<(), FailedTry> {
-        let attempts = batch.iter().map(|success| success.attempt.clone()).collect();
-        self.in_time(self.try_successes(attempts)).await.map_err(|error| FailedTry { batch, error })
-    }
-
-    /// Sees a bulk request through, whose first try may have failed. What gathers meanwhile leaves with it.
-    async fn try_again(
-        &self,
-        mut batch: Vec<Success>,
-        mut first: Option<ClientError>,
-        queue: &mut mpsc::UnboundedReceiver<Success>,
-    ) {
-        let attempt = || {
-            let failed = first.take();
-            if failed.is_none() {
+            await_the_simultaneous().await;
+            let attempt = || {
+                // What has gathered since the last try leaves with this one.
                 while batch.len() < MAX_SUCCESSES_PER_REQUEST
                     && let Ok(success) = queue.try_recv()
                 {
@@ -157,25 +98,21 @@ impl Reporter {
                 }
                 // What the last try has settled does not leave again.
                 batch.retain(|success| self.ledger.is_reporting(&success.attempt));
+                self.try_successes(batch.iter().map(|success| success.attempt.clone()).collect())
+            };
+            if let Err(error) = self.see_through(attempt).await {
+                self.give_up(&batch, &error);
             }
-            let attempts = batch.iter().map(|success| success.attempt.clone()).collect();
-            async move {
-                match failed {
-                    Some(error) => Err(error),
-                    None => self.try_successes(attempts).await,
-                }
-            }
-        };
-        if let Err(error) = self.see_through(attempt).await {
-            self.give_up(batch, &error);
+            batch.clear();
         }
     }
 
-    fn give_up(&self, mut batch: Vec<Success>, error: &ClientError) {
-        batch.retain(|success| self.ledger.is_reporting(&success.attempt));
-        let ids: Vec<JobId> = batch.iter().map(|success| success.attempt.id.clone()).collect();
+    fn give_up(&self, batch: &[Success], error: &ClientError) {
+        let attempts = batch.iter().map(|success| &success.attempt);
+        let dropped: Vec<&Attempt> = attempts.filter(|attempt| self.ledger.is_reporting(attempt)).collect();
+        let ids: Vec<JobId> = dropped.iter().map(|attempt| attempt.id.clone()).collect();
         self.drop_reports(&ids, error);
-        batch.iter().for_each(|success| self.ledger.forget(&success.attempt));
+        dropped.into_iter().for_each(|attempt| self.ledger.forget(attempt));
     }
 
     /// Sends one bulk request, and another for those whose jobs came again while it was under way.
@@ -356,6 +293,14 @@ impl Reporter {
             () = tokio::time::sleep_until((now + LAST_TRY_TIMEOUT).min(killed + LAST_TRIES_TIMEOUT)) => {}
             () = self.lifecycle.reached(Phase::Forcing) => {}
         }
+    }
+}
+
+/// Lets the jobs end that end at the same moment: whatever is ready in this runtime gets its turn. With nothing else to do,
+/// that takes no time.
+async fn await_the_simultaneous() {
+    for _ in 0..TURNS {
+        yield_now().await;
     }
 }
 
