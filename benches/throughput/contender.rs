@@ -19,6 +19,8 @@ pub(crate) enum Contender {
     Baseline,
     /// This worker with a dispatcher that starts nothing.
     Protocol,
+    /// This worker with a dispatcher that does what the bare loop does.
+    BareOnProtocol,
     /// A build of this worker.
     Worker {
         name: &'static str,
@@ -50,6 +52,7 @@ impl Contender {
             Self::Xargs => "xargs -P",
             Self::Baseline => "baseline",
             Self::Protocol => "protocol alone",
+            Self::BareOnProtocol => "bare loop + protocol",
             Self::Worker { name, .. } => name,
         }
     }
@@ -59,7 +62,7 @@ impl Contender {
         match self {
             Self::Bare => run_bare(bench, contest),
             Self::Xargs => run_xargs(contest),
-            Self::Baseline | Self::Protocol | Self::Worker { .. } => self.run_worker(bench, contest),
+            _ => self.run_worker(bench, contest),
         }
     }
 
@@ -103,13 +106,16 @@ impl Contender {
                 command
             }
             _ => {
-                let role = if *self == Self::Protocol { protocol::ROLE } else { baseline::ROLE };
+                let role = if *self == Self::Baseline { baseline::ROLE } else { protocol::ROLE };
                 let mut command = Command::new(&bench.exe);
                 command.args([role, url, queue, &at_once]);
                 command
             }
         };
-        Ok(Running(Some(command.args(handler).stdin(Stdio::null()).spawn()?)))
+        if *self != Self::Protocol {
+            command.args(handler);
+        }
+        Ok(Running(Some(command.stdin(Stdio::null()).spawn()?)))
     }
 }
 

@@ -9,8 +9,7 @@ pub(crate) const HELP: &str = "\
 cargo bench                    everything but what takes minutes, about ten minutes
 cargo bench -- --long          everything
 cargo bench -- --quick         one short round of each, to see whether it works
-cargo bench -- PART…           these parts alone: throughput payload output latency memory idle start-stop growth faults
-cargo bench -- protocol        what the protocol costs without a process, which explains a part of the others
+cargo bench -- PART…           these parts alone: throughput protocol payload output latency memory idle start-stop growth faults
 cargo bench -- --rounds N      as many rounds (3)
 cargo bench -- --handler NAME  throughput of that handler alone: /bin/true, sh or python
 cargo bench -- --at-once N     throughput at that width alone
@@ -66,7 +65,7 @@ impl Part {
     pub(crate) fn about(self) -> &'static str {
         match self {
             Self::Throughput => "jobs a second and CPU per job, by handler and by how many run at once",
-            Self::Protocol => "what the server's protocol costs by itself, without a process",
+            Self::Protocol => "what the server's protocol costs: alone, and with what the bare loop does for each job",
             Self::Payload => "cost by size of the payload, 4 at once",
             Self::Output => "cost by size of the output, 4 at once",
             Self::Latency => "from enqueue to the handler's first instruction, on an idle worker",
@@ -91,11 +90,6 @@ impl Part {
             Self::Growth => memory::measure_growth(bench),
             Self::Faults => faults::measure(bench),
         }
-    }
-
-    /// It explains others, and is measured when it is asked for.
-    fn is_explanation(self) -> bool {
-        matches!(self, Self::Protocol)
     }
 
     fn takes_minutes(self) -> bool {
@@ -149,7 +143,7 @@ impl Plan {
 
     fn includes(&self, part: Part) -> bool {
         match self.chosen.is_empty() {
-            true => !part.is_explanation() && (self.long || !part.takes_minutes()),
+            true => self.long || !part.takes_minutes(),
             false => self.chosen.contains(&part),
         }
     }

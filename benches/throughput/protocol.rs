@@ -1,32 +1,50 @@
-//! The protocol alone: this worker with a dispatcher that starts nothing. What it costs per job, and what the bare loop does,
-//! is the least that a worker can cost which takes its jobs from a server.
+//! The protocol: this worker with another dispatcher, in two ways. One starts nothing: jobs come and reports leave many at a
+//! time then, and that is what the protocol costs at the least. The other does for each job what the bare loop does, in a
+//! thread for each, and nothing of what the worker does beside it: no group, no environment, no limit, no result file. That is
+//! what a worker costs which takes jobs one by one, as they end.
 
 use tokio::signal::unix::{SignalKind, signal};
-use zizq_worker::{Dispatcher, Ended, Job, Lifecycle, Outcome, Worker, WorkerConfig};
+use zizq_worker::{Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Worker, WorkerConfig};
 
-use crate::Result;
 use crate::bench::Bench;
 use crate::contender::{Contender, Contest};
 use crate::report::{Row, Section, Target};
 use crate::throughput::{PAYLOAD_BYTES, compete_among};
+use crate::{Result, bare};
 
 pub(crate) const ROLE: &str = "contender:protocol";
 
+/// More threads than jobs at once: each job holds one, as in the bare loop, and the runtime has one over.
+const THREADS_OVER: usize = 2;
+
 const AT_ONCE: [usize; 2] = [4, 8];
+
+const CONTENDERS: [Contender; 3] = [Contender::Bare, Contender::Protocol, Contender::BareOnProtocol];
 
 const JOBS: usize = 4000;
 
-struct Nothing;
+/// What it does for a job is what the bare loop does, if it is given a handler.
+struct Plain {
+    handler: Vec<String>,
+}
 
-impl Dispatcher for Nothing {
-    async fn dispatch(&self, _job: &Job, _lifecycle: &Lifecycle) -> Ended {
-        Outcome::Success.into()
+impl Dispatcher for Plain {
+    async fn dispatch(&self, job: &Job, _lifecycle: &Lifecycle) -> Ended {
+        if self.handler.is_empty() {
+            return Outcome::Success.into();
+        }
+        let handler: Vec<&str> = self.handler.iter().map(String::as_str).collect();
+        // It blocks the thread, as it does there.
+        match bare::one(&String::from_utf8_lossy(&job.payload), &handler) {
+            Ok(()) => Outcome::Success.into(),
+            Err(error) => Outcome::Failure(Failure::new("Bench", error.to_string())).into(),
+        }
     }
 }
 
-/// Words: url, queue, and how many at once.
+/// Words: url, queue, how many at once, and the handler, if it is to be run.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
-    let [url, queue, at_once, ..] = words else { return Err("too few words".into()) };
+    let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
     let threads: std::num::NonZeroUsize = at_once.parse()?;
     let config = WorkerConfig {
         url: url.parse()?,
@@ -35,11 +53,15 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         prefetch: threads.saturating_add(threads.get()),
         ..WorkerConfig::default()
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(work(Worker::new(config, Nothing)))
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if !handler.is_empty() {
+        runtime.worker_threads(threads.get() + THREADS_OVER);
+    }
+    let handler = handler.iter().map(|word| (*word).to_owned()).collect();
+    runtime.enable_all().build()?.block_on(work(Worker::new(config, Plain { handler })))
 }
 
-async fn work(worker: Worker<Nothing>) -> Result<()> {
+async fn work(worker: Worker<Plain>) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let lifecycle = Lifecycle::new();
     let told_to_end = async {
@@ -59,18 +81,22 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     for at_once in AT_ONCE {
         let handler = vec!["/bin/true".to_owned()];
         let contest = Contest { handler, at_once, jobs: bench.scaled(JOBS), payload_bytes: PAYLOAD_BYTES };
-        rows.extend(compete_among(bench, &[Contender::Bare, Contender::Protocol], &contest, "/bin/true")?);
+        rows.extend(compete_among(bench, &CONTENDERS, &contest, "/bin/true")?);
     }
-    let targets = rows.chunks(2).map(floor).collect();
+    let targets = rows.chunks(CONTENDERS.len()).flat_map(floors).collect();
     Ok(Section::new(rows, targets))
 }
 
-/// The least that own CPU can be, over the bare loop's.
-fn floor(rows: &[Row]) -> Target {
-    let ratio = match rows {
-        [bare, protocol] => protocol.ratio_to(bare, |sample| sample.own_cpu).map(|ratio| 1.0 + ratio),
-        _ => None,
-    };
-    let at_once = rows.first().map_or(0, |row| row.at_once);
-    Target::figure(format!("(own CPU of bare loop and protocol together / bare loop), {at_once} at once"), ratio)
+/// What own CPU is at the least, over the bare loop's.
+fn floors(rows: &[Row]) -> Vec<Target> {
+    let [bare, protocol, both] = rows else { return Vec::new() };
+    let own = |row: &Row| row.ratio_to(bare, |sample| sample.own_cpu);
+    let about = |what: &str| format!("({what}), {} at once", bare.at_once);
+    vec![
+        Target::figure(
+            about("own CPU of the bare loop and of the protocol alone / bare loop"),
+            own(protocol).map(|ratio| 1.0 + ratio),
+        ),
+        Target::figure(about("own CPU of the bare loop on the protocol / bare loop"), own(both)),
+    ]
 }
