@@ -148,7 +148,7 @@ impl Process {
         let Self { group, stdin, stdout, stderr } = self;
         let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
-        let head_start = if stdin.is_none() { HEAD_START } else { Duration::ZERO };
+        let has_all_its_input = stdin.is_none();
         let terminated = {
             let mut io = pin!(async {
                 let out = output::read_lines(stdout.as_ref(), &read, |line| on_line(Channel::Stdout, line), None);
@@ -168,7 +168,12 @@ impl Process {
                     read_the_rest(io, &group, &read, [&stdout, &stderr]).await;
                     terminated
                 }
-                () = async { sleep(head_start).await; io.as_mut().await } => end.await,
+                () = async {
+                    if has_all_its_input {
+                        sleep(HEAD_START).await;
+                    }
+                    io.as_mut().await;
+                } => end.await,
             }
         };
         Exit { ended: group.end().await, terminated, notified, stderr: tail }
