@@ -47,7 +47,7 @@ pub(crate) async fn read_lines(
     mut tail: Option<&mut Tail>,
 ) {
     let Some(pipe) = pipe else { return };
-    let (mut lines, mut watched) = (Lines::default(), None);
+    let (mut lines, mut watched, mut in_a_row) = (Lines::default(), None, 0);
     loop {
         match read_some(pipe, |chunk| {
             read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
@@ -59,9 +59,17 @@ pub(crate) async fn read_lines(
             Ok(0) => break,
             // The pipe of a child that prints without pause is always readable: without this, whoever waits in the same
             // task, for the stop above all, would not get their turn.
-            Ok(READ_BYTES) => tokio::task::yield_now().await,
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => readable(watched.get_or_insert_with(|| watch(pipe))).await,
+            Ok(_) if in_a_row == 1 => {
+                in_a_row = 0;
+                tokio::task::yield_now().await;
+            }
+            // A short job is read by one for what it has printed, and one for the end.
+            Ok(_) => in_a_row = 1,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                in_a_row = 0;
+                readable(watched.get_or_insert_with(|| watch(pipe))).await;
+            }
             Err(_) => break,
         }
         // A child that prints as fast as it is read would keep this thread from all other work.
@@ -82,8 +90,11 @@ fn watch(pipe: &OwnedFd) -> Watched<'_> {
 /// Waits until there may be something to read, after a read has found nothing.
 async fn readable(pipe: &Watched<'_>) {
     match pipe {
-        // It fails only when the reactor is gone, and this task with it.
-        Ok(pipe) => drop(pipe.readable().await.map(|mut ready| ready.clear_ready())),
+        Ok(pipe) => match pipe.readable().await {
+            Ok(mut ready) => ready.clear_ready(),
+            // The reactor is gone, and this task with it.
+            Err(_) => std::future::pending().await,
+        },
         Err(_) => sleep(PAUSE_WITHOUT_REACTOR).await,
     }
 }
@@ -266,5 +277,21 @@ mod tests {
         tokio::join!(reading, printing);
         assert_eq!(lines.into_inner(), ["one", "two"]);
         assert_eq!(read.into_inner(), 8);
+    }
+
+    #[tokio::test]
+    async fn a_child_that_prints_without_pause_leaves_the_others_their_turn() {
+        let (pipe, writer) = rustix::pipe::pipe().unwrap();
+        let print = || rustix::io::write(&writer, b"again\n").unwrap();
+        let (lines, read) = (std::cell::Cell::new(0), AtomicU64::default());
+        let on_line = |_: &str| {
+            lines.set(lines.get() + 1);
+            print();
+        };
+        print();
+        let mut reading = std::pin::pin!(read_lines(Some(&pipe), &read, on_line, None));
+        let is_pending =
+            std::future::poll_fn(|context| std::task::Poll::Ready(reading.as_mut().poll(context).is_pending())).await;
+        assert!(is_pending && lines.get() == 2, "{} reads in one turn", lines.get());
     }
 }
