@@ -16,7 +16,6 @@ use crate::config::{Config, ConfigError, Source};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::{Lifecycle, WorkerSignals};
 use crate::logging::Log;
-use crate::process::block_sigchld;
 use crate::supervisor::Supervisor;
 use crate::worker::{Summary, Worker};
 use attendant::Attendant;
@@ -25,13 +24,13 @@ use inspector::Inspector;
 /// What ends the process before, or instead of, a good end.
 pub type Fatal = Box<dyn std::error::Error + Send + Sync>;
 
-/// The runtime of a process that does nothing else. To be called before there are other threads.
+/// The runtime of a process that does nothing else. One thread drives all jobs: with more, each wakes the others for work that
+/// takes less than the waking.
 ///
 /// # Errors
-/// When the operating system refuses threads or descriptors.
+/// When the operating system refuses descriptors.
 pub fn runtime() -> io::Result<Runtime> {
-    block_sigchld();
-    Builder::new_multi_thread().enable_all().build()
+    Builder::new_current_thread().enable_all().build()
 }
 
 /// Works until it is told to stop. `args` are what `config` was resolved from, and will be again.

@@ -67,6 +67,8 @@ const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b
 #[derive(Debug)]
 pub struct Client {
     url: ServerUrl,
+    /// The same, in front of a path.
+    base: String,
     worker_id: WorkerId,
     connector: HttpsConnector<HttpConnector>,
     reports: PooledClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
@@ -130,7 +132,7 @@ impl Client {
         reports.timer(TokioTimer::new()).pool_timer(TokioTimer::new());
         reports.http2_keep_alive_interval(HTTP2_KEEPALIVE).http2_keep_alive_timeout(HTTP2_KEEPALIVE);
         let reports = reports.build(pooled);
-        Self { url, worker_id, connector, reports }
+        Self { base: url.to_string(), url, worker_id, connector, reports }
     }
 
     /// Where it connects to.
@@ -270,7 +272,7 @@ impl Client {
     fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Request<Full<Bytes>>, ClientError> {
         Request::builder()
             .method(method)
-            .uri(format!("{}{path}", self.url))
+            .uri(format!("{}{path}", self.base))
             .header(USER_AGENT, concat!("zizq-worker/", env!("CARGO_PKG_VERSION")))
             .header("worker-id", self.worker_id.header())
             .body(Full::new(body))

@@ -35,6 +35,15 @@ pub(super) enum NotStarted {
     Failed(io::Error),
 }
 
+/// When it has to be known whether a start has worked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Known {
+    /// When it returns.
+    AtOnce,
+    /// That may be learned later, and is told by another start.
+    Later,
+}
+
 /// How the starts of one handler have gone. While they fail there is one at a time, and a pause between them.
 #[derive(Debug)]
 pub(super) struct Brake {
@@ -70,24 +79,28 @@ impl Brake {
         &self.name
     }
 
-    /// Starts something, as soon as this handler may be started.
+    /// Starts something, as soon as this handler may be started. `fault` is what has just come of starting it, if that failed.
     pub(super) async fn start<T>(
         &self,
         lifecycle: &Lifecycle,
-        spawn: impl Fn() -> io::Result<T>,
+        fault: Option<io::Error>,
+        spawn: impl Fn(Known) -> io::Result<T>,
     ) -> Result<T, NotStarted> {
-        if !self.engaged.load(Ordering::Acquire) {
-            match spawn() {
+        let fault = match fault {
+            None if !self.is_engaged() => match spawn(Known::Later) {
                 Ok(started) => return Ok(started),
-                Err(error) if is_the_jobs_own(&error) => return Err(NotStarted::Failed(error)),
-                // Many may find the fault at once. Each tries again when it is its turn: it counts once, and costs one job.
-                Err(_) => {}
-            }
+                Err(error) => Some(error),
+            },
+            fault => fault,
+        };
+        if let Some(error) = fault.filter(is_the_jobs_own) {
+            return Err(NotStarted::Failed(error));
         }
+        // Many may find a fault at once. Each tries again when it is its turn: it counts once, and costs one job.
         tokio::select! {
             biased;
             () = lifecycle.awaited() => Err(NotStarted::Stopping),
-            started = self.start_in_turn(spawn) => started,
+            started = self.start_in_turn(|| spawn(Known::AtOnce)) => started,
         }
     }
 
@@ -168,14 +181,14 @@ mod tests {
     /// Tries a start that goes wrong in that way, and says how long it took.
     async fn fail(brake: &Brake, errno: Errno) -> Duration {
         let begun = Instant::now();
-        let started = brake.start(&Lifecycle::new(), || Err::<(), _>(fault(errno))).await;
+        let started = brake.start(&Lifecycle::new(), None, |_| Err::<(), _>(fault(errno))).await;
         assert!(matches!(started, Err(NotStarted::Failed(_))));
         begun.elapsed()
     }
 
     async fn succeed(brake: &Brake) -> Duration {
         let begun = Instant::now();
-        brake.start(&Lifecycle::new(), || Ok(())).await.unwrap();
+        brake.start(&Lifecycle::new(), None, |_| Ok(())).await.unwrap();
         begun.elapsed()
     }
 
@@ -186,8 +199,8 @@ mod tests {
         {
             let (brake, begun) = (brake(), Instant::now());
             let over = begun + Duration::from_secs(4);
-            let spawn = || if Instant::now() < over { Err(fault(errno)) } else { Ok(()) };
-            brake.start(&Lifecycle::new(), spawn).await.unwrap();
+            let spawn = |_| if Instant::now() < over { Err(fault(errno)) } else { Ok(()) };
+            brake.start(&Lifecycle::new(), None, spawn).await.unwrap();
             assert!(begun.elapsed() < Duration::from_secs(5), "{errno}: {:?}", begun.elapsed());
             assert_eq!(succeed(&brake).await, Duration::ZERO);
         }
@@ -217,13 +230,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn jobs_that_come_at_once_fail_one_after_the_other() {
         let (brake, begun, tries) = (brake(), Instant::now(), Cell::new(0));
-        let spawn = || {
+        let spawn = |_| {
             tries.set(tries.get() + 1);
             // The first job tries twice: at once, and in its turn.
             if tries.get() <= 4 { Err(fault(Errno::NOEXEC)) } else { Ok(()) }
         };
         let lifecycle = Lifecycle::new();
-        let start = || brake.start(&lifecycle, spawn);
+        let start = || brake.start(&lifecycle, None, spawn);
         let (a, b, c, d) = tokio::join!(start(), start(), start(), start());
         assert!([a, b, c].iter().all(Result::is_err));
         assert!(d.is_ok());
@@ -234,9 +247,33 @@ mod tests {
     async fn what_is_wrong_with_one_job_fails_it_at_once_and_slows_down_no_other() {
         let brake = brake();
         assert_eq!(fail(&brake, Errno::TOOBIG).await, Duration::ZERO);
-        let zero_byte = || Err::<(), _>(io::ErrorKind::InvalidInput.into());
-        assert!(matches!(brake.start(&Lifecycle::new(), zero_byte).await, Err(NotStarted::Failed(_))));
+        let zero_byte = |_| Err::<(), _>(io::ErrorKind::InvalidInput.into());
+        assert!(matches!(brake.start(&Lifecycle::new(), None, zero_byte).await, Err(NotStarted::Failed(_))));
         assert_eq!(succeed(&brake).await, Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_turns_out_to_have_failed_is_tried_again_and_its_end_is_known_at_once_then() {
+        let (brake, known) = (brake(), Cell::new(None));
+        let spawn = |when| {
+            known.set(Some(when));
+            Ok(())
+        };
+        brake.start(&Lifecycle::new(), None, spawn).await.unwrap();
+        assert_eq!(known.get(), Some(Known::Later));
+        brake.start(&Lifecycle::new(), Some(fault(Errno::NOENT)), spawn).await.unwrap();
+        assert_eq!(known.get(), Some(Known::AtOnce));
+        let started = brake.start(&Lifecycle::new(), Some(fault(Errno::TOOBIG)), spawn).await;
+        assert!(matches!(started, Err(NotStarted::Failed(error)) if error.raw_os_error() == Some(7)));
+        assert_eq!(succeed(&brake).await, Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_starts_fail_the_end_of_each_is_known_at_once() {
+        let brake = brake();
+        fail(&brake, Errno::NOEXEC).await;
+        let spawn = |known| if known == Known::AtOnce { Ok(()) } else { Err(fault(Errno::NOEXEC)) };
+        brake.start(&Lifecycle::new(), None, spawn).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
@@ -247,7 +284,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(100)).await;
             lifecycle.stop();
         };
-        let (started, ()) = tokio::join!(brake.start(&lifecycle, || Ok(())), stop);
+        let (started, ()) = tokio::join!(brake.start(&lifecycle, None, |_| Ok(())), stop);
         assert!(matches!(started, Err(NotStarted::Stopping)));
         assert!(begun.elapsed() < Duration::from_secs(1));
     }

@@ -5,8 +5,8 @@ mod outcome;
 mod pids;
 mod result_file;
 mod routes;
+mod variables;
 
-use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::process::{
     Channel, Children, Exit, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors,
     keep_exit_statuses,
 };
-use brake::NotStarted;
+use brake::{Known, NotStarted};
 use outcome::Cause;
 use pids::Pids;
 use result_file::{ResultDir, ResultFile};
@@ -119,34 +119,18 @@ impl ExecDispatcher {
         Arc::clone(&self.routes.borrow())
     }
 
-    fn spawn(&self, handler: &Handler, job: &Job, result: &ResultFile) -> io::Result<Process> {
-        let (priority, attempts, ready_at) =
-            (job.priority.to_string(), job.attempts.to_string(), job.ready_at.to_string());
-        let mut env: Vec<(&str, &OsStr)> = vec![
-            ("ZIZQ_JOB_ID", job.id.as_str().as_ref()),
-            ("ZIZQ_JOB_TYPE", job.job_type.as_ref()),
-            ("ZIZQ_JOB_QUEUE", job.queue.as_ref()),
-            ("ZIZQ_JOB_PRIORITY", priority.as_ref()),
-            ("ZIZQ_JOB_ATTEMPTS", attempts.as_ref()),
-            ("ZIZQ_JOB_READY_AT", ready_at.as_ref()),
-            ("ZIZQ_WORKER_ID", self.worker_id.as_ref()),
-            ("ZIZQ_RESULT_FILE", result.path()),
-        ];
-        let retry_limit = job.retry_limit.map(|limit| limit.to_string());
-        env.extend(retry_limit.iter().map(|limit| ("ZIZQ_JOB_RETRY_LIMIT", limit.as_ref())));
-        let timeout = handler.timeout.map(|timeout| timeout.as_secs_f64().to_string());
-        env.extend(timeout.iter().map(|timeout| ("ZIZQ_JOB_TIMEOUT", timeout.as_ref())));
+    fn spawn(&self, route: &Route, job: &Job, result: &ResultFile, known: Known) -> io::Result<Process> {
+        let handler = &route.handler;
         Process::spawn(Start {
-            program: &handler.program,
-            env: &handler.env,
-            extra_env: &env,
-            cwd: handler.cwd.as_deref(),
+            command: route.command()?,
+            variables: &variables::of(job, handler, &self.worker_id, result),
             input: match handler.stdin {
                 Stdin::Payload => Input::Bytes(job.payload.clone()),
                 Stdin::Job => Input::Bytes(job.object.clone()),
                 Stdin::None => Input::Nothing,
             },
             output: handler.output,
+            wait_for_exec: known == Known::AtOnce,
             children: &self.children,
         })
     }
@@ -155,6 +139,7 @@ impl ExecDispatcher {
 impl Dispatcher for ExecDispatcher {
     async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
         let mut routes = self.routes.subscribe();
+        let mut fault = None;
         loop {
             let route = routes.borrow_and_update().find(&job.job_type).cloned();
             let Some(route) = route else {
@@ -164,11 +149,14 @@ impl Dispatcher for ExecDispatcher {
             let result = self.results.file();
             let started = tokio::select! {
                 biased;
-                started = self.start(&route, job, lifecycle, &result) => started,
+                started = self.start(&route, job, lifecycle, &result, fault.take()) => started,
                 // It fails only once the sender is gone, and `self` has it.
                 _ = routes.changed() => continue,
             };
-            return self.see_through(started, &route.handler, job, lifecycle, &result).await;
+            match self.see_through(started, &route.handler, job, lifecycle, &result).await {
+                Ok(ended) => return ended,
+                Err(error) => fault = Some(error),
+            }
         }
     }
 
@@ -195,15 +183,17 @@ impl ExecDispatcher {
         job: &Job,
         lifecycle: &Lifecycle,
         result: &ResultFile,
+        fault: Option<io::Error>,
     ) -> Result<Started, NotStarted> {
-        let spawn = || {
+        let spawn = |known| {
             // Asked before: a handler may already run when its start returns, and be there when the stop is asked for.
             let stopping = lifecycle.is_awaited();
-            self.spawn(&route.handler, job, result).map(|process| (process, stopping))
+            self.spawn(route, job, result, known).map(|process| (process, stopping))
         };
-        route.brake.start(lifecycle, spawn).await
+        route.brake.start(lifecycle, fault, spawn).await
     }
 
+    /// An error is why the process, as it turned out, could not be started.
     async fn see_through(
         &self,
         started: Result<Started, NotStarted>,
@@ -211,18 +201,18 @@ impl ExecDispatcher {
         job: &Job,
         lifecycle: &Lifecycle,
         result: &ResultFile,
-    ) -> Ended {
-        match started {
+    ) -> io::Result<Ended> {
+        Ok(match started {
             Ok((process, started_stopping)) => {
                 let _listed = self.pids.list(&job.id, process.id());
-                let exit = supervise(process, handler, lifecycle, started_stopping).await;
+                let exit = supervise(process, handler, lifecycle, started_stopping).await?;
                 outcome::of(handler, exit, || result.read())
             }
             Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
             Err(NotStarted::Failed(error)) => {
                 Outcome::Failure(Failure::new("SpawnError", not_started(handler, &error))).into()
             }
-        }
+        })
     }
 }
 
@@ -240,7 +230,12 @@ fn not_started(handler: &Handler, error: &io::Error) -> String {
 }
 
 /// A handler that has been started after the stop was asked for has not missed the signal that tells of it.
-async fn supervise(process: Process, handler: &Handler, lifecycle: &Lifecycle, started_stopping: bool) -> Exit<Cause> {
+async fn supervise(
+    process: Process,
+    handler: &Handler,
+    lifecycle: &Lifecycle,
+    started_stopping: bool,
+) -> io::Result<Exit<Cause>> {
     let stops = Stops {
         terminate: cause_to_terminate(handler, lifecycle),
         skip_grace: lifecycle.reached(Phase::Forcing),

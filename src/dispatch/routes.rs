@@ -1,25 +1,43 @@
 //! [`Routes`]: which handler a job goes to, and how the starts of each have gone.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, OnceLock};
 
 use super::brake::Brake;
+use super::variables::is_about_a_job;
 use crate::handler::{Handler, Handlers};
+use crate::process::Command;
 
 /// A handler, and how its starts have gone of late.
 #[derive(Debug)]
 pub(super) struct Route {
     pub(super) handler: Handler,
     pub(super) brake: Brake,
+    command: OnceLock<Arc<Command>>,
 }
 
 impl Route {
     fn new(mut handler: Handler) -> Arc<Self> {
-        // Of what is there twice, the later counts.
-        let env: BTreeMap<_, _> = handler.env.into_iter().collect();
+        // Of what is there twice, the later counts. What is said of a job nobody else can say.
+        let env: BTreeMap<_, _> = handler.env.into_iter().filter(|(name, _)| !is_about_a_job(name)).collect();
         handler.env = env.into_iter().collect();
         let brake = Brake::new(handler.program.file_name());
-        Arc::new(Self { handler, brake })
+        Arc::new(Self { handler, brake, command: OnceLock::new() })
+    }
+
+    /// What is started for its jobs.
+    ///
+    /// # Errors
+    /// When there is a zero byte in the handler's settings.
+    pub(super) fn command(&self) -> io::Result<&Arc<Command>> {
+        if let Some(command) = self.command.get() {
+            return Ok(command);
+        }
+        let Handler { program, env, cwd, .. } = &self.handler;
+        let env = env.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
+        let command = Command::new(program, env, cwd.as_deref())?;
+        Ok(self.command.get_or_init(|| Arc::new(command)))
     }
 
     /// Whether a start would fail, as far as that can be known without one.

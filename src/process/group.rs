@@ -4,18 +4,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, kill_process, kill_process_group, pidfd_open, test_kill_process_group,
-    waitpgid,
-};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, test_kill_process_group, waitpgid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
 use super::census;
 use super::orphans::Children;
+use super::spawn::{Birth, Child};
 
 /// How long a killed group may take to be gone. Only a process stuck in the kernel needs longer.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,21 +32,29 @@ pub struct Usage {
     pub max_rss: u64,
 }
 
+/// The leader's status and what it used, if they could be had.
+pub(super) type Ended = io::Result<(ExitStatus, Usage)>;
+
 /// A process group whose leader has not been reaped, so that its number is its own. Dropped before, it is killed.
 #[derive(Debug)]
 pub(super) struct Group {
     leader: Pid,
     children: Children,
     pidfd: Option<AsyncFd<OwnedFd>>,
+    birth: Arc<Birth>,
     reaped: bool,
 }
 
 impl Group {
     /// The group of a child that was started among `children` as a leader.
-    pub(super) fn of(leader: Pid, children: Children) -> io::Result<Self> {
-        let mut group = Self { leader, children, pidfd: None, reaped: false };
-        group.pidfd = Some(watch(pidfd_open(group.id(), PidfdFlags::NONBLOCK)?)?);
-        Ok(group)
+    ///
+    /// # Errors
+    /// When it is known already that the child has not become its program, or the system has no room for it in the reactor.
+    pub(super) fn of(leader: Child, children: Children) -> io::Result<Self> {
+        let Child { id, pidfd, birth } = leader;
+        let mut group = Self { leader: id, children, pidfd: None, birth, reaped: false };
+        group.pidfd = Some(watch(pidfd)?);
+        group.birth.failure().map_or(Ok(group), Err)
     }
 
     /// The leader's process id, which is the group's too.
@@ -88,7 +95,10 @@ impl Group {
 
     /// Kills what is left of the group, reaps the leader, which has exited, and sees the rest dead. The zombie keeps the
     /// group's number from being given to anyone else until the signal has been sent.
-    pub(super) async fn end(mut self) -> io::Result<(ExitStatus, Usage)> {
+    ///
+    /// # Errors
+    /// When the leader never became its program: why it did not.
+    pub(super) async fn end(mut self) -> io::Result<Ended> {
         let id = self.id();
         self.signal(Signal::KILL);
         let ended = reap(id);
@@ -97,7 +107,7 @@ impl Group {
         if tokio::time::timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
             warn!(group = id.as_raw_nonzero().get(), "killed processes of the job are still there");
         }
-        ended
+        self.birth.failure().map_or(Ok(ended), Err)
     }
 }
 
@@ -119,7 +129,7 @@ fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// One call that reaps and accounts; the safe wrappers of wait leave the accounts out.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
-fn reap(pid: Pid) -> io::Result<(ExitStatus, Usage)> {
+fn reap(pid: Pid) -> Ended {
     let mut status = 0;
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     loop {

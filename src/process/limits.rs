@@ -1,6 +1,6 @@
 //! What this process may have been handed down that running children does not go with.
 
-use rustix::process::{Pid, Resource, Rlimit, getpid, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Open files of a running child: its stdin, stdout and stderr, and its pidfd; while it starts, also its ends.
 const DESCRIPTORS_PER_PROCESS: u64 = 7;
@@ -45,24 +45,5 @@ pub(crate) fn keep_exit_statuses() {
         if action.assume_init().sa_sigaction == libc::SIG_IGN {
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         }
-    }
-}
-
-/// Sees to it that the end of a child wakes no thread: it is learned of by pidfd. To be called before there are other threads.
-///
-/// By default SIGCHLD does nothing, but one that is sent while the thread that started the child starts another, for which
-/// the C library blocks all signals, is handed to the main thread, and wakes it in vain for every second job. Blocked in all
-/// threads, it wakes none. Process 1 is told by it of orphans. Children start with no signal blocked.
-#[expect(unsafe_code, reason = "there is no safe way to block a signal")]
-pub(crate) fn block_sigchld() {
-    if getpid() == Pid::INIT {
-        return;
-    }
-    let mut set = std::mem::MaybeUninit::uninit();
-    // SAFETY: the set may be uninitialised, and is initialised before it is anything else; no old one is asked for.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGCHLD);
-        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
     }
 }

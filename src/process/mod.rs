@@ -2,6 +2,8 @@
 //! Knows neither jobs nor settings.
 
 mod census;
+mod command;
+mod cstrings;
 mod group;
 mod limits;
 mod orphans;
@@ -9,13 +11,13 @@ mod output;
 mod program;
 mod spawn;
 
-use std::ffi::{OsStr, OsString};
+use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::pin::{Pin, pin};
-use std::process::ExitStatus;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::Duration;
@@ -28,14 +30,15 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::Sender;
 use tokio::time::{sleep, timeout};
 
-use group::Group;
+pub(crate) use command::Command;
 pub use group::Usage;
-pub(crate) use limits::{TooFewDescriptors, block_sigchld, ensure_descriptors, keep_exit_statuses};
+use group::{Ended, Group};
+pub(crate) use limits::{TooFewDescriptors, ensure_descriptors, keep_exit_statuses};
 pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
 pub use rustix::process::Signal;
-use spawn::Surroundings;
+use spawn::Birth;
 
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
@@ -68,13 +71,13 @@ pub enum Output {
 /// Everything that a start needs.
 #[derive(Debug)]
 pub(crate) struct Start<'a> {
-    pub(crate) program: &'a Program,
-    /// The whole environment, each name once, but for `extra_env`, which wins.
-    pub(crate) env: &'a [(OsString, OsString)],
-    pub(crate) extra_env: &'a [(&'a str, &'a OsStr)],
-    pub(crate) cwd: Option<&'a Path>,
+    pub(crate) command: &'a Arc<Command>,
+    /// Added to the command's environment.
+    pub(crate) variables: &'a [(&'a str, Cow<'a, OsStr>)],
     pub(crate) input: Input,
     pub(crate) output: Output,
+    /// Whether to wait until the program runs, or cannot. Otherwise [`Process::supervise`] tells that it could not.
+    pub(crate) wait_for_exec: bool,
     /// The children of this process.
     pub(crate) children: &'a Children,
 }
@@ -95,7 +98,7 @@ pub(crate) struct Stops<C, F, G> {
 #[derive(Debug)]
 pub(crate) struct Exit<C> {
     /// The leader's status and what it used, if they could be had.
-    pub(crate) ended: io::Result<(ExitStatus, Usage)>,
+    pub(crate) ended: Ended,
     /// Why it was terminated, if it was; its own end comes first when both happen at once.
     pub(crate) terminated: Option<C>,
     /// Whether the notification was sent.
@@ -119,17 +122,10 @@ impl Process {
         let (stdin, unread) = open_stdin(start.input)?;
         let (stdout, their_stdout) = open_output(start.output)?;
         let (stderr, their_stderr) = open_output(start.output)?;
-        let surroundings = Surroundings {
-            env: start.env,
-            extra_env: start.extra_env,
-            cwd: start.cwd,
-            stdio: [
-                Some(stdin.as_fd()),
-                their_stdout.as_ref().map(AsFd::as_fd),
-                their_stderr.as_ref().map(AsFd::as_fd),
-            ],
-        };
-        let leader = start.children.start(|| spawn::spawn(start.program, &surroundings))?;
+        let stdio =
+            [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
+        let birth = Birth::of(Arc::clone(start.command), start.variables, stdio)?;
+        let leader = start.children.start(|| spawn::spawn(birth, start.wait_for_exec), |leader| leader.id)?;
         Ok(Self { group: Group::of(leader, start.children.clone())?, stdin: unread, stdout, stderr })
     }
 
@@ -140,11 +136,14 @@ impl Process {
 
     /// Sees the process through to its end. Whatever is left of its group when the leader exits by itself is killed; when
     /// the group is terminated, it has the grace too.
+    ///
+    /// # Errors
+    /// When it has turned out that the program could not be started: the system's word for why.
     pub(crate) async fn supervise<C>(
         self,
         stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
         on_line: impl Fn(Channel, &str),
-    ) -> Exit<C> {
+    ) -> io::Result<Exit<C>> {
         let Self { group, stdin, stdout, stderr } = self;
         let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
@@ -176,7 +175,7 @@ impl Process {
                 } => end.await,
             }
         };
-        Exit { ended: group.end().await, terminated, notified, stderr: tail }
+        Ok(Exit { ended: group.end().await?, terminated, notified, stderr: tail })
     }
 }
 

@@ -37,11 +37,11 @@ impl Children {
     }
 
     /// Starts a child that will be waited for.
-    pub(super) fn start(&self, spawn: impl FnOnce() -> io::Result<Pid>) -> io::Result<Pid> {
+    pub(super) fn start<C>(&self, spawn: impl FnOnce() -> io::Result<C>, id: impl Fn(&C) -> Pid) -> io::Result<C> {
         let Some(waited) = &self.0 else { return spawn() };
         let _starting = waited.starting.read().unwrap_or_else(PoisonError::into_inner);
         let child = spawn()?;
-        *waited.pids().entry(child).or_default() += 1;
+        *waited.pids().entry(id(&child)).or_default() += 1;
         Ok(child)
     }
 
@@ -105,7 +105,7 @@ mod tests {
             assert!(waited.starting.try_write().is_err());
             Ok(Pid::INIT)
         };
-        children.start(start).unwrap();
+        children.start(start, |pid| *pid).unwrap();
         assert!(waited.starting.try_write().is_ok() && waited.pids().contains_key(&Pid::INIT));
     }
 
@@ -113,7 +113,7 @@ mod tests {
     fn a_number_is_on_the_list_until_the_last_child_that_had_it_is_off() {
         let (waited, children) = kept();
         for _ in 0..2 {
-            children.start(|| Ok(Pid::INIT)).unwrap();
+            children.start(|| Ok(Pid::INIT), |pid| *pid).unwrap();
         }
         children.reaped(Pid::INIT);
         assert!(waited.pids().contains_key(&Pid::INIT));

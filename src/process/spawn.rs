@@ -1,238 +1,303 @@
-//! [`spawn`]: starts a program as the leader of a process group, by `posix_spawn`.
+//! [`spawn`]: starts a program as the leader of a process group, and does not wait until it runs.
 //!
-//! std starts it in the same way, but makes a map of the whole environment for that, each time: with forty variables, a tenth of
-//! the CPU time that a job costs this process.
+//! As with `posix_spawn`, the child uses this process's memory until it has become the program, on a stack of its own. But that
+//! takes most of a millisecond, and `posix_spawn` holds its caller for as long; here, this process goes on. So a start that goes
+//! wrong in the child is learned of when the child has ended, and its [`Birth`] is kept until then.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::borrow::Cow;
+use std::convert::Infallible;
+use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::raw::{c_char, c_int, c_short};
-use std::path::Path;
-use std::ptr;
-use std::sync::OnceLock;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::raw::{c_int, c_void};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use rustix::process::Pid;
+use rustix::process::{Pid, setpgid};
+use syscalls::{Errno, Sysno, syscall};
 
-use super::program::Program;
+use super::command::Command;
+use super::cstrings::CStrings;
 
-/// What a start needs beside the program. What is not given is as this process has it.
-pub(super) struct Surroundings<'a> {
-    pub(super) env: &'a [(OsString, OsString)],
-    /// These win over `env`.
-    pub(super) extra_env: &'a [(&'a str, &'a OsStr)],
-    pub(super) cwd: Option<&'a Path>,
-    /// Its stdin, stdout and stderr.
-    pub(super) stdio: [Option<BorrowedFd<'a>>; 3],
+/// A child that leads a group of its own.
+#[derive(Debug)]
+pub(super) struct Child {
+    pub(super) id: Pid,
+    pub(super) pidfd: OwnedFd,
+    pub(super) birth: Arc<Birth>,
 }
 
-/// Starts it. An error is the system's word for why there is no process.
-#[expect(unsafe_code, reason = "no safe wrapper takes an environment that is ready to use")]
-pub(super) fn spawn(program: &Program, surroundings: &Surroundings<'_>) -> io::Result<Pid> {
-    let (arguments, environment) = (arguments(program).pointers()?, environment(surroundings).pointers()?);
-    let (path, actions) = (c_string(program.path.as_os_str())?, Actions::of(surroundings)?);
-    let attributes = Attributes::of_a_leader()?;
-    let mut pid = 0;
-    // SAFETY: both lists end with a null pointer, what they point to lives in them, as strings with a zero byte at the end,
-    // and the rest are live objects of the right type that have been initialised.
-    check(unsafe {
-        libc::posix_spawnp(
-            &raw mut pid,
-            path.as_ptr(),
-            actions.0.as_ptr(),
-            attributes.0.as_ptr(),
-            arguments.list.as_ptr(),
-            environment.list.as_ptr(),
-        )
-    })?;
-    Pid::from_raw(pid).ok_or_else(|| io::Error::other("the new process has no number"))
+/// What a child is made of until it has become the program. It reads this from our memory: to be kept until it has ended.
+#[derive(Debug)]
+pub(super) struct Birth {
+    command: Arc<Command>,
+    environment: CStrings,
+    stdio: [Option<RawFd>; 3],
+    handled_signals: &'static [c_int],
+    /// The errno for which it has not become the program, or 0.
+    failure: AtomicI32,
+    stack: Stack,
 }
 
-/// These functions return what others leave in `errno`.
-fn check(errno: c_int) -> io::Result<()> {
-    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
-}
-
-fn c_string(text: &OsStr) -> io::Result<CString> {
-    Ok(CString::new(text.as_encoded_bytes())?)
-}
-
-fn arguments(program: &Program) -> Strings {
-    let mut arguments = Strings::default();
-    arguments.push(&[program.name.as_encoded_bytes()]);
-    program.args.iter().for_each(|argument| arguments.push(&[argument.as_encoded_bytes()]));
-    arguments
-}
-
-fn environment(surroundings: &Surroundings<'_>) -> Strings {
-    let Surroundings { env, extra_env, .. } = surroundings;
-    // Most are that small; it grows if this one is not.
-    let mut environment = Strings { bytes: Vec::with_capacity(4096), starts: Vec::with_capacity(64) };
-    for (name, value) in env.iter().filter(|(name, _)| extra_env.iter().all(|(extra, _)| name != extra)) {
-        environment.push(&[name.as_encoded_bytes(), b"=", value.as_encoded_bytes()]);
+/// Starts it. An error is the system's word for why there is no process. Why it has not become the program is told by
+/// [`Birth::failure`]: at once if `wait_for_exec` is set, and otherwise when it has ended.
+pub(super) fn spawn(birth: Birth, wait_for_exec: bool) -> io::Result<Child> {
+    let child = clone(Arc::new(birth), if wait_for_exec { libc::CLONE_VFORK } else { 0 })?;
+    if !wait_for_exec {
+        // The child does the same, but may be signalled before it has. When it was faster, this has nothing left to do.
+        let _ = setpgid(Some(child.id), Some(child.id));
     }
-    for (name, value) in *extra_env {
-        environment.push(&[name.as_bytes(), b"=", value.as_encoded_bytes()]);
-    }
-    environment
+    Ok(child)
 }
 
-/// What the child does with its files before it becomes the program.
-struct Actions(Box<MaybeUninit<libc::posix_spawn_file_actions_t>>);
+/// Makes the process. Until it has left our memory, no signal's handler may run in it: it would be taken for one of ours.
+#[expect(unsafe_code, reason = "no safe wrapper starts a process that shares memory")]
+fn clone(birth: Arc<Birth>, flags: c_int) -> io::Result<Child> {
+    let flags = flags | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    let mut pidfd = -1;
+    // SAFETY: the sets may be uninitialised, and are initialised before they are anything else. The stack is the child's own, and
+    // `birth` lives until the child has ended: see `Child`. It calls nothing that would use what belongs to this thread.
+    let id = unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+        let argument = Arc::as_ptr(&birth).cast_mut().cast();
+        let id = libc::clone(live, birth.stack.top(), flags, argument, &raw mut pidfd);
+        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
+        id
+    };
+    // It is less than nothing when there is no child.
+    let Some(id) = u32::try_from(id).ok().and_then(|_| Pid::from_raw(id)) else {
+        return Err(io::Error::last_os_error());
+    };
+    // SAFETY: the kernel has just opened it, for us.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Child { id, pidfd, birth })
+}
 
-#[expect(unsafe_code, reason = "these are calls of the C library")]
-impl Actions {
-    fn of(surroundings: &Surroundings<'_>) -> io::Result<Self> {
-        let mut actions = Box::new(MaybeUninit::uninit());
-        // SAFETY: it may be uninitialised, and is initialised, at a place that does not move, before it is anything else.
-        check(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) })?;
-        let mut actions = Self(actions);
-        if let Some(cwd) = surroundings.cwd {
-            let cwd = c_string(cwd.as_os_str())?;
-            // SAFETY: it has been initialised, and copies the string.
-            check(unsafe { libc::posix_spawn_file_actions_addchdir_np(actions.0.as_mut_ptr(), cwd.as_ptr()) })?;
+/// The child's life until it is the program, or cannot be.
+#[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
+extern "C" fn live(birth: *mut c_void) -> c_int {
+    // SAFETY: it is what `clone` was given, and is kept until this process has ended.
+    let birth = unsafe { &*birth.cast::<Birth>() };
+    let Err(error) = birth.become_program();
+    birth.failure.store(error.into_raw(), Ordering::Release);
+    // SAFETY: nothing of the process that the memory belongs to is run by this.
+    unsafe { libc::_exit(127) }
+}
+
+impl Birth {
+    /// `variables` are added to the command's. `stdio` is its stdin, stdout and stderr, where they are not those of this process.
+    ///
+    /// # Errors
+    /// When there is a zero byte in a variable.
+    pub(super) fn of(
+        command: Arc<Command>,
+        variables: &[(&str, Cow<'_, OsStr>)],
+        stdio: [Option<BorrowedFd<'_>>; 3],
+    ) -> io::Result<Self> {
+        Ok(Self {
+            environment: command.environment_and(variables)?,
+            command,
+            stdio: stdio.map(|file| file.map(|file| file.as_raw_fd())),
+            handled_signals: HANDLED_SIGNALS.get_or_init(handled_signals),
+            failure: AtomicI32::new(0),
+            stack: Stack::new(),
+        })
+    }
+
+    /// Why the child has not become the program, if that is known.
+    pub(super) fn failure(&self) -> Option<io::Error> {
+        match self.failure.load(Ordering::Acquire) {
+            0 => None,
+            errno => Some(io::Error::from_raw_os_error(errno)),
         }
-        for (number, file) in (0..).zip(&surroundings.stdio) {
-            if let Some(file) = file {
-                // SAFETY: it has been initialised, and the file is open for as long as the surroundings live.
-                check(unsafe {
-                    libc::posix_spawn_file_actions_adddup2(actions.0.as_mut_ptr(), file.as_raw_fd(), number)
-                })?;
-            }
-        }
-        Ok(actions)
     }
-}
 
-#[expect(unsafe_code, reason = "this is a call of the C library")]
-impl Drop for Actions {
-    fn drop(&mut self) {
-        // SAFETY: it has been initialised, and nothing uses it any more.
-        unsafe { libc::posix_spawn_file_actions_destroy(self.0.as_mut_ptr()) };
-    }
-}
-
-/// What the child is like apart from that.
-struct Attributes(Box<MaybeUninit<libc::posix_spawnattr_t>>);
-
-#[expect(unsafe_code, reason = "these are calls of the C library")]
-impl Attributes {
-    /// Leads a group of its own, holds no signal back, and has the default action for all that this process does not ignore.
-    fn of_a_leader() -> io::Result<Self> {
-        let mut attributes = Box::new(MaybeUninit::uninit());
-        let flags = libc::POSIX_SPAWN_SETPGROUP | libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
-        // SAFETY: it may be uninitialised, and is initialised, at a place that does not move, before it is anything else.
-        check(unsafe { libc::posix_spawnattr_init(attributes.as_mut_ptr()) })?;
-        let mut attributes = Self(attributes);
-        let of = attributes.0.as_mut_ptr();
-        // SAFETY: it has been initialised, and so have the sets.
+    /// Runs in the child, beside all that runs here: it may take no lock, allocate nothing, and not touch the `errno` of the
+    /// thread that it comes from. So what can fail is called without the C library.
+    #[expect(unsafe_code, reason = "there is no safe way to be a process like that")]
+    fn become_program(&self) -> Result<Infallible, Errno> {
+        let command = &self.command;
+        // SAFETY: every pointer is to live memory of the right type, with a zero byte or a null pointer at the end where there has
+        // to be one, and the files are open. These calls of the C library do not fail for what they are given.
         unsafe {
-            check(libc::posix_spawnattr_setpgroup(of, 0))?;
-            check(libc::posix_spawnattr_setsigmask(of, &signal_set([])))?;
-            check(libc::posix_spawnattr_setsigdefault(of, DEFAULT_SIGNALS.get_or_init(not_ignored)))?;
-            check(libc::posix_spawnattr_setflags(of, c_short::try_from(flags).unwrap_or_default()))?;
+            libc::setpgid(0, 0);
+            set_signals_back(self.handled_signals);
+            if let Some(cwd) = &command.cwd {
+                syscall!(Sysno::chdir, cwd.as_ptr())?;
+            }
+            for (number, file) in (0..).zip(self.stdio) {
+                if let Some(file) = file {
+                    // It is not that number itself: std sees to it that 0, 1 and 2 are taken.
+                    syscall!(Sysno::dup3, file, number, 0)?;
+                }
+            }
+            let mut none = MaybeUninit::uninit();
+            libc::sigemptyset(none.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), ptr::null_mut());
+            let error =
+                syscall!(Sysno::execve, command.path.as_ptr(), command.arguments.as_ptr(), self.environment.as_ptr());
+            Err(error.err().unwrap_or(Errno::ENOEXEC))
         }
-        Ok(attributes)
     }
 }
 
-/// Asked once: what this process ignores it does from its beginning.
-static DEFAULT_SIGNALS: OnceLock<libc::sigset_t> = OnceLock::new();
+/// What a terminal sends to all of a group. Until it leads its own, a child is in ours.
+const SIGNALS_OF_TERMINALS: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP];
 
-/// A program starts with no signal handled anyway. But the C library, unless it is told to set a signal to its default, asks
-/// the kernel first how it is: that is sixty more calls for each child. Only SIGPIPE is ignored on behalf of this process alone.
+/// Runs in the child, while it holds all signals back. What this process handles gets its default action, before a handler of
+/// ours could run there; and what a terminal has sent to us meanwhile is forgotten: the job is not meant.
+#[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
+fn set_signals_back(handled: &[c_int]) {
+    let set = |signal, action| {
+        // SAFETY: neither of both actions runs any code.
+        unsafe { libc::signal(signal, action) }
+    };
+    for signal in SIGNALS_OF_TERMINALS {
+        // One that is pending is dropped by that.
+        if set(signal, libc::SIG_IGN) != libc::SIG_IGN {
+            set(signal, libc::SIG_DFL);
+        }
+    }
+    handled.iter().for_each(|signal| {
+        set(*signal, libc::SIG_DFL);
+    });
+}
+
+/// Asked once, when the first child is started: by then all handlers are there.
+static HANDLED_SIGNALS: OnceLock<Vec<c_int>> = OnceLock::new();
+
+/// Which signals are handled by this process, or ignored by it alone: std does that with SIGPIPE. What else is ignored it was
+/// handed down so, and hands down.
 #[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal")]
-fn not_ignored() -> libc::sigset_t {
-    signal_set((1..=libc::SIGRTMAX()).filter(|signal| {
+fn handled_signals() -> Vec<c_int> {
+    let action_of = |signal: c_int| {
         let mut action = MaybeUninit::<libc::sigaction>::zeroed();
         // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `sigaction`.
-        let (asked, action) = unsafe {
-            let asked = libc::sigaction(*signal, ptr::null(), action.as_mut_ptr());
-            (asked, action.assume_init())
-        };
-        let can_be_set = asked == 0 && !matches!(*signal, libc::SIGKILL | libc::SIGSTOP);
-        can_be_set && (*signal == libc::SIGPIPE || action.sa_sigaction != libc::SIG_IGN)
-    }))
+        unsafe {
+            libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
+            action.assume_init().sa_sigaction
+        }
+    };
+    let is_handled =
+        |signal: &c_int| *signal == libc::SIGPIPE || !matches!(action_of(*signal), libc::SIG_DFL | libc::SIG_IGN);
+    (1..=libc::SIGRTMAX()).filter(is_handled).collect()
 }
 
-#[expect(unsafe_code, reason = "there is no safe way to make a set of signals")]
-fn signal_set(signals: impl IntoIterator<Item = c_int>) -> libc::sigset_t {
-    let mut set = MaybeUninit::uninit();
-    // SAFETY: it may be uninitialised, and is initialised, before it is anything else.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        for signal in signals {
-            libc::sigaddset(set.as_mut_ptr(), signal);
-        }
-        set.assume_init()
+/// What a child runs on until it has become the program. No handler runs on it, and nothing that calls deeply.
+#[derive(Debug)]
+struct Stack(NonNull<u8>);
+
+// SAFETY: it is memory like any other, and this process does not touch it.
+#[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
+unsafe impl Send for Stack {}
+// SAFETY: as above.
+#[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
+unsafe impl Sync for Stack {}
+
+#[expect(unsafe_code, reason = "memory that another process writes to is not for safe code")]
+impl Stack {
+    /// Many times what is used: see the test.
+    const LAYOUT: Layout = match Layout::from_size_align(16 * 1024, 16) {
+        Ok(layout) => layout,
+        Err(_) => panic!("an alignment that is no power of two"),
+    };
+
+    fn new() -> Self {
+        // SAFETY: the size is not zero.
+        let start = unsafe { alloc(Self::LAYOUT) };
+        Self(NonNull::new(start).unwrap_or_else(|| handle_alloc_error(Self::LAYOUT)))
+    }
+
+    /// It grows downwards from there.
+    fn top(&self) -> *mut c_void {
+        // SAFETY: that is its end.
+        unsafe { self.0.add(Self::LAYOUT.size()) }.as_ptr().cast()
     }
 }
 
-#[expect(unsafe_code, reason = "this is a call of the C library")]
-impl Drop for Attributes {
+#[expect(unsafe_code, reason = "see `new`")]
+impl Drop for Stack {
     fn drop(&mut self) {
-        // SAFETY: it has been initialised, and nothing uses it any more.
-        unsafe { libc::posix_spawnattr_destroy(self.0.as_mut_ptr()) };
-    }
-}
-
-/// Strings as the system takes them, each with a zero byte at its end, in one piece of memory.
-#[derive(Default)]
-struct Strings {
-    bytes: Vec<u8>,
-    starts: Vec<usize>,
-}
-
-/// Where they are, with a null pointer at the end of the list.
-struct Pointers {
-    list: Vec<*mut c_char>,
-    _bytes: Vec<u8>,
-}
-
-impl Strings {
-    fn push(&mut self, pieces: &[&[u8]]) {
-        self.starts.push(self.bytes.len());
-        pieces.iter().for_each(|piece| self.bytes.extend_from_slice(piece));
-        self.bytes.push(0);
-    }
-
-    fn pointers(self) -> io::Result<Pointers> {
-        let Self { mut bytes, starts } = self;
-        if memchr::memchr_iter(0, &bytes).count() != starts.len() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a zero byte in an argument or a variable"));
-        }
-        let first: *mut c_char = bytes.as_mut_ptr().cast();
-        let list = starts.iter().map(|start| first.wrapping_add(*start)).chain([ptr::null_mut()]).collect();
-        Ok(Pointers { list, _bytes: bytes })
+        // SAFETY: it was allocated like that, and whoever ran on it has ended.
+        unsafe { dealloc(self.0.as_ptr(), Self::LAYOUT) };
     }
 }
 
 #[cfg(test)]
-#[expect(unsafe_code, reason = "a set of signals is read by a call of the C library")]
 mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::process::{Signal, WaitOptions, kill_process_group, test_kill_process_group, waitpid};
+
     use super::*;
+    use crate::process::Program;
 
-    #[test]
-    fn a_zero_byte_is_refused_as_what_no_system_call_saw() {
-        let mut strings = Strings::default();
-        strings.push(&[b"A", b"=", b"b\0c"]);
-        assert_eq!(strings.pointers().err().unwrap().kind(), io::ErrorKind::InvalidInput);
+    fn birth_of(program: &str, cwd: Option<&str>) -> Birth {
+        let program = Program::find(program.into(), vec!["600".into()], Some(&"/bin:/usr/bin".into())).unwrap();
+        let command = Command::new(&program, [], cwd.map(std::path::Path::new)).unwrap();
+        Birth::of(Arc::new(command), &[], [None; 3]).unwrap()
+    }
+
+    fn end_of(child: &Child) {
+        let _ = kill_process_group(child.id, Signal::KILL);
+        waitpid(Some(child.id), WaitOptions::empty()).unwrap();
     }
 
     #[test]
-    fn what_is_handled_here_or_ignored_for_std_is_set_back_and_nothing_else_that_is_ignored() {
-        let signals = not_ignored();
-        // SAFETY: the set has been initialised.
-        let has = |signal| unsafe { libc::sigismember(&raw const signals, signal) } == 1;
-        assert!(has(libc::SIGPIPE) && has(libc::SIGTERM) && has(libc::SIGRTMAX()));
-        assert!(!has(libc::SIGKILL) && !has(libc::SIGSTOP));
+    fn a_child_leads_its_group_from_the_moment_it_is_known() {
+        for _ in 0..100 {
+            let child = spawn(birth_of("sleep", None), false).unwrap();
+            let there = test_kill_process_group(child.id);
+            end_of(&child);
+            assert_eq!(there, Ok(()));
+        }
     }
 
     #[test]
-    fn the_extra_environment_wins() {
-        let env: [(OsString, OsString); 2] = [("A".into(), "1".into()), ("AB".into(), "2".into())];
-        let extra_env = [("A", OsStr::new("3"))];
-        let surroundings = Surroundings { env: &env, extra_env: &extra_env, cwd: None, stdio: [None; 3] };
-        assert_eq!(environment(&surroundings).bytes, b"AB=2\0A=3\0");
+    fn why_a_child_has_not_become_the_program_is_known_at_once_if_that_is_waited_for() {
+        let child = spawn(birth_of("sleep", Some("/no/such/directory")), true).unwrap();
+        assert_eq!(child.birth.failure().unwrap().kind(), io::ErrorKind::NotFound);
+        end_of(&child);
+    }
+
+    #[test]
+    fn why_a_child_has_not_become_the_program_is_known_at_its_end() {
+        let child = spawn(birth_of("sleep", Some("/no/such/directory")), false).unwrap();
+        rustix::event::poll(
+            &mut [rustix::event::PollFd::new(&child.pidfd.as_fd(), rustix::event::PollFlags::IN)],
+            None,
+        )
+        .unwrap();
+        assert_eq!(child.birth.failure().unwrap().kind(), io::ErrorKind::NotFound);
+        end_of(&child);
+    }
+
+    #[test]
+    #[expect(unsafe_code, reason = "nothing else looks at that memory")]
+    fn a_child_has_far_more_stack_than_it_uses() {
+        for cwd in [None, Some("/no/such/directory")] {
+            let birth = birth_of("sleep", cwd);
+            let (bottom, size) = (birth.stack.0.as_ptr(), Stack::LAYOUT.size());
+            // SAFETY: that is the memory, and nobody runs on it yet.
+            unsafe { bottom.write_bytes(0xa5, size) };
+            let child = spawn(birth, true).unwrap();
+            // SAFETY: the same, and nobody runs on it any more.
+            let stack = unsafe { std::slice::from_raw_parts(bottom, size) };
+            let unused = stack.iter().take_while(|byte| **byte == 0xa5).count();
+            end_of(&child);
+            assert!((size / 2..size).contains(&unused), "{unused} of {size} bytes unused");
+        }
+    }
+
+    #[test]
+    fn what_is_handled_here_is_set_back_and_what_is_not_is_left_alone() {
+        let handled = handled_signals();
+        assert!(handled.contains(&libc::SIGPIPE) && handled.contains(&libc::SIGSEGV), "{handled:?}");
+        assert!(!handled.contains(&libc::SIGKILL) && !handled.contains(&libc::SIGURG), "{handled:?}");
     }
 }

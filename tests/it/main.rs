@@ -27,6 +27,7 @@ mod library;
 mod lifecycle;
 mod logs;
 mod mistakes;
+mod newborns;
 mod official_client;
 mod once;
 mod orphans;

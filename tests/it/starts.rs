@@ -47,9 +47,10 @@ fn a_handler_that_is_missing_for_a_moment_fails_no_job() {
 }
 
 /// Starts no process, and notes it, for as long as there is an errno in the test's directory.
-const FAULTY_SPAWN: &str = r#"#define _GNU_SOURCE
+const FAULTY_CLONE: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
-#include <spawn.h>
+#include <errno.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 static FILE *open_file(const char *name, const char *mode) {
@@ -57,8 +58,7 @@ static FILE *open_file(const char *name, const char *mode) {
     snprintf(path, sizeof path, "%s/%s", getenv("DIR"), name);
     return fopen(path, mode);
 }
-int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions, const posix_spawnattr_t *attributes,
-                 char *const argv[], char *const envp[]) {
+int clone(int (*run)(void *), void *stack, int flags, void *argument, ...) {
     int number = 0;
     FILE *fault = open_file("errno", "re");
     if (fault) {
@@ -69,17 +69,21 @@ int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t 
         FILE *refused = open_file("refused", "ae");
         fprintf(refused, "%d\n", number);
         fclose(refused);
-        return number;
+        errno = number;
+        return -1;
     }
-    int (*spawn)(pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *, char *const[],
-                 char *const[]) = dlsym(RTLD_NEXT, "posix_spawnp");
-    return spawn(pid, file, actions, attributes, argv, envp);
+    va_list rest;
+    va_start(rest, argument);
+    int *pidfd = va_arg(rest, int *);
+    va_end(rest);
+    int (*clone)(int (*)(void *), void *, int, void *, ...) = dlsym(RTLD_NEXT, "clone");
+    return clone(run, stack, flags, argument, pidfd);
 }"#;
 
 #[test]
 fn a_machine_that_is_short_of_something_for_a_moment_fails_no_job() {
     let server = Server::start();
-    let running = Daemon::of(&server).preload(FAULTY_SPAWN).sh("true").start();
+    let running = Daemon::of(&server).preload(FAULTY_CLONE).sh("true").start();
     let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::TXTBSY];
     for (number, errno) in shortages.into_iter().enumerate() {
         let fault = running.dir().join("errno");

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -79,6 +80,12 @@ impl Daemon {
         let daemon = self.on_terminal();
         terminal::resize(daemon.terminal.as_ref().unwrap(), columns);
         daemon
+    }
+
+    /// As a shell with job control starts it.
+    pub fn in_a_group_of_its_own(mut self) -> Self {
+        self.command.process_group(0);
+        self
     }
 
     pub fn current_dir(mut self, dir: &Path) -> Self {

@@ -1,0 +1,107 @@
+//! [`CStrings`]: a list of strings as the system takes it.
+
+use std::io;
+use std::os::raw::c_char;
+use std::ptr;
+use std::sync::Arc;
+
+/// Pointers to strings with a zero byte at their end, and a null pointer at the end of the list.
+#[derive(Debug)]
+pub(super) struct CStrings {
+    list: Vec<*const c_char>,
+    _bytes: Vec<u8>,
+    _before: Option<Arc<CStrings>>,
+}
+
+// SAFETY: the pointers are to memory that this owns or shares, and that nobody writes to.
+#[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
+unsafe impl Send for CStrings {}
+// SAFETY: as above.
+#[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
+unsafe impl Sync for CStrings {}
+
+impl CStrings {
+    /// Valid for as long as this is.
+    pub(super) fn as_ptr(&self) -> *const *const c_char {
+        self.list.as_ptr()
+    }
+
+    fn strings(&self) -> &[*const c_char] {
+        self.list.split_last().map_or(&[], |(_, strings)| strings)
+    }
+}
+
+/// Strings that are still being put together, in one piece of memory.
+#[derive(Debug, Default)]
+pub(super) struct Strings {
+    bytes: Vec<u8>,
+    starts: Vec<usize>,
+}
+
+impl Strings {
+    /// Adds one, made of these pieces.
+    pub(super) fn push(&mut self, pieces: &[&[u8]]) {
+        self.starts.push(self.bytes.len());
+        pieces.iter().for_each(|piece| self.bytes.extend_from_slice(piece));
+        self.bytes.push(0);
+    }
+
+    /// # Errors
+    /// When there is a zero byte in one of them.
+    pub(super) fn into_c(self) -> io::Result<CStrings> {
+        self.into_list(None)
+    }
+
+    /// The same, with these after those of another list.
+    ///
+    /// # Errors
+    /// When there is a zero byte in one of them.
+    pub(super) fn into_c_after(self, before: Arc<CStrings>) -> io::Result<CStrings> {
+        self.into_list(Some(before))
+    }
+
+    fn into_list(self, before: Option<Arc<CStrings>>) -> io::Result<CStrings> {
+        let Self { bytes, starts } = self;
+        if memchr::memchr_iter(0, &bytes).count() != starts.len() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a zero byte in an argument or a variable"));
+        }
+        let first: *const c_char = bytes.as_ptr().cast();
+        let there = before.as_deref().map_or(&[][..], CStrings::strings);
+        let mut list = Vec::with_capacity(there.len() + starts.len() + 1);
+        list.extend_from_slice(there);
+        list.extend(starts.iter().map(|start| first.wrapping_add(*start)));
+        list.push(ptr::null());
+        Ok(CStrings { list, _bytes: bytes, _before: before })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(unsafe_code, reason = "only the system reads these")]
+    fn the_system_finds_each_string_and_the_end_of_the_list() {
+        let strings = {
+            let (mut before, mut after) = (Strings::default(), Strings::default());
+            before.push(&[b"A", b"=", b"1"]);
+            before.push(&[b""]);
+            after.push(&[b"B"]);
+            after.into_c_after(Arc::new(before.into_c().unwrap())).unwrap()
+        };
+        // SAFETY: there are three strings and a null pointer.
+        let (texts, end) = unsafe {
+            let list = std::slice::from_raw_parts(strings.as_ptr(), 4);
+            ([0, 1, 2].map(|place| std::ffi::CStr::from_ptr(list[place])), list[3])
+        };
+        assert_eq!(texts, [c"A=1", c"", c"B"]);
+        assert!(end.is_null());
+    }
+
+    #[test]
+    fn a_zero_byte_is_refused_as_what_no_system_call_saw() {
+        let mut strings = Strings::default();
+        strings.push(&[b"A", b"=", b"b\0c"]);
+        assert_eq!(strings.into_c().err().unwrap().kind(), io::ErrorKind::InvalidInput);
+    }
+}

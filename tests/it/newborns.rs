@@ -1,0 +1,54 @@
+//! What reaches a child before it is the program, while it still uses the worker's memory.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, waitpid};
+use serde_json::json;
+
+use crate::support::{Daemon, Server, eventually, jobs};
+
+fn pid_of(running: &crate::support::Running) -> Pid {
+    Pid::from_raw(running.pid().try_into().unwrap()).unwrap()
+}
+
+/// Ctrl-Z, and `fg`: a job that is only being started still has the worker's process group, but it is not meant. A job
+/// that was stopped by it would not be continued.
+#[test]
+fn a_terminal_that_stops_the_worker_stops_no_job() {
+    let server = Server::start();
+    server.enqueue_all(jobs(600));
+    let running = Daemon::of(&server).in_a_group_of_its_own().args(["--", "true"]).start();
+    let worker = pid_of(&running);
+    eventually("all jobs done", || {
+        kill_process_group(worker, Signal::TSTP).unwrap();
+        waitpid(Some(worker), WaitOptions::UNTRACED).unwrap().unwrap().1.stopped().then_some(())?;
+        kill_process_group(worker, Signal::CONT).unwrap();
+        (server.count("ready,in_flight") == 0).then_some(())
+    });
+    running.stop();
+}
+
+/// It has the worker's handlers until it has set them back, and the worker's memory for longer: by them, the worker itself
+/// would hear the signal.
+#[test]
+fn a_signal_to_a_job_that_is_only_being_started_does_not_reach_the_worker() {
+    let server = Server::start();
+    server.enqueue_all((0..300).map(|_| json!({"queue": "q", "type": "t", "payload": null, "retry_limit": 0})));
+    let running = Daemon::of(&server).args(["--", "true"]).start();
+    let children = format!("/proc/{0}/task/{0}/children", running.pid());
+    let mut hits = 0;
+    eventually("all jobs ended", || {
+        for _ in 0..200 {
+            let children = fs::read_to_string(&children).unwrap();
+            for child in children.split_whitespace().filter_map(|child| Pid::from_raw(child.parse().ok()?)) {
+                hits += usize::from(kill_process(child, Signal::TERM).is_ok());
+            }
+        }
+        (server.count("ready,in_flight") == 0).then_some(())
+    });
+    assert!(hits > 0);
+    assert!(!running.log().iter().any(|line| line.contains("draining")));
+    let finished = running.stop();
+    assert_eq!(finished.status.into_raw(), 0);
+}
