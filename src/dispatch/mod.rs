@@ -18,7 +18,7 @@ use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, Exit, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors,
+    Channel, Children, Exit, HeadStart, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors,
     keep_exit_statuses,
 };
 use brake::{Known, NotStarted};
@@ -77,6 +77,7 @@ pub struct ExecDispatcher {
     worker_id: String,
     pids: Pids,
     children: Children,
+    head_start: HeadStart,
 }
 
 impl ExecDispatcher {
@@ -99,6 +100,7 @@ impl ExecDispatcher {
             worker_id,
             pids: Pids::default(),
             children: Children::of_this_process(),
+            head_start: HeadStart::default(),
         })
     }
 
@@ -131,6 +133,7 @@ impl ExecDispatcher {
             },
             output: handler.output,
             wait_for_exec: known == Known::AtOnce,
+            head_start: &self.head_start,
             children: &self.children,
         })
     }

@@ -5,6 +5,7 @@ mod census;
 mod command;
 mod cstrings;
 mod group;
+mod head_start;
 mod limits;
 mod orphans;
 mod output;
@@ -33,6 +34,7 @@ use tokio::time::{sleep, timeout};
 pub(crate) use command::Command;
 pub use group::Usage;
 use group::{Ended, Group};
+pub(crate) use head_start::HeadStart;
 pub(crate) use limits::{TooFewDescriptors, ensure_descriptors, keep_exit_statuses};
 pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
@@ -42,10 +44,6 @@ use spawn::Birth;
 
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
-
-/// How long a child that has all its input runs before its output is read. Most are over by then, and all that they have
-/// printed is read at once.
-const HEAD_START: Duration = Duration::from_millis(2);
 
 /// What comes on a child's stdin.
 #[derive(Debug, Clone)]
@@ -78,6 +76,7 @@ pub(crate) struct Start<'a> {
     pub(crate) output: Output,
     /// Whether to wait until the program runs, or cannot. Otherwise [`Process::supervise`] tells that it could not.
     pub(crate) wait_for_exec: bool,
+    pub(crate) head_start: &'a HeadStart,
     /// The children of this process.
     pub(crate) children: &'a Children,
 }
@@ -114,6 +113,7 @@ pub(crate) struct Process {
     stdin: Option<(Sender, Bytes)>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+    head_start: HeadStart,
 }
 
 impl Process {
@@ -126,7 +126,8 @@ impl Process {
             [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
         let birth = Birth::of(Arc::clone(start.command), start.variables, stdio)?;
         let leader = start.children.start(|| spawn::spawn(birth, start.wait_for_exec), |leader| leader.id)?;
-        Ok(Self { group: Group::of(leader, start.children.clone())?, stdin: unread, stdout, stderr })
+        let group = Group::of(leader, start.children.clone())?;
+        Ok(Self { group, stdin: unread, stdout, stderr, head_start: start.head_start.clone() })
     }
 
     /// The process id of the leader.
@@ -144,10 +145,10 @@ impl Process {
         stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
         on_line: impl Fn(Channel, &str),
     ) -> io::Result<Exit<C>> {
-        let Self { group, stdin, stdout, stderr } = self;
+        let Self { group, stdin, stdout, stderr, head_start } = self;
         let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
-        let has_all_its_input = stdin.is_none();
+        let may_be_read_later = stdin.is_none() && (stdout.is_some() || stderr.is_some());
         let terminated = {
             let mut io = pin!(async {
                 let out = output::read_lines(stdout.as_ref(), &read, |line| on_line(Channel::Stdout, line), None);
@@ -168,8 +169,8 @@ impl Process {
                     terminated
                 }
                 () = async {
-                    if has_all_its_input {
-                        sleep(HEAD_START).await;
+                    if may_be_read_later {
+                        head_start.of_one_that_starts_now().await;
                     }
                     io.as_mut().await;
                 } => end.await,

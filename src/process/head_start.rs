@@ -1,0 +1,84 @@
+//! [`HeadStart`]: a short time that many children are given, by few timers.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::{FutureExt, Shared};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How long a child that has all its input runs at least before its output is read. Most are over by then, and all that they
+/// have printed is read at once.
+const LEAST: Duration = Duration::from_millis(2);
+
+/// How long it may be. The children that are started in the time between share a timer: one for each would cost more than
+/// to read their outputs.
+const MOST: Duration = Duration::from_millis(4);
+
+/// Given to all children alike; clones are of one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct HeadStart(Arc<Mutex<Option<Latest>>>);
+
+#[derive(Debug)]
+struct Latest {
+    end: Instant,
+    over: Shared<Pin<Box<Sleep>>>,
+}
+
+impl HeadStart {
+    /// Waits until a child that starts now has had it.
+    pub(super) fn of_one_that_starts_now(&self) -> impl Future<Output = ()> + use<> {
+        let now = Instant::now();
+        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*latest {
+            Some(Latest { end, over }) if now + LEAST <= *end => over.clone(),
+            _ => {
+                let end = now + MOST;
+                let over = Box::pin(sleep_until(end)).shared();
+                *latest = Some(Latest { end, over: over.clone() });
+                over
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_two_to_four_milliseconds_for_whoever_comes_when() {
+        let head_start = HeadStart::default();
+        let mut passed = Vec::new();
+        for number in 0..20 {
+            let (start, over) = (Instant::now(), head_start.of_one_that_starts_now());
+            let child = tokio::spawn(async move {
+                over.await;
+                start.elapsed()
+            });
+            match number {
+                // One that ends before its time holds up nobody.
+                0 => child.abort(),
+                _ => passed.push(child),
+            }
+            tokio::time::advance(Duration::from_micros(300)).await;
+        }
+        for child in passed {
+            let passed = child.await.unwrap();
+            // The runtime's timers have a millisecond's resolution.
+            assert!((LEAST..=MOST + Duration::from_millis(1)).contains(&passed), "{passed:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn children_that_are_started_together_share_a_timer() {
+        let head_start = HeadStart::default();
+        let ends: Vec<_> = (0..10)
+            .map(|_| {
+                drop(head_start.of_one_that_starts_now());
+                head_start.0.lock().unwrap().as_ref().unwrap().end
+            })
+            .collect();
+        assert!(ends.iter().all(|end| *end == ends[0]));
+    }
+}
