@@ -5,6 +5,7 @@ use std::ffi::{CString, OsStr};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::cstrings::{CStrings, Strings};
 use super::program::Program;
@@ -17,6 +18,8 @@ pub(crate) struct Command {
     pub(super) environment: Arc<CStrings>,
     /// This process's own, if there is none.
     pub(super) cwd: Option<CString>,
+    /// Whether its last process has printed more than fits into a pipe: the next one may soon wait for somebody to read.
+    pub(super) prints_much: AtomicBool,
 }
 
 impl Command {
@@ -38,6 +41,7 @@ impl Command {
             arguments: arguments.into_c()?,
             environment: Arc::new(variables(env).into_c()?),
             cwd: cwd.map(|cwd| c_string(cwd.as_os_str())).transpose()?,
+            prints_much: AtomicBool::new(false),
         })
     }
 

@@ -109,6 +109,7 @@ pub(crate) struct Exit<C> {
 /// A running process and our ends of its pipes. Dropped before its end, it is killed with its group.
 #[derive(Debug)]
 pub(crate) struct Process {
+    command: Arc<Command>,
     group: Group,
     stdin: Option<(Sender, Bytes)>,
     stdout: Option<OwnedFd>,
@@ -127,7 +128,8 @@ impl Process {
         let birth = Birth::of(Arc::clone(start.command), start.variables, stdio)?;
         let leader = start.children.start(|| spawn::spawn(birth, start.wait_for_exec), |leader| leader.id)?;
         let group = Group::of(leader, start.children.clone())?;
-        Ok(Self { group, stdin: unread, stdout, stderr, head_start: start.head_start.clone() })
+        let (command, head_start) = (Arc::clone(start.command), start.head_start.clone());
+        Ok(Self { command, group, stdin: unread, stdout, stderr, head_start })
     }
 
     /// The process id of the leader.
@@ -145,10 +147,11 @@ impl Process {
         stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
         on_line: impl Fn(Channel, &str),
     ) -> io::Result<Exit<C>> {
-        let Self { group, stdin, stdout, stderr, head_start } = self;
+        let Self { command, group, stdin, stdout, stderr, head_start } = self;
         let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
-        let may_be_read_later = stdin.is_none() && (stdout.is_some() || stderr.is_some());
+        let may_be_read_later =
+            stdin.is_none() && (stdout.is_some() || stderr.is_some()) && !command.prints_much.load(Ordering::Relaxed);
         let terminated = {
             let mut io = pin!(async {
                 let out = output::read_lines(stdout.as_ref(), &read, |line| on_line(Channel::Stdout, line), None);
@@ -176,6 +179,7 @@ impl Process {
                 } => end.await,
             }
         };
+        command.prints_much.store(read.into_inner() > output::READ_BYTES as u64, Ordering::Relaxed);
         Ok(Exit { ended: group.end().await?, terminated, notified, stderr: tail })
     }
 }

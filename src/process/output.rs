@@ -23,7 +23,7 @@ const HEAD_BYTES: usize = 4 * 1024;
 const TAIL_BYTES: usize = 28 * 1024;
 
 /// How much is read at once: all that a pipe holds.
-const READ_BYTES: usize = 64 * 1024;
+pub(super) const READ_BYTES: usize = 64 * 1024;
 
 /// How much memory a job keeps to put lines together in, beyond the line that needs it.
 const KEPT_FOR_LINES: usize = 16 * 1024;
