@@ -19,8 +19,6 @@ pub(crate) enum Contender {
     Baseline,
     /// This worker with a dispatcher that starts nothing.
     Protocol,
-    /// This worker with a dispatcher that does what the bare loop does.
-    BareOnProtocol,
     /// A build of this worker.
     Worker {
         name: &'static str,
@@ -52,7 +50,6 @@ impl Contender {
             Self::Xargs => "xargs -P",
             Self::Baseline => "baseline",
             Self::Protocol => "protocol alone",
-            Self::BareOnProtocol => "bare loop + protocol",
             Self::Worker { name, .. } => name,
         }
     }

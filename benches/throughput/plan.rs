@@ -65,7 +65,7 @@ impl Part {
     pub(crate) fn about(self) -> &'static str {
         match self {
             Self::Throughput => "jobs a second and CPU per job, by handler and by how many run at once",
-            Self::Protocol => "what the server's protocol costs: alone, and with what the bare loop does for each job",
+            Self::Protocol => "what the server's protocol costs, with as many jobs in a request as there are",
             Self::Payload => "cost by size of the payload, 4 at once",
             Self::Output => "cost by size of the output, 4 at once",
             Self::Latency => "from enqueue to the handler's first instruction, on an idle worker",
