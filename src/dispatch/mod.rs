@@ -82,7 +82,8 @@ pub struct ExecDispatcher {
 
 impl ExecDispatcher {
     /// A dispatcher that runs `handlers`, up to `concurrency` at once, and tells them which worker they run under. Result
-    /// files are made in a directory of its own below `temp_dir`.
+    /// files are made in a directory of its own below `temp_dir`. The process's signal handlers should be there before the first
+    /// job: those that are registered later may run in a child that has just been made.
     ///
     /// # Errors
     /// When that directory cannot be made.
