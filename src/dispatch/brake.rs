@@ -40,7 +40,7 @@ pub(super) enum NotStarted {
 pub(super) enum Known {
     /// When it returns.
     AtOnce,
-    /// That may be learned later, and is told by another start.
+    /// Later, from the process itself. A fault is handed to the next start then.
     Later,
 }
 

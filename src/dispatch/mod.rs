@@ -143,7 +143,7 @@ impl ExecDispatcher {
 impl Dispatcher for ExecDispatcher {
     async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
         let mut routes = self.routes.subscribe();
-        let mut fault = None;
+        let mut fault: Option<(Arc<Route>, io::Error)> = None;
         loop {
             let route = routes.borrow_and_update().find(&job.job_type).cloned();
             let Some(route) = route else {
@@ -151,15 +151,17 @@ impl Dispatcher for ExecDispatcher {
                 return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
             };
             let result = self.results.file();
+            // What came of another handler says nothing of this one.
+            let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
             let started = tokio::select! {
                 biased;
-                started = self.start(&route, job, lifecycle, &result, fault.take()) => started,
+                started = self.start(&route, job, lifecycle, &result, fault_of_this) => started,
                 // It fails only once the sender is gone, and `self` has it.
                 _ = routes.changed() => continue,
             };
             match self.see_through(started, &route.handler, job, lifecycle, &result).await {
                 Ok(ended) => return ended,
-                Err(error) => fault = Some(error),
+                Err(error) => fault = Some((route, error)),
             }
         }
     }

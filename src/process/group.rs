@@ -74,8 +74,15 @@ impl Group {
     }
 
     /// Signals the leader alone.
-    pub(super) fn signal_leader(&self, signal: Signal) {
+    fn signal_leader(&self, signal: Signal) {
         let _ = kill_process(self.id(), signal);
+    }
+
+    /// Signals the leader as soon as it is the program: before, a signal may be taken for one of the terminal's, and one that
+    /// dumps core would take this process along under Linux before 5.16.
+    pub(super) async fn signal_program(&self, signal: Signal) {
+        self.birth.over().await;
+        self.signal_leader(signal);
     }
 
     /// Waits until the leader is a zombie: a pidfd is readable then.

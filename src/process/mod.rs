@@ -223,7 +223,10 @@ async fn until_told_to_end<C>(
             biased;
             () = group.leader_exited() => return None,
             cause = &mut terminate => return Some(cause),
-            () = when => group.signal_leader(signal),
+            () = async {
+                when.await;
+                group.signal_program(signal).await;
+            } => {}
         }
         *notified = true;
     }

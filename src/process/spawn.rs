@@ -14,11 +14,13 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::raw::{c_int, c_void};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use rustix::process::{Pid, setpgid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, setpgid, waitpid};
+use rustix::thread::futex;
 use syscalls::{Errno, Sysno, syscall};
+use tokio::task::spawn_blocking;
 
 use super::command::Command;
 use super::cstrings::CStrings;
@@ -38,6 +40,8 @@ pub(super) struct Birth {
     environment: CStrings,
     stdio: [Option<RawFd>; 3],
     handled_signals: &'static [c_int],
+    /// Not 0 while the child uses our memory; the kernel sets it to 0 when the child has become the program, or has ended.
+    is_here: AtomicU32,
     /// The errno for which it has not become the program, or 0.
     failure: AtomicI32,
     stack: Stack,
@@ -57,7 +61,7 @@ pub(super) fn spawn(birth: Birth, wait_for_exec: bool) -> io::Result<Child> {
 /// Makes the process. Until it has left our memory, no signal's handler may run in it: it would be taken for one of ours.
 #[expect(unsafe_code, reason = "no safe wrapper starts a process that shares memory")]
 fn clone(birth: Arc<Birth>, flags: c_int) -> io::Result<Child> {
-    let flags = flags | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let flags = flags | libc::CLONE_VM | libc::CLONE_PIDFD | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     let mut pidfd = -1;
     // SAFETY: the sets may be uninitialised, and are initialised before they are anything else. The stack is the child's own, and
@@ -66,7 +70,8 @@ fn clone(birth: Arc<Birth>, flags: c_int) -> io::Result<Child> {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
         let argument = Arc::as_ptr(&birth).cast_mut().cast();
-        let id = libc::clone(live, birth.stack.top(), flags, argument, &raw mut pidfd);
+        let (no_tls, is_here) = (ptr::null_mut::<c_void>(), birth.is_here.as_ptr());
+        let id = libc::clone(live, birth.stack.top(), flags, argument, &raw mut pidfd, no_tls, is_here);
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
         id
     };
@@ -74,6 +79,12 @@ fn clone(birth: Arc<Birth>, flags: c_int) -> io::Result<Child> {
     let Some(id) = u32::try_from(id).ok().and_then(|_| Pid::from_raw(id)) else {
         return Err(io::Error::last_os_error());
     };
+    if pidfd < 0 {
+        // A kernel that does not know the flag ignores it. `birth` may be dropped only after the child.
+        let _ = kill_process(id, Signal::KILL);
+        let _ = waitpid(Some(id), WaitOptions::empty());
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel gives no pidfd"));
+    }
     // SAFETY: the kernel has just opened it, for us.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     Ok(Child { id, pidfd, birth })
@@ -105,9 +116,25 @@ impl Birth {
             command,
             stdio: stdio.map(|file| file.map(|file| file.as_raw_fd())),
             handled_signals: HANDLED_SIGNALS.get_or_init(handled_signals),
+            is_here: AtomicU32::new(1),
             failure: AtomicI32::new(0),
             stack: Stack::new(),
         })
+    }
+
+    /// Waits until the child has become the program, or has ended.
+    pub(super) async fn over(self: &Arc<Self>) {
+        if self.is_here.load(Ordering::Acquire) != 0 {
+            let birth = Arc::clone(self);
+            // The kernel tells of it in no other way, and it is a matter of milliseconds.
+            let _ = spawn_blocking(move || birth.wait_until_over()).await;
+        }
+    }
+
+    fn wait_until_over(&self) {
+        while self.is_here.load(Ordering::Acquire) != 0 {
+            let _ = futex::wait(&self.is_here, futex::Flags::empty(), 1, None);
+        }
     }
 
     /// Why the child has not become the program, if that is known.
@@ -233,7 +260,7 @@ impl Drop for Stack {
 mod tests {
     use std::os::fd::AsFd;
 
-    use rustix::process::{Signal, WaitOptions, kill_process_group, test_kill_process_group, waitpid};
+    use rustix::process::{kill_process_group, test_kill_process_group};
 
     use super::*;
     use crate::process::Program;
@@ -275,6 +302,18 @@ mod tests {
         )
         .unwrap();
         assert_eq!(child.birth.failure().unwrap().kind(), io::ErrorKind::NotFound);
+        end_of(&child);
+    }
+
+    #[tokio::test]
+    async fn it_is_known_when_a_child_has_become_the_program_or_has_ended() {
+        let child = spawn(birth_of("sleep", None), false).unwrap();
+        child.birth.over().await;
+        end_of(&child);
+        assert!(child.birth.failure().is_none());
+        let child = spawn(birth_of("sleep", Some("/no/such/directory")), false).unwrap();
+        child.birth.over().await;
+        assert!(child.birth.failure().is_some());
         end_of(&child);
     }
 
