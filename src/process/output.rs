@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use tokio::io::Interest;
@@ -22,8 +22,15 @@ const HEAD_BYTES: usize = 4 * 1024;
 /// How much is kept of its end.
 const TAIL_BYTES: usize = 28 * 1024;
 
-/// How much is read at once: all that a pipe holds.
+/// How much is read at once at most: all that a pipe holds.
 pub(super) const READ_BYTES: usize = 64 * 1024;
+
+/// How much is read at first, and at least. In between it is as much as takes about a [`TURN`].
+const FIRST_READ_BYTES: usize = 16 * 1024;
+const SMALLEST_READ_BYTES: usize = 1024;
+
+/// How long the lines of one read may take, with the log: whoever else has work for this thread waits.
+const TURN: Duration = Duration::from_millis(1);
 
 /// How much memory a job keeps to put lines together in, beyond the line that needs it.
 const KEPT_FOR_LINES: usize = 16 * 1024;
@@ -47,15 +54,20 @@ pub(crate) async fn read_lines(
     mut tail: Option<&mut Tail>,
 ) {
     let Some(pipe) = pipe else { return };
-    let (mut lines, mut watched, mut in_a_row) = (Lines::default(), None, 0);
+    let (mut lines, mut watched, mut in_a_row, mut portion) = (Lines::default(), None, 0, FIRST_READ_BYTES);
     loop {
-        match read_some(pipe, |chunk| {
+        let begun = Instant::now();
+        let count = read_some(pipe, portion, |chunk| {
             read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             lines.push(chunk, &on_line);
             if let Some(tail) = &mut tail {
                 tail.push(chunk);
             }
-        }) {
+        });
+        // Short lines take the log longer than long ones.
+        portion =
+            if begun.elapsed() > TURN { (portion / 2).max(SMALLEST_READ_BYTES) } else { READ_BYTES.min(portion * 2) };
+        match count {
             Ok(0) => break,
             // The pipe of a child that prints without pause is always readable: without this, whoever waits in the same
             // task, for the stop above all, would not get their turn.
@@ -104,9 +116,9 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
 }
 
-fn read_some(pipe: &OwnedFd, mut take: impl FnMut(&[u8])) -> Result<usize, Errno> {
+fn read_some(pipe: &OwnedFd, portion: usize, mut take: impl FnMut(&[u8])) -> Result<usize, Errno> {
     BUFFER.with_borrow_mut(|buffer| {
-        let count = rustix::io::read(pipe, &mut buffer[..])?;
+        let count = rustix::io::read(pipe, &mut buffer[..portion])?;
         take(&buffer[..count]);
         Ok(count)
     })
