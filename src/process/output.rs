@@ -25,7 +25,7 @@ const TAIL_BYTES: usize = 28 * 1024;
 /// How much is read at once at most: all that a pipe holds.
 pub(super) const READ_BYTES: usize = 64 * 1024;
 
-/// How much is read at first, and at least. In between it is as much as takes about a [`TURN`].
+/// How much is read at first, and at least. In between it is as much as takes about a [`TURN`], once that is known.
 const FIRST_READ_BYTES: usize = 16 * 1024;
 const SMALLEST_READ_BYTES: usize = 1024;
 
@@ -65,8 +65,11 @@ pub(crate) async fn read_lines(
             }
         });
         // Short lines take the log longer than long ones.
-        portion =
-            if begun.elapsed() > TURN { (portion / 2).max(SMALLEST_READ_BYTES) } else { READ_BYTES.min(portion * 2) };
+        if begun.elapsed() > TURN {
+            portion = (portion / 2).max(SMALLEST_READ_BYTES);
+        } else if count == Ok(portion) {
+            portion = READ_BYTES.min(portion * 2);
+        }
         match count {
             Ok(0) => break,
             // The pipe of a child that prints without pause is always readable: without this, whoever waits in the same

@@ -16,14 +16,17 @@ use std::os::raw::{c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, setpgid, waitpid};
-use rustix::thread::futex;
 use syscalls::{Errno, Sysno, syscall};
-use tokio::task::spawn_blocking;
+use tokio::time::sleep;
 
 use super::command::Command;
 use super::cstrings::CStrings;
+
+/// How often a child is looked at that becomes the program.
+const A_MOMENT: Duration = Duration::from_millis(1);
 
 /// A child that leads a group of its own.
 #[derive(Debug)]
@@ -40,7 +43,7 @@ pub(super) struct Birth {
     environment: CStrings,
     stdio: [Option<RawFd>; 3],
     handled_signals: &'static [c_int],
-    /// Not 0 while the child uses our memory; the kernel sets it to 0 when the child has become the program, or has ended.
+    /// Not 0 while the child uses our memory: the kernel sets it to 0 when the child has become the program.
     is_here: AtomicU32,
     /// The errno for which it has not become the program, or 0.
     failure: AtomicI32,
@@ -61,7 +64,7 @@ pub(super) fn spawn(birth: Birth, wait_for_exec: bool) -> io::Result<Child> {
 /// Makes the process. Until it has left our memory, no signal's handler may run in it: it would be taken for one of ours.
 #[expect(unsafe_code, reason = "no safe wrapper starts a process that shares memory")]
 fn clone(birth: Arc<Birth>, flags: c_int) -> io::Result<Child> {
-    let flags = flags | libc::CLONE_VM | libc::CLONE_PIDFD | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
+    let flags = flags | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     let mut pidfd = -1;
     // SAFETY: the sets may be uninitialised, and are initialised before they are anything else. The stack is the child's own, and
@@ -70,8 +73,7 @@ fn clone(birth: Arc<Birth>, flags: c_int) -> io::Result<Child> {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
         let argument = Arc::as_ptr(&birth).cast_mut().cast();
-        let (no_tls, is_here) = (ptr::null_mut::<c_void>(), birth.is_here.as_ptr());
-        let id = libc::clone(live, birth.stack.top(), flags, argument, &raw mut pidfd, no_tls, is_here);
+        let id = libc::clone(live, birth.stack.top(), flags, argument, &raw mut pidfd);
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
         id
     };
@@ -82,7 +84,7 @@ fn clone(birth: Arc<Birth>, flags: c_int) -> io::Result<Child> {
     if pidfd < 0 {
         // A kernel that does not know the flag ignores it. `birth` may be dropped only after the child.
         let _ = kill_process(id, Signal::KILL);
-        let _ = waitpid(Some(id), WaitOptions::empty());
+        while matches!(waitpid(Some(id), WaitOptions::empty()), Err(rustix::io::Errno::INTR)) {}
         return Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel gives no pidfd"));
     }
     // SAFETY: the kernel has just opened it, for us.
@@ -122,18 +124,11 @@ impl Birth {
         })
     }
 
-    /// Waits until the child has become the program, or has ended.
-    pub(super) async fn over(self: &Arc<Self>) {
-        if self.is_here.load(Ordering::Acquire) != 0 {
-            let birth = Arc::clone(self);
-            // The kernel tells of it in no other way, and it is a matter of milliseconds.
-            let _ = spawn_blocking(move || birth.wait_until_over()).await;
-        }
-    }
-
-    fn wait_until_over(&self) {
+    /// Waits until the child has become the program. That is a matter of milliseconds, and nothing tells of it that could be
+    /// waited for without a thread. It may end before: whoever waits has to look for that too.
+    pub(super) async fn over(&self) {
         while self.is_here.load(Ordering::Acquire) != 0 {
-            let _ = futex::wait(&self.is_here, futex::Flags::empty(), 1, None);
+            sleep(A_MOMENT).await;
         }
     }
 
@@ -153,6 +148,8 @@ impl Birth {
         // SAFETY: every pointer is to live memory of the right type, with a zero byte or a null pointer at the end where there has
         // to be one, and the files are open. These calls of the C library do not fail for what they are given.
         unsafe {
+            // The C library's `clone` could ask for the same, but not everyone's does.
+            let _ = syscall!(Sysno::set_tid_address, self.is_here.as_ptr());
             libc::setpgid(0, 0);
             set_signals_back(self.handled_signals);
             if let Some(cwd) = &command.cwd {
@@ -306,15 +303,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_is_known_when_a_child_has_become_the_program_or_has_ended() {
-        let child = spawn(birth_of("sleep", None), false).unwrap();
-        child.birth.over().await;
-        end_of(&child);
-        assert!(child.birth.failure().is_none());
-        let child = spawn(birth_of("sleep", Some("/no/such/directory")), false).unwrap();
-        child.birth.over().await;
-        assert!(child.birth.failure().is_some());
-        end_of(&child);
+    async fn it_is_known_when_a_child_has_become_the_program() {
+        for _ in 0..20 {
+            let child = spawn(birth_of("sleep", None), false).unwrap();
+            tokio::time::timeout(Duration::from_secs(60), child.birth.over()).await.unwrap();
+            let program = std::fs::read_link(format!("/proc/{}/exe", child.id.as_raw_nonzero()));
+            end_of(&child);
+            assert_ne!(program.unwrap(), std::env::current_exe().unwrap());
+        }
     }
 
     #[test]

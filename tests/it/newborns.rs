@@ -59,7 +59,7 @@ fn a_drain_signal_right_after_a_start_is_not_lost() {
     for _ in 0..20 {
         let server = Server::start();
         let id = server.enqueue("q", "t", json!(null));
-        let toml = "[handler]\nexec = ['sleep', '600']\ndrain_signal = 'QUIT'";
+        let toml = "[handler]\nexec = ['sleep', '600']\ndrain_signal = 'HUP'";
         let running = Daemon::of(&server).config(toml).start();
         let children = format!("/proc/{0}/task/{0}/children", running.pid());
         while fs::read_to_string(&children).unwrap().is_empty() {}

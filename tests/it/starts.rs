@@ -74,10 +74,10 @@ int clone(int (*run)(void *), void *stack, int flags, void *argument, ...) {
     }
     va_list rest;
     va_start(rest, argument);
-    void *pidfd = va_arg(rest, void *), *tls = va_arg(rest, void *), *tid = va_arg(rest, void *);
+    int *pidfd = va_arg(rest, int *);
     va_end(rest);
     int (*clone)(int (*)(void *), void *, int, void *, ...) = dlsym(RTLD_NEXT, "clone");
-    return clone(run, stack, flags, argument, pidfd, tls, tid);
+    return clone(run, stack, flags, argument, pidfd);
 }"#;
 
 #[test]
