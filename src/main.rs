@@ -43,7 +43,7 @@ fn start(args: Args, config: Config, log: Log) -> Result<Summary, Fatal> {
 }
 
 fn show(config: &Config) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match daemon::runtime() {
         Ok(runtime) => runtime,
         Err(error) => return complain(&error, 1),
     };
