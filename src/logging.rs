@@ -1,9 +1,10 @@
 //! [`Log`]: pretty, compact or JSON lines on stderr, and on a terminal a last line that changes ([`LiveLine`]).
 
 use std::fmt::{self, Write as _};
-use std::io::{self, IsTerminal, Write, stderr};
+use std::io::{self, ErrorKind, IsTerminal, Write, stderr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::termios::tcgetwinsize;
 use tracing::Level;
 use tracing_subscriber::filter::ParseError;
@@ -37,12 +38,12 @@ impl Log {
         let writing = match (format, &live) {
             (LogFormat::Json, _) => {
                 let json = layer().log_internal_errors(false).with_target(false).with_ansi(false).json();
-                json.flatten_event(true).with_span_list(false).with_writer(|| JsonWriter(stderr())).boxed()
+                json.flatten_event(true).with_span_list(false).with_writer(|| JsonWriter(Stderr)).boxed()
             }
             (LogFormat::Compact, Some(live)) => plain.with_ansi(false).compact().with_writer(live.clone()).boxed(),
-            (LogFormat::Compact, None) => plain.with_ansi(false).compact().with_writer(stderr).boxed(),
+            (LogFormat::Compact, None) => plain.with_ansi(false).compact().with_writer(|| Stderr).boxed(),
             (LogFormat::Pretty, Some(live)) => plain.with_writer(live.clone()).boxed(),
-            (LogFormat::Pretty, None) => plain.with_writer(stderr).boxed(),
+            (LogFormat::Pretty, None) => plain.with_writer(|| Stderr).boxed(),
         };
         tracing_subscriber::registry().with(filtering).with(writing).init();
         Ok(Self { filter, live })
@@ -107,7 +108,7 @@ impl LiveLine {
             // What wraps would not be cleared.
             *shown = text.chars().take(width().saturating_sub(1)).collect();
             // A terminal that is gone shows nothing.
-            let _ = write!(stderr(), "{CLEAR}{shown}");
+            let _ = write!(Stderr, "{CLEAR}{shown}");
         }
     }
 
@@ -136,16 +137,59 @@ pub struct AboveLiveLine<'a>(MutexGuard<'a, String>);
 
 impl Write for AboveLiveLine<'_> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        match self.0.is_empty() {
-            true => stderr().write_all(event)?,
+        if self.0.is_empty() {
+            Stderr.write_all(event)?;
+        } else {
             // At once, so that no half of it is seen.
-            false => stderr().write_all(&[CLEAR.as_bytes(), event, self.0.as_bytes()].concat())?,
+            Stderr.write_all(&[CLEAR.as_bytes(), event, self.0.as_bytes()].concat())?;
         }
         Ok(event.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        Stderr.flush()
+    }
+}
+
+/// This process's stderr. A write waits until the reader has room, even if the descriptor does not block: a handler with
+/// `output = "inherit"` shares the open file, and with it the flag `O_NONBLOCK`.
+#[derive(Debug, Clone, Copy)]
+pub struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        loop {
+            match stderr().write(text) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => wait_for_room()?,
+                ended => return ended,
+            }
+        }
+    }
+
+    fn write_all(&mut self, mut text: &[u8]) -> io::Result<()> {
+        // Held over all parts: a line of another thread would come between them otherwise.
+        let _whole = stderr().lock();
+        while !text.is_empty() {
+            match self.write(text) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => text = &text[written..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         stderr().flush()
+    }
+}
+
+/// Waits until stderr takes more, or its reader is gone.
+fn wait_for_room() -> io::Result<()> {
+    match poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -8,7 +8,7 @@ use zizq_worker::chain::Chain;
 use zizq_worker::check::{CheckError, check};
 use zizq_worker::cli::Args;
 use zizq_worker::daemon::{self, Fatal};
-use zizq_worker::logging::Log;
+use zizq_worker::logging::{Log, Stderr};
 use zizq_worker::{Config, ConfigError, Summary};
 
 fn main() -> ExitCode {
@@ -60,6 +60,6 @@ fn show(config: &Config) -> ExitCode {
 /// The one line in which the process says why it ends.
 fn complain(problem: &dyn Display, status: u8) -> ExitCode {
     // A closed stderr leaves nobody to tell.
-    let _ = writeln!(std::io::stderr(), "zizq-worker: {problem}");
+    let _ = writeln!(Stderr, "zizq-worker: {problem}");
     ExitCode::from(status)
 }

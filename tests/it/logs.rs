@@ -1,8 +1,13 @@
 //! The log in its three forms, and that nothing which a job brings along can forge or garble a line of it.
 
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+
+use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, Finished, Recorder, Server};
+use crate::support::{Daemon, Finished, Recorder, Server, eventually};
 
 /// Runs one job of that type, whose handler is that script, and ends.
 fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
@@ -156,4 +161,41 @@ fn a_refusal_at_the_start_says_what_the_server_said_in_one_line() {
     assert!(log.iter().all(|line| is_event(line)), "{log:#?}");
     assert!(last.starts_with("zizq-worker: cannot take jobs from the server, "), "{last}");
     assert!(last.contains("forged") && !last.contains(char::is_control), "{last:?}");
+}
+
+/// A named pipe in the test's directory, open for reading.
+fn open_fifo(daemon: &Daemon, name: &str) -> File {
+    let path = daemon.dir().join(name);
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    // Without a writer, a reader that blocks would wait for one.
+    let reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap();
+    ioctl_fionbio(&reader, false).unwrap();
+    reader
+}
+
+#[test]
+fn no_line_is_lost_when_a_handler_makes_stderr_non_blocking() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server);
+    let mut log = open_fifo(&daemon, "log");
+    let set_flag = "exec perl -e 'use Fcntl; fcntl(STDERR, F_SETFL, O_NONBLOCK | fcntl(STDERR, F_GETFL, 0)) or die'";
+    let setter = daemon.script("set-flag.sh", set_flag);
+    let routes = format!("[handlers.flag]\nexec = '{}'\noutput = 'inherit'", setter.display());
+    let running = daemon.handler("exec seq 20000", &routes).after("exec 2> $DIR/log").start();
+    server.wait_until_done(&server.enqueue("q", "flag", json!(null)));
+    let id = server.enqueue("q", "print", json!(null));
+    eventually("a pipe that is full", || (ioctl_fionread(&log).unwrap() > 60_000).then_some(()));
+    let reading = std::thread::spawn(move || {
+        let mut text = String::new();
+        log.read_to_string(&mut text).unwrap();
+        text
+    });
+    server.wait_until_done(&id);
+    running.stop();
+    let events = reading.join().unwrap();
+    let events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let lines: Vec<Value> =
+        events.filter(|event| event["message"] == "stdout").map(|event| event["line"].clone()).collect();
+    assert_eq!(lines.len(), 20_000);
+    assert!(lines.iter().zip(1..).all(|(line, number)| *line == number.to_string()));
 }
