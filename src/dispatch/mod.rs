@@ -10,22 +10,27 @@ mod variables;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, Exit, HeadStart, Input, Process, Start, Stops, TooFewDescriptors, Usage, ensure_descriptors,
-    keep_exit_statuses,
+    Channel, Children, Exit, HeadStart, Input, Process, Start, Stops, Termination, TooFewDescriptors, Usage,
+    ensure_descriptors, keep_exit_statuses,
 };
 use brake::{Known, NotStarted};
 use outcome::Cause;
 use pids::Pids;
 use result_file::{ResultDir, ResultFile};
 use routes::{Route, Routes};
+
+/// How long a worker that is being killed waits for a process that has outlived SIGKILL. The server hands the job out again as
+/// soon as the worker ends.
+const LAST_WAIT: Duration = Duration::from_secs(10);
 
 /// How a job ended, and what it took.
 #[derive(Debug, Clone, PartialEq)]
@@ -245,10 +250,24 @@ async fn supervise(
     let stops = Stops {
         terminate: cause_to_terminate(handler, lifecycle),
         skip_grace: lifecycle.reached(Phase::Forcing),
+        give_up: last_wait(lifecycle),
         kill_grace: handler.kill_grace,
         notify: handler.drain_signal.filter(|_| !started_stopping).map(|signal| (signal, lifecycle.awaited())),
     };
-    process.supervise(stops, log_line).await
+    let exit = process.supervise(stops, log_line).await?;
+    if matches!(exit.terminated, Some((_, Termination::GivenUp))) {
+        error!("process outlives the worker: its job may run twice");
+    }
+    Ok(exit)
+}
+
+/// Waits until the worker ends without a process that has outlived SIGKILL.
+async fn last_wait(lifecycle: &Lifecycle) {
+    lifecycle.reached(Phase::Killing).await;
+    tokio::select! {
+        () = lifecycle.reached(Phase::Forcing) => {}
+        () = tokio::time::sleep(LAST_WAIT) => {}
+    }
 }
 
 async fn cause_to_terminate(handler: &Handler, lifecycle: &Lifecycle) -> Cause {

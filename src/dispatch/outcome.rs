@@ -9,7 +9,7 @@ use super::Ended;
 use super::result_file::Verdict;
 use crate::handler::Handler;
 use crate::job::{Failure, Outcome};
-use crate::process::{Exit, Signal, Tail};
+use crate::process::{Exit, Signal, Tail, Termination};
 
 /// Why we terminated a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +49,15 @@ pub(super) fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl FnOnce() ->
 fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
     let failed = |error_type, what| Fate::Failed { error_type, what, kill: false };
     match (&exit.ended, exit.terminated) {
-        (_, Some(Cause::Killing)) => Fate::CutShort,
-        (_, Some(Cause::Timeout)) => failed("Timeout", timed_out(handler)),
+        // What lives on has not failed either: its job has not ended.
+        (_, Some((Cause::Killing, _) | (_, Termination::GivenUp))) => Fate::CutShort,
+        (_, Some((Cause::Timeout, Termination::Stopped))) => {
+            failed("Timeout", format!("was stopped {}", after(handler)))
+        }
+        (_, Some((Cause::Timeout, Termination::Denied))) => {
+            let what = format!("could not be stopped {}, because it is another user's", after(handler));
+            failed("Timeout", what)
+        }
         (Err(error), None) => failed("WaitError", format!("ended, but its exit status could not be read: {error}")),
         (Ok((status, _)), None) => match (status.code(), status.signal()) {
             (Some(code), _) => fate_of_code(handler, code),
@@ -77,9 +84,9 @@ fn message(name: &str, what: &str, stderr: &Tail) -> String {
     }
 }
 
-fn timed_out(handler: &Handler) -> String {
+fn after(handler: &Handler) -> String {
     let limit = handler.timeout.map(|limit| humantime::format_duration(limit).to_string()).unwrap_or_default();
-    format!("was stopped after its timeout of {limit}")
+    format!("after its timeout of {limit}")
 }
 
 fn killed_by(status: ExitStatus) -> String {
@@ -141,11 +148,20 @@ mod tests {
     #[test]
     fn a_process_that_we_stopped_is_interrupted_or_too_slow_however_it_ended() {
         for status in [0, 15, 9, 1 << 8, 100 << 8] {
-            let stopped = |cause| Exit { terminated: Some(cause), ..exit(status) };
+            let stopped = |cause| Exit { terminated: Some((cause, Termination::Stopped)), ..exit(status) };
             assert_eq!(outcome(stopped(Cause::Killing)), Outcome::Interrupted);
             let timeout = failure("Timeout", "sh was stopped after its timeout of 1m 30s", false);
             assert_eq!(outcome(stopped(Cause::Timeout)), timeout);
         }
+    }
+
+    #[test]
+    fn a_process_that_could_not_be_stopped_is_not_said_to_be() {
+        let terminated = |cause, how| outcome(Exit { terminated: Some((cause, how)), ..exit(0) });
+        let message = "sh could not be stopped after its timeout of 1m 30s, because it is another user's";
+        assert_eq!(terminated(Cause::Timeout, Termination::Denied), failure("Timeout", message, false));
+        assert_eq!(terminated(Cause::Timeout, Termination::GivenUp), Outcome::Interrupted);
+        assert_eq!(terminated(Cause::Killing, Termination::Denied), Outcome::Interrupted);
     }
 
     #[test]
@@ -173,7 +189,7 @@ mod tests {
             None
         };
         of(&handler(), exit(0), verdict);
-        of(&handler(), Exit { terminated: Some(Cause::Killing), ..exit(9) }, verdict);
+        of(&handler(), Exit { terminated: Some((Cause::Killing, Termination::Stopped)), ..exit(9) }, verdict);
         assert_eq!(asked.get(), 0);
         of(&handler(), exit(1 << 8), verdict);
         assert_eq!(asked.get(), 1);

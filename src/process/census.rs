@@ -4,29 +4,41 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
-use rustix::process::Pid;
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process_group};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 /// How old an answer may be. Looking takes milliseconds on a busy machine, and hundreds of jobs may ask at once.
 const MAX_AGE: Duration = Duration::from_millis(50);
 
-/// The latest look around, of whoever asked. All groups are in one list, so one look is enough for all.
-static LATEST: Mutex<Census> = Mutex::const_new(Census { begun: None, groups: BTreeSet::new() });
+/// The latest look around. All groups are in one list, so one look is enough for all jobs that ask.
+static LATEST: Mutex<Census> =
+    Mutex::const_new(Census { begun: None, groups: Groups { living: BTreeSet::new(), zombies: BTreeSet::new() } });
 
 #[derive(Debug)]
 struct Census {
     begun: Option<Instant>,
-    groups: BTreeSet<i32>,
+    groups: Groups,
+}
+
+/// The groups that have a process of that kind.
+#[derive(Debug, Default)]
+struct Groups {
+    living: BTreeSet<i32>,
+    zombies: BTreeSet<i32>,
 }
 
 /// Whether a process of the group has not ended, as seen later than `since`.
 async fn is_alive(group: Pid, since: Instant) -> bool {
     let mut latest = LATEST.lock().await;
     if latest.begun.is_none_or(|begun| begun < since) {
-        *latest = Census { begun: Some(Instant::now()), groups: living_groups() };
+        *latest = Census { begun: Some(Instant::now()), groups: groups() };
     }
-    latest.groups.contains(&group.as_raw_nonzero().get())
+    let (number, Groups { living, zombies }) = (group.as_raw_nonzero().get(), &latest.groups);
+    // With `hidepid`, /proc does not list the processes of other users.
+    let is_hidden = || !zombies.contains(&number) && test_kill_process_group(group) == Err(Errno::PERM);
+    living.contains(&number) || is_hidden()
 }
 
 /// Returns once every process of the group has ended, reaped or not.
@@ -39,8 +51,16 @@ pub(super) async fn died_out(group: Pid) {
     }
 }
 
-fn living_groups() -> BTreeSet<i32> {
-    processes().filter_map(|(_, stat)| living_group(&stat)).collect()
+fn groups() -> Groups {
+    let mut groups = Groups::default();
+    for (group, is_zombie) in processes().filter_map(|(_, stat)| group_of(&stat)) {
+        if is_zombie {
+            groups.zombies.insert(group);
+        } else {
+            groups.living.insert(group);
+        }
+    }
+    groups
 }
 
 /// The children of a process that have ended, and that nobody has waited for.
@@ -61,14 +81,14 @@ fn zombies_parent(stat: &str) -> Option<i32> {
     rest.trim_start().strip_prefix('Z')?.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// The group of a process, from its line in /proc, unless it is a zombie. Its name may contain anything, even `)`.
-fn living_group(stat: &str) -> Option<i32> {
+/// Reads the group of a process from its line in /proc, and whether it is a zombie. Its name may contain anything, even `)`.
+fn group_of(stat: &str) -> Option<(i32, bool)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let (state, group, threads) = (*fields.first()?, *fields.get(2)?, *fields.get(17)?);
     // A process whose first thread has exited looks like a zombie while others of it still run.
-    let is_dead = state == "X" || (state == "Z" && threads == "1");
-    if is_dead { None } else { group.parse().ok() }
+    let is_zombie = state == "X" || (state == "Z" && threads == "1");
+    Some((group.parse().ok()?, is_zombie))
 }
 
 #[cfg(test)]
@@ -76,14 +96,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_living_are_found_by_their_group_and_zombies_are_not() {
+    fn the_living_are_told_from_zombies_of_their_group() {
         let stat = |state: &str, threads: u32| {
             format!("7 (a) b) {state} 1 5 5 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 {threads} 0 12345")
         };
-        assert_eq!(living_group(&stat("S", 1)), Some(5));
-        assert_eq!(living_group(&stat("Z", 1)), None);
-        assert_eq!(living_group(&stat("Z", 2)), Some(5));
-        assert_eq!(living_group(""), None);
+        assert_eq!(group_of(&stat("S", 1)), Some((5, false)));
+        assert_eq!(group_of(&stat("Z", 1)), Some((5, true)));
+        assert_eq!(group_of(&stat("Z", 2)), Some((5, false)));
+        assert_eq!(group_of(""), None);
     }
 
     #[test]
@@ -94,6 +114,6 @@ mod tests {
 
     #[test]
     fn this_process_is_alive() {
-        assert!(living_groups().contains(&rustix::process::getpgrp().as_raw_nonzero().get()));
+        assert!(groups().living.contains(&rustix::process::getpgrp().as_raw_nonzero().get()));
     }
 }

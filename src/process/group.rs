@@ -7,20 +7,33 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, test_kill_process_group, waitpgid};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpgid, kill_process_group, pidfd_send_signal, test_kill_process,
+    test_kill_process_group, waitpgid,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{sleep, timeout};
 use tracing::warn;
 
 use super::census;
 use super::orphans::Children;
 use super::spawn::{Birth, Child};
 
-/// How long a killed group may take to be gone. Only a process stuck in the kernel needs longer.
+/// How long a killed group may take to be gone. A process that is stuck in the kernel needs longer, and so does one that this
+/// process may not signal.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the dead may take to be reaped by whoever inherits them, before it is asked whether they are no more than dead.
-const PATIENCE_WITH_THE_DEAD: Duration = Duration::from_millis(32);
+/// Pauses after which a killed group is most often gone, zombies included. After them /proc tells the living from the zombies: a
+/// process 1 that reaps late costs a job no more than that.
+const PAUSES: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(2), Duration::from_millis(4)];
+
+/// The pause between two tries to reap a leader that has exited grows from this …
+const FIRST_REAP_PAUSE: Duration = Duration::from_millis(1);
+
+/// … up to this.
+const LONGEST_REAP_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a process has used, from its birth to its end, children that it waited for included.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,20 +75,28 @@ impl Group {
         self.leader
     }
 
-    /// Signals the whole group. That nobody is left to hear it is no error.
-    pub(super) fn signal(&self, signal: Signal) {
+    /// Signals the whole group. A group that is gone is no error.
+    fn signal_group(&self, signal: Signal) {
         let _ = kill_process_group(self.id(), signal);
     }
 
-    /// Kills the whole group, and the leader wherever it has gone: a leader may leave its group.
-    pub(super) fn kill(&self) {
-        self.signal(Signal::KILL);
-        self.signal_leader(Signal::KILL);
+    /// Signals the whole group, and the leader if it has moved to another one.
+    pub(super) fn signal(&self, signal: Signal) {
+        self.signal_group(signal);
+        // Not twice: a handler that traps the signal would run its trap twice.
+        if getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader) {
+            self.signal_leader(signal);
+        }
     }
 
     /// Signals the leader alone.
     fn signal_leader(&self, signal: Signal) {
-        let _ = kill_process(self.id(), signal);
+        let _ = self.pidfd.as_ref().map(|pidfd| pidfd_send_signal(pidfd.get_ref(), signal));
+    }
+
+    /// Whether the system lets this process signal the leader. A leader may become another user.
+    pub(super) fn may_signal_leader(&self) -> bool {
+        test_kill_process(self.leader) != Err(Errno::PERM)
     }
 
     /// Signals the leader as soon as it is the program: before, a signal may be taken for one of the terminal's, and one that
@@ -94,10 +115,33 @@ impl Group {
         }
     }
 
-    /// Waits until the leader has exited and nobody else of the group lives.
+    /// Waits until the leader has exited and every other process of the group has ended.
     pub(super) async fn died_out(&self) {
         self.leader_exited().await;
         census::died_out(self.id()).await;
+    }
+
+    /// Kills the group, and waits for the leader's end or for `give_up`, whose clock starts when the kernel has had its time.
+    /// Returns whether the leader has exited.
+    pub(super) async fn kill(&self, give_up: impl Future<Output = ()>) -> bool {
+        self.signal(Signal::KILL);
+        if timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_ok() {
+            return true;
+        }
+        warn_of_survivors(self.leader, test_kill_process(self.leader));
+        tokio::select! {
+            biased;
+            () = self.leader_killed() => true,
+            () = give_up => false,
+        }
+    }
+
+    /// Waits for the leader's end, and kills it again now and then: the system may let this process signal a leader that has
+    /// changed its user again.
+    async fn leader_killed(&self) {
+        while timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_err() {
+            self.signal(Signal::KILL);
+        }
     }
 
     /// Kills what is left of the group, reaps the leader, which has exited, and sees the rest dead. The zombie keeps the
@@ -107,25 +151,35 @@ impl Group {
     /// When the leader never became its program: why it did not.
     pub(super) async fn end(mut self) -> io::Result<Ended> {
         let id = self.id();
-        self.signal(Signal::KILL);
-        let ended = reap(id);
+        self.signal_group(Signal::KILL);
+        let Ok(ended) = timeout(DEATH_TIMEOUT, reap(id)).await else {
+            let late = io::Error::new(io::ErrorKind::TimedOut, "another process traces it");
+            return self.birth.failure().map_or(Ok(Err(late)), Err);
+        };
         self.children.reaped(id);
         self.reaped = true;
-        if tokio::time::timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
-            warn!(group = id.as_raw_nonzero().get(), "killed processes of the job are still there");
+        if timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
+            warn_of_survivors(id, test_kill_process_group(id));
         }
         self.birth.failure().map_or(Ok(ended), Err)
     }
 }
 
+/// Dropped before its end, a group is killed. Its leader is reaped elsewhere: one that hangs in the kernel would hold up this
+/// thread.
 impl Drop for Group {
     fn drop(&mut self) {
         if !self.reaped {
-            self.kill();
-            let _ = reap(self.leader);
-            self.children.reaped(self.id());
+            self.signal(Signal::KILL);
+            self.children.reap_killed(self.leader, Arc::clone(&self.birth) as _);
         }
     }
+}
+
+/// Logs that processes have outlived SIGKILL, and why if the system says so.
+fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
+    let error = signalled.err().map(|errno| io::Error::from(errno).to_string());
+    warn!(group = group.as_raw_nonzero().get(), error, "killed processes of the job are still there");
 }
 
 #[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
@@ -134,23 +188,30 @@ fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
 }
 
-/// One call that reaps and accounts; the safe wrappers of wait leave the accounts out.
+/// Reaps a child that has exited. A debugger that traces the child keeps it from its parent until the debugger has seen its end.
+async fn reap(pid: Pid) -> Ended {
+    let mut pause = FIRST_REAP_PAUSE;
+    loop {
+        if let Some(ended) = try_reap(pid).transpose() {
+            return ended;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_REAP_PAUSE);
+    }
+}
+
+/// Reaps and accounts in one call, without waiting; the safe wrappers of wait leave the accounts out.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
-fn reap(pid: Pid) -> Ended {
+fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, Usage)>> {
     let mut status = 0;
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    loop {
-        // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
-        let reaped = unsafe { libc::wait4(pid.as_raw_nonzero().get(), &raw mut status, 0, usage.as_mut_ptr()) };
-        let error = io::Error::last_os_error();
-        if reaped > 0 {
-            // SAFETY: see above; the call has filled it in.
-            let usage = unsafe { usage.assume_init() };
-            return Ok((ExitStatus::from_raw(status), Usage::from(usage)));
-        }
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
+    // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
+    let reaped = unsafe { libc::wait4(pid.as_raw_nonzero().get(), &raw mut status, libc::WNOHANG, usage.as_mut_ptr()) };
+    match reaped {
+        0 => Ok(None),
+        // SAFETY: see above; the call has filled it in.
+        1.. => Ok(Some((ExitStatus::from_raw(status), Usage::from(unsafe { usage.assume_init() })))),
+        ..0 => Err(io::Error::last_os_error()),
     }
 }
 
@@ -163,18 +224,103 @@ impl From<libc::rusage> for Usage {
     }
 }
 
-/// Returns once no process of a killed group is left. Dying takes a moment; nobody tells when it is over.
+/// Waits until no process of a killed group is left alive. Dying takes a moment, and no event tells of its end.
 async fn until_gone(group: Pid) {
-    let mut pause = Duration::from_millis(1);
-    while test_kill_process_group(group).is_ok() {
-        // As process 1, this process is what orphans are handed to. Asked by group, no other job's status is taken, and this
-        // job need not wait until somebody looks for all orphans.
-        while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {}
-        tokio::time::sleep(pause).await;
-        pause *= 2;
-        if pause > PATIENCE_WITH_THE_DEAD {
-            // Whoever is process 1 may leave zombies where they are.
-            return census::died_out(group).await;
+    for pause in PAUSES {
+        if is_gone(group) || (reap_orphans_of(group) && is_gone(group)) {
+            return;
         }
+        sleep(pause).await;
+    }
+    census::died_out(group).await;
+    reap_orphans_of(group);
+}
+
+/// Whether the group has no process, not even a zombie. A group of processes that this process may not signal is not gone.
+fn is_gone(group: Pid) -> bool {
+    test_kill_process_group(group) == Err(Errno::SRCH)
+}
+
+/// Reaps the zombies of the group that were handed to this process, as process 1 or as a subreaper. Asked by group, the call
+/// takes no other job's status, and this job need not wait for the next look at all orphans. Returns whether there were any.
+fn reap_orphans_of(group: Pid) -> bool {
+    let mut count = 0;
+    while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {
+        count += 1;
+    }
+    count > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child as Debugger, Command as StdCommand, Stdio};
+    use std::time::Instant;
+
+    use super::super::command::Command;
+    use super::super::program::Program;
+    use super::super::spawn::spawn;
+    use super::*;
+
+    fn group_of(program: &str, argument: &str) -> Group {
+        let program = Program::find(program.into(), vec![argument.into()], Some(&"/bin:/usr/bin".into())).unwrap();
+        let command = Arc::new(Command::new(&program, [], None).unwrap());
+        let child = spawn(Birth::of(command, &[], [None; 3]).unwrap(), false).unwrap();
+        Group::of(child, Children::of_this_process()).unwrap()
+    }
+
+    /// A process that traces another one, and never waits for it. The tracee's parent cannot reap the tracee then.
+    #[expect(clippy::disallowed_methods, reason = "a debugger is a process of its own")]
+    fn debugger_of(id: Pid) -> Option<Debugger> {
+        let (seize, ptrace) = (libc::PTRACE_SEIZE, libc::SYS_ptrace);
+        let script =
+            format!("$| = 1; print syscall({ptrace}, {seize}, {}, 0, 0) . qq(\\n); sleep 1000", id.as_raw_nonzero());
+        let mut debugger = StdCommand::new("perl").args(["-e", &script]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(debugger.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        if line != "0\n" {
+            println!("skipped: this process may not trace its child");
+            debugger.kill().unwrap();
+            debugger.wait().unwrap();
+            return None;
+        }
+        Some(debugger)
+    }
+
+    fn let_go(mut debugger: Debugger) {
+        debugger.kill().unwrap();
+        debugger.wait().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_dropped_group_does_not_hold_up_the_thread() {
+        let group = group_of("sleep", "1000");
+        let (id, birth) = (group.id(), Arc::clone(&group.birth));
+        birth.over().await;
+        let Some(debugger) = debugger_of(id) else { return };
+        drop(group);
+        assert!(Arc::strong_count(&birth) > 1, "the child is still there");
+        let_go(debugger);
+        let begun = Instant::now();
+        while Arc::strong_count(&birth) > 1 {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_debugger_that_holds_a_dead_leader_holds_up_its_job_alone() {
+        let group = group_of("sleep", "1000");
+        group.birth.over().await;
+        let Some(debugger) = debugger_of(group.id()) else { return };
+        // Any other signal would stop the tracee.
+        group.signal(Signal::KILL);
+        group.leader_exited().await;
+        let let_go = async {
+            sleep(Duration::from_millis(20)).await;
+            let_go(debugger);
+        };
+        let (ended, ()) = tokio::join!(group.end(), let_go);
+        assert_eq!(ended.unwrap().unwrap().0.signal(), Some(Signal::KILL.as_raw()));
     }
 }

@@ -10,6 +10,7 @@ mod limits;
 mod orphans;
 mod output;
 mod program;
+mod reaper;
 mod spawn;
 
 use std::borrow::Cow;
@@ -83,14 +84,27 @@ pub(crate) struct Start<'a> {
 
 /// When, and how, a running process is interfered with. Each future may never end.
 #[derive(Debug)]
-pub(crate) struct Stops<C, F, G> {
+pub(crate) struct Stops<C, F, G, H> {
     /// Why to terminate it: SIGTERM to the group, and SIGKILL after `kill_grace`.
     pub(crate) terminate: C,
     pub(crate) kill_grace: Duration,
     /// When to cut that grace short.
     pub(crate) skip_grace: G,
+    /// When to wait no longer for a leader that has outlived SIGKILL. Polled only then.
+    pub(crate) give_up: H,
     /// A signal that only tells the leader something, and when it is sent.
     pub(crate) notify: Option<(Signal, F)>,
+}
+
+/// How a process has taken its termination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Termination {
+    /// The process has ended, as far as can be known because of it.
+    Stopped,
+    /// The process has ended by itself: the system does not let this process signal it.
+    Denied,
+    /// The process lives on.
+    GivenUp,
 }
 
 /// How a process ended.
@@ -98,8 +112,8 @@ pub(crate) struct Stops<C, F, G> {
 pub(crate) struct Exit<C> {
     /// The leader's status and what it used, if they could be had.
     pub(crate) ended: Ended,
-    /// Why it was terminated, if it was; its own end comes first when both happen at once.
-    pub(crate) terminated: Option<C>,
+    /// Why it was terminated, if it was, and how it took that; its own end comes first when both happen at once.
+    pub(crate) terminated: Option<(C, Termination)>,
     /// Whether the notification was sent.
     pub(crate) notified: bool,
     /// The beginning and the end of its stderr.
@@ -144,11 +158,16 @@ impl Process {
     /// When it has turned out that the program could not be started: the system's word for why.
     pub(crate) async fn supervise<C>(
         self,
-        stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>>,
+        stops: Stops<
+            impl Future<Output = C>,
+            impl Future<Output = ()>,
+            impl Future<Output = ()>,
+            impl Future<Output = ()>,
+        >,
         on_line: impl Fn(Channel, &str),
     ) -> io::Result<Exit<C>> {
         let Self { command, group, stdin, stdout, stderr, head_start } = self;
-        let Stops { terminate: cause, skip_grace, kill_grace, notify } = stops;
+        let Stops { terminate: cause, skip_grace, give_up, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
         let may_be_read_later =
             stdin.is_none() && (stdout.is_some() || stderr.is_some()) && !command.prints_much.load(Ordering::Relaxed);
@@ -161,8 +180,7 @@ impl Process {
             });
             let mut end = pin!(async {
                 let cause = until_told_to_end(&group, cause, notify, &mut notified).await?;
-                terminate(&group, kill_grace, skip_grace).await;
-                Some(cause)
+                Some((cause, terminate(&group, kill_grace, skip_grace, give_up).await))
             });
             // All three pipes are served while waiting: a child blocked on any of them would never exit.
             tokio::select! {
@@ -180,7 +198,12 @@ impl Process {
             }
         };
         command.prints_much.store(read.into_inner() > output::READ_BYTES as u64, Ordering::Relaxed);
-        Ok(Exit { ended: group.end().await?, terminated, notified, stderr: tail })
+        let ended = if matches!(terminated, Some((_, Termination::GivenUp))) {
+            Err(io::Error::new(io::ErrorKind::TimedOut, "the process lives on"))
+        } else {
+            group.end().await?
+        };
+        Ok(Exit { ended, terminated, notified, stderr: tail })
     }
 }
 
@@ -239,18 +262,25 @@ async fn until_told_to_end<C>(
 
 /// Tells the group to end, gives it the grace, and kills it then. Not only the leader has that time: a shell dies of SIGTERM
 /// before the command that it runs.
-async fn terminate(group: &Group, kill_grace: Duration, skip_grace: impl Future<Output = ()>) {
+async fn terminate(
+    group: &Group,
+    kill_grace: Duration,
+    skip_grace: impl Future<Output = ()>,
+    give_up: impl Future<Output = ()>,
+) -> Termination {
+    let ended = |may_signal| if may_signal { Termination::Stopped } else { Termination::Denied };
+    let may_signal = group.may_signal_leader();
     group.signal(Signal::TERM);
     // A stopped process would not see SIGTERM until it is continued.
     group.signal(Signal::CONT);
     tokio::select! {
         biased;
-        () = group.died_out() => return,
+        () = group.died_out() => return ended(may_signal),
         () = skip_grace => {}
         () = sleep(kill_grace) => {}
     }
-    group.kill();
-    group.leader_exited().await;
+    let may_signal = group.may_signal_leader();
+    if group.kill(give_up).await { ended(may_signal) } else { Termination::GivenUp }
 }
 
 /// What every pipe takes at once: the kernel makes small ones for a user who has many.

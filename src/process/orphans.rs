@@ -1,26 +1,32 @@
-//! [`Children`]: which processes somebody here waits for. As process 1 of a container without an init, this process is what
-//! orphans are handed to, and they stay zombies until it reaps them; but to reap a child that somebody waits for would take
-//! its exit status away.
+//! [`Children`]: which processes a job here waits for. The kernel hands orphans to process 1 of a container, or to a subreaper
+//! (`PR_SET_CHILD_SUBREAPER`). If this process is one of the two, orphans stay zombies until it reaps them; but to reap a child
+//! that a job waits for would take its exit status away.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use rustix::process::{Pid, WaitOptions, getpid, waitpid};
+use rustix::process::{Pid, WaitOptions, child_subreaper, getpid, waitpid};
 use signal_hook::consts::SIGCHLD;
 use signal_hook_tokio::Signals;
 use tokio::time::sleep;
 
 use super::census::zombies_of;
+use super::reaper::{Killed, Reaper};
 
 /// A zombie does no harm meanwhile, and every child that ends makes this process look.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The children that are waited for; clones are of one list. Kept by process 1 alone.
+/// The children of this process; clones are of one list.
 #[derive(Debug, Clone)]
-pub(crate) struct Children(Option<Arc<Waited>>);
+pub(crate) struct Children {
+    /// Those that are waited for, if orphans are handed to this process.
+    waited: Option<Arc<Waited>>,
+    reaper: Reaper,
+}
 
 #[derive(Debug, Default)]
 struct Waited {
@@ -31,23 +37,29 @@ struct Waited {
 }
 
 impl Children {
-    /// Of this process.
+    /// Makes the list of this process.
     pub(crate) fn of_this_process() -> Self {
-        Self((getpid() == Pid::INIT).then(Arc::default))
+        Self { waited: inherits_orphans().then(Arc::default), reaper: Reaper::default() }
     }
 
     /// Starts a child that will be waited for.
     pub(super) fn start<C>(&self, spawn: impl FnOnce() -> io::Result<C>, id: impl Fn(&C) -> Pid) -> io::Result<C> {
-        let Some(waited) = &self.0 else { return spawn() };
+        let Some(waited) = &self.waited else { return spawn() };
         let _starting = waited.starting.read().unwrap_or_else(PoisonError::into_inner);
         let child = spawn()?;
         *waited.pids().entry(id(&child)).or_default() += 1;
         Ok(child)
     }
 
-    /// Notes that a child has been reaped by whoever waited for it.
+    /// Reaps a child that has been killed, and that no job waits for. Never waits itself.
+    /// `memory` is kept for the child until its end.
+    pub(super) fn reap_killed(&self, id: Pid, memory: Arc<dyn Any + Send + Sync>) {
+        self.reaper.take(Killed { id, _memory: memory, children: self.clone() });
+    }
+
+    /// Notes that a child has been reaped by its job.
     pub(super) fn reaped(&self, pid: Pid) {
-        let Some(waited) = &self.0 else { return };
+        let Some(waited) = &self.waited else { return };
         let mut pids = waited.pids();
         if let Some(count) = pids.get_mut(&pid) {
             *count -= 1;
@@ -62,7 +74,7 @@ impl Children {
     /// # Errors
     /// When the operating system refuses the signal handler.
     pub(crate) async fn reap_orphans(self) -> io::Result<()> {
-        let Some(waited) = self.0 else { return Ok(()) };
+        let Some(waited) = self.waited else { return Ok(()) };
         let mut deaths = Signals::new([SIGCHLD])?;
         loop {
             waited.reap_others();
@@ -72,6 +84,12 @@ impl Children {
             }
         }
     }
+}
+
+/// Whether the kernel hands orphans to this process: as process 1, or as a subreaper. A process stays a subreaper when it becomes
+/// another program.
+fn inherits_orphans() -> bool {
+    getpid() == Pid::INIT || child_subreaper().is_ok_and(|subreaper| subreaper.is_some())
 }
 
 impl Waited {
@@ -95,7 +113,7 @@ mod tests {
 
     fn kept() -> (Arc<Waited>, Children) {
         let waited = Arc::new(Waited::default());
-        (Arc::clone(&waited), Children(Some(waited)))
+        (Arc::clone(&waited), Children { waited: Some(waited), reaper: Reaper::default() })
     }
 
     #[test]

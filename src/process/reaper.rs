@@ -1,0 +1,125 @@
+//! [`Reaper`]: reaps killed children whose job is over, in a thread that lives for as long as there are any.
+
+use std::any::Any;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::Duration;
+
+use rustix::process::{Pid, WaitOptions, waitpid};
+
+use super::orphans::Children;
+
+/// The pause between two looks at the killed grows from this …
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+
+/// … up to this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+
+/// A child that has been killed, and not reaped.
+#[derive(Debug)]
+pub(super) struct Killed {
+    pub(super) id: Pid,
+    /// Memory that the child may use until its end.
+    pub(super) _memory: Arc<dyn Any + Send + Sync>,
+    /// The list that the child is on until it has been reaped.
+    pub(super) children: Children,
+}
+
+/// The killed children that are still to be reaped; clones are of one list.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Reaper(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    added: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    killed: Vec<Killed>,
+    has_thread: bool,
+}
+
+impl Reaper {
+    /// Reaps the child now if it has ended, and otherwise as soon as it has. Never waits.
+    pub(super) fn take(&self, killed: Killed) {
+        if killed.is_reaped() {
+            return;
+        }
+        let mut state = self.state();
+        state.killed.push(killed);
+        if !state.has_thread {
+            let reaper = self.clone();
+            // Without a thread, the list waits for the next child.
+            let started: io::Result<_> = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run());
+            state.has_thread = started.is_ok();
+        }
+        self.0.added.notify_one();
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the killed until all have been reaped.
+    fn run(&self) {
+        let mut pause = FIRST_PAUSE;
+        let mut state = self.state();
+        loop {
+            state.killed.retain(|killed| !killed.is_reaped());
+            if state.killed.is_empty() {
+                state.has_thread = false;
+                return;
+            }
+            let (woken, waited) = self.0.added.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+            pause = if waited.timed_out() { (pause * 2).min(LONGEST_PAUSE) } else { FIRST_PAUSE };
+        }
+    }
+}
+
+impl Killed {
+    /// Reaps the child if it has ended.
+    fn is_reaped(&self) -> bool {
+        if matches!(waitpid(Some(self.id), WaitOptions::NOHANG), Ok(None)) {
+            return false;
+        }
+        self.children.reaped(self.id);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::time::Instant;
+
+    use rustix::process::{Signal, kill_process};
+
+    use super::*;
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "any child will do, and nothing else runs in this thread")]
+    fn a_killed_child_is_waited_for_in_another_thread() {
+        let (reaper, memory) = (Reaper::default(), Arc::new(()));
+        let children = Children::of_this_process();
+        let ids = [(); 3].map(|()| Pid::from_child(&Command::new("sleep").arg("1000").spawn().unwrap()));
+        for id in ids {
+            // The children live: a call that waited for one would not return.
+            let _memory = Arc::clone(&memory) as _;
+            reaper.take(Killed { id, _memory, children: children.clone() });
+        }
+        assert_eq!(Arc::strong_count(&memory), 4);
+        for id in ids {
+            kill_process(id, Signal::KILL).unwrap();
+        }
+        let begun = Instant::now();
+        while Arc::strong_count(&memory) > 1 || reaper.state().has_thread {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(ids.iter().all(|id| waitpid(Some(*id), WaitOptions::NOHANG).is_err()));
+    }
+}
