@@ -68,10 +68,9 @@ impl Brake {
         self.engaged.load(Ordering::Acquire)
     }
 
-    /// Whether a start that failed still keeps the next one waiting. Whoever is at it now will know more soon.
-    pub(super) fn has_failed_lately(&self) -> bool {
-        let turn = self.turn.try_lock().ok();
-        turn.is_none_or(|turn| turn.not_before.is_some_and(|not_before| Instant::now() < not_before))
+    /// When the pause after the last failed start ends. `None` while a start is under way.
+    pub(super) fn pause_end(&self) -> Option<Instant> {
+        self.turn.try_lock().ok()?.not_before
     }
 
     /// The handler's name.

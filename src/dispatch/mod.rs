@@ -1,6 +1,7 @@
 //! [`Dispatcher`]: what a worker does with a job. [`ExecDispatcher`] runs a handler for it.
 
 mod brake;
+mod errands;
 mod outcome;
 mod pids;
 mod result_file;
@@ -164,7 +165,7 @@ impl Dispatcher for ExecDispatcher {
                 // It fails only once the sender is gone, and `self` has it.
                 _ = routes.changed() => continue,
             };
-            match self.see_through(started, &route.handler, job, lifecycle, &result).await {
+            match self.see_through(started, &route, job, lifecycle, &result).await {
                 Ok(ended) => return ended,
                 Err(error) => fault = Some((route, error)),
             }
@@ -193,7 +194,7 @@ impl ExecDispatcher {
         route: &Route,
         job: &Job,
         lifecycle: &Lifecycle,
-        result: &ResultFile,
+        result: &ResultFile<'_>,
         fault: Option<io::Error>,
     ) -> Result<Started, NotStarted> {
         let spawn = |known| {
@@ -208,36 +209,23 @@ impl ExecDispatcher {
     async fn see_through(
         &self,
         started: Result<Started, NotStarted>,
-        handler: &Handler,
+        route: &Route,
         job: &Job,
         lifecycle: &Lifecycle,
-        result: &ResultFile,
+        result: &ResultFile<'_>,
     ) -> io::Result<Ended> {
         Ok(match started {
             Ok((process, started_stopping)) => {
                 let _listed = self.pids.list(&job.id, process.id());
-                let exit = supervise(process, handler, lifecycle, started_stopping).await?;
-                outcome::of(handler, exit, || result.read())
+                let exit = supervise(process, &route.handler, lifecycle, started_stopping).await?;
+                outcome::of(&route.handler, exit, result.read()).await
             }
             Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
             Err(NotStarted::Failed(error)) => {
-                Outcome::Failure(Failure::new("SpawnError", not_started(handler, &error))).into()
+                Outcome::Failure(Failure::new("SpawnError", route.not_started(&error).await)).into()
             }
         })
     }
-}
-
-/// The system says the same whether the file is missing, the directory, or the program that its first line names.
-fn not_started(handler: &Handler, error: &io::Error) -> String {
-    let name = handler.program.file_name();
-    let hint = match &handler.cwd {
-        Some(cwd) if !cwd.is_dir() => format!(" (its cwd {} is missing)", cwd.display()),
-        _ if error.kind() == io::ErrorKind::NotFound && handler.program.exists() => {
-            " (the file is there; what its #! line names is not)".to_owned()
-        }
-        _ => String::new(),
-    };
-    format!("{name} could not be started: {error}{hint}")
 }
 
 /// A handler that has been started after the stop was asked for has not missed the signal that tells of it.

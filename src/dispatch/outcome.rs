@@ -1,4 +1,4 @@
-//! What an exit means for its job: a pure function of the exit, the handler's settings, and what the handler says of it.
+//! What an exit means for its job: a function of the exit, the handler's settings, and what the handler says of it.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -28,14 +28,14 @@ enum Fate {
 }
 
 /// Decides how a job ended. What the handler says of it is asked for only when it failed.
-pub(super) fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl FnOnce() -> Option<Verdict>) -> Ended {
+pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Future<Output = Option<Verdict>>) -> Ended {
     let outcome = match fate(handler, &exit) {
         Fate::Done => Outcome::Success,
         Fate::CutShort => Outcome::Interrupted,
         Fate::Failed { error_type, what, kill } => {
             let message = message(&handler.program.file_name(), &what, &exit.stderr);
             let failure = Failure { kill, ..Failure::new(error_type, message).with_backtrace(exit.stderr.text()) };
-            Outcome::Failure(match verdict() {
+            Outcome::Failure(match verdict.await {
                 Some(verdict) => verdict.apply_to(failure),
                 None => failure,
             })
@@ -102,6 +102,8 @@ mod tests {
     use std::ffi::OsString;
     use std::time::Duration;
 
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::process::{Program, Usage};
 
@@ -122,8 +124,13 @@ mod tests {
         Exit { ended, terminated: None, notified: false, stderr: Tail::default() }
     }
 
+    /// Waits for a future that needs no runtime.
+    fn wait_for<T>(future: impl Future<Output = T>) -> T {
+        future.now_or_never().unwrap()
+    }
+
     fn outcome(exit: Exit<Cause>) -> Outcome {
-        of(&handler(), exit, || None).outcome
+        wait_for(of(&handler(), exit, std::future::ready(None))).outcome
     }
 
     fn failure(error_type: &str, message: &str, kill: bool) -> Outcome {
@@ -184,14 +191,15 @@ mod tests {
     #[test]
     fn the_handler_is_asked_only_when_it_failed() {
         let asked = std::cell::Cell::new(0);
-        let verdict = || {
+        let verdict = || async {
             asked.set(asked.get() + 1);
             None
         };
-        of(&handler(), exit(0), verdict);
-        of(&handler(), Exit { terminated: Some((Cause::Killing, Termination::Stopped)), ..exit(9) }, verdict);
+        wait_for(of(&handler(), exit(0), verdict()));
+        let killed = Exit { terminated: Some((Cause::Killing, Termination::Stopped)), ..exit(9) };
+        wait_for(of(&handler(), killed, verdict()));
         assert_eq!(asked.get(), 0);
-        of(&handler(), exit(1 << 8), verdict);
+        wait_for(of(&handler(), exit(1 << 8), verdict()));
         assert_eq!(asked.get(), 1);
     }
 }

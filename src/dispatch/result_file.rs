@@ -6,15 +6,16 @@ use std::io::{self, Read};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
 use serde::Deserialize;
-use tempfile::TempDir;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tracing::warn;
 
+use super::errands::Errands;
 use crate::job::Failure;
 
 /// A handler has no reason to say more than this; all that it could say in earnest is a message and a backtrace.
@@ -26,13 +27,21 @@ const LAST_TIME: u64 = 253_402_300_799_999;
 /// A thousand years: more is a mistake.
 const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
 
+/// How long a job waits for the reading of its result file. A file of 1 MiB on a disk takes milliseconds.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the end of a worker waits for the removal of files that handlers have left.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A private directory for result files. It is removed with the dispatcher.
 #[derive(Debug)]
 pub(super) struct ResultDir {
-    dir: TempDir,
+    path: PathBuf,
     /// Held open and locked: whoever tidies up temporary directories leaves a locked one alone.
     _lock: File,
     next: AtomicU64,
+    reads: Errands,
+    removals: Errands,
 }
 
 impl ResultDir {
@@ -41,28 +50,35 @@ impl ResultDir {
         let dir = builder.prefix("zizq-worker-").permissions(fs::Permissions::from_mode(0o700)).tempdir_in(below)?;
         let lock = File::open(dir.path())?;
         flock(&lock, FlockOperation::LockShared)?;
-        Ok(Self { dir, _lock: lock, next: AtomicU64::new(0) })
+        let (reads, removals) = (Errands::with_threads(4), Errands::with_threads(1));
+        Ok(Self { path: dir.keep(), _lock: lock, next: AtomicU64::new(0), reads, removals })
     }
 
     /// A path for one job at which there is nothing yet. A number, since nothing of a job is ever made into a path.
-    pub(super) fn file(&self) -> ResultFile {
+    pub(super) fn file(&self) -> ResultFile<'_> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        ResultFile(self.dir.path().join(number.to_string()))
+        ResultFile { dir: self, path: self.path.join(number.to_string()) }
     }
 }
 
 /// The path that one job's handler is given. Whatever is there in the end is removed with this.
 #[derive(Debug)]
-pub(super) struct ResultFile(PathBuf);
+pub(super) struct ResultFile<'a> {
+    dir: &'a ResultDir,
+    path: PathBuf,
+}
 
-impl ResultFile {
+impl ResultFile<'_> {
     pub(super) fn path(&self) -> &OsStr {
-        self.0.as_os_str()
+        self.path.as_os_str()
     }
 
-    /// What the handler wrote. What is no use is a warning, and counts as nothing.
-    pub(super) fn read(&self) -> Option<Verdict> {
-        match self.try_read() {
+    /// Reads what the handler wrote. What is no use is a warning, and counts as nothing. A handler may have mounted a file
+    /// system there that hangs, so that the thread of all jobs does not read.
+    pub(super) async fn read(&self) -> Option<Verdict> {
+        let path = self.path.clone();
+        let read = self.dir.reads.ask(READ_TIMEOUT, move || try_read(&path)).await;
+        match read.unwrap_or_else(|| Err("it cannot be read in time".to_owned())) {
             Ok(verdict) => verdict,
             Err(reason) => {
                 warn!(reason, "result file ignored");
@@ -70,39 +86,51 @@ impl ResultFile {
             }
         }
     }
-
-    fn try_read(&self) -> Result<Option<Verdict>, String> {
-        // Neither a link nor a pipe that a handler put there may lead or hold us anywhere.
-        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let file = match OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(&self.0) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            opened => opened.map_err(|error| format!("it cannot be opened: {error}"))?,
-        };
-        if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
-            return Err("it is not a regular file".to_owned());
-        }
-        let mut bytes = Vec::new();
-        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| format!("it cannot be read: {error}"))?;
-        if bytes.len() as u64 > MAX_BYTES {
-            return Err(format!("it is larger than {MAX_BYTES} bytes"));
-        }
-        Verdict::parse(&bytes).map(Some)
-    }
 }
 
-impl Drop for ResultFile {
+fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
+    // Neither a link nor a pipe that a handler put there may lead or hold us anywhere.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = match OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|error| format!("it cannot be opened: {error}"))?,
+    };
+    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Err("it is not a regular file".to_owned());
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| format!("it cannot be read: {error}"))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(format!("it is larger than {MAX_BYTES} bytes"));
+    }
+    Verdict::parse(&bytes).map(Some)
+}
+
+/// Removes what the handler has left: a file at once, and a directory elsewhere, because that may take minutes.
+impl Drop for ResultFile<'_> {
     fn drop(&mut self) {
-        match fs::remove_file(&self.0) {
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => drop(remove_tree(&self.0)),
-            Err(_) | Ok(()) => {}
+        if fs::remove_file(&self.path).is_err_and(|error| error.kind() == io::ErrorKind::IsADirectory) {
+            let tree = std::mem::take(&mut self.path);
+            // A tree for which there is no room stays until the end.
+            let _ = self.dir.removals.run(move || drop(remove_tree(&tree)));
         }
     }
 }
 
+/// Removes the directory, after all trees whose removal has begun: they may be as deep as what was written too late.
 impl Drop for ResultDir {
     fn drop(&mut self) {
-        // What was written too late: it may be as deep as the rest.
-        let _ = remove_tree(self.dir.path());
+        if fs::remove_dir(&self.path).is_ok() {
+            return;
+        }
+        let (top, (tell, removed)) = (self.path.clone(), mpsc::channel());
+        let is_begun = self.removals.run(move || {
+            // The end may have come meanwhile.
+            let _ = tell.send(remove_tree(&top));
+        });
+        if !is_begun || !matches!(removed.recv_timeout(REMOVAL_TIMEOUT), Ok(Ok(()))) {
+            warn!(directory = %self.path.display(), "files of handlers are left behind");
+        }
     }
 }
 

@@ -2,12 +2,19 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::brake::Brake;
+use super::errands::Errands;
 use super::variables::is_about_a_job;
 use crate::handler::{Handler, Handlers};
 use crate::process::Command;
+
+/// How long a failure waits for a look at the files that may explain it.
+const HINT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A handler, and how its starts have gone of late.
 #[derive(Debug)]
@@ -15,15 +22,29 @@ pub(super) struct Route {
     pub(super) handler: Handler,
     pub(super) brake: Brake,
     command: OnceLock<Arc<Command>>,
+    look: Arc<Mutex<Look>>,
+    files: Errands,
+}
+
+/// The latest look at a handler's file.
+#[derive(Debug, Default)]
+struct Look {
+    is_under_way: bool,
+    begun: Option<Instant>,
+    is_fine: bool,
+}
+
+fn lock(look: &Mutex<Look>) -> MutexGuard<'_, Look> {
+    look.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Route {
-    fn new(mut handler: Handler) -> Arc<Self> {
+    fn new(mut handler: Handler, files: Errands) -> Arc<Self> {
         // Of what is there twice, the later counts. What is said of a job nobody else can say.
         let env: BTreeMap<_, _> = handler.env.into_iter().filter(|(name, _)| !is_about_a_job(name)).collect();
         handler.env = env.into_iter().collect();
         let brake = Brake::new(handler.program.file_name());
-        Arc::new(Self { handler, brake, command: OnceLock::new() })
+        Arc::new(Self { handler, brake, command: OnceLock::new(), look: Arc::default(), files })
     }
 
     /// What is started for its jobs.
@@ -40,9 +61,41 @@ impl Route {
         Ok(self.command.get_or_init(|| Arc::new(command)))
     }
 
-    /// Whether a start would fail, as far as that can be known without one.
+    /// Whether a start would fail, as far as that can be known without one. Never waits for a file: each call after the pause of
+    /// a failed start has the file looked at, and goes by the look before.
     fn is_broken(&self) -> bool {
-        self.brake.is_engaged() && (self.brake.has_failed_lately() || self.handler.program.problem().is_some())
+        if !self.brake.is_engaged() {
+            return false;
+        }
+        let pause_end = self.brake.pause_end().filter(|end| *end <= Instant::now());
+        // Without an end of the pause, a start is under way, which will tell more than the file does.
+        pause_end.is_none_or(|pause_end| !self.looks_fine_since(pause_end))
+    }
+
+    fn looks_fine_since(&self, pause_end: Instant) -> bool {
+        let mut look = lock(&self.look);
+        if !look.is_under_way {
+            let (latest, program, begun) = (Arc::clone(&self.look), self.handler.program.clone(), Instant::now());
+            look.is_under_way = self.files.run(move || {
+                let is_fine = program.problem().is_none();
+                *lock(&latest) = Look { is_under_way: false, begun: Some(begun), is_fine };
+            });
+        }
+        look.is_fine && look.begun.is_some_and(|begun| begun >= pause_end)
+    }
+
+    /// Says why a start has failed. The system says the same whether the file is missing, the directory, or the program that its
+    /// first line names.
+    pub(super) async fn not_started(&self, error: &io::Error) -> String {
+        let (program, cwd) = (self.handler.program.clone(), self.handler.cwd.clone());
+        let (name, is_missing) = (program.file_name(), error.kind() == io::ErrorKind::NotFound);
+        let hint = move || match cwd {
+            Some(cwd) if !cwd.is_dir() => format!(" (its cwd {} is missing)", cwd.display()),
+            _ if is_missing && program.exists() => " (the file is there; what its #! line names is not)".to_owned(),
+            _ => String::new(),
+        };
+        let hint = self.files.ask(HINT_TIMEOUT, hint).await.unwrap_or_default();
+        format!("{name} could not be started: {error}{hint}")
     }
 }
 
@@ -51,17 +104,24 @@ impl Route {
 pub(super) struct Routes {
     by_type: HashMap<String, Arc<Route>>,
     default: Option<Arc<Route>>,
+    /// Looks at handlers' files.
+    files: Errands,
 }
 
 impl Routes {
     pub(super) fn new(handlers: Handlers) -> Self {
-        let routes = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, Route::new(handler)));
-        Self { by_type: routes.collect(), default: handlers.default.map(Route::new) }
+        Self::with_files(handlers, Errands::with_threads(4))
+    }
+
+    fn with_files(handlers: Handlers, files: Errands) -> Self {
+        let route = |handler| Route::new(handler, files.clone());
+        let by_type = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, route(handler))).collect();
+        Self { by_type, default: handlers.default.map(route), files }
     }
 
     /// The routes of other handlers. Those that are as they were keep what is known of their starts.
     pub(super) fn renewed(&self, handlers: Handlers) -> Self {
-        let mut new = Self::new(handlers);
+        let mut new = Self::with_files(handlers, self.files.clone());
         let pairs = new.by_type.iter_mut().filter_map(|(job_type, route)| Some((route, self.by_type.get(job_type)?)));
         for (route, old) in pairs.chain(new.default.iter_mut().zip(&self.default)) {
             if route.handler == old.handler {

@@ -2,10 +2,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
 
 /// How much of a file the kernel looks at.
 const MAX_FIRST_LINE: u64 = 256;
@@ -55,12 +58,18 @@ impl Program {
         self.problem().map_or(Ok(self), Err)
     }
 
-    /// What would keep the system from starting the file, as far as it can be seen: it must be a binary, or name its
-    /// interpreter in its first line.
+    /// Says what would keep the system from starting the file, as far as it can be seen: it must be a binary, or name its
+    /// interpreter in its first line. Waits for no writer of a named pipe, but for a file system that hangs.
     pub(crate) fn problem(&self) -> Option<String> {
         let shown = self.path.display();
         let mut beginning = Vec::new();
-        let Ok(file) = File::open(&self.path) else {
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+        let opened = OpenOptions::new().read(true).custom_flags(flags).open(&self.path);
+        let metadata = opened.as_ref().map_or_else(|_| self.path.metadata(), |file| file.metadata());
+        if metadata.is_ok_and(|metadata| !metadata.is_file()) {
+            return Some(format!("{shown} is no regular file"));
+        }
+        let Ok(file) = opened else {
             // What may be run need not be readable: then only a start can tell.
             return (!self.path.exists()).then(|| format!("{shown} does not exist"));
         };
@@ -95,6 +104,7 @@ fn why_not_found(name: &OsStr) -> String {
     let shown = path.display();
     match (name.as_encoded_bytes().contains(&b'/'), path.exists()) {
         (true, true) if path.is_dir() => format!("{shown} is a directory; name an executable file"),
+        (true, true) if !path.is_file() => format!("{shown} is no regular file; name an executable file"),
         (true, true) => format!("{shown} is not executable; try chmod +x {shown}"),
         (true, false) => format!("{shown} does not exist"),
         (false, true) => format!("{shown} is not on PATH; if you mean the file here, write ./{shown}"),

@@ -1,12 +1,18 @@
 //! The admin server tells the truth about the worker, to whoever watches it.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Admin, Daemon, PATIENCE, Proxy, Running, Server, UNTIL_GO, eventually, jobs, unused_address};
+use crate::support::{
+    Admin, Daemon, HungFileSystem, PATIENCE, Proxy, Running, Server, UNTIL_GO, eventually, jobs, unused_address,
+};
 
 const ADMIN: [&str; 2] = ["--admin-listen", "127.0.0.1:0"];
 
@@ -82,6 +88,41 @@ fn a_handler_that_cannot_be_started_makes_it_not_ready_until_it_can() {
     std::fs::rename(&aside, &handler).unwrap();
     server.enqueue("q", "t", json!(null));
     admin.wait_until_ready(true);
+}
+
+/// Has a job fail for want of its handler's file, in a directory of its own, and replaces the directory's content.
+fn break_handler<T>(replace: impl FnOnce(&Path) -> T) {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).args(ADMIN);
+    let bin = daemon.dir().join("bin");
+    fs::create_dir(&bin).unwrap();
+    daemon.script("bin/handle.sh", "true");
+    let running = daemon.handlers("[handler]\nexec = ['$DIR/bin/handle.sh']").start();
+    let admin = Admin::of(&running);
+    admin.wait_until_ready(true);
+    fs::remove_file(bin.join("handle.sh")).unwrap();
+    let id = server.enqueue("q", "t", json!(null));
+    server.wait_for_error(&id, 1);
+    let replaced = replace(&bin);
+    // For a second nothing looks at the file, because the start has just failed.
+    let until = Instant::now() + Duration::from_secs(3);
+    eventually("the end of the pause", || {
+        assert_eq!(admin.wait_until_ready(false), ["handler handle.sh cannot be started"]);
+        assert_eq!(admin.call("GET", "/live").0, 200);
+        (Instant::now() > until).then_some(())
+    });
+    let _finished = running.stop();
+    drop(replaced);
+}
+
+#[test]
+fn readiness_waits_for_no_writer_of_a_named_pipe() {
+    break_handler(|bin| assert!(Command::new("mkfifo").arg(bin.join("handle.sh")).status().unwrap().success()));
+}
+
+#[test]
+fn readiness_waits_for_no_file_system() {
+    break_handler(HungFileSystem::mount);
 }
 
 #[test]

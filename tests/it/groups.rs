@@ -173,6 +173,92 @@ select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
     kill(&finished.read("child"));
 }
 
+#[test]
+fn a_leader_that_has_left_its_group_has_the_grace_too() {
+    let script = "exec perl -e 'my $child = fork; if (!$child) { setpgrp(0, 0); sleep 1000; exit }
+$SIG{TERM} = sub { open my $heard, q(>>), qq($ENV{DIR}/heard); print $heard qq(heard\\n); close $heard; kill KILL => $child; exit 1 };
+select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
+    let (error, finished) = fail(script, "timeout = '1s'\nkill_grace = '10m'");
+    assert_eq!(error["error_type"], "Timeout");
+    assert_eq!(finished.read("heard"), "heard\n");
+}
+
+/// The message about processes that have outlived SIGKILL.
+const STILL_THERE: &str = "killed processes of the job are still there";
+
+/// Becomes root, whom the worker may not signal, and sleeps for so many seconds.
+fn as_root(seconds: u32) -> String {
+    format!("echo $$ > $DIR/pid; exec $DIR/setpriv --reuid=0 sleep {seconds}")
+}
+
+#[test]
+fn a_leader_that_cannot_be_stopped_is_logged_and_not_said_to_be() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).handler(&as_root(8), "timeout = '500ms'\nkill_grace = '100ms'");
+    if !daemon.with_way_to_root() {
+        return;
+    }
+    let id = server.enqueue("q", "t", json!(null));
+    let running = daemon.as_nobody().start();
+    let message = server.wait_for_error(&id, 1)["message"].clone();
+    assert_eq!(message, "handle.sh could not be stopped after its timeout of 500ms, because it is another user's");
+    let event = running.stop().event(STILL_THERE);
+    assert!(event["error"].as_str().unwrap().contains("not permitted"), "{event}");
+}
+
+#[test]
+fn a_process_of_another_user_is_not_taken_for_gone() {
+    let server = Server::start();
+    let script =
+        "$DIR/setpriv --reuid=0 sleep 8 > /dev/null 2>&1 & until [ $(ps -o comm= -p $!) = sleep ]; do sleep 0.01; done";
+    let daemon = Daemon::of(&server).sh(script);
+    if !daemon.with_way_to_root() {
+        return;
+    }
+    let id = server.enqueue("q", "t", json!(null));
+    let running = daemon.as_nobody().start();
+    server.wait_until_done(&id);
+    assert!(running.stop().has(STILL_THERE));
+}
+
+/// Kills a worker whose job outlives SIGKILL, with so many signals, and returns how long it takes to exit.
+fn kill_with_survivor(signals: usize) -> Option<Duration> {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).handler(&as_root(200), "kill_grace = '0s'");
+    if !daemon.with_way_to_root() {
+        return None;
+    }
+    let id = server.enqueue("q", "t", json!(null));
+    let running = daemon.as_nobody().start();
+    let pid = running.wait_for_file("pid");
+    let name = std::path::Path::new("/proc").join(pid.trim()).join("comm");
+    eventually("a sleep", || std::fs::read_to_string(&name).unwrap().starts_with("sleep").then_some(()));
+    for phase in ["shutting down", "killing: ", "killing running jobs without grace"].into_iter().take(signals) {
+        running.sigterm().wait_for_message(phase);
+    }
+    let killed = Instant::now();
+    let finished = running.assert_exit(1);
+    let took = killed.elapsed();
+    assert!(is_alive(&pid));
+    kill(&pid);
+    assert!(finished.has(STILL_THERE) && finished.has("process outlives the worker: its job may run twice"));
+    assert!(finished.has("job interrupted, it goes back to the server"));
+    assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
+    Some(took)
+}
+
+#[test]
+fn a_process_that_outlives_sigkill_does_not_hold_the_exit_up_for_good() {
+    let Some(took) = kill_with_survivor(2) else { return };
+    assert!((15.0..30.0).contains(&took.as_secs_f64()), "{took:?}");
+}
+
+#[test]
+fn a_third_signal_shortens_the_wait_for_what_outlives_sigkill() {
+    let Some(took) = kill_with_survivor(3) else { return };
+    assert!((5.0..14.0).contains(&took.as_secs_f64()), "{took:?}");
+}
+
 /// Several jobs that hear nothing, all of them up.
 fn stubborn(server: &Server, count: usize, kill_grace: &str) -> (Running, Vec<String>) {
     server.enqueue_all(jobs(count));

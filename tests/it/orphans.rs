@@ -71,6 +71,41 @@ fn what_has_left_its_group_is_reaped_and_no_handlers_status_is_lost() {
 }
 
 #[test]
+fn a_subreaper_reaps_what_has_left_its_group() {
+    let server = Server::start();
+    let script = "setsid sh -c 'echo > $DIR/$ZIZQ_JOB_ID; sleep 0.2; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null &\n\
+        until [ -e $DIR/$ZIZQ_JOB_ID ]; do sleep 0.01; done";
+    // A process stays a subreaper when it becomes another program.
+    let become_subreaper = format!(
+        "exec perl -e 'syscall({}, {}, 1) == 0 or die; exec @ARGV' \"$@\"",
+        libc::SYS_prctl,
+        libc::PR_SET_CHILD_SUBREAPER
+    );
+    let ids = server.enqueue_all(jobs(20));
+    let running = Daemon::of(&server).threads(4).sh(script).after(&become_subreaper).start();
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    running.wait_for_lines(20, "left");
+    eventually("no zombie is left", || (zombies_below(running.pid()) == 0).then_some(()));
+    running.stop();
+}
+
+/// A process 1 that waits for the worker alone, and leaves all orphans zombies.
+const LAZY_INIT: &str = "exec perl -e 'my $worker = fork; exec @ARGV if !$worker; waitpid($worker, 0)' \"$@\"";
+
+#[test]
+fn leftovers_that_process_1_does_not_reap_cost_a_job_little() {
+    let server = Server::start();
+    server.enqueue_all(jobs(20));
+    let script = "sleep 1000 > /dev/null 2>&1 < /dev/null & exit 0";
+    let running = Daemon::of(&server).sh(script).after(LAZY_INIT).in_pid_namespace().start();
+    let ended = running.wait_for_messages(20, "job completed");
+    let seconds = ended.iter().map(|event| event["seconds"].as_f64().unwrap());
+    let least = seconds.fold(f64::INFINITY, f64::min);
+    println!("{least} s for a job with a leftover");
+    assert!(least < 0.05, "{least} s");
+}
+
+#[test]
 fn a_worker_that_is_not_process_1_leaves_orphans_to_whoever_is() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(4));

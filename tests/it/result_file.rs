@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, Finished, Server, UNTIL_GO};
+use crate::support::{Daemon, Finished, HungFileSystem, Server, UNTIL_GO, eventually};
 
 /// A job that failed: how the server keeps it, the report, and what the worker left.
 struct Failed {
@@ -209,9 +209,32 @@ os.chmod(".", 0)"#;
     let id = server.enqueue("q", "t", json!(null));
     server.wait_until_done(&id);
     let results = std::fs::read_dir(temp_dir.path()).unwrap().next().unwrap().unwrap().path();
-    assert_eq!(std::fs::read_dir(results).unwrap().count(), 0);
+    // The job is reported before its files are gone.
+    eventually("no file", || (std::fs::read_dir(&results).unwrap().count() == 0).then_some(()));
     daemon.stop();
     assert_eq!(std::fs::read_dir(temp_dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn files_that_hang_hold_up_neither_reports_nor_the_exit() {
+    let server = Server::start();
+    let script =
+        format!("mkdir $ZIZQ_RESULT_FILE; echo $ZIZQ_RESULT_FILE > $DIR/path; {UNTIL_GO}; exit $ZIZQ_JOB_TYPE");
+    let running = Daemon::of(&server).sh(&script).start();
+    let failing = server.enqueue("q", "1", json!(null));
+    running.wait_for_lines(1, "started");
+    let Some(mounted) = HungFileSystem::mount(std::path::Path::new(running.wait_for_file("path").trim())) else {
+        return;
+    };
+    running.go();
+    assert_eq!(server.wait_for_error(&failing, 1)["message"], "handle.sh exited with status 1");
+    let next = server.enqueue("q", "0", json!(null));
+    server.wait_until_done(&next);
+    let finished = running.stop();
+    assert!(finished.event("result file ignored")["reason"].as_str().unwrap().contains("cannot be read in time"));
+    assert!(finished.has("files of handlers are left behind"));
+    drop(mounted);
+    std::fs::remove_dir_all(std::path::Path::new(finished.read("path").trim()).parent().unwrap()).unwrap();
 }
 
 #[test]

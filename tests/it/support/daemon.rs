@@ -1,6 +1,6 @@
 //! The daemon as its users run it: a process with arguments, an environment, signals, a log and an exit status.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -16,6 +16,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::{Api, eventually, terminal};
+
+/// The arguments by which setpriv starts a command as a user without rights.
+const AS_NOBODY: [&str; 4] = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
 
 /// A daemon that has not started: `Daemon::of(&server).threads(4).sh("exit 3").start()`.
 pub struct Daemon {
@@ -161,9 +164,44 @@ impl Daemon {
         self.wrap(unshare)
     }
 
+    /// Starts it as a user without rights. Only root can do that.
+    pub fn as_nobody(self) -> Self {
+        // The build may be where this user may not look.
+        let copy = self.dir().join("zizq-worker");
+        fs::copy(env!("CARGO_BIN_EXE_zizq-worker"), &copy).unwrap();
+        fs::set_permissions(self.dir(), fs::Permissions::from_mode(0o777)).unwrap();
+        let mut setpriv = Command::new("setpriv");
+        setpriv.args(AS_NOBODY);
+        self.wrap_program(setpriv, copy.as_os_str().to_owned())
+    }
+
+    /// Puts a `setpriv` into the test's directory by which every user becomes root. Returns whether that works here.
+    pub fn with_way_to_root(&self) -> bool {
+        let (found, copy) =
+            (Command::new("sh").args(["-c", "command -v setpriv"]).output().unwrap(), self.dir().join("setpriv"));
+        let found = String::from_utf8(found.stdout).unwrap();
+        let is_copied = rustix::process::getuid().is_root() && fs::copy(found.trim(), &copy).is_ok();
+        fs::set_permissions(self.dir(), fs::Permissions::from_mode(0o777)).unwrap();
+        let works = is_copied && {
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o4755)).unwrap();
+            let mut setpriv = Command::new("setpriv");
+            setpriv.args(AS_NOBODY).arg(&copy).args(["--reuid=0", "true"]);
+            setpriv.status().is_ok_and(|status| status.success())
+        };
+        if !works {
+            println!("skipped: this test needs root, setpriv, and a temporary directory where set-user-id counts");
+        }
+        works
+    }
+
     /// Has another command start it.
-    fn wrap(mut self, mut shell: Command) -> Self {
-        shell.arg(self.command.get_program()).args(self.command.get_args());
+    fn wrap(self, shell: Command) -> Self {
+        let program = self.command.get_program().to_owned();
+        self.wrap_program(shell, program)
+    }
+
+    fn wrap_program(mut self, mut shell: Command, program: OsString) -> Self {
+        shell.arg(program).args(self.command.get_args());
         for (name, value) in self.command.get_envs() {
             match value {
                 Some(value) => shell.env(name, value),

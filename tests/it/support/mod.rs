@@ -3,6 +3,7 @@
 mod admin;
 mod authority;
 mod daemon;
+mod hung;
 mod proxy;
 mod raw;
 mod recorder;
@@ -19,6 +20,7 @@ pub use authority::{Authority, Identity};
 use serde_json::{Value, json};
 
 pub use daemon::{Daemon, Finished, Running};
+pub use hung::HungFileSystem;
 pub use proxy::{BodyFault, Call, Event, Fault, Gate, Proxy};
 pub use raw::RawServer;
 pub use recorder::Recorder;

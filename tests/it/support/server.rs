@@ -27,7 +27,7 @@ pub struct Api {
 
 impl Api {
     pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), http: reqwest::Client::new() }
+        Self { url: url.into(), http: reqwest::Client::builder().timeout(super::PATIENCE).build().unwrap() }
     }
 
     /// Enqueues a job and returns its id.

@@ -1,0 +1,33 @@
+//! A file system that hangs, as that of a network does whose server is gone.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+/// A file system of which each file is waited for until the process is killed. Dropped, it is taken away.
+pub struct HungFileSystem {
+    mount_point: PathBuf,
+    /// The kernel asks here, and is not answered.
+    _device: File,
+}
+
+impl HungFileSystem {
+    /// Mounts it over a directory. Returns nothing, and says so, where this process may not do that.
+    pub fn mount(at: &Path) -> Option<Self> {
+        let mounted = File::options().read(true).write(true).open("/dev/fuse").and_then(|device| {
+            let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+            mount("hung", at, "fuse", MountFlags::empty(), &*CString::new(options).unwrap())?;
+            Ok(Self { mount_point: at.to_owned(), _device: device })
+        });
+        mounted.inspect_err(|error| println!("skipped: no file system can be mounted here: {error}")).ok()
+    }
+}
+
+impl Drop for HungFileSystem {
+    fn drop(&mut self) {
+        let _ = unmount(&self.mount_point, UnmountFlags::DETACH);
+    }
+}
