@@ -116,7 +116,8 @@ impl ExecDispatcher {
         self.routes.send_modify(|routes| *routes = Arc::new(routes.renewed(handlers)));
     }
 
-    /// Reaps what handlers leave behind, if this is process 1, for as long as it is polled.
+    /// Reaps what handlers leave behind, for as long as it is polled, if this process is process 1 or a subreaper. Takes the status
+    /// of every child that no job has started: a program with other children should not poll this.
     ///
     /// # Errors
     /// When the operating system refuses the signal handler.

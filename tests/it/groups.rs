@@ -195,11 +195,11 @@ fn as_root(seconds: u32) -> String {
 fn a_leader_that_cannot_be_stopped_is_logged_and_not_said_to_be() {
     let server = Server::start();
     let daemon = Daemon::of(&server).handler(&as_root(8), "timeout = '500ms'\nkill_grace = '100ms'");
-    if !daemon.with_way_to_root() {
+    if !daemon.has_way_to_root() {
         return;
     }
     let id = server.enqueue("q", "t", json!(null));
-    let running = daemon.as_nobody().start();
+    let running = daemon.without_rights().start();
     let message = server.wait_for_error(&id, 1)["message"].clone();
     assert_eq!(message, "handle.sh could not be stopped after its timeout of 500ms, because it is another user's");
     let event = running.stop().event(STILL_THERE);
@@ -212,11 +212,11 @@ fn a_process_of_another_user_is_not_taken_for_gone() {
     let script =
         "$DIR/setpriv --reuid=0 sleep 8 > /dev/null 2>&1 & until [ $(ps -o comm= -p $!) = sleep ]; do sleep 0.01; done";
     let daemon = Daemon::of(&server).sh(script);
-    if !daemon.with_way_to_root() {
+    if !daemon.has_way_to_root() {
         return;
     }
     let id = server.enqueue("q", "t", json!(null));
-    let running = daemon.as_nobody().start();
+    let running = daemon.without_rights().start();
     server.wait_until_done(&id);
     assert!(running.stop().has(STILL_THERE));
 }
@@ -225,11 +225,11 @@ fn a_process_of_another_user_is_not_taken_for_gone() {
 fn kill_with_survivor(signals: usize) -> Option<Duration> {
     let server = Server::start();
     let daemon = Daemon::of(&server).handler(&as_root(200), "kill_grace = '0s'");
-    if !daemon.with_way_to_root() {
+    if !daemon.has_way_to_root() {
         return None;
     }
     let id = server.enqueue("q", "t", json!(null));
-    let running = daemon.as_nobody().start();
+    let running = daemon.without_rights().start();
     let pid = running.wait_for_file("pid");
     let name = std::path::Path::new("/proc").join(pid.trim()).join("comm");
     eventually("a sleep", || std::fs::read_to_string(&name).unwrap().starts_with("sleep").then_some(()));

@@ -295,6 +295,7 @@ const SLOW_LOOKUP: &str = "#include <unistd.h>
 int getaddrinfo(const char *node, const char *service, const void *hints, void **result) { sleep(600); return -3; }";
 
 #[test]
+#[cfg_attr(target_env = "musl", ignore = "nothing is preloaded into a static program")]
 fn a_signal_while_the_servers_name_is_looked_up_is_obeyed_at_once() {
     let daemon = Daemon::at("http://server.example.org:7890").preload(SLOW_LOOKUP).sh("true").start();
     daemon.wait_for_message("connecting");

@@ -81,6 +81,7 @@ int clone(int (*run)(void *), void *stack, int flags, void *argument, ...) {
 }"#;
 
 #[test]
+#[cfg_attr(target_env = "musl", ignore = "nothing is preloaded into a static program")]
 fn a_machine_that_is_short_of_something_for_a_moment_fails_no_job() {
     let server = Server::start();
     let running = Daemon::of(&server).preload(FAULTY_CLONE).sh("true").start();

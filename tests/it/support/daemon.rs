@@ -165,7 +165,7 @@ impl Daemon {
     }
 
     /// Starts it as a user without rights. Only root can do that.
-    pub fn as_nobody(self) -> Self {
+    pub fn without_rights(self) -> Self {
         // The build may be where this user may not look.
         let copy = self.dir().join("zizq-worker");
         fs::copy(env!("CARGO_BIN_EXE_zizq-worker"), &copy).unwrap();
@@ -176,7 +176,7 @@ impl Daemon {
     }
 
     /// Puts a `setpriv` into the test's directory by which every user becomes root. Returns whether that works here.
-    pub fn with_way_to_root(&self) -> bool {
+    pub fn has_way_to_root(&self) -> bool {
         let (found, copy) =
             (Command::new("sh").args(["-c", "command -v setpriv"]).output().unwrap(), self.dir().join("setpriv"));
         let found = String::from_utf8(found.stdout).unwrap();
