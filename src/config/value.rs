@@ -170,6 +170,14 @@ impl Raw<'_> {
 
     /// The words of a command: a string is split as a shell would, a list is taken as it is.
     pub(super) fn command(&self, name: &str) -> Result<Vec<OsString>, String> {
+        let words = self.words(name)?;
+        if words.iter().any(|word| word.contains('\0')) {
+            return Err(format!("{name} must not have a zero byte"));
+        }
+        Ok(words.into_iter().map(OsString::from).collect())
+    }
+
+    fn words(&self, name: &str) -> Result<Vec<String>, String> {
         let words = match self {
             Self::Toml(value @ Value::Array(_)) => strings(value),
             _ => {
@@ -177,13 +185,12 @@ impl Raw<'_> {
                     .text(name)
                     .map_err(|_| format!("{name} must be a string or a list of strings (got {self})"))?;
                 return match shlex::split(&text) {
-                    Some(words) => Ok(words.into_iter().map(OsString::from).collect()),
+                    Some(words) => Ok(words),
                     None => Err(format!("{name} has a quote or a backslash without its other half (got {text})")),
                 };
             }
         };
-        let words = words.ok_or_else(|| format!("{name} must be a string or a list of strings (got {self})"))?;
-        Ok(words.into_iter().map(OsString::from).collect())
+        words.ok_or_else(|| format!("{name} must be a string or a list of strings (got {self})"))
     }
 }
 

@@ -1,20 +1,21 @@
 //! [`Group`]: a child that leads a process group, and the group's end.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, test_kill_process_group, waitpgid};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use rustix::process::{
+    Pid, Signal, WaitOptions, kill_process, kill_process_group, pidfd_send_signal, test_kill_process_group, waitpgid,
+};
 use tracing::warn;
 
+use super::birth::Birth;
 use super::census;
+use super::exit_watch::ExitWatch;
 use super::orphans::Children;
-use super::spawn::{Birth, Child};
+use super::spawn::Child;
 
 /// How long a killed group may take to be gone. Only a process stuck in the kernel needs longer.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,21 +41,16 @@ pub(super) type Ended = io::Result<(ExitStatus, Usage)>;
 pub(super) struct Group {
     leader: Pid,
     children: Children,
-    pidfd: Option<AsyncFd<OwnedFd>>,
+    exit: ExitWatch,
     birth: Arc<Birth>,
     reaped: bool,
 }
 
 impl Group {
     /// The group of a child that was started among `children` as a leader.
-    ///
-    /// # Errors
-    /// When it is known already that the child has not become its program, or the system has no room for it in the reactor.
-    pub(super) fn of(leader: Child, children: Children) -> io::Result<Self> {
+    pub(super) fn of(leader: Child, children: Children) -> Self {
         let Child { id, pidfd, birth } = leader;
-        let mut group = Self { leader: id, children, pidfd: None, birth, reaped: false };
-        group.pidfd = Some(watch(pidfd)?);
-        group.birth.failure().map_or(Ok(group), Err)
+        Self { leader: id, children, exit: ExitWatch::of(id, pidfd), birth, reaped: false }
     }
 
     /// The leader's process id, which is the group's too.
@@ -75,7 +71,10 @@ impl Group {
 
     /// Signals the leader alone.
     fn signal_leader(&self, signal: Signal) {
-        let _ = kill_process(self.id(), signal);
+        let _ = match self.exit.pidfd() {
+            Some(pidfd) => pidfd_send_signal(pidfd, signal),
+            None => kill_process(self.id(), signal),
+        };
     }
 
     /// Signals the leader as soon as it is the program: before, a signal may be taken for one of the terminal's, and one that
@@ -85,13 +84,29 @@ impl Group {
         self.signal_leader(signal);
     }
 
-    /// Waits until the leader is a zombie: a pidfd is readable then.
-    pub(super) async fn leader_exited(&self) {
-        match &self.pidfd {
-            // It fails only when the reactor is gone, and this task with it.
-            Some(pidfd) => drop(pidfd.readable().await),
-            None => std::future::pending().await,
+    /// Waits until the leader has become its program.
+    ///
+    /// # Errors
+    /// When the leader cannot: why.
+    pub(super) async fn begun(&self) -> io::Result<()> {
+        tokio::select! {
+            biased;
+            () = self.leader_exited() => {}
+            () = self.birth.over() => {}
         }
+        match self.birth.failure() {
+            None => Ok(()),
+            Some(error) => {
+                // Reaping it then takes no time.
+                self.leader_exited().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until the leader is a zombie.
+    pub(super) async fn leader_exited(&self) {
+        self.exit.exited().await;
     }
 
     /// Waits until the leader has exited and nobody else of the group lives.
@@ -126,12 +141,6 @@ impl Drop for Group {
             self.children.reaped(self.id());
         }
     }
-}
-
-#[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
-fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` stays open, under the same number, for as long as the `AsyncFd` owns it.
-    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
 }
 
 /// One call that reaps and accounts; the safe wrappers of wait leave the accounts out.

@@ -1,9 +1,22 @@
 //! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it.
 //! Knows neither jobs nor settings.
+//!
+//! | a child is | from | memory of this process that the child uses | process number |
+//! | --- | --- | --- | --- |
+//! | made | `clone` | its `Birth` and its `Stack`: only the child writes to them | its own, and its group's |
+//! | running its program | `execve`: the kernel sets `is_here` to 0 | none | its own; its group may lose it as a member |
+//! | a zombie | its exit: the kernel makes the pidfd readable | none: the kernel has taken the memory away before | still its own |
+//! | reaped | `wait4` | none: `Birth` is dropped, `Stack` is for the next child | its group's, while that has members |
+//!
+//! A child whose start fails is a zombie without having run a program; `Birth::failure` says why. A child that has a copy of the
+//! memory (`Way::Copying`) uses none of this process's, and tells by a pipe. `Birth` is kept until the child is reaped, in both
+//! ways. Between exit and `wait4` a signal to the number, or to the group, can reach nothing else.
 
+mod birth;
 mod census;
 mod command;
 mod cstrings;
+mod exit_watch;
 mod group;
 mod head_start;
 mod limits;
@@ -11,6 +24,8 @@ mod orphans;
 mod output;
 mod program;
 mod spawn;
+mod stack;
+mod starter;
 
 use std::borrow::Cow;
 use std::ffi::OsStr;
@@ -31,16 +46,17 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::Sender;
 use tokio::time::{sleep, timeout};
 
+use birth::Birth;
 pub(crate) use command::Command;
 pub use group::Usage;
 use group::{Ended, Group};
 pub(crate) use head_start::HeadStart;
-pub(crate) use limits::{TooFewDescriptors, ensure_descriptors, keep_exit_statuses};
+pub(crate) use limits::{OpenFiles, TooFewDescriptors, keep_exit_statuses};
 pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
 pub use rustix::process::Signal;
-use spawn::Birth;
+pub(crate) use starter::{Starter, Trial};
 
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
@@ -74,8 +90,7 @@ pub(crate) struct Start<'a> {
     pub(crate) variables: &'a [(&'a str, Cow<'a, OsStr>)],
     pub(crate) input: Input,
     pub(crate) output: Output,
-    /// Whether to wait until the program runs, or cannot. Otherwise [`Process::supervise`] tells that it could not.
-    pub(crate) wait_for_exec: bool,
+    pub(crate) starter: &'a Starter,
     pub(crate) head_start: &'a HeadStart,
     /// The children of this process.
     pub(crate) children: &'a Children,
@@ -118,16 +133,16 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts a program in a process group of its own.
+    /// Starts a program in a process group of its own, and does not wait until it runs: see [`Process::begun`].
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let (stdin, unread) = open_stdin(start.input)?;
         let (stdout, their_stdout) = open_output(start.output)?;
         let (stderr, their_stderr) = open_output(start.output)?;
         let stdio =
             [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
-        let birth = Birth::of(Arc::clone(start.command), start.variables, stdio)?;
-        let leader = start.children.start(|| spawn::spawn(birth, start.wait_for_exec), |leader| leader.id)?;
-        let group = Group::of(leader, start.children.clone())?;
+        let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
+        let leader = start.children.start(|| spawn::spawn(birth), |leader| leader.id)?;
+        let group = Group::of(leader, start.children.clone());
         let (command, head_start) = (Arc::clone(start.command), start.head_start.clone());
         Ok(Self { command, group, stdin: unread, stdout, stderr, head_start })
     }
@@ -135,6 +150,14 @@ impl Process {
     /// The process id of the leader.
     pub(crate) fn id(&self) -> u32 {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Waits until the program runs. Most callers need not: [`Process::supervise`] has the same error.
+    ///
+    /// # Errors
+    /// When it has turned out that the program could not be started: the system's word for why.
+    pub(crate) async fn begun(&self) -> io::Result<()> {
+        self.group.begun().await
     }
 
     /// Sees the process through to its end. Whatever is left of its group when the leader exits by itself is killed; when

@@ -245,6 +245,25 @@ fn there_must_be_one_handler() {
     refuse_everywhere("--exec", "sh -c 'oops", "handler.exec = \"sh -c 'oops\"", line);
 }
 
+#[test]
+fn no_setting_of_a_handler_has_a_zero_byte() {
+    for (toml, problem) in [
+        ("exec = ['true', \"a\\u0000b\"]", "2: exec must not have a zero byte"),
+        ("exec = \"true a\\u0000b\"", "2: exec must not have a zero byte"),
+        ("exec = 'true'\ncwd = \"/\\u0000\"", "3: cwd must be a directory that exists (got /\0)"),
+        (
+            "exec = 'true'\nenv.A = \"\\u0000\"",
+            "3: env must be a table of variable names and strings (got { A = \"\\u0000\" })",
+        ),
+    ] {
+        for check in [&[][..], &["--check"]] {
+            let daemon = check.iter().fold(Daemon::bare(), |daemon, flag| daemon.args([flag]));
+            let daemon = daemon.config(&format!("[handler]\n{toml}"));
+            refuse(daemon, CONFIG, &format!("DIR/zizq-worker.toml:{problem}"));
+        }
+    }
+}
+
 /// The handler itself is at fault, not how it is written: 78 from everywhere.
 #[test]
 fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {

@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Api, eventually, terminal};
+use super::{Api, Refused, eventually, seccomp, terminal};
 
 /// A daemon that has not started: `Daemon::of(&server).threads(4).sh("exit 3").start()`.
 pub struct Daemon {
@@ -148,6 +148,12 @@ impl Daemon {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("{what}; exec \"$@\""), "sh"]);
         self.wrap(shell)
+    }
+
+    /// Starts it in a sandbox that refuses these calls to it and to all that it starts. Last, as what wraps it is refused them too.
+    pub fn in_sandbox<const N: usize>(mut self, refused: [Refused; N]) -> Self {
+        seccomp::refuse(&mut self.command, &refused);
+        self
     }
 
     /// Starts it as process 1 of a namespace, as in a container without an init.
