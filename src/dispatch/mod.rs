@@ -84,9 +84,9 @@ pub struct ExecDispatcher {
 
 impl ExecDispatcher {
     /// A dispatcher that runs `handlers`, up to `concurrency` at once, and tells them which worker they run under. Result
-    /// files are made in a directory of its own below `temp_dir`. A process that ends at once is started, to learn how processes
-    /// can be started here. The process's signal handlers should be there before the first
-    /// job: those that are registered later may run in a child that has just been made.
+    /// files are made in a directory of its own below `temp_dir`. Starts a process that ends at once, to learn how processes can be
+    /// started here. The process's signal handlers should be there before the first job: those that are registered later may run
+    /// in a child that has just been made.
     ///
     /// # Errors
     /// When that directory cannot be made.

@@ -1,7 +1,7 @@
 //! [`Starter`]: how processes are started on this machine; [`Trial`]: a start that finds it out.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::raw::{c_int, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -36,7 +36,7 @@ impl Way {
 }
 
 /// Everything that the starts of all handlers share.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Starter {
     pub(super) way: Way,
     pub(super) stacks: Stacks,
@@ -96,7 +96,7 @@ struct Trace {
 }
 
 /// How long the exit of the trial's child may take to be told. Only a kernel that never tells takes longer than a moment.
-const LONGEST_EXIT: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
+const LONGEST_EXIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 
 /// Starts a process that ends at once, and sees to it that all that a real start relies on works.
 #[expect(unsafe_code, reason = "see `clone`")]
@@ -105,10 +105,7 @@ fn try_start(way: Way) -> io::Result<()> {
     let stack = Stacks::default().take()?;
     // SAFETY: `trace` and the stack live until the child has been waited for, below. `leave` is made for it.
     let (id, pidfd) = unsafe { clone(way, leave, ptr::from_ref(&trace).cast_mut().cast(), &stack) }?;
-    let told = pidfd.is_some_and(|pidfd| {
-        let mut exit = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
-        matches!(poll(&mut exit, Some(&LONGEST_EXIT)), Ok(1))
-    });
+    let told = pidfd.is_some_and(|pidfd| tells_of_exit(&pidfd));
     if way == Way::Sharing && !told {
         let _ = kill_process(id, Signal::KILL);
     }
@@ -123,6 +120,16 @@ fn try_start(way: Way) -> io::Result<()> {
         Way::Sharing => None,
     };
     problem.map_or(Ok(()), |problem| Err(io::Error::other(problem)))
+}
+
+fn tells_of_exit(pidfd: &OwnedFd) -> bool {
+    loop {
+        let mut exit = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
+        match poll(&mut exit, Some(&LONGEST_EXIT)) {
+            Err(Errno::INTR) => {}
+            told => return told == Ok(1),
+        }
+    }
 }
 
 /// The whole life of the trial's child.

@@ -250,7 +250,7 @@ fn no_setting_of_a_handler_has_a_zero_byte() {
     for (toml, problem) in [
         ("exec = ['true', \"a\\u0000b\"]", "2: exec must not have a zero byte"),
         ("exec = \"true a\\u0000b\"", "2: exec must not have a zero byte"),
-        ("exec = 'true'\ncwd = \"/\\u0000\"", "3: cwd must be a directory that exists (got /\0)"),
+        ("exec = 'true'\ncwd = \"/\\u0000\"", "3: cwd must be a directory that exists (got /\\u{0})"),
         (
             "exec = 'true'\nenv.A = \"\\u0000\"",
             "3: env must be a table of variable names and strings (got { A = \"\\u0000\" })",
