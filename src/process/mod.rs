@@ -1,16 +1,17 @@
 //! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it.
 //! Knows neither jobs nor settings.
 //!
-//! | a child is | from | memory of this process that the child uses | process number |
-//! | --- | --- | --- | --- |
-//! | made | `clone` | its `Birth` and its `Stack`: only the child writes to them | its own, and its group's |
-//! | running its program | `execve`: the kernel sets `is_here` to 0 | none | its own; its group may lose it as a member |
-//! | a zombie | its exit: the kernel makes the pidfd readable | none: the kernel has taken the memory away before | still its own |
-//! | reaped | `wait4` | none: `Birth` is dropped, `Stack` is for the next child | its group's, while that has members |
+//! A start goes through these states. `Birth` and `Stack` are memory of this process.
 //!
-//! A child whose start fails is a zombie without having run a program; `Birth::failure` says why. A child that has a copy of the
-//! memory (`Way::Copying`) uses none of this process's, and tells by a pipe. `Birth` is kept until the child is reaped, in both
-//! ways. Between exit and `wait4` a signal to the number, or to the group, can reach nothing else.
+//! | state | begins with | `Birth` and `Stack` belong to | the process number belongs to |
+//! | --- | --- | --- | --- |
+//! | made | `clone` | the child: this process keeps both alive, and only reads | the child |
+//! | running its program | `execve`: the kernel sets `is_here` to 0 | this process | the child |
+//! | zombie | the exit: the pidfd is readable, and the kernel has taken the memory away before | this process | the child |
+//! | reaped | `wait4` | none: `Birth` is dropped, `Stack` is kept for another child | the group, while that has members |
+//!
+//! Up to `wait4` a signal to the number, or to the group, reaches no other job. A child whose start fails goes from made to zombie,
+//! and `Birth::failure` says why. A child that has a copy of the memory (`Way::Copying`) tells both by a pipe.
 
 mod birth;
 mod census;
