@@ -68,6 +68,7 @@ pub mod daemon;
 pub mod dispatch;
 #[cfg(feature = "embedded")]
 pub mod embedded;
+mod fate;
 pub mod handler;
 pub mod job;
 mod ledger;

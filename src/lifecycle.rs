@@ -49,8 +49,9 @@ pub struct Lifecycle {
     reason: Arc<OnceLock<String>>,
 }
 
+/// The phase, and whether its end is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct State {
+pub(crate) struct State {
     phase: Phase,
     /// Whether somebody waits for the stop. A worker that has come to its end by itself may take its time.
     awaited: bool,
@@ -122,6 +123,11 @@ impl Lifecycle {
         });
     }
 
+    /// Changes whenever the phase does, or the stop begins to be awaited.
+    pub(crate) fn changes(&self) -> watch::Receiver<State> {
+        self.state.subscribe()
+    }
+
     /// Waits until `phase`, or a later one, has been reached.
     pub async fn reached(&self, phase: Phase) {
         // It fails only once every sender is gone, and `self` is one.
@@ -142,6 +148,7 @@ impl Lifecycle {
     pub(crate) async fn enforce(&self, deadline: Duration) {
         self.awaited().await;
         tokio::select! {
+            biased;
             () = self.reached(Phase::Killing) => {}
             () = tokio::time::sleep(deadline) => {
                 warn!(deadline = ?deadline, "shutdown deadline reached: killing what still runs");

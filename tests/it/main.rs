@@ -25,6 +25,7 @@ mod groups;
 mod handlers;
 mod library;
 mod lifecycle;
+mod liveness;
 mod logs;
 mod mistakes;
 mod newborns;
