@@ -11,6 +11,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::chain::OneLine;
+use crate::client::url::{without_secrets, without_user};
 use crate::config::{
     ConfigError, DEFAULT_FIBERS, DEFAULT_MAX_JOB_SIZE, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT,
     DEFAULT_RETRY_MULTIPLIER, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL,
@@ -88,7 +89,7 @@ impl fmt::Display for Usage {
         let telling: Vec<&str> =
             lines.filter(|line| !line.is_empty() && !idle.iter().any(|start| line.starts_with(start))).collect();
         let problem = telling.join("; ");
-        write!(OneLine(f), "{}; see --help", problem.trim_start_matches("error: "))
+        write!(OneLine(f), "{}; see --help", without_user(problem.trim_start_matches("error: ")))
     }
 }
 
@@ -121,7 +122,10 @@ impl Args {
         }
         match values.cloned().map(OsString::into_string).collect() {
             Ok(values) => Ok(Some(Given { values, source })),
-            Err(value) => Err(ConfigError::new(source, format!("must be valid UTF-8 (got {})", value.display()))),
+            Err(value) => {
+                let public = without_secrets(&value.to_string_lossy());
+                Err(ConfigError::new(source, format!("must be valid UTF-8 (got {public})")))
+            }
         }
     }
 

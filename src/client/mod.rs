@@ -3,7 +3,7 @@
 mod error;
 mod skim;
 pub(crate) mod tls;
-mod url;
+pub(crate) mod url;
 
 use std::error::Error;
 use std::time::Duration;

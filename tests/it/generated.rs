@@ -176,6 +176,14 @@ const ENVIRONMENT: &[Part] = &[
     Item("PATH", "Where a handler without a slash in its name is looked up."),
     Item("TMPDIR", "Where the directory of result files is made, instead of /tmp."),
     Item(
+        "SSL_CERT_FILE, SSL_CERT_DIR",
+        "Where the certificates are that are trusted without --tls-ca, instead of the system's.",
+    ),
+    Item(
+        "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY",
+        "Have no effect on the worker, which connects to its --url directly. Handlers inherit them.",
+    ),
+    Item(
         "NOTIFY_SOCKET, WATCHDOG_USEC",
         "Set by systemd, which is then told when the worker is ready, reloads, drains, and that it is alive.",
     ),
