@@ -29,7 +29,8 @@ also ZIZQ_JOB_RETRY_LIMIT and ZIZQ_JOB_TIMEOUT. Exit status 0 acknowledges the j
 other status, or death by a signal, reports it as failed, and the server decides when it is tried again.
 
 SIGTERM or SIGINT (Ctrl-C) finishes and reports the jobs that were taken, then exits. A second one stops running jobs; \
-the server hands them out again, with no attempt counted. SIGHUP reads the configuration file again. SIGUSR2 is quiet: nothing \
+the server hands them out again, with no attempt counted. SIGHUP reads the configuration file again; when the terminal is closed, it \
+finishes like SIGTERM. SIGUSR2 is quiet: nothing \
 more is taken until SIGCONT. SIGUSR1 logs what the worker is doing.
 
 Exit status: 0 stopped as asked, 1 jobs had to be stopped or could not be reported, or the server refused the worker, 2 a \

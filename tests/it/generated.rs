@@ -138,7 +138,8 @@ const SIGNALS: &[Part] = &[
         "SIGHUP",
         "Reads the configuration file again, and the handlers, the queues, the server and its certificates, the prefetch \
          and the log level are as it says. The log names what needs a restart. With a mistake in the file, everything \
-         stays as it was.",
+         stays as it was. When the terminal is closed from which the worker was started, the worker drains as after SIGTERM, \
+         unless nohup or setsid has started it.",
     ),
     Item("SIGUSR1", "Writes to the log what the worker is doing."),
     Item(
