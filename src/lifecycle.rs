@@ -206,7 +206,7 @@ impl WorkerSignals {
     /// # Errors
     /// When the operating system refuses the handlers.
     pub fn listen() -> io::Result<Self> {
-        // Before SIGHUP is handled: then nothing tells any more whether it was ignored.
+        // First, because a handler for SIGHUP hides whether SIGHUP was ignored.
         let terminal = Terminal::of_this_process();
         let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
         Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })

@@ -29,7 +29,8 @@ pub(super) enum Terminal {
 }
 
 impl Terminal {
-    /// Looks for the controlling terminal. Until SIGHUP is handled, it tells whether this process was started by nohup.
+    /// Looks for the controlling terminal, and whether SIGHUP is ignored, as nohup has it. To be called before SIGHUP is
+    /// handled.
     pub(super) fn of_this_process() -> Self {
         match open_terminal() {
             Ok(()) if is_ignored(SIGHUP) => Self::Outlived,
@@ -38,9 +39,9 @@ impl Terminal {
         }
     }
 
-    /// Decides by the `si_code` of a SIGHUP. The kernel sends one when the terminal is closed or its session's leader ends,
-    /// in the second case before the terminal is gone. A shell passes the kernel's on to its background jobs, as any
-    /// process sends a signal; then the terminal is gone already.
+    /// Decides by the `si_code` of a SIGHUP. The kernel sends SIGHUP when the terminal is closed, and when the session's
+    /// leader ends: in the second case before the terminal is gone. A shell passes the kernel's SIGHUP on to its background
+    /// jobs, with the code of any process; by then the terminal is gone.
     pub(super) fn meaning_of(self, code: i32) -> HangUp {
         match self {
             Self::None => HangUp::Reload,

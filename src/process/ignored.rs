@@ -1,4 +1,4 @@
-//! Whether this process ignores a signal: that is handed down from its parent.
+//! [`is_ignored`]: the signals that the parent had this process ignore.
 
 use std::mem::MaybeUninit;
 use std::ptr;

@@ -88,7 +88,7 @@ impl Daemon {
     /// Starts it by `leader`, the leader of a session whose controlling terminal is stdin; the log goes elsewhere.
     pub fn in_session_of<const N: usize>(self, leader: [&str; N]) -> Self {
         let mut setsid = Command::new("setsid");
-        setsid.arg("--ctty").args(leader);
+        setsid.arg("-c").args(leader);
         let mut daemon = self.wrap(setsid);
         let (ours, theirs) = terminal::open();
         daemon.command.stdin(theirs);
