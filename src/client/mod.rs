@@ -6,7 +6,7 @@ mod health;
 mod skim;
 mod stream_settings;
 pub(crate) mod tls;
-mod url;
+pub(crate) mod url;
 
 use std::error::Error;
 use std::time::Duration;
