@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::lifecycle::{Lifecycle, Phase};
 
 /// Short enough for a restart of the server to pass unnoticed.
@@ -62,6 +64,11 @@ impl Backoff {
         (self.min_wait, self.max_wait, self.multiplier)
     }
 
+    /// The longest that the first wait of a sequence may be, jitter included.
+    pub(crate) fn longest_first_wait(&self) -> Duration {
+        self.min_wait.mul_f64(1.0 + JITTER)
+    }
+
     /// A fresh sequence of waits.
     pub fn waits(&self) -> Waits {
         Waits { policy: *self, next: self.min_wait }
@@ -112,13 +119,14 @@ pub(crate) enum Early {
 }
 
 /// Tries until it succeeds, fails for good, or `until` is reached: then a wait is cut short and a failed try is final.
-/// The first try always runs. `before_wait` hears each error with the wait that follows it. A wait also ends when `early` does.
+/// The first try always runs. `on_error` hears each error, and the wait that begins with it. A wait also ends when `early`
+/// does; after a [turn](Early::Turn) that fails, the rest of the same wait goes on.
 pub(crate) async fn retry<T, E, F, S>(
     mut waits: Waits,
     lifecycle: &Lifecycle,
     until: Phase,
     mut attempt: impl FnMut() -> F,
-    before_wait: impl Fn(&E, Duration),
+    on_error: impl Fn(&E, Option<Duration>),
     early: impl Fn() -> S,
 ) -> Result<T, E>
 where
@@ -126,20 +134,23 @@ where
     F: Future<Output = Result<T, E>>,
     S: Future<Output = Early>,
 {
+    let mut end = Instant::now();
     loop {
         let error = match attempt().await {
             Err(error) if error.is_retryable() && lifecycle.phase() < until => error,
             ended => return ended,
         };
-        let asked = error.retry_after();
-        let wait = waits.next_wait().max(asked.unwrap_or_default());
-        before_wait(&error, wait);
+        let (asked, now) = (error.retry_after(), Instant::now());
+        let wait = (asked.is_some() || end <= now).then(|| waits.next_wait().max(asked.unwrap_or_default()));
+        on_error(&error, wait);
+        end = wait.and_then(|wait| now.checked_add(wait)).unwrap_or(end);
         tokio::select! {
             biased;
             () = lifecycle.reached(until) => {}
-            () = tokio::time::sleep(wait) => {}
+            () = tokio::time::sleep_until(end) => {}
             why = early(), if asked.is_none() => if why == Early::Recovery {
                 waits.reset();
+                end = Instant::now();
             },
         }
     }
@@ -220,6 +231,23 @@ mod tests {
         let ended = retry(backoff.waits(), &Lifecycle::new(), Phase::Killing, attempt, |_, _| {}, early).await;
         assert!(ended.is_ok());
         begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_that_fails_begins_no_new_wait() {
+        let (waits, tries) = (std::cell::RefCell::new(Vec::new()), std::cell::Cell::new(0));
+        let attempt = || {
+            tries.set(tries.get() + 1);
+            std::future::ready(if tries.get() > 6 { Ok(()) } else { Err(Fault(true)) })
+        };
+        let on_error = |_: &Fault, wait: Option<Duration>| waits.borrow_mut().push(wait.is_some());
+        let early = || async {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            Early::Turn
+        };
+        let backoff = backoff(10, 10, 1.0).unwrap();
+        retry(backoff.waits(), &Lifecycle::new(), Phase::Killing, attempt, on_error, early).await.unwrap();
+        assert_eq!(waits.into_inner(), [true, false, false, true, false, false]);
     }
 
     #[tokio::test(start_paused = true)]

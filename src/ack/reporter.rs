@@ -146,12 +146,15 @@ impl Reporter {
         F: Future<Output = Result<T, ClientError>>,
     {
         let attempt = || self.in_time(attempt());
-        let before_wait = |error: &ClientError, wait| {
+        let on_error = |error: &ClientError, wait: Option<Duration>| {
             self.metrics.report_retried();
-            warn!(error = %Chain(error), retry_in = ?wait, "report failed, trying again");
+            match wait {
+                Some(wait) => warn!(error = %Chain(error), retry_in = ?wait, "report failed, trying again"),
+                None => debug!(error = %Chain(error), "report failed, before its time"),
+            }
         };
         let early = || self.server_may_be_back(client);
-        retry(self.backoff.waits(), &self.lifecycle, Phase::Killing, attempt, before_wait, early).await
+        retry(self.backoff.waits(), &self.lifecycle, Phase::Killing, attempt, on_error, early).await
     }
 
     /// Waits until calls to the server succeed again, or this report's turn has come to find that out.
@@ -159,7 +162,7 @@ impl Reporter {
         tokio::select! {
             biased;
             () = client.health().recovered() => Early::Recovery,
-            () = client.health().scouts_turn(self.backoff.waits().next_wait()) => Early::Turn,
+            () = client.health().scouts_turn(self.backoff.longest_first_wait()) => Early::Turn,
         }
     }
 

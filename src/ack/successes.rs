@@ -101,7 +101,9 @@ impl Reporter {
                 () = gathered.rerouted.notified() => {}
                 count = queue.recv_many(&mut arrived, MAX_SUCCESSES_PER_REQUEST), if is_open => is_open = count > 0,
             }
-            arrived.drain(..).for_each(|success| self.gather(&gathered, success));
+            for success in arrived.drain(..) {
+                self.gather(&gathered, success);
+            }
             under_way.extend(gathered.begin().into_iter().map(|client| self.report_batch(client, &gathered)));
         }
     }
@@ -121,17 +123,21 @@ impl Reporter {
                 attempts.filter(|attempt| self.ledger.destination(attempt).is_some()).collect();
             self.drop_reports(&unsettled, &error);
         }
-        // The reports that have another destination by now.
-        for success in batch {
-            self.gather(gathered, success);
-        }
+        // What is left has another destination by now.
+        batch.into_iter().for_each(|success| self.reroute(gathered, success));
         gathered.end(&client);
-        gathered.rerouted.notify_one();
     }
 
-    fn gather(&self, gathered: &Gathered, success: Success) {
-        if let Some(client) = self.ledger.destination(&success.attempt) {
-            gathered.add(client, success);
+    /// Lets a success wait for a request to the server that is to hear of it, if one is.
+    fn gather(&self, gathered: &Gathered, success: Success) -> bool {
+        let Some(client) = self.ledger.destination(&success.attempt) else { return false };
+        gathered.add(client, success);
+        true
+    }
+
+    fn reroute(&self, gathered: &Gathered, success: Success) {
+        if self.gather(gathered, success) {
+            gathered.rerouted.notify_one();
         }
     }
 
@@ -139,13 +145,10 @@ impl Reporter {
     /// reported to that one.
     fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<Success>, gathered: &Gathered) {
         for success in std::mem::take(batch) {
-            match self.ledger.destination(&success.attempt) {
-                Some(destination) if Arc::ptr_eq(&destination, client) => batch.push(success),
-                Some(destination) => {
-                    gathered.add(destination, success);
-                    gathered.rerouted.notify_one();
-                }
-                None => {}
+            if self.ledger.destination(&success.attempt).is_some_and(|server| Arc::ptr_eq(&server, client)) {
+                batch.push(success);
+            } else {
+                self.reroute(gathered, success);
             }
         }
     }

@@ -180,15 +180,15 @@ impl Producer {
                     if is_first && error.is_mistake() { Unopened::Refused(error) } else { Unopened::Unreachable(error) }
                 })
             };
-            let before_wait = |unopened: &Unopened, wait| {
+            let on_error = |unopened: &Unopened, wait: Option<Duration>| {
                 metrics.reconnecting();
-                log_unopened(unopened, wait);
+                log_unopened(unopened, wait.unwrap_or_default());
             };
             let early = || async {
                 health.recovered().await;
                 Early::Recovery
             };
-            retry(waits, &lifecycle, Phase::Draining, attempt, before_wait, early).await
+            retry(waits, &lifecycle, Phase::Draining, attempt, on_error, early).await
         })
     }
 

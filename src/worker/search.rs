@@ -53,19 +53,25 @@ impl Search {
 
     /// Makes one round, after a wait. Returns nothing if there is no stream to be had, or no job to be searched for.
     pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<Found> {
-        tokio::time::sleep(self.waits.next_wait()).await;
+        let (_, settings) = Self::wanted(run, taking).first()?.clone();
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep(self.waits.next_wait()) => {}
+            () = settings.client.health().recovered() => self.waits.reset(),
+        }
         let wanted = Self::wanted(run, taking);
-        let (_, settings) = wanted.first()?.clone();
         let of_these = wanted.into_iter().filter(|(_, source)| source.is_same(&settings)).map(|(id, _)| id);
         let ids = self.to_be_had(&settings, of_these.collect()).await;
         if ids.is_empty() {
             return None;
         }
         let prefetch = ids.len().saturating_mul(1 << self.round.min(10)).min(MAX_PREFETCH.max(ids.len()));
-        self.round += 1;
         info!(jobs = ids.len(), prefetch, "opening a stream for jobs that are here, and whose stream was lost");
         match settings.open(prefetch).await {
-            Ok(stream) => Some(Found { settings, stream, prefetch }),
+            Ok(stream) => {
+                self.round += 1;
+                Some(Found { settings, stream, prefetch })
+            }
             Err(error) => {
                 debug!(error = %Chain(&error), "no stream for jobs that are here");
                 None
