@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::client::{Client, ServerUrl, Tls, WorkerId};
+use crate::client::{Client, Connector, Tls};
 use crate::config::WorkerConfig;
 use crate::stream::StreamLimits;
 
@@ -26,6 +26,7 @@ pub(super) struct Tap {
     pub(super) prefetch: usize,
     pub(super) limits: StreamLimits,
     tls: Tls,
+    connector: Connector,
 }
 
 impl Tap {
@@ -33,26 +34,29 @@ impl Tap {
         // More than may be started would only be given back.
         let most = config.max_jobs.map_or(usize::MAX, |most| usize::try_from(most.get()).unwrap_or(usize::MAX));
         Self {
-            client: client(&config.url, &config.worker_id, &config.tls),
+            client: client(config),
             queues: config.queues.clone(),
             prefetch: config.prefetch.get().min(most),
             limits: config.stream_limits,
             tls: config.tls.clone(),
+            connector: config.connector.clone(),
         }
     }
 
     fn is_same(&self, other: &Self) -> bool {
-        let Self { client, queues, prefetch, limits, tls } = self;
+        let Self { client, queues, prefetch, limits, tls, connector } = self;
         client.url() == other.client.url()
             && *queues == other.queues
             && *prefetch == other.prefetch
             && *limits == other.limits
             && *tls == other.tls
+            && *connector == other.connector
     }
 }
 
-fn client(url: &ServerUrl, worker_id: &WorkerId, tls: &Tls) -> Arc<Client> {
-    Arc::new(Client::new(url.clone(), worker_id.clone(), tls))
+fn client(config: &WorkerConfig) -> Arc<Client> {
+    let WorkerConfig { url, worker_id, tls, connector, .. } = config;
+    Arc::new(Client::new(url.clone(), worker_id.clone(), tls, connector))
 }
 
 impl Intake {
