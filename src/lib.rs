@@ -82,7 +82,7 @@ pub mod version;
 pub mod worker;
 
 pub use backoff::Backoff;
-pub use client::{ServerUrl, WorkerId};
+pub use client::{Connector, ServerUrl, WorkerId};
 pub use config::{Config, ConfigError, WorkerConfig};
 pub use dispatch::{Dispatcher, Ended, ExecDispatcher};
 pub use handler::{Handler, Handlers};

@@ -1,6 +1,7 @@
 //! [`Client`]: the calls of the Zizq HTTP API that a worker makes.
 
 mod answer;
+mod connector;
 mod error;
 mod health;
 mod skim;
@@ -20,7 +21,6 @@ use hyper::rt::{Read, Write};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client as PooledClient;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,8 @@ use crate::job::{Failure, JobId};
 use crate::stream::{StreamLimits, TakeStream};
 
 use answer::{acceptance, is_ndjson, job_state, not_found, refusal, version_of};
+pub use connector::Connector;
+use connector::Dialer;
 pub use error::{ClientError, MAX_RETRY_AFTER};
 use health::Health;
 pub(crate) use stream_settings::StreamSettings;
@@ -41,23 +43,8 @@ pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 /// The type of a take stream.
 const NDJSON: &str = "application/x-ndjson";
 
-/// How long a server may take to accept a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long it may take to answer a request; the body of the take stream is not part of it.
+/// How long the server may take to answer a request; the body of the take stream is not part of it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// After how much silence the kernel asks whether the peer still lives.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
-
-/// How often it asks then …
-const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// … and after how many unanswered questions the connection is dead.
-const TCP_KEEPALIVE_RETRIES: u32 = 3;
-
-/// How long what was sent may stay unconfirmed before the kernel gives a connection up; keepalive is for idle ones alone.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often an HTTP/2 connection with requests under way is asked for a sign of life, and how long that may take: all
 /// reports share it, and would all time out on a dead one, again and again.
@@ -76,8 +63,8 @@ pub struct Client {
     /// The same, in front of a path.
     base: String,
     worker_id: WorkerId,
-    connector: HttpsConnector<HttpConnector>,
-    reports: PooledClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    connector: HttpsConnector<Dialer>,
+    reports: PooledClient<HttpsConnector<Dialer>, Full<Bytes>>,
     health: Health,
     failure_slots: Semaphore,
 }
@@ -124,18 +111,10 @@ struct Successes<'a> {
 
 impl Client {
     /// A client that has not connected yet.
-    pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls) -> Self {
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        tcp.set_keepalive(Some(TCP_KEEPALIVE));
-        tcp.set_keepalive_interval(Some(TCP_KEEPALIVE_INTERVAL));
-        tcp.set_keepalive_retries(Some(TCP_KEEPALIVE_RETRIES));
-        #[cfg(target_os = "linux")]
-        tcp.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
-        let connector = HttpsConnector::from((tcp.clone(), tls.speaking(&["http/1.1"])));
-        let pooled = HttpsConnector::from((tcp, tls.speaking(&["h2", "http/1.1"])));
+    pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls, connector: &Connector) -> Self {
+        let dialer = connector.dialer(&url);
+        let connector = HttpsConnector::from((dialer.clone(), tls.speaking(&["http/1.1"])));
+        let pooled = HttpsConnector::from((dialer, tls.speaking(&["h2", "http/1.1"])));
         let mut reports = PooledClient::builder(TokioExecutor::new());
         reports.timer(TokioTimer::new()).pool_timer(TokioTimer::new());
         reports.http2_keep_alive_interval(HTTP2_KEEPALIVE).http2_keep_alive_timeout(HTTP2_KEEPALIVE);
@@ -293,7 +272,7 @@ mod tests {
     use super::*;
 
     fn client(url: &str) -> Client {
-        Client::new(url.parse().unwrap(), "w-1".parse().unwrap(), &Tls::default())
+        Client::new(url.parse().unwrap(), "w-1".parse().unwrap(), &Tls::default(), &Connector::default())
     }
 
     fn take_target(url: &str, queues: &[&str]) -> (String, String) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Client, ClientError, Tls};
+use super::{Client, ClientError, Connector, Tls};
 use crate::config::WorkerConfig;
 use crate::job::Job;
 use crate::stream::{StreamLimits, TakeStream};
@@ -15,6 +15,7 @@ pub(crate) struct StreamSettings {
     pub(crate) prefetch: usize,
     limits: StreamLimits,
     tls: Tls,
+    connector: Connector,
 }
 
 impl StreamSettings {
@@ -22,7 +23,9 @@ impl StreamSettings {
     pub(crate) fn of(config: &WorkerConfig, previous: Option<&Self>) -> Self {
         // More jobs than may be started would only be given back.
         let most = config.max_jobs.map_or(usize::MAX, |most| usize::try_from(most.get()).unwrap_or(usize::MAX));
-        let same_server = |previous: &&Self| *previous.client.url() == config.url && previous.tls == config.tls;
+        let same_server = |previous: &&Self| {
+            *previous.client.url() == config.url && previous.tls == config.tls && previous.connector == config.connector
+        };
         Self {
             client: previous
                 .filter(same_server)
@@ -31,17 +34,19 @@ impl StreamSettings {
             prefetch: config.prefetch.get().min(most),
             limits: config.stream_limits,
             tls: config.tls.clone(),
+            connector: config.connector.clone(),
         }
     }
 
     /// Whether a stream by these settings is as good as one by the others.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
-        let Self { client, queues, prefetch, limits, tls } = self;
+        let Self { client, queues, prefetch, limits, tls, connector } = self;
         client.url() == other.client.url()
             && *queues == other.queues
             && *prefetch == other.prefetch
             && *limits == other.limits
             && *tls == other.tls
+            && *connector == other.connector
     }
 
     /// Whether a job that came by the `other` settings may be run by these.
@@ -63,5 +68,6 @@ impl StreamSettings {
 }
 
 fn client(config: &WorkerConfig) -> Arc<Client> {
-    Arc::new(Client::new(config.url.clone(), config.worker_id.clone(), &config.tls))
+    let WorkerConfig { url, worker_id, tls, connector, .. } = config;
+    Arc::new(Client::new(url.clone(), worker_id.clone(), tls, connector))
 }

@@ -12,7 +12,7 @@ use super::value::Raw;
 use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source};
 use crate::backoff::Backoff;
 use crate::client::url::without_secrets;
-use crate::client::{ServerUrl, Tls, WorkerId};
+use crate::client::{Connector, ServerUrl, Tls, WorkerId};
 use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT, StreamLimits};
 
 /// One job at a time is right for every handler; more is for whoever knows that theirs can stand it.
@@ -37,6 +37,8 @@ pub struct WorkerConfig {
     pub url: ServerUrl,
     /// Whom it trusts, and who it says it is, where `url` is https.
     pub tls: Tls,
+    /// How connections to `url` are made: over the network, unless the embedding program supplies them.
+    pub connector: Connector,
     /// What the server calls the worker in its log.
     pub worker_id: WorkerId,
     /// The queues to take jobs from; none means all.
@@ -66,6 +68,7 @@ impl Default for WorkerConfig {
         Self {
             url: ServerUrl::default(),
             tls: Tls::default(),
+            connector: Connector::default(),
             worker_id: WorkerId::default(),
             queues: Vec::new(),
             threads: DEFAULT_THREADS,
@@ -96,6 +99,7 @@ impl WorkerConfig {
         let url = url.unwrap_or_default();
         Ok(Self {
             tls: tls::resolve(layers, &url, url_source.unwrap_or(Source::Missing))?,
+            connector: Connector::default(),
             url,
             worker_id: layers.pick("worker-id", &file.worker_id, |raw| raw.parsed("worker_id"))?.unwrap_or_default(),
             queues: queues.unwrap_or_default(),

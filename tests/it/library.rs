@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use zizq_worker::{
-    Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Phase, Summary, Worker, WorkerConfig, WorkerError,
+    Connector, Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Phase, Summary, Worker, WorkerConfig, WorkerError,
 };
 
 use crate::support::{Api, Call, PATIENCE, Proxy, RawServer, Server, eventually, runtime};
@@ -85,6 +86,28 @@ fn a_dispatcher_of_ones_own_decides_how_jobs_end() {
         Summary { killed: false, succeeded: 1, failed: 1, interrupted: 0, ..Summary::default() }
     );
     assert_eq!(*dispatcher.payloads.lock().unwrap(), [r#"{"n":1}"#, "2"]);
+}
+
+#[test]
+fn a_worker_goes_over_connections_that_the_program_supplies() {
+    let server = Server::start();
+    let address = server.url.trim_start_matches("http://").to_owned();
+    let made = Arc::new(AtomicUsize::default());
+    let counted = Arc::clone(&made);
+    let connector = Connector::new(move |url| {
+        assert_eq!(url.host(), "nowhere.invalid");
+        counted.fetch_add(1, Ordering::Relaxed);
+        TcpStream::connect(address.clone())
+    });
+    let config = WorkerConfig { url: "http://nowhere.invalid".parse().unwrap(), connector, ..WorkerConfig::default() };
+    let lifecycle = Lifecycle::new();
+    let running = run(&Arc::new(Worker::new(config, Obedient::default())), &lifecycle);
+    let id = server.enqueue("q", "succeed", json!(null));
+    server.wait_until_done(&id);
+    lifecycle.stop();
+    assert_eq!(ended(running).unwrap().succeeded, 1);
+    // One for the stream, one for the reports.
+    assert_eq!(made.load(Ordering::Relaxed), 2);
 }
 
 #[test]
