@@ -23,7 +23,8 @@
 //! | [`handler`] | what is run for a job, and how |
 //! | [`dispatch`] | a job to a process to an outcome |
 //! | `process` | one child in its own process group |
-//! | `ledger` | which jobs are here, so that none runs twice |
+//! | `ledger` | the jobs that are here, so that none runs twice |
+//! | `fate` | the one decision about an outcome: send, ask, retry, park, settle or drop |
 //! | `ack` | the reports |
 //! | [`daemon`] | a worker with all that watches and steers it; `admin`: over HTTP; `supervisor`: the service manager |
 //! | `metrics` | what is counted, for Prometheus |

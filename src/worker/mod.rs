@@ -3,6 +3,7 @@
 mod activity;
 mod controls;
 mod intake;
+mod opening;
 mod producer;
 mod purpose;
 mod search;

@@ -9,12 +9,13 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::intake::{self, Intake};
+use super::opening::{Opening, Unopened, open, seconds};
 use super::search::{Found, Search};
 use super::streams::{Lost, Streams};
 use super::{Run, Taken, WorkerError, max_kept};
-use crate::backoff::{Backoff, Early, Retryable, Waits, retry};
+use crate::backoff::{Backoff, Waits};
 use crate::chain::Chain;
-use crate::client::{ClientError, StreamSettings};
+use crate::client::StreamSettings;
 use crate::ledger::StreamId;
 use crate::lifecycle::{self, Lifecycle, Phase};
 use crate::stream::{StreamError, TakeStream};
@@ -30,27 +31,6 @@ pub(super) struct Producer {
     pub(super) concurrency: usize,
 }
 
-/// Why a stream cannot be opened.
-enum Unopened {
-    /// The server refused the very first request: trying again would not help.
-    Refused(ClientError),
-    /// It cannot be opened now.
-    Unreachable(ClientError),
-}
-
-impl Retryable for Unopened {
-    fn is_retryable(&self) -> bool {
-        !matches!(self, Self::Refused(_))
-    }
-
-    fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Refused(error) | Self::Unreachable(error) => error.retry_after(),
-        }
-    }
-}
-
-type Opening = Pin<Box<dyn Future<Output = Result<TakeStream, Unopened>> + Send>>;
 type Searching = Pin<Box<dyn Future<Output = (Search, Option<Found>)> + Send>>;
 
 /// The streams of one run, and those that are being opened.
@@ -62,7 +42,7 @@ struct State {
     pause: Option<(Duration, Waits)>,
     search: Option<Search>,
     searching: Option<Searching>,
-    /// The settings at the start. Only a first request by them may be refused for good.
+    /// The settings at the start, until a stream has been open: a refusal of them is final.
     first: Option<Arc<StreamSettings>>,
     /// The waits between streams that lose places of their prefetch.
     renewals: Waits,
@@ -121,7 +101,9 @@ impl Producer {
         } else if state.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {
             // The pause is for the server whose stream was lost, not for another one.
             let pause = state.pause.take().filter(|_| state.opening.is_none());
-            let opening = self.open(Arc::clone(&settings), pause, state.first.clone());
+            let (wait, waits) = pause.unwrap_or_else(|| (Duration::ZERO, self.backoff.waits()));
+            let is_first = state.first.as_ref().is_some_and(|first| Arc::ptr_eq(first, &settings));
+            let opening = open(&self.run, Arc::clone(&settings), is_first, wait, waits);
             state.opening = Some((Arc::clone(&settings), opening));
         }
         self.search_if_needed(state, takes.then_some(&settings));
@@ -153,43 +135,6 @@ impl Producer {
                 (search, found)
             }));
         }
-    }
-
-    /// Opens a stream by these settings, after a pause, by as many tries as it takes. Gives up once the worker drains.
-    fn open(
-        &self,
-        settings: Arc<StreamSettings>,
-        pause: Option<(Duration, Waits)>,
-        first: Option<Arc<StreamSettings>>,
-    ) -> Opening {
-        let (lifecycle, metrics) = (self.run.lifecycle.clone(), self.run.metrics.clone());
-        let (wait, waits) = pause.unwrap_or_else(|| (Duration::ZERO, self.backoff.waits()));
-        Box::pin(async move {
-            let health = settings.client.health();
-            tokio::select! {
-                biased;
-                () = tokio::time::sleep(wait) => {}
-                () = health.recovered() => {}
-            }
-            let is_first = first.is_some_and(|first| Arc::ptr_eq(&first, &settings));
-            let attempt = || async {
-                info!(url = %settings.client.url(), "connecting");
-                let opened = settings.open(settings.prefetch).await;
-                // A mistake that a reload has brought may be mended by the next reload.
-                opened.map_err(|error| {
-                    if is_first && error.is_mistake() { Unopened::Refused(error) } else { Unopened::Unreachable(error) }
-                })
-            };
-            let on_error = |unopened: &Unopened, wait: Option<Duration>| {
-                metrics.reconnecting();
-                log_unopened(unopened, wait.unwrap_or_default());
-            };
-            let early = || async {
-                health.recovered().await;
-                Early::Recovery
-            };
-            retry(waits, &lifecycle, Phase::Draining, attempt, on_error, early).await
-        })
     }
 
     fn opened(
@@ -313,18 +258,6 @@ impl Changes {
     }
 }
 
-fn log_unopened(unopened: &Unopened, wait: Duration) {
-    let reconnect_in = seconds(wait);
-    match unopened {
-        Unopened::Unreachable(error) | Unopened::Refused(error) if error.is_mistake() => {
-            error!(error = %Chain(error), reconnect_in, "server refuses the worker, reconnecting");
-        }
-        Unopened::Unreachable(error) | Unopened::Refused(error) => {
-            warn!(error = %Chain(error), reconnect_in, "server unreachable, reconnecting");
-        }
-    }
-}
-
 fn log_lost(error: &StreamError, wait: Duration) {
     let reconnect_in = seconds(wait);
     match error {
@@ -335,10 +268,6 @@ fn log_lost(error: &StreamError, wait: Duration) {
             warn!(error = %Chain(error), reconnect_in, "stream lost, reconnecting");
         }
     }
-}
-
-fn seconds(wait: Duration) -> String {
-    format!("{:.2}s", wait.as_secs_f64())
 }
 
 /// Without a producer no jobs are taken any more, and the worker must not wait for signals for ever.
