@@ -62,7 +62,7 @@ pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckErr
 
 async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     let worker = &config.worker;
-    let client = Client::new(worker.url.clone(), worker.worker_id.clone(), &worker.tls);
+    let client = Client::new(worker.url.clone(), worker.worker_id.clone(), &worker.tls, &worker.connector);
     let version = client.version().await;
     let version = version
         .map_err(|error| CheckError::Server(format!("cannot ask the server at {}: {}", worker.url, Chain(&error))))?;

@@ -25,8 +25,8 @@ fn main() -> ExitCode {
         return show(&config);
     }
     match start(args, config, log) {
-        Ok(Summary { killed: false, .. }) => ExitCode::SUCCESS,
-        Ok(Summary { killed: true, .. }) => ExitCode::FAILURE,
+        Ok(summary) if summary.is_clean() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
         Err(error) => match error.downcast_ref::<ConfigError>() {
             Some(mistake) => complain(&error, mistake.exit_status()),
             None => complain(&Chain(error.as_ref()), 1),

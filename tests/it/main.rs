@@ -26,6 +26,7 @@ mod handlers;
 mod hung_starts;
 mod library;
 mod lifecycle;
+mod liveness;
 mod logs;
 mod mistakes;
 mod newborns;
