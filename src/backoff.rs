@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::lifecycle::{Lifecycle, Phase};
 
 /// Short enough for a restart of the server to pass unnoticed.
@@ -62,6 +64,11 @@ impl Backoff {
         (self.min_wait, self.max_wait, self.multiplier)
     }
 
+    /// The longest that the first wait of a sequence may be, jitter included.
+    pub(crate) fn longest_first_wait(&self) -> Duration {
+        self.min_wait.mul_f64(1.0 + JITTER)
+    }
+
     /// A fresh sequence of waits.
     pub fn waits(&self) -> Waits {
         Waits { policy: *self, next: self.min_wait }
@@ -96,57 +103,55 @@ pub(crate) trait Retryable {
     /// Whether the same try could end differently later.
     fn is_retryable(&self) -> bool;
 
-    /// Whether the try got somewhere before it failed, so that the waits start again from the least.
-    fn made_progress(&self) -> bool {
-        false
+    /// The wait that the other side has asked for. It is neither shortened by the policy nor cut short.
+    fn retry_after(&self) -> Option<Duration> {
+        None
     }
 }
 
-/// Tries until it succeeds, fails for good, or `until` is reached: then a wait is cut short and a failed try is final.
-/// The first try always runs. `before_wait` hears each error with the wait that follows it.
-pub(crate) async fn retry<T, E, F>(
-    backoff: &Backoff,
-    lifecycle: &Lifecycle,
-    until: Phase,
-    attempt: impl FnMut() -> F,
-    before_wait: impl Fn(&E, Duration),
-) -> Result<T, E>
-where
-    E: Retryable,
-    F: Future<Output = Result<T, E>>,
-{
-    retry_sooner(backoff, lifecycle, until, attempt, before_wait, std::future::pending).await
+/// Why a wait ends before its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Early {
+    /// The fault seems to be over. The waits start again from the least.
+    Recovery,
+    /// One try is due between the waits, which go on growing.
+    Turn,
 }
 
-/// The same, but a wait is also cut short when `sooner` ends, and those after it start again from the least.
-pub(crate) async fn retry_sooner<T, E, F, S>(
-    backoff: &Backoff,
+/// Tries until it succeeds, fails for good, or `until` is reached: then a wait is cut short and a failed try is final.
+/// The first try always runs. `on_error` hears each error, and the wait that begins with it. A wait also ends when `early`
+/// does; after a [turn](Early::Turn) that fails, the rest of the same wait goes on.
+pub(crate) async fn retry<T, E, F, S>(
+    mut waits: Waits,
     lifecycle: &Lifecycle,
     until: Phase,
     mut attempt: impl FnMut() -> F,
-    before_wait: impl Fn(&E, Duration),
-    sooner: impl Fn() -> S,
+    on_error: impl Fn(&E, Option<Duration>),
+    early: impl Fn() -> S,
 ) -> Result<T, E>
 where
     E: Retryable,
     F: Future<Output = Result<T, E>>,
-    S: Future<Output = ()>,
+    S: Future<Output = Early>,
 {
-    let mut waits = backoff.waits();
+    let mut end = Instant::now();
     loop {
         let error = match attempt().await {
             Err(error) if error.is_retryable() && lifecycle.phase() < until => error,
             ended => return ended,
         };
-        if error.made_progress() {
-            waits.reset();
-        }
-        let wait = waits.next_wait();
-        before_wait(&error, wait);
+        let (asked, now) = (error.retry_after(), Instant::now());
+        let wait = (asked.is_some() || end <= now).then(|| waits.next_wait().max(asked.unwrap_or_default()));
+        on_error(&error, wait);
+        end = wait.and_then(|wait| now.checked_add(wait)).unwrap_or(end);
         tokio::select! {
-            () = tokio::time::sleep(wait) => {}
+            biased;
             () = lifecycle.reached(until) => {}
-            () = sooner() => waits.reset(),
+            () = tokio::time::sleep_until(end) => {}
+            why = early(), if asked.is_none() => if why == Early::Recovery {
+                waits.reset();
+                end = Instant::now();
+            },
         }
     }
 }
@@ -197,11 +202,67 @@ mod tests {
         }
     }
 
+    /// A fault whose other side asks for a wait of a minute.
+    #[derive(Debug)]
+    struct Busy;
+
+    impl Retryable for Busy {
+        fn is_retryable(&self) -> bool {
+            true
+        }
+
+        fn retry_after(&self) -> Option<Duration> {
+            Some(Duration::from_secs(60))
+        }
+    }
+
+    /// Tries what fails `count` times, and says how long that took.
+    async fn took<E: Retryable>(count: usize, fault: impl Fn() -> E, early: Early) -> Duration {
+        let (begun, mut tries) = (tokio::time::Instant::now(), 0);
+        let attempt = || {
+            tries += 1;
+            std::future::ready(if tries > count { Ok(()) } else { Err(fault()) })
+        };
+        let backoff = backoff(10, 1000, 10.0).unwrap();
+        let early = || async move {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            early
+        };
+        let ended = retry(backoff.waits(), &Lifecycle::new(), Phase::Killing, attempt, |_, _| {}, early).await;
+        assert!(ended.is_ok());
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_that_fails_begins_no_new_wait() {
+        let (waits, tries) = (std::cell::RefCell::new(Vec::new()), std::cell::Cell::new(0));
+        let attempt = || {
+            tries.set(tries.get() + 1);
+            std::future::ready(if tries.get() > 6 { Ok(()) } else { Err(Fault(true)) })
+        };
+        let on_error = |_: &Fault, wait: Option<Duration>| waits.borrow_mut().push(wait.is_some());
+        let early = || async {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            Early::Turn
+        };
+        let backoff = backoff(10, 10, 1.0).unwrap();
+        retry(backoff.waits(), &Lifecycle::new(), Phase::Killing, attempt, on_error, early).await.unwrap();
+        assert_eq!(waits.into_inner(), [true, false, false, true, false, false]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_ends_early_unless_the_other_side_asked_for_it() {
+        for early in [Early::Recovery, Early::Turn] {
+            assert_eq!(took(3, || Fault(true), early).await, Duration::from_secs(3));
+            assert!(took(3, || Busy, early).await >= Duration::from_secs(180));
+        }
+    }
+
     async fn tries(lifecycle: &Lifecycle, faults: &[bool]) -> (usize, Result<(), Fault>) {
         let mut faults = faults.iter();
         let mut count = 0;
         let ended = retry(
-            &backoff(1, 30, 2.0).unwrap(),
+            backoff(1, 30, 2.0).unwrap().waits(),
             lifecycle,
             Phase::Killing,
             || {
@@ -209,6 +270,7 @@ mod tests {
                 std::future::ready(faults.next().map_or(Ok(()), |retryable| Err(Fault(*retryable))))
             },
             |_, _| {},
+            std::future::pending,
         )
         .await;
         (count, ended)

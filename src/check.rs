@@ -1,4 +1,4 @@
-//! `--check`: every setting with its origin, and the server's version.
+//! `--check`: every setting with its origin, a start of a process, and the server's version.
 
 use std::fmt::Write as _;
 #[cfg(feature = "embedded")]
@@ -10,6 +10,7 @@ use crate::client::Client;
 #[cfg(feature = "embedded")]
 use crate::config::JobsSource;
 use crate::config::{Config, Setting};
+use crate::process::Trial;
 use crate::version::misfit;
 
 /// Why the check did not get to its end.
@@ -19,6 +20,8 @@ pub enum CheckError {
     Jobs(String),
     /// The server, in a sentence.
     Server(String),
+    /// No process can be started.
+    Process(io::Error),
     /// There is nobody to tell.
     Output(io::Error),
 }
@@ -29,14 +32,23 @@ impl From<io::Error> for CheckError {
     }
 }
 
-/// Prints every setting in force and where it was written, and asks the server for its version.
+/// Prints every setting in force and where it was written, starts a process that ends at once, and asks the server for its
+/// version.
 ///
 /// # Errors
-/// When the server cannot be reached.
+/// When no process can be started, or the server cannot be reached.
 pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     out.write_all(table(&config.settings()).as_bytes())?;
     // Or there would be no such configuration.
     writeln!(out, "\nhandlers: their files can be run")?;
+    match Trial::of_this_machine() {
+        Trial::Usual => writeln!(out, "processes: can be started")?,
+        Trial::Slow(error) => {
+            let problem = "processes are started in a slower way, the system refuses the usual one";
+            writeln!(out, "warning: {problem}: {error}")?;
+        }
+        Trial::Impossible(error) => return Err(CheckError::Process(error)),
+    }
     #[cfg(feature = "embedded")]
     if let Some(embedded) = &config.embedded {
         if let Some(JobsSource::File(path)) = &embedded.jobs {
@@ -50,7 +62,7 @@ pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckErr
 
 async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     let worker = &config.worker;
-    let client = Client::new(worker.url.clone(), worker.worker_id.clone(), &worker.tls);
+    let client = Client::new(worker.url.clone(), worker.worker_id.clone(), &worker.tls, &worker.connector);
     let version = client.version().await;
     let version = version
         .map_err(|error| CheckError::Server(format!("cannot ask the server at {}: {}", worker.url, Chain(&error))))?;

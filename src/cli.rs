@@ -11,6 +11,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::chain::OneLine;
+use crate::client::url::{without_secrets, without_user};
 use crate::config::{
     ConfigError, DEFAULT_FIBERS, DEFAULT_MAX_JOB_SIZE, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT,
     DEFAULT_RETRY_MULTIPLIER, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL,
@@ -28,7 +29,8 @@ also ZIZQ_JOB_RETRY_LIMIT and ZIZQ_JOB_TIMEOUT. Exit status 0 acknowledges the j
 other status, or death by a signal, reports it as failed, and the server decides when it is tried again.
 
 SIGTERM or SIGINT (Ctrl-C) finishes and reports the jobs that were taken, then exits. A second one stops running jobs; \
-the server hands them out again, with no attempt counted. SIGHUP reads the configuration file again. SIGUSR2 is quiet: nothing \
+the server hands them out again, with no attempt counted. SIGHUP reads the configuration file again; when the terminal is closed, it \
+finishes like SIGTERM. SIGUSR2 is quiet: nothing \
 more is taken until SIGCONT. SIGUSR1 logs what the worker is doing.
 
 Exit status: 0 stopped as asked, 1 jobs had to be stopped or could not be reported, or the server refused the worker, 2 a \
@@ -88,7 +90,7 @@ impl fmt::Display for Usage {
         let telling: Vec<&str> =
             lines.filter(|line| !line.is_empty() && !idle.iter().any(|start| line.starts_with(start))).collect();
         let problem = telling.join("; ");
-        write!(OneLine(f), "{}; see --help", problem.trim_start_matches("error: "))
+        write!(OneLine(f), "{}; see --help", without_user(problem.trim_start_matches("error: ")))
     }
 }
 
@@ -121,7 +123,10 @@ impl Args {
         }
         match values.cloned().map(OsString::into_string).collect() {
             Ok(values) => Ok(Some(Given { values, source })),
-            Err(value) => Err(ConfigError::new(source, format!("must be valid UTF-8 (got {})", value.display()))),
+            Err(value) => {
+                let public = without_secrets(&value.to_string_lossy());
+                Err(ConfigError::new(source, format!("must be valid UTF-8 (got {public})")))
+            }
         }
     }
 

@@ -23,7 +23,8 @@
 //! | [`handler`] | what is run for a job, and how |
 //! | [`dispatch`] | a job to a process to an outcome |
 //! | `process` | one child in its own process group |
-//! | `ledger` | which jobs are here, so that none runs twice |
+//! | `ledger` | the jobs that are here, so that none runs twice |
+//! | `fate` | the one decision about an outcome: send, ask, retry, park, settle or drop |
 //! | `ack` | the reports |
 //! | [`daemon`] | a worker with all that watches and steers it; `admin`: over HTTP; `supervisor`: the service manager |
 //! | `metrics` | what is counted, for Prometheus |
@@ -68,6 +69,7 @@ pub mod daemon;
 pub mod dispatch;
 #[cfg(feature = "embedded")]
 pub mod embedded;
+mod fate;
 pub mod handler;
 pub mod job;
 mod ledger;
@@ -81,7 +83,7 @@ pub mod version;
 pub mod worker;
 
 pub use backoff::Backoff;
-pub use client::{ServerUrl, WorkerId};
+pub use client::{Connector, ServerUrl, WorkerId};
 pub use config::{Config, ConfigError, WorkerConfig};
 pub use dispatch::{Dispatcher, Ended, ExecDispatcher};
 pub use handler::{Handler, Handlers};

@@ -1,6 +1,8 @@
 //! [`Lifecycle`]: how far a worker has come on its way to a stop, and what moves it there. [`WorkerSignals`]: what it is told
 //! from outside.
 
+mod terminal;
+
 use std::fmt;
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -8,10 +10,13 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::iterator::exfiltrator::WithRawSiginfo;
 use signal_hook::low_level::signal_name;
-use signal_hook_tokio::Signals;
+use signal_hook_tokio::{Signals, SignalsInfo};
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
+
+use terminal::{HangUp, Terminal};
 
 /// A step on the way to a stop. Later steps are greater, and nothing leads back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,8 +54,9 @@ pub struct Lifecycle {
     reason: Arc<OnceLock<String>>,
 }
 
+/// The phase, and whether its end is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct State {
+pub(crate) struct State {
     phase: Phase,
     /// Whether somebody waits for the stop. A worker that has come to its end by itself may take its time.
     awaited: bool,
@@ -122,6 +128,11 @@ impl Lifecycle {
         });
     }
 
+    /// Changes whenever the phase does, or the stop begins to be awaited.
+    pub(crate) fn changes(&self) -> watch::Receiver<State> {
+        self.state.subscribe()
+    }
+
     /// Waits until `phase`, or a later one, has been reached.
     pub async fn reached(&self, phase: Phase) {
         // It fails only once every sender is gone, and `self` is one.
@@ -142,6 +153,7 @@ impl Lifecycle {
     pub(crate) async fn enforce(&self, deadline: Duration) {
         self.awaited().await;
         tokio::select! {
+            biased;
             () = self.reached(Phase::Killing) => {}
             () = tokio::time::sleep(deadline) => {
                 warn!(deadline = ?deadline, "shutdown deadline reached: killing what still runs");
@@ -167,7 +179,6 @@ pub enum Request {
 impl Request {
     fn of(signal: i32) -> Option<Self> {
         match signal {
-            SIGHUP => Some(Self::Reload),
             SIGUSR1 => Some(Self::Status),
             SIGUSR2 => Some(Self::Pause),
             SIGCONT => Some(Self::Resume),
@@ -176,8 +187,19 @@ impl Request {
     }
 }
 
+/// How long a shell may take to end after it has sent SIGHUP to its jobs.
+const SHELL_END: Duration = Duration::from_secs(2);
+
+/// How often the worker looks for the terminal in that time.
+const SHELL_END_LOOKS: u32 = 20;
+
 /// The signals of a worker, heard from the moment [`listen`](Self::listen) returns.
-pub struct WorkerSignals(Signals);
+pub struct WorkerSignals {
+    signals: Signals,
+    /// Each SIGHUP, with its sender.
+    hang_ups: SignalsInfo<WithRawSiginfo>,
+    terminal: Terminal,
+}
 
 impl fmt::Debug for WorkerSignals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -191,23 +213,62 @@ impl WorkerSignals {
     /// # Errors
     /// When the operating system refuses the handlers.
     pub fn listen() -> io::Result<Self> {
-        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGCONT]).map(Self)
+        // First, because a handler for SIGHUP hides whether SIGHUP was ignored.
+        let terminal = Terminal::of_this_process();
+        let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
+        Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })
     }
 
-    /// The first SIGTERM or SIGINT drains, the second kills, the third does so without grace. All other signals are passed
-    /// on: what they ask for may take its time, and no stop waits for that. Ends only when the process does.
+    /// The first SIGTERM or SIGINT drains, the second kills, the third does so without grace. A SIGHUP drains if the
+    /// terminal is gone. All other signals are passed on: what they ask for may take its time, and no stop waits for that.
+    /// Ends only when the process does.
     pub async fn obey(mut self, lifecycle: Lifecycle, requests: mpsc::UnboundedSender<Request>) {
         let mut count = 0;
-        while let Some(signal) = self.0.next().await {
-            match Request::of(signal) {
-                // Nobody is left to hear it when the worker has stopped.
-                Some(request) => drop(requests.send(request)),
-                None => {
-                    count += 1;
-                    stop(&lifecycle, count, signal_name(signal).unwrap_or("signal"));
-                }
+        let ask = |request| {
+            // A send fails only when the worker has stopped.
+            let _ = requests.send(request);
+        };
+        loop {
+            tokio::select! {
+                Some(signal) = self.signals.next() => match Request::of(signal) {
+                    Some(request) => ask(request),
+                    None => {
+                        count += 1;
+                        stop(&lifecycle, count, signal_name(signal).unwrap_or("signal"));
+                    }
+                },
+                Some(hang_up) = self.hang_ups.next() => match self.terminal.meaning_of(hang_up.si_code) {
+                    HangUp::Reload => {
+                        ask(Request::Reload);
+                        tokio::spawn(stop_with_shell(self.terminal, lifecycle.clone()));
+                    }
+                    HangUp::Gone => stop_without_terminal(&lifecycle),
+                    HangUp::Outlived => debug!("the terminal is gone; the worker goes on, as nohup asked"),
+                },
+                else => return,
             }
         }
+    }
+}
+
+/// Drains if the terminal goes soon after a SIGHUP of a process: a shell that ends sends one to its jobs first, as zsh does,
+/// and bash with `huponexit`.
+async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
+    let mut looks = tokio::time::interval(SHELL_END / SHELL_END_LOOKS);
+    for _ in 0..SHELL_END_LOOKS {
+        looks.tick().await;
+        if terminal.is_gone() {
+            return stop_without_terminal(&lifecycle);
+        }
+    }
+}
+
+/// Drains because the terminal is gone. A shell passes the kernel's SIGHUP on, so that two of them ask for one drain.
+fn stop_without_terminal(lifecycle: &Lifecycle) {
+    let was_running = lifecycle.phase() == Phase::Running;
+    lifecycle.stop_because("the terminal is gone");
+    if was_running {
+        info!(signal = "SIGHUP", "draining: the terminal is gone; finishing what was taken");
     }
 }
 
@@ -250,6 +311,19 @@ mod tests {
             lifecycle.phase()
         });
         assert_eq!(phases, [Phase::Draining, Phase::Killing, Phase::Forcing]);
+    }
+
+    #[test]
+    fn a_terminal_that_is_gone_drains_once_and_never_kills() {
+        let lifecycle = Lifecycle::new();
+        stop_without_terminal(&lifecycle);
+        stop_without_terminal(&lifecycle);
+        assert_eq!((lifecycle.phase(), lifecycle.is_awaited()), (Phase::Draining, true));
+        stop(&lifecycle, 1, "SIGTERM");
+        assert_eq!(lifecycle.phase(), Phase::Draining);
+        stop(&lifecycle, 2, "SIGTERM");
+        stop_without_terminal(&lifecycle);
+        assert_eq!((lifecycle.phase(), lifecycle.reason()), (Phase::Killing, Some("the terminal is gone")));
     }
 
     #[tokio::test]

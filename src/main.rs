@@ -25,8 +25,8 @@ fn main() -> ExitCode {
         return show(&config);
     }
     match start(args, config, log) {
-        Ok(Summary { killed: false, .. }) => ExitCode::SUCCESS,
-        Ok(Summary { killed: true, .. }) => ExitCode::FAILURE,
+        Ok(summary) if summary.is_clean() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
         Err(error) => match error.downcast_ref::<ConfigError>() {
             Some(mistake) => complain(&error, mistake.exit_status()),
             None => complain(&Chain(error.as_ref()), 1),
@@ -53,6 +53,7 @@ fn show(config: &Config) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(CheckError::Jobs(problem)) => complain(&problem, 78),
         Err(CheckError::Server(problem)) => complain(&problem, 1),
+        Err(CheckError::Process(error)) => complain(&format!("no process can be started here: {error}"), 1),
         Err(CheckError::Output(error)) => complain(&error, 1),
     }
 }

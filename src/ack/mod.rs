@@ -1,13 +1,14 @@
-//! [`AckProcessor`]: reports what became of the jobs. Successes leave in bulk, failures one by one; neither waits for the
-//! other. A report that the server has no use for now is kept in the [`Ledger`](crate::ledger::Ledger), for the case that its
-//! job comes again.
+//! [`AckProcessor`]: reports the outcomes of jobs. Successes leave in bulk, failures one by one; neither waits for the other. An
+//! outcome that the server has no use for now is parked in the [`Ledger`](crate::ledger::Ledger) until its job is redelivered.
 
-mod link;
+mod keeper;
+mod places;
 mod reporter;
+mod successes;
 
-use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::error;
@@ -15,20 +16,20 @@ use tracing::error;
 use crate::job::{Failure, Outcome};
 use crate::ledger::Attempt;
 use crate::metrics::Metrics;
-pub(crate) use link::Link;
+use places::Places;
 pub(crate) use reporter::Reporter;
 
-/// A place in the ack queue; given back when the report has been settled or given up.
+/// A place in the ack queue; given back when the report has been settled, parked or given up.
 #[derive(Debug)]
 struct Place {
-    _permit: OwnedSemaphorePermit,
+    _place: places::Place,
     metrics: Metrics,
 }
 
 impl Place {
-    fn take(permit: OwnedSemaphorePermit, metrics: &Metrics) -> Self {
+    fn take(place: places::Place, metrics: &Metrics) -> Self {
         metrics.report_waits();
-        Self { _permit: permit, metrics: metrics.clone() }
+        Self { _place: place, metrics: metrics.clone() }
     }
 }
 
@@ -48,7 +49,7 @@ struct Success {
 struct Failed {
     attempt: Attempt,
     failure: Failure,
-    /// It may have been sent before.
+    /// Whether the report may have been sent before.
     in_doubt: bool,
     _place: Place,
 }
@@ -56,7 +57,7 @@ struct Failed {
 /// The way into the ack queue.
 #[derive(Debug, Clone)]
 pub(crate) struct AckQueue {
-    places: Arc<Semaphore>,
+    places: Places,
     successes: mpsc::UnboundedSender<Success>,
     failures: mpsc::UnboundedSender<Failed>,
     metrics: Metrics,
@@ -73,10 +74,14 @@ impl AckQueue {
         self.put(attempt, outcome, true).await;
     }
 
+    /// Makes room for that many reports from now on, those under way included.
+    pub(crate) fn resize(&self, capacity: usize) {
+        self.places.resize(capacity);
+    }
+
     async fn put(&self, attempt: Attempt, outcome: Outcome, in_doubt: bool) {
-        // The semaphore is never closed. Once nobody receives, the worker has stopped, and the job goes back.
-        let Ok(permit) = Arc::clone(&self.places).acquire_owned().await else { return };
-        let place = Place::take(permit, &self.metrics);
+        let place = Place::take(self.places.take().await, &self.metrics);
+        // The receiver is gone once the worker has stopped: the job goes back.
         match outcome {
             Outcome::Success => drop(self.successes.send(Success { attempt, _place: place })),
             Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, in_doubt, _place: place })),
@@ -85,11 +90,10 @@ impl AckQueue {
     }
 }
 
-/// Takes reports from its queue and sees each through: accepted, kept, refused, or given up because the worker is killed.
+/// Takes reports from its queue and sees each through: accepted, parked, refused, or given up because the worker is killed.
 #[derive(Debug)]
 pub(crate) struct AckProcessor {
-    successes: AbortOnDropHandle<()>,
-    failures: AbortOnDropHandle<()>,
+    tasks: [AbortOnDropHandle<()>; 3],
     closing: CancellationToken,
     reporter: Reporter,
 }
@@ -100,29 +104,30 @@ impl AckProcessor {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
         let closing = CancellationToken::new();
-        let success_task = tokio::spawn(reporter.clone().report_successes(success_queue, closing.clone()));
-        let failure_task = tokio::spawn(reporter.clone().report_failures(failure_queue, closing.clone()));
-        let processor = Self {
-            successes: AbortOnDropHandle::new(success_task),
-            failures: AbortOnDropHandle::new(failure_task),
-            closing,
-            reporter,
-        };
-        (processor, AckQueue { places: Arc::new(Semaphore::new(capacity)), successes, failures, metrics })
+        let tasks = [
+            tokio::spawn(reporter.clone().report_successes(success_queue, closing.clone())),
+            tokio::spawn(reporter.clone().report_failures(failure_queue, closing.clone())),
+            tokio::spawn(reporter.clone().keep(closing.clone())),
+        ];
+        let tasks = tasks.map(AbortOnDropHandle::new);
+        let queue = AckQueue { places: Places::new(capacity), successes, failures, metrics };
+        (Self { tasks, closing, reporter }, queue)
     }
 
-    /// Waits until every report is settled or given up, and takes no more. Every run has ended before.
-    pub(crate) async fn finish(self) {
-        self.reporter.await_outcomes().await;
+    /// Waits until every report is settled or given up, and takes no more. Every run has ended before. Outcomes that are all
+    /// that is left, and parked, are waited for as long as `patience`. Returns the number of reports that were given up since
+    /// the start.
+    pub(crate) async fn finish(self, patience: Duration) -> usize {
+        self.reporter.await_outcomes(patience).await;
         self.closing.cancel();
-        let (successes, failures) = tokio::join!(self.successes, self.failures);
-        for ended in [successes, failures] {
-            ended.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
+        for task in self.tasks {
+            task.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
         }
         let ids = self.reporter.ledger.ended();
         if !ids.is_empty() {
-            self.reporter.metrics.reports_dropped(ids.len());
-            error!(?ids, error = "the jobs did not come again in time", "report dropped");
+            self.reporter.count_dropped(ids.len());
+            error!(?ids, error = "the jobs were not redelivered in time", "report dropped");
         }
+        self.reporter.dropped()
     }
 }

@@ -21,36 +21,88 @@ pub enum ClientError {
     Answer(Box<dyn Error + Send + Sync>),
     /// No answer came in time; the server may have carried the request out.
     TimedOut(Duration),
-    /// The server answered, but not with what was asked for.
+    /// The server, or a proxy before it, refused the request.
     Refused {
-        /// Its status.
+        /// The status of the answer.
         status: StatusCode,
-        /// What it said, as far as it said anything.
+        /// The reason in the answer, or an empty text.
+        message: String,
+        /// The wait that the answer asks for (`Retry-After`), at most [`MAX_RETRY_AFTER`].
+        retry_after: Option<Duration>,
+    },
+    /// The answer is not recognisable as the server's: a proxy without a backend, a login page.
+    NotTheServer {
+        /// The status of the answer.
+        status: StatusCode,
+        /// The first line of the answer, or an empty text.
         message: String,
     },
-    /// The server answered a take request with something else than a stream of jobs.
+    /// The answer to a take request is no stream of jobs.
     NotAStream,
     /// The request cannot be put into words that HTTP knows.
     Unsendable(Box<dyn Error + Send + Sync>),
 }
+
+/// The longest wait that an answer may ask for: a mistake in a header should not silence a worker for hours.
+pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(5 * 60);
+
+/// Client errors that pass: credentials that are being renewed, a limit of requests, a proxy on its way up.
+const PASSING: [StatusCode; 7] = [
+    StatusCode::UNAUTHORIZED,
+    StatusCode::FORBIDDEN,
+    StatusCode::PROXY_AUTHENTICATION_REQUIRED,
+    StatusCode::REQUEST_TIMEOUT,
+    StatusCode::MISDIRECTED_REQUEST,
+    StatusCode::TOO_EARLY,
+    StatusCode::TOO_MANY_REQUESTS,
+];
+
+/// Client errors that say nothing about the settings of the worker.
+const NO_MISTAKE: [StatusCode; 3] = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
 
 impl ClientError {
     /// Whether the server may have carried the request out all the same.
     pub fn may_have_arrived(&self) -> bool {
         match self {
             Self::Connect(_) | Self::NotAStream | Self::Unsendable(_) => false,
-            // An error of the server, or of a proxy that lost the answer; what a client error refuses is not done.
-            Self::Refused { status, .. } => !status.is_client_error(),
+            // A server error may be a proxy's that lost the answer. A client error refuses, but for a time-out.
+            Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
+                !status.is_client_error() || *status == StatusCode::REQUEST_TIMEOUT
+            }
             Self::Transport(_) | Self::Request(_) | Self::Answer(_) | Self::TimedOut(_) => true,
         }
     }
 
-    /// Whether the same call may succeed later: everything but a client error (4xx) of the server.
+    /// Whether the same call may succeed later: true for all but the client errors (4xx) that do not pass.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Refused { status, .. } => !status.is_client_error(),
+            Self::Refused { status, .. } => !status.is_client_error() || PASSING.contains(status),
             Self::Unsendable(_) => false,
             _ => true,
+        }
+    }
+
+    /// Whether a first request that fails like this tells of a wrong setting: an url, queues, or credentials.
+    pub(crate) fn is_mistake(&self) -> bool {
+        match self {
+            Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
+                status.is_client_error() && !NO_MISTAKE.contains(status)
+            }
+            Self::Unsendable(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the call was refused, by the server or by a proxy.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { status, .. } if status.is_client_error())
+    }
+
+    /// The wait that the answer asks for.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { retry_after, .. } => *retry_after,
+            _ => None,
         }
     }
 }
@@ -58,6 +110,10 @@ impl ClientError {
 impl Retryable for ClientError {
     fn is_retryable(&self) -> bool {
         Self::is_retryable(self)
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        Self::retry_after(self)
     }
 }
 
@@ -68,8 +124,12 @@ impl fmt::Display for ClientError {
             Self::Transport(_) | Self::Request(_) => f.write_str("the request failed"),
             Self::Answer(_) => f.write_str("the answer broke off"),
             Self::TimedOut(limit) => write!(f, "no answer within {}", humantime::format_duration(*limit)),
-            Self::Refused { status, message } if message.is_empty() => write!(f, "the server answered {status}"),
-            Self::Refused { status, message } => write!(f, "the server answered {status}: {message}"),
+            Self::Refused { status, message, .. } if message.is_empty() => write!(f, "the server answered {status}"),
+            Self::Refused { status, message, .. } => write!(f, "the server answered {status}: {message}"),
+            Self::NotTheServer { status, message } => {
+                write!(f, "the answer {status} is no Zizq server's, look for a proxy on the way")?;
+                if message.is_empty() { Ok(()) } else { write!(f, ": {message}") }
+            }
             Self::NotAStream => f.write_str("what answers there is no Zizq server: it sent no stream of jobs"),
             Self::Unsendable(_) => f.write_str("the request cannot be sent"),
         }
@@ -82,7 +142,7 @@ impl Error for ClientError {
             Self::Connect(error) | Self::Answer(error) | Self::Unsendable(error) => Some(error.as_ref()),
             Self::Transport(error) => Some(error),
             Self::Request(error) => Some(error),
-            Self::TimedOut(_) | Self::Refused { .. } | Self::NotAStream => None,
+            Self::TimedOut(_) | Self::Refused { .. } | Self::NotTheServer { .. } | Self::NotAStream => None,
         }
     }
 }

@@ -1,64 +1,57 @@
 //! [`Client`]: the calls of the Zizq HTTP API that a worker makes.
 
+mod answer;
+mod connector;
 mod error;
+mod health;
 mod skim;
+mod stream_settings;
 pub(crate) mod tls;
-mod url;
+pub(crate) mod url;
 
 use std::error::Error;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
-use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue, LOCATION, USER_AGENT};
+use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
 use hyper::rt::{Read, Write};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client as PooledClient;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::AbortOnDropHandle;
 use tower_service::Service;
 
 use crate::job::{Failure, JobId};
 use crate::stream::{StreamLimits, TakeStream};
 
-pub use error::ClientError;
-use skim::Skimmer;
+use answer::{acceptance, is_ndjson, job_state, not_found, refusal, version_of};
+pub use connector::Connector;
+use connector::Dialer;
+pub use error::{ClientError, MAX_RETRY_AFTER};
+use health::Health;
+pub(crate) use stream_settings::StreamSettings;
 pub use tls::Tls;
 pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 
 /// The type of a take stream.
 const NDJSON: &str = "application/x-ndjson";
 
-/// How long a server may take to accept a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long it may take to answer a request; the body of the take stream is not part of it.
+/// How long the server may take to answer a request; the body of the take stream is not part of it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// After how much silence the kernel asks whether the peer still lives.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
-
-/// How often it asks then …
-const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// … and after how many unanswered questions the connection is dead.
-const TCP_KEEPALIVE_RETRIES: u32 = 3;
-
-/// How long what was sent may stay unconfirmed before the kernel gives a connection up; keepalive is for idle ones alone.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often an HTTP/2 connection with requests under way is asked for a sign of life, and how long that may take: all
 /// reports share it, and would all time out on a dead one, again and again.
 const HTTP2_KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// More of an answer than this is not read; all that the server has to say to a worker is shorter.
-const MAX_ANSWER_BYTES: usize = 1024 * 1024;
+/// The number of failures that are reported at once: enough to hide the round trip, few enough to spare the server.
+const MAX_FAILURES_UNDER_WAY: usize = 8;
 
 /// What a path segment or query value may hold as it is (RFC 3986, unreserved).
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -70,8 +63,10 @@ pub struct Client {
     /// The same, in front of a path.
     base: String,
     worker_id: WorkerId,
-    connector: HttpsConnector<HttpConnector>,
-    reports: PooledClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    connector: HttpsConnector<Dialer>,
+    reports: PooledClient<HttpsConnector<Dialer>, Full<Bytes>>,
+    health: Health,
+    failure_slots: Semaphore,
 }
 
 /// What the server made of a report.
@@ -98,6 +93,11 @@ impl JobState {
         matches!(self.status.as_str(), "completed" | "dead")
     }
 
+    /// Whether it waits to be handed out.
+    pub fn is_ready(&self) -> bool {
+        self.status == "ready"
+    }
+
     /// Whether it is being tried.
     pub fn is_in_flight(&self) -> bool {
         self.status == "in_flight"
@@ -109,35 +109,34 @@ struct Successes<'a> {
     ids: &'a [JobId],
 }
 
-#[derive(Deserialize)]
-struct NotFound {
-    not_found: Vec<String>,
-}
-
 impl Client {
     /// A client that has not connected yet.
-    pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls) -> Self {
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        tcp.set_keepalive(Some(TCP_KEEPALIVE));
-        tcp.set_keepalive_interval(Some(TCP_KEEPALIVE_INTERVAL));
-        tcp.set_keepalive_retries(Some(TCP_KEEPALIVE_RETRIES));
-        #[cfg(target_os = "linux")]
-        tcp.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
-        let connector = HttpsConnector::from((tcp.clone(), tls.speaking(&["http/1.1"])));
-        let pooled = HttpsConnector::from((tcp, tls.speaking(&["h2", "http/1.1"])));
+    pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls, connector: &Connector) -> Self {
+        let dialer = connector.dialer(&url);
+        let connector = HttpsConnector::from((dialer.clone(), tls.speaking(&["http/1.1"])));
+        let pooled = HttpsConnector::from((dialer, tls.speaking(&["h2", "http/1.1"])));
         let mut reports = PooledClient::builder(TokioExecutor::new());
         reports.timer(TokioTimer::new()).pool_timer(TokioTimer::new());
         reports.http2_keep_alive_interval(HTTP2_KEEPALIVE).http2_keep_alive_timeout(HTTP2_KEEPALIVE);
         let reports = reports.build(pooled);
-        Self { base: url.to_string(), url, worker_id, connector, reports }
+        let failure_slots = Semaphore::new(MAX_FAILURES_UNDER_WAY);
+        Self { base: url.to_string(), url, worker_id, connector, reports, health: Health::default(), failure_slots }
     }
 
     /// Where it connects to.
     pub fn url(&self) -> &ServerUrl {
         &self.url
+    }
+
+    /// The recent success and failure of calls to this server.
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Waits until a failure may be reported. A report that waits for its next try holds no slot.
+    pub(crate) async fn failure_slot(&self) -> Option<SemaphorePermit<'_>> {
+        // The semaphore is never closed.
+        self.failure_slots.acquire().await.ok()
     }
 
     /// Opens a take stream. At most `prefetch` unreported jobs are held over it; no queues means all queues.
@@ -150,11 +149,11 @@ impl Client {
         prefetch: usize,
         limits: StreamLimits,
     ) -> Result<TakeStream, ClientError> {
-        within_request_timeout(async {
+        let opened = within_request_timeout(async {
             let (mut sender, connection) =
                 http1::handshake(self.connect().await?).await.map_err(ClientError::Transport)?;
             let connection = AbortOnDropHandle::new(tokio::spawn(async {
-                // Its end, good or bad, is seen by the body.
+                // The body sees the end of the connection, good or bad.
                 let _ = connection.await;
             }));
             let sent = sender.send_request(self.take_request(queues, prefetch)?).await;
@@ -165,7 +164,11 @@ impl Client {
                 _ => Err(refusal(response).await),
             }
         })
-        .await
+        .await;
+        if opened.is_ok() {
+            self.health.connected();
+        }
+        self.health.observe(opened)
     }
 
     async fn connect(&self) -> Result<impl Read + Write + Unpin + use<>, ClientError> {
@@ -192,17 +195,8 @@ impl Client {
     /// # Errors
     /// When the request fails, or the server refuses it as a whole.
     pub async fn success(&self, ids: &[JobId]) -> Result<Vec<JobId>, ClientError> {
-        let response = self.post("/jobs/success", &Successes { ids }).await?;
-        match response.status() {
-            status if status.is_success() => Ok(Vec::new()),
-            StatusCode::UNPROCESSABLE_ENTITY => {
-                let body = read(response).await?;
-                let known: Result<NotFound, _> = serde_json::from_slice(&body);
-                let Ok(known) = known else { return Err(refused(StatusCode::UNPROCESSABLE_ENTITY, &body)) };
-                Ok(known.not_found.iter().map(|id| JobId::from(id.as_str())).collect())
-            }
-            _ => Err(refusal(response).await),
-        }
+        let reported = async { not_found(self.post("/jobs/success", &Successes { ids }).await?).await };
+        self.health.observe(reported.await)
     }
 
     /// Reports a job as failed.
@@ -210,29 +204,19 @@ impl Client {
     /// # Errors
     /// When the request fails, or the server refuses it.
     pub async fn failure(&self, id: &JobId, failure: &Failure) -> Result<Acceptance, ClientError> {
-        let response = self.post(&format!("/jobs/{}/failure", encode(id.as_str())), failure).await?;
-        match response.status() {
-            status if status.is_success() => Ok(Acceptance::Accepted),
-            StatusCode::NOT_FOUND => Ok(Acceptance::AlreadyHandled),
-            _ => Err(refusal(response).await),
-        }
+        let path = format!("/jobs/{}/failure", encode(id.as_str()));
+        let reported = async { acceptance(self.post(&path, failure).await?).await };
+        self.health.observe(reported.await)
     }
 
-    /// What the server says of a job; nothing if it does not have it.
+    /// Asks for the state of a job; nothing if the server does not have the job.
     ///
     /// # Errors
     /// When the request fails, or the server refuses it.
     pub async fn job(&self, id: &JobId) -> Result<Option<JobState>, ClientError> {
-        let response =
-            self.send(self.request(Method::GET, &format!("/jobs/{}", encode(id.as_str())), Bytes::new())?).await?;
-        match response.status() {
-            status if status.is_success() => {
-                let body = skim(response.into_body()).await?;
-                serde_json::from_slice(body.kept()).map(Some).map_err(|error| ClientError::Answer(error.into()))
-            }
-            StatusCode::NOT_FOUND => Ok(None),
-            _ => Err(refusal(response).await),
-        }
+        let request = self.request(Method::GET, &format!("/jobs/{}", encode(id.as_str())), Bytes::new())?;
+        let asked = async { job_state(self.send(request).await?).await };
+        self.health.observe(asked.await)
     }
 
     /// The server's version.
@@ -240,17 +224,8 @@ impl Client {
     /// # Errors
     /// When the request fails, or the answer names no version.
     pub async fn version(&self) -> Result<String, ClientError> {
-        #[derive(Deserialize)]
-        struct Answer {
-            version: String,
-        }
-        let response = self.send(self.request(Method::GET, "/version", Bytes::new())?).await?;
-        if !response.status().is_success() {
-            return Err(refusal(response).await);
-        }
-        let answer: Answer =
-            serde_json::from_slice(&read(response).await?).map_err(|error| ClientError::Answer(error.into()))?;
-        Ok(answer.version)
+        let request = self.request(Method::GET, "/version", Bytes::new())?;
+        version_of(self.send(request).await?).await
     }
 
     async fn post(&self, path: &str, body: &impl Serialize) -> Result<Response<Incoming>, ClientError> {
@@ -288,58 +263,8 @@ fn invalid(error: impl Into<Box<dyn Error + Send + Sync>>) -> ClientError {
     ClientError::Unsendable(error.into())
 }
 
-/// What a page of a proxy, or of some other server altogether, is not.
-fn is_ndjson(response: &Response<Incoming>) -> bool {
-    let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    content_type.is_some_and(|content_type| content_type.starts_with(NDJSON))
-}
-
 async fn within_request_timeout<T>(call: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
     tokio::time::timeout(REQUEST_TIMEOUT, call).await.unwrap_or(Err(ClientError::TimedOut(REQUEST_TIMEOUT)))
-}
-
-async fn read(response: Response<Incoming>) -> Result<Bytes, ClientError> {
-    let collected = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect();
-    within_request_timeout(async { collected.await.map_err(ClientError::Answer) }).await.map(|body| body.to_bytes())
-}
-
-/// Reads a job without its payload, which may be larger than all that is held here.
-async fn skim(mut body: Incoming) -> Result<Skimmer, ClientError> {
-    let reading = async {
-        let mut skimmer = Skimmer::default();
-        while let Some(frame) = body.frame().await {
-            if let Some(data) = frame.map_err(|error| ClientError::Answer(error.into()))?.data_ref() {
-                skimmer.push(data);
-            }
-        }
-        Ok(skimmer)
-    };
-    within_request_timeout(reading).await
-}
-
-/// An answer that is neither success nor anything the call expects, as an error with what the server said.
-async fn refusal(response: Response<Incoming>) -> ClientError {
-    let status = response.status();
-    if let Some(location) = response.headers().get(LOCATION).filter(|_| status.is_redirection()) {
-        let message = format!("redirects are not followed, and this one leads to {location:?}");
-        return ClientError::Refused { status, message };
-    }
-    match read(response).await {
-        Ok(body) => refused(status, &body),
-        Err(_) => refused(status, b""),
-    }
-}
-
-fn refused(status: StatusCode, body: &[u8]) -> ClientError {
-    #[derive(Deserialize)]
-    struct Answer {
-        error: String,
-    }
-    let message = serde_json::from_slice(body).map_or_else(
-        |_| String::from_utf8_lossy(body).lines().next().unwrap_or_default().chars().take(200).collect(),
-        |answer: Answer| answer.error,
-    );
-    ClientError::Refused { status, message }
 }
 
 #[cfg(test)]
@@ -347,7 +272,7 @@ mod tests {
     use super::*;
 
     fn client(url: &str) -> Client {
-        Client::new(url.parse().unwrap(), "w-1".parse().unwrap(), &Tls::default())
+        Client::new(url.parse().unwrap(), "w-1".parse().unwrap(), &Tls::default(), &Connector::default())
     }
 
     fn take_target(url: &str, queues: &[&str]) -> (String, String) {
@@ -366,22 +291,5 @@ mod tests {
     fn queue_names_are_percent_encoded_and_the_commas_between_them_are_not() {
         let (_, target) = take_target("http://h", &["a b/c", "ü&x"]);
         assert_eq!(target, "/jobs/take?prefetch=8&queue=a%20b%2Fc,%C3%BC%26x");
-    }
-
-    #[test]
-    fn client_errors_of_the_server_are_final_and_all_else_is_not() {
-        let refused =
-            |code| ClientError::Refused { status: StatusCode::from_u16(code).unwrap(), message: String::new() };
-        assert!(!refused(400).is_retryable());
-        assert!(refused(503).is_retryable() && refused(302).is_retryable());
-        assert!(ClientError::TimedOut(REQUEST_TIMEOUT).is_retryable());
-    }
-
-    #[test]
-    fn a_refusal_says_what_the_server_said() {
-        let error = refused(StatusCode::BAD_REQUEST, br#"{"error":"invalid prefetch"}"#);
-        assert_eq!(error.to_string(), "the server answered 400 Bad Request: invalid prefetch");
-        let error = refused(StatusCode::BAD_GATEWAY, b"<html>\n<body>");
-        assert_eq!(error.to_string(), "the server answered 502 Bad Gateway: <html>");
     }
 }

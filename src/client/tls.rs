@@ -97,10 +97,9 @@ pub(crate) fn system_roots() -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     let (added, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     match added {
-        0 => {
-            Err("this system has no trusted certificates; install ca-certificates, or name a file with --tls-ca"
-                .to_owned())
-        }
+        0 => Err("this system has no trusted certificates; install ca-certificates, or name a file with --tls-ca, \
+                 ZIZQ_TLS_CA, or ca in the file's [tls]"
+            .to_owned()),
         _ => Ok(roots),
     }
 }

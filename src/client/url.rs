@@ -23,7 +23,11 @@ impl FromStr for ServerUrl {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wanted = || format!("url must be http://HOST[:PORT][/PREFIX] or https://… (got {text:?})");
+        let wanted = || {
+            let public = without_secrets(text);
+            let hint = if public == text { "" } else { ", without a user, a password or a query" };
+            format!("url must be http://HOST[:PORT][/PREFIX] or https://…{hint} (got {public:?})")
+        };
         let uri: Uri = text.trim_end_matches('/').parse().map_err(|_| wanted())?;
         let authority = uri.authority().ok_or_else(wanted)?;
         let fits = matches!(uri.scheme_str(), Some("http" | "https"))
@@ -68,6 +72,27 @@ impl ServerUrl {
     pub fn prefix(&self) -> &str {
         self.0.path().trim_end_matches('/')
     }
+}
+
+/// Returns a url without the parts that may be secret: the user, the password and the query.
+pub(crate) fn without_secrets(url: &str) -> String {
+    let url = hide_user(url);
+    match url.split_once('?') {
+        Some((public, _)) => format!("{public}?…"),
+        None => url,
+    }
+}
+
+/// Returns a text without the user and the password of a url in it.
+pub(crate) fn without_user(text: &str) -> String {
+    if text.contains("://") { hide_user(text) } else { text.to_owned() }
+}
+
+/// Replaces everything between the scheme and the last `@`: a password may hold any character.
+fn hide_user(text: &str) -> String {
+    let Some(end) = text.rfind('@') else { return text.to_owned() };
+    let start = text.find("://").map(|colon| colon + "://".len()).filter(|start| *start <= end).unwrap_or(0);
+    format!("{}…{}", &text[..start], &text[end..])
 }
 
 /// What the server calls a worker in its log: a legal header value. `HOSTNAME-PID` by default.
@@ -123,6 +148,23 @@ mod tests {
             let error = bad.parse::<ServerUrl>().unwrap_err();
             assert!(error.starts_with("url must be http://HOST"), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn a_url_is_shown_without_its_user_password_and_query() {
+        for (url, public) in [
+            ("http://h:1/q", "http://h:1/q"),
+            ("http://u:p@h/q", "http://…@h/q"),
+            ("http://u:p@ss/w?rd@h", "http://…@h"),
+            ("u:p@h", "…@h"),
+            ("u@http://h", "…@http://h"),
+            ("http://h/?key=a@b", "http://…@b"),
+            ("http://h?key", "http://h?…"),
+        ] {
+            assert_eq!(without_secrets(url), public);
+        }
+        assert_eq!(without_user("got 'http://u:p@h'?"), "got 'http://…@h'?");
+        assert_eq!(without_user("got ann@example.org"), "got ann@example.org");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use toml::{Spanned, Value};
 
 use super::{ConfigError, Source};
 use crate::cli::Given;
+use crate::client::url::without_user;
 
 /// A value and where it stands, or nothing.
 pub(super) type Field = Option<Spanned<Value>>;
@@ -137,7 +138,7 @@ impl ConfigFile {
                 let line = error.span().map_or(1, |span| line_of(&text, span.start));
                 // serde says field where TOML says key.
                 let problem = error.message().replace('\n', ", ").replace("unknown field", "unknown key");
-                Err(ConfigError::new(Source::File(path, line), problem))
+                Err(ConfigError::new(Source::File(path, line), without_user(&problem)))
             }
         }
     }

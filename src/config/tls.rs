@@ -9,7 +9,8 @@ use super::{ConfigError, Source};
 use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
 use crate::client::{ServerUrl, Tls};
 
-pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl) -> Result<Tls, ConfigError> {
+/// Reads the files, and matches them with one another and with `url`, which `url_source` gives.
+pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) -> Result<Tls, ConfigError> {
     let file = &layers.file.table.tls.0;
     let ca = File::find(layers, "tls-ca", &file.ca)?;
     let chain = File::find(layers, "tls-client-cert", &file.client_cert)?;
@@ -22,7 +23,8 @@ pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl) -> Result<Tls, Confi
     }
     let roots = match &ca {
         Some(ca) => ca.parse(roots_from_pem)?,
-        None => system_roots().map_err(|problem| ConfigError::unusable(Source::Missing, problem))?,
+        None => system_roots()
+            .map_err(|problem| ConfigError::unusable(url_source.clone(), format!("url is https, and {problem}")))?,
     };
     let identity = match (&chain, &key) {
         (Some(chain), Some(key)) => Some((chain.parse(certificates)?, key.parse(private_key)?)),
@@ -32,7 +34,7 @@ pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl) -> Result<Tls, Confi
     };
     Tls::new(roots, identity).map_err(|problem| match &key {
         Some(key) => key.error(&format!("does not belong to the certificate in tls_client_cert: {problem}")),
-        None => ConfigError::unusable(Source::Missing, problem),
+        None => ConfigError::unusable(url_source, problem),
     })
 }
 

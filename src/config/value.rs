@@ -117,16 +117,32 @@ impl Raw<'_> {
         usize::try_from(size.as_u64()).ok().filter(|size| *size >= 1024).ok_or_else(wanted)
     }
 
-    /// Names: separated by commas, in any number of flags, or a list in the file.
+    /// Reads names: separated by commas, in any number of flags, or a list in the file. An empty name is a mistake: most
+    /// often it comes from an unset variable of a shell or a template. Only an empty list in the file has no names.
     pub(super) fn list(&self, name: &str) -> Result<Vec<String>, String> {
-        let names = match self {
+        let names: Vec<String> = match self {
             Self::Text(values) => values.iter().flat_map(|value| value.split(',')).map(str::to_owned).collect(),
             Self::Toml(Value::String(text)) => text.split(',').map(str::to_owned).collect(),
             Self::Toml(value) => {
                 strings(value).ok_or_else(|| format!("{name} must be a list of strings (got {value})"))?
             }
         };
-        Ok(names.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect())
+        let names: Vec<String> = names.iter().map(|name| name.trim().to_owned()).collect();
+        if names.iter().any(String::is_empty) {
+            return Err(format!(
+                "{name} must be names, none of them empty; to take from all {name}, leave the setting out (got {})",
+                self.quoted()
+            ));
+        }
+        Ok(names)
+    }
+
+    /// Returns the value as it was written, in quotes: a flag's values are joined by commas.
+    fn quoted(&self) -> String {
+        match self {
+            Self::Text(values) => format!("{:?}", values.join(",")),
+            Self::Toml(value) => value.to_string(),
+        }
     }
 
     /// A list of strings, in the file.
@@ -170,6 +186,14 @@ impl Raw<'_> {
 
     /// The words of a command: a string is split as a shell would, a list is taken as it is.
     pub(super) fn command(&self, name: &str) -> Result<Vec<OsString>, String> {
+        let words = self.words(name)?;
+        if words.iter().any(|word| word.contains('\0')) {
+            return Err(format!("{name} must not have a zero byte"));
+        }
+        Ok(words.into_iter().map(OsString::from).collect())
+    }
+
+    fn words(&self, name: &str) -> Result<Vec<String>, String> {
         let words = match self {
             Self::Toml(value @ Value::Array(_)) => strings(value),
             _ => {
@@ -177,13 +201,12 @@ impl Raw<'_> {
                     .text(name)
                     .map_err(|_| format!("{name} must be a string or a list of strings (got {self})"))?;
                 return match shlex::split(&text) {
-                    Some(words) => Ok(words.into_iter().map(OsString::from).collect()),
+                    Some(words) => Ok(words),
                     None => Err(format!("{name} has a quote or a backslash without its other half (got {text})")),
                 };
             }
         };
-        let words = words.ok_or_else(|| format!("{name} must be a string or a list of strings (got {self})"))?;
-        Ok(words.into_iter().map(OsString::from).collect())
+        words.ok_or_else(|| format!("{name} must be a string or a list of strings (got {self})"))
     }
 }
 
@@ -232,9 +255,13 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_split_trimmed_and_rid_of_empty_names() {
-        let values = ["a, b,,".to_owned(), " c ".to_owned()];
-        assert_eq!(Raw::Text(&values).list("queues").unwrap(), ["a", "b", "c"]);
+    fn lists_are_split_and_trimmed_and_have_no_empty_names() {
+        let list = |values: [&str; 2]| Raw::Text(&values.map(str::to_owned)).list("queues");
+        assert_eq!(list(["a, b", " c "]).unwrap(), ["a", "b", "c"]);
+        for bad in [["a", ""], ["", "a"], ["a,,b", "c"], ["a,", "b"]] {
+            assert!(list(bad).unwrap_err().ends_with(&format!("(got {:?})", bad.join(","))), "{bad:?}");
+        }
+        assert_eq!(Raw::Toml(&Value::Array(Vec::new())).list("queues").unwrap(), [""; 0]);
     }
 
     #[test]

@@ -11,7 +11,8 @@ use super::tls;
 use super::value::Raw;
 use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source};
 use crate::backoff::Backoff;
-use crate::client::{ServerUrl, Tls, WorkerId};
+use crate::client::url::without_secrets;
+use crate::client::{Connector, ServerUrl, Tls, WorkerId};
 use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT, StreamLimits};
 
 /// One job at a time is right for every handler; more is for whoever knows that theirs can stand it.
@@ -36,6 +37,8 @@ pub struct WorkerConfig {
     pub url: ServerUrl,
     /// Whom it trusts, and who it says it is, where `url` is https.
     pub tls: Tls,
+    /// How connections to `url` are made: over the network, unless the embedding program supplies them.
+    pub connector: Connector,
     /// What the server calls the worker in its log.
     pub worker_id: WorkerId,
     /// The queues to take jobs from; none means all.
@@ -65,6 +68,7 @@ impl Default for WorkerConfig {
         Self {
             url: ServerUrl::default(),
             tls: Tls::default(),
+            connector: Connector::default(),
             worker_id: WorkerId::default(),
             queues: Vec::new(),
             threads: DEFAULT_THREADS,
@@ -91,9 +95,11 @@ impl WorkerConfig {
         let deadline = layers
             .pick("shutdown-deadline", &file.shutdown_deadline, |raw| raw.positive_duration("shutdown_deadline"))?;
         let queues = layers.pick("queues", &file.queues, |raw| raw.list("queues").and_then(check_queues))?;
-        let url = layers.pick("url", &layers.file.table.url, |raw| raw.parsed("url"))?.unwrap_or_default();
+        let (url, url_source) = layers.locate("url", &layers.file.table.url, server_url)?.unzip();
+        let url = url.unwrap_or_default();
         Ok(Self {
-            tls: tls::resolve(layers, &url)?,
+            tls: tls::resolve(layers, &url, url_source.unwrap_or(Source::Missing))?,
+            connector: Connector::default(),
             url,
             worker_id: layers.pick("worker-id", &file.worker_id, |raw| raw.parsed("worker_id"))?.unwrap_or_default(),
             queues: queues.unwrap_or_default(),
@@ -154,6 +160,14 @@ fn concurrency(layers: &Layers<'_>, threads: NonZeroUsize, fibers: NonZeroUsize)
                 format!("threads x fibers must be at most {MAX_CONCURRENCY} (got {threads} x {fibers})"),
             ))
         }
+    }
+}
+
+/// Reads a url. It may hold a password by mistake, so no message quotes it whole.
+fn server_url(raw: &Raw<'_>) -> Result<ServerUrl, String> {
+    match raw.text("url") {
+        Ok(url) => url.parse(),
+        Err(_) => Err(format!("url must be a string (got {})", without_secrets(&raw.to_string()))),
     }
 }
 

@@ -1,15 +1,14 @@
 //! [`Brake`]: keeps a handler that cannot be started from running through a queue.
 
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tracing::{error, info};
-
-use crate::lifecycle::Lifecycle;
 
 /// How long one job waits for a fault that may pass: a deploy that replaces the file, a machine short of something.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -28,20 +27,23 @@ const LONGEST_DELAY: Duration = Duration::from_secs(30);
 
 /// Why a job was not started.
 #[derive(Debug)]
-pub(super) enum NotStarted {
-    /// The worker stops before it could be.
-    Stopping,
+pub(super) enum NotStarted<C> {
+    /// The wait for a start was cut short, and why.
+    CutShort(C),
     /// It cannot be.
     Failed(io::Error),
 }
 
-/// When it has to be known whether a start has worked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Known {
-    /// When it returns.
-    AtOnce,
-    /// Later, from the process itself. A fault is handed to the next start then.
-    Later,
+/// A start that may not have ended yet.
+pub(super) trait Begin {
+    /// Waits until the program runs.
+    ///
+    /// # Errors
+    /// When it has turned out that the program could not be started.
+    fn begun(&self) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Waits until the job's time is up, running or not.
+    fn overdue(&self) -> impl Future<Output = ()> + Send;
 }
 
 /// How the starts of one handler have gone. While they fail there is one at a time, and a pause between them.
@@ -78,15 +80,17 @@ impl Brake {
         &self.name
     }
 
-    /// Starts something, as soon as this handler may be started. `fault` is what has just come of starting it, if that failed.
-    pub(super) async fn start<T>(
+    /// Starts something, as soon as this handler may be started. `fault` is the error of the start before, if that failed. While
+    /// starts fail, a start holds up the next one until it has ended: until its program runs, or cannot, or its time is up.
+    /// `cut_short` ends every wait. A process that has been made by then is handed over all the same, since it may run already.
+    pub(super) async fn start<T: Begin, C>(
         &self,
-        lifecycle: &Lifecycle,
         fault: Option<io::Error>,
-        spawn: impl Fn(Known) -> io::Result<T>,
-    ) -> Result<T, NotStarted> {
+        cut_short: impl Future<Output = C>,
+        spawn: impl Fn() -> io::Result<T>,
+    ) -> Result<T, NotStarted<C>> {
         let fault = match fault {
-            None if !self.is_engaged() => match spawn(Known::Later) {
+            None if !self.is_engaged() => match spawn() {
                 Ok(started) => return Ok(started),
                 Err(error) => Some(error),
             },
@@ -95,36 +99,48 @@ impl Brake {
         if let Some(error) = fault.filter(is_the_jobs_own) {
             return Err(NotStarted::Failed(error));
         }
+        let mut cut_short = pin!(cut_short);
         // Many may find a fault at once. Each tries again when it is its turn: it counts once, and costs one job.
-        tokio::select! {
+        let mut turn = tokio::select! {
             biased;
-            () = lifecycle.awaited() => Err(NotStarted::Stopping),
-            started = self.start_in_turn(|| spawn(Known::AtOnce)) => started,
-        }
+            why = &mut cut_short => return Err(NotStarted::CutShort(why)),
+            turn = self.turn() => turn,
+        };
+        self.settle(&mut turn, start_patiently(spawn, cut_short).await)
     }
 
-    async fn start_in_turn<T>(&self, spawn: impl Fn() -> io::Result<T>) -> Result<T, NotStarted> {
-        let mut turn = self.turn.lock().await;
+    async fn turn(&self) -> MutexGuard<'_, Turn> {
+        let turn = self.turn.lock().await;
         if let Some(not_before) = turn.not_before {
             tokio::time::sleep_until(not_before).await;
         }
-        match start_patiently(&spawn).await {
-            Ok(started) => {
-                self.release(&mut turn);
+        turn
+    }
+
+    /// Notes what has come of a turn.
+    fn settle<T, C>(&self, turn: &mut Turn, tried: Tried<T, C>) -> Result<T, NotStarted<C>> {
+        match tried {
+            Tried::Runs(started) => {
+                self.release(turn);
                 Ok(started)
             }
-            Err(error) if is_the_jobs_own(&error) => Err(NotStarted::Failed(error)),
-            Err(error) => self.failed(&mut turn, error),
+            Tried::MayRun(started) => Ok(started),
+            Tried::CutShort(why) => Err(NotStarted::CutShort(why)),
+            Tried::Failed(error) => {
+                if !is_the_jobs_own(&error) {
+                    self.failed(turn, &error);
+                }
+                Err(NotStarted::Failed(error))
+            }
         }
     }
 
-    fn failed<T>(&self, turn: &mut Turn, error: io::Error) -> Result<T, NotStarted> {
+    fn failed(&self, turn: &mut Turn, error: &io::Error) {
         turn.delay = (turn.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
         turn.not_before = Some(Instant::now() + turn.delay);
         if !self.engaged.swap(true, Ordering::AcqRel) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
         }
-        Err(NotStarted::Failed(error))
     }
 
     fn release(&self, turn: &mut Turn) {
@@ -135,23 +151,54 @@ impl Brake {
     }
 }
 
+/// What has come of the tries of one turn.
+enum Tried<T, C> {
+    Runs(T),
+    /// A process was made, and the wait for the end of its start was cut short.
+    MayRun(T),
+    CutShort(C),
+    Failed(io::Error),
+}
+
 /// Tries for as long as the fault is one that may pass.
-async fn start_patiently<T>(spawn: impl Fn() -> io::Result<T>) -> Result<T, io::Error> {
+async fn start_patiently<T: Begin, C>(
+    spawn: impl Fn() -> io::Result<T>,
+    mut cut_short: impl Future<Output = C> + Unpin,
+) -> Tried<T, C> {
     let give_up = Instant::now() + PATIENCE;
     let mut pause = FIRST_PAUSE;
     loop {
-        match spawn() {
-            Err(error) if may_pass(&error) && Instant::now() < give_up => {}
-            ended => return ended,
+        let error = match spawn() {
+            Ok(started) => tokio::select! {
+                biased;
+                begun = started.begun() => match begun {
+                    Ok(()) => return Tried::Runs(started),
+                    Err(error) => error,
+                },
+                _ = &mut cut_short => return Tried::MayRun(started),
+                () = started.overdue() => return Tried::MayRun(started),
+            },
+            Err(error) => error,
+        };
+        if !may_pass(&error) || Instant::now() >= give_up {
+            return Tried::Failed(error);
         }
-        tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64() / 4.0)).await;
+        tokio::select! {
+            biased;
+            why = &mut cut_short => return Tried::CutShort(why),
+            () = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64() / 4.0)) => {}
+        }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
-/// Whether another job might well be started: too long variables, or a zero byte in them, which no system call saw.
+/// Whether another job might well be started: too long variables, or a zero byte in them, which no system call saw. Any other
+/// error is the handler's, or the machine's.
 fn is_the_jobs_own(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::TOOBIG) | None)
+    match Errno::from_io_error(error) {
+        Some(errno) => errno == Errno::TOOBIG,
+        None => error.kind() == io::ErrorKind::InvalidInput,
+    }
 }
 
 /// Whether a fault says more about this moment than about the handler: it was fine when the worker started.
@@ -166,28 +213,61 @@ fn may_pass(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::future::{pending, ready};
 
     use super::*;
+
+    /// A start that ends, or does not, after that long.
+    #[derive(Debug, Clone, Copy)]
+    struct Fake {
+        takes: Duration,
+        errno: Option<Errno>,
+        time: Duration,
+    }
+
+    const WORKS: Fake = Fake { takes: Duration::ZERO, errno: None, time: Duration::MAX };
+
+    impl Begin for Fake {
+        async fn begun(&self) -> io::Result<()> {
+            tokio::time::sleep(self.takes).await;
+            self.errno.map_or(Ok(()), |errno| Err(errno.into()))
+        }
+
+        async fn overdue(&self) {
+            tokio::time::sleep(self.time).await;
+        }
+    }
+
+    type Result<T> = std::result::Result<T, NotStarted<()>>;
 
     fn brake() -> Brake {
         Brake::new("handle.sh".to_owned())
     }
 
-    fn fault(errno: Errno) -> io::Error {
-        errno.into()
+    /// A process that is not made, for that reason.
+    fn refused(errno: Errno) -> io::Result<Fake> {
+        Err(errno.into())
+    }
+
+    /// A process that cannot become its program, for that reason.
+    fn fails(errno: Errno) -> Fake {
+        Fake { errno: Some(errno), ..WORKS }
+    }
+
+    async fn start(brake: &Brake, fault: Option<Errno>, spawn: impl Fn() -> io::Result<Fake>) -> Result<Fake> {
+        brake.start(fault.map(Into::into), pending(), spawn).await
     }
 
     /// Tries a start that goes wrong in that way, and says how long it took.
     async fn fail(brake: &Brake, errno: Errno) -> Duration {
         let begun = Instant::now();
-        let started = brake.start(&Lifecycle::new(), None, |_| Err::<(), _>(fault(errno))).await;
-        assert!(matches!(started, Err(NotStarted::Failed(_))));
+        assert!(matches!(start(brake, None, || refused(errno)).await, Err(NotStarted::Failed(_))));
         begun.elapsed()
     }
 
     async fn succeed(brake: &Brake) -> Duration {
         let begun = Instant::now();
-        brake.start(&Lifecycle::new(), None, |_| Ok(())).await.unwrap();
+        start(brake, None, || Ok(WORKS)).await.unwrap();
         begun.elapsed()
     }
 
@@ -196,12 +276,15 @@ mod tests {
         for errno in
             [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::TXTBSY, Errno::NOENT, Errno::ACCESS]
         {
-            let (brake, begun) = (brake(), Instant::now());
-            let over = begun + Duration::from_secs(4);
-            let spawn = |_| if Instant::now() < over { Err(fault(errno)) } else { Ok(()) };
-            brake.start(&Lifecycle::new(), None, spawn).await.unwrap();
-            assert!(begun.elapsed() < Duration::from_secs(5), "{errno}: {:?}", begun.elapsed());
-            assert_eq!(succeed(&brake).await, Duration::ZERO);
+            for fault in [refused(errno), Ok(fails(errno))] {
+                let (brake, begun) = (brake(), Instant::now());
+                let over = begun + Duration::from_secs(4);
+                let fault = || fault.as_ref().copied().map_err(|_| errno.into());
+                let spawn = || if Instant::now() < over { fault() } else { Ok(WORKS) };
+                start(&brake, Some(errno), spawn).await.unwrap();
+                assert!(begun.elapsed() < Duration::from_secs(5), "{errno}: {:?}", begun.elapsed());
+                assert_eq!(succeed(&brake).await, Duration::ZERO);
+            }
         }
     }
 
@@ -229,13 +312,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn jobs_that_come_at_once_fail_one_after_the_other() {
         let (brake, begun, tries) = (brake(), Instant::now(), Cell::new(0));
-        let spawn = |_| {
+        let spawn = || {
             tries.set(tries.get() + 1);
             // The first job tries twice: at once, and in its turn.
-            if tries.get() <= 4 { Err(fault(Errno::NOEXEC)) } else { Ok(()) }
+            if tries.get() <= 4 { refused(Errno::NOEXEC) } else { Ok(WORKS) }
         };
-        let lifecycle = Lifecycle::new();
-        let start = || brake.start(&lifecycle, None, spawn);
+        let start = || start(&brake, None, spawn);
         let (a, b, c, d) = tokio::join!(start(), start(), start(), start());
         assert!([a, b, c].iter().all(Result::is_err));
         assert!(d.is_ok());
@@ -246,45 +328,87 @@ mod tests {
     async fn what_is_wrong_with_one_job_fails_it_at_once_and_slows_down_no_other() {
         let brake = brake();
         assert_eq!(fail(&brake, Errno::TOOBIG).await, Duration::ZERO);
-        let zero_byte = |_| Err::<(), _>(io::ErrorKind::InvalidInput.into());
-        assert!(matches!(brake.start(&Lifecycle::new(), None, zero_byte).await, Err(NotStarted::Failed(_))));
+        let zero_byte = || Err(io::ErrorKind::InvalidInput.into());
+        assert!(matches!(start(&brake, None, zero_byte).await, Err(NotStarted::Failed(_))));
+        let fault = start(&brake, Some(Errno::TOOBIG), || Ok(WORKS)).await;
+        assert!(matches!(fault, Err(NotStarted::Failed(error)) if error.raw_os_error() == Some(7)));
         assert_eq!(succeed(&brake).await, Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_start_that_turns_out_to_have_failed_is_tried_again_and_its_end_is_known_at_once_then() {
-        let (brake, known) = (brake(), Cell::new(None));
-        let spawn = |when| {
-            known.set(Some(when));
-            Ok(())
-        };
-        brake.start(&Lifecycle::new(), None, spawn).await.unwrap();
-        assert_eq!(known.get(), Some(Known::Later));
-        brake.start(&Lifecycle::new(), Some(fault(Errno::NOENT)), spawn).await.unwrap();
-        assert_eq!(known.get(), Some(Known::AtOnce));
-        let started = brake.start(&Lifecycle::new(), Some(fault(Errno::TOOBIG)), spawn).await;
-        assert!(matches!(started, Err(NotStarted::Failed(error)) if error.raw_os_error() == Some(7)));
-        assert_eq!(succeed(&brake).await, Duration::ZERO);
+    async fn an_error_of_the_machine_slows_down_all_jobs() {
+        for error in [Errno::INVAL.into(), Errno::NOSYS.into(), Errno::PERM.into(), io::Error::other("no pidfd")] {
+            let (brake, error) = (brake(), Cell::new(Some(error)));
+            let spawn = || Err(error.take().unwrap_or(Errno::NOEXEC.into()));
+            assert!(matches!(start(&brake, None, spawn).await, Err(NotStarted::Failed(_))));
+            assert!(brake.is_engaged());
+            assert_eq!(fail(&brake, Errno::NOEXEC).await.as_secs_f64().round(), 1.0);
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn while_starts_fail_the_end_of_each_is_known_at_once() {
-        let brake = brake();
+    async fn a_start_is_not_waited_for_unless_the_last_one_has_failed() {
+        let (brake, begun) = (brake(), Instant::now());
+        let slow = Fake { takes: Duration::from_secs(40), ..WORKS };
+        start(&brake, None, || Ok(slow)).await.unwrap();
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        start(&brake, Some(Errno::NOENT), || Ok(slow)).await.unwrap();
+        assert_eq!(begun.elapsed().as_secs_f64().round(), 40.0);
         fail(&brake, Errno::NOEXEC).await;
-        let spawn = |known| if known == Known::AtOnce { Ok(()) } else { Err(fault(Errno::NOEXEC)) };
-        brake.start(&Lifecycle::new(), None, spawn).await.unwrap();
+        start(&brake, None, || Ok(slow)).await.unwrap();
+        assert_eq!(begun.elapsed().as_secs_f64().round(), 81.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_starts_fail_they_hang_one_at_a_time_until_their_time_is_up() {
+        let (brake, begun, made) = (brake(), Instant::now(), Cell::new(0));
+        fail(&brake, Errno::NOEXEC).await;
+        let hangs = Fake { takes: Duration::MAX, time: Duration::from_secs(10), ..WORKS };
+        let hang = || {
+            let spawn = || {
+                made.set(made.get() + 1);
+                Ok(hangs)
+            };
+            start(&brake, None, spawn)
+        };
+        let look = async {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            assert_eq!(made.get(), 1);
+        };
+        let (a, b, ()) = tokio::join!(hang(), hang(), look);
+        assert!(a.is_ok() && b.is_ok());
+        assert_eq!(begun.elapsed().as_secs_f64().round(), 21.0);
+        assert!(brake.is_engaged());
+    }
+
+    async fn after_a_moment() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_drain_ends_the_wait() {
-        let (brake, lifecycle, begun) = (brake(), Lifecycle::new(), Instant::now());
-        fail(&brake, Errno::NOEXEC).await;
-        let stop = async {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            lifecycle.stop();
-        };
-        let (started, ()) = tokio::join!(brake.start(&lifecycle, None, |_| Ok(())), stop);
-        assert!(matches!(started, Err(NotStarted::Stopping)));
+        for errno in [Errno::NOEXEC, Errno::NOENT] {
+            let brake = brake();
+            fail(&brake, errno).await;
+            let begun = Instant::now();
+            let started = brake.start(None, after_a_moment(), || refused(errno)).await;
+            assert!(matches!(started, Err(NotStarted::CutShort(()))));
+            assert!(begun.elapsed() < Duration::from_secs(1));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_whose_start_hangs_is_handed_over_when_the_wait_ends() {
+        let (brake, begun) = (brake(), Instant::now());
+        let hangs = Fake { takes: Duration::MAX, ..WORKS };
+        brake.start(Some(Errno::NOENT.into()), after_a_moment(), || Ok(hangs)).await.unwrap();
         assert!(begun.elapsed() < Duration::from_secs(1));
+        let tries = Cell::new(0);
+        let spawn = || {
+            tries.set(tries.get() + 1);
+            Ok(WORKS)
+        };
+        let started = brake.start(Some(Errno::NOENT.into()), ready(()), spawn).await;
+        assert!(matches!(started, Err(NotStarted::CutShort(()))) && tries.get() == 0);
     }
 }

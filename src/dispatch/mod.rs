@@ -14,18 +14,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, Exit, HeadStart, Input, Process, Start, Stops, Termination, TooFewDescriptors, Usage,
-    ensure_descriptors, keep_exit_statuses,
+    Channel, Children, HeadStart, Input, OpenFiles, Process, Start, Starter, Stops, Termination, TooFewDescriptors,
+    Trial, Usage, keep_exit_statuses,
 };
-use brake::{Known, NotStarted};
+use brake::{Begin, NotStarted};
 use outcome::Cause;
-use pids::Pids;
+use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
 use routes::{Route, Routes};
 
@@ -83,30 +84,26 @@ pub struct ExecDispatcher {
     worker_id: String,
     pids: Pids,
     children: Children,
+    starter: Starter,
     head_start: HeadStart,
 }
 
 impl ExecDispatcher {
     /// A dispatcher that runs `handlers`, up to `concurrency` at once, and tells them which worker they run under. Result
-    /// files are made in a directory of its own below `temp_dir`. The process's signal handlers should be there before the first
-    /// job: those that are registered later may run in a child that has just been made.
+    /// files are made in a directory of its own below `temp_dir`. Starts a process that ends at once, to learn how processes can be
+    /// started here. The process's signal handlers should be there before the first job: those that are registered later may run
+    /// in a child that has just been made.
     ///
     /// # Errors
     /// When that directory cannot be made.
     pub fn new(handlers: Handlers, concurrency: usize, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
-        keep_exit_statuses();
-        if let Err(TooFewDescriptors { limit, needed }) = ensure_descriptors(concurrency) {
-            warn!(
-                limit,
-                needed, "limit of open files is too low for that many jobs at once; raise it (ulimit -n, LimitNOFILE=)"
-            );
-        }
         Ok(Self {
             routes: watch::Sender::new(Arc::new(Routes::new(handlers))),
             results: ResultDir::create(temp_dir)?,
             worker_id,
             pids: Pids::default(),
             children: Children::of_this_process(),
+            starter: starter(concurrency),
             head_start: HeadStart::default(),
         })
     }
@@ -129,7 +126,7 @@ impl ExecDispatcher {
         Arc::clone(&self.routes.borrow())
     }
 
-    fn spawn(&self, route: &Route, job: &Job, result: &ResultFile, known: Known) -> io::Result<Process> {
+    fn spawn(&self, route: &Route, job: &Job, result: &ResultFile<'_>) -> io::Result<Process> {
         let handler = &route.handler;
         Process::spawn(Start {
             command: route.command()?,
@@ -140,7 +137,7 @@ impl ExecDispatcher {
                 Stdin::None => Input::Nothing,
             },
             output: handler.output,
-            wait_for_exec: known == Known::AtOnce,
+            starter: &self.starter,
             head_start: &self.head_start,
             children: &self.children,
         })
@@ -160,15 +157,27 @@ impl Dispatcher for ExecDispatcher {
             let result = self.results.file();
             // What came of another handler says nothing of this one.
             let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
-            let started = tokio::select! {
-                biased;
-                started = self.start(&route, job, lifecycle, &result, fault_of_this) => started,
-                // It fails only once the sender is gone, and `self` has it.
-                _ = routes.changed() => continue,
+            let cut_short = async {
+                tokio::select! {
+                    biased;
+                    () = lifecycle.awaited() => Cut::Stopping,
+                    // It fails only once the sender is gone, and `self` has it.
+                    _ = routes.changed() => Cut::Replaced,
+                }
             };
-            match self.see_through(started, &route, job, lifecycle, &result).await {
+            let spawn = || self.start(&route, job, lifecycle, &result);
+            let started = match route.brake.start(fault_of_this, cut_short, spawn).await {
+                Ok(started) => started,
+                Err(NotStarted::CutShort(Cut::Replaced)) => continue,
+                Err(NotStarted::CutShort(Cut::Stopping)) => return Outcome::Interrupted.into(),
+                Err(NotStarted::Failed(error)) => {
+                    let message = route.not_started(&error).await;
+                    return Outcome::Failure(Failure::new("SpawnError", message)).into();
+                }
+            };
+            match started.see_through(&result).await {
                 Ok(ended) => return ended,
-                Err(error) => fault = Some((route, error)),
+                Err(error) => fault = Some((Arc::clone(&route), error)),
             }
         }
     }
@@ -186,68 +195,89 @@ impl Dispatcher for ExecDispatcher {
     }
 }
 
-/// A process, and whether the stop had been asked for when it was started.
-type Started = (Process, bool);
+/// Why a job waits no longer for a start.
+enum Cut {
+    /// The worker stops.
+    Stopping,
+    /// A reload has replaced handlers.
+    Replaced,
+}
+
+/// A process that has been made for a job.
+struct Started<'a> {
+    process: Process,
+    /// Whether the stop had been asked for before. Then the process has not missed the signal that tells of it.
+    was_stopping: bool,
+    since: Instant,
+    handler: &'a Handler,
+    lifecycle: &'a Lifecycle,
+    _listed: Listed<'a>,
+}
 
 impl ExecDispatcher {
-    async fn start(
-        &self,
-        route: &Route,
-        job: &Job,
-        lifecycle: &Lifecycle,
+    fn start<'a>(
+        &'a self,
+        route: &'a Route,
+        job: &'a Job,
+        lifecycle: &'a Lifecycle,
         result: &ResultFile<'_>,
-        fault: Option<io::Error>,
-    ) -> Result<Started, NotStarted> {
-        let spawn = |known| {
-            // Asked before: a handler may already run when its start returns, and be there when the stop is asked for.
-            let stopping = lifecycle.is_awaited();
-            self.spawn(route, job, result, known).map(|process| (process, stopping))
-        };
-        route.brake.start(lifecycle, fault, spawn).await
-    }
-
-    /// An error is why the process, as it turned out, could not be started.
-    async fn see_through(
-        &self,
-        started: Result<Started, NotStarted>,
-        route: &Route,
-        job: &Job,
-        lifecycle: &Lifecycle,
-        result: &ResultFile<'_>,
-    ) -> io::Result<Ended> {
-        Ok(match started {
-            Ok((process, started_stopping)) => {
-                let _listed = self.pids.list(&job.id, process.id());
-                let exit = supervise(process, &route.handler, lifecycle, started_stopping).await?;
-                outcome::of(&route.handler, exit, result.read()).await
-            }
-            Err(NotStarted::Stopping) => Outcome::Interrupted.into(),
-            Err(NotStarted::Failed(error)) => {
-                Outcome::Failure(Failure::new("SpawnError", route.not_started(&error).await)).into()
-            }
-        })
+    ) -> io::Result<Started<'a>> {
+        // Asked before: a handler may already run when its start returns, and be there when the stop is asked for.
+        let (was_stopping, since) = (lifecycle.is_awaited(), Instant::now());
+        let process = self.spawn(route, job, result)?;
+        let listed = self.pids.list(&job.id, process.id());
+        Ok(Started { process, was_stopping, since, handler: &route.handler, lifecycle, _listed: listed })
     }
 }
 
-/// A handler that has been started after the stop was asked for has not missed the signal that tells of it.
-async fn supervise(
-    process: Process,
-    handler: &Handler,
-    lifecycle: &Lifecycle,
-    started_stopping: bool,
-) -> io::Result<Exit<Cause>> {
-    let stops = Stops {
-        terminate: cause_to_terminate(handler, lifecycle),
-        skip_grace: lifecycle.reached(Phase::Forcing),
-        give_up: last_wait(lifecycle),
-        kill_grace: handler.kill_grace,
-        notify: handler.drain_signal.filter(|_| !started_stopping).map(|signal| (signal, lifecycle.awaited())),
-    };
-    let exit = process.supervise(stops, log_line).await?;
-    if matches!(exit.terminated, Some((_, Termination::GivenUp))) {
-        error!("process outlives the worker: its job may run twice");
+impl Begin for Started<'_> {
+    async fn begun(&self) -> io::Result<()> {
+        self.process.begun().await
     }
-    Ok(exit)
+
+    async fn overdue(&self) {
+        time_is_up(self.handler, self.since).await;
+    }
+}
+
+impl Started<'_> {
+    /// Sees the process through to its end. An error is why it, as it turned out, could not be started.
+    async fn see_through(self, result: &ResultFile<'_>) -> io::Result<Ended> {
+        let Self { process, was_stopping, since, handler, lifecycle, _listed } = self;
+        let stops = Stops {
+            terminate: cause_to_terminate(handler, lifecycle, since),
+            skip_grace: lifecycle.reached(Phase::Forcing),
+            give_up: last_wait(lifecycle),
+            kill_grace: handler.kill_grace,
+            notify: handler.drain_signal.filter(|_| !was_stopping).map(|signal| (signal, lifecycle.awaited())),
+        };
+        let exit = process.supervise(stops, log_line).await?;
+        if matches!(exit.terminated, Some((_, Termination::GivenUp))) {
+            error!("process outlives the worker: its job may run twice");
+        }
+        Ok(outcome::of(handler, exit, result.read()).await)
+    }
+}
+
+/// Finds out how processes can be started here, and prepares for as many at once.
+fn starter(concurrency: usize) -> Starter {
+    keep_exit_statuses();
+    let trial = Trial::of_this_machine();
+    match &trial {
+        Trial::Usual => {}
+        Trial::Slow(error) => {
+            warn!(%error, "processes are started in a slower way, the system refuses the usual one");
+        }
+        Trial::Impossible(error) => error!(%error, "no process can be started here"),
+    }
+    let (open_files, enough) = OpenFiles::ensure(concurrency, trial.way());
+    if let Err(TooFewDescriptors { limit, needed }) = enough {
+        warn!(
+            limit,
+            needed, "limit of open files is too low for that many jobs at once; raise it (ulimit -n, LimitNOFILE=)"
+        );
+    }
+    Starter::new(trial.way(), open_files)
 }
 
 /// Waits until the worker ends without a process that has outlived SIGKILL.
@@ -259,16 +289,17 @@ async fn last_wait(lifecycle: &Lifecycle) {
     }
 }
 
-async fn cause_to_terminate(handler: &Handler, lifecycle: &Lifecycle) -> Cause {
-    let timed_out = async {
-        match handler.timeout {
-            Some(timeout) => tokio::time::sleep(timeout).await,
-            None => std::future::pending().await,
-        }
-    };
+async fn cause_to_terminate(handler: &Handler, lifecycle: &Lifecycle, since: Instant) -> Cause {
     tokio::select! {
         () = lifecycle.reached(Phase::Killing) => Cause::Killing,
-        () = timed_out => Cause::Timeout,
+        () = time_is_up(handler, since) => Cause::Timeout,
+    }
+}
+
+async fn time_is_up(handler: &Handler, since: Instant) {
+    match handler.timeout {
+        Some(timeout) => tokio::time::sleep_until(since + timeout).await,
+        None => std::future::pending().await,
     }
 }
 

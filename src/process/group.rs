@@ -1,7 +1,6 @@
 //! [`Group`]: a child that leads a process group, and the group's end.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -9,17 +8,17 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Signal, WaitOptions, getpgid, kill_process_group, pidfd_send_signal, test_kill_process,
+    Pid, Signal, WaitOptions, getpgid, kill_process, kill_process_group, pidfd_send_signal, test_kill_process,
     test_kill_process_group, waitpgid,
 };
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
+use super::birth::Birth;
 use super::census;
+use super::exit_watch::ExitWatch;
 use super::orphans::Children;
-use super::spawn::{Birth, Child};
+use super::spawn::Child;
 
 /// How long a killed group may take to be gone. A process that is stuck in the kernel needs longer, and so does one that this
 /// process may not signal.
@@ -53,21 +52,16 @@ pub(super) type Ended = io::Result<(ExitStatus, Usage)>;
 pub(super) struct Group {
     leader: Pid,
     children: Children,
-    pidfd: Option<AsyncFd<OwnedFd>>,
+    exit: ExitWatch,
     birth: Arc<Birth>,
     reaped: bool,
 }
 
 impl Group {
     /// The group of a child that was started among `children` as a leader.
-    ///
-    /// # Errors
-    /// When it is known already that the child has not become its program, or the system has no room for it in the reactor.
-    pub(super) fn of(leader: Child, children: Children) -> io::Result<Self> {
+    pub(super) fn of(leader: Child, children: Children) -> Self {
         let Child { id, pidfd, birth } = leader;
-        let mut group = Self { leader: id, children, pidfd: None, birth, reaped: false };
-        group.pidfd = Some(watch(pidfd)?);
-        group.birth.failure().map_or(Ok(group), Err)
+        Self { leader: id, children, exit: ExitWatch::of(id, pidfd), birth, reaped: false }
     }
 
     /// The leader's process id, which is the group's too.
@@ -91,7 +85,10 @@ impl Group {
 
     /// Signals the leader alone.
     fn signal_leader(&self, signal: Signal) {
-        let _ = self.pidfd.as_ref().map(|pidfd| pidfd_send_signal(pidfd.get_ref(), signal));
+        let _ = match self.exit.pidfd() {
+            Some(pidfd) => pidfd_send_signal(pidfd, signal),
+            None => kill_process(self.id(), signal),
+        };
     }
 
     /// Whether the system lets this process signal the leader. A leader may become another user.
@@ -106,13 +103,29 @@ impl Group {
         self.signal_leader(signal);
     }
 
-    /// Waits until the leader is a zombie: a pidfd is readable then.
-    pub(super) async fn leader_exited(&self) {
-        match &self.pidfd {
-            // It fails only when the reactor is gone, and this task with it.
-            Some(pidfd) => drop(pidfd.readable().await),
-            None => std::future::pending().await,
+    /// Waits until the leader has become its program.
+    ///
+    /// # Errors
+    /// When the leader cannot: why.
+    pub(super) async fn begun(&self) -> io::Result<()> {
+        tokio::select! {
+            biased;
+            () = self.leader_exited() => {}
+            () = self.birth.over() => {}
         }
+        match self.birth.failure() {
+            None => Ok(()),
+            Some(error) => {
+                // Reaping it then takes no time.
+                self.leader_exited().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until the leader is a zombie.
+    pub(super) async fn leader_exited(&self) {
+        self.exit.exited().await;
     }
 
     /// Waits until the leader has exited and every other process of the group has ended.
@@ -180,12 +193,6 @@ impl Drop for Group {
 fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
     let error = signalled.err().map(|errno| io::Error::from(errno).to_string());
     warn!(group = group.as_raw_nonzero().get(), error, "killed processes of the job are still there");
-}
-
-#[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
-fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` stays open, under the same number, for as long as the `AsyncFd` owns it.
-    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
 }
 
 /// Reaps a child that has exited. A debugger that traces the child keeps it from its parent until the debugger has seen its end.
@@ -257,16 +264,17 @@ mod tests {
     use std::process::{Child as Debugger, Command as StdCommand, Stdio};
     use std::time::Instant;
 
-    use super::super::command::Command;
-    use super::super::program::Program;
-    use super::super::spawn::spawn;
     use super::*;
+    use crate::process::spawn::spawn;
+    use crate::process::starter::{Starter, Way};
+    use crate::process::{Command, OpenFiles, Program};
 
     fn group_of(program: &str, argument: &str) -> Group {
         let program = Program::find(program.into(), vec![argument.into()], Some(&"/bin:/usr/bin".into())).unwrap();
         let command = Arc::new(Command::new(&program, [], None).unwrap());
-        let child = spawn(Birth::of(command, &[], [None; 3]).unwrap(), false).unwrap();
-        Group::of(child, Children::of_this_process()).unwrap()
+        let starter = Starter::new(Way::Sharing, OpenFiles::ensure(1, Way::Sharing).0);
+        let child = spawn(Birth::of(&starter, command, &[], [None; 3]).unwrap()).unwrap();
+        Group::of(child, Children::of_this_process())
     }
 
     /// A process that traces another one, and never waits for it. The tracee's parent cannot reap the tracee then.

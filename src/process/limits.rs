@@ -1,29 +1,52 @@
-//! What this process may have been handed down that running children does not go with.
+//! [`OpenFiles`]: how many files this process and its children may open; and the one signal whose action, where this process was
+//! handed it, keeps it from learning how its children end.
+
+use std::sync::OnceLock;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Open files of a running child: its stdin, stdout and stderr, and its pidfd; while it starts, also its ends.
-const DESCRIPTORS_PER_PROCESS: u64 = 7;
+use super::starter::Way;
 
-/// Open files of everything else: the runtime, the log, connections.
+/// Open files of everything but children: the runtime, the log, connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// Sees to it that `processes` children can run at once, by raising the soft limit of open files if need be.
-///
-/// # Errors
-/// When the hard limit does not allow that.
-pub(crate) fn ensure_descriptors(processes: usize) -> Result<(), TooFewDescriptors> {
-    let needed = DESCRIPTORS_PER_PROCESS * processes as u64 + OTHER_DESCRIPTORS;
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    let Some(soft) = current.filter(|soft| *soft < needed) else {
-        return Ok(());
-    };
-    let raised = maximum.map_or(needed, |hard| hard.min(needed));
-    let limit = match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum }) {
-        Ok(()) => raised,
-        Err(_) => soft,
-    };
-    if limit < needed { Err(TooFewDescriptors { limit, needed }) } else { Ok(()) }
+/// How many descriptors a child looks for at least, where the kernel cannot close all at once.
+const LEAST_BOUND: u64 = 1024;
+
+/// The soft limit with which this process was started. A second dispatcher of the same process finds a raised one.
+static HANDED_DOWN: OnceLock<Option<u64>> = OnceLock::new();
+
+/// What a child is given of this process's open files.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OpenFiles {
+    /// The limit that a child gets back, soft and hard, as the kernel reads it; none where this process has not raised its own. A
+    /// program that uses `select` writes beyond its arrays where there are more than 1024 descriptors.
+    pub(super) limit: Option<[u64; 2]>,
+    /// A number that the descriptors of this process stay below, but for those that it may have been handed.
+    pub(super) bound: u32,
+}
+
+impl OpenFiles {
+    /// Sees to it that `processes` children can run at once, by raising the soft limit of open files if need be. The error is
+    /// that the hard limit does not allow that.
+    pub(crate) fn ensure(processes: usize, way: Way) -> (Self, Result<(), TooFewDescriptors>) {
+        let needed = way.descriptors() * processes as u64 + OTHER_DESCRIPTORS;
+        let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+        let handed_down = *HANDED_DOWN.get_or_init(|| current);
+        let raised = match current {
+            Some(soft) if soft < needed => {
+                let raised = Some(maximum.map_or(needed, |hard| hard.min(needed)));
+                let set = setrlimit(Resource::Nofile, Rlimit { current: raised, maximum });
+                if set.is_ok() { raised } else { current }
+            }
+            current => current,
+        };
+        let limit = raised.unwrap_or(u64::MAX);
+        let to_restore = (raised != handed_down).then(|| [handed_down, maximum].map(|limit| limit.unwrap_or(u64::MAX)));
+        let bound = u32::try_from(limit.min(needed.max(LEAST_BOUND))).unwrap_or(u32::MAX);
+        let enough = if limit < needed { Err(TooFewDescriptors { limit, needed }) } else { Ok(()) };
+        (Self { limit: to_restore, bound }, enough)
+    }
 }
 
 /// The limit of open files is lower than what may be needed.
@@ -38,8 +61,8 @@ pub(crate) struct TooFewDescriptors {
 #[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal, or sets it back to its default")]
 pub(crate) fn keep_exit_statuses() {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `sigaction`. The default action
-    // of SIGCHLD does nothing, and takes the place of none that does: a handler of the embedding program stays.
+    // SAFETY: the kernel writes one `sigaction` to the pointer, of which all zeroes is a valid value, and reads none. The default
+    // action of SIGCHLD runs no code, and takes the place of none that does: a handler of the embedding program stays.
     unsafe {
         libc::sigaction(libc::SIGCHLD, std::ptr::null(), action.as_mut_ptr());
         if action.assume_init().sa_sigaction == libc::SIG_IGN {

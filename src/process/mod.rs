@@ -1,17 +1,35 @@
 //! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it.
 //! Knows neither jobs nor settings.
+//!
+//! A start goes through these states. `Birth` and `Stack` are memory of this process.
+//!
+//! | state | begins with | `Birth` and `Stack` belong to | the process number belongs to |
+//! | --- | --- | --- | --- |
+//! | made | `clone` | the child: this process keeps both alive, and only reads | the child |
+//! | running its program | `execve`: the kernel sets `is_here` to 0 | this process | the child |
+//! | zombie | the exit: the pidfd is readable, and the kernel has taken the memory away before | this process | the child |
+//! | reaped | `wait4` | none: `Birth` is dropped, `Stack` is kept for another child | the group, while that has members |
+//!
+//! Up to `wait4` a signal to the number, or to the group, reaches no other job. A child whose start fails goes from made to zombie,
+//! and `Birth::failure` says why. A child that has a copy of the memory (`Way::Copying`) tells both by a pipe.
+//! A child whose job is dropped is killed, and the [`reaper`] keeps its `Birth` and reaps it.
 
+mod birth;
 mod census;
 mod command;
 mod cstrings;
+mod exit_watch;
 mod group;
 mod head_start;
+mod ignored;
 mod limits;
 mod orphans;
 mod output;
 mod program;
 mod reaper;
 mod spawn;
+mod stack;
+mod starter;
 
 use std::borrow::Cow;
 use std::ffi::OsStr;
@@ -32,16 +50,18 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::Sender;
 use tokio::time::{sleep, timeout};
 
+use birth::Birth;
 pub(crate) use command::Command;
 pub use group::Usage;
 use group::{Ended, Group};
 pub(crate) use head_start::HeadStart;
-pub(crate) use limits::{TooFewDescriptors, ensure_descriptors, keep_exit_statuses};
+pub(crate) use ignored::is_ignored;
+pub(crate) use limits::{OpenFiles, TooFewDescriptors, keep_exit_statuses};
 pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
 pub use rustix::process::Signal;
-use spawn::Birth;
+pub(crate) use starter::{Starter, Trial};
 
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
@@ -75,8 +95,7 @@ pub(crate) struct Start<'a> {
     pub(crate) variables: &'a [(&'a str, Cow<'a, OsStr>)],
     pub(crate) input: Input,
     pub(crate) output: Output,
-    /// Whether to wait until the program runs, or cannot. Otherwise [`Process::supervise`] tells that it could not.
-    pub(crate) wait_for_exec: bool,
+    pub(crate) starter: &'a Starter,
     pub(crate) head_start: &'a HeadStart,
     /// The children of this process.
     pub(crate) children: &'a Children,
@@ -132,16 +151,16 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts a program in a process group of its own.
+    /// Starts a program in a process group of its own, and does not wait until it runs: see [`Process::begun`].
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let (stdin, unread) = open_stdin(start.input)?;
         let (stdout, their_stdout) = open_output(start.output)?;
         let (stderr, their_stderr) = open_output(start.output)?;
         let stdio =
             [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
-        let birth = Birth::of(Arc::clone(start.command), start.variables, stdio)?;
-        let leader = start.children.start(|| spawn::spawn(birth, start.wait_for_exec), |leader| leader.id)?;
-        let group = Group::of(leader, start.children.clone())?;
+        let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
+        let leader = start.children.start(|| spawn::spawn(birth), |leader| leader.id)?;
+        let group = Group::of(leader, start.children.clone());
         let (command, head_start) = (Arc::clone(start.command), start.head_start.clone());
         Ok(Self { command, group, stdin: unread, stdout, stderr, head_start })
     }
@@ -149,6 +168,14 @@ impl Process {
     /// The process id of the leader.
     pub(crate) fn id(&self) -> u32 {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Waits until the program runs. Most callers need not: [`Process::supervise`] has the same error.
+    ///
+    /// # Errors
+    /// When it has turned out that the program could not be started: the system's word for why.
+    pub(crate) async fn begun(&self) -> io::Result<()> {
+        self.group.begun().await
     }
 
     /// Sees the process through to its end. Whatever is left of its group when the leader exits by itself is killed; when

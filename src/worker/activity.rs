@@ -1,6 +1,6 @@
 //! [`Activity`]: what a worker is doing and has done, counted without locks that jobs would wait for.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,8 +20,6 @@ pub(super) struct Activity(Arc<Shared>);
 struct Shared {
     started: Instant,
     state: watch::Sender<State>,
-    /// Whether the stream is open for what came over it alone.
-    winding_down: AtomicBool,
     /// What each worker loop is at.
     loops: Vec<Slot>,
     running: AtomicUsize,
@@ -46,13 +44,14 @@ impl Tally {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) fn summary(&self, killed: bool) -> Summary {
+    /// The counts; everything else about a run is left at its default.
+    pub(super) fn summary(&self) -> Summary {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Summary {
-            killed,
             succeeded: count(&self.succeeded),
             failed: count(&self.failed),
             interrupted: count(&self.interrupted),
+            ..Summary::default()
         }
     }
 }
@@ -77,14 +76,15 @@ pub(super) struct Current {
 /// What decides whether the worker is idle.
 #[derive(Debug, Default)]
 struct State {
-    connected: bool,
+    is_taking: bool,
+    is_connected: bool,
     unfinished: usize,
 }
 
 impl State {
     /// Without a stream nobody knows whether there are jobs, so that is not idleness.
     fn is_idle(&self) -> bool {
-        self.connected && self.unfinished == 0
+        self.is_taking && self.unfinished == 0
     }
 }
 
@@ -132,27 +132,29 @@ impl Activity {
         Self(Arc::new(Shared {
             started: Instant::now(),
             state: watch::Sender::default(),
-            winding_down: AtomicBool::default(),
             loops: names.map(|name| Slot { name, current: Mutex::default() }).collect(),
             running: AtomicUsize::default(),
             ended: Tally::default(),
         }))
     }
 
-    pub(super) fn set_connected(&self, connected: bool) {
-        self.0.state.send_modify(|state| state.connected = connected);
+    /// Notes whether a stream takes jobs, and whether any stream is open.
+    pub(super) fn set_connected(&self, is_taking: bool, is_connected: bool) {
+        self.0.state.send_if_modified(|state| {
+            let differs = (state.is_taking, state.is_connected) != (is_taking, is_connected);
+            (state.is_taking, state.is_connected) = (is_taking, is_connected);
+            differs
+        });
     }
 
-    pub(super) fn set_winding_down(&self, winding_down: bool) {
-        self.0.winding_down.store(winding_down, Ordering::Relaxed);
+    /// Whether a stream takes jobs.
+    pub(super) fn is_taking(&self) -> bool {
+        self.0.state.borrow().is_taking
     }
 
-    pub(super) fn is_winding_down(&self) -> bool {
-        self.0.winding_down.load(Ordering::Relaxed)
-    }
-
+    /// Whether any stream is open.
     pub(super) fn is_connected(&self) -> bool {
-        self.0.state.borrow().connected
+        self.0.state.borrow().is_connected
     }
 
     pub(super) fn uptime(&self) -> Duration {
@@ -203,6 +205,7 @@ impl Activity {
         let mut states = self.0.state.subscribe();
         while states.wait_for(State::is_idle).await.is_ok() {
             tokio::select! {
+                biased;
                 () = lifecycle.reached(Phase::Draining) => return,
                 // Any change, even one that is over by now, starts the time anew.
                 _ = states.changed() => {}

@@ -49,11 +49,11 @@ impl<D: Dispatcher> Controls<D> {
         self.intake.set_paused(false)
     }
 
-    /// Takes jobs by the url, TLS settings, queues, prefetch and stream limits in `config` from now on: over a new stream, as
-    /// soon as everything that came over the present one has been reported. Returns whether anything is new in them. Jobs
-    /// that run when the present stream is lost go on, and are reported to the new server.
+    /// Takes jobs by the url, TLS settings, queues, prefetch and stream limits in `config` from now on, over a new stream.
+    /// Returns whether anything is new in them. The present stream stays open until everything that came over it has been
+    /// reported to its server. If that server does not answer any more, its jobs are reported to the new one.
     pub fn reconnect(&self, config: &WorkerConfig) -> bool {
-        self.intake.retap(config)
+        self.intake.change_settings(config)
     }
 
     /// The counters that have come with a reload.
@@ -64,7 +64,7 @@ impl<D: Dispatcher> Controls<D> {
     /// What it is doing.
     pub fn status(&self, lifecycle: &Lifecycle) -> Status {
         let Counts { running, waiting } = self.activity.counts();
-        let Summary { succeeded, failed, interrupted, .. } = self.activity.ended().summary(false);
+        let Summary { succeeded, failed, interrupted, .. } = self.activity.ended().summary();
         Status {
             state: self.state(lifecycle),
             connected: self.activity.is_connected(),
@@ -104,12 +104,12 @@ impl<D: Dispatcher> Controls<D> {
     pub fn unready(&self, lifecycle: &Lifecycle) -> Vec<Unready> {
         let state = self.state(lifecycle);
         let of_state = match state {
-            "running" if self.activity.is_winding_down() => Some(Unready::Reconnecting),
             "running" => None,
             "paused" => Some(Unready::Paused),
             _ => Some(Unready::Stopping(state)),
         };
-        let unconnected = (!self.activity.is_connected()).then_some(Unready::NotConnected);
+        let is_connected = if state == "running" { self.activity.is_taking() } else { self.activity.is_connected() };
+        let unconnected = (!is_connected).then_some(Unready::NotConnected);
         let broken = self.dispatcher.broken().into_iter().map(Unready::Broken);
         of_state.into_iter().chain(unconnected).chain(broken).collect()
     }
@@ -117,7 +117,7 @@ impl<D: Dispatcher> Controls<D> {
     /// All counters, in the text format of Prometheus.
     pub fn metrics_text(&self, lifecycle: &Lifecycle) -> String {
         let Counts { running, waiting } = self.activity.counts();
-        let (loops, connected) = (self.activity.loop_names().count(), self.activity.is_connected());
+        let (loops, connected) = (self.activity.loop_names().count(), self.activity.is_taking());
         let gauges = Gauges { running, waiting, loops, connected, state: self.state(lifecycle) };
         // It fails for names that Prometheus does not know; that there are none is held by a test.
         self.metrics.text(gauges).unwrap_or_default()

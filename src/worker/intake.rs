@@ -1,63 +1,26 @@
-//! [`Intake`]: what a worker takes jobs by, and whether it does. It may change while the worker runs.
+//! [`Intake`]: the settings that a worker takes jobs by, and whether it does. Both may change while the worker runs.
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::client::{Client, ServerUrl, Tls, WorkerId};
+use crate::client::StreamSettings;
 use crate::config::WorkerConfig;
-use crate::stream::StreamLimits;
 
 /// Clones are of one intake.
 #[derive(Debug, Clone)]
 pub(super) struct Intake(watch::Sender<State>);
 
+/// Whether jobs are taken, and by which settings.
 #[derive(Debug, Clone)]
-struct State {
+pub(super) struct State {
     paused: bool,
-    tap: Arc<Tap>,
-}
-
-/// What a take stream is opened with.
-#[derive(Debug)]
-pub(super) struct Tap {
-    pub(super) client: Arc<Client>,
-    pub(super) queues: Vec<String>,
-    pub(super) prefetch: usize,
-    pub(super) limits: StreamLimits,
-    tls: Tls,
-}
-
-impl Tap {
-    fn of(config: &WorkerConfig) -> Self {
-        // More than may be started would only be given back.
-        let most = config.max_jobs.map_or(usize::MAX, |most| usize::try_from(most.get()).unwrap_or(usize::MAX));
-        Self {
-            client: client(&config.url, &config.worker_id, &config.tls),
-            queues: config.queues.clone(),
-            prefetch: config.prefetch.get().min(most),
-            limits: config.stream_limits,
-            tls: config.tls.clone(),
-        }
-    }
-
-    fn is_same(&self, other: &Self) -> bool {
-        let Self { client, queues, prefetch, limits, tls } = self;
-        client.url() == other.client.url()
-            && *queues == other.queues
-            && *prefetch == other.prefetch
-            && *limits == other.limits
-            && *tls == other.tls
-    }
-}
-
-fn client(url: &ServerUrl, worker_id: &WorkerId, tls: &Tls) -> Arc<Client> {
-    Arc::new(Client::new(url.clone(), worker_id.clone(), tls))
+    settings: Arc<StreamSettings>,
 }
 
 impl Intake {
     pub(super) fn new(config: &WorkerConfig) -> Self {
-        Self(watch::Sender::new(State { paused: false, tap: Arc::new(Tap::of(config)) }))
+        Self(watch::Sender::new(State { paused: false, settings: Arc::new(StreamSettings::of(config, None)) }))
     }
 
     /// Pauses or resumes. Returns whether that changes anything.
@@ -69,42 +32,25 @@ impl Intake {
         self.0.borrow().paused
     }
 
-    /// Takes by these settings from now on. Returns whether that changes anything.
-    pub(super) fn retap(&self, config: &WorkerConfig) -> bool {
-        let tap = Tap::of(config);
+    /// Takes by the settings in `config` from now on. Returns whether that changes anything.
+    pub(super) fn change_settings(&self, config: &WorkerConfig) -> bool {
+        let settings = StreamSettings::of(config, Some(&self.settings()));
         self.0.send_if_modified(|state| {
-            let differs = !tap.is_same(&state.tap);
+            let differs = !settings.is_same(&state.settings);
             if differs {
-                state.tap = Arc::new(tap);
+                state.settings = Arc::new(settings);
             }
             differs
         })
     }
 
-    /// What to take by now, paused or not.
-    pub(super) fn tap(&self) -> Arc<Tap> {
-        Arc::clone(&self.0.borrow().tap)
+    /// The settings to take by now, paused or not.
+    pub(super) fn settings(&self) -> Arc<StreamSettings> {
+        Arc::clone(&self.0.borrow().settings)
     }
 
-    /// Waits until jobs may be taken, and returns what to take them by.
-    pub(super) async fn open(&self) -> Arc<Tap> {
-        // It fails only once every sender is gone, and `self` is one.
-        let _ = self.0.subscribe().wait_for(|state| !state.paused).await;
-        self.tap()
-    }
-
-    /// Waits until something about it changes.
-    pub(super) async fn changed(&self) {
-        let _ = self.0.subscribe().changed().await;
-    }
-
-    /// Waits until jobs may not be taken by `tap` any more.
-    pub(super) async fn shut(&self, tap: &Arc<Tap>) {
-        let _ = self.0.subscribe().wait_for(|state| state.paused || !Arc::ptr_eq(&state.tap, tap)).await;
-    }
-
-    /// Waits until jobs may be taken by `tap` again.
-    pub(super) async fn open_again(&self, tap: &Arc<Tap>) {
-        let _ = self.0.subscribe().wait_for(|state| !state.paused && Arc::ptr_eq(&state.tap, tap)).await;
+    /// Changes whenever something about it does.
+    pub(super) fn changes(&self) -> watch::Receiver<State> {
+        self.0.subscribe()
     }
 }

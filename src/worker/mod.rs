@@ -3,28 +3,33 @@
 mod activity;
 mod controls;
 mod intake;
+mod opening;
 mod producer;
+mod purpose;
+mod search;
 mod session;
 mod status;
+mod streams;
 mod worker_loop;
 
 use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::time::Duration;
 
 use humantime::format_duration;
-use tokio::sync::{Mutex, OwnedSemaphorePermit};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
-use crate::ack::{AckProcessor, AckQueue, Link, Reporter};
+use crate::ack::{AckProcessor, AckQueue, Reporter};
 use crate::chain::Chain;
 use crate::client::ClientError;
 use crate::config::WorkerConfig;
 use crate::dispatch::Dispatcher;
 use crate::job::Job;
-use crate::ledger::{Delivery, Ledger};
+use crate::ledger::{Delivery, Ledger, StreamId};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 use activity::{Activity, Counts, Tally, Unfinished};
@@ -38,6 +43,7 @@ use worker_loop::WorkerLoop;
 #[derive(Debug)]
 struct Taken {
     job: Job,
+    stream: StreamId,
     delivery: Delivery,
     /// Held for as long as it waits in the dispatch queue.
     place: Option<OwnedSemaphorePermit>,
@@ -48,7 +54,6 @@ struct Taken {
 /// What the parts of one run share.
 #[derive(Debug, Clone)]
 struct Run {
-    link: Link,
     ledger: Arc<Ledger>,
     activity: Activity,
     /// What has ended in this run.
@@ -69,7 +74,7 @@ pub struct Worker<D> {
 }
 
 /// How a run ended, when it ended as it was asked to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
     /// Whether running jobs had to be stopped, by a second signal or by the deadline.
     pub killed: bool,
@@ -79,6 +84,19 @@ pub struct Summary {
     pub failed: u64,
     /// Jobs that were cut short, and go back to the server.
     pub interrupted: u64,
+    /// Reports that were given up: the server refused them for good, or the worker was stopped first. Their jobs run again.
+    pub reports_dropped: u64,
+    /// Whether the run came to its end by itself, by a bound like `max_jobs`, and not because it was asked to stop.
+    pub ended_by_itself: bool,
+}
+
+impl Summary {
+    /// Whether everything that was taken has been finished and reported. A report that the server refused for good is no
+    /// fault of a run that is asked to stop, but a bounded run that leaves its job behind has not done its work.
+    pub fn is_clean(&self) -> bool {
+        let left_behind = self.ended_by_itself && self.reports_dropped > 0;
+        !(self.killed || left_behind)
+    }
 }
 
 /// Why a run could not go on.
@@ -138,25 +156,25 @@ impl<D: Dispatcher> Worker<D> {
         let Counts { running, waiting } = self.activity.counts();
         info!(running, waiting, "shutting down, waiting for workers to finish");
         let tally = run.tally;
-        let ended = tear_down(jobs, loops, acks, producer, lifecycle).await;
-        let summary = tally.summary(ended.killed);
+        let ended = tear_down(jobs, loops, acks, self.config.shutdown_deadline, producer, lifecycle).await;
+        let TornDown { killed, ended_by_itself, reports_dropped, producer } = ended;
+        let summary = Summary { killed, ended_by_itself, reports_dropped, ..tally.summary() };
         let Summary { succeeded, failed, interrupted, .. } = summary;
         let reason = lifecycle.reason().unwrap_or("asked to stop");
-        info!(reason, succeeded, failed, interrupted, "worker stopped");
-        ended.producer.map(|()| summary)
+        info!(reason, succeeded, failed, interrupted, reports_dropped, "worker stopped");
+        producer.map(|()| summary)
     }
 
     fn start_acks(&self, lifecycle: &Lifecycle) -> (AckProcessor, Run) {
         let capacity = self.config.prefetch.get() * 2;
-        // With a small prefetch, more may run over several lost streams than one stream may hold.
-        let max_kept = capacity.max(2 * self.config.concurrency().get());
-        let ledger = Arc::new(Ledger::new(max_kept, self.config.max_jobs.map(NonZeroU64::get)));
-        let link = Link::to(Arc::clone(&self.intake.tap().client));
+        let max_kept = max_kept(capacity, self.config.concurrency().get());
+        let ledger = Ledger::new(max_kept, self.config.max_jobs.map(NonZeroU64::get));
+        let ledger = Arc::new(ledger);
         let (activity, metrics, lifecycle) = (self.activity.clone(), self.metrics.clone(), lifecycle.clone());
         let backoff = self.config.backoff;
-        let reporter = Reporter::new(link.clone(), Arc::clone(&ledger), backoff, lifecycle.clone(), metrics.clone());
+        let reporter = Reporter::new(Arc::clone(&ledger), backoff, lifecycle.clone(), metrics.clone());
         let (processor, acks) = AckProcessor::start(reporter, capacity, metrics.clone());
-        (processor, Run { link, ledger, activity, tally: Arc::default(), metrics, lifecycle, acks })
+        (processor, Run { ledger, activity, tally: Arc::default(), metrics, lifecycle, acks })
     }
 
     fn producer(
@@ -171,7 +189,7 @@ impl<D: Dispatcher> Worker<D> {
             dispatch_queue,
             waiting: waiting.clone(),
             run: run.clone(),
-            seen_version: Mutex::default(),
+            concurrency: self.config.concurrency().get(),
         }
     }
 
@@ -210,8 +228,16 @@ impl<D: Dispatcher> Worker<D> {
     }
 }
 
+/// The most ended jobs that are kept until they are redelivered. With a small prefetch, more may run over several lost
+/// streams than one stream may hold.
+fn max_kept(ack_capacity: usize, concurrency: usize) -> usize {
+    ack_capacity.max(2 * concurrency)
+}
+
 struct TornDown {
     killed: bool,
+    ended_by_itself: bool,
+    reports_dropped: u64,
     producer: Result<(), WorkerError>,
 }
 
@@ -221,14 +247,15 @@ async fn tear_down(
     jobs: async_channel::Receiver<Taken>,
     loops: JoinSet<()>,
     acks: AckProcessor,
+    patience: Duration,
     producer: AbortOnDropHandle<Result<(), WorkerError>>,
     lifecycle: &Lifecycle,
 ) -> TornDown {
     jobs.close();
     loops.join_all().await;
-    acks.finish().await;
-    let killed = lifecycle.phase() >= Phase::Killing;
+    let reports_dropped = acks.finish(patience).await as u64;
+    let (killed, ended_by_itself) = (lifecycle.phase() >= Phase::Killing, !lifecycle.is_awaited());
     lifecycle.stopped();
     let producer = producer.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
-    TornDown { killed, producer }
+    TornDown { killed, ended_by_itself, reports_dropped, producer }
 }

@@ -1,194 +1,276 @@
-//! [`Producer`]: keeps a take stream open, and puts what comes over it into the dispatch queue.
+//! [`Producer`]: decides which take streams there are and what each of them is for, and keeps the one open that takes.
 
-use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use super::intake::{Intake, Tap};
-use super::session::{Left, Session, shut};
-use super::{Run, Taken, WorkerError};
-use crate::backoff::{Backoff, Retryable, retry_sooner};
+use super::intake::{self, Intake};
+use super::opening::{Opening, Unopened, open, seconds};
+use super::search::{Found, Search};
+use super::streams::{Lost, Streams};
+use super::{Run, Taken, WorkerError, max_kept};
+use crate::backoff::{Backoff, Waits};
 use crate::chain::Chain;
-use crate::client::{Client, ClientError};
-use crate::lifecycle::{Lifecycle, Phase};
+use crate::client::StreamSettings;
+use crate::ledger::StreamId;
+use crate::lifecycle::{self, Lifecycle, Phase};
 use crate::stream::{StreamError, TakeStream};
-use crate::version::misfit;
 
 pub(super) struct Producer {
     pub(super) intake: Intake,
     pub(super) backoff: Backoff,
     pub(super) dispatch_queue: async_channel::Sender<Taken>,
-    /// Its other end, for what is not to be started any more.
+    /// Its other end, for jobs that are not to be started any more.
     pub(super) waiting: async_channel::Receiver<Taken>,
     pub(super) run: Run,
-    /// The version of the server at the last connection.
-    pub(super) seen_version: Mutex<Option<String>>,
+    /// The number of jobs that run at once.
+    pub(super) concurrency: usize,
 }
 
-/// Why there is no stream, or none any more.
-enum Disconnected {
-    /// The server refused the very first request: trying again would not help.
-    Refused(ClientError),
-    /// It cannot be opened now.
-    Unreachable(ClientError),
-    /// It was open, and was lost.
-    Lost(StreamError),
+type Searching = Pin<Box<dyn Future<Output = (Search, Option<Found>)> + Send>>;
+
+/// The streams of one run, and those that are being opened.
+struct State {
+    streams: Streams,
+    /// The stream that is to take, while it is being opened.
+    opening: Option<(Arc<StreamSettings>, Opening)>,
+    /// The wait before the next one is opened, after a loss, and the waits after that one.
+    pause: Option<(Duration, Waits)>,
+    search: Option<Search>,
+    searching: Option<Searching>,
+    /// The settings at the start, until a stream has been open: a refusal of them is final.
+    first: Option<Arc<StreamSettings>>,
+    /// The waits between streams that lose places of their prefetch.
+    renewals: Waits,
+    renewed: Option<Instant>,
 }
 
-impl Retryable for Disconnected {
-    fn is_retryable(&self) -> bool {
-        !matches!(self, Self::Refused(_))
-    }
-
-    fn made_progress(&self) -> bool {
-        matches!(self, Self::Lost(_))
-    }
+/// What has happened.
+enum Event {
+    /// A phase, a setting, a job or a place: everything is to be decided anew.
+    Changed,
+    Closed(StreamId, Result<(), StreamError>),
+    Opened(Arc<StreamSettings>, Result<TakeStream, Unopened>),
+    Searched(Search, Option<Found>),
 }
 
 impl Producer {
-    /// Runs until the lifecycle is stopped, through any number of connections. However it ends, it does not leave the
-    /// worker running without it.
+    /// Runs until the lifecycle is stopped, through any number of streams. However it ends, it does not leave the worker
+    /// running without it.
     pub(super) async fn run(self) -> Result<(), WorkerError> {
-        let lifecycle = &self.run.lifecycle;
-        let _stop = StopOnDrop(lifecycle.clone());
-        let connected_before = AtomicBool::new(false);
-        let first = self.intake.tap();
-        let session = || self.session(&first, &connected_before);
-        let before_wait = |disconnected: &Disconnected, wait| {
-            self.run.metrics.reconnecting();
-            log_disconnected(disconnected, wait);
+        let _stop = StopOnDrop(self.run.lifecycle.clone());
+        let mut state = State {
+            streams: Streams::new(self.run.clone(), self.intake.clone(), self.dispatch_queue.clone()),
+            opening: None,
+            pause: None,
+            search: None,
+            searching: None,
+            first: Some(self.intake.settings()),
+            renewals: self.backoff.waits(),
+            renewed: None,
         };
-        let other_settings = || async { self.intake.changed().await };
-        match retry_sooner(&self.backoff, lifecycle, Phase::Killing, session, before_wait, other_settings).await {
-            Err(Disconnected::Refused(error)) => Err(WorkerError::Refused(error)),
-            Err(Disconnected::Lost(error)) => {
-                warn!(error = %Chain(&error), "stream lost while killing, interrupted jobs may run elsewhere before they end here");
-                Ok(())
-            }
-            Err(Disconnected::Unreachable(_)) | Ok(()) => Ok(()),
-        }
-    }
-
-    /// One stream after another, until one is lost. `Ok` means that none is needed any more, because the worker stops.
-    async fn session(&self, first: &Arc<Tap>, connected_before: &AtomicBool) -> Result<(), Disconnected> {
-        while let Some(tap) = self.next_tap().await {
-            // The stream before is closed or lost, so nothing is left that its server alone must hear of.
-            self.run.link.move_to(Arc::clone(&tap.client));
-            info!(url = %tap.client.url(), "connecting");
-            let opened = tokio::select! {
-                biased;
-                () = self.not_needed() => return Ok(()),
-                () = shut(&self.run, &self.intake, &tap) => continue,
-                opened = tap.client.take(&tap.queues, tap.prefetch, tap.limits) => opened,
-            };
-            // What a reload has brought may be mended by the next one.
-            let may_pass = connected_before.load(Ordering::Relaxed) || !Arc::ptr_eq(&tap, first);
-            let stream = opened.map_err(|error| match error.is_retryable() || may_pass {
-                true => Disconnected::Unreachable(error),
-                false => Disconnected::Refused(error),
-            })?;
-            info!("connected, listening for jobs");
-            connected_before.store(true, Ordering::Relaxed);
-            match self.follow(tap, stream).await.map_err(Disconnected::Lost)? {
-                Left::Stopped => return Ok(()),
-                Left::Shut => info!("stream closed, everything taken over it has been reported"),
+        let mut changes = Changes::of(&self.run, &self.intake);
+        while self.run.lifecycle.phase() < Phase::Stopped {
+            self.decide(&mut state);
+            match next_event(&mut state, &mut changes).await {
+                Event::Changed => {}
+                Event::Closed(id, ended) => self.closed(&mut state, id, ended),
+                Event::Opened(settings, opened) => self.opened(&mut state, settings, opened)?,
+                Event::Searched(search, found) => searched(&mut state, search, found),
             }
         }
+        state.streams.close_all().await;
         Ok(())
     }
 
-    async fn follow(&self, tap: Arc<Tap>, stream: TakeStream) -> Result<Left, StreamError> {
-        let Self { intake, dispatch_queue, run, .. } = self;
-        let (client, places) = (Arc::clone(&tap.client), Arc::new(Semaphore::new(tap.prefetch)));
-        let mut session = Session { run, intake, dispatch_queue, tap, stream, places };
-        run.activity.set_connected(true);
-        let ended = tokio::select! {
-            biased;
-            ended = session.follow() => ended,
-            never = self.warn_of_version(&client) => match never {},
-        };
-        run.activity.set_connected(false);
-        self.drop_waiting();
-        session.stream.close().await;
-        ended
+    /// Gives each stream its purpose, and sees to it that the one is being opened that is missing.
+    fn decide(&self, state: &mut State) {
+        let settings = self.intake.settings();
+        self.run.ledger.set_present_server(&settings.client);
+        self.renew_if_places_are_lost(state);
+        let (phase, is_paused) = (self.run.lifecycle.phase(), self.intake.is_paused());
+        let is_taking = state.streams.assign(phase, is_paused, &settings);
+        self.run.activity.set_connected(is_taking, state.streams.is_any_open());
+        let takes = phase == Phase::Running && !is_paused;
+        if !takes || is_taking {
+            state.opening = None;
+        } else if state.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {
+            // The pause is for the server whose stream was lost, not for another one.
+            let pause = state.pause.take().filter(|_| state.opening.is_none());
+            let (wait, waits) = pause.unwrap_or_else(|| (Duration::ZERO, self.backoff.waits()));
+            let is_first = state.first.as_ref().is_some_and(|first| Arc::ptr_eq(first, &settings));
+            let opening = open(&self.run, Arc::clone(&settings), is_first, wait, waits);
+            state.opening = Some((Arc::clone(&settings), opening));
+        }
+        self.search_if_needed(state, takes.then_some(&settings));
     }
 
-    /// Warns once of each version of the server that does not fit.
-    async fn warn_of_version(&self, client: &Client) -> Infallible {
-        match client.version().await {
-            Ok(version) => {
-                debug!(version, "server version");
-                let is_new = self.seen_version.lock().await.replace(version.clone()).is_none_or(|seen| seen != version);
-                if let Some(misfit) = misfit(&version).filter(|_| is_new) {
-                    warn!(version, misfit, "the server's version does not fit this worker's");
-                }
+    /// A stream that has lost places of its prefetch finishes, and another one takes.
+    fn renew_if_places_are_lost(&self, state: &mut State) {
+        if !state.streams.retire_spent() {
+            return;
+        }
+        let (_, longest, _) = self.backoff.parts();
+        if state.renewed.is_none_or(|renewed| renewed.elapsed() > longest * 2) {
+            state.renewals.reset();
+        }
+        state.renewed = Some(Instant::now());
+        let wait = state.renewals.next_wait();
+        state.pause = Some((wait, self.backoff.waits()));
+        info!(?wait, "opening another stream: the server still holds jobs whose reports were dropped");
+    }
+
+    fn search_if_needed(&self, state: &mut State, taking: Option<&Arc<StreamSettings>>) {
+        if Search::wanted(&self.run, taking).is_empty() {
+            (state.search, state.searching) = (None, None);
+        } else if state.searching.is_none() && !state.streams.is_searching() {
+            let mut search = state.search.take().unwrap_or_else(|| Search::new(&self.backoff));
+            let (run, taking) = (self.run.clone(), taking.cloned());
+            state.searching = Some(Box::pin(async move {
+                let found = search.round(&run, taking.as_ref()).await;
+                (search, found)
+            }));
+        }
+    }
+
+    fn opened(
+        &self,
+        state: &mut State,
+        settings: Arc<StreamSettings>,
+        opened: Result<TakeStream, Unopened>,
+    ) -> Result<(), WorkerError> {
+        state.opening = None;
+        match opened {
+            Ok(stream) => {
+                info!("connected, listening for jobs");
+                (state.first, state.pause) = (None, None);
+                let capacity = settings.prefetch.saturating_mul(2);
+                self.run.acks.resize(capacity);
+                self.run.ledger.set_max_kept(max_kept(capacity, self.concurrency));
+                state.streams.add(settings, stream);
+                Ok(())
             }
-            // A proxy may let nothing through but what a worker cannot do without.
-            Err(error) => debug!(error = %Chain(&error), "the server does not tell its version"),
-        }
-        std::future::pending().await
-    }
-
-    /// The stream is gone, and the server has its jobs again. What stayed in the queue would be in the way of the next
-    /// stream's.
-    fn drop_waiting(&self) {
-        self.run.ledger.lose_stream();
-        while let Ok(Taken { job, .. }) = self.waiting.try_recv() {
-            debug!(id = job.id.as_str(), "job not started: its stream was lost, and the server has it again");
+            Err(Unopened::Refused(error)) => Err(WorkerError::Refused(error)),
+            // The worker drains.
+            Err(Unopened::Unreachable(_)) => Ok(()),
         }
     }
 
-    /// Waits until jobs may be taken, and returns what by; nothing once no stream is needed.
-    async fn next_tap(&self) -> Option<Arc<Tap>> {
+    fn closed(&self, state: &mut State, id: StreamId, ended: Result<(), StreamError>) {
+        let lost = state.streams.remove(id);
+        self.drop_waiting(id);
+        match (ended, lost) {
+            (Ok(()), _) => info!("stream closed, everything taken over it has been reported"),
+            (Err(error), _) if self.run.lifecycle.phase() >= Phase::Killing => {
+                warn!(error = %Chain(&error), "stream lost while killing, interrupted jobs may run elsewhere before they end here");
+            }
+            (Err(error), Lost::WhileTaking) => {
+                let mut waits = self.backoff.waits();
+                let wait = waits.next_wait();
+                state.pause = Some((wait, waits));
+                self.run.metrics.reconnecting();
+                log_lost(&error, wait);
+            }
+            (Err(error), Lost::WhileFinishing) => {
+                warn!(error = %Chain(&error), "stream lost while its last jobs were finished");
+            }
+        }
+    }
+
+    /// The stream is gone, and the server has its jobs again. Those that wait in the queue would be in the way of the others.
+    fn drop_waiting(&self, stream: StreamId) {
+        let waiting: Vec<Taken> = std::iter::from_fn(|| self.waiting.try_recv().ok()).collect();
+        for taken in waiting {
+            if taken.stream == stream {
+                debug!(id = taken.job.id.as_str(), "job not started: its stream was lost, and the server has it again");
+            } else {
+                // Once the queue is closed, the job goes back with its stream.
+                let _ = self.dispatch_queue.try_send(taken);
+            }
+        }
+    }
+}
+
+fn searched(state: &mut State, search: Search, found: Option<Found>) {
+    (state.search, state.searching) = (Some(search), None);
+    if let Some(Found { settings, stream, prefetch }) = found {
+        state.streams.add_search(settings, stream, prefetch);
+    }
+}
+
+/// Waits for the next thing that may change which streams there are to be.
+async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
+    let State { streams, opening, search, searching, .. } = state;
+    let with_movements = !streams.is_any_taking() || search.is_some() || searching.is_some();
+    let opened = async {
+        match opening {
+            Some((settings, opening)) => (Arc::clone(settings), opening.await),
+            None => std::future::pending().await,
+        }
+    };
+    let searched = async {
+        match searching {
+            Some(searching) => searching.await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = changes.next(with_movements) => Event::Changed,
+        (id, ended) = streams.next_closed() => Event::Closed(id, ended),
+        (settings, opened) = opened => Event::Opened(settings, opened),
+        (search, found) = searched => Event::Searched(search, found),
+    }
+}
+
+/// Hears of everything that decides which streams there are.
+struct Changes {
+    lifecycle: watch::Receiver<lifecycle::State>,
+    intake: watch::Receiver<intake::State>,
+    lost_places: watch::Receiver<()>,
+    movements: watch::Receiver<()>,
+}
+
+impl Changes {
+    fn of(run: &Run, intake: &Intake) -> Self {
+        Self {
+            lifecycle: run.lifecycle.changes(),
+            intake: intake.changes(),
+            lost_places: run.ledger.lost_places(),
+            movements: run.ledger.movements(),
+        }
+    }
+
+    /// Waits for the next change. The movements of jobs count only if asked for: otherwise each job would wake the producer.
+    async fn next(&mut self, with_movements: bool) {
+        // Each fails only once its sender is gone, and the producer has all of them.
         tokio::select! {
             biased;
-            () = self.run.lifecycle.reached(Phase::Draining) => self.is_needed().then(|| self.intake.tap()),
-            tap = self.intake.open() => Some(tap),
-        }
-    }
-
-    /// While draining, a stream that was lost is opened again for the jobs that are still here: the server hands them
-    /// out again, and if that is to this worker they need not run a second time.
-    fn is_needed(&self) -> bool {
-        match self.run.lifecycle.phase() {
-            Phase::Running => true,
-            Phase::Draining => !self.run.ledger.is_empty(),
-            Phase::Killing | Phase::Forcing | Phase::Stopped => false,
-        }
-    }
-
-    /// Waits until no stream need be opened any more.
-    async fn not_needed(&self) {
-        self.run.lifecycle.reached(Phase::Draining).await;
-        if self.is_needed() {
-            self.run.lifecycle.reached(Phase::Killing).await;
+            _ = self.lifecycle.changed() => {}
+            _ = self.intake.changed() => {}
+            _ = self.lost_places.changed() => {}
+            _ = self.movements.changed(), if with_movements => {}
         }
     }
 }
 
-fn log_disconnected(disconnected: &Disconnected, wait: Duration) {
-    let reconnect_in = format!("{:.2}s", wait.as_secs_f64());
-    match disconnected {
-        Disconnected::Unreachable(error @ ClientError::Refused { status, .. }) if status.is_client_error() => {
-            error!(error = %Chain(error), reconnect_in, "server refuses the worker, reconnecting");
-        }
-        // Neither a network nor a restart makes such a line, and it may come again and again.
-        Disconnected::Lost(error @ StreamError::NotAJob(_)) => {
-            error!(error = %Chain(error), reconnect_in, "stream lost, reconnecting");
-        }
-        Disconnected::Lost(StreamError::Ended) => warn!(reconnect_in, "server ended the stream, reconnecting"),
-        Disconnected::Lost(error) => warn!(error = %Chain(error), reconnect_in, "stream lost, reconnecting"),
-        Disconnected::Unreachable(error) | Disconnected::Refused(error) => {
-            warn!(error = %Chain(error), reconnect_in, "server unreachable, reconnecting");
+fn log_lost(error: &StreamError, wait: Duration) {
+    let reconnect_in = seconds(wait);
+    match error {
+        // Neither a network nor a restart makes such a line, and the next stream may bring the same.
+        StreamError::NotAJob(_) => error!(error = %Chain(error), reconnect_in, "stream lost, reconnecting"),
+        StreamError::Ended => warn!(reconnect_in, "server ended the stream, reconnecting"),
+        StreamError::Broken(_) | StreamError::Silent(_) => {
+            warn!(error = %Chain(error), reconnect_in, "stream lost, reconnecting");
         }
     }
 }
 
-/// Nobody would take jobs any more: the worker must not wait for signals for ever.
+/// Without a producer no jobs are taken any more, and the worker must not wait for signals for ever.
 struct StopOnDrop(Lifecycle);
 
 impl Drop for StopOnDrop {

@@ -1,120 +1,157 @@
 //! [`Session`]: one take stream, from its opening to its end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 use tracing::{debug, error, info};
 
-use super::intake::{Intake, Tap};
+use super::intake::Intake;
+use super::purpose::Purpose;
 use super::{Run, Taken};
+use crate::client::StreamSettings;
 use crate::job::{Failure, Job, JobId, Outcome};
-use crate::ledger::{Arrival, Attempt, Delivery};
+use crate::ledger::{Arrival, Attempt, Delivery, StreamId};
 use crate::lifecycle::Phase;
 use crate::stream::{Received, StreamError, TakeStream};
 
+/// The time that a stream has to bring the jobs for which it was opened, beyond the first round trip.
+const SEARCH_TIME: Duration = Duration::from_secs(2);
+
 /// An open stream, and where its jobs go.
-pub(super) struct Session<'a> {
-    pub(super) run: &'a Run,
-    pub(super) intake: &'a Intake,
-    pub(super) dispatch_queue: &'a async_channel::Sender<Taken>,
-    pub(super) tap: Arc<Tap>,
+pub(super) struct Session {
+    pub(super) run: Run,
+    pub(super) intake: Intake,
+    pub(super) dispatch_queue: async_channel::Sender<Taken>,
+    pub(super) id: StreamId,
+    pub(super) settings: Arc<StreamSettings>,
     pub(super) stream: TakeStream,
+    pub(super) purpose: watch::Receiver<Purpose>,
     /// Room in the dispatch queue: the server may hand out no more than it was asked for.
-    pub(super) places: Arc<Semaphore>,
+    places: Arc<Semaphore>,
+    /// Jobs that the server holds for us and that are not started; they go back when the stream closes.
+    held_back: Vec<Job>,
+    /// Since it finishes, the last delivery before that.
+    finishing_since: Option<Delivery>,
+    search: Option<SearchLimits>,
 }
 
-/// Why a stream may be closed.
-pub(super) enum Left {
-    /// The worker has stopped.
-    Stopped,
-    /// Nothing more may be taken over it, and everything that came over it has been reported.
-    Shut,
+/// When a stream that was opened for certain jobs is of no use.
+struct SearchLimits {
+    end: Instant,
+    /// The number of jobs that may still come over it.
+    left: usize,
 }
 
-/// How winding down went on.
-enum Wound {
-    Down,
-    /// Something else matters by now.
-    Back,
-}
+impl Session {
+    pub(super) fn new(
+        run: Run,
+        intake: Intake,
+        dispatch_queue: async_channel::Sender<Taken>,
+        settings: Arc<StreamSettings>,
+        stream: TakeStream,
+        purpose: watch::Receiver<Purpose>,
+    ) -> Self {
+        let places = Arc::new(Semaphore::new(settings.prefetch));
+        let id = run.ledger.open_stream();
+        Self {
+            run,
+            intake,
+            dispatch_queue,
+            id,
+            settings,
+            stream,
+            purpose,
+            places,
+            held_back: Vec::new(),
+            finishing_since: None,
+            search: None,
+        }
+    }
 
-impl Session<'_> {
-    /// Takes what comes, until the stream may be closed.
-    pub(super) async fn follow(&mut self) -> Result<Left, StreamError> {
+    /// Makes it a stream that was opened to bring back certain jobs, by a prefetch of its own.
+    pub(super) fn searching(self, prefetch: usize) -> Self {
+        Self { search: Some(SearchLimits { end: Instant::now() + SEARCH_TIME, left: prefetch }), ..self }
+    }
+
+    /// Follows the stream until it is lost, or of no use any more. Closes it then.
+    pub(super) async fn run(mut self) -> Result<(), StreamError> {
+        let ended = self.follow().await;
+        self.run.ledger.lose_stream(self.id);
+        self.stream.close().await;
+        ended
+    }
+
+    async fn follow(&mut self) -> Result<(), StreamError> {
+        let mut movements = self.run.ledger.movements();
         loop {
+            let purpose = *self.purpose.borrow_and_update();
+            match purpose {
+                Purpose::Nothing => return Ok(()),
+                Purpose::Take => self.take_held_back().await,
+                Purpose::Finish if self.is_finished() => return Ok(()),
+                Purpose::Finish => drop(self.finishing_since.get_or_insert_with(|| self.run.ledger.last_delivery())),
+            }
+            let search_end = self.search.as_ref().map(|search| search.end).filter(|end| *end > Instant::now());
             tokio::select! {
                 biased;
-                () = self.run.lifecycle.reached(Phase::Stopped) => return Ok(Left::Stopped),
-                () = shut(self.run, self.intake, &self.tap) => {
-                    self.run.activity.set_winding_down(true);
-                    let wound = self.wind_down().await;
-                    self.run.activity.set_winding_down(false);
-                    if let Wound::Down = wound? {
-                        return Ok(Left::Shut);
-                    }
-                }
-                received = self.stream.next() => {
-                    if let Some(taken) = self.receive(received?).await {
-                        self.push(taken).await;
-                    }
-                }
+                changed = self.purpose.changed() => if changed.is_err() { return Ok(()) },
+                _ = movements.changed(), if purpose == Purpose::Finish => {}
+                received = self.stream.next() => self.receive(received?, purpose).await,
+                () = sleep_until_if(search_end) => {}
             }
         }
     }
 
-    /// Starts nothing more, but keeps the stream open until everything that came over it has been reported: the server
-    /// hands out again what it then still holds for us.
-    async fn wind_down(&mut self) -> Result<Wound, StreamError> {
-        let (run, intake, tap) = (self.run, self.intake, Arc::clone(&self.tap));
-        let mut movements = run.ledger.movements();
-        // The server has them in flight for us, but nothing is known of them here, until they are to be started after all.
-        let mut held: Vec<Job> = Vec::new();
-        let under_way = run.ledger.under_way();
-        if under_way > 0 && !intake.is_paused() {
-            info!(under_way, "finishing what was taken, to reconnect by other settings");
-        }
-        while run.ledger.under_way() > 0 {
-            tokio::select! {
-                biased;
-                () = run.lifecycle.reached(Phase::Draining) => {
-                    held.iter().for_each(|job| log_given_back(&job.id));
-                    return Ok(Wound::Back);
-                }
-                () = intake.open_again(&tap) => {
-                    for job in held {
-                        self.take(job).await;
-                    }
-                    return Ok(Wound::Back);
-                }
-                // It fails only once the ledger is gone, and `run` has it.
-                _ = movements.changed() => {}
-                // Each report frees a place that the server fills at once.
-                received = self.stream.next() => if let Some(Taken { job, delivery, .. }) = self.receive(received?).await {
-                    run.ledger.give_back(&job.id, delivery);
-                    // It may come again, when somebody else has reported it.
-                    held.retain(|other| other.id != job.id);
-                    held.push(job);
-                }
-            }
-        }
-        Ok(Wound::Down)
+    /// Whether nothing that came over the stream is under way, and nothing more is awaited.
+    fn is_finished(&self) -> bool {
+        let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
+        !is_awaited && self.run.ledger.under_way(self.id, None) == 0
     }
 
-    /// Finds out what has come: a job to be started, or something to be reported, or nothing.
-    async fn receive(&self, received: Received) -> Option<Taken> {
+    async fn take_held_back(&mut self) {
+        self.finishing_since = None;
+        for job in std::mem::take(&mut self.held_back) {
+            if let Some(taken) = self.arrive(job).await {
+                self.push(taken, Purpose::Take).await;
+            }
+        }
+    }
+
+    async fn receive(&mut self, received: Received, purpose: Purpose) {
+        if let Some(search) = &mut self.search {
+            search.left = search.left.saturating_sub(1);
+        }
         match received {
-            Received::Job(job) => self.arrive(job).await,
-            Received::Malformed { id, reason } => {
-                self.refuse(id, &reason).await;
-                None
+            Received::Job(job) => {
+                if let Some(taken) = self.arrive(job).await {
+                    let is_draining = self.run.lifecycle.phase() >= Phase::Draining;
+                    if !is_draining && (purpose == Purpose::Take || self.may_start(&taken.job)) {
+                        self.push(taken, purpose).await;
+                    } else {
+                        self.hold_back(taken);
+                    }
+                }
             }
+            Received::Malformed { id, reason } => self.refuse(id, &reason).await,
         }
     }
 
+    /// Whether a job is started though the stream finishes: the worker takes jobs of this kind, over another stream, and
+    /// this one has to stay open anyway, for jobs that came before it was to finish.
+    fn may_start(&self, job: &Job) -> bool {
+        self.search.is_none()
+            && !self.intake.is_paused()
+            && self.intake.settings().fits(job, &self.settings)
+            && self.finishing_since.is_some_and(|since| self.run.ledger.under_way(self.id, Some(since)) > 0)
+    }
+
+    /// Finds out what has come: a job to be started, or an outcome to be reported, or nothing new.
     async fn arrive(&self, job: Job) -> Option<Taken> {
-        let Run { ledger, acks, activity, .. } = self.run;
+        let Run { ledger, acks, activity, .. } = &self.run;
         let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
-        match ledger.arrive(&attempt) {
+        match ledger.arrive(&attempt, self.id, &self.settings) {
             (Arrival::New, delivery) => {
                 debug!(
                     id = job.id.as_str(),
@@ -122,7 +159,8 @@ impl Session<'_> {
                     waiting = self.dispatch_queue.len(),
                     "job received"
                 );
-                return Some(Taken { job, delivery, place: None, _unfinished: activity.take_job() });
+                let unfinished = activity.take_job();
+                return Some(Taken { job, stream: self.id, delivery, place: None, _unfinished: unfinished });
             }
             (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
             (Arrival::Ended(outcome), _) => {
@@ -133,44 +171,41 @@ impl Session<'_> {
         None
     }
 
-    async fn take(&self, job: Job) {
-        if let Some(taken) = self.arrive(job).await {
-            self.push(taken).await;
-        }
-    }
-
-    /// Waits for room in the dispatch queue, or for the drain: then the job goes back with the stream.
-    async fn push(&self, mut taken: Taken) {
+    /// Waits for room in the dispatch queue. Holds the job back if the stream gets another use meanwhile.
+    async fn push(&mut self, mut taken: Taken, purpose: Purpose) {
         tokio::select! {
             biased;
-            () = self.run.lifecycle.reached(Phase::Draining) => return self.give_back(&taken),
+            () = self.run.lifecycle.reached(Phase::Draining) => return self.hold_back(taken),
+            () = until_other(&mut self.purpose, purpose) => return self.hold_back(taken),
             // The semaphore is never closed.
             place = Arc::clone(&self.places).acquire_owned() => taken.place = place.ok(),
         }
-        let Taken { job: Job { id, .. }, delivery, .. } = &taken;
-        let (id, delivery) = (id.clone(), *delivery);
         // The worker loops are gone.
-        if self.dispatch_queue.try_send(taken).is_err() {
-            self.give_back_by(&id, delivery);
+        if let Err(refused) = self.dispatch_queue.try_send(taken) {
+            self.hold_back(refused.into_inner());
         }
     }
 
-    fn give_back(&self, taken: &Taken) {
-        self.give_back_by(&taken.job.id, taken.delivery);
+    fn hold_back(&mut self, taken: Taken) {
+        let Taken { job, delivery, .. } = taken;
+        if self.run.lifecycle.phase() >= Phase::Draining {
+            debug!(id = job.id.as_str(), "job received while draining, it goes back to the server");
+        } else {
+            debug!(id = job.id.as_str(), "job held back, because nothing more is taken over this stream");
+        }
+        self.run.ledger.give_back(&job.id, delivery);
+        // It may be redelivered, when another worker has reported it.
+        self.held_back.retain(|other| other.id != job.id);
+        self.held_back.push(job);
     }
 
-    fn give_back_by(&self, id: &JobId, delivery: Delivery) {
-        log_given_back(id);
-        self.run.ledger.give_back(id, delivery);
-    }
-
-    /// Reports what is no job, but has an id, as failed: it would come again and again.
+    /// Reports as failed what is no job, but has an id: otherwise it would be redelivered again and again.
     async fn refuse(&self, id: JobId, reason: &str) {
         error!(id = id.as_str(), reason, "malformed job, reported as failed");
         let attempt = Attempt { id, attempts: None };
         let failure =
             Outcome::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
-        let outcome = match self.run.ledger.arrive(&attempt) {
+        let outcome = match self.run.ledger.arrive(&attempt, self.id, &self.settings) {
             (Arrival::New, _) => failure,
             (Arrival::Ended(outcome), _) => outcome,
             (Arrival::UnderWay, _) => return,
@@ -182,20 +217,21 @@ impl Session<'_> {
 
     async fn unless_stopped(&self, work: impl Future<Output = ()>) {
         tokio::select! {
+            biased;
             () = self.run.lifecycle.reached(Phase::Stopped) => {}
             () = work => {}
         }
     }
 }
 
-fn log_given_back(id: &JobId) {
-    debug!(id = id.as_str(), "job received while draining, it goes back to the server");
+/// Waits until the stream's use is another one, or is decided no more.
+async fn until_other(purposes: &mut watch::Receiver<Purpose>, present: Purpose) {
+    let _ = purposes.wait_for(|purpose| *purpose != present).await.is_ok();
 }
 
-/// Waits until nothing more may be taken by `tap`, though the worker runs. A drain has its own way of ending a stream.
-pub(super) async fn shut(run: &Run, intake: &Intake, tap: &Arc<Tap>) {
-    intake.shut(tap).await;
-    if run.lifecycle.phase() >= Phase::Draining {
-        std::future::pending::<()>().await;
+async fn sleep_until_if(end: Option<Instant>) {
+    match end {
+        Some(end) => tokio::time::sleep_until(end).await,
+        None => std::future::pending().await,
     }
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 pub struct Status {
     /// `running`, `paused`, `draining` or `killing`.
     pub state: &'static str,
-    /// Whether its take stream is open.
+    /// Whether a take stream is open.
     pub connected: bool,
     /// For how long it has been there.
     pub uptime_seconds: f64,
@@ -62,8 +62,6 @@ pub enum Unready {
     NotConnected,
     /// It was told to take nothing.
     Paused,
-    /// It takes nothing until it can open a stream by other settings.
-    Reconnecting,
     /// It is on its way to a stop.
     Stopping(&'static str),
     /// That handler cannot be started.
@@ -74,7 +72,6 @@ impl fmt::Display for Unready {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotConnected => f.write_str("not connected to the server"),
-            Self::Reconnecting => f.write_str("finishing what was taken, to reconnect by other settings"),
             Self::Paused => f.write_str("paused, waiting for SIGCONT"),
             Self::Stopping(state) => f.write_str(state),
             Self::Broken(handler) => write!(f, "handler {handler} cannot be started"),

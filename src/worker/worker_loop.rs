@@ -43,7 +43,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
 
     async fn work(&self, taken: Taken) {
         let Run { ledger, activity, tally, metrics, acks, .. } = &self.run;
-        let Taken { job, delivery, place, _unfinished } = taken;
+        let Taken { job, delivery, place, _unfinished, .. } = taken;
         drop(place);
         if !self.may_begin(&job, delivery) {
             return;

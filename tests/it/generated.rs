@@ -138,7 +138,8 @@ const SIGNALS: &[Part] = &[
         "SIGHUP",
         "Reads the configuration file again, and the handlers, the queues, the server and its certificates, the prefetch \
          and the log level are as it says. The log names what needs a restart. With a mistake in the file, everything \
-         stays as it was.",
+         stays as it was. When the terminal is closed from which the worker was started, the worker drains as after SIGTERM, \
+         unless nohup or setsid has started it.",
     ),
     Item("SIGUSR1", "Writes to the log what the worker is doing."),
     Item(
@@ -175,6 +176,14 @@ const ENVIRONMENT: &[Part] = &[
     Item("NO_COLOR", "When it is set to anything, the log has no colours."),
     Item("PATH", "Where a handler without a slash in its name is looked up."),
     Item("TMPDIR", "Where the directory of result files is made, instead of /tmp."),
+    Item(
+        "SSL_CERT_FILE, SSL_CERT_DIR",
+        "Where the certificates are that are trusted without --tls-ca, instead of the system's.",
+    ),
+    Item(
+        "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY",
+        "Have no effect on the worker, which connects to its --url directly. Handlers inherit them.",
+    ),
     Item(
         "NOTIFY_SOCKET, WATCHDOG_USEC",
         "Set by systemd, which is then told when the worker is ready, reloads, drains, and that it is alive.",

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use zizq_worker::{
-    Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Phase, Summary, Worker, WorkerConfig, WorkerError,
+    Connector, Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Phase, Summary, Worker, WorkerConfig, WorkerError,
 };
 
 use crate::support::{Api, Call, PATIENCE, Proxy, RawServer, Server, eventually, runtime};
@@ -80,8 +81,33 @@ fn a_dispatcher_of_ones_own_decides_how_jobs_end() {
     assert_eq!(error["message"], "odd");
     assert_eq!((&error["error_type"], &error["backtrace"]), (&json!("Oddity"), &json!("here\nthere")));
     lifecycle.stop();
-    assert_eq!(ended(running).unwrap(), Summary { killed: false, succeeded: 1, failed: 1, interrupted: 0 });
+    assert_eq!(
+        ended(running).unwrap(),
+        Summary { killed: false, succeeded: 1, failed: 1, interrupted: 0, ..Summary::default() }
+    );
     assert_eq!(*dispatcher.payloads.lock().unwrap(), [r#"{"n":1}"#, "2"]);
+}
+
+#[test]
+fn a_worker_goes_over_connections_that_the_program_supplies() {
+    let server = Server::start();
+    let address = server.url.trim_start_matches("http://").to_owned();
+    let made = Arc::new(AtomicUsize::default());
+    let counted = Arc::clone(&made);
+    let connector = Connector::new(move |url| {
+        assert_eq!(url.host(), "nowhere.invalid");
+        counted.fetch_add(1, Ordering::Relaxed);
+        TcpStream::connect(address.clone())
+    });
+    let config = WorkerConfig { url: "http://nowhere.invalid".parse().unwrap(), connector, ..WorkerConfig::default() };
+    let lifecycle = Lifecycle::new();
+    let running = run(&Arc::new(Worker::new(config, Obedient::default())), &lifecycle);
+    let id = server.enqueue("q", "succeed", json!(null));
+    server.wait_until_done(&id);
+    lifecycle.stop();
+    assert_eq!(ended(running).unwrap().succeeded, 1);
+    // One for the stream, one for the reports.
+    assert_eq!(made.load(Ordering::Relaxed), 2);
 }
 
 #[test]
@@ -127,7 +153,10 @@ fn a_run_can_be_killed_from_another_thread() {
     let (server, lifecycle) = (Server::start(), Lifecycle::new());
     let (running, id) = run_an_endless_job(&server, &lifecycle);
     std::thread::spawn(move || lifecycle.kill()).join().unwrap();
-    assert_eq!(ended(running).unwrap(), Summary { killed: true, succeeded: 0, failed: 0, interrupted: 1 });
+    assert_eq!(
+        ended(running).unwrap(),
+        Summary { killed: true, succeeded: 0, failed: 0, interrupted: 1, ..Summary::default() }
+    );
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
 }
 
@@ -158,7 +187,10 @@ fn a_dispatcher_that_panics_fails_its_job_and_nothing_else() {
     let good = server.enqueue("q", "succeed", json!(null));
     server.wait_until_done(&good);
     lifecycle.stop();
-    assert_eq!(ended(running).unwrap(), Summary { killed: false, succeeded: 1, failed: 5, interrupted: 0 });
+    assert_eq!(
+        ended(running).unwrap(),
+        Summary { killed: false, succeeded: 1, failed: 5, interrupted: 0, ..Summary::default() }
+    );
 }
 
 #[test]

@@ -401,7 +401,7 @@ fn a_stream_lost_while_draining_is_not_opened_again_when_nothing_is_here_any_mor
     let (status, _) = server.call("POST", &format!("/jobs/{id}/success"), None);
     assert_eq!(status, 204);
     proxy.cut_streams();
-    daemon.wait_for_message("stream lost, reconnecting");
+    daemon.wait_for_message("stream lost while its last jobs were finished");
     gate.release();
     daemon.assert_exit(0);
     assert_eq!(proxy.calls(Call::Take).len(), 1);

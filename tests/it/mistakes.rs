@@ -43,11 +43,38 @@ fn refuse_everywhere(flag: &str, bad: &str, toml: &str, problem: &str) {
 #[test]
 fn url_must_be_http_or_https_with_a_host() {
     for bad in
-        ["localhost:7890", "ftp://localhost", "http://", "http://host:", "http://host:99999", "http://h/?q", "x y"]
+        ["localhost:7890", "ftp://localhost", "http://", "http://host:", "http://host:99999", "http://h#x", "x y"]
     {
         let problem = format!("url must be http://HOST[:PORT][/PREFIX] or https://… (got {bad:?})");
         refuse_everywhere("--url", bad, &format!("url = {bad:?}"), &problem);
     }
+}
+
+#[test]
+fn a_password_in_a_url_is_not_printed() {
+    for (bad, got) in [
+        ("http://user:secret@host", "http://…@host"),
+        ("https://user:sec@ret@host:1/q?key=secret", "https://…@host:1/q?…"),
+        ("http://user:sec ret@host", "http://…@host"),
+        ("http:/user:secret@host", "…@host"),
+        ("user:secret@host", "…@host"),
+        ("http://host/?secret", "http://host/?…"),
+    ] {
+        let problem = format!(
+            "url must be http://HOST[:PORT][/PREFIX] or https://…, without a user, a password or a query (got {got:?})"
+        );
+        refuse_everywhere("--url", bad, &format!("url = {bad:?}"), &problem);
+    }
+    let url = "http://user:secret@host";
+    let file = Daemon::bare().config(&format!("url = [{url:?}]"));
+    complains(file, CONFIG, "DIR/zizq-worker.toml:1: url must be a string (got [\"http://…@host\"])");
+    let line = "unexpected argument 'http://…@host' found; see --help";
+    complains(Daemon::bare().args([url]), USAGE, line);
+    let latin = OsStr::from_bytes(b"http://user:secr\xe9t@host");
+    complains(Daemon::bare().env("ZIZQ_URL", latin), USAGE, "ZIZQ_URL: must be valid UTF-8 (got http://…@host)");
+    let file = Daemon::bare().config(&format!("worker = {url:?}"));
+    let problem = "invalid type: string \"http://…@host\", expected one table, as under a line like [worker]";
+    complains(file, CONFIG, &format!("DIR/zizq-worker.toml:1: {problem}"));
 }
 
 #[test]
@@ -64,6 +91,26 @@ fn queues_must_be_names_that_the_server_takes() {
         CONFIG,
         &format!("DIR/zizq-worker.toml:2: {}", problem(',', "a,b")),
     );
+}
+
+/// An unset shell variable between quotes must not take the jobs of all queues.
+#[test]
+fn a_list_of_queues_has_no_empty_name() {
+    let problem = |got: &str| {
+        format!("queues must be names, none of them empty; to take from all queues, leave the setting out (got {got})")
+    };
+    for bad in [",", " ", "a,,b", "a,", ",a"] {
+        let problem = problem(&format!("{bad:?}"));
+        refuse_everywhere("--queues", bad, &format!("worker.queues = {bad:?}"), &problem);
+    }
+    let file = || Daemon::bare().config("worker.queues = ['mail']");
+    refuse(file().args(["--queues", ""]), USAGE, &format!("--queues: {}", problem("\"\"")));
+    refuse(file().env("ZIZQ_QUEUES", ","), USAGE, &format!("ZIZQ_QUEUES: {}", problem("\",\"")));
+    refuse(Daemon::bare().args(["-q", "a", "--queue="]), USAGE, &format!("--queues: {}", problem("\"a,\"")));
+    for (bad, got) in [("''", "\"\""), ("['']", "[\"\"]"), ("['a', ' ']", "[\"a\", \" \"]")] {
+        let line = format!("DIR/zizq-worker.toml:1: {}", problem(got));
+        refuse(Daemon::bare().config(&format!("worker.queues = {bad}")), CONFIG, &line);
+    }
 }
 
 #[test]
@@ -243,6 +290,25 @@ fn there_must_be_one_handler() {
     refuse_everywhere("--exec", " ", "handler.exec = []", "exec must name a command (got nothing)");
     let line = "exec has a quote or a backslash without its other half (got sh -c 'oops)";
     refuse_everywhere("--exec", "sh -c 'oops", "handler.exec = \"sh -c 'oops\"", line);
+}
+
+#[test]
+fn no_setting_of_a_handler_has_a_zero_byte() {
+    for (toml, problem) in [
+        ("exec = ['true', \"a\\u0000b\"]", "2: exec must not have a zero byte"),
+        ("exec = \"true a\\u0000b\"", "2: exec must not have a zero byte"),
+        ("exec = 'true'\ncwd = \"/\\u0000\"", "3: cwd must be a directory that exists (got /\\u{0})"),
+        (
+            "exec = 'true'\nenv.A = \"\\u0000\"",
+            "3: env must be a table of variable names and strings (got { A = \"\\u0000\" })",
+        ),
+    ] {
+        for check in [&[][..], &["--check"]] {
+            let daemon = check.iter().fold(Daemon::bare(), |daemon, flag| daemon.args([flag]));
+            let daemon = daemon.config(&format!("[handler]\n{toml}"));
+            refuse(daemon, CONFIG, &format!("DIR/zizq-worker.toml:{problem}"));
+        }
+    }
 }
 
 /// The handler itself is at fault, not how it is written: 78 from everywhere.

@@ -58,12 +58,16 @@ fn a_signal_to_a_job_that_is_only_being_started_does_not_reach_the_worker() {
 fn a_drain_signal_right_after_a_start_is_not_lost() {
     for _ in 0..20 {
         let server = Server::start();
-        let id = server.enqueue("q", "t", json!(null));
         let toml = "[handler]\nexec = ['sleep', '600']\ndrain_signal = 'HUP'";
         let running = Daemon::of(&server).config(toml).start();
         let children = format!("/proc/{0}/task/{0}/children", running.pid());
-        while fs::read_to_string(&children).unwrap().is_empty() {}
-        running.sigterm();
+        running.wait_for_message("connected, listening for jobs");
+        let id = std::thread::scope(|scope| {
+            let enqueuing = scope.spawn(|| server.enqueue("q", "t", json!(null)));
+            while fs::read_to_string(&children).unwrap().is_empty() {}
+            running.sigterm();
+            enqueuing.join().unwrap()
+        });
         let finished = running.assert_exit(0);
         assert!(finished.has("job interrupted, it goes back to the server"));
         assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);

@@ -10,6 +10,9 @@ use crate::support::{Call, Daemon, Fault, Gate, Proxy, RawServer, Restartable, R
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
+/// Parked outcomes are looked at after the longest wait, so never here.
+const NO_LOOKS: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "1h"];
+
 /// Runs until the test's directory has a file `go`. Fails if the job's type says so.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 until [ -e $DIR/go ]; do sleep 0.01; done
@@ -204,7 +207,7 @@ fn a_failure_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
 fn a_report_that_the_server_denies_is_not_sent_again_until_the_job_comes_again() {
     for job_type in ["good", "bad"] {
         let server = RawServer::start();
-        let daemon = Daemon::at(&server.url()).args(QUICK).sh(UNTIL_GO).start();
+        let daemon = Daemon::at(&server.url()).args(NO_LOOKS).sh(UNTIL_GO).start();
         let mut stream = server.take();
         go(&daemon);
         for id in ["1", "2"] {
@@ -358,7 +361,7 @@ fn a_success_whose_answer_is_swallowed_is_sent_again_and_its_job_runs_once() {
 #[test]
 fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     let server = RawServer::start();
-    let daemon = Daemon::at(&server.url()).args(QUICK).args(["--prefetch", "4"]).sh("true").start();
+    let daemon = Daemon::at(&server.url()).args(NO_LOOKS).args(["--prefetch", "4"]).sh("true").start();
     let mut stream = server.take();
     stream.job("0");
     let first = server.request();
@@ -379,7 +382,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     assert_eq!(look.line(), "GET /jobs/1 HTTP/1.1");
     // Whatever stands before the server does not let anyone look: then the success is kept.
     look.answer("403 Forbidden", "");
-    daemon.wait_for_message("cannot look at a job whose success was denied");
+    daemon.wait_for_message("cannot look at a job whose report was denied");
     stream.end();
     server.take().job("1");
     daemon.wait_for_message(ENDED);

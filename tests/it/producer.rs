@@ -167,7 +167,7 @@ fn a_5xx_before_the_first_connection_does_not_make_a_4xx_forgivable() {
     let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();
     server.request().answer("503 Service Unavailable", "");
     server.request().answer("404 Not Found", "no zizq here");
-    assert_refused(daemon, "404 Not Found: no zizq here");
+    assert_refused(daemon, "the answer 404 Not Found is no Zizq server's, look for a proxy on the way: no zizq here");
 }
 
 #[test]

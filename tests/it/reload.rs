@@ -9,10 +9,16 @@ use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, Recorder, Runni
 
 /// A daemon with that file; `$URL` in it is the server's.
 fn start(server: &Api, toml: &str) -> Running {
+    start_with(server, toml, "true")
+}
+
+/// The same, with a script `script.sh` beside the others.
+fn start_with(server: &Api, toml: &str, script: &str) -> Running {
     let daemon = Daemon::bare().args(["--log-format", "json", "--admin-listen", "127.0.0.1:0"]);
     daemon.script("old.sh", "echo old $ZIZQ_JOB_TYPE >> $DIR/ran");
     daemon.script("new.sh", "echo new $ZIZQ_JOB_TYPE >> $DIR/ran");
     daemon.script("wait.sh", UNTIL_GO);
+    daemon.script("script.sh", script);
     let toml = toml.replace("$URL", &server.url);
     let running = daemon.handlers(&toml).start();
     running.wait_for_message("connected, listening for jobs");
@@ -98,48 +104,100 @@ fn a_bad_file_changes_nothing_and_is_reported() {
     assert_eq!(running.stop().read("ran"), "old t\nnew t\n");
 }
 
+/// Runs until `go`, unless its type is `quick`.
+const WAIT_UNLESS_QUICK: &str = "echo $ZIZQ_JOB_ID >> $DIR/started
+[ $ZIZQ_JOB_TYPE = quick ] || until [ -e $DIR/go ]; do sleep 0.01; done";
+
 #[test]
-fn other_queues_are_taken_over_a_new_stream_once_everything_of_the_old_one_is_reported() {
+fn other_queues_are_taken_at_once_while_the_old_stream_finishes() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
-    let toml = |queue| format!("url = '$URL'\nworker.queues = ['{queue}']\n[handler]\nexec = ['$DIR/wait.sh']");
-    let running = start(&proxy, &toml("old"));
-    let old = server.enqueue("old", "t", json!(null));
+    let toml = |queue| {
+        format!("url = '$URL'\nworker.queues = ['{queue}']\nworker.threads = 2\n[handler]\nexec = ['$DIR/script.sh']")
+    };
+    let running = start_with(&proxy, &toml("old"), WAIT_UNLESS_QUICK);
+    let old = server.enqueue("old", "long", json!(null));
     running.wait_for_lines(1, "started");
     reloaded(&running, &proxy, &toml("new"));
-    let held = server.enqueue("old", "t", json!(null));
-    let new = server.enqueue("new", "t", json!(null));
-    // A second reload while the first waits counts as well.
+    let unfit = server.enqueue("old", "quick", json!(null));
+    let new = server.enqueue("new", "quick", json!(null));
+    // A second reload meanwhile changes nothing.
     reloaded(&running, &proxy, &toml("new"));
+    server.wait_until_done(&new);
     let take = proxy.calls(Call::Take)[0].connection;
     assert!(!proxy.has_closed(take), "the old stream closed over a running job");
     assert_eq!(server.job(&old).unwrap()["status"], "in_flight");
     running.go();
     server.wait_until_done(&old);
-    server.wait_until_done(&new);
-    assert!(proxy.has_closed(take));
+    proxy.wait_until_closed(take);
     let paths: Vec<String> = proxy.calls(Call::Take).iter().map(|seen| seen.path.clone()).collect();
-    assert_eq!(paths, ["/jobs/take?prefetch=2&queue=old", "/jobs/take?prefetch=2&queue=new"]);
-    assert_eq!(server.wait_for_status(&held, "ready")["attempts"], 0);
-    assert_eq!(running.stop().read("started").lines().count(), 2);
+    assert_eq!(paths, ["/jobs/take?prefetch=4&queue=old", "/jobs/take?prefetch=4&queue=new"]);
+    assert_eq!(server.wait_for_status(&unfit, "ready")["attempts"], 0);
+    assert_eq!(running.stop().read("started"), format!("{old}\n{new}\n"));
 }
 
 #[test]
-fn prefetch_and_url_take_effect_on_a_new_stream_and_reports_follow() {
+fn a_job_that_comes_over_the_old_stream_is_run_if_it_still_fits() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let toml = |prefetch: u8| {
+        format!("url = '$URL'\nworker.prefetch = {prefetch}\nworker.threads = 2\n[handler]\nexec = ['$DIR/script.sh']")
+    };
+    let running = start_with(&proxy, &toml(3), WAIT_UNLESS_QUICK);
+    let long = server.enqueue("q", "long", json!(null));
+    running.wait_for_lines(1, "started");
+    let gate = proxy.hold(Call::Take);
+    reloaded(&running, &proxy, &toml(4));
+    gate.wait_for(1);
+    // The new stream is not open yet.
+    let ids = [(); 3].map(|()| server.enqueue("q", "quick", json!(null)));
+    ids.iter().for_each(|id| server.wait_until_done(id));
+    gate.release();
+    server.wait_until_done(&server.enqueue("q", "quick", json!(null)));
+    running.go();
+    server.wait_until_done(&long);
+    proxy.wait_until_closed(proxy.calls(Call::Take)[0].connection);
+    assert_eq!(running.stop().read("started").lines().count(), 5);
+}
+
+#[test]
+fn an_old_stream_closes_though_jobs_come_over_it_without_pause() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    let toml = |prefetch: u8| {
+        format!("url = '$URL'\nworker.prefetch = {prefetch}\nworker.threads = 2\n[handler]\nexec = ['$DIR/script.sh']")
+    };
+    let running = start_with(&proxy, &toml(3), WAIT_UNLESS_QUICK);
+    server.enqueue("q", "long", json!(null));
+    running.wait_for_lines(1, "started");
+    reloaded(&running, &proxy, &toml(4));
+    running.wait_for_messages(2, "connected, listening for jobs");
+    server.enqueue_all(vec![json!({"queue": "q", "type": "quick", "payload": null}); 300]);
+    running.wait_for_lines(20, "started");
+    running.go();
+    proxy.wait_until_closed(proxy.calls(Call::Take)[0].connection);
+    eventually("all jobs", || (server.count("ready") + server.count("in_flight") == 0).then_some(()));
+    running.stop();
+}
+
+#[test]
+fn reports_go_to_the_server_from_which_their_jobs_came() {
     let (here, there) = (Server::start(), Server::start());
     let (first, second) = (Proxy::before(&here), Proxy::before(&there));
-    let running = start(&first, "url = '$URL'\n[handler]\nexec = ['$DIR/wait.sh']");
-    let old = here.enqueue("q", "t", json!(null));
+    let toml = "url = '$URL'\nworker.threads = 2\n[handler]\nexec = ['$DIR/script.sh']";
+    let running = start_with(&first, toml, WAIT_UNLESS_QUICK);
+    let old = here.enqueue("q", "long", json!(null));
     running.wait_for_lines(1, "started");
-    reloaded(&running, &second, "url = '$URL'\nworker.prefetch = 9\n[handler]\nexec = ['$DIR/wait.sh']");
-    assert_eq!(second.calls(Call::Take).len(), 0);
-    running.go();
-    here.wait_until_done(&old);
+    reloaded(&running, &second, &format!("worker.prefetch = 9\n{toml}"));
     let take = second.wait_for_calls(Call::Take, 1);
     assert_eq!(take[0].path, "/jobs/take?prefetch=9");
-    let new = there.enqueue("q", "t", json!(null));
+    let unfit = here.enqueue("q", "quick", json!(null));
+    let new = there.enqueue("q", "quick", json!(null));
     there.wait_until_done(&new);
+    running.go();
+    here.wait_until_done(&old);
     assert_eq!((first.calls(Call::Successes).len(), second.calls(Call::Successes).len()), (1, 1));
+    assert_eq!(here.wait_for_status(&unfit, "ready")["attempts"], 0);
     running.stop();
 }
 
@@ -292,7 +350,7 @@ fn a_file_that_never_ends_holds_up_nothing() {
 }
 
 #[test]
-fn a_worker_that_waits_to_reconnect_is_not_ready_and_says_why() {
+fn a_worker_is_ready_while_an_old_stream_finishes() {
     let server = Server::start();
     let toml = |queue| format!("url = '$URL'\nworker.queues = ['{queue}']\n[handler]\nexec = ['$DIR/wait.sh']");
     let running = start(&server, &toml("old"));
@@ -300,10 +358,9 @@ fn a_worker_that_waits_to_reconnect_is_not_ready_and_says_why() {
     server.enqueue("old", "t", json!(null));
     running.wait_for_lines(1, "started");
     reloaded(&running, &server, &toml("new"));
-    running.wait_for_message("finishing what was taken, to reconnect by other settings");
-    assert_eq!(admin.wait_until_ready(false), ["finishing what was taken, to reconnect by other settings"]);
-    running.go();
+    running.wait_for_message("finishing what came over this stream, while another one takes");
     admin.wait_until_ready(true);
+    running.go();
     running.stop();
 }
 

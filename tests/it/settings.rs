@@ -78,12 +78,22 @@ fn a_path_prefix_of_the_url_is_kept() {
 }
 
 #[test]
+fn proxy_variables_have_no_effect() {
+    let server = Recorder::answering(400, "no");
+    let daemon = ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"]
+        .iter()
+        .fold(Daemon::bare(), |daemon, name| daemon.env(name, "http://127.0.0.1:1"));
+    daemon.args(["--url", &server.url, "--", "true"]).run().assert_exit(1);
+    assert_eq!(server.requests().len(), 1);
+}
+
+#[test]
 fn queues() {
     Setting {
         flag: "--queues",
         variable: "ZIZQ_QUEUES",
         key: "worker.queues",
-        given: ["a,b", "c, d,", "['e', ' f ', '']"],
+        given: ["a,b", "c, d", "['e', ' f ']"],
         seen: ["a,b", "c,d", "e,f"],
         default: Some("(all)"),
         see: |daemon| text(&starting(daemon)["queues"]),
@@ -92,10 +102,12 @@ fn queues() {
 }
 
 #[test]
-fn queues_may_be_repeated_and_are_split_trimmed_and_rid_of_empties() {
-    let daemon = Daemon::bare().args(["--queues", " a ,, b", "--queue", "c", "-q", "d,"]).args(["--queues="]);
+fn queues_may_be_repeated_and_are_split_and_trimmed() {
+    let daemon = Daemon::bare().args(["--queues", " a , b", "--queue", "c", "-q", "d"]);
     assert_eq!(starting(daemon)["queues"], "a,b,c,d");
     assert_eq!(starting(Daemon::bare().config("worker.queues = ' x, y'"))["queues"], "x,y");
+    assert_eq!(starting(Daemon::bare().config("worker.queues = []"))["queues"], "(all)");
+    assert_eq!(starting(Daemon::bare().config("worker.queues = ['a']").env("ZIZQ_QUEUES", ""))["queues"], "a");
 }
 
 #[test]

@@ -1,8 +1,14 @@
 //! What somebody sees who runs the worker by hand.
 
+use std::fs;
+
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::support::{Daemon, Running, Server, UNTIL_GO, eventually};
+
+/// The log's word when the terminal has been closed.
+const GONE: &str = "draining: the terminal is gone; finishing what was taken";
 
 /// A worker on a terminal, with one job that runs until it is told.
 fn watched(daemon: Daemon, server: &Server) -> Running {
@@ -115,4 +121,104 @@ fn no_color_keeps_colours_off_a_terminal() {
         let screen = running.run().assert_exit(0).screen;
         assert_eq!(screen.contains("\x1b[3"), coloured, "{screen:?}");
     }
+}
+
+#[test]
+fn a_worker_drains_when_its_terminal_is_closed() {
+    let server = Server::start();
+    let ids = server.enqueue_all([1, 2].map(|number| json!({"queue": "q", "type": "t", "payload": number})));
+    let script = format!("{UNTIL_GO}; seq 20000");
+    let daemon = Daemon::bare().on_controlling_terminal().args(["--url", &server.url, "--prefetch", "1"]);
+    let mut running = daemon.sh(&script).start();
+    running.wait_for_lines(1, "started");
+    wait_for_text(&running, "connected, listening for jobs");
+    running.hang_up();
+    running.go();
+    running.assert_exit(0);
+    server.wait_until_done(&ids[0]);
+    assert_eq!(server.job(&ids[1]).unwrap()["status"], "ready", "nothing was taken without a terminal");
+}
+
+#[test]
+fn a_worker_whose_log_is_elsewhere_drains_too() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let mut running = Daemon::of(&server).in_session_of([]).config("").sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    running.hang_up();
+    running.wait_for_message(GONE);
+    running.go();
+    let stopped = running.assert_exit(0).event("worker stopped");
+    assert_eq!((&stopped["reason"], &stopped["succeeded"]), (&json!("the terminal is gone"), &json!(1)));
+}
+
+/// The terminal is still there when the kernel sends SIGHUP.
+#[test]
+fn a_worker_drains_when_its_shell_is_killed() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let daemon = Daemon::of(&server).in_session_of(["sh", "-c", "\"$@\" & wait", "sh"]);
+    let running = daemon.sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    running.signal(Signal::KILL);
+    running.wait_for_message(GONE);
+    running.go();
+    let finished = running.finish();
+    assert_eq!(finished.event("worker stopped")["succeeded"], 1);
+}
+
+/// A shell with job control passes SIGHUP on. Here it does so twice.
+#[test]
+fn a_hang_up_that_a_shell_passes_on_drains_and_never_kills() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let shell = "set -m; \"$@\" & trap \"kill -HUP $!; kill -HUP $!\" HUP; wait; wait";
+    let mut running = Daemon::of(&server).in_session_of(["bash", "-c", shell, "bash"]).sh(UNTIL_GO).start();
+    running.wait_for_lines(1, "started");
+    running.hang_up();
+    running.wait_for_message(GONE);
+    running.go();
+    let finished = running.finish();
+    assert_eq!(finished.event("worker stopped")["succeeded"], 1);
+    assert_eq!(finished.all(GONE).len(), 1);
+}
+
+/// So does zsh, and bash with `huponexit`: the terminal is still there when the shell sends SIGHUP.
+#[test]
+fn a_worker_drains_when_its_shell_ends_after_sighup() {
+    let server = Server::start();
+    server.enqueue("q", "t", json!(null));
+    let shell = "set -m; \"$@\" & until [ -e $DIR/started ]; do sleep 0.01; done; kill -HUP $!
+until [ -e $DIR/end ]; do sleep 0.01; done";
+    let running = Daemon::of(&server).in_session_of(["bash", "-c", shell, "bash"]).sh(UNTIL_GO).start();
+    running.wait_for_message("configuration reloaded");
+    assert!(!running.log().iter().any(|line| line.contains(GONE)));
+    fs::write(running.dir().join("end"), "").unwrap();
+    running.wait_for_message(GONE);
+    running.go();
+    assert_eq!(running.assert_exit(0).event("worker stopped")["succeeded"], 1);
+}
+
+#[test]
+fn sighup_reloads_while_the_terminal_is_there() {
+    let server = Server::start();
+    let running = Daemon::of(&server).in_session_of([]).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    running.signal(Signal::HUP).wait_for_message("configuration reloaded");
+    assert!(!running.stop().has(GONE));
+}
+
+#[test]
+fn nohup_keeps_a_worker_beyond_its_terminal() {
+    let server = Server::start();
+    let mut running = Daemon::of(&server).in_session_of(["nohup"]).sh("true").start();
+    running.wait_for_message("connected, listening for jobs");
+    running.hang_up();
+    let id = server.enqueue("q", "t", json!(null));
+    server.wait_until_done(&id);
+    assert!(!running.log().iter().any(|line| line.contains("configuration reloaded")));
+    running.signal(Signal::HUP).wait_for_message("configuration reloaded");
+    let finished = running.stop();
+    assert!(!finished.has(GONE));
+    assert_eq!(finished.all("configuration reloaded").len(), 1);
 }

@@ -257,11 +257,21 @@ fn certificates_are_of_no_use_with_http() {
 
 #[test]
 fn a_system_that_trusts_nobody_needs_a_file() {
-    let daemon = Daemon::bare();
-    let empty = daemon.file("empty.pem", "");
-    let problem = "this system has no trusted certificates; install ca-certificates, or name a file with --tls-ca";
-    let daemon = daemon.env("SSL_CERT_FILE", empty).env("SSL_CERT_DIR", "");
-    complains(daemon, &format!("the command line: {problem}"));
+    let problem = "url is https, and this system has no trusted certificates; install ca-certificates, or name a file \
+                   with --tls-ca, ZIZQ_TLS_CA, or ca in the file's [tls]";
+    let url = "https://localhost:1";
+    let file = format!("# a comment\nurl = '{url}'");
+    for (daemon, source) in [
+        (Daemon::bare().env("ZIZQ_URL", url), "ZIZQ_URL"),
+        (Daemon::bare().args(["--url", url]), "--url"),
+        (Daemon::bare().config(&file), "DIR/zizq-worker.toml:2"),
+    ] {
+        let empty = daemon.file("empty.pem", "");
+        let daemon = daemon.env("SSL_CERT_FILE", empty).env("SSL_CERT_DIR", "").args(["--", "true"]);
+        let finished = daemon.run().assert_exit(CONFIG);
+        let line = finished.log.join("\n").replace(finished.dir().to_str().unwrap(), "DIR");
+        assert_eq!(line, format!("zizq-worker: {source}: {problem}"));
+    }
 }
 
 #[test]

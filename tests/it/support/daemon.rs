@@ -2,7 +2,8 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, PipeReader, Read, pipe};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::os::unix::process::ExitStatusExt;
@@ -11,11 +12,12 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Api, eventually, terminal};
+use super::{Api, Refused, eventually, seccomp, terminal};
 
 /// The arguments by which setpriv starts a command as a user without rights.
 const AS_NOBODY: [&str; 4] = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
@@ -24,6 +26,7 @@ const AS_NOBODY: [&str; 4] = ["--reuid=65534", "--regid=65534", "--clear-groups"
 pub struct Daemon {
     command: Command,
     terminal: Option<File>,
+    controlling: Option<OwnedFd>,
     keep_output: bool,
     dir: TempDir,
 }
@@ -48,7 +51,7 @@ impl Daemon {
         }
         let dir = TempDir::with_prefix("zizq-worker-test-").unwrap();
         command.env("DIR", dir.path());
-        Self { command, terminal: None, keep_output: true, dir }
+        Self { command, terminal: None, controlling: None, keep_output: true, dir }
     }
 
     pub fn args<const N: usize>(mut self, args: [&str; N]) -> Self {
@@ -82,6 +85,26 @@ impl Daemon {
     pub fn on_terminal_of(self, columns: u16) -> Self {
         let daemon = self.on_terminal();
         terminal::resize(daemon.terminal.as_ref().unwrap(), columns);
+        daemon
+    }
+
+    /// Starts it by `leader`, the leader of a session whose controlling terminal is stdin; the log goes elsewhere.
+    pub fn in_session_of<const N: usize>(self, leader: [&str; N]) -> Self {
+        let mut setsid = Command::new("setsid");
+        setsid.arg("-c").args(leader);
+        let mut daemon = self.wrap(setsid);
+        let (ours, theirs) = terminal::open();
+        daemon.command.stdin(theirs);
+        daemon.controlling = Some(ours.into());
+        daemon
+    }
+
+    /// Starts it as the leader of a session, with its log on the controlling terminal.
+    pub fn on_controlling_terminal(self) -> Self {
+        let mut daemon = self.in_session_of([]);
+        let (ours, theirs) = terminal::open();
+        daemon.command.stdin(theirs.try_clone().unwrap()).stderr(theirs);
+        (daemon.terminal, daemon.controlling) = (Some(ours), None);
         daemon
     }
 
@@ -151,6 +174,12 @@ impl Daemon {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("{what}; exec \"$@\""), "sh"]);
         self.wrap(shell)
+    }
+
+    /// Starts it in a sandbox that refuses these calls to it and to all that it starts. Last, as what wraps it is refused them too.
+    pub fn in_sandbox<const N: usize>(mut self, refused: [Refused; N]) -> Self {
+        seccomp::refuse(&mut self.command, &refused);
+        self
     }
 
     /// Starts it as process 1 of a namespace, as in a container without an init.
@@ -224,8 +253,10 @@ impl Daemon {
         let mut child = self.command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let screen = Arc::default();
+        let (hung_up, hang_up) = pipe().unwrap();
+        let hold = self.controlling.take().unwrap_or(hang_up.into());
         let stderr: Box<dyn Read + Send> = match self.terminal.take() {
-            Some(terminal) => Box::new(Watched { terminal, screen: Arc::clone(&screen) }),
+            Some(terminal) => Box::new(Watched { terminal, screen: Arc::clone(&screen), hung_up }),
             None => Box::new(child.stderr.take().unwrap()),
         };
         let lines = Arc::clone(&log);
@@ -244,8 +275,8 @@ impl Daemon {
             text
         });
         let command = format!("{:?}", self.command);
-        let (reading, output) = (Some(reading), Some(output));
-        Running { child, command, log, screen, reading, output, dir: self.dir, exited: false }
+        let (reading, output, terminal) = (Some(reading), Some(output), Some(hold));
+        Running { child, command, log, screen, reading, output, terminal, dir: self.dir, exited: false }
     }
 
     /// Starts it and waits for its end.
@@ -261,10 +292,19 @@ type Screen = Arc<Mutex<Vec<u8>>>;
 struct Watched {
     terminal: File,
     screen: Screen,
+    /// At its end when the watching is over.
+    hung_up: PipeReader,
 }
 
 impl Read for Watched {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let [terminal, hung_up] =
+            [PollFd::new(&self.terminal, PollFlags::IN), PollFd::new(&self.hung_up, PollFlags::IN)];
+        let mut both = [terminal, hung_up];
+        poll(&mut both, None)?;
+        if !both[1].revents().is_empty() {
+            return Ok(0);
+        }
         let length = self.terminal.read(buffer)?;
         self.screen.lock().unwrap().extend_from_slice(&buffer[..length]);
         Ok(length)
@@ -279,6 +319,8 @@ pub struct Running {
     screen: Screen,
     reading: Option<JoinHandle<()>>,
     output: Option<JoinHandle<String>>,
+    /// Closed, it closes our end of a terminal.
+    terminal: Option<OwnedFd>,
     dir: TempDir,
     exited: bool,
 }
@@ -318,6 +360,14 @@ impl Running {
 
     pub fn sigint(&self) -> &Self {
         self.signal(Signal::INT)
+    }
+
+    /// Closes the terminal, as when its window is closed.
+    pub fn hang_up(&mut self) {
+        self.terminal = None;
+        if !self.screen().is_empty() {
+            self.reading.take().unwrap().join().unwrap();
+        }
     }
 
     /// The log so far.
@@ -415,7 +465,9 @@ impl Running {
     pub fn finish(mut self) -> Finished {
         let status = eventually("the daemon's exit", || self.child.try_wait().unwrap());
         self.exited = true;
-        self.reading.take().unwrap().join().unwrap();
+        if let Some(reading) = self.reading.take() {
+            reading.join().unwrap();
+        }
         let stdout = self.output.take().unwrap().join().unwrap();
         let dir = std::mem::replace(&mut self.dir, TempDir::new().unwrap());
         Finished { status, log: self.log(), stdout, screen: self.screen(), dir }

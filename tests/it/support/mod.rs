@@ -4,10 +4,12 @@ mod admin;
 mod authority;
 mod daemon;
 mod hung;
+mod lease;
 mod proxy;
 mod raw;
 mod recorder;
 mod restartable;
+mod seccomp;
 mod server;
 mod terminal;
 
@@ -21,10 +23,12 @@ use serde_json::{Value, json};
 
 pub use daemon::{Daemon, Finished, Running};
 pub use hung::HungFileSystem;
+pub use lease::Lease;
 pub use proxy::{BodyFault, Call, Event, Fault, Gate, Proxy};
 pub use raw::RawServer;
 pub use recorder::Recorder;
 pub use restartable::Restartable;
+pub use seccomp::Refused;
 pub use server::{Api, Server, runtime, unused_address};
 
 /// How long a test waits for something that must happen: far longer than it ever takes.

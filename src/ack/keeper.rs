@@ -1,0 +1,85 @@
+//! Looks at parked outcomes from time to time: another worker may have the job, or may have finished it.
+
+use std::collections::BTreeSet;
+
+use tokio_util::sync::CancellationToken;
+
+use super::Reporter;
+use super::reporter::ask;
+use crate::backoff::Waits;
+use crate::fate::{Answer, Hold, Step, Told, fate};
+use crate::job::JobId;
+use crate::ledger::Parked;
+use crate::lifecycle::Phase;
+
+impl Reporter {
+    /// Looks at parked outcomes, with growing waits, until the queue closes or the worker is killed.
+    pub(super) async fn keep(self, closing: CancellationToken) {
+        tokio::select! {
+            biased;
+            () = closing.cancelled() => {}
+            () = self.lifecycle.reached(Phase::Killing) => {}
+            () = self.look_for_ever() => {}
+        }
+    }
+
+    async fn look_for_ever(&self) {
+        let mut parkings = self.ledger.parkings();
+        loop {
+            // It fails only once the ledger is gone, and `self` has it.
+            let _ = parkings.changed().await;
+            let (mut waits, mut elsewhere) = (self.backoff.waits(), BTreeSet::new());
+            while !self.ledger.parked().is_empty() {
+                self.wait_for_next_look(&mut waits).await;
+                elsewhere = self.look_at_all(&elsewhere).await;
+            }
+        }
+    }
+
+    /// Waits for long while jobs are taken: then most are redelivered before.
+    async fn wait_for_next_look(&self, waits: &mut Waits) {
+        if self.lifecycle.phase() < Phase::Draining {
+            let (_, longest, _) = self.backoff.parts();
+            tokio::select! {
+                biased;
+                () = self.lifecycle.reached(Phase::Draining) => {}
+                () = tokio::time::sleep(longest) => return,
+            }
+        }
+        tokio::time::sleep(waits.next_wait()).await;
+    }
+
+    /// Looks at each parked outcome once. `elsewhere` are the jobs that the look before has found in flight; returns those
+    /// that this one has.
+    async fn look_at_all(&self, elsewhere: &BTreeSet<JobId>) -> BTreeSet<JobId> {
+        let (mut in_flight, mut unreachable) = (BTreeSet::new(), Vec::new());
+        for parked in self.ledger.parked() {
+            let server = parked.client.url().to_string();
+            if unreachable.contains(&server) {
+                continue;
+            }
+            match self.look_at(&parked, elsewhere.contains(&parked.attempt.id)).await {
+                Told::InFlight => drop(in_flight.insert(parked.attempt.id)),
+                Told::Unreachable => unreachable.push(server),
+                _ => {}
+            }
+        }
+        in_flight
+    }
+
+    async fn look_at(&self, parked: &Parked, was_in_flight: bool) -> Told {
+        let Parked { attempt, kind, client } = parked;
+        let is_given_up = was_in_flight && self.lifecycle.phase() >= Phase::Draining;
+        let answer = if is_given_up { Answer::KeptElsewhere } else { Answer::Kept };
+        let (told, _) = ask(client, attempt, *kind).await;
+        let is_settled = match fate(*kind, answer, told, Hold::Lost) {
+            Step::Settle => true,
+            Step::Send => self.report_parked(client, attempt).await,
+            Step::Ask | Step::Retry | Step::Park | Step::Drop => false,
+        };
+        if is_settled {
+            self.ledger.settle_parked(attempt);
+        }
+        told
+    }
+}

@@ -1,0 +1,230 @@
+//! Reads the server's answers, and tells them from those of a proxy or of another server.
+//!
+//! Only an answer that is recognisably the server's may settle a job: a 204, a JSON object, or a refusal with the server's
+//! JSON `error`.
+
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, LOCATION, RETRY_AFTER};
+use hyper::{HeaderMap, Response, StatusCode};
+use serde::Deserialize;
+
+use super::skim::Skimmer;
+use super::{Acceptance, ClientError, JobState, MAX_RETRY_AFTER, NDJSON, within_request_timeout};
+use crate::job::JobId;
+
+/// The most of an answer that is read. All answers of the server to a worker are shorter.
+const MAX_ANSWER_BYTES: usize = 1024 * 1024;
+
+#[derive(Deserialize)]
+struct NotFound {
+    not_found: Vec<String>,
+}
+
+/// Any object: all fields are ignored.
+#[derive(Deserialize)]
+struct Object {}
+
+/// The server's word for a refusal.
+#[derive(Deserialize)]
+struct Refusal {
+    error: String,
+}
+
+/// Rejects the pages of proxies and of other servers as take streams.
+pub(super) fn is_ndjson(response: &Response<Incoming>) -> bool {
+    let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    content_type.is_some_and(|content_type| content_type.starts_with(NDJSON))
+}
+
+/// Reads the answer to a bulk report of successes: the ids that were not in flight.
+pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>, ClientError> {
+    let status = response.status();
+    if status.is_success() {
+        return accepted(response).await.map(|()| Vec::new());
+    }
+    if status != StatusCode::UNPROCESSABLE_ENTITY {
+        return Err(refusal(response).await);
+    }
+    let (headers, body) = read(response).await?;
+    match serde_json::from_slice::<NotFound>(&body) {
+        Ok(known) => Ok(known.not_found.iter().map(|id| JobId::from(id.as_str())).collect()),
+        Err(_) => Err(refused(status, &headers, &body)),
+    }
+}
+
+/// Reads the answer to a report of a failure.
+pub(super) async fn acceptance(response: Response<Incoming>) -> Result<Acceptance, ClientError> {
+    match response.status() {
+        status if status.is_success() => accepted(response).await.map(|()| Acceptance::Accepted),
+        StatusCode::NOT_FOUND => denied(response).await.map(|()| Acceptance::AlreadyHandled),
+        _ => Err(refusal(response).await),
+    }
+}
+
+/// Reads the answer to a look at a job, without its payload, which may be larger than everything that is held here.
+pub(super) async fn job_state(response: Response<Incoming>) -> Result<Option<JobState>, ClientError> {
+    match response.status() {
+        status if status.is_success() => {
+            let body = skim(response.into_body()).await?;
+            serde_json::from_slice(body.kept()).map(Some).map_err(|error| ClientError::Answer(error.into()))
+        }
+        StatusCode::NOT_FOUND => denied(response).await.map(|()| None),
+        _ => Err(refusal(response).await),
+    }
+}
+
+/// Reads the answer to a question for the version.
+pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, ClientError> {
+    #[derive(Deserialize)]
+    struct Answer {
+        version: String,
+    }
+    if !response.status().is_success() {
+        return Err(refusal(response).await);
+    }
+    let (_, body) = read(response).await?;
+    let answer: Answer = serde_json::from_slice(&body).map_err(|error| ClientError::Answer(error.into()))?;
+    Ok(answer.version)
+}
+
+/// Reads an answer with a good status. The body is read to its end, otherwise the connection could not be used again.
+async fn accepted(response: Response<Incoming>) -> Result<(), ClientError> {
+    let status = response.status();
+    let (_, body) = read(response).await?;
+    if status == StatusCode::NO_CONTENT || serde_json::from_slice::<Object>(&body).is_ok() {
+        Ok(())
+    } else {
+        Err(ClientError::NotTheServer { status, message: first_line(&body) })
+    }
+}
+
+/// Reads a 404, which says something of the job only if the server itself has sent it.
+async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
+    let status = response.status();
+    let (_, body) = read(response).await?;
+    match serde_json::from_slice::<Refusal>(&body) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(ClientError::NotTheServer { status, message: first_line(&body) }),
+    }
+}
+
+/// Makes an error of an answer that is neither a success nor anything that the call expects.
+pub(super) async fn refusal(response: Response<Incoming>) -> ClientError {
+    let status = response.status();
+    if let Some(location) = response.headers().get(LOCATION).filter(|_| status.is_redirection()) {
+        let message = format!("redirects are not followed, and this one leads to {location:?}");
+        return ClientError::Refused { status, message, retry_after: None };
+    }
+    let headers = response.headers().clone();
+    match read(response).await {
+        Ok((headers, body)) => refused(status, &headers, &body),
+        Err(_) => refused(status, &headers, b""),
+    }
+}
+
+fn refused(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ClientError {
+    match serde_json::from_slice::<Refusal>(body) {
+        Ok(Refusal { error }) => ClientError::Refused { status, message: error, retry_after: retry_after(headers) },
+        Err(_) if status == StatusCode::NOT_FOUND => ClientError::NotTheServer { status, message: first_line(body) },
+        Err(_) => ClientError::Refused { status, message: first_line(body), retry_after: retry_after(headers) },
+    }
+}
+
+fn first_line(body: &[u8]) -> String {
+    String::from_utf8_lossy(body).lines().next().unwrap_or_default().chars().take(200).collect()
+}
+
+/// Reads `Retry-After`: seconds, or a date (RFC 9110, 10.2.3).
+#[expect(clippy::disallowed_methods, reason = "the header's date is wall time")]
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = match text.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).unwrap_or_default(),
+    };
+    Some(wait.min(MAX_RETRY_AFTER))
+}
+
+async fn read(response: Response<Incoming>) -> Result<(HeaderMap, Bytes), ClientError> {
+    let (parts, body) = response.into_parts();
+    let collected = Limited::new(body, MAX_ANSWER_BYTES).collect();
+    let body = within_request_timeout(async { collected.await.map_err(ClientError::Answer) }).await?;
+    Ok((parts.headers, body.to_bytes()))
+}
+
+async fn skim(mut body: Incoming) -> Result<Skimmer, ClientError> {
+    let reading = async {
+        let mut skimmer = Skimmer::default();
+        while let Some(frame) = body.frame().await {
+            if let Some(data) = frame.map_err(|error| ClientError::Answer(error.into()))?.data_ref() {
+                skimmer.push(data);
+            }
+        }
+        Ok(skimmer)
+    };
+    within_request_timeout(reading).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused_with(code: u16, body: &[u8]) -> ClientError {
+        refused(StatusCode::from_u16(code).unwrap(), &HeaderMap::new(), body)
+    }
+
+    #[test]
+    fn client_errors_that_do_not_pass_are_final() {
+        for code in [400, 405, 409, 410, 413, 415, 422, 431] {
+            assert!(!refused_with(code, b"").is_retryable(), "{code}");
+        }
+        for code in [302, 401, 403, 404, 407, 408, 421, 425, 429, 500, 503] {
+            assert!(refused_with(code, b"").is_retryable(), "{code}");
+        }
+        assert!(ClientError::TimedOut(Duration::ZERO).is_retryable());
+    }
+
+    #[test]
+    fn a_first_request_is_no_mistake_if_its_refusal_passes() {
+        for code in [400, 401, 403, 404, 406] {
+            assert!(refused_with(code, b"").is_mistake(), "{code}");
+        }
+        for code in [302, 408, 425, 429, 500, 503] {
+            assert!(!refused_with(code, b"").is_mistake(), "{code}");
+        }
+    }
+
+    #[test]
+    fn a_404_without_the_servers_error_is_not_the_servers() {
+        assert!(matches!(refused_with(404, b"<html>"), ClientError::NotTheServer { .. }));
+        assert!(matches!(refused_with(404, br#"{"error":"job not found"}"#), ClientError::Refused { .. }));
+    }
+
+    #[test]
+    fn a_refusal_says_what_the_server_said() {
+        let error = refused_with(400, br#"{"error":"invalid prefetch"}"#);
+        assert_eq!(error.to_string(), "the server answered 400 Bad Request: invalid prefetch");
+        let error = refused_with(502, b"<html>\n<body>");
+        assert_eq!(error.to_string(), "the server answered 502 Bad Gateway: <html>");
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "the header's date is wall time")]
+    fn retry_after_is_seconds_or_a_date_and_five_minutes_at_most() {
+        let wait = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(RETRY_AFTER, text.parse().unwrap());
+            retry_after(&headers)
+        };
+        assert_eq!(wait("7"), Some(Duration::from_secs(7)));
+        assert_eq!(wait("3600"), Some(MAX_RETRY_AFTER));
+        assert_eq!(wait("soon"), None);
+        assert_eq!(wait("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
+        let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(60));
+        assert!((58..=60).contains(&wait(&date).unwrap().as_secs()));
+    }
+}

@@ -1,0 +1,226 @@
+//! [`Connector`]: how a client reaches its server, over the network or by a function of the embedding program.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hyper::Uri;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tower_service::Service;
+
+use super::ServerUrl;
+
+/// How long a server may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// After how much silence the kernel asks whether the peer still lives.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// How often it asks then …
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// … and after how many unanswered questions the connection is dead.
+const TCP_KEEPALIVE_RETRIES: u32 = 3;
+
+/// How long what was sent may stay unconfirmed before the kernel gives a connection up; keepalive is for idle ones alone.
+#[cfg(target_os = "linux")]
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+
+type BoxError = Box<dyn Error + Send + Sync>;
+type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+pub(super) type Supplier = dyn Fn(ServerUrl) -> BoxFuture<io::Result<Box<dyn Stream>>> + Send + Sync;
+
+/// A connection that can be read and written. Every type with these traits is one.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// How a client reaches its server: over TCP by default, or over connections that the embedding program supplies.
+///
+/// For an `https` url, TLS runs over either.
+///
+/// ```
+/// use tokio::net::UnixStream;
+/// use zizq_worker::{Connector, WorkerConfig};
+///
+/// let connector = Connector::new(|_url| UnixStream::connect("/run/zizq.sock"));
+/// let config = WorkerConfig { connector, ..WorkerConfig::default() };
+/// ```
+#[derive(Clone, Default)]
+pub struct Connector(Way);
+
+#[derive(Clone, Default)]
+enum Way {
+    #[default]
+    Network,
+    Supplied(Arc<Supplier>),
+}
+
+impl Connector {
+    /// Makes a connector that calls `connect` for each connection. A call that takes longer than ten seconds is given up,
+    /// as with TCP.
+    pub fn new<F, T>(connect: impl Fn(ServerUrl) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = io::Result<T>> + Send + 'static,
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let supplier = move |url| -> BoxFuture<io::Result<Box<dyn Stream>>> {
+            let connecting = connect(url);
+            Box::pin(async move { Ok(Box::new(connecting.await?) as Box<dyn Stream>) })
+        };
+        Self(Way::Supplied(Arc::new(supplier)))
+    }
+
+    /// Makes the connections of one client.
+    pub(super) fn dialer(&self, url: &ServerUrl) -> Dialer {
+        match &self.0 {
+            Way::Network => Dialer::Network(tcp()),
+            Way::Supplied(supplier) => Dialer::Supplied(url.clone(), Arc::clone(supplier)),
+        }
+    }
+}
+
+/// Two connectors are the same if both use the network, or one is a clone of the other.
+impl PartialEq for Connector {
+    fn eq(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (Way::Network, Way::Network) => true,
+            (Way::Supplied(one), Way::Supplied(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.0 {
+            Way::Network => "Connector(network)",
+            Way::Supplied(_) => "Connector(supplied)",
+        })
+    }
+}
+
+fn tcp() -> HttpConnector {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    tcp.set_keepalive(Some(TCP_KEEPALIVE));
+    tcp.set_keepalive_interval(Some(TCP_KEEPALIVE_INTERVAL));
+    tcp.set_keepalive_retries(Some(TCP_KEEPALIVE_RETRIES));
+    #[cfg(target_os = "linux")]
+    tcp.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
+    tcp
+}
+
+/// The service by which hyper's client asks for connections, without TLS.
+#[derive(Clone)]
+pub(super) enum Dialer {
+    Network(HttpConnector),
+    Supplied(ServerUrl, Arc<Supplier>),
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Dialer")
+    }
+}
+
+impl Service<Uri> for Dialer {
+    type Response = Wire;
+    type Error = BoxError;
+    type Future = BoxFuture<Result<Wire, BoxError>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        match self {
+            Self::Network(tcp) => tcp.poll_ready(cx).map_err(Into::into),
+            Self::Supplied(..) => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        match self {
+            Self::Network(tcp) => {
+                let connecting = tcp.call(uri);
+                Box::pin(async move { Ok(Wire::Network(connecting.await?)) })
+            }
+            Self::Supplied(url, supplier) => {
+                let connecting = tokio::time::timeout(CONNECT_TIMEOUT, supplier(url.clone()));
+                Box::pin(async move { Ok(Wire::Supplied(TokioIo::new(connecting.await??))) })
+            }
+        }
+    }
+}
+
+/// A connection, without TLS.
+pub(super) enum Wire {
+    Network(TokioIo<TcpStream>),
+    Supplied(TokioIo<Box<dyn Stream>>),
+}
+
+impl Connection for Wire {
+    fn connected(&self) -> Connected {
+        match self {
+            Self::Network(tcp) => tcp.connected(),
+            Self::Supplied(_) => Connected::new(),
+        }
+    }
+}
+
+impl Read for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Network(tcp) => Pin::new(tcp).poll_read(cx, buf),
+            Self::Supplied(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl Write for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Network(tcp) => Pin::new(tcp).poll_write(cx, buf),
+            Self::Supplied(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Network(tcp) => Pin::new(tcp).poll_flush(cx),
+            Self::Supplied(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Network(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            Self::Supplied(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Network(tcp) => tcp.is_write_vectored(),
+            Self::Supplied(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Network(tcp) => Pin::new(tcp).poll_write_vectored(cx, bufs),
+            Self::Supplied(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! [`Health`]: whether calls to a server fail, and the moment at which they succeed again.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+
+use super::ClientError;
+
+/// The length of a disturbance whose end is a recovery. A single call that always fails among others that succeed is
+/// none, otherwise each success of the others would repeat it.
+const DISTURBANCE: Duration = Duration::from_secs(1);
+
+/// The calls that have failed since the last success, and those who wait for the next one.
+#[derive(Debug)]
+pub(crate) struct Health {
+    failing_since: Mutex<Option<Instant>>,
+    recoveries: watch::Sender<()>,
+    /// The turn of the one call that is tried while all others wait.
+    scout: Semaphore,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { failing_since: Mutex::default(), recoveries: watch::Sender::default(), scout: Semaphore::new(1) }
+    }
+}
+
+impl Health {
+    /// Notes how a call has ended, and passes its result on.
+    pub(super) fn observe<T>(&self, called: Result<T, ClientError>) -> Result<T, ClientError> {
+        let failed = called.as_ref().is_err_and(ClientError::is_retryable);
+        let mut failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed {
+            failing_since.get_or_insert_with(Instant::now);
+        } else if failing_since.take().is_some_and(|since| since.elapsed() >= DISTURBANCE) {
+            self.recoveries.send_replace(());
+        }
+        called
+    }
+
+    /// Whether the latest call failed.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Notes that a take stream has been opened: the server is there.
+    pub(super) fn connected(&self) {
+        *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.recoveries.send_replace(());
+    }
+
+    /// Waits until calls succeed again.
+    pub(crate) async fn recovered(&self) {
+        // It fails only once the sender is gone, and `self` has it.
+        let _ = self.recoveries.subscribe().changed().await;
+    }
+
+    /// Waits for the turn of the one call that finds out whether the server is back: one at a time, each after `pause`, in
+    /// the order in which they have begun to wait.
+    pub(crate) async fn scouts_turn(&self, pause: Duration) {
+        // The semaphore is never closed.
+        let _turn = self.scout.acquire().await;
+        tokio::time::sleep(pause).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    fn failure() -> Result<(), ClientError> {
+        Err(ClientError::TimedOut(Duration::ZERO))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_success_after_a_disturbance_is_a_recovery() {
+        let health = Health::default();
+        let mut waiting = Box::pin(health.recovered());
+        assert!(waiting.as_mut().now_or_never().is_none());
+        health.observe(failure()).unwrap_err();
+        tokio::time::advance(DISTURBANCE).await;
+        health.observe(failure()).unwrap_err();
+        assert!(waiting.as_mut().now_or_never().is_none());
+        health.observe(Ok(())).unwrap();
+        assert!(waiting.now_or_never().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_always_fails_among_others_is_no_disturbance() {
+        let health = Health::default();
+        let mut waiting = Box::pin(health.recovered());
+        assert!(waiting.as_mut().now_or_never().is_none());
+        for _ in 0..10 {
+            health.observe(failure()).unwrap_err();
+            tokio::time::advance(DISTURBANCE / 2).await;
+            health.observe(Ok(())).unwrap();
+        }
+        assert!(waiting.now_or_never().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn scouts_take_turns() {
+        let (health, begun) = (Health::default(), Instant::now());
+        let pause = Duration::from_secs(1);
+        let turn = || async {
+            health.scouts_turn(pause).await;
+            begun.elapsed().as_secs()
+        };
+        assert_eq!(tokio::join!(turn(), turn(), turn()), (1, 2, 3));
+    }
+}

@@ -1,0 +1,267 @@
+//! [`fate`]: the one place that decides what happens to an outcome next.
+//!
+//! The decision depends on three things: what the server [answered](Answer) to its report, what the server [says](Told) of the
+//! job, and how this worker [holds](Hold) the job. In the table, "…" is any value, and the first row that fits counts.
+//!
+//! | outcome | answer | told | hold | step |
+//! | --- | --- | --- | --- | --- |
+//! | … | Accepted | … | … | Settle |
+//! | … | Refused | … | … | Drop |
+//! | … | Failed | … | … | Retry |
+//! | Success | Unsent, InDoubt | … | … | Send |
+//! | Failure | Unsent | … | Same, Anew | Send |
+//! | Failure | Unsent | … | Lost | Park |
+//! | Failure | InDoubt | … | Lost | Park |
+//! | … | InDoubt, Denied, Kept, KeptElsewhere | NotAsked | … | Ask |
+//! | … | InDoubt, Denied, Kept, KeptElsewhere | Gone, Over | … | Settle |
+//! | Failure | InDoubt, Denied, Kept, KeptElsewhere | Past | … | Settle |
+//! | Failure | InDoubt | Unreachable, Withheld | … | Retry |
+//! | Failure | InDoubt | InFlight | Same, Anew | Send |
+//! | Failure | InDoubt | Waiting | Anew | Send |
+//! | Failure | InDoubt | Waiting | Same | Park |
+//! | … | Denied | Unreachable | … | Retry |
+//! | … | Denied | Withheld, Past, InFlight, Waiting | Anew | Send |
+//! | … | Denied | Withheld, Past, InFlight, Waiting | Same, Lost | Park |
+//! | Success | Kept, KeptElsewhere | InFlight, Past | … | Send |
+//! | Failure | KeptElsewhere | InFlight | … | Settle |
+//! | … | Kept, KeptElsewhere | … | … | Park |
+//!
+//! A success counts wherever its job is in flight, whatever attempt the server has come to. A failure costs the job an attempt,
+//! and the server goes by the id alone. So a failure leaves only while the job is held here as that very attempt, and never a
+//! second time before a look at the job has shown that the first one has not arrived. A job that is redelivered as the same
+//! attempt shows as much: no failure of that attempt has been counted.
+
+/// The outcome that is to be reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Success,
+    Failure,
+}
+
+/// The server's answer to the report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// No report has been sent.
+    Unsent,
+    /// A report has been sent, and its answer was lost.
+    InDoubt,
+    /// The report counts.
+    Accepted,
+    /// The server says that the job was not in flight.
+    Denied,
+    /// The try failed, and a later one may succeed.
+    Failed,
+    /// The report is refused for good.
+    Refused,
+    /// The outcome is parked.
+    Kept,
+    /// The outcome is parked during a drain, and the look before this one has found the job in flight elsewhere.
+    KeptElsewhere,
+}
+
+/// The state of the job, as the server tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Told {
+    NotAsked,
+    /// The server could not be asked now.
+    Unreachable,
+    /// The server, or a proxy, refuses to tell.
+    Withheld,
+    /// The server does not have the job.
+    Gone,
+    /// The job is completed or dead.
+    Over,
+    /// The server has counted a failure since the attempt began.
+    Past,
+    /// The job is ready or scheduled.
+    Waiting,
+    InFlight,
+}
+
+/// How this worker holds the job, compared with the moment at which the server was last asked or told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hold {
+    /// By the same delivery, over a stream that is open.
+    Same,
+    /// By a later delivery, over a stream that is open.
+    Anew,
+    /// Not at all: the stream is lost.
+    Lost,
+}
+
+/// The next step for an outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Look at the job.
+    Ask,
+    /// Send the report.
+    Send,
+    /// Try again after a wait.
+    Retry,
+    /// Keep the outcome until its job is redelivered. The job is not held from here on.
+    Park,
+    /// Forget the job: the server knows its outcome, or has no use for the outcome.
+    Settle,
+    /// Give the report up. The job is held until its stream closes, and is redelivered then.
+    Drop,
+}
+
+/// Decides the next step for an outcome; see the table.
+pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
+    match (answer, kind) {
+        (Answer::Accepted, _) => Step::Settle,
+        (Answer::Refused, _) => Step::Drop,
+        (Answer::Failed, _) => Step::Retry,
+        (Answer::Unsent | Answer::InDoubt, Kind::Success) => Step::Send,
+        (Answer::Unsent | Answer::InDoubt, Kind::Failure) if hold == Hold::Lost => Step::Park,
+        (Answer::Unsent, Kind::Failure) => Step::Send,
+        (_, _) if told == Told::NotAsked => Step::Ask,
+        (_, _) if matches!(told, Told::Gone | Told::Over) => Step::Settle,
+        (_, Kind::Failure) if told == Told::Past => Step::Settle,
+        (Answer::InDoubt, Kind::Failure) => fate_in_doubt(told, hold),
+        (Answer::Denied, _) => fate_of_denied(told, hold),
+        (Answer::Kept | Answer::KeptElsewhere, Kind::Success) if matches!(told, Told::InFlight | Told::Past) => {
+            Step::Send
+        }
+        (Answer::KeptElsewhere, Kind::Failure) if told == Told::InFlight => Step::Settle,
+        (Answer::Kept | Answer::KeptElsewhere, _) => Step::Park,
+    }
+}
+
+/// A failure that may have arrived, of a job that is held.
+fn fate_in_doubt(told: Told, hold: Hold) -> Step {
+    match (told, hold) {
+        (Told::InFlight, _) | (Told::Waiting, Hold::Anew) => Step::Send,
+        (Told::Waiting, _) => Step::Park,
+        _ => Step::Retry,
+    }
+}
+
+/// A report of a job that was not in flight, and is not over.
+fn fate_of_denied(told: Told, hold: Hold) -> Step {
+    match (told, hold) {
+        (Told::Unreachable, _) => Step::Retry,
+        (_, Hold::Anew) => Step::Send,
+        _ => Step::Park,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [Kind; 2] = [Kind::Success, Kind::Failure];
+    const ANSWERS: [Answer; 8] = [
+        Answer::Unsent,
+        Answer::InDoubt,
+        Answer::Accepted,
+        Answer::Denied,
+        Answer::Failed,
+        Answer::Refused,
+        Answer::Kept,
+        Answer::KeptElsewhere,
+    ];
+    const TOLD: [Told; 8] = [
+        Told::NotAsked,
+        Told::Unreachable,
+        Told::Withheld,
+        Told::Gone,
+        Told::Over,
+        Told::Past,
+        Told::Waiting,
+        Told::InFlight,
+    ];
+    const HOLDS: [Hold; 3] = [Hold::Same, Hold::Anew, Hold::Lost];
+
+    fn every_combination() -> impl Iterator<Item = (Kind, Answer, Told, Hold)> {
+        KINDS.into_iter().flat_map(|kind| {
+            ANSWERS.into_iter().flat_map(move |answer| {
+                TOLD.into_iter().flat_map(move |told| HOLDS.into_iter().map(move |hold| (kind, answer, told, hold)))
+            })
+        })
+    }
+
+    /// The rows of the table in this module's documentation: the cells of each.
+    fn table() -> Vec<Vec<&'static str>> {
+        let rows = include_str!("fate.rs").lines().filter_map(|line| line.strip_prefix("//! | "));
+        rows.skip(2).map(|row| row.trim_end_matches(" |").split(" | ").collect()).collect()
+    }
+
+    #[test]
+    fn every_combination_is_decided_as_the_table_says() {
+        let fits = |cell: &str, value: String| cell == "…" || cell.split(", ").any(|name| name == value);
+        let table = table();
+        for (kind, answer, told, hold) in every_combination() {
+            let row = table.iter().find(|row| {
+                fits(row[0], format!("{kind:?}"))
+                    && fits(row[1], format!("{answer:?}"))
+                    && fits(row[2], format!("{told:?}"))
+                    && fits(row[3], format!("{hold:?}"))
+            });
+            let row = row.unwrap_or_else(|| panic!("no row for {kind:?} {answer:?} {told:?} {hold:?}"));
+            let step = format!("{:?}", fate(kind, answer, told, hold));
+            assert_eq!(step, row[4], "{kind:?} {answer:?} {told:?} {hold:?}");
+        }
+    }
+
+    #[test]
+    fn each_row_of_the_table_decides_something() {
+        let fits = |cell: &str, value: String| cell == "…" || cell.split(", ").any(|name| name == value);
+        let table = table();
+        let mut used = vec![false; table.len()];
+        for (kind, answer, told, hold) in every_combination() {
+            let first = table.iter().position(|row| {
+                fits(row[0], format!("{kind:?}"))
+                    && fits(row[1], format!("{answer:?}"))
+                    && fits(row[2], format!("{told:?}"))
+                    && fits(row[3], format!("{hold:?}"))
+            });
+            used[first.unwrap()] = true;
+        }
+        let unused: Vec<_> = table.iter().zip(used).filter(|(_, used)| !used).collect();
+        assert!(unused.is_empty(), "{unused:?}");
+    }
+
+    #[test]
+    fn a_failure_is_sent_only_while_its_job_is_held() {
+        for (kind, answer, told, hold) in every_combination() {
+            if kind == Kind::Failure && fate(kind, answer, told, hold) == Step::Send {
+                assert_ne!(hold, Hold::Lost, "{answer:?} {told:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_failure_in_doubt_is_not_sent_before_a_look() {
+        for (kind, answer, told, hold) in every_combination() {
+            if (kind, answer) == (Kind::Failure, Answer::InDoubt) && fate(kind, answer, told, hold) == Step::Send {
+                assert!(matches!(told, Told::InFlight | Told::Waiting), "{told:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_final_answer_drops_an_outcome() {
+        for (kind, answer, told, hold) in every_combination() {
+            assert_eq!(fate(kind, answer, told, hold) == Step::Drop, answer == Answer::Refused);
+        }
+    }
+
+    #[test]
+    fn nothing_is_settled_that_the_server_has_not_told() {
+        for (kind, answer, told, hold) in every_combination() {
+            if fate(kind, answer, told, hold) == Step::Settle && answer != Answer::Accepted {
+                assert!(!matches!(told, Told::NotAsked | Told::Unreachable | Told::Withheld | Told::Waiting));
+            }
+        }
+    }
+
+    #[test]
+    fn a_job_that_came_over_a_later_stream_is_not_parked() {
+        for (kind, answer, told, hold) in every_combination() {
+            if hold == Hold::Anew && !matches!(answer, Answer::Kept | Answer::KeptElsewhere) {
+                assert_ne!(fate(kind, answer, told, hold), Step::Park, "{kind:?} {answer:?} {told:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,305 @@
+use super::*;
+use crate::config::WorkerConfig;
+use crate::job::Failure;
+
+/// A ledger and the one stream over which its jobs come.
+struct Here {
+    ledger: Ledger,
+    source: Arc<StreamSettings>,
+    stream: std::cell::Cell<StreamId>,
+}
+
+impl std::ops::Deref for Here {
+    type Target = Ledger;
+
+    fn deref(&self) -> &Ledger {
+        &self.ledger
+    }
+}
+
+impl Here {
+    fn new(max_kept: usize) -> Self {
+        let ledger = Ledger::new(max_kept, None);
+        let source = Arc::new(StreamSettings::of(&WorkerConfig::default(), None));
+        let stream = std::cell::Cell::new(ledger.open_stream());
+        Self { ledger, source, stream }
+    }
+
+    fn arrive(&self, attempt: &Attempt) -> (Arrival, Delivery) {
+        self.ledger.arrive(attempt, self.stream.get(), &self.source)
+    }
+
+    /// The stream is lost, and another one opened.
+    fn lose_stream(&self) {
+        self.ledger.lose_stream(self.stream.get());
+        self.stream.set(self.ledger.open_stream());
+    }
+
+    /// Whether nothing here may still have to be told to the server.
+    fn is_empty(&self) -> bool {
+        self.entries().by_id.values().all(|entry| matches!(entry.state, State::Settled(_)))
+    }
+
+    fn parked(&self) -> Vec<(Attempt, Kind)> {
+        self.ledger.parked().into_iter().map(|parked| (parked.attempt, parked.kind)).collect()
+    }
+}
+
+fn attempt(id: &str, attempts: u32) -> Attempt {
+    Attempt { id: id.into(), attempts: Some(attempts) }
+}
+
+fn failure() -> Outcome {
+    Outcome::Failure(Failure::new("ExitStatus", "no"))
+}
+
+/// A job that has arrived and is running.
+fn running(ledger: &Here, attempt: &Attempt) {
+    let (arrival, delivery) = ledger.arrive(attempt);
+    assert_eq!(arrival, Arrival::New);
+    assert_eq!(ledger.begin(&attempt.id, delivery), Beginning::Begun { is_last: false });
+}
+
+#[test]
+fn a_job_that_comes_again_while_it_runs_is_not_started_and_its_report_counts_again() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    ledger.lose_stream();
+    assert_eq!(ledger.held(&job), None);
+    assert_eq!(ledger.arrive(&job).0, Arrival::UnderWay);
+    assert_eq!(ledger.end(&job.id, &Outcome::Success), Some(job.clone()));
+    assert!(ledger.held(&job).is_some());
+    ledger.forget(&job);
+    assert!(ledger.is_empty());
+}
+
+#[test]
+fn a_run_answers_for_the_attempt_that_the_server_has_come_to() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    ledger.lose_stream();
+    assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
+    assert_eq!(ledger.end(&job.id, &failure()), Some(attempt("a", 1)));
+}
+
+#[test]
+fn what_waits_when_the_stream_is_lost_is_not_started() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    let (_, old) = ledger.arrive(&job);
+    ledger.lose_stream();
+    assert!(ledger.is_empty() && ledger.begin(&job.id, old) == Beginning::NotOurs);
+    let (arrival, new) = ledger.arrive(&job);
+    assert_eq!(arrival, Arrival::New);
+    assert!(ledger.begin(&job.id, old) == Beginning::NotOurs);
+    assert_eq!(ledger.begin(&job.id, new), Beginning::Begun { is_last: false });
+    assert!(ledger.begin(&job.id, new) == Beginning::NotOurs);
+}
+
+#[test]
+fn an_outcome_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    let seen = ledger.held(&job);
+    ledger.end(&job.id, &failure());
+    ledger.lose_stream();
+    assert_eq!(ledger.park(&job, seen, failure()), None);
+    assert_eq!(ledger.arrive(&job).0, Arrival::Ended(failure()));
+}
+
+#[test]
+fn a_job_that_has_come_again_is_not_parked_unless_the_server_denied_that_very_delivery() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    let seen = ledger.held(&job);
+    ledger.end(&job.id, &Outcome::Success);
+    ledger.lose_stream();
+    ledger.arrive(&job);
+    assert_eq!(ledger.park(&job, seen, Outcome::Success), Some(Outcome::Success));
+    let seen = ledger.held(&job);
+    assert_eq!(ledger.park(&job, seen, Outcome::Success), None);
+}
+
+#[test]
+fn a_failure_that_was_counted_is_not_told_to_the_next_attempt() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    ledger.end(&job.id, &failure());
+    let (arrival, delivery) = ledger.arrive(&attempt("a", 1));
+    assert_eq!(arrival, Arrival::New);
+    assert_eq!(ledger.held(&job), None);
+    ledger.forget(&job);
+    let begun = ledger.begin(&job.id, delivery);
+    assert_eq!(begun, Beginning::Begun { is_last: false }, "forgetting the old attempt spares the new one");
+}
+
+#[test]
+fn work_that_is_done_is_done_whatever_attempt_comes_next() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    ledger.end(&job.id, &Outcome::Success);
+    ledger.lose_stream();
+    ledger.park(&job, None, Outcome::Success);
+    assert_eq!(ledger.arrive(&attempt("a", 3)).0, Arrival::Ended(Outcome::Success));
+}
+
+#[test]
+fn a_success_that_is_being_reported_is_kept_whatever_attempt_comes_meanwhile() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    ledger.end(&job.id, &Outcome::Success);
+    ledger.lose_stream();
+    assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
+    let seen = ledger.held(&job);
+    assert!(seen.is_some());
+    assert_eq!(ledger.park(&job, seen, Outcome::Success), None);
+    assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::Ended(Outcome::Success));
+    ledger.forget(&attempt("a", 1));
+    assert!(ledger.is_empty());
+}
+
+#[test]
+fn a_job_that_comes_again_while_it_waits_is_started_once_as_what_it_has_become() {
+    let ledger = Here::new(8);
+    let (_, old) = ledger.arrive(&attempt("a", 0));
+    let (arrival, new) = ledger.arrive(&attempt("a", 1));
+    assert_eq!(arrival, Arrival::New);
+    assert_eq!(ledger.begin(&"a".into(), old), Beginning::NotOurs);
+    ledger.give_back(&"a".into(), old);
+    assert_eq!(ledger.begin(&"a".into(), new), Beginning::Begun { is_last: false });
+    assert_eq!(ledger.end(&"a".into(), &failure()), Some(attempt("a", 1)));
+}
+
+#[test]
+fn an_outcome_that_is_kept_again_and_again_takes_one_place() {
+    let ledger = Here::new(2);
+    let keep = |name| {
+        let job = attempt(name, 0);
+        let (arrival, delivery) = ledger.arrive(&job);
+        if arrival == Arrival::New {
+            assert_eq!(ledger.begin(&job.id, delivery), Beginning::Begun { is_last: false });
+            ledger.end(&job.id, &Outcome::Success);
+        }
+        assert_eq!(ledger.park(&job, Some(delivery), Outcome::Success), None);
+    };
+    ["a", "a", "a", "b"].into_iter().for_each(keep);
+    assert_eq!(ledger.parked(), [(attempt("a", 0), Kind::Success), (attempt("b", 0), Kind::Success)]);
+    ledger.forget(&attempt("a", 0));
+    assert_eq!(ledger.parked(), [(attempt("b", 0), Kind::Success)]);
+}
+
+#[test]
+fn a_line_that_was_sent_before_the_report_arrived_starts_nothing() {
+    for (outcome, next) in [(Outcome::Success, Arrival::UnderWay), (failure(), Arrival::New)] {
+        let (ledger, job) = (Here::new(8), attempt("a", 0));
+        let settled = || {
+            running(&ledger, &job);
+            ledger.end(&job.id, &outcome);
+            ledger.lose_stream();
+            ledger.settle(&job);
+            assert!(ledger.is_empty() && ledger.ended().is_empty());
+        };
+        settled();
+        assert_eq!(ledger.arrive(&job).0, Arrival::UnderWay);
+        settled();
+        assert_eq!(ledger.arrive(&attempt("a", 1)).0, next);
+        ledger.lose_stream();
+        settled();
+        ledger.lose_stream();
+        assert_eq!(ledger.arrive(&job).0, Arrival::New, "such a line is lost with its stream");
+    }
+}
+
+#[test]
+fn nothing_is_remembered_of_a_job_that_was_held_when_its_report_arrived() {
+    let (ledger, job) = (Here::new(8), attempt("a", 0));
+    running(&ledger, &job);
+    ledger.end(&job.id, &Outcome::Success);
+    ledger.settle(&job);
+    assert!(ledger.entries().by_id.is_empty() && ledger.entries().kept.is_empty());
+}
+
+#[test]
+fn what_is_remembered_is_bounded() {
+    let ledger = Here::new(2);
+    for name in ["a", "b", "c"] {
+        let job = attempt(name, 0);
+        running(&ledger, &job);
+        ledger.end(&job.id, &Outcome::Success);
+        ledger.park(&job, ledger.held(&job), Outcome::Success);
+    }
+    ledger.lose_stream();
+    assert_eq!(ledger.arrive(&attempt("a", 0)).0, Arrival::New);
+    assert_eq!(ledger.arrive(&attempt("b", 0)).0, Arrival::Ended(Outcome::Success));
+}
+
+#[test]
+fn only_the_jobs_of_a_lost_stream_are_held_no_more() {
+    let (here, a, b) = (Here::new(8), attempt("a", 0), attempt("b", 0));
+    running(&here, &a);
+    let first = here.stream.replace(here.open_stream());
+    running(&here, &b);
+    here.ledger.lose_stream(first);
+    assert_eq!((here.held(&a), here.held(&b).is_some()), (None, true));
+    assert!(matches!(&here.unheld()[..], [(id, _)] if *id == a.id));
+    assert_eq!((here.under_way(first, None), here.under_way(here.stream.get(), None)), (0, 1));
+}
+
+#[test]
+fn a_job_is_held_by_the_stream_that_brought_it_last() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    running(&here, &job);
+    let first = here.stream.replace(here.open_stream());
+    assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
+    here.ledger.lose_stream(first);
+    assert!(here.held(&job).is_some());
+}
+
+#[test]
+fn a_line_under_way_over_another_stream_is_expected_until_all_are_lost() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    running(&here, &job);
+    here.end(&job.id, &Outcome::Success);
+    let second = here.open_stream();
+    here.lose_stream();
+    here.settle(&job);
+    let third = here.stream.replace(second);
+    here.ledger.lose_stream(third);
+    assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
+}
+
+#[test]
+fn a_denied_delivery_is_held_no_more() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    running(&here, &job);
+    let seen = here.held(&job);
+    here.end(&job.id, &Outcome::Success);
+    assert_eq!(here.park(&job, seen, Outcome::Success), None);
+    assert_eq!((here.held(&job), here.under_way(here.stream.get(), None)), (None, 0));
+    assert_eq!(here.unheld().len(), 1);
+}
+
+#[test]
+fn a_report_given_up_loses_a_place_only_while_its_job_is_held() {
+    let (here, a, b) = (Here::new(8), attempt("a", 0), attempt("b", 0));
+    running(&here, &a);
+    here.end(&a.id, &failure());
+    here.lose_stream();
+    here.forget(&a);
+    assert!(!here.has_lost_places(here.stream.get()));
+    running(&here, &b);
+    here.end(&b.id, &failure());
+    here.forget(&b);
+    assert!(here.has_lost_places(here.stream.get()) && here.is_empty());
+}
+
+#[test]
+fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    running(&here, &job);
+    here.end(&job.id, &failure());
+    here.lose_stream();
+    here.park(&job, None, failure());
+    assert_eq!(here.arrive(&job).0, Arrival::Ended(failure()));
+    here.settle_parked(&job);
+    assert_eq!(here.ended(), [job.id]);
+}

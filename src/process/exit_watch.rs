@@ -1,0 +1,70 @@
+//! [`ExitWatch`]: tells when a child has exited, and leaves it a zombie.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::sleep;
+
+/// The pause between two looks at a child grows from this …
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+
+/// … up to this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+
+/// How the exit of a child is learned of.
+#[derive(Debug)]
+pub(super) enum ExitWatch {
+    /// The reactor tells: a pidfd is readable from its process's exit on.
+    Reactor(AsyncFd<OwnedFd>),
+    /// The kernel is asked at intervals: it gives no pidfd, or has no room for it in the reactor.
+    Intervals { child: Pid, pidfd: Option<OwnedFd> },
+}
+
+impl ExitWatch {
+    /// Watches a child of this process that nothing else reaps.
+    #[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
+    pub(super) fn of(child: Pid, pidfd: Option<OwnedFd>) -> Self {
+        let Some(pidfd) = pidfd else { return Self::Intervals { child, pidfd: None } };
+        // SAFETY: an `OwnedFd` stays open, under the same number, for as long as the `AsyncFd` owns it.
+        match unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) } {
+            Ok(pidfd) => Self::Reactor(pidfd),
+            // The child runs already: its job may not be ended for that.
+            Err(refused) => Self::Intervals { child, pidfd: Some(refused.into_parts().0) },
+        }
+    }
+
+    /// The child's pidfd, if the kernel has given one.
+    pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Reactor(pidfd) => Some(pidfd.get_ref().as_fd()),
+            Self::Intervals { pidfd, .. } => pidfd.as_ref().map(AsFd::as_fd),
+        }
+    }
+
+    /// Waits until the child is a zombie.
+    pub(super) async fn exited(&self) {
+        match self {
+            // It fails only when the reactor is gone, and this task with it.
+            Self::Reactor(pidfd) => drop(pidfd.readable().await),
+            Self::Intervals { child, .. } => {
+                let mut pause = FIRST_PAUSE;
+                while !has_exited(*child) {
+                    sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        }
+    }
+}
+
+/// Whether a child is a zombie, or has been reaped by other code of this process.
+fn has_exited(child: Pid) -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    match waitid(WaitId::Pid(child), options) {
+        Ok(status) => status.is_some(),
+        Err(errno) => errno != rustix::io::Errno::INTR,
+    }
+}

@@ -1,0 +1,83 @@
+//! [`open`]: opens the stream that takes, by as many tries as it takes.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{error, info, warn};
+
+use super::Run;
+use crate::backoff::{Early, Retryable, Waits, retry};
+use crate::chain::Chain;
+use crate::client::{ClientError, StreamSettings};
+use crate::lifecycle::Phase;
+use crate::stream::TakeStream;
+
+/// Why a stream cannot be opened.
+pub(super) enum Unopened {
+    /// The server refused the very first request: trying again would not help.
+    Refused(ClientError),
+    /// No stream can be had now.
+    Unreachable(ClientError),
+}
+
+impl Retryable for Unopened {
+    fn is_retryable(&self) -> bool {
+        !matches!(self, Self::Refused(_))
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused(error) | Self::Unreachable(error) => error.retry_after(),
+        }
+    }
+}
+
+/// A stream that is being opened.
+pub(super) type Opening = Pin<Box<dyn Future<Output = Result<TakeStream, Unopened>> + Send>>;
+
+/// Opens a stream by these settings, after a wait. Gives up once the worker drains. `is_first`: no stream has been open yet,
+/// and the settings are those of the start, so that a refusal tells of a mistake in them.
+pub(super) fn open(run: &Run, settings: Arc<StreamSettings>, is_first: bool, wait: Duration, waits: Waits) -> Opening {
+    let (lifecycle, metrics) = (run.lifecycle.clone(), run.metrics.clone());
+    Box::pin(async move {
+        let health = settings.client.health();
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep(wait) => {}
+            () = health.recovered() => {}
+        }
+        let attempt = || async {
+            info!(url = %settings.client.url(), "connecting");
+            settings.open(settings.prefetch).await.map_err(|error| {
+                if is_first && error.is_mistake() { Unopened::Refused(error) } else { Unopened::Unreachable(error) }
+            })
+        };
+        let on_error = |unopened: &Unopened, wait: Option<Duration>| {
+            metrics.reconnecting();
+            log_unopened(unopened, wait.unwrap_or_default());
+        };
+        let early = || async {
+            health.recovered().await;
+            Early::Recovery
+        };
+        retry(waits, &lifecycle, Phase::Draining, attempt, on_error, early).await
+    })
+}
+
+fn log_unopened(unopened: &Unopened, wait: Duration) {
+    let reconnect_in = seconds(wait);
+    match unopened {
+        Unopened::Unreachable(error) | Unopened::Refused(error) if error.is_mistake() => {
+            error!(error = %Chain(error), reconnect_in, "server refuses the worker, reconnecting");
+        }
+        Unopened::Unreachable(error) | Unopened::Refused(error) => {
+            warn!(error = %Chain(error), reconnect_in, "server unreachable, reconnecting");
+        }
+    }
+}
+
+/// A wait as the log has it.
+pub(super) fn seconds(wait: Duration) -> String {
+    format!("{:.2}s", wait.as_secs_f64())
+}

@@ -1,0 +1,59 @@
+//! [`Purpose`]: the use of a take stream. Pause, reload, bounded run, drain and kill all follow from it.
+//!
+//! At most one stream takes; any number of them finish.
+//!
+//! | phase | paused | the stream's settings | the stream is for |
+//! | --- | --- | --- | --- |
+//! | running | no | are in force, and no place of its prefetch is lost | taking |
+//! | running | no | are not, or a place is lost | finishing |
+//! | running | yes | | finishing |
+//! | draining, killing, forcing | | | finishing |
+//! | stopped | | | nothing |
+//!
+//! A stream that takes is opened again when it is lost. A stream that finishes keeps the server from redelivering the jobs that
+//! came over it, and closes once all of them have been reported. For jobs whose stream is lost while none takes, see
+//! [`Search`](super::search::Search).
+
+use crate::lifecycle::Phase;
+
+/// The use of a take stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Jobs that come over it are started.
+    Take,
+    /// Jobs that came over it are finished.
+    Finish,
+    /// It closes now.
+    Nothing,
+}
+
+/// The use of a stream, as the table says. `is_in_force`: its settings are, and it has all of its prefetch.
+pub(super) fn purpose(phase: Phase, is_paused: bool, is_in_force: bool) -> Purpose {
+    match phase {
+        Phase::Running if !is_paused && is_in_force => Purpose::Take,
+        Phase::Running | Phase::Draining | Phase::Killing | Phase::Forcing => Purpose::Finish,
+        Phase::Stopped => Purpose::Nothing,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_takes_only_while_nothing_speaks_against_it() {
+        let phases = [Phase::Running, Phase::Draining, Phase::Killing, Phase::Forcing, Phase::Stopped];
+        for phase in phases {
+            for (is_paused, is_in_force) in [(false, false), (false, true), (true, false), (true, true)] {
+                let expected = if phase == Phase::Stopped {
+                    Purpose::Nothing
+                } else if (phase, is_paused, is_in_force) == (Phase::Running, false, true) {
+                    Purpose::Take
+                } else {
+                    Purpose::Finish
+                };
+                assert_eq!(purpose(phase, is_paused, is_in_force), expected, "{phase} {is_paused} {is_in_force}");
+            }
+        }
+    }
+}

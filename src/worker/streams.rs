@@ -1,0 +1,170 @@
+//! [`Streams`]: the open take streams of one run.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
+
+use super::intake::Intake;
+use super::purpose::{Purpose, purpose};
+use super::session::Session;
+use super::{Run, Taken};
+use crate::chain::Chain;
+use crate::client::{Client, StreamSettings};
+use crate::ledger::StreamId;
+use crate::lifecycle::Phase;
+use crate::stream::{StreamError, TakeStream};
+use crate::version::misfit;
+
+pub(super) struct Streams {
+    run: Run,
+    intake: Intake,
+    dispatch_queue: async_channel::Sender<Taken>,
+    open: Vec<Open>,
+    sessions: JoinSet<(StreamId, Result<(), StreamError>)>,
+    /// The version of the server at the last connection.
+    seen_version: Arc<Mutex<Option<String>>>,
+}
+
+struct Open {
+    id: StreamId,
+    settings: Arc<StreamSettings>,
+    purpose: watch::Sender<Purpose>,
+    /// Whether it never takes: it has lost places of its prefetch, or was opened for certain jobs.
+    only_finishes: bool,
+    is_search: bool,
+}
+
+/// The purpose of a stream when it closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lost {
+    WhileTaking,
+    WhileFinishing,
+}
+
+impl Streams {
+    pub(super) fn new(run: Run, intake: Intake, dispatch_queue: async_channel::Sender<Taken>) -> Self {
+        let (open, sessions, seen_version) = (Vec::new(), JoinSet::new(), Arc::default());
+        Self { run, intake, dispatch_queue, open, sessions, seen_version }
+    }
+
+    /// Adds a stream that takes.
+    pub(super) fn add(&mut self, settings: Arc<StreamSettings>, stream: TakeStream) {
+        let (sender, receiver) = watch::channel(Purpose::Take);
+        let session = self.session(&settings, stream, receiver);
+        let (id, client, seen) = (session.id, Arc::clone(&settings.client), Arc::clone(&self.seen_version));
+        self.open.push(Open { id, settings, purpose: sender, only_finishes: false, is_search: false });
+        self.sessions.spawn(async move {
+            tokio::select! {
+                biased;
+                ended = session.run() => (id, ended),
+                never = warn_of_version(&client, &seen) => match never {},
+            }
+        });
+    }
+
+    /// Adds a stream that was opened, with a prefetch of its own, to bring back certain jobs.
+    pub(super) fn add_search(&mut self, settings: Arc<StreamSettings>, stream: TakeStream, prefetch: usize) {
+        let (sender, receiver) = watch::channel(Purpose::Finish);
+        let session = self.session(&settings, stream, receiver).searching(prefetch);
+        let id = session.id;
+        self.open.push(Open { id, settings, purpose: sender, only_finishes: true, is_search: true });
+        self.sessions.spawn(async move { (id, session.run().await) });
+    }
+
+    fn session(
+        &self,
+        settings: &Arc<StreamSettings>,
+        stream: TakeStream,
+        purpose: watch::Receiver<Purpose>,
+    ) -> Session {
+        let (run, intake, dispatch_queue) = (self.run.clone(), self.intake.clone(), self.dispatch_queue.clone());
+        Session::new(run, intake, dispatch_queue, Arc::clone(settings), stream, purpose)
+    }
+
+    /// Gives each stream its purpose. Returns whether one takes.
+    pub(super) fn assign(&mut self, phase: Phase, is_paused: bool, in_force: &StreamSettings) -> bool {
+        let mut is_any_taking = false;
+        for open in &self.open {
+            let is_in_force = !is_any_taking && !open.only_finishes && open.settings.is_same(in_force);
+            let new = purpose(phase, is_paused, is_in_force);
+            is_any_taking |= new == Purpose::Take;
+            let before = *open.purpose.borrow();
+            if before == new {
+                continue;
+            }
+            if (before, new, phase) == (Purpose::Take, Purpose::Finish, Phase::Running) && !is_paused {
+                let under_way = self.run.ledger.under_way(open.id, None);
+                info!(under_way, "finishing what came over this stream, while another one takes");
+            }
+            open.purpose.send_replace(new);
+        }
+        is_any_taking
+    }
+
+    /// Streams that have lost places of their prefetch take no more. Returns whether one of them took jobs until now.
+    pub(super) fn retire_spent(&mut self) -> bool {
+        let mut took = false;
+        for open in self.open.iter_mut().filter(|open| !open.only_finishes) {
+            if self.run.ledger.has_lost_places(open.id) {
+                open.only_finishes = true;
+                took |= *open.purpose.borrow() == Purpose::Take;
+            }
+        }
+        took
+    }
+
+    pub(super) fn is_any_taking(&self) -> bool {
+        self.open.iter().any(|open| *open.purpose.borrow() == Purpose::Take)
+    }
+
+    pub(super) fn is_any_open(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// Whether a stream that was opened for certain jobs has brought none of them yet.
+    pub(super) fn is_searching(&self) -> bool {
+        self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
+    }
+
+    /// Waits until a stream has closed.
+    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<(), StreamError>) {
+        match self.sessions.join_next().await {
+            Some(closed) => closed.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Forgets a stream that has closed.
+    pub(super) fn remove(&mut self, id: StreamId) -> Lost {
+        let took = self.open.iter().any(|open| open.id == id && *open.purpose.borrow() == Purpose::Take);
+        self.open.retain(|open| open.id != id);
+        if took { Lost::WhileTaking } else { Lost::WhileFinishing }
+    }
+
+    /// Closes all of them, and returns once they are closed.
+    pub(super) async fn close_all(mut self) {
+        for open in &self.open {
+            open.purpose.send_replace(Purpose::Nothing);
+        }
+        while self.sessions.join_next().await.is_some() {}
+    }
+}
+
+/// Warns once of each version of the server that does not fit.
+async fn warn_of_version(client: &Client, seen: &Mutex<Option<String>>) -> Infallible {
+    match client.version().await {
+        Ok(version) => {
+            debug!(version, "server version");
+            let is_new = seen.lock().await.replace(version.clone()).is_none_or(|seen| seen != version);
+            if let Some(misfit) = misfit(&version).filter(|_| is_new) {
+                warn!(version, misfit, "the server's version does not fit this worker's");
+            }
+        }
+        // A proxy may let nothing through but the requests that a worker cannot do without.
+        Err(error) => debug!(error = %Chain(&error), "the server does not tell its version"),
+    }
+    std::future::pending().await
+}
