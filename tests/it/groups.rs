@@ -248,7 +248,7 @@ fn kill_with_survivor(signals: usize) -> Option<Duration> {
 }
 
 #[test]
-fn a_process_that_outlives_sigkill_does_not_hold_the_exit_up_for_good() {
+fn what_outlives_sigkill_does_not_hold_up_the_exit_for_good() {
     let Some(took) = kill_with_survivor(2) else { return };
     assert!((15.0..30.0).contains(&took.as_secs_f64()), "{took:?}");
 }
