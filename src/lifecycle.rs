@@ -16,6 +16,7 @@ use signal_hook_tokio::{Signals, SignalsInfo};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
+use crate::process::without_signals;
 use terminal::{HangUp, Terminal};
 
 /// A step on the way to a stop. Later steps are greater, and nothing leads back.
@@ -215,8 +216,11 @@ impl WorkerSignals {
     pub fn listen() -> io::Result<Self> {
         // First, because a handler for SIGHUP hides whether SIGHUP was ignored.
         let terminal = Terminal::of_this_process();
-        let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
-        Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })
+        // A signal between the registration of its handler and the end of that would be lost.
+        without_signals(|| {
+            let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
+            Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })
+        })
     }
 
     /// The first SIGTERM or SIGINT drains, the second kills, the third does so without grace. A SIGHUP drains if the

@@ -21,12 +21,12 @@ mod cstrings;
 mod exit_watch;
 mod group;
 mod head_start;
-mod ignored;
 mod limits;
 mod orphans;
 mod output;
 mod program;
 mod reaper;
+mod signals;
 mod spawn;
 mod stack;
 mod starter;
@@ -55,12 +55,12 @@ pub(crate) use command::Command;
 pub use group::Usage;
 use group::{Ended, Group};
 pub(crate) use head_start::HeadStart;
-pub(crate) use ignored::is_ignored;
 pub(crate) use limits::{OpenFiles, TooFewDescriptors, keep_exit_statuses};
 pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
 pub use rustix::process::Signal;
+pub(crate) use signals::{is_ignored, without_signals};
 pub(crate) use starter::{Starter, Trial};
 
 /// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.

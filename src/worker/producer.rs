@@ -11,6 +11,7 @@ use tracing::{debug, error, info, warn};
 use super::intake::{self, Intake};
 use super::opening::{Opening, Unopened, open, seconds};
 use super::search::{Found, Search};
+use super::session::Closed;
 use super::streams::{Lost, Streams};
 use super::{Run, Taken, WorkerError, max_kept};
 use crate::backoff::{Backoff, Waits};
@@ -53,7 +54,7 @@ struct State {
 enum Event {
     /// A phase, a setting, a job or a place: everything is to be decided anew.
     Changed,
-    Closed(StreamId, Result<(), StreamError>),
+    Closed(StreamId, Result<Closed, StreamError>),
     Opened(Arc<StreamSettings>, Result<TakeStream, Unopened>),
     Searched(Search, Option<Found>),
 }
@@ -160,11 +161,17 @@ impl Producer {
         }
     }
 
-    fn closed(&self, state: &mut State, id: StreamId, ended: Result<(), StreamError>) {
+    fn closed(&self, state: &mut State, id: StreamId, ended: Result<Closed, StreamError>) {
         let lost = state.streams.remove(id);
         self.drop_waiting(id);
         match (ended, lost) {
-            (Ok(()), _) => info!("stream closed, everything taken over it has been reported"),
+            (Ok(Closed::Finished), _) => info!("stream closed, everything taken over it has been reported"),
+            (Ok(Closed::NotFound { prefetch, is_full }), _) => {
+                debug!(prefetch, is_full, "stream closed, it has brought none of the jobs that are here");
+                if let Some(search) = state.search.as_mut().filter(|_| is_full) {
+                    search.missed(prefetch);
+                }
+            }
             (Err(error), _) if self.run.lifecycle.phase() >= Phase::Killing => {
                 warn!(error = %Chain(&error), "stream lost while killing, interrupted jobs may run elsewhere before they end here");
             }

@@ -17,7 +17,7 @@ use crate::lifecycle::Phase;
 use crate::stream::{Received, StreamError, TakeStream};
 
 /// The time that a stream has to bring the jobs for which it was opened, beyond the first round trip.
-const SEARCH_TIME: Duration = Duration::from_secs(2);
+const SEARCH_TIME: Duration = Duration::from_secs(1);
 
 /// An open stream, and where its jobs go.
 pub(super) struct Session {
@@ -34,14 +34,30 @@ pub(super) struct Session {
     held_back: Vec<Job>,
     /// Since it finishes, the last delivery before that.
     finishing_since: Option<Delivery>,
-    search: Option<SearchLimits>,
+    search: Option<Sought>,
 }
 
-/// When a stream that was opened for certain jobs is of no use.
-struct SearchLimits {
+/// A stream that was opened for certain jobs.
+struct Sought {
+    /// The end of the time that it has to bring them.
     end: Instant,
+    prefetch: usize,
     /// The number of jobs that may still come over it.
     left: usize,
+    has_found: bool,
+}
+
+/// Why a stream was closed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Closed {
+    /// Everything that came over it has been reported, or the worker has stopped.
+    Finished,
+    /// It was opened for certain jobs, and has brought none of them.
+    NotFound {
+        prefetch: usize,
+        /// Whether it has brought as many jobs as it could.
+        is_full: bool,
+    },
 }
 
 impl Session {
@@ -72,15 +88,20 @@ impl Session {
 
     /// Makes it a stream that was opened to bring back certain jobs, by a prefetch of its own.
     pub(super) fn searching(self, prefetch: usize) -> Self {
-        Self { search: Some(SearchLimits { end: Instant::now() + SEARCH_TIME, left: prefetch }), ..self }
+        let end = Instant::now() + SEARCH_TIME;
+        Self { search: Some(Sought { end, prefetch, left: prefetch, has_found: false }), ..self }
     }
 
     /// Follows the stream until it is lost, or of no use any more. Closes it then.
-    pub(super) async fn run(mut self) -> Result<(), StreamError> {
+    pub(super) async fn run(mut self) -> Result<Closed, StreamError> {
         let ended = self.follow().await;
         self.run.ledger.lose_stream(self.id);
         self.stream.close().await;
-        ended
+        ended.map(|()| match self.search {
+            None => Closed::Finished,
+            Some(Sought { has_found: true, .. }) => Closed::Finished,
+            Some(Sought { left, prefetch, .. }) => Closed::NotFound { prefetch, is_full: left == 0 },
+        })
     }
 
     async fn follow(&mut self) -> Result<(), StreamError> {
@@ -125,7 +146,11 @@ impl Session {
         }
         match received {
             Received::Job(job) => {
-                if let Some(taken) = self.arrive(job).await {
+                let arrived = self.arrive(job).await;
+                if let (None, Some(search)) = (&arrived, &mut self.search) {
+                    search.has_found = true;
+                }
+                if let Some(taken) = arrived {
                     let is_draining = self.run.lifecycle.phase() >= Phase::Draining;
                     if !is_draining && (purpose == Purpose::Take || self.may_start(&taken.job)) {
                         self.push(taken, purpose).await;

@@ -9,7 +9,7 @@ use tracing::{debug, info, warn};
 
 use super::intake::Intake;
 use super::purpose::{Purpose, purpose};
-use super::session::Session;
+use super::session::{Closed, Session};
 use super::{Run, Taken};
 use crate::chain::Chain;
 use crate::client::{Client, StreamSettings};
@@ -23,7 +23,7 @@ pub(super) struct Streams {
     intake: Intake,
     dispatch_queue: async_channel::Sender<Taken>,
     open: Vec<Open>,
-    sessions: JoinSet<(StreamId, Result<(), StreamError>)>,
+    sessions: JoinSet<(StreamId, Result<Closed, StreamError>)>,
     /// The version of the server at the last connection.
     seen_version: Arc<Mutex<Option<String>>>,
 }
@@ -130,7 +130,7 @@ impl Streams {
     }
 
     /// Waits until a stream has closed.
-    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<(), StreamError>) {
+    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<Closed, StreamError>) {
         match self.sessions.join_next().await {
             Some(closed) => closed.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
             None => std::future::pending().await,

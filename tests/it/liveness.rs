@@ -33,18 +33,18 @@ fn until_go() -> String {
 
 /// A bounded run that drains, whose one job has failed while no stream could be opened. Streams can be opened again, and
 /// other jobs come first over them.
-fn draining_with_a_parked_failure() -> (Server, Proxy, Running, String) {
+fn draining_with_a_parked_failure(others: usize) -> (Server, Proxy, Running, String) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let id = server.enqueue_with(job("bad"));
-    let running = Daemon::of(&proxy).args(QUICK).args(["--max-jobs", "1"]).sh(&until_go()).start();
+    let running = Daemon::of(&proxy).args(["--max-jobs", "1"]).sh(&until_go()).start();
     running.wait_for_lines(1, "started");
     let gate = proxy.hold(Call::Take);
     proxy.cut_streams();
     server.wait_for_status(&id, "ready");
     running.go();
     running.wait_for_message("failure kept until its job comes again");
-    server.enqueue_all(vec![urgent(); 5]);
+    server.enqueue_all(vec![urgent(); others]);
     gate.release();
     proxy.heal();
     (server, proxy, running, id)
@@ -52,11 +52,59 @@ fn draining_with_a_parked_failure() -> (Server, Proxy, Running, String) {
 
 #[test]
 fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
-    let (server, _proxy, running, id) = draining_with_a_parked_failure();
+    let (server, _proxy, running, id) = draining_with_a_parked_failure(100);
     server.wait_for_error(&id, 1);
     let finished = running.assert_exit(0);
     assert_eq!(finished.read("started"), format!("{id}\n"));
-    eventually("the others are ready", || (server.count("ready") == 5).then_some(()));
+    eventually("the others are ready", || (server.count("ready") == 100).then_some(()));
+    // Eight rounds, with a wait before the first one alone.
+    let rounds = finished.all("opening a stream for jobs that are here, and whose stream was lost");
+    let prefetch: Vec<u64> = rounds.iter().map(|round| round["prefetch"].as_u64().unwrap()).collect();
+    assert_eq!(prefetch, [1, 2, 4, 8, 16, 32, 64, 128]);
+    let moment = |event: &Value| {
+        time::OffsetDateTime::parse(
+            event["timestamp"].as_str().unwrap(),
+            &time::format_description::well_known::Rfc3339,
+        )
+        .unwrap()
+    };
+    let took = moment(&rounds[7]) - moment(&rounds[0]);
+    assert!(took < Duration::from_secs(20), "{took}");
+}
+
+/// Other workers go on meanwhile, and the server has places left for them.
+#[test]
+fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
+    let server = RawServer::start();
+    let args = ["--retry-min-wait", "300ms", "--retry-max-wait", "300ms"];
+    let running = Daemon::at(&server.url()).args(args).sh(UNTIL_GO).start();
+    let mut stream = server.take();
+    stream.job("mine");
+    running.wait_for_lines(1, "started");
+    running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    stream.end();
+    let (mut rounds, mut full) = (Vec::new(), Vec::new());
+    while full.len() < 3 {
+        let request = server.request();
+        if request.line().starts_with("GET /jobs/mine") {
+            request.answer("200 OK", r#"{"status":"ready","attempts":0}"#);
+            continue;
+        }
+        let prefetch: usize = request.line().split(['=', ' ', '&']).nth(2).unwrap().parse().unwrap();
+        rounds.push(prefetch);
+        if prefetch == 512 {
+            full.push(Instant::now());
+        }
+        let mut stream = request.open();
+        for number in 0..prefetch {
+            stream.job(&format!("other{number}"));
+        }
+        stream.wait_until_closed();
+    }
+    assert_eq!(rounds, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 512, 512]);
+    assert!(full[2] - full[0] >= Duration::from_millis(600), "{:?}", full[2] - full[0]);
+    running.go();
 }
 
 #[test]
@@ -288,11 +336,9 @@ fn failures_that_always_fail_block_no_other_failure() {
         stream.job(&format!("poison{number}"));
     }
     stream.job("good");
-    loop {
-        let request = server.request();
+    for request in std::iter::repeat_with(|| server.request()).take(1000) {
         if request.line().contains("/good/failure") {
-            request.answer("200 OK", "{}");
-            break;
+            return request.answer("200 OK", "{}");
         }
         // A look finds the job in flight, and the failure is sent again.
         if request.line().starts_with("GET") {
@@ -301,6 +347,7 @@ fn failures_that_always_fail_block_no_other_failure() {
             request.answer("500 Internal Server Error", "");
         }
     }
+    panic!("the failure of the good job has not come in a thousand requests");
 }
 
 #[test]

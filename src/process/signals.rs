@@ -1,0 +1,58 @@
+//! The signals of this process: those that the parent had it ignore, and a moment in which none arrives.
+
+use std::mem::MaybeUninit;
+use std::ptr;
+
+/// Returns whether this process ignores that signal.
+#[expect(unsafe_code, reason = "no safe wrapper tells the action of a signal")]
+pub(crate) fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: the pointer is to live memory of the right type, all zeroes is a valid `sigaction`, and a null pointer for the
+    // new action changes nothing.
+    unsafe {
+        libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
+        action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Calls `register` while this thread receives no signal. A signal that arrives meanwhile is delivered afterwards.
+#[expect(unsafe_code, reason = "no safe wrapper changes the signal mask of a thread")]
+pub(crate) fn without_signals<T>(register: impl FnOnce() -> T) -> T {
+    let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    // SAFETY: the sets may be uninitialised, and are initialised before they are read (signal(7), sigsetops(3)).
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+    }
+    let registered = register();
+    // SAFETY: the call before has initialised the set.
+    unsafe {
+        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
+    }
+    registered
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(unsafe_code, reason = "a signal is sent to this very thread")]
+    fn a_signal_that_arrives_meanwhile_is_delivered_afterwards() {
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let received = Arc::new(AtomicBool::new(false));
+        without_signals(|| {
+            // SAFETY: no action of SIGUSR1 runs while it is held back.
+            unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR1) };
+            signal_hook::flag::register(libc::SIGUSR1, Arc::clone(&received)).unwrap();
+            assert!(!received.load(Ordering::SeqCst));
+        });
+        assert!(received.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn std_ignores_sigpipe_and_nothing_ignores_sigurg() {
+        assert!(is_ignored(libc::SIGPIPE) && !is_ignored(libc::SIGURG));
+    }
+}
