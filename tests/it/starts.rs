@@ -80,6 +80,7 @@ int clone(int (*run)(void *), void *stack, int flags, void *argument, ...) {
 }"#;
 
 #[test]
+#[cfg_attr(target_env = "musl", ignore = "no library is loaded before a static binary")]
 fn a_machine_that_is_short_of_something_for_a_moment_fails_no_job() {
     let server = Server::start();
     let running = Daemon::of(&server).preload(FAULTY_CLONE).sh("true").start();
