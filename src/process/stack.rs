@@ -3,7 +3,7 @@
 use std::io;
 use std::os::raw::c_void;
 use std::ptr::{self, NonNull};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Many times the memory that a child uses: see the test of `spawn`. A multiple of every page size of Linux.
 pub(super) const SIZE: usize = 64 * 1024;
@@ -14,31 +14,52 @@ const GUARD: usize = 64 * 1024;
 /// How many stacks are kept for the next children. To map one takes longer than all else that this process does for a start.
 const MOST_SPARE: usize = 64;
 
+/// How many stacks have a guard at once. Each makes two mappings, of which the kernel allows a process 65530 in all.
+const MOST_GUARDED: usize = 8192;
+
 /// The stacks that no child uses; clones are of one list.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Stacks(Arc<Mutex<Vec<Memory>>>);
+pub(super) struct Stacks(Arc<Mutex<Kept>>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    spare: Vec<Memory>,
+    /// How many stacks have a guard, in use or not.
+    guarded: usize,
+}
 
 /// A stack that no other child runs on. It must not be dropped before its child has left it.
 #[derive(Debug)]
 pub(super) struct Stack {
     memory: Option<Memory>,
-    spare: Stacks,
+    stacks: Stacks,
 }
 
 impl Stacks {
     /// # Errors
     /// When the system has no memory for another one.
     pub(super) fn take(&self) -> io::Result<Stack> {
-        let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let memory = spare.map_or_else(Memory::map, Ok)?;
-        Ok(Stack { memory: Some(memory), spare: self.clone() })
+        let mut kept = self.kept();
+        let memory = match kept.spare.pop() {
+            Some(memory) => memory,
+            None => {
+                let memory = Memory::map(kept.guarded < MOST_GUARDED)?;
+                kept.guarded += usize::from(memory.is_guarded);
+                memory
+            }
+        };
+        Ok(Stack { memory: Some(memory), stacks: self.clone() })
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Stack {
     /// The end of the memory: a stack grows downwards.
     pub(super) fn top(&self) -> *mut c_void {
-        self.memory.as_ref().map_or(ptr::null_mut(), |memory| memory.0.as_ptr().wrapping_byte_add(GUARD + SIZE))
+        self.memory.as_ref().map_or(ptr::null_mut(), |memory| memory.start.as_ptr().wrapping_byte_add(GUARD + SIZE))
     }
 
     #[cfg(test)]
@@ -49,16 +70,22 @@ impl Stack {
 
 impl Drop for Stack {
     fn drop(&mut self) {
-        let mut spare = self.spare.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.len() < MOST_SPARE {
-            spare.extend(self.memory.take());
+        let Some(memory) = self.memory.take() else { return };
+        let mut kept = self.stacks.kept();
+        if kept.spare.len() < MOST_SPARE {
+            kept.spare.push(memory);
+        } else {
+            kept.guarded -= usize::from(memory.is_guarded);
         }
     }
 }
 
 /// A mapping of a guard and a stack above it.
 #[derive(Debug)]
-struct Memory(NonNull<c_void>);
+struct Memory {
+    start: NonNull<c_void>,
+    is_guarded: bool,
+}
 
 // SAFETY: the mapping is memory of the whole process, and this process does not touch it.
 #[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
@@ -69,20 +96,20 @@ unsafe impl Sync for Memory {}
 
 #[expect(unsafe_code, reason = "safe code has no memory with a guard")]
 impl Memory {
-    fn map() -> io::Result<Self> {
+    fn map(is_guarded: bool) -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: the kernel chooses an address range that nothing else is mapped to.
-        let start = unsafe { libc::mmap(ptr::null_mut(), GUARD + SIZE, libc::PROT_NONE, flags, -1, 0) };
+        let start = unsafe { libc::mmap(ptr::null_mut(), GUARD + SIZE, access, flags, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let memory = Self(NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?);
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: the range is the upper part of the mapping that has just been made.
-        match unsafe { libc::mprotect(start.wrapping_byte_add(GUARD), SIZE, access) } {
-            0 => Ok(memory),
-            _ => Err(io::Error::last_os_error()),
+        let memory = Self { start: NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?, is_guarded };
+        // SAFETY: the range is the lower part of the mapping that has just been made.
+        if is_guarded && unsafe { libc::mprotect(start, GUARD, libc::PROT_NONE) } != 0 {
+            return Err(io::Error::last_os_error());
         }
+        Ok(memory)
     }
 }
 
@@ -91,7 +118,7 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `map`, and its last user is gone: see `Stack`. Since a child that shares this memory
         // leaves it before it is the program or has ended, the kernel unmaps nothing that a process runs on.
-        unsafe { libc::munmap(self.0.as_ptr(), GUARD + SIZE) };
+        unsafe { libc::munmap(self.start.as_ptr(), GUARD + SIZE) };
     }
 }
 
@@ -130,6 +157,15 @@ mod tests {
         let top = stacks.take().unwrap().top();
         assert_eq!(stacks.take().unwrap().top(), top);
         drop((0..2 * MOST_SPARE).map(|_| stacks.take().unwrap()).collect::<Vec<_>>());
-        assert_eq!(stacks.0.lock().unwrap().len(), MOST_SPARE);
+        let kept = stacks.kept();
+        assert_eq!((kept.spare.len(), kept.guarded), (MOST_SPARE, MOST_SPARE));
+    }
+    #[test]
+    fn there_is_a_stack_where_there_are_too_many_for_guards() {
+        let stacks = Stacks::default();
+        stacks.kept().guarded = MOST_GUARDED;
+        let stack = stacks.take().unwrap();
+        assert_eq!(mapping_of(stack.top() as usize - SIZE - 1).2, "rw-p");
+        assert_eq!(stacks.kept().guarded, MOST_GUARDED);
     }
 }

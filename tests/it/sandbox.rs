@@ -61,6 +61,7 @@ int clone(int (*run)(void *), void *stack, int flags, void *argument, int *pidfd
 }"#;
 
 #[test]
+#[cfg_attr(target_env = "musl", ignore = "no library is loaded before a static binary")]
 fn jobs_run_where_a_start_yields_no_pidfd() {
     let server = Server::start();
     let finished = run_all_kinds(&server, Daemon::of(&server).preload(NO_PIDFD));
@@ -144,6 +145,7 @@ int epoll_ctl(int set, int operation, int file, struct epoll_event *event) {
 }"#;
 
 #[test]
+#[cfg_attr(target_env = "musl", ignore = "no library is loaded before a static binary")]
 fn a_pidfd_that_the_reactor_does_not_take_ends_no_job() {
     let server = Server::start();
     assert!(!run_all_kinds(&server, Daemon::of(&server).preload(NO_ROOM_IN_EPOLL)).has(SLOW));
