@@ -65,7 +65,7 @@ pub(crate) enum Told {
     NotAsked,
     /// The server could not be asked now.
     Unreachable,
-    /// The server, or a proxy, refuses to tell.
+    /// The server, or a proxy, refuses to tell; or the job came from another server than the one that was asked.
     Withheld,
     /// The server does not have the job.
     Gone,

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use tokio_util::sync::CancellationToken;
 
 use super::Reporter;
-use super::reporter::ask;
 use crate::backoff::Waits;
 use crate::fate::{Answer, Hold, Step, Told, fate};
 use crate::job::JobId;
@@ -71,7 +70,7 @@ impl Reporter {
         let Parked { attempt, kind, client } = parked;
         let is_given_up = was_in_flight && self.lifecycle.phase() >= Phase::Draining;
         let answer = if is_given_up { Answer::KeptElsewhere } else { Answer::Kept };
-        let (told, _) = ask(client, attempt, *kind).await;
+        let (told, _) = self.ask(client, attempt, *kind).await;
         let is_settled = match fate(*kind, answer, told, Hold::Lost) {
             Step::Settle => true,
             Step::Send => self.report_parked(client, attempt).await,

@@ -121,7 +121,7 @@ impl Reporter {
             match fate(Kind::Failure, answer, told, self.ledger.hold(attempt, seen)) {
                 Step::Ask => {
                     seen = self.ledger.held(attempt);
-                    (told, error) = ask(&client, attempt, Kind::Failure).await;
+                    (told, error) = self.ask(&client, attempt, Kind::Failure).await;
                 }
                 Step::Send => {
                     seen = self.ledger.held(attempt);
@@ -186,6 +186,28 @@ impl Reporter {
         }
     }
 
+    /// Asks for the state of a job whose report was denied, or is in doubt, or is parked.
+    pub(super) async fn ask(&self, client: &Client, attempt: &Attempt, kind: Kind) -> (Told, Option<ClientError>) {
+        let state = match client.job(&attempt.id).await {
+            Ok(state) => state,
+            Err(error) if error.is_refusal() => {
+                warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
+                return (Told::Withheld, Some(error));
+            }
+            Err(error) => return (Told::Unreachable, Some(error)),
+        };
+        let id = attempt.id.as_str();
+        match kind {
+            Kind::Success => debug!(id, ?state, "success was already handled, or its job was handed out again"),
+            Kind::Failure => debug!(id, ?state, "failure was already handled, or its job was handed out again"),
+        }
+        match told(state, attempt, kind) {
+            // A server that never had the job knows nothing of it.
+            Told::Gone if !self.ledger.came_from(attempt, client) => (Told::Withheld, None),
+            told => (told, None),
+        }
+    }
+
     /// Gives a report up, and says so.
     pub(super) fn drop_report(&self, attempt: &Attempt, error: &ClientError) {
         self.drop_reports(&[attempt], error);
@@ -205,7 +227,7 @@ impl Reporter {
 
     /// The number of reports that were given up.
     pub(super) fn dropped(&self) -> usize {
-        self.dropped.load(Ordering::Relaxed)
+        self.dropped.load(Ordering::Relaxed) + self.ledger.evicted()
     }
 }
 
@@ -224,24 +246,6 @@ fn answer_to(reported: Result<Acceptance, ClientError>) -> (Answer, Option<Clien
         Err(error) if error.is_retryable() => (Answer::Failed, Some(error)),
         Err(error) => (Answer::Refused, Some(error)),
     }
-}
-
-/// Asks for the state of a job whose report was denied, or is in doubt, or is parked.
-pub(super) async fn ask(client: &Client, attempt: &Attempt, kind: Kind) -> (Told, Option<ClientError>) {
-    let state = match client.job(&attempt.id).await {
-        Ok(state) => state,
-        Err(error) if error.is_refusal() => {
-            warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
-            return (Told::Withheld, Some(error));
-        }
-        Err(error) => return (Told::Unreachable, Some(error)),
-    };
-    let id = attempt.id.as_str();
-    match kind {
-        Kind::Success => debug!(id, ?state, "success was already handled, or its job was handed out again"),
-        Kind::Failure => debug!(id, ?state, "failure was already handled, or its job was handed out again"),
-    }
-    (told(state, attempt, kind), None)
 }
 
 fn told(state: Option<JobState>, attempt: &Attempt, kind: Kind) -> Told {

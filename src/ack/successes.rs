@@ -9,7 +9,6 @@ use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
 
 use super::{Reporter, Success};
-use crate::ack::reporter::ask;
 use crate::client::{Client, ClientError};
 use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
 use crate::job::{JobId, Outcome};
@@ -213,7 +212,7 @@ impl Reporter {
         let (mut told, mut error) = (Told::NotAsked, None);
         loop {
             match fate(Kind::Success, Answer::Denied, told, self.ledger.hold(&attempt, seen)) {
-                Step::Ask => (told, error) = ask(client, &attempt, Kind::Success).await,
+                Step::Ask => (told, error) = self.ask(client, &attempt, Kind::Success).await,
                 Step::Send => return Ok(Some(attempt)),
                 Step::Settle => {
                     self.ledger.settle(&attempt);

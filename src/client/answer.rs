@@ -1,7 +1,7 @@
 //! Reads the server's answers, and tells them from those of a proxy or of another server.
 //!
-//! Only an answer that is recognisably the server's may settle a job: a 204, a JSON object, or a refusal with the server's
-//! JSON `error`.
+//! Only an answer that is recognisably the server's may settle a job: a 204, the job itself in answer to a failure, or a
+//! refusal with the server's JSON `error`.
 
 use std::time::{Duration, SystemTime};
 
@@ -24,9 +24,11 @@ struct NotFound {
     not_found: Vec<String>,
 }
 
-/// Any object: all fields are ignored.
+/// The job, in answer to the report of its failure.
 #[derive(Deserialize)]
-struct Object {}
+struct Failed {
+    id: String,
+}
 
 /// The server's word for a refusal.
 #[derive(Deserialize)]
@@ -44,7 +46,7 @@ pub(super) fn is_ndjson(response: &Response<Incoming>) -> bool {
 pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>, ClientError> {
     let status = response.status();
     if status.is_success() {
-        return accepted(response).await.map(|()| Vec::new());
+        return accepted(response, |_| false).await.map(|()| Vec::new());
     }
     if status != StatusCode::UNPROCESSABLE_ENTITY {
         return Err(refusal(response).await);
@@ -57,9 +59,10 @@ pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>
 }
 
 /// Reads the answer to a report of a failure.
-pub(super) async fn acceptance(response: Response<Incoming>) -> Result<Acceptance, ClientError> {
+pub(super) async fn acceptance(response: Response<Incoming>, id: &JobId) -> Result<Acceptance, ClientError> {
+    let is_of_job = |body: &[u8]| serde_json::from_slice::<Failed>(body).is_ok_and(|failed| failed.id == id.as_str());
     match response.status() {
-        status if status.is_success() => accepted(response).await.map(|()| Acceptance::Accepted),
+        status if status.is_success() => accepted(response, is_of_job).await.map(|()| Acceptance::Accepted),
         StatusCode::NOT_FOUND => denied(response).await.map(|()| Acceptance::AlreadyHandled),
         _ => Err(refusal(response).await),
     }
@@ -91,11 +94,12 @@ pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, C
     Ok(answer.version)
 }
 
-/// Reads an answer with a good status. The body is read to its end, otherwise the connection could not be used again.
-async fn accepted(response: Response<Incoming>) -> Result<(), ClientError> {
+/// Reads an answer with a good status: a 204, or a body that is the server's. The body is read to its end, otherwise the
+/// connection could not be used again.
+async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -> bool) -> Result<(), ClientError> {
     let status = response.status();
     let (_, body) = read(response).await?;
-    if status == StatusCode::NO_CONTENT || serde_json::from_slice::<Object>(&body).is_ok() {
+    if status == StatusCode::NO_CONTENT || is_the_servers(&body) {
         Ok(())
     } else {
         Err(ClientError::NotTheServer { status, message: first_line(&body) })

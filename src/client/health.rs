@@ -45,10 +45,12 @@ impl Health {
         self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Notes that a take stream has been opened: the server is there.
+    /// Notes that a take stream has been opened: if the latest call failed, the server is back.
     pub(super) fn connected(&self) {
-        *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.recoveries.send_replace(());
+        let failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if failing_since.is_some() {
+            self.recoveries.send_replace(());
+        }
     }
 
     /// Waits until calls succeed again.

@@ -205,7 +205,7 @@ impl Client {
     /// When the request fails, or the server refuses it.
     pub async fn failure(&self, id: &JobId, failure: &Failure) -> Result<Acceptance, ClientError> {
         let path = format!("/jobs/{}/failure", encode(id.as_str()));
-        let reported = async { acceptance(self.post(&path, failure).await?).await };
+        let reported = async { acceptance(self.post(&path, failure).await?, id).await };
         self.health.observe(reported.await)
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use tracing::warn;
+use tracing::error;
 
 use super::{Arrival, Attempt, Delivery, StreamId};
 use crate::client::{Client, StreamSettings};
@@ -25,6 +25,8 @@ pub(super) struct Entries {
     pub(super) runs_left: Option<u64>,
     /// The places of each open stream that are lost to jobs whose reports were given up.
     pub(super) lost_places: BTreeMap<StreamId, usize>,
+    /// The parked outcomes that were forgotten for others.
+    pub(super) evicted: usize,
 }
 
 #[derive(Debug)]
@@ -141,12 +143,19 @@ impl Entries {
     pub(super) fn keep(&mut self, id: &JobId) {
         self.kept.retain(|kept| kept != id);
         self.kept.push_back(id.clone());
-        while self.kept.len() > self.max_kept
-            && let Some(oldest) = self.kept.pop_front()
-        {
-            if let Some(Entry { state: State::Parked(_), .. }) = self.by_id.remove(&oldest) {
-                warn!(id = oldest.as_str(), "outcome dropped: too many are kept for their jobs to come again");
-            }
+        while self.kept.len() > self.max_kept {
+            self.evict();
+        }
+    }
+
+    /// Forgets the oldest entry that is settled, or else the oldest outcome that is parked.
+    fn evict(&mut self) {
+        let is_settled = |id: &JobId| matches!(self.by_id.get(id), Some(Entry { state: State::Settled(_), .. }));
+        let oldest = self.kept.iter().position(is_settled).unwrap_or_default();
+        let Some(id) = self.kept.remove(oldest) else { return };
+        if let Some(Entry { state: State::Parked(_), .. }) = self.by_id.remove(&id) {
+            self.evicted += 1;
+            error!(ids = ?[id], error = "too many outcomes are kept until their jobs are redelivered", "report dropped");
         }
     }
 

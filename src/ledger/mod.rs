@@ -79,6 +79,15 @@ pub(crate) enum Beginning {
     NoneLeft,
 }
 
+/// A job that runs here or has ended here, and that no stream holds.
+#[derive(Debug, Clone)]
+pub(crate) struct Unheld {
+    pub(crate) id: JobId,
+    /// The settings by which the job came.
+    pub(crate) source: Arc<StreamSettings>,
+    pub(crate) has_ended: bool,
+}
+
 /// A parked outcome.
 #[derive(Debug, Clone)]
 pub(crate) struct Parked {
@@ -100,6 +109,7 @@ impl Ledger {
             present_server: None,
             runs_left: max_runs,
             lost_places: BTreeMap::new(),
+            evicted: 0,
         };
         Self {
             entries: Mutex::new(entries),
@@ -248,17 +258,19 @@ impl Ledger {
     /// Notes that an attempt's report has arrived.
     pub(crate) fn settle(&self, attempt: &Attempt) {
         let mut entries = self.entries();
+        let is_only_stream = entries.open.len() <= 1;
         let Some(entry) = entries.ended(attempt) else { return };
         let kind = match &entry.state {
             State::Parked(outcome) => kind_of(outcome),
             State::Reporting(kind) => *kind,
             State::Waiting | State::Running | State::Settled(_) => return,
         };
-        // A job that is held cannot have been handed out again: no other line of it is on the way. And an attempt without a
-        // number cannot be told from the next one.
-        if entry.is_held || attempt.attempts.is_none() {
+        // A job that is held by the only stream cannot have been handed out again: no other line of it is on the way. And an
+        // attempt without a number cannot be told from the next one.
+        if (entry.is_held && is_only_stream) || attempt.attempts.is_none() {
             entries.remove(&attempt.id);
         } else {
+            entry.is_held = false;
             entry.state = State::Settled(kind);
             entries.keep(&attempt.id);
         }
@@ -320,13 +332,34 @@ impl Ledger {
         parked.collect()
     }
 
-    /// The jobs that run here or have ended here, that are not settled, and that no stream holds; with the settings by which
-    /// each has come.
-    pub(crate) fn unheld(&self) -> Vec<(JobId, Arc<StreamSettings>)> {
+    /// The jobs that run here or have ended here, that are not settled, and that no stream holds.
+    pub(crate) fn unheld(&self) -> Vec<Unheld> {
         let entries = self.entries();
-        let is_unheld = |entry: &&Entry| !entry.is_held && !matches!(entry.state, State::Settled(_));
+        let is_unheld = |entry: &Entry| !entry.is_held && !matches!(entry.state, State::Settled(_));
         let unheld = entries.by_id.iter().filter(|(_, entry)| is_unheld(entry));
-        unheld.map(|(id, entry)| (id.clone(), Arc::clone(&entry.source))).collect()
+        let unheld = unheld.map(|(id, entry)| Unheld {
+            id: id.clone(),
+            source: Arc::clone(&entry.source),
+            has_ended: entry.is_unsettled(),
+        });
+        unheld.collect()
+    }
+
+    /// Whether all jobs that a stream holds for us wait to be started.
+    pub(crate) fn is_all_waiting(&self, stream: StreamId) -> bool {
+        let entries = self.entries();
+        let mut held = entries.by_id.values().filter(|entry| entry.is_held && entry.stream == stream);
+        held.all(|entry| matches!(entry.state, State::Waiting))
+    }
+
+    /// The number of parked outcomes that were forgotten, because too many were parked.
+    pub(crate) fn evicted(&self) -> usize {
+        self.entries().evicted
+    }
+
+    /// Whether an attempt came from that server.
+    pub(crate) fn came_from(&self, attempt: &Attempt, client: &Client) -> bool {
+        self.entries().by_id.get(&attempt.id).is_none_or(|entry| std::ptr::eq(&*entry.source.client, client))
     }
 
     /// The jobs that have ended, and whose outcome is not settled.

@@ -240,7 +240,7 @@ fn only_the_jobs_of_a_lost_stream_are_held_no_more() {
     running(&here, &b);
     here.ledger.lose_stream(first);
     assert_eq!((here.held(&a), here.held(&b).is_some()), (None, true));
-    assert!(matches!(&here.unheld()[..], [(id, _)] if *id == a.id));
+    assert!(matches!(&here.unheld()[..], [unheld] if unheld.id == a.id && !unheld.has_ended));
     assert_eq!((here.under_way(first, None), here.under_way(here.stream.get(), None)), (0, 1));
 }
 
@@ -302,4 +302,35 @@ fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
     assert_eq!(here.arrive(&job).0, Arrival::Ended(failure()));
     here.settle_parked(&job);
     assert_eq!(here.ended(), [job.id]);
+}
+
+/// The server has seen the end of the first stream, and has handed the job out over the second.
+#[test]
+fn a_line_over_another_stream_is_expected_of_a_job_that_is_held() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    running(&here, &job);
+    here.end(&job.id, &Outcome::Success);
+    let first = here.stream.replace(here.open_stream());
+    here.settle(&job);
+    assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
+    here.ledger.lose_stream(first);
+    assert!(here.is_empty());
+}
+
+#[test]
+fn settled_entries_leave_before_parked_ones() {
+    let here = Here::new(2);
+    let end = |name| {
+        let job = attempt(name, 0);
+        running(&here, &job);
+        here.end(&job.id, &Outcome::Success);
+        job
+    };
+    let parked = end("parked");
+    here.park(&parked, here.held(&parked), Outcome::Success);
+    here.open_stream();
+    for name in ["a", "b", "c"] {
+        here.settle(&end(name));
+    }
+    assert_eq!((here.parked(), here.evicted()), (vec![(parked, Kind::Success)], 0));
 }

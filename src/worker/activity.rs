@@ -10,6 +10,7 @@ use tracing::info;
 
 use super::Summary;
 use crate::job::{Job, JobId, Outcome};
+use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
 
 /// Shared by the parts of one worker; clones count together.
@@ -200,16 +201,18 @@ impl Activity {
         self.0.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
-    /// Drains once the worker has been connected and without a job for as long as `limit`.
-    pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, limit: Duration) {
-        let mut states = self.0.state.subscribe();
+    /// Drains once the worker has been connected, and without a job or a report, for as long as `limit`. While reports wait,
+    /// the server may hold back further jobs.
+    pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
+        let (mut states, mut movements) = (self.0.state.subscribe(), ledger.movements());
         while states.wait_for(State::is_idle).await.is_ok() {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => return,
                 // Any change, even one that is over by now, starts the time anew.
                 _ = states.changed() => {}
-                () = tokio::time::sleep(limit) => {
+                _ = movements.changed() => {}
+                () = tokio::time::sleep(limit), if ledger.ended().is_empty() => {
                     info!(?limit, "no job for that long: draining");
                     lifecycle.finish_because(format!("idle for {} (exit_when_idle)", format_duration(limit)));
                     return;

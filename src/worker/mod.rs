@@ -210,7 +210,7 @@ impl<D: Dispatcher> Worker<D> {
 
     /// What ends a run by itself: the deadline of a drain, the end of its time, and idleness.
     fn start_watches(&self, run: &Run) -> Vec<AbortOnDropHandle<()>> {
-        let Run { activity, lifecycle, .. } = run.clone();
+        let Run { activity, ledger, lifecycle, .. } = run.clone();
         let (deadline, draining) = (self.config.shutdown_deadline, lifecycle.clone());
         let mut watches = vec![tokio::spawn(async move { draining.enforce(deadline).await })];
         if let Some(limit) = self.config.max_time {
@@ -222,7 +222,7 @@ impl<D: Dispatcher> Worker<D> {
             }));
         }
         if let Some(limit) = self.config.exit_when_idle {
-            watches.push(tokio::spawn(async move { activity.stop_when_idle(&lifecycle, limit).await }));
+            watches.push(tokio::spawn(async move { activity.stop_when_idle(&lifecycle, &ledger, limit).await }));
         }
         watches.into_iter().map(AbortOnDropHandle::new).collect()
     }

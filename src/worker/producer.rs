@@ -11,7 +11,7 @@ use tracing::{debug, error, info, warn};
 use super::intake::{self, Intake};
 use super::opening::{Opening, Unopened, open, seconds};
 use super::search::{Found, Search};
-use super::session::Closed;
+use super::session::{Closed, sleep_until_if};
 use super::streams::{Lost, Streams};
 use super::{Run, Taken, WorkerError, max_kept};
 use crate::backoff::{Backoff, Waits};
@@ -47,7 +47,12 @@ struct State {
     first: Option<Arc<StreamSettings>>,
     /// The waits between streams that lose places of their prefetch.
     renewals: Waits,
+    /// The moment at which such a stream was last replaced.
     renewed: Option<Instant>,
+    /// The moment at which the present one is to be.
+    renewal_due: Option<Instant>,
+    /// The prefetch that the ack queue has room for.
+    prefetch: usize,
 }
 
 /// What has happened.
@@ -73,6 +78,8 @@ impl Producer {
             first: Some(self.intake.settings()),
             renewals: self.backoff.waits(),
             renewed: None,
+            renewal_due: None,
+            prefetch: 0,
         };
         let mut changes = Changes::of(&self.run, &self.intake);
         while self.run.lifecycle.phase() < Phase::Stopped {
@@ -92,7 +99,8 @@ impl Producer {
     fn decide(&self, state: &mut State) {
         let settings = self.intake.settings();
         self.run.ledger.set_present_server(&settings.client);
-        self.renew_if_places_are_lost(state);
+        self.make_room(state, settings.prefetch);
+        self.renew_if_due(state);
         let (phase, is_paused) = (self.run.lifecycle.phase(), self.intake.is_paused());
         let is_taking = state.streams.assign(phase, is_paused, &settings);
         self.run.activity.set_connected(is_taking, state.streams.is_any_open());
@@ -110,19 +118,30 @@ impl Producer {
         self.search_if_needed(state, takes.then_some(&settings));
     }
 
-    /// A stream that has lost places of its prefetch finishes, and another one takes.
-    fn renew_if_places_are_lost(&self, state: &mut State) {
-        if !state.streams.retire_spent() {
+    /// Gives the ack queue and the ledger the size that the prefetch needs.
+    fn make_room(&self, state: &mut State, prefetch: usize) {
+        if std::mem::replace(&mut state.prefetch, prefetch) != prefetch {
+            let capacity = prefetch.saturating_mul(2);
+            self.run.acks.resize(capacity);
+            self.run.ledger.set_max_kept(max_kept(capacity, self.concurrency));
+        }
+    }
+
+    /// Replaces a stream that has lost places of its prefetch. The stream takes on with the places that are left until another
+    /// one is due: a job whose report is refused again and again would otherwise run without pause.
+    fn renew_if_due(&self, state: &mut State) {
+        if !state.streams.is_taking_one_spent() {
+            state.renewal_due = None;
             return;
         }
-        let (_, longest, _) = self.backoff.parts();
-        if state.renewed.is_none_or(|renewed| renewed.elapsed() > longest * 2) {
-            state.renewals.reset();
+        let now = Instant::now();
+        let due =
+            *state.renewal_due.get_or_insert_with(|| next_renewal(state.renewed, &mut state.renewals, &self.backoff));
+        if now >= due {
+            state.streams.retire_spent();
+            (state.renewed, state.renewal_due) = (Some(now), None);
+            info!("opening another stream: the server still holds jobs whose reports were dropped");
         }
-        state.renewed = Some(Instant::now());
-        let wait = state.renewals.next_wait();
-        state.pause = Some((wait, self.backoff.waits()));
-        info!(?wait, "opening another stream: the server still holds jobs whose reports were dropped");
     }
 
     fn search_if_needed(&self, state: &mut State, taking: Option<&Arc<StreamSettings>>) {
@@ -149,9 +168,6 @@ impl Producer {
             Ok(stream) => {
                 info!("connected, listening for jobs");
                 (state.first, state.pause) = (None, None);
-                let capacity = settings.prefetch.saturating_mul(2);
-                self.run.acks.resize(capacity);
-                self.run.ledger.set_max_kept(max_kept(capacity, self.concurrency));
                 state.streams.add(settings, stream);
                 Ok(())
             }
@@ -169,7 +185,7 @@ impl Producer {
             (Ok(Closed::NotFound { prefetch, is_full }), _) => {
                 debug!(prefetch, is_full, "stream closed, it has brought none of the jobs that are here");
                 if let Some(search) = state.search.as_mut().filter(|_| is_full) {
-                    search.missed(prefetch);
+                    search.missed(&self.run, prefetch);
                 }
             }
             (Err(error), _) if self.run.lifecycle.phase() >= Phase::Killing => {
@@ -190,6 +206,10 @@ impl Producer {
 
     /// The stream is gone, and the server has its jobs again. Those that wait in the queue would be in the way of the others.
     fn drop_waiting(&self, stream: StreamId) {
+        // Nothing can be put back into a closed queue. The loops refuse the jobs of a lost stream by themselves.
+        if self.waiting.is_closed() {
+            return;
+        }
         let waiting: Vec<Taken> = std::iter::from_fn(|| self.waiting.try_recv().ok()).collect();
         for taken in waiting {
             if taken.stream == stream {
@@ -198,6 +218,17 @@ impl Producer {
                 // Once the queue is closed, the job goes back with its stream.
                 let _ = self.dispatch_queue.try_send(taken);
             }
+        }
+    }
+}
+
+/// The first loss of a place is mended at once, and those that follow soon after each wait longer.
+fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backoff) -> Instant {
+    match renewed {
+        Some(renewed) if renewed.elapsed() <= backoff.max_wait() * 2 => renewed + renewals.next_wait(),
+        _ => {
+            renewals.reset();
+            Instant::now()
         }
     }
 }
@@ -211,7 +242,7 @@ fn searched(state: &mut State, search: Search, found: Option<Found>) {
 
 /// Waits for the next thing that may change which streams there are to be.
 async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
-    let State { streams, opening, search, searching, .. } = state;
+    let State { streams, opening, search, searching, renewal_due, .. } = state;
     let with_movements = !streams.is_any_taking() || search.is_some() || searching.is_some();
     let opened = async {
         match opening {
@@ -231,6 +262,7 @@ async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
         (id, ended) = streams.next_closed() => Event::Closed(id, ended),
         (settings, opened) = opened => Event::Opened(settings, opened),
         (search, found) = searched => Event::Searched(search, found),
+        () = sleep_until_if(*renewal_due) => Event::Changed,
     }
 }
 

@@ -8,7 +8,6 @@
 //! have its jobs meanwhile. From the second round on, only jobs that the server says to be ready are searched for: a job that
 //! another worker runs is not to be had.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tracing::{debug, info};
@@ -17,7 +16,7 @@ use super::Run;
 use crate::backoff::{Backoff, Waits};
 use crate::chain::Chain;
 use crate::client::StreamSettings;
-use crate::job::JobId;
+use crate::ledger::Unheld;
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
@@ -34,6 +33,8 @@ pub(super) struct Search {
     round: u32,
     /// Whether the next round follows at once.
     is_urgent: bool,
+    /// The settings of the last round.
+    last: Option<Arc<StreamSettings>>,
 }
 
 /// A stream that may bring jobs back.
@@ -45,27 +46,29 @@ pub(super) struct Found {
 
 impl Search {
     pub(super) fn new(backoff: &Backoff) -> Self {
-        Self { waits: backoff.waits(), round: 0, is_urgent: false }
+        Self { waits: backoff.waits(), round: 0, is_urgent: false, last: None }
     }
 
     /// The jobs that are to be searched for: those that no stream holds, and that the stream that takes will not bring.
-    pub(super) fn wanted(run: &Run, taking: Option<&Arc<StreamSettings>>) -> Vec<(JobId, Arc<StreamSettings>)> {
+    pub(super) fn wanted(run: &Run, taking: Option<&Arc<StreamSettings>>) -> Vec<Unheld> {
         if run.lifecycle.phase() > Phase::Draining {
             return Vec::new();
         }
         let mut unheld = run.ledger.unheld();
-        unheld.retain(|(_, source)| !taking.is_some_and(|taking| taking.covers(source)));
+        unheld.retain(|unheld| !taking.is_some_and(|taking| taking.covers(&unheld.source)));
         unheld
     }
 
-    /// Notes that the last round has brought as many jobs as it could, and none that is wanted.
-    pub(super) fn missed(&mut self, prefetch: usize) {
-        self.is_urgent = prefetch < MAX_PREFETCH;
+    /// Notes that a round has brought as many jobs as it could, and none that is wanted. The next one follows at once if it
+    /// will be larger.
+    pub(super) fn missed(&mut self, run: &Run, prefetch: usize) {
+        let goes_deep = run.ledger.unheld().iter().any(|unheld| unheld.has_ended);
+        self.is_urgent = goes_deep && prefetch < MAX_PREFETCH;
     }
 
     /// Makes one round, after a wait if one is due. Returns nothing if there is no stream to be had, or no job to be searched for.
     pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<Found> {
-        let (_, settings) = Self::wanted(run, taking).first()?.clone();
+        let settings = self.next_settings(&Self::wanted(run, taking))?;
         if !std::mem::take(&mut self.is_urgent) {
             tokio::select! {
                 biased;
@@ -73,14 +76,14 @@ impl Search {
                 () = settings.client.health().recovered() => self.waits.reset(),
             }
         }
-        let wanted = Self::wanted(run, taking);
-        let of_these = wanted.into_iter().filter(|(_, source)| source.is_same(&settings)).map(|(id, _)| id);
-        let ids = self.to_be_had(&settings, of_these.collect()).await;
-        if ids.is_empty() {
+        let mut wanted = Self::wanted(run, taking);
+        wanted.retain(|unheld| unheld.source.is_same(&settings));
+        let wanted = self.to_be_had(&settings, wanted).await;
+        if wanted.is_empty() {
             return None;
         }
-        let prefetch = ids.len().saturating_mul(1 << self.round.min(MAX_DOUBLINGS)).min(MAX_PREFETCH.max(ids.len()));
-        info!(jobs = ids.len(), prefetch, "opening a stream for jobs that are here, and whose stream was lost");
+        let (jobs, prefetch) = (wanted.len(), self.prefetch(&wanted));
+        info!(jobs, prefetch, "opening a stream for jobs that are here, and whose stream was lost");
         match settings.open(prefetch).await {
             Ok(stream) => {
                 self.round += 1;
@@ -93,21 +96,47 @@ impl Search {
         }
     }
 
-    /// The jobs that the server may hand out.
-    async fn to_be_had(&self, settings: &StreamSettings, ids: BTreeSet<JobId>) -> BTreeSet<JobId> {
-        if self.round == 0 {
-            return ids;
+    /// The settings of the next round. Jobs that came by different settings take turns.
+    fn next_settings(&mut self, wanted: &[Unheld]) -> Option<Arc<StreamSettings>> {
+        let mut all: Vec<&Arc<StreamSettings>> = Vec::new();
+        for Unheld { source, .. } in wanted {
+            if !all.iter().any(|settings| settings.is_same(source)) {
+                all.push(source);
+            }
         }
-        let mut ready = BTreeSet::new();
-        for id in ids {
-            match settings.client.job(&id).await {
-                Ok(state) => ready.extend(state.is_some_and(|state| state.is_ready()).then_some(id)),
+        let last = self.last.as_ref().and_then(|last| all.iter().position(|settings| settings.is_same(last)));
+        let next = last.map_or(0, |last| if self.is_urgent { last } else { last + 1 }) % all.len().max(1);
+        if last != Some(next) {
+            self.round = 0;
+        }
+        self.last = all.get(next).map(|settings| Arc::clone(settings));
+        self.last.clone()
+    }
+
+    /// A search for ended jobs goes deep, because its stream closes as soon as they are reported. A stream for running jobs
+    /// stays open as long as they run, and other workers cannot have its other jobs.
+    fn prefetch(&self, wanted: &[Unheld]) -> usize {
+        let rounds = if wanted.iter().any(|unheld| unheld.has_ended) { self.round.min(MAX_DOUBLINGS) } else { 0 };
+        wanted.len().saturating_mul(1 << rounds).min(MAX_PREFETCH.max(wanted.len()))
+    }
+
+    /// The jobs that the server may hand out.
+    async fn to_be_had(&self, settings: &StreamSettings, wanted: Vec<Unheld>) -> Vec<Unheld> {
+        if self.round == 0 {
+            return wanted;
+        }
+        let mut to_be_had = Vec::new();
+        for unheld in wanted {
+            match settings.client.job(&unheld.id).await {
+                Ok(state) => to_be_had.extend(state.is_some_and(|state| state.is_ready()).then_some(unheld)),
+                // A proxy may let nobody look: then the job is searched for in vain at worst.
+                Err(error) if error.is_refusal() => to_be_had.push(unheld),
                 Err(error) => {
                     debug!(error = %Chain(&error), "cannot look at a job whose stream was lost");
-                    return ready;
+                    break;
                 }
             }
         }
-        ready
+        to_be_had
     }
 }

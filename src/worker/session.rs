@@ -128,7 +128,15 @@ impl Session {
     /// Whether nothing that came over the stream is under way, and nothing more is awaited.
     fn is_finished(&self) -> bool {
         let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
-        !is_awaited && self.run.ledger.under_way(self.id, None) == 0
+        !is_awaited && (self.run.ledger.under_way(self.id, None) == 0 || self.is_superseded())
+    }
+
+    /// Whether another stream takes, and nothing of this one has been started: then its jobs come over the other one.
+    fn is_superseded(&self) -> bool {
+        self.run.lifecycle.phase() == Phase::Running
+            && !self.intake.is_paused()
+            && self.run.activity.is_taking()
+            && self.run.ledger.is_all_waiting(self.id)
     }
 
     async fn take_held_back(&mut self) {
@@ -254,7 +262,8 @@ async fn until_other(purposes: &mut watch::Receiver<Purpose>, present: Purpose) 
     let _ = purposes.wait_for(|purpose| *purpose != present).await.is_ok();
 }
 
-async fn sleep_until_if(end: Option<Instant>) {
+/// Waits for a moment, if there is one.
+pub(super) async fn sleep_until_if(end: Option<Instant>) {
     match end {
         Some(end) => tokio::time::sleep_until(end).await,
         None => std::future::pending().await,

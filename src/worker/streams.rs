@@ -104,16 +104,17 @@ impl Streams {
         is_any_taking
     }
 
-    /// Streams that have lost places of their prefetch take no more. Returns whether one of them took jobs until now.
-    pub(super) fn retire_spent(&mut self) -> bool {
-        let mut took = false;
-        for open in self.open.iter_mut().filter(|open| !open.only_finishes) {
-            if self.run.ledger.has_lost_places(open.id) {
-                open.only_finishes = true;
-                took |= *open.purpose.borrow() == Purpose::Take;
-            }
+    /// Whether the stream that takes has lost places of its prefetch.
+    pub(super) fn is_taking_one_spent(&self) -> bool {
+        let mut taking = self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Take);
+        taking.any(|open| self.run.ledger.has_lost_places(open.id))
+    }
+
+    /// Lets streams that have lost places of their prefetch take no more.
+    pub(super) fn retire_spent(&mut self) {
+        for open in &mut self.open {
+            open.only_finishes |= self.run.ledger.has_lost_places(open.id);
         }
-        took
     }
 
     pub(super) fn is_any_taking(&self) -> bool {

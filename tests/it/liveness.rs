@@ -77,13 +77,16 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
 fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     let server = RawServer::start();
     let args = ["--retry-min-wait", "300ms", "--retry-max-wait", "300ms"];
-    let running = Daemon::at(&server.url()).args(args).sh(UNTIL_GO).start();
+    let running = Daemon::at(&server.url()).args(args).sh(&until_go()).start();
     let mut stream = server.take();
-    stream.job("mine");
+    stream.typed_job("mine", "bad");
     running.wait_for_lines(1, "started");
     running.signal(Signal::USR2);
     running.wait_for_message("paused");
     stream.end();
+    running.wait_for_message("stream lost while its last jobs were finished");
+    running.go();
+    running.wait_for_message("failure kept until its job comes again");
     let (mut rounds, mut full) = (Vec::new(), Vec::new());
     while full.len() < 3 {
         let request = server.request();
@@ -104,7 +107,34 @@ fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     }
     assert_eq!(rounds, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 512, 512]);
     assert!(full[2] - full[0] >= Duration::from_millis(600), "{:?}", full[2] - full[0]);
-    running.go();
+}
+
+/// A stream for a job that runs stays open for long, and other workers cannot have its other jobs.
+#[test]
+fn a_search_for_a_running_job_holds_no_other_job() {
+    let server = RawServer::start();
+    let running = Daemon::at(&server.url()).args(QUICK).sh(UNTIL_GO).start();
+    let mut stream = server.take();
+    stream.job("mine");
+    running.wait_for_lines(1, "started");
+    running.signal(Signal::USR2);
+    running.wait_for_message("paused");
+    stream.end();
+    for round in 0..6 {
+        let request = std::iter::repeat_with(|| server.request()).find_map(|request| {
+            let is_look = request.line().starts_with("GET /jobs/mine");
+            if is_look {
+                request.answer("200 OK", r#"{"status":"ready","attempts":0}"#);
+                return None;
+            }
+            Some(request)
+        });
+        let request = request.unwrap();
+        assert!(request.line().contains("prefetch=1 "), "{}", request.line());
+        let mut stream = request.open();
+        stream.job(&format!("other{round}"));
+        stream.wait_until_closed();
+    }
 }
 
 #[test]
@@ -247,6 +277,64 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     assert_eq!(finished.read("started").lines().filter(|line| *line == long).count(), 1);
 }
 
+/// Its job comes first again over each new stream.
+#[test]
+fn a_report_that_is_always_refused_does_not_stop_the_others() {
+    let server = RawServer::start();
+    let running = Daemon::at(&server.url()).sh(BY_TYPE).start();
+    let mut stream = server.take();
+    stream.typed_job("poison", "bad");
+    let mut done = 0;
+    let began = Instant::now();
+    while done < 20 {
+        let request = server.request();
+        if request.line().contains("/jobs/take") {
+            stream = request.open();
+            stream.typed_job("poison", "bad").typed_job(&format!("good{done}"), "good");
+        } else if request.line().contains("/poison/failure") {
+            request.answer("413 Content Too Large", "");
+            stream.typed_job(&format!("good{done}"), "good");
+        } else if request.line().starts_with("GET") {
+            request.answer("200 OK", r#"{"status":"in_flight","attempts":0}"#);
+        } else {
+            done += 1;
+            request.answer("204 No Content", "");
+            stream.typed_job(&format!("good{done}"), "good");
+        }
+    }
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    drop(running);
+}
+
+#[test]
+fn a_json_object_of_another_server_settles_nothing() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    for call in [Call::Successes, Call::Failure] {
+        proxy.fault_times(2, call, Fault::Answer(200, r#"{"message":"please log in"}"#));
+    }
+    let ids = server.enqueue_all((0..10).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
+    let running = Daemon::of(&proxy).args(QUICK).sh(BY_TYPE).start();
+    ids.iter().step_by(2).for_each(|id| drop(server.wait_for_error(id, 1)));
+    ids.iter().skip(1).step_by(2).for_each(|id| server.wait_until_done(id));
+    running.stop();
+}
+
+#[test]
+fn a_worker_with_reports_that_wait_is_not_idle() {
+    let server = Server::start();
+    let proxy = Proxy::before(&server);
+    proxy.fault(Call::Successes, Fault::Answer(503, ""));
+    let ids = server.enqueue_all(jobs(20));
+    let running = Daemon::of(&proxy).args(QUICK).args(["--exit-when-idle", "200ms"]).sh("true").start();
+    // For more than twice the limit.
+    let failed = running.wait_for_messages(2, "report failed, trying again").len();
+    running.wait_for_messages(failed + 12, "report failed, trying again");
+    proxy.heal();
+    running.assert_exit(0);
+    ids.iter().for_each(|id| server.wait_until_done(id));
+}
+
 #[test]
 fn one_bad_id_costs_no_other_success_its_report() {
     let server = RawServer::start();
@@ -338,7 +426,7 @@ fn failures_that_always_fail_block_no_other_failure() {
     stream.job("good");
     for request in std::iter::repeat_with(|| server.request()).take(1000) {
         if request.line().contains("/good/failure") {
-            return request.answer("200 OK", "{}");
+            return request.answer("204 No Content", "");
         }
         // A look finds the job in flight, and the failure is sent again.
         if request.line().starts_with("GET") {

@@ -398,7 +398,7 @@ fn a_later_attempt_is_started_while_the_failure_of_the_one_before_awaits_its_ans
     let failure = server.request();
     stream.attempt("1", 1);
     assert_eq!(daemon.wait_for_lines(2, "started"), ["1 0", "1 1"]);
-    failure.answer("200 OK", "{}");
+    failure.answer("204 No Content", "");
     go(&daemon);
     let success = server.request();
     assert_eq!((success.line(), &*success.body), ("POST /jobs/success HTTP/1.1", r#"{"ids":["1"]}"#));
@@ -461,7 +461,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
             stream = server.take();
             report
         };
-        report.answer("200 OK", "{}");
+        report.answer("204 No Content", "");
         // The next report comes when this one has been settled.
         stream.typed_job("2", "good");
         server.request().answer("204 No Content", "");

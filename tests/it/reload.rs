@@ -217,9 +217,9 @@ fn limits_of_the_stream_take_effect_on_a_new_one_and_deadlines_are_checked_again
 #[test]
 fn a_server_that_is_gone_does_not_keep_the_worker_from_the_next() {
     let (mut here, there) = (Server::start(), Server::start());
-    let rest = "worker.retry_min_wait = '10m'\nworker.retry_max_wait = '10m'\n[handler]\nexec = ['$DIR/wait.sh']";
+    let rest = "worker.retry_min_wait = '10m'\nworker.retry_max_wait = '10m'\nworker.shutdown_deadline = '500ms'\n[handler]\nexec = ['$DIR/wait.sh']";
     let running = start(&here, &format!("url = '$URL'\n{rest}"));
-    here.enqueue("q", "t", json!(null));
+    let old = here.enqueue("q", "t", json!(null));
     running.wait_for_lines(1, "started");
     here.stop();
     running.wait_for("the wait for the old server", |event| event["reconnect_in"].is_string());
@@ -229,7 +229,10 @@ fn a_server_that_is_gone_does_not_keep_the_worker_from_the_next() {
     running.go();
     let id = there.enqueue("q", "t", json!(null));
     there.wait_until_done(&id);
-    running.stop();
+    // The other server cannot tell what became of the first job.
+    running.sigterm();
+    let finished = running.assert_exit(1);
+    assert!(finished.event("report dropped")["ids"].as_str().unwrap().contains(&old));
 }
 
 #[test]
