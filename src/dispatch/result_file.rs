@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, OFlags, StatxFlags, flock, statx};
+use rustix::io::Errno;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -37,8 +38,10 @@ const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct ResultDir {
     path: PathBuf,
-    /// Held open and locked: whoever tidies up temporary directories leaves a locked one alone.
+    /// Held open and locked: programs that tidy up temporary directories leave a locked one alone.
     _lock: File,
+    /// The file system that the directory is on.
+    device: (u32, u32),
     next: AtomicU64,
     reads: Errands,
     removals: Errands,
@@ -50,8 +53,10 @@ impl ResultDir {
         let dir = builder.prefix("zizq-worker-").permissions(fs::Permissions::from_mode(0o700)).tempdir_in(below)?;
         let lock = File::open(dir.path())?;
         flock(&lock, FlockOperation::LockShared)?;
+        let about = statx(&lock, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
+        let device = (about.stx_dev_major, about.stx_dev_minor);
         let (reads, removals) = (Errands::with_threads(4), Errands::with_threads(1));
-        Ok(Self { path: dir.keep(), _lock: lock, next: AtomicU64::new(0), reads, removals })
+        Ok(Self { path: dir.keep(), _lock: lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
     /// A path for one job at which there is nothing yet. A number, since nothing of a job is ever made into a path.
@@ -73,17 +78,51 @@ impl ResultFile<'_> {
         self.path.as_os_str()
     }
 
-    /// Reads what the handler wrote. What is no use is a warning, and counts as nothing. A handler may have mounted a file
-    /// system there that hangs, so that the thread of all jobs does not read.
+    /// Reads what the handler wrote. What is no use is a warning, and counts as nothing.
     pub(super) async fn read(&self) -> Option<Verdict> {
-        let path = self.path.clone();
-        let read = self.dir.reads.ask(READ_TIMEOUT, move || try_read(&path)).await;
-        match read.unwrap_or_else(|| Err("it cannot be read in time".to_owned())) {
+        let read = match self.find() {
+            Found::Nothing => return None,
+            Found::SmallFile => try_read(&self.path),
+            Found::Other => {
+                let path = self.path.clone();
+                let read = self.dir.reads.ask(READ_TIMEOUT, move || try_read(&path)).await;
+                read.unwrap_or_else(|| Err("it cannot be read in time".to_owned()))
+            }
+        };
+        match read {
             Ok(verdict) => verdict,
             Err(reason) => {
                 warn!(reason, "result file ignored");
                 None
             }
+        }
+    }
+}
+
+/// What a handler has left at its path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// A file of this worker's own directory, small enough for the thread of all jobs.
+    SmallFile,
+    /// A tree, a large file, or the file system that a handler has mounted there, and that may hang.
+    Other,
+}
+
+impl ResultFile<'_> {
+    /// Looks without asking the file system for more than the kernel knows, which no mount can make hang (statx(2)).
+    fn find(&self) -> Found {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+        match statx(CWD, &self.path, flags, StatxFlags::TYPE | StatxFlags::SIZE) {
+            Err(Errno::NOENT) => Found::Nothing,
+            Ok(about)
+                if FileType::from_raw_mode(about.stx_mode.into()) == FileType::RegularFile
+                    && about.stx_size <= MAX_BYTES
+                    && (about.stx_dev_major, about.stx_dev_minor) == self.dir.device =>
+            {
+                Found::SmallFile
+            }
+            Ok(_) | Err(_) => Found::Other,
         }
     }
 }
@@ -106,14 +145,26 @@ fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
     Verdict::parse(&bytes).map(Some)
 }
 
-/// Removes what the handler has left: a file at once, and a directory elsewhere, because that may take minutes.
+/// Removes what the handler has left: a small file at once, and all else in a thread, because that may take minutes.
 impl Drop for ResultFile<'_> {
     fn drop(&mut self) {
-        if fs::remove_file(&self.path).is_err_and(|error| error.kind() == io::ErrorKind::IsADirectory) {
-            let tree = std::mem::take(&mut self.path);
-            // A tree for which there is no room stays until the end.
-            let _ = self.dir.removals.run(move || drop(remove_tree(&tree)));
+        match self.find() {
+            Found::Nothing => {}
+            // The end of the directory removes what cannot be removed now.
+            Found::SmallFile => drop(fs::remove_file(&self.path)),
+            Found::Other => {
+                let path = std::mem::take(&mut self.path);
+                // What there is no room for stays until the end.
+                let _ = self.dir.removals.run(move || drop(remove(&path)));
+            }
         }
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::IsADirectory => remove_tree(path),
+        removed => removed,
     }
 }
 

@@ -157,7 +157,7 @@ impl Birth {
             // The kernel writes to `is_here` once, when this process leaves the memory. The C library's `clone` could ask for the
             // same, but not everyone's does.
             let _ = syscall!(Sysno::set_tid_address, self.is_here.as_ptr());
-            libc::setpgid(0, 0);
+            let _ = syscall!(Sysno::setpgid, 0, 0);
             set_signals_back(self.handled_signals);
             for (number, file) in (0..).zip(self.stdio) {
                 if let Some(file) = file {
@@ -197,7 +197,8 @@ impl Birth {
                 first += 1;
             }
             if syscall!(Sysno::close_range, first, c_int::MAX, 0).is_err() {
-                // Linux before 5.9, or a sandbox that does not know the call. `execve` closes those beyond, if any.
+                // Linux before 5.9, or a sandbox that does not know the call. `execve` closes those beyond that this process
+                // has opened itself.
                 for file in first.cast_unsigned()..self.open_files.bound {
                     let _ = syscall!(Sysno::close, file);
                 }

@@ -22,7 +22,7 @@ pub(crate) struct OpenFiles {
     /// The limit that a child gets back, soft and hard, as the kernel reads it; none where this process has not raised its own. A
     /// program that uses `select` writes beyond its arrays where there are more than 1024 descriptors.
     pub(super) limit: Option<[u64; 2]>,
-    /// A number that the descriptors of this process stay below, but for those that it may have been handed.
+    /// A number that the descriptors of this process stay below.
     pub(super) bound: u32,
 }
 
@@ -43,10 +43,17 @@ impl OpenFiles {
         };
         let limit = raised.unwrap_or(u64::MAX);
         let to_restore = (raised != handed_down).then(|| [handed_down, maximum].map(|limit| limit.unwrap_or(u64::MAX)));
-        let bound = u32::try_from(limit.min(needed.max(LEAST_BOUND))).unwrap_or(u32::MAX);
+        let bound = u32::try_from(limit.min(needed.max(LEAST_BOUND))).unwrap_or(u32::MAX).max(beyond_present());
         let enough = if limit < needed { Err(TooFewDescriptors { limit, needed }) } else { Ok(()) };
         (Self { limit: to_restore, bound }, enough)
     }
+}
+
+/// A number beyond all descriptors that this process has now, those that it was handed included.
+fn beyond_present() -> u32 {
+    let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    numbers.max().map_or(0, |highest| highest.saturating_add(1))
 }
 
 /// The limit of open files is lower than what may be needed.

@@ -219,7 +219,7 @@ fn a_job_too_large_for_any_process_fails_at_once_and_slows_down_no_other() {
             report.body.contains(r#""error_type":"SpawnError""#)
                 && report.body.contains("handle.sh could not be started")
         );
-        report.answer("200 OK", "{}");
+        report.answer("204 No Content", "");
     }
     stream.chunk(&job("4", "t"));
     let report = server.request();
