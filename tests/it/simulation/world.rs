@@ -142,7 +142,7 @@ fn draw_job(rng: &mut Rng) -> NewJob {
 async fn make_trouble(world: World, mut rng: Rng) {
     loop {
         world.weather.set_level(one_of(&mut rng, &[0.0, 0.0, 0.05, 0.2, 0.5, 1.0]));
-        world.network.set_trouble(one_of(&mut rng, &[0.0, 0.0, 0.1, 0.3, 0.7]));
+        world.network.set_trouble(one_of(&mut rng, &[0.0, 0.1, 0.3, 0.7]));
         sleep(millis(&mut rng, 1000..25_000)).await;
         if chance(&mut rng, 0.3) {
             let server = &world.servers[rng.usize(0..2)];
