@@ -79,6 +79,16 @@ impl Backoff {
         self.min_wait.mul_f64(1.0 + JITTER)
     }
 
+    /// Returns the wait before the first retry, without its jitter.
+    pub fn min_wait(&self) -> Duration {
+        self.min_wait
+    }
+
+    /// Returns the wait that none exceeds, without its jitter.
+    pub fn max_wait(&self) -> Duration {
+        self.max_wait
+    }
+
     /// A fresh sequence of waits.
     pub fn waits(&self) -> Waits {
         Waits { policy: *self, next: self.min_wait }

@@ -23,6 +23,7 @@
 //! | [`handler`] | what is run for a job, and how |
 //! | [`dispatch`] | a job to a process to an outcome |
 //! | `process` | one child in its own process group |
+//! | `watch` | a value that changes, and its waiters, woken in order |
 //! | `ledger` | the jobs that are here, so that none runs twice |
 //! | `fate` | the one decision about an outcome: send, ask, retry, park, settle or drop |
 //! | `ack` | the reports |
@@ -80,6 +81,7 @@ mod process;
 pub mod stream;
 mod supervisor;
 pub mod version;
+mod watch;
 pub mod worker;
 
 pub use backoff::Backoff;

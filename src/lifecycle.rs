@@ -13,10 +13,11 @@ use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::exfiltrator::WithRawSiginfo;
 use signal_hook::low_level::signal_name;
 use signal_hook_tokio::{Signals, SignalsInfo};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use crate::process::without_signals;
+use crate::watch;
 use terminal::{HangUp, Terminal};
 
 /// A step on the way to a stop. Later steps are greater, and nothing leads back.

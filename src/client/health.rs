@@ -3,10 +3,11 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::ClientError;
+use crate::watch;
 
 /// The length of a disturbance whose end is a recovery. A single call that always fails among others that succeed is
 /// none, otherwise each success of the others would repeat it.

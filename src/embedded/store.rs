@@ -123,6 +123,7 @@ impl Store {
         loop {
             let due = *next_due.borrow_and_update();
             tokio::select! {
+                biased;
                 () = until(due) => self.with(|_, _| ()),
                 changed = next_due.changed() => if changed.is_err() { return },
             }

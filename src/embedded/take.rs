@@ -95,8 +95,9 @@ impl Take {
                 return Some(lines(&jobs));
             }
             tokio::select! {
-                changed = self.look_again.changed() => changed.ok()?,
+                biased;
                 () = &mut silence => return Some(Bytes::from_static(HEARTBEAT)),
+                changed = self.look_again.changed() => changed.ok()?,
             }
         }
     }

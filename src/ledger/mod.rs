@@ -19,11 +19,10 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::watch;
-
 use crate::client::{Client, StreamSettings};
 use crate::fate::{Hold, Kind};
 use crate::job::{JobId, Outcome};
+use crate::watch;
 use entries::{Entries, Entry, State, kind_of};
 
 /// A job, and which of its attempts. The server goes by the id alone.

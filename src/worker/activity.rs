@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use humantime::format_duration;
-use tokio::sync::watch;
 use tracing::info;
 
 use super::Summary;
 use crate::job::{Job, JobId, Outcome};
 use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::watch;
 
 /// Shared by the parts of one worker; clones count together.
 #[derive(Debug, Clone)]

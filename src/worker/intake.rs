@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
-
 use crate::client::StreamSettings;
 use crate::config::WorkerConfig;
+use crate::watch;
 
 /// Clones are of one intake.
 #[derive(Debug, Clone)]

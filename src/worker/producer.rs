@@ -4,7 +4,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
@@ -20,6 +19,7 @@ use crate::client::StreamSettings;
 use crate::ledger::StreamId;
 use crate::lifecycle::{self, Lifecycle, Phase};
 use crate::stream::{StreamError, TakeStream};
+use crate::watch;
 
 pub(super) struct Producer {
     pub(super) intake: Intake,

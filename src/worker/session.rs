@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{debug, error, info};
 
@@ -15,6 +15,7 @@ use crate::job::{Failure, Job, JobId, Outcome};
 use crate::ledger::{Arrival, Attempt, Delivery, StreamId};
 use crate::lifecycle::Phase;
 use crate::stream::{Received, StreamError, TakeStream};
+use crate::watch;
 
 /// The time that a stream has to bring the jobs for which it was opened, beyond the first round trip.
 const SEARCH_TIME: Duration = Duration::from_secs(1);

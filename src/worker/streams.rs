@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use tokio::sync::{Mutex, watch};
+use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
@@ -17,6 +17,7 @@ use crate::ledger::StreamId;
 use crate::lifecycle::Phase;
 use crate::stream::{StreamError, TakeStream};
 use crate::version::misfit;
+use crate::watch;
 
 pub(super) struct Streams {
     run: Run,

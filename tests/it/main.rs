@@ -45,6 +45,7 @@ mod result_file;
 mod routes;
 mod sandbox;
 mod settings;
+mod simulation;
 mod soak;
 mod starts;
 mod supervisor;

@@ -1,0 +1,237 @@
+//! A value that changes, and those that wait for its changes: like `tokio::sync::watch`, but waiters wake in the order in which
+//! they began to wait. Tokio's wake in random order, with which no run of the simulation could be repeated.
+
+use std::fmt;
+use std::ops::Deref;
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+/// The side that changes the value. Clones share one value.
+pub(crate) struct Sender<T>(Arc<Shared<T>>);
+
+/// The side that waits.
+pub(crate) struct Receiver<T> {
+    shared: Arc<Shared<T>>,
+    /// The version that was seen last.
+    seen: u64,
+}
+
+/// The error of a wait whose senders are all gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Closed;
+
+struct Shared<T> {
+    slot: Mutex<Slot<T>>,
+    changed: Notify,
+    senders: AtomicUsize,
+}
+
+struct Slot<T> {
+    value: T,
+    version: u64,
+}
+
+/// The value, locked.
+pub(crate) struct Ref<'a, T>(MutexGuard<'a, Slot<T>>);
+
+impl<T> Deref for Ref<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0.value
+    }
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, Slot<T>> {
+        // No value is half changed when a thread panics, as far as this module can tell.
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes a value and one receiver of it.
+pub(crate) fn channel<T>(value: T) -> (Sender<T>, Receiver<T>) {
+    let sender = Sender::new(value);
+    let receiver = sender.subscribe();
+    (sender, receiver)
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        self.0.senders.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T> Drop for Sender<T> {
+    fn drop(&mut self) {
+        if self.0.senders.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.changed.notify_waiters();
+        }
+    }
+}
+
+impl<T: Default> Default for Sender<T> {
+    fn default() -> Self {
+        Self::new(T::default())
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Sender<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Sender").field(&*self.borrow()).finish()
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Receiver<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Receiver").field(&self.shared.lock().value).finish()
+    }
+}
+
+impl<T> Sender<T> {
+    pub(crate) fn new(value: T) -> Self {
+        let (slot, changed) = (Mutex::new(Slot { value, version: 0 }), Notify::new());
+        Self(Arc::new(Shared { slot, changed, senders: AtomicUsize::new(1) }))
+    }
+
+    /// Returns the value.
+    pub(crate) fn borrow(&self) -> Ref<'_, T> {
+        Ref(self.0.lock())
+    }
+
+    /// Changes the value.
+    pub(crate) fn send_modify(&self, modify: impl FnOnce(&mut T)) {
+        self.send_if_modified(|value| {
+            modify(value);
+            true
+        });
+    }
+
+    /// Replaces the value.
+    pub(crate) fn send_replace(&self, value: T) {
+        self.send_modify(|slot| *slot = value);
+    }
+
+    /// Changes the value, and wakes the waiters if `modify` says that it did. Returns whether it did.
+    pub(crate) fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
+        let mut slot = self.0.lock();
+        let is_modified = modify(&mut slot.value);
+        if is_modified {
+            slot.version += 1;
+            drop(slot);
+            self.0.changed.notify_waiters();
+        }
+        is_modified
+    }
+
+    /// Returns a receiver that has seen the present value.
+    pub(crate) fn subscribe(&self) -> Receiver<T> {
+        Receiver { shared: Arc::clone(&self.0), seen: self.0.lock().version }
+    }
+}
+
+impl<T> Receiver<T> {
+    /// Returns the value, which counts as seen from then on.
+    pub(crate) fn borrow_and_update(&mut self) -> Ref<'_, T> {
+        let slot = self.shared.lock();
+        self.seen = slot.version;
+        Ref(slot)
+    }
+
+    /// Waits for a value that has not been seen.
+    ///
+    /// # Errors
+    /// When there is none, and no sender any more.
+    pub(crate) async fn changed(&mut self) -> Result<(), Closed> {
+        let seen = self.seen;
+        self.until(|slot| slot.version != seen).await
+    }
+
+    /// Waits until the value meets a condition, which it may do already.
+    ///
+    /// # Errors
+    /// When it does not, and there is no sender any more.
+    pub(crate) async fn wait_for(&mut self, mut is_met: impl FnMut(&T) -> bool) -> Result<(), Closed> {
+        self.until(|slot| is_met(&slot.value)).await
+    }
+
+    async fn until(&mut self, mut is_over: impl FnMut(&Slot<T>) -> bool) -> Result<(), Closed> {
+        loop {
+            // A waiter that has enlisted before the look misses no change between the look and the wait.
+            let mut changed = pin!(self.shared.changed.notified());
+            changed.as_mut().enable();
+            let is_closed = self.shared.senders.load(Ordering::Acquire) == 0;
+            {
+                let slot = self.shared.lock();
+                self.seen = slot.version;
+                if is_over(&slot) {
+                    return Ok(());
+                }
+            }
+            if is_closed {
+                return Err(Closed);
+            }
+            changed.await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn waiters_wake_in_the_order_in_which_they_began_to_wait() {
+        let (sender, woken) = (Sender::new(false), Arc::new(Mutex::new(Vec::new())));
+        let waiters: Vec<_> = (0..50)
+            .map(|number| {
+                let (mut receiver, woken) = (sender.subscribe(), Arc::clone(&woken));
+                tokio::spawn(async move {
+                    let _ = receiver.wait_for(|is_set| *is_set).await;
+                    woken.lock().unwrap().push(number);
+                })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        sender.send_replace(true);
+        for waiter in waiters {
+            waiter.await.unwrap();
+        }
+        assert_eq!(*woken.lock().unwrap(), (0..50).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn a_change_between_two_waits_is_not_missed() {
+        let sender = Sender::new(1);
+        let mut receiver = sender.subscribe();
+        sender.send_replace(2);
+        let _ = receiver.changed().await;
+        assert_eq!(*receiver.borrow_and_update(), 2);
+        assert!(!sender.send_if_modified(|_| false));
+        let mut again = pin!(receiver.changed());
+        assert!(futures_util::FutureExt::now_or_never(again.as_mut()).is_none());
+        sender.send_modify(|value| *value += 1);
+        let _ = again.await;
+    }
+
+    #[tokio::test]
+    async fn a_wait_ends_with_the_last_sender_and_not_before() {
+        let (sender, mut receiver) = channel(1);
+        let other = sender.clone();
+        drop(sender);
+        let waiting = tokio::spawn(async move { receiver.changed().await });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        other.send_replace(2);
+        waiting.await.unwrap().unwrap();
+        let mut receiver = other.subscribe();
+        let waiting = tokio::spawn(async move { receiver.wait_for(|value| *value == 3).await });
+        tokio::task::yield_now().await;
+        drop(other);
+        assert_eq!(waiting.await.unwrap(), Err(Closed));
+    }
+}

@@ -1,0 +1,192 @@
+//! The simulation: whole workers, with the real client and codec, against a model of the server, on virtual time and a
+//! network in memory. All that happens is drawn from one seed, and the same seed gives the same trace, byte for byte.
+//!
+//! Time is Tokio's paused clock: it stands while anything can run, and jumps to the next timer when nothing can, so that
+//! minutes cost milliseconds. (turmoil steps all hosts in ticks of a millisecond, whether anything happens in them or not.)
+//!
+//! `cargo test simulation` runs some hundreds of seeds. `cargo test --release -- --ignored simulation` runs
+//! `ZIZQ_SIM_SEEDS` of them, from `ZIZQ_SIM_FIRST` on. For a seed that fails it prints the trace; `ZIZQ_SIM_SEED` runs that
+//! one alone. A seed that has failed becomes a test with `seed(…)`.
+
+mod api;
+mod bounds;
+mod checks;
+mod draw;
+mod life;
+mod network;
+mod player;
+mod scenarios;
+mod script;
+mod server;
+mod trace;
+mod weather;
+mod world;
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use tokio::runtime::Builder;
+
+use trace::Trace;
+use world::{World, live, until_violated};
+
+/// How many seeds an ordinary run of the tests lives through.
+const SEEDS: u64 = 200;
+
+/// What came of one seed.
+struct Lived {
+    violations: Vec<String>,
+    jobs: usize,
+    runs: usize,
+    requests: u64,
+    faults: BTreeMap<&'static str, u64>,
+    lasted: Duration,
+    trace: Vec<String>,
+}
+
+/// Runs a future on a clock that jumps from event to event. The worker's own draws follow from the seed.
+fn in_virtual_time<T>(seed: u64, living: impl Future<Output = T>) -> T {
+    fastrand::seed(seed);
+    Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(living)
+}
+
+/// Lives through a seed.
+fn run(seed: u64, is_traced: bool) -> Lived {
+    in_virtual_time(seed, async {
+        let trace = if is_traced { Trace::on() } else { Trace::off() };
+        let _listening = trace.listen();
+        let mut rng = Rng::with_seed(seed);
+        let world = World::new(&mut rng, trace.clone());
+        until_violated(&world, live(&world, rng)).await;
+        let (jobs, runs, requests) = world.book.counts();
+        Lived {
+            violations: world.book.violations(),
+            jobs,
+            runs,
+            requests,
+            faults: world.book.faults(),
+            lasted: world.start.elapsed(),
+            trace: trace.lines(),
+        }
+    })
+}
+
+/// Fails with the trace if something is not as it must be.
+#[track_caller]
+fn judge(trace: &[String], violations: &[String]) {
+    assert!(violations.is_empty(), "{}\n{violations:#?}", trace.join("\n"));
+}
+
+/// Lives through one seed, and fails with its trace.
+#[track_caller]
+fn seed(seed: u64) {
+    println!("seed {seed}, alone: ZIZQ_SIM_SEED={seed} cargo test simulation::everything");
+    let lived = run(seed, true);
+    if number("ZIZQ_SIM_SEED").is_some() {
+        println!("{}", lived.trace.join("\n"));
+    }
+    judge(&lived.trace, &lived.violations);
+}
+
+/// What came of many seeds.
+#[derive(Default)]
+struct Tally {
+    failed: Vec<(u64, String)>,
+    jobs: usize,
+    runs: usize,
+    requests: u64,
+    faults: BTreeMap<&'static str, u64>,
+    lasted: Duration,
+}
+
+impl Tally {
+    fn add(&mut self, seed: u64, lived: Lived) {
+        let Lived { violations, jobs, runs, requests, faults, lasted, trace: _ } = lived;
+        self.failed.extend(violations.into_iter().next().map(|violation| (seed, violation)));
+        self.jobs += jobs;
+        self.runs += runs;
+        self.requests += requests;
+        self.lasted += lasted;
+        faults.into_iter().for_each(|(name, count)| *self.faults.entry(name).or_default() += count);
+    }
+}
+
+/// Lives through that many seeds, on all cores.
+fn run_all(first: u64, count: u64) -> Tally {
+    let (next, tally) = (AtomicU64::new(first), Mutex::new(Tally::default()));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..cores {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count {
+                        break;
+                    }
+                    let lived = run(seed, false);
+                    tally.lock().unwrap().add(seed, lived);
+                }
+            });
+        }
+    });
+    let mut tally = tally.into_inner().unwrap();
+    tally.failed.sort();
+    tally
+}
+
+fn report(tally: &Tally, seeds: u64, took: Duration) {
+    let Tally { failed, jobs, runs, requests, faults, lasted } = tally;
+    println!("{seeds} seeds in {took:.1?}: {:.1} seeds/s", seeds as f64 / took.as_secs_f64());
+    println!("{jobs} jobs, {runs} runs, {requests} requests, {:.1} h of virtual time", lasted.as_secs_f64() / 3600.0);
+    faults.iter().for_each(|(name, count)| println!("{count:>10} {name}"));
+    println!("{} failed", failed.len());
+    failed.iter().for_each(|(seed, violation)| println!("  seed {seed}: {violation}"));
+}
+
+/// Lives through seeds, and fails with the trace of the first that does.
+fn check_all(first: u64, count: u64) {
+    let began = Instant::now();
+    let tally = run_all(first, count);
+    report(&tally, count, began.elapsed());
+    if let Some((first_failed, _)) = tally.failed.first() {
+        seed(*first_failed);
+        panic!("seed {first_failed} has failed, but not when it was traced");
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap())
+}
+
+#[test]
+fn everything_that_can_end_does_after_the_faults() {
+    match number("ZIZQ_SIM_SEED") {
+        Some(only) => seed(only),
+        None => check_all(0, SEEDS),
+    }
+}
+
+#[test]
+#[ignore = "takes as long as it is told to"]
+fn many_seeds() {
+    check_all(number("ZIZQ_SIM_FIRST").unwrap_or(SEEDS), number("ZIZQ_SIM_SEEDS").unwrap_or(3000));
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    for seed in 0..5 {
+        let [first, second] = [0, 1].map(|_| run(seed, true).trace);
+        let differs = first.iter().zip(&second).position(|(one, other)| one != other);
+        if let Some(at) = differs {
+            panic!(
+                "seed {seed}, line {at}:\n{}\nand then:\n{}",
+                first[at.saturating_sub(5)..=at].join("\n"),
+                second[at]
+            );
+        }
+        assert_eq!(first.len(), second.len(), "seed {seed}");
+    }
+}

@@ -1,0 +1,293 @@
+//! Scripted scenes over the same model: states that were once found by hand, and failing seeds that got a name.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::time::Duration;
+
+use fastrand::Rng;
+use tokio::time::{Instant, sleep};
+use zizq_worker::{Backoff, Summary, WorkerConfig};
+
+use super::life::Life;
+use super::script::{End, Script, Step};
+use super::server::{NewJob, Record, Status};
+use super::trace::Trace;
+use super::weather::{Answer, Call, Fault};
+use super::world::{World, until_violated};
+use super::{in_virtual_time, judge};
+
+/// Plays a scene in fair weather, and fails with its trace if something is not as it must be.
+#[track_caller]
+fn scene(play: impl AsyncFnOnce(&World)) {
+    let (trace, violations) = in_virtual_time(0, async {
+        let trace = Trace::on();
+        let _listening = trace.listen();
+        let world = World::new(&mut Rng::with_seed(0), trace.clone());
+        until_violated(&world, play(&world)).await;
+        (trace.lines(), world.book.violations())
+    });
+    judge(&trace, &violations);
+}
+
+/// One loop, a prefetch of two, and waits from 1 s to 30 s.
+fn settings() -> WorkerConfig {
+    WorkerConfig { url: "http://a".parse().unwrap(), ..WorkerConfig::default() }
+}
+
+fn wide(fibers: usize, prefetch: usize) -> WorkerConfig {
+    let count = |count| NonZeroUsize::new(count).unwrap();
+    WorkerConfig { fibers: count(fibers), prefetch: count(prefetch), ..settings() }
+}
+
+fn start(world: &World, config: WorkerConfig) -> Life {
+    Life::start(world, config, Duration::ZERO)
+}
+
+impl World {
+    /// Puts a job in at the first server.
+    fn put(&self, priority: u32, script: Script) -> String {
+        let job = NewJob { queue: "q0".to_owned(), priority, retry_limit: 9, malformed: None, script };
+        self.servers[0].enqueue(job)
+    }
+
+    fn put_all(&self, count: usize, script: &Script) -> Vec<String> {
+        self.put_all_at(0, count, script)
+    }
+
+    fn put_all_at(&self, server: usize, count: usize, script: &Script) -> Vec<String> {
+        let job = |script| NewJob { queue: "q0".to_owned(), priority: 1, retry_limit: 9, malformed: None, script };
+        (0..count).map(|_| self.servers[server].enqueue(job(script.clone()))).collect()
+    }
+
+    fn job(&self, id: &str) -> Record {
+        self.servers.iter().find_map(|server| server.job(id)).unwrap()
+    }
+
+    fn is_completed(&self, id: &str) -> bool {
+        self.job(id).status == Status::Completed
+    }
+
+    fn has_failed(&self, id: &str) -> bool {
+        self.job(id).attempts > 0
+    }
+
+    fn are_completed(&self, ids: &[String]) -> bool {
+        ids.iter().all(|id| self.is_completed(id))
+    }
+
+    /// Waits until something is so, which must be within a while.
+    async fn within(&self, seconds: u64, what: &str, is_so: impl Fn() -> bool) {
+        let due = Instant::now() + Duration::from_secs(seconds);
+        while !is_so() {
+            if Instant::now() > due {
+                return self.book.violation(format!("not within {seconds} s: {what}"));
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+fn bad(ms: u64) -> Script {
+    Script(vec![Step { ms, end: End::Bad }, Step { ms: 0, end: End::Good }])
+}
+
+/// Has a job run while its stream is lost, and puts more urgent ones in front of it.
+async fn run_one_that_does_not_come_again(world: &World, life: &Life) -> String {
+    let id = world.put(1, Script::good(5000));
+    world.within(1, "its start", || !life.running().is_empty()).await;
+    sleep(seconds(1)).await;
+    for _ in 0..8 {
+        world.put(0, Script::good(0));
+    }
+    world.network.cut_worker(&life.name);
+    id
+}
+
+#[test]
+fn a_bounded_run_ends_though_its_last_job_does_not_come_again() {
+    scene(async |world| {
+        let mut life = start(world, WorkerConfig { max_jobs: NonZeroU64::new(1), ..settings() });
+        run_one_that_does_not_come_again(world, &life).await;
+        life.ends_within(seconds(60), "bounded run").await;
+    });
+}
+
+#[test]
+fn a_drain_does_not_wait_for_its_deadline_without_a_reason() {
+    scene(async |world| {
+        let mut life = start(world, WorkerConfig { shutdown_deadline: seconds(120), ..settings() });
+        let id = world.put(1, Script::good(5000));
+        world.within(1, "its start", || !life.running().is_empty()).await;
+        life.stop();
+        for _ in 0..8 {
+            world.put(0, Script::good(0));
+        }
+        world.network.cut_worker(&life.name);
+        life.ends_within(seconds(60), "drain").await;
+        if let Some(Summary { killed: true, .. }) = life.summary {
+            world.book.violation("the drain was cut short".to_owned());
+        }
+        start(world, settings());
+        world.within(30, "the job's end", || world.is_completed(&id)).await;
+    });
+}
+
+#[test]
+fn failures_that_a_proxy_denies_cost_no_place() {
+    scene(async |world| {
+        world.weather.lay(Call::Failure, 2, Fault::Instead(Answer::page(404)));
+        let ids = [world.put_all(2, &bad(0)), world.put_all(8, &Script::good(0))].concat();
+        let _life = start(world, settings());
+        world.within(20, "all jobs' ends", || world.are_completed(&ids)).await;
+    });
+}
+
+#[test]
+fn a_404_of_a_proxy_settles_nothing() {
+    scene(async |world| {
+        world.weather.lay(Call::Failure, 1, Fault::Instead(Answer::page(404)));
+        world.weather.lay(Call::Look, 1, Fault::Instead(Answer::page(404)));
+        let id = world.put(1, bad(0));
+        let _life = start(world, settings());
+        world.within(20, "the failure", || world.has_failed(&id)).await;
+    });
+}
+
+#[test]
+fn a_page_with_200_settles_no_success() {
+    scene(async |world| {
+        world.weather.lay(Call::Successes, 2, Fault::Instead(Answer::page(200)));
+        let ids = world.put_all(6, &Script::good(0));
+        let _life = start(world, settings());
+        world.within(20, "all jobs' ends", || world.are_completed(&ids)).await;
+    });
+}
+
+#[test]
+fn a_page_with_200_settles_no_failure() {
+    scene(async |world| {
+        world.weather.lay(Call::Failure, 2, Fault::Instead(Answer::page(200)));
+        let ids = world.put_all(6, &bad(0));
+        let _life = start(world, settings());
+        world.within(40, "all jobs' ends", || world.are_completed(&ids)).await;
+    });
+}
+
+#[test]
+fn refusals_that_pass_are_waited_for() {
+    scene(async |world| {
+        let refusal = Answer { retry_after: Some(2), ..Answer::of(429) };
+        world.weather.lay(Call::Successes, 2, Fault::Instead(refusal));
+        let ids = world.put_all(20, &Script::good(10));
+        let mut life = start(world, WorkerConfig { exit_when_idle: Some(seconds(1)), ..settings() });
+        life.ends_within(seconds(60), "bounded run").await;
+        world.within(0, "all jobs' ends", || world.are_completed(&ids)).await;
+    });
+}
+
+#[test]
+fn a_retry_after_is_waited_for() {
+    scene(async |world| {
+        let refusal = Answer { retry_after: Some(20), ..Answer::of(429) };
+        world.weather.lay(Call::Failure, 1, Fault::Instead(refusal));
+        let id = world.put(1, bad(0));
+        let _life = start(world, settings());
+        sleep(seconds(19)).await;
+        if world.has_failed(&id) {
+            world.book.violation("the report came before its time".to_owned());
+        }
+        world.within(10, "the failure", || world.has_failed(&id)).await;
+    });
+}
+
+#[test]
+fn reports_that_are_refused_for_good_cost_no_place() {
+    scene(async |world| {
+        world.weather.lay(Call::Successes, 4, Fault::Instead(Answer::of(400)));
+        world.put_all(20, &Script::good(10));
+        let _life = start(world, settings());
+        world.within(60, "the others' ends", || !world.servers[0].has_open()).await;
+    });
+}
+
+#[test]
+fn a_paused_worker_reports_though_its_stream_was_lost() {
+    scene(async |world| {
+        let mut life = start(world, settings());
+        let id = world.put(0, Script::good(5000));
+        world.within(1, "its start", || !life.running().is_empty()).await;
+        life.pause();
+        let other = world.put(1, Script::good(0));
+        world.network.cut_worker(&life.name);
+        world.within(15, "the report", || world.is_completed(&id)).await;
+        if world.is_completed(&other) {
+            world.book.violation("a paused worker took a job".to_owned());
+        }
+    });
+}
+
+#[test]
+fn all_reports_leave_soon_after_a_recovery() {
+    scene(async |world| {
+        world.weather.lay(Call::Failure, 1000, Fault::Instead(Answer::of(503)));
+        let ids = world.put_all(4, &bad(0));
+        let life = start(world, wide(4, 8));
+        sleep(seconds(20)).await;
+        world.weather.clear();
+        world.network.cut_worker(&life.name);
+        // One first wait of the stream, and one of the reports at most.
+        world.within(3, "the reports", || ids.iter().all(|id| world.has_failed(id))).await;
+    });
+}
+
+/// Reloads a worker of which one loop is busy for long. The others go on at once.
+#[track_caller]
+fn reload_stalls_nothing(change: impl FnOnce(&mut WorkerConfig)) {
+    scene(async |world| {
+        let mut life = start(world, wide(4, 8));
+        world.put(1, Script::good(40_000));
+        world.within(1, "its start", || !life.running().is_empty()).await;
+        life.reload(change);
+        let ids = world.put_all(3, &Script::good(0));
+        world.within(3, "the new jobs' ends", || world.are_completed(&ids)).await;
+    });
+}
+
+#[test]
+fn a_reload_of_prefetch_stalls_nothing() {
+    reload_stalls_nothing(|config| config.prefetch = NonZeroUsize::new(6).unwrap());
+}
+
+#[test]
+fn a_reload_of_queues_stalls_nothing() {
+    reload_stalls_nothing(|config| config.queues = vec!["q0".to_owned()]);
+}
+
+#[test]
+fn a_reload_of_the_url_stalls_nothing() {
+    scene(async |world| {
+        let mut life = start(world, wide(4, 8));
+        world.put(1, Script::good(40_000));
+        world.within(1, "its start", || !life.running().is_empty()).await;
+        life.reload(|config| config.url = "http://c".parse().unwrap());
+        let ids = world.put_all_at(1, 3, &Script::good(0));
+        world.within(3, "the new jobs' ends", || world.are_completed(&ids)).await;
+    });
+}
+
+#[test]
+fn failures_that_wait_hold_up_no_other() {
+    scene(async |world| {
+        let stuck = world.put_all(8, &bad(0));
+        let answer = Fault::Instead(Answer::of(503));
+        stuck.iter().for_each(|id| world.weather.lay_for(id, Call::Failure, answer));
+        let backoff = Backoff::try_new(seconds(5), seconds(30), 2.0).unwrap();
+        let _life = start(world, WorkerConfig { backoff, ..wide(4, 32) });
+        sleep(seconds(1)).await;
+        let id = world.put(0, bad(0));
+        world.within(2, "the ninth failure", || world.has_failed(&id)).await;
+    });
+}

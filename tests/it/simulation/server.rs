@@ -1,0 +1,435 @@
+//! [`Server`]: a model of the Zizq server, written from its public API: jobs, take streams, and who holds which job.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::Bytes;
+use fastrand::Rng;
+use serde_json::{Value, json};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, sleep_until};
+
+use super::checks::Book;
+use super::network::Link;
+use super::script::Script;
+use super::trace::Trace;
+use super::weather::Weather;
+
+/// The model's Unix time at its start, in milliseconds.
+pub const EPOCH_MS: u64 = 1_800_000_000_000;
+
+/// Below which priority number a job of the model is.
+pub const PRIORITIES: u32 = 3;
+
+/// The greatest wait before the server hands a failed job out again, for the number of failures so far.
+pub fn longest_backoff(attempts: u32) -> Duration {
+    Duration::from_millis(500 + 500 * u64::from(attempts).pow(2) + 1000 * u64::from(attempts))
+}
+
+/// One server; clones are of one.
+#[derive(Clone)]
+pub struct Server(Arc<Shared>);
+
+struct Shared {
+    name: &'static str,
+    start: Instant,
+    state: Mutex<State>,
+    changed: Notify,
+    pub(super) weather: Weather,
+    pub(super) book: Book,
+    trace: Trace,
+}
+
+struct State {
+    rng: Rng,
+    is_up: bool,
+    /// Whether completed jobs are kept.
+    keeps_completed: bool,
+    jobs: BTreeMap<String, Record>,
+    /// What can be taken: by priority, then in the order of their ids.
+    ready: BTreeSet<(u32, String)>,
+    /// What is not over.
+    open: BTreeSet<String>,
+    streams: BTreeMap<u64, Stream>,
+}
+
+/// A job that is put in.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// Its queue.
+    pub queue: String,
+    /// 0 is the most urgent.
+    pub priority: u32,
+    /// After how many failed attempts it is dead.
+    pub retry_limit: u32,
+    /// The way in which its line is no job, for a job that is none.
+    pub malformed: Option<Malformed>,
+    /// How its runs go.
+    pub script: Script,
+}
+
+/// The ways in which a line is no job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Malformed {
+    /// A field has the wrong type.
+    Field,
+    /// The line is longer than workers accept.
+    TooLong,
+}
+
+/// A job at the server.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// What was put in.
+    pub job: NewJob,
+    /// Where it is.
+    pub status: Status,
+    /// How many attempts have failed.
+    pub attempts: u32,
+    ready_at: Instant,
+}
+
+/// Where a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// It waits for its time.
+    Scheduled,
+    /// It can be taken.
+    Ready,
+    /// It is held over that stream.
+    InFlight(u64),
+    /// It is done.
+    Completed,
+    /// It is given up.
+    Dead,
+}
+
+impl Status {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Scheduled => "scheduled",
+            Self::Ready => "ready",
+            Self::InFlight(_) => "in_flight",
+            Self::Completed => "completed",
+            Self::Dead => "dead",
+        }
+    }
+}
+
+struct Stream {
+    link: Arc<Link>,
+    prefetch: usize,
+    queues: Vec<String>,
+    held: BTreeSet<String>,
+    lines: mpsc::UnboundedSender<Bytes>,
+}
+
+/// Who sends a report.
+pub struct Reporter<'a> {
+    /// Over which connection.
+    pub link: &'a Link,
+}
+
+impl Server {
+    /// Makes a server without jobs.
+    pub fn new(name: &'static str, rng: Rng, weather: Weather, book: Book, trace: Trace) -> Self {
+        let mut rng = rng;
+        let state = State {
+            keeps_completed: rng.bool(),
+            rng,
+            is_up: true,
+            jobs: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            open: BTreeSet::new(),
+            streams: BTreeMap::new(),
+        };
+        let (state, changed) = (Mutex::new(state), Notify::new());
+        let server = Self(Arc::new(Shared { name, start: Instant::now(), state, changed, weather, book, trace }));
+        tokio::spawn(server.clone().keep_time());
+        server
+    }
+
+    /// Whether the two are one.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    pub(super) fn weather(&self) -> &Weather {
+        &self.0.weather
+    }
+
+    pub(super) fn book(&self) -> &Book {
+        &self.0.book
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap()
+    }
+
+    pub(super) fn note(&self, line: std::fmt::Arguments<'_>) {
+        self.0.trace.note(self.0.name, line);
+    }
+
+    /// Puts a job in. Returns its id.
+    pub fn enqueue(&self, job: NewJob) -> String {
+        let mut state = self.state();
+        let id = format!("{}{:04}", self.0.name, state.jobs.len());
+        self.note(format_args!("enqueued {id} {job:?}"));
+        self.0.book.enqueued(&id, job.malformed.is_some());
+        state.ready.insert((job.priority, id.clone()));
+        state.open.insert(id.clone());
+        let record = Record { job, status: Status::Ready, attempts: 0, ready_at: Instant::now() };
+        state.jobs.insert(id.clone(), record);
+        self.fill(&mut state);
+        id
+    }
+
+    /// Returns what is known of all jobs.
+    pub fn jobs(&self) -> BTreeMap<String, Record> {
+        self.state().jobs.clone()
+    }
+
+    /// Returns what is known of a job.
+    pub fn job(&self, id: &str) -> Option<Record> {
+        self.state().jobs.get(id).cloned()
+    }
+
+    /// Returns the ids of the jobs that a worker holds.
+    pub fn held_by(&self, worker: &str) -> Vec<String> {
+        let state = self.state();
+        let of_worker = state.streams.values().filter(|stream| stream.link.worker == worker);
+        of_worker.flat_map(|stream| stream.held.iter().cloned()).collect()
+    }
+
+    /// Whether a job can be taken from those queues; none means all.
+    pub fn has_ready(&self, queues: &[String]) -> bool {
+        let state = self.state();
+        state.ready.iter().any(|(_, id)| queues.is_empty() || queues.contains(&state.jobs[id].job.queue))
+    }
+
+    /// Returns the ids of the jobs that are not over.
+    pub fn open_jobs(&self) -> Vec<String> {
+        self.state().open.iter().cloned().collect()
+    }
+
+    /// Whether some of those are not merely held by a worker that was refused their reports for good.
+    pub fn has_open(&self) -> bool {
+        let state = self.state();
+        state.open.iter().any(|id| !self.is_stranded(&state, id))
+    }
+
+    /// Returns those.
+    pub fn open_records(&self) -> Vec<Record> {
+        let state = self.state();
+        let open = state.open.iter().filter(|id| !self.is_stranded(&state, id));
+        open.map(|id| state.jobs[id].clone()).collect()
+    }
+
+    fn is_stranded(&self, state: &State, id: &str) -> bool {
+        let Status::InFlight(stream) = state.jobs[id].status else { return false };
+        let worker = &state.streams[&stream].link.worker;
+        self.0.book.is_exempt(worker, id) && !self.0.book.is_running(worker, id)
+    }
+
+    /// Whether connections are accepted.
+    pub fn is_up(&self) -> bool {
+        self.state().is_up
+    }
+
+    /// Stops the server: it has all its jobs again. The network resets the connections.
+    pub fn go_down(&self) {
+        self.note(format_args!("down"));
+        let mut state = self.state();
+        state.is_up = false;
+        let streams: Vec<u64> = state.streams.keys().copied().collect();
+        streams.into_iter().for_each(|stream| self.requeue(&mut state, stream));
+    }
+
+    /// Starts it again.
+    pub fn come_up(&self) {
+        self.note(format_args!("up"));
+        self.state().is_up = true;
+    }
+
+    /// Opens a take stream. Returns its lines.
+    pub(super) fn take(
+        &self,
+        link: &Arc<Link>,
+        prefetch: usize,
+        queues: Vec<String>,
+    ) -> (Disconnect, mpsc::UnboundedReceiver<Bytes>) {
+        let (lines, received) = mpsc::unbounded_channel();
+        let mut state = self.state();
+        let stream = Stream { link: Arc::clone(link), prefetch, queues, held: BTreeSet::new(), lines };
+        state.streams.insert(link.id, stream);
+        self.fill(&mut state);
+        (Disconnect { server: self.clone(), stream: link.id }, received)
+    }
+
+    /// Takes the jobs of a stream back.
+    fn requeue(&self, state: &mut State, stream: u64) {
+        let Some(Stream { held, link, .. }) = state.streams.remove(&stream) else { return };
+        self.note(format_args!("stream {stream} of {} has ended, it held {held:?}", link.worker));
+        self.0.book.stream_ended(&link, &held);
+        for id in held {
+            if let Some(record) = state.jobs.get_mut(&id) {
+                record.status = Status::Ready;
+                state.ready.insert((record.job.priority, id));
+            }
+        }
+        self.fill(state);
+    }
+
+    /// Hands ready jobs to streams with free places. Which stream is first is left to chance, as between real ones.
+    fn fill(&self, state: &mut State) {
+        let State { rng, jobs, ready, streams, .. } = state;
+        let mut order: Vec<u64> = streams.keys().copied().collect();
+        rng.shuffle(&mut order);
+        for number in order {
+            let Some(stream) = streams.get_mut(&number) else { continue };
+            let fits = |id: &str, queues: &[String]| queues.is_empty() || queues.contains(&jobs[id].job.queue);
+            let free = stream.prefetch - stream.held.len();
+            let taken: Vec<_> = ready.iter().filter(|(_, id)| fits(id, &stream.queues)).take(free).cloned().collect();
+            for place in taken {
+                ready.remove(&place);
+                let (_, id) = place;
+                let Some(record) = jobs.get_mut(&id) else { continue };
+                record.status = Status::InFlight(number);
+                self.note(format_args!("{id} attempt {} to {} by {number}", record.attempts, stream.link.worker));
+                self.0.book.delivered(&stream.link, &id, record.attempts);
+                // It fails if the connection is gone, of which the server will hear.
+                let _ = stream.lines.send(self.line(&id, record));
+                stream.held.insert(id);
+            }
+        }
+    }
+
+    fn line(&self, id: &str, record: &Record) -> Bytes {
+        let Record { job, attempts, ready_at, .. } = record;
+        let NewJob { queue, priority, retry_limit, malformed, script } = job;
+        let job_type = if *malformed == Some(Malformed::Field) { "7" } else { "\"play\"" };
+        let payload = match malformed {
+            Some(Malformed::TooLong) => format!("\"{}\"", "x".repeat(MAX_JOB_SIZE)),
+            _ => serde_json::to_string(script).unwrap(),
+        };
+        let ready_at = self.unix_ms(*ready_at);
+        Bytes::from(format!(
+            "{{\"id\":\"{id}\",\"type\":{job_type},\"queue\":\"{queue}\",\"priority\":{priority},\"status\":\"in_flight\",\
+             \"payload\":{payload},\"ready_at\":{ready_at},\"attempts\":{attempts},\"retry_limit\":{retry_limit}}}\n"
+        ))
+    }
+
+    fn unix_ms(&self, time: Instant) -> u64 {
+        EPOCH_MS + u64::try_from(time.saturating_duration_since(self.0.start).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Takes a report of successes. Returns the ids that were not in flight.
+    pub(super) fn succeed(&self, reporter: &Reporter<'_>, ids: &BTreeSet<String>) -> Vec<String> {
+        let mut state = self.state();
+        let mut not_found = Vec::new();
+        for id in ids {
+            match state.jobs.get_mut(id) {
+                Some(record) if matches!(record.status, Status::InFlight(_)) => {
+                    self.0.book.success_counted(reporter.link, id);
+                    let Status::InFlight(stream) = std::mem::replace(&mut record.status, Status::Completed) else {
+                        continue;
+                    };
+                    state.streams.get_mut(&stream).map(|stream| stream.held.remove(id));
+                    state.open.remove(id);
+                }
+                _ => not_found.push(id.clone()),
+            }
+        }
+        self.fill(&mut state);
+        not_found
+    }
+
+    /// Takes a report of a failure. Returns whether the job was in flight.
+    pub(super) fn fail(&self, reporter: &Reporter<'_>, id: &str, report: &Value) -> bool {
+        let mut state = self.state();
+        let State { rng, jobs, open, streams, .. } = &mut *state;
+        let Some(record) = jobs.get_mut(id) else { return false };
+        let Status::InFlight(stream) = record.status else { return false };
+        let message = report["message"].as_str().unwrap_or_default();
+        self.0.book.failure_counted(reporter.link, id, record.attempts, message);
+        streams.get_mut(&stream).map(|stream| stream.held.remove(id));
+        record.attempts += 1;
+        let longest = longest_backoff(record.attempts);
+        let wait = match report["retry_at"].as_u64() {
+            Some(at) => Duration::from_millis(at.saturating_sub(self.unix_ms(Instant::now()))),
+            None => longest.mul_f64(0.5 + rng.f64() / 2.0),
+        };
+        record.ready_at = Instant::now() + wait;
+        let is_dead =
+            report["kill"] == json!(true) || report["retry_at"].is_null() && record.attempts > record.job.retry_limit;
+        record.status = if is_dead { Status::Dead } else { Status::Scheduled };
+        if is_dead {
+            open.remove(id);
+        }
+        self.fill(&mut state);
+        self.0.changed.notify_one();
+        true
+    }
+
+    /// Says what a client is told of a job.
+    pub(super) fn show(&self, id: &str) -> Option<Value> {
+        let state = self.state();
+        let record = state.jobs.get(id)?;
+        if record.status == Status::Completed && !state.keeps_completed {
+            return None;
+        }
+        Some(json!({
+            "id": id, "type": "play", "queue": record.job.queue, "priority": record.job.priority,
+            "status": record.status.name(), "attempts": record.attempts, "payload": record.job.script,
+        }))
+    }
+
+    /// Makes scheduled jobs ready when their time has come.
+    async fn keep_time(self) {
+        loop {
+            let next = {
+                let mut state = self.state();
+                let now = Instant::now();
+                let State { jobs, ready, .. } = &mut *state;
+                let mut next = None;
+                for (id, record) in jobs.iter_mut().filter(|(_, record)| record.status == Status::Scheduled) {
+                    if record.ready_at <= now {
+                        record.status = Status::Ready;
+                        ready.insert((record.job.priority, id.clone()));
+                    } else {
+                        next = Some(next.map_or(record.ready_at, |next: Instant| next.min(record.ready_at)));
+                    }
+                }
+                self.fill(&mut state);
+                next
+            };
+            tokio::select! {
+                biased;
+                () = self.0.changed.notified() => {}
+                () = async {
+                    match next {
+                        Some(next) => sleep_until(next).await,
+                        None => std::future::pending().await,
+                    }
+                } => {}
+            }
+        }
+    }
+}
+
+/// How long a line may be for the workers of the model.
+pub const MAX_JOB_SIZE: usize = 4000;
+
+/// Ends a stream when it is dropped: its connection has ended.
+pub struct Disconnect {
+    server: Server,
+    stream: u64,
+}
+
+impl Drop for Disconnect {
+    fn drop(&mut self) {
+        let mut state = self.server.state();
+        self.server.requeue(&mut state, self.stream);
+    }
+}
