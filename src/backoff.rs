@@ -59,16 +59,6 @@ impl Backoff {
         Ok(Self { min_wait, max_wait, multiplier })
     }
 
-    /// The least wait, without its jitter.
-    pub fn min_wait(&self) -> Duration {
-        self.min_wait
-    }
-
-    /// The greatest wait, without its jitter.
-    pub fn max_wait(&self) -> Duration {
-        self.max_wait
-    }
-
     /// The least wait, the greatest, and the multiplier.
     pub(crate) fn parts(&self) -> (Duration, Duration, f64) {
         (self.min_wait, self.max_wait, self.multiplier)
