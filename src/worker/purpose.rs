@@ -4,8 +4,8 @@
 //!
 //! | phase | paused | the stream's settings | the stream is for |
 //! | --- | --- | --- | --- |
-//! | running | no | are in force, and no place of its prefetch is lost | taking |
-//! | running | no | are not, or a place is lost | finishing |
+//! | running | no | are in force | taking |
+//! | running | no | are not, or the stream has been replaced for lost places of its prefetch | finishing |
 //! | running | yes | | finishing |
 //! | draining, killing, forcing | | | finishing |
 //! | stopped | | | nothing |
@@ -27,7 +27,7 @@ pub(super) enum Purpose {
     Nothing,
 }
 
-/// The use of a stream, as the table says. `is_in_force`: its settings are, and it has all of its prefetch.
+/// The use of a stream, as the table says. `is_in_force`: its settings are, and it has not been replaced.
 pub(super) fn purpose(phase: Phase, is_paused: bool, is_in_force: bool) -> Purpose {
     match phase {
         Phase::Running if !is_paused && is_in_force => Purpose::Take,
