@@ -111,9 +111,9 @@ impl Reporter {
         await_the_simultaneous().await;
         let mut batch = Vec::new();
         let attempt = || {
+            self.keep_own(&client, &mut batch, gathered);
             // The successes that have gathered since the last try leave with this one.
             gathered.take(&client, &mut batch);
-            self.keep_own(&client, &mut batch, gathered);
             self.try_successes(&client, batch.iter().map(|success: &Success| success.attempt.clone()).collect())
         };
         if let Err(error) = self.see_through(&client, attempt).await {
