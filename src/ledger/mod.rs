@@ -123,9 +123,10 @@ impl Ledger {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps at most that many ended jobs from now on.
-    pub(crate) fn set_max_kept(&self, max_kept: usize) {
-        self.entries().max_kept = max_kept;
+    /// Makes room for that many ended jobs. The room never shrinks: the jobs of an old stream may still need it.
+    pub(crate) fn make_room(&self, max_kept: usize) {
+        let mut entries = self.entries();
+        entries.max_kept = entries.max_kept.max(max_kept);
     }
 
     /// Notes that a stream has been opened.

@@ -228,10 +228,12 @@ impl<D: Dispatcher> Worker<D> {
     }
 }
 
-/// The most ended jobs that are kept until they are redelivered. With a small prefetch, more may run over several lost
-/// streams than one stream may hold.
+/// Enough for the jobs of several lost streams with a small prefetch. A failure takes up to 32 KiB.
+const MIN_KEPT: usize = 100;
+
+/// The most ended jobs that are kept until they are redelivered.
 fn max_kept(ack_capacity: usize, concurrency: usize) -> usize {
-    ack_capacity.max(2 * concurrency)
+    ack_capacity.max(2 * concurrency).max(MIN_KEPT)
 }
 
 struct TornDown {

@@ -123,7 +123,7 @@ impl Producer {
         if std::mem::replace(&mut state.prefetch, prefetch) != prefetch {
             let capacity = prefetch.saturating_mul(2);
             self.run.acks.resize(capacity);
-            self.run.ledger.set_max_kept(max_kept(capacity, self.concurrency));
+            self.run.ledger.make_room(max_kept(capacity, self.concurrency));
         }
     }
 
