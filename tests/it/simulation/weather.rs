@@ -203,7 +203,7 @@ fn draw_fault(kind: Kind, rng: &mut Rng) -> Fault {
             status => instead(status, rng.bool(), None, false),
         },
         // Rare even where they are possible: each may cost a report.
-        Kind::Finals if chance(rng, 0.9) => Fault::Late(millis(rng, 0..300)),
+        Kind::Finals if chance(rng, 0.7) => Fault::Late(millis(rng, 0..300)),
         Kind::Finals => instead(one_of(rng, &[400, 413, 422]), rng.bool(), None, false),
         Kind::ForeignNotFound => instead(404, false, None, false),
         Kind::Pages => instead(200, false, None, false),

@@ -250,8 +250,18 @@ fn reload(config: &mut WorkerConfig, rng: &mut Rng) {
     }
 }
 
+/// Changes the prefetch, or the name by which the same server is reached.
+fn reload_in_place(config: &mut WorkerConfig, rng: &mut Rng) {
+    match config.url.host() {
+        "a" if rng.bool() => config.url = "http://b".parse().unwrap(),
+        "b" if rng.bool() => config.url = "http://a".parse().unwrap(),
+        _ => config.prefetch = NonZeroUsize::new(one_of(rng, &[2, 4, 8, 32])).unwrap(),
+    }
+}
+
 /// The time after the faults. What is on its way to its end gets there, what waits is reported, and then all jobs end.
-async fn calm(world: &World, rng: &mut Rng, lives: Vec<Life>) {
+async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
+    leave_with_a_cut(world, rng, &mut lives).await;
     let (ending, mut lives): (Vec<_>, Vec<_>) = lives.into_iter().partition(Life::is_ending);
     if rng.bool() {
         employ_the_healthy(world, &mut lives);
@@ -282,6 +292,23 @@ async fn calm(world: &World, rng: &mut Rng, lives: Vec<Life>) {
     sleep(MAX_LATENCY * 4).await;
     for (id, _) in world.jobs().filter(|(_, record)| matches!(record.status, Status::InFlight(_))) {
         world.book.violation(format!("{id} is in flight though every worker has ended"));
+    }
+}
+
+/// Asks some workers to drain or to pause, and cuts their connections while they do: the last faults of all.
+async fn leave_with_a_cut(world: &World, rng: &mut Rng, lives: &mut [Life]) {
+    for life in lives.iter_mut() {
+        match rng.u8(0..4) {
+            0 if !life.is_ending() => life.stop(),
+            1 | 2 if !life.is_ending() => life.pause(),
+            _ => {}
+        }
+    }
+    sleep(millis(rng, 0..4000)).await;
+    for life in lives.iter() {
+        if rng.bool() {
+            world.network.cut_worker(&life.name);
+        }
     }
 }
 
@@ -350,9 +377,9 @@ async fn finish_all(world: &World, rng: &mut Rng, lives: &mut [Life], recovered:
             let open: Vec<String> = world.servers.iter().flat_map(Server::open_jobs).collect();
             return world.book.violation(format!("not over in time: {open:?}"));
         }
-        if chance(rng, 0.01) {
+        if chance(rng, 0.03) {
             let at = rng.usize(0..lives.len());
-            lives[at].reload(|config| config.prefetch = NonZeroUsize::new(one_of(rng, &[2, 4, 8, 32])).unwrap());
+            lives[at].reload(|config| reload_in_place(config, rng));
         }
         sleep(LOOK).await;
         for (life, idle) in lives.iter().zip(&mut idle_since) {
