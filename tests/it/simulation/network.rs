@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex, split};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use zizq_worker::Connector;
@@ -41,6 +42,8 @@ struct State {
     hosts: BTreeMap<&'static str, Server>,
     links: Vec<Arc<Link>>,
     made: u64,
+    /// The latency of the next connections, if it is not drawn.
+    latency: Option<Duration>,
     /// How likely a connection meets a fault.
     trouble: f64,
 }
@@ -54,7 +57,9 @@ pub struct Link {
     host: String,
     latency: Duration,
     pieces: bool,
-    fate: Fate,
+    fate: Mutex<Fate>,
+    /// Lets fate strike at once.
+    struck: Notify,
     end: CancellationToken,
     seen: Mutex<Seen>,
     rng: Mutex<Rng>,
@@ -137,7 +142,7 @@ enum Opening {
 impl Network {
     /// Makes a network without trouble.
     pub fn new(rng: Rng, book: Book, trace: Trace) -> Self {
-        let state = State { rng, hosts: BTreeMap::new(), links: Vec::new(), made: 0, trouble: 0.0 };
+        let state = State { rng, hosts: BTreeMap::new(), links: Vec::new(), made: 0, latency: None, trouble: 0.0 };
         Self(Arc::new(Inner { state: Mutex::new(state), calm: CancellationToken::new(), book, trace }))
     }
 
@@ -156,6 +161,11 @@ impl Network {
         self.0.state.lock().unwrap().trouble = trouble;
     }
 
+    /// Gives all connections from now on that latency.
+    pub fn set_latency(&self, latency: Duration) {
+        self.0.state.lock().unwrap().latency = Some(latency);
+    }
+
     /// Ends all faults. What does not work is reset.
     pub fn calm(&self) {
         self.set_trouble(0.0);
@@ -171,6 +181,15 @@ impl Network {
     pub fn cut_server(&self, server: &Server) {
         let hosts = self.0.state.lock().unwrap().hosts.clone();
         self.cut("all connections to a server cut", |link| hosts[link.host.as_str()].is(server));
+    }
+
+    /// Lets the server lose a connection without the worker's knowledge.
+    pub fn lose_at_server(&self, number: u64) {
+        let links = self.0.state.lock().unwrap().links.clone();
+        for link in links.iter().filter(|link| link.id == number) {
+            *link.fate.lock().unwrap() = Fate::LostByServer { after: Duration::ZERO, lasting: Duration::from_secs(60) };
+            link.struck.notify_one();
+        }
     }
 
     fn cut(&self, what: &'static str, which: impl Fn(&Link) -> bool) {
@@ -205,7 +224,9 @@ impl Network {
         if matches!(opening, Opening::Refused) || !server.is_up() {
             return refused();
         }
-        self.0.trace.note(&link.worker, format_args!("connection {} to {}: made, {:?}", link.id, link.host, link.fate));
+        self.0
+            .trace
+            .note(&link.worker, format_args!("connection {} to {}: made, {:?}", link.id, link.host, link.fate()));
         let ((worker_end, near), (far, server_end)) = (duplex(CAPACITY), duplex(CAPACITY));
         server.serve(server_end, &link);
         self.0.state.lock().unwrap().links.push(Arc::clone(&link));
@@ -215,11 +236,12 @@ impl Network {
 
     fn open(&self, worker: String, host: String) -> (Arc<Link>, Opening, Server) {
         let mut state = self.0.state.lock().unwrap();
-        let State { rng, hosts, made, trouble, .. } = &mut *state;
+        let State { rng, hosts, made, latency, trouble, .. } = &mut *state;
         *made += 1;
         let server = hosts[host.as_str()].clone();
         let fate = if chance(rng, *trouble) { Fate::draw(rng) } else { Fate::Sound };
-        let latency = one_of(rng, &[Duration::ZERO, Duration::from_millis(1), MAX_LATENCY / 10, MAX_LATENCY / 2]);
+        let drawn = one_of(rng, &[Duration::ZERO, Duration::from_millis(1), MAX_LATENCY / 10, MAX_LATENCY / 2]);
+        let latency = latency.unwrap_or(drawn);
         let opening = match chance(rng, *trouble) {
             false => Opening::At(latency),
             true => match rng.u8(0..5) {
@@ -240,7 +262,8 @@ impl Network {
             host,
             latency,
             pieces: rng.bool(),
-            fate,
+            fate: Mutex::new(fate),
+            struck: Notify::new(),
             end: CancellationToken::new(),
             seen: Mutex::default(),
             rng: Mutex::new(rng.fork()),
@@ -258,7 +281,7 @@ impl Network {
                 () = &mut carrying => return,
                 () = link.strikes() => {}
                 () = self.0.calm.cancelled() => {
-                    if let Fate::CutWithin { .. } = link.fate {
+                    if let Fate::CutWithin { .. } = link.fate() {
                         return link.fault();
                     }
                     tokio::select! {
@@ -270,9 +293,9 @@ impl Network {
                 }
             }
             link.fault();
-            self.0.book.fault(link.fate.name());
-            self.0.trace.note("network", format_args!("connection {} of {}: {:?}", link.id, link.worker, link.fate));
-            match link.fate {
+            self.0.book.fault(link.fate().name());
+            self.0.trace.note("network", format_args!("connection {} of {}: {:?}", link.id, link.worker, link.fate()));
+            match link.fate() {
                 Fate::Sound | Fate::Cut { .. } | Fate::CutWithin { .. } => return,
                 Fate::Stall { lasting, .. } => {
                     self.hold(&link, lasting).await;
@@ -326,16 +349,27 @@ impl Link {
         self.seen.lock().unwrap().faulted = true;
     }
 
+    fn fate(&self) -> Fate {
+        *self.fate.lock().unwrap()
+    }
+
     async fn strikes(&self) {
-        match self.fate.after() {
-            Some(after) => sleep(after).await,
-            None => std::future::pending().await,
+        let by_itself = async {
+            match self.fate().after() {
+                Some(after) => sleep(after).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.struck.notified() => {}
+            () = by_itself => {}
         }
     }
 
     async fn carry(&self, near: &mut DuplexStream, far: &mut DuplexStream) {
         let ((from_worker, to_worker), (from_server, to_server)) = (split(near), split(far));
-        let limit = if let Fate::CutWithin { bytes } = self.fate { bytes } else { usize::MAX };
+        let limit = if let Fate::CutWithin { bytes } = self.fate() { bytes } else { usize::MAX };
         tokio::select! {
             biased;
             () = self.carry_one_way(from_worker, to_server, usize::MAX) => {}

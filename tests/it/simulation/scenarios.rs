@@ -4,10 +4,11 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use fastrand::Rng;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use zizq_worker::{Backoff, Summary, WorkerConfig};
 
 use super::life::Life;
+use super::network::MAX_LATENCY;
 use super::script::{End, Script, Step};
 use super::server::{NewJob, Record, Status};
 use super::trace::Trace;
@@ -289,5 +290,35 @@ fn failures_that_wait_hold_up_no_other() {
         sleep(seconds(1)).await;
         let id = world.put(0, bad(0));
         world.within(2, "the ninth failure", || world.has_failed(&id)).await;
+    });
+}
+
+#[test]
+fn a_job_that_another_stream_brings_after_its_report_runs_once() {
+    scene(async |world| {
+        world.network.set_latency(Duration::ZERO);
+        let mut life = start(world, wide(1, 4));
+        world.put(0, Script::good(5000));
+        world.within(1, "its start", || !life.running().is_empty()).await;
+        world.network.set_latency(MAX_LATENCY / 2);
+        life.reload(|config| config.url = "http://b".parse().unwrap());
+        // Shortly before the run's end: the line of the other stream is on the way when the report arrives.
+        sleep_until(life.running()[0].begun + Duration::from_millis(4980)).await;
+        world.network.lose_at_server(world.servers[0].streams_of(&life.name)[0]);
+        sleep(seconds(5)).await;
+    });
+}
+
+#[test]
+fn a_smaller_prefetch_forgets_no_outcome() {
+    scene(async |world| {
+        world.weather.lay(Call::Successes, 1000, Fault::Instead(Answer::of(503)));
+        let ids = world.put_all(32, &Script::good(0));
+        let mut life = start(world, wide(1, 32));
+        world.within(5, "all runs", || world.book.untold_by(&life.name).len() == 32).await;
+        life.reload(|config| config.prefetch = NonZeroUsize::MIN);
+        world.network.cut_worker(&life.name);
+        world.weather.clear();
+        world.within(60, "all jobs' ends", || world.are_completed(&ids)).await;
     });
 }

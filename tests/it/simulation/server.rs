@@ -202,6 +202,12 @@ impl Server {
         of_worker.flat_map(|stream| stream.held.iter().cloned()).collect()
     }
 
+    /// Returns the connections over which a worker takes, oldest first.
+    pub fn streams_of(&self, worker: &str) -> Vec<u64> {
+        let state = self.state();
+        state.streams.values().filter(|stream| stream.link.worker == worker).map(|stream| stream.link.id).collect()
+    }
+
     /// Whether a job can be taken from those queues; none means all.
     pub fn has_ready(&self, queues: &[String]) -> bool {
         let state = self.state();
