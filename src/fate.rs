@@ -78,7 +78,7 @@ pub(crate) enum Told {
     InFlight,
 }
 
-/// How this worker holds the job, compared with the moment at which the server was last asked or told.
+/// How this worker holds the job, compared with the moment at which a denied report left, or else the server was last asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
     /// By the same delivery, over a stream that is open.

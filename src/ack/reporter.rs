@@ -120,13 +120,22 @@ impl Reporter {
         loop {
             match fate(Kind::Failure, answer, told, self.ledger.hold(attempt, seen)) {
                 Step::Ask => {
-                    seen = self.ledger.held(attempt);
+                    // A denial is of the delivery by which the job was held when the report left.
+                    if answer != Answer::Denied {
+                        seen = self.ledger.held(attempt);
+                    }
                     (told, error) = self.ask(&client, attempt, Kind::Failure).await;
                 }
                 Step::Send => {
                     seen = self.ledger.held(attempt);
                     told = Told::NotAsked;
-                    (answer, error) = answer_to(client.failure(&attempt.id, failure).await);
+                    // The way to a connection may take long: the failure leaves only if the job is held as it is now.
+                    let is_held = self.ledger.watch_hold(attempt, seen);
+                    let sent = client.failure_if(&attempt.id, failure, is_held).await;
+                    if matches!(sent, Err(ClientError::Withdrawn)) {
+                        continue;
+                    }
+                    (answer, error) = answer_to(sent);
                     in_doubt.fetch_or(error.as_ref().is_some_and(ClientError::may_have_arrived), Ordering::Relaxed);
                 }
                 Step::Settle => return Ok(Tried::Settle),

@@ -39,6 +39,8 @@ pub enum ClientError {
     },
     /// The answer to a take request is no stream of jobs.
     NotAStream,
+    /// The request was not wanted any more when it could have left.
+    Withdrawn,
     /// The request cannot be put into words that HTTP knows.
     Unsendable(Box<dyn Error + Send + Sync>),
 }
@@ -64,7 +66,7 @@ impl ClientError {
     /// Whether the server may have carried the request out all the same.
     pub fn may_have_arrived(&self) -> bool {
         match self {
-            Self::Connect(_) | Self::NotAStream | Self::Unsendable(_) => false,
+            Self::Connect(_) | Self::NotAStream | Self::Withdrawn | Self::Unsendable(_) => false,
             // A server error may be a proxy's that lost the answer. A client error refuses, but for a time-out.
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
                 !status.is_client_error() || *status == StatusCode::REQUEST_TIMEOUT
@@ -131,6 +133,7 @@ impl fmt::Display for ClientError {
                 if message.is_empty() { Ok(()) } else { write!(f, ": {message}") }
             }
             Self::NotAStream => f.write_str("what answers there is no Zizq server: it sent no stream of jobs"),
+            Self::Withdrawn => f.write_str("the request was withdrawn before it left"),
             Self::Unsendable(_) => f.write_str("the request cannot be sent"),
         }
     }
@@ -142,7 +145,11 @@ impl Error for ClientError {
             Self::Connect(error) | Self::Answer(error) | Self::Unsendable(error) => Some(error.as_ref()),
             Self::Transport(error) => Some(error),
             Self::Request(error) => Some(error),
-            Self::TimedOut(_) | Self::Refused { .. } | Self::NotTheServer { .. } | Self::NotAStream => None,
+            Self::TimedOut(_)
+            | Self::Refused { .. }
+            | Self::NotTheServer { .. }
+            | Self::NotAStream
+            | Self::Withdrawn => None,
         }
     }
 }

@@ -29,8 +29,11 @@ impl Default for Health {
 }
 
 impl Health {
-    /// Notes how a call has ended, and passes its result on.
+    /// Notes how a call has ended, and passes its result on. A call that was withdrawn tells nothing.
     pub(super) fn observe<T>(&self, called: Result<T, ClientError>) -> Result<T, ClientError> {
+        if matches!(called, Err(ClientError::Withdrawn)) {
+            return called;
+        }
         let failed = called.as_ref().is_err_and(ClientError::is_retryable);
         let mut failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner);
         if failed {

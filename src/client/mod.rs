@@ -1,6 +1,7 @@
 //! [`Client`]: the calls of the Zizq HTTP API that a worker makes.
 
 mod answer;
+mod body;
 mod connector;
 mod error;
 mod health;
@@ -13,7 +14,6 @@ use std::error::Error;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
@@ -32,6 +32,7 @@ use crate::job::{Failure, JobId};
 use crate::stream::{StreamLimits, TakeStream};
 
 use answer::{acceptance, is_ndjson, job_state, not_found, refusal, version_of};
+use body::{Body, was_withdrawn};
 pub use connector::Connector;
 use connector::Dialer;
 pub use error::{ClientError, MAX_RETRY_AFTER};
@@ -64,7 +65,7 @@ pub struct Client {
     base: String,
     worker_id: WorkerId,
     connector: HttpsConnector<Dialer>,
-    reports: PooledClient<HttpsConnector<Dialer>, Full<Bytes>>,
+    reports: PooledClient<HttpsConnector<Dialer>, Body>,
     health: Health,
     failure_slots: Semaphore,
 }
@@ -176,7 +177,7 @@ impl Client {
         connected.map_err(ClientError::Connect)
     }
 
-    fn take_request(&self, queues: &[String], prefetch: usize) -> Result<Request<Full<Bytes>>, ClientError> {
+    fn take_request(&self, queues: &[String], prefetch: usize) -> Result<Request<Body>, ClientError> {
         let names: Vec<String> = queues.iter().map(|queue| encode(queue)).collect();
         let filter = if names.is_empty() { String::new() } else { format!("&queue={}", names.join(",")) };
         let mut request =
@@ -195,7 +196,8 @@ impl Client {
     /// # Errors
     /// When the request fails, or the server refuses it as a whole.
     pub async fn success(&self, ids: &[JobId]) -> Result<Vec<JobId>, ClientError> {
-        let reported = async { not_found(self.post("/jobs/success", &Successes { ids }).await?).await };
+        let request = self.post_request("/jobs/success", &Successes { ids })?;
+        let reported = async { not_found(self.send(request).await?).await };
         self.health.observe(reported.await)
     }
 
@@ -204,8 +206,23 @@ impl Client {
     /// # Errors
     /// When the request fails, or the server refuses it.
     pub async fn failure(&self, id: &JobId, failure: &Failure) -> Result<Acceptance, ClientError> {
-        let path = format!("/jobs/{}/failure", encode(id.as_str()));
-        let reported = async { acceptance(self.post(&path, failure).await?, id).await };
+        self.failure_if(id, failure, || true).await
+    }
+
+    /// Reports a job as failed, if that `is_wanted` at the moment at which the report leaves. It may have waited for a
+    /// connection until then.
+    ///
+    /// # Errors
+    /// When the report is not wanted, the request fails, or the server refuses it.
+    pub(crate) async fn failure_if(
+        &self,
+        id: &JobId,
+        failure: &Failure,
+        is_wanted: impl Fn() -> bool + Send + Sync + 'static,
+    ) -> Result<Acceptance, ClientError> {
+        let mut request = self.post_request(&format!("/jobs/{}/failure", encode(id.as_str())), failure)?;
+        request.body_mut().leave_only_if(is_wanted);
+        let reported = async { acceptance(self.send(request).await?, id).await };
         self.health.observe(reported.await)
     }
 
@@ -228,29 +245,31 @@ impl Client {
         version_of(self.send(request).await?).await
     }
 
-    async fn post(&self, path: &str, body: &impl Serialize) -> Result<Response<Incoming>, ClientError> {
+    fn post_request(&self, path: &str, body: &impl Serialize) -> Result<Request<Body>, ClientError> {
         let body = serde_json::to_vec(body).map_err(invalid)?;
         let mut request = self.request(Method::POST, path, body.into())?;
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        self.send(request).await
+        Ok(request)
     }
 
-    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
+    async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
         within_request_timeout(async {
-            self.reports.request(request).await.map_err(|error| {
-                if error.is_connect() { ClientError::Connect(error.into()) } else { ClientError::Request(error) }
+            self.reports.request(request).await.map_err(|error| match error {
+                error if was_withdrawn(&error) => ClientError::Withdrawn,
+                error if error.is_connect() => ClientError::Connect(error.into()),
+                error => ClientError::Request(error),
             })
         })
         .await
     }
 
-    fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Request<Full<Bytes>>, ClientError> {
+    fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Request<Body>, ClientError> {
         Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.base))
             .header(USER_AGENT, concat!("zizq-worker/", env!("CARGO_PKG_VERSION")))
             .header("worker-id", self.worker_id.header())
-            .body(Full::new(body))
+            .body(Body::new(body))
             .map_err(invalid)
     }
 }

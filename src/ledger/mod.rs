@@ -56,7 +56,7 @@ pub(crate) enum Arrival {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     entries: Mutex<Entries>,
-    /// Changes when a job is here no longer, or its outcome has been parked, or is wanted again.
+    /// Changes when a job is here no longer, or is here anew, or its outcome has been parked.
     moved: watch::Sender<()>,
     /// Changes when a report is given up whose job the server still holds for this worker.
     place_lost: watch::Sender<()>,
@@ -176,8 +176,10 @@ impl Ledger {
             is_held: true,
             state: State::Waiting,
         };
+        let before = entries.by_id.len();
         let arrival = entries.arrive(&attempt.id, new);
-        if matches!(arrival, Arrival::Ended(_)) {
+        let is_first = entries.by_id.len() > before;
+        if !is_first {
             self.moved.send_replace(());
         }
         (arrival, delivery)
@@ -253,6 +255,16 @@ impl Ledger {
             held if held == seen => Hold::Same,
             Some(_) => Hold::Anew,
         }
+    }
+
+    /// Tells, whenever it is asked, whether an attempt is held by the delivery `seen`.
+    pub(crate) fn watch_hold(
+        self: &Arc<Self>,
+        attempt: &Attempt,
+        seen: Option<Delivery>,
+    ) -> impl Fn() -> bool + Send + Sync + use<> {
+        let (ledger, attempt) = (Arc::clone(self), attempt.clone());
+        move || ledger.hold(&attempt, seen) == Hold::Same
     }
 
     /// Notes that an attempt's report has arrived.

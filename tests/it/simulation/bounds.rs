@@ -69,9 +69,8 @@ fn retry_after(weather: &Weather) -> Duration {
 /// How long a drain without a deadline may take after the recovery: all runs that were taken, one after another at
 /// worst, one more wait before their outcomes are looked into, and a round trip for each.
 pub fn own_drain(life: &Life, held: &[Record]) -> Duration {
-    let left = |record: &Record| record.job.script.step(record.attempts).lasts();
     let running = life.running().iter().map(|run| run.lasts).max().unwrap_or_default();
-    held.iter().map(left).sum::<Duration>() + running + longest_wait(&life.config) + SLACK
+    runs(held) + running + longest_wait(&life.config) + SLACK
 }
 
 /// How long a worker may take for so many short jobs when nothing is in its way: each goes there, comes back, and is
@@ -80,6 +79,11 @@ pub fn probe(config: &WorkerConfig, count: usize, lasts: Duration) -> Duration {
     let wide = config.prefetch.get().min(config.threads.get() * config.fibers.get());
     let rounds = u32::try_from(count.div_ceil(wide)).unwrap_or(u32::MAX);
     (lasts + MAX_LATENCY * 4) * rounds + MAX_LATENCY * 4 + SLACK
+}
+
+/// How long one run of each job takes, one after another.
+pub fn runs(open: &[Record]) -> Duration {
+    open.iter().map(|record| record.job.script.step(record.attempts).lasts()).sum()
 }
 
 /// How long jobs may take after the recovery: all their runs, one after another at worst, behind the longest run that may

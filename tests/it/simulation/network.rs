@@ -44,6 +44,8 @@ struct State {
     made: u64,
     /// The latency of the next connections, if it is not drawn.
     latency: Option<Duration>,
+    /// How long the next connections take to be made, if that is not drawn.
+    opening: Option<Duration>,
     /// How likely a connection meets a fault.
     trouble: f64,
 }
@@ -142,7 +144,15 @@ enum Opening {
 impl Network {
     /// Makes a network without trouble.
     pub fn new(rng: Rng, book: Book, trace: Trace) -> Self {
-        let state = State { rng, hosts: BTreeMap::new(), links: Vec::new(), made: 0, latency: None, trouble: 0.0 };
+        let state = State {
+            rng,
+            hosts: BTreeMap::new(),
+            links: Vec::new(),
+            made: 0,
+            latency: None,
+            opening: None,
+            trouble: 0.0,
+        };
         Self(Arc::new(Inner { state: Mutex::new(state), calm: CancellationToken::new(), book, trace }))
     }
 
@@ -166,6 +176,11 @@ impl Network {
         self.0.state.lock().unwrap().latency = Some(latency);
     }
 
+    /// Lets connections from now on take that long to be made.
+    pub fn set_opening(&self, opening: Option<Duration>) {
+        self.0.state.lock().unwrap().opening = opening;
+    }
+
     /// Ends all faults. What does not work is reset.
     pub fn calm(&self) {
         self.set_trouble(0.0);
@@ -185,9 +200,18 @@ impl Network {
 
     /// Lets the server lose a connection without the worker's knowledge.
     pub fn lose_at_server(&self, number: u64) {
+        self.strike(number, Fate::LostByServer { after: Duration::ZERO, lasting: Duration::from_secs(60) });
+    }
+
+    /// Resets one connection.
+    pub fn cut_connection(&self, number: u64) {
+        self.strike(number, Fate::Cut { after: Duration::ZERO });
+    }
+
+    fn strike(&self, number: u64, fate: Fate) {
         let links = self.0.state.lock().unwrap().links.clone();
         for link in links.iter().filter(|link| link.id == number) {
-            *link.fate.lock().unwrap() = Fate::LostByServer { after: Duration::ZERO, lasting: Duration::from_secs(60) };
+            *link.fate.lock().unwrap() = fate;
             link.struck.notify_one();
         }
     }
@@ -236,14 +260,14 @@ impl Network {
 
     fn open(&self, worker: String, host: String) -> (Arc<Link>, Opening, Server) {
         let mut state = self.0.state.lock().unwrap();
-        let State { rng, hosts, made, latency, trouble, .. } = &mut *state;
+        let State { rng, hosts, made, latency, opening, trouble, .. } = &mut *state;
         *made += 1;
         let server = hosts[host.as_str()].clone();
         let fate = if chance(rng, *trouble) { Fate::draw(rng) } else { Fate::Sound };
         let drawn = one_of(rng, &[Duration::ZERO, Duration::from_millis(1), MAX_LATENCY / 10, MAX_LATENCY / 2]);
         let latency = latency.unwrap_or(drawn);
         let opening = match chance(rng, *trouble) {
-            false => Opening::At(latency),
+            false => Opening::At(opening.unwrap_or(latency)),
             true => match rng.u8(0..5) {
                 0 | 1 => Opening::Refused,
                 2 | 3 => Opening::At(millis(rng, 200..20_000)),

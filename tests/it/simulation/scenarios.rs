@@ -322,3 +322,41 @@ fn a_smaller_prefetch_forgets_no_outcome() {
         world.within(60, "all jobs' ends", || world.are_completed(&ids)).await;
     });
 }
+
+/// The connections that a worker makes first.
+const FIRST_STREAM: u64 = 1;
+const FIRST_OF_REPORTS: u64 = 2;
+
+#[test]
+fn a_failure_that_waits_for_a_connection_counts_for_no_later_attempt() {
+    scene(async |world| {
+        let snoozed = Step { ms: 2000, end: End::Snooze(100) };
+        let id = world.put(0, Script(vec![snoozed, Step { ms: 30_000, end: End::Good }]));
+        let slow = start(world, settings());
+        world.within(1, "its start", || !slow.running().is_empty()).await;
+        let _other = start(world, settings());
+        sleep(seconds(1)).await;
+        world.network.set_opening(Some(seconds(8)));
+        world.network.cut_connection(FIRST_OF_REPORTS);
+        world.within(2, "the first run's end", || !world.book.untold_by(&slow.name).is_empty()).await;
+        sleep(MAX_LATENCY).await;
+        world.network.cut_worker(&slow.name);
+        world.within(5, "the second attempt", || world.has_failed(&id)).await;
+        world.within(40, "the job's end", || world.is_completed(&id)).await;
+    });
+}
+
+#[test]
+fn a_failure_is_reported_again_if_its_job_came_before_the_denial() {
+    scene(async |world| {
+        world.network.set_latency(seconds(3));
+        let id = world.put(0, bad(9000));
+        let life = start(world, settings());
+        world.within(30, "the run's end", || !world.book.untold_by(&life.name).is_empty()).await;
+        // The report arrives while no stream is open, and its answer after the job has come again.
+        world.network.set_latency(Duration::ZERO);
+        world.network.set_opening(Some(Duration::from_millis(2500)));
+        world.network.cut_connection(FIRST_STREAM);
+        world.within(15, "the failure", || world.has_failed(&id)).await;
+    });
+}

@@ -437,12 +437,17 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let (server, config) = (world.server_of(&lives[at]), &lives[at].config);
         let count = if lives[at].is_bounded() { 0 } else { 2 * config.prefetch.get() };
         let queue = config.queues.first().map_or(QUEUES[0], String::as_str).to_owned();
-        for _ in 0..count {
-            let (script, queue) = (Script::good(100), queue.clone());
-            server.enqueue(NewJob { queue, priority: 0, retry_limit: 0, malformed: None, script });
-        }
-        let bound = Instant::now() + bounds::probe(config, count, LASTS);
-        while world.is_open() {
+        // A job whose report was refused for good comes back when the stream that held it is closed.
+        let others: Vec<Record> = server.open_jobs().iter().filter_map(|id| server.job(id)).collect();
+        let probes: Vec<String> = (0..count)
+            .map(|_| {
+                let (script, queue) = (Script::good(100), queue.clone());
+                server.enqueue(NewJob { queue, priority: 0, retry_limit: 0, malformed: None, script })
+            })
+            .collect();
+        let bound = Instant::now() + bounds::probe(config, count, LASTS) + bounds::runs(&others);
+        let is_open = |id: &String| server.job(id).is_some_and(|probe| probe.status != Status::Completed);
+        while probes.iter().any(is_open) {
             if Instant::now() > bound {
                 return world.book.violation(format!("{} does not do what it alone can do", lives[at].name));
             }

@@ -1,0 +1,64 @@
+//! [`Body`]: the body of a request, which can be withdrawn until the moment at which it leaves.
+
+use std::error::Error;
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use hyper::body::{Frame, SizeHint};
+
+/// The whole body of a request. hyper asks for it once it has a connection: it is written at once from then on.
+pub(super) struct Body {
+    bytes: Option<Bytes>,
+    is_wanted: Option<Box<dyn Fn() -> bool + Send + Sync>>,
+}
+
+/// Why a body has not left.
+#[derive(Debug)]
+pub(super) struct Withdrawn;
+
+impl Body {
+    pub(super) fn new(bytes: Bytes) -> Self {
+        Self { bytes: Some(bytes).filter(|bytes| !bytes.is_empty()), is_wanted: None }
+    }
+
+    /// Withdraws the request if it is not wanted at the moment at which it would leave.
+    pub(super) fn leave_only_if(&mut self, is_wanted: impl Fn() -> bool + Send + Sync + 'static) {
+        self.is_wanted = Some(Box::new(is_wanted));
+    }
+}
+
+impl hyper::body::Body for Body {
+    type Data = Bytes;
+    type Error = Withdrawn;
+
+    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Withdrawn>>> {
+        let Self { bytes, is_wanted } = self.get_mut();
+        Poll::Ready(bytes.take().map(|bytes| match is_wanted {
+            Some(is_wanted) if !is_wanted() => Err(Withdrawn),
+            _ => Ok(Frame::data(bytes)),
+        }))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.bytes.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
+    }
+}
+
+impl fmt::Display for Withdrawn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the request was withdrawn")
+    }
+}
+
+impl Error for Withdrawn {}
+
+/// Whether a request failed because its body was withdrawn.
+pub(super) fn was_withdrawn(error: &(dyn Error + 'static)) -> bool {
+    error.is::<Withdrawn>() || error.source().is_some_and(was_withdrawn)
+}
