@@ -14,7 +14,7 @@ use super::server::{NewJob, Record, Status};
 use super::trace::Trace;
 use super::weather::{Answer, Call, Fault};
 use super::world::{World, until_violated};
-use super::{in_virtual_time, judge};
+use super::{in_virtual_time, judge, seed};
 
 /// Plays a scene in fair weather, and fails with its trace if something is not as it must be.
 #[track_caller]
@@ -359,4 +359,9 @@ fn a_failure_is_reported_again_if_its_job_came_before_the_denial() {
         world.network.cut_connection(FIRST_STREAM);
         world.within(15, "the failure", || world.has_failed(&id)).await;
     });
+}
+
+#[test]
+fn a_retry_after_does_not_hide_the_recovery_that_follows() {
+    seed(100_945);
 }
