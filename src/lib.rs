@@ -77,6 +77,7 @@ mod ledger;
 pub mod lifecycle;
 pub mod logging;
 mod metrics;
+mod places;
 mod process;
 pub mod stream;
 mod supervisor;

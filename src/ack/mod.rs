@@ -2,7 +2,6 @@
 //! outcome that the server has no use for now is parked in the [`Ledger`](crate::ledger::Ledger) until its job is redelivered.
 
 mod keeper;
-mod places;
 mod reporter;
 mod successes;
 
@@ -16,7 +15,7 @@ use tracing::error;
 use crate::job::{Failure, Outcome};
 use crate::ledger::Attempt;
 use crate::metrics::Metrics;
-use places::Places;
+use crate::places::{self, Places};
 pub(crate) use reporter::Reporter;
 
 /// A place in the ack queue; given back when the report has been settled, parked or given up.

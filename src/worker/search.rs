@@ -70,10 +70,13 @@ impl Search {
     pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<Found> {
         let settings = self.next_settings(&Self::wanted(run, taking))?;
         if !std::mem::take(&mut self.is_urgent) {
+            let mut parkings = run.ledger.parkings();
             tokio::select! {
                 biased;
                 () = tokio::time::sleep(self.waits.next_wait()) => {}
                 () = settings.client.health().recovered() => self.waits.reset(),
+                // A job that has ended is searched for in earnest. It fails only once the ledger is gone, and `run` has it.
+                _ = parkings.changed() => self.waits.reset(),
             }
         }
         let mut wanted = Self::wanted(run, taking);

@@ -241,6 +241,18 @@ impl Book {
         self.page(worker, |page| page.exempt.contains(id))
     }
 
+    /// Returns how many jobs are on their way to a worker, or wait in it, over streams that it has not closed.
+    pub fn waiting_in(&self, worker: &str) -> usize {
+        let pages = self.pages();
+        let Some(page) = pages.workers.get(worker) else { return 0 };
+        let waits = |(id, deliveries): &(&String, &Vec<Delivery>)| {
+            let Some(last) = deliveries.last().filter(|last| last.link.closed().is_none()) else { return false };
+            let runs = page.runs.get(*id).into_iter().flatten();
+            runs.map(|number| &pages.runs[*number]).all(|run| run.attempts < last.attempts && run.ended.is_some())
+        };
+        page.deliveries.iter().filter(waits).count()
+    }
+
     /// Whether a job runs in a worker.
     pub fn is_running(&self, worker: &str, id: &str) -> bool {
         let pages = self.pages();
@@ -419,9 +431,16 @@ impl Pages {
         if !page.exempt.contains(id) && !page.has_moved && earlier.clone().any(is_same) {
             return Some("it has run already");
         }
-        match (page.deliveries.get(id).and_then(|deliveries| deliveries.last()), page.quiet) {
-            (None, _) => Some("nobody has handed it over"),
-            (Some(delivery), Some(quiet)) if delivery.at > quiet => Some("it came after the drain or pause"),
+        let Some(deliveries) = page.deliveries.get(id) else { return Some("nobody has handed it over") };
+        // The worker may not know yet that the stream is lost over which the job came before.
+        let came_in_time = |quiet| {
+            let mut known = deliveries.iter().filter(|delivery| delivery.attempts == attempts);
+            known.any(|delivery| delivery.at <= quiet && delivery.link.closed().is_none())
+        };
+        match (deliveries.last(), page.quiet) {
+            (Some(last), Some(quiet)) if last.at > quiet && !came_in_time(quiet) => {
+                Some("it came after the drain or pause")
+            }
             _ => None,
         }
     }

@@ -365,3 +365,8 @@ fn a_failure_is_reported_again_if_its_job_came_before_the_denial() {
 fn a_retry_after_does_not_hide_the_recovery_that_follows() {
     seed(100_945);
 }
+
+#[test]
+fn a_job_that_ends_in_a_drain_is_searched_for_at_once() {
+    seed(304_054);
+}

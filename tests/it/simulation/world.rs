@@ -410,7 +410,10 @@ fn check_that_it_reports(world: &World, life: &Life) {
     let (Some(heard), Some(silent_since), 0) = (heard, silent_since, under_way) else { return };
     let from = [Some(heard), Some(silent_since), reported, world.weather.retry_after()].into_iter().flatten().max();
     let due = from.unwrap_or(heard) + bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
-    if Instant::now() <= due {
+    // A worker reads no further while as many jobs wait in it as it has asked for. Some of them may be over at the server, which
+    // then sends more.
+    let reads = world.book.waiting_in(&life.name) < life.config.prefetch.get();
+    if Instant::now() <= due || !reads {
         return;
     }
     let server = world.server_of(life);

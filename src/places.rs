@@ -1,12 +1,12 @@
-//! [`Places`]: the room in the ack queue, which a reload may change.
+//! [`Places`]: a number of places that are taken and given back, and that a reload may change.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The places of one ack queue; clones share them.
+/// The places of one thing; clones share them.
 #[derive(Debug, Clone)]
-pub(super) struct Places {
+pub(crate) struct Places {
     semaphore: Arc<Semaphore>,
     size: Arc<Mutex<Size>>,
 }
@@ -20,7 +20,7 @@ struct Size {
 
 /// One place; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     permit: Option<OwnedSemaphorePermit>,
     size: Arc<Mutex<Size>>,
 }
@@ -42,7 +42,7 @@ fn lock(size: &Mutex<Size>) -> MutexGuard<'_, Size> {
 }
 
 impl Places {
-    pub(super) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         Self {
             semaphore: Arc::new(Semaphore::new(capacity)),
             size: Arc::new(Mutex::new(Size { capacity, surplus: 0 })),
@@ -50,14 +50,14 @@ impl Places {
     }
 
     /// Waits for a place.
-    pub(super) async fn take(&self) -> Place {
+    pub(crate) async fn take(&self) -> Place {
         // The semaphore is never closed.
         let permit = Arc::clone(&self.semaphore).acquire_owned().await.ok();
         Place { permit, size: Arc::clone(&self.size) }
     }
 
     /// Changes the number of places. Those that are taken stay so, and are fewer once they are given back.
-    pub(super) fn resize(&self, capacity: usize) {
+    pub(crate) fn resize(&self, capacity: usize) {
         let mut size = lock(&self.size);
         if capacity > size.capacity {
             let more = capacity - size.capacity;
