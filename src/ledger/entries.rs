@@ -19,6 +19,8 @@ pub(super) struct Entries {
     pub(super) deliveries: u64,
     pub(super) streams: u64,
     pub(super) open: BTreeSet<StreamId>,
+    /// How many streams are being opened.
+    pub(super) coming: usize,
     /// The server that jobs are taken from now.
     pub(super) present_server: Option<Arc<Client>>,
     /// The number of runs that may still begin, where that is limited.

@@ -37,6 +37,16 @@ pub(crate) struct Attempt {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct StreamId(u64);
 
+/// A stream that is being opened. To be kept until it is noted as open.
+#[derive(Debug)]
+pub(crate) struct ComingStream(Arc<Ledger>);
+
+impl Drop for ComingStream {
+    fn drop(&mut self) {
+        self.0.entries().coming -= 1;
+    }
+}
+
 /// One handing over of a job by the server. Later ones are greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Delivery(u64);
@@ -105,6 +115,7 @@ impl Ledger {
             deliveries: 0,
             streams: 0,
             open: BTreeSet::new(),
+            coming: 0,
             present_server: None,
             runs_left: max_runs,
             lost_places: BTreeMap::new(),
@@ -127,6 +138,12 @@ impl Ledger {
     pub(crate) fn make_room(&self, max_kept: usize) {
         let mut entries = self.entries();
         entries.max_kept = entries.max_kept.max(max_kept);
+    }
+
+    /// Notes that a stream is asked for: the server may hand jobs out over it before it is known to be open.
+    pub(crate) fn expect_stream(self: &Arc<Self>) -> ComingStream {
+        self.entries().coming += 1;
+        ComingStream(Arc::clone(self))
     }
 
     /// Notes that a stream has been opened.
@@ -270,7 +287,7 @@ impl Ledger {
     /// Notes that an attempt's report has arrived.
     pub(crate) fn settle(&self, attempt: &Attempt) {
         let mut entries = self.entries();
-        let is_only_stream = entries.open.len() <= 1;
+        let is_only_stream = entries.open.len() + entries.coming <= 1;
         let Some(entry) = entries.ended(attempt) else { return };
         let kind = match &entry.state {
             State::Parked(outcome) => kind_of(outcome),

@@ -10,6 +10,7 @@ use super::Run;
 use crate::backoff::{Early, Retryable, Waits, retry};
 use crate::chain::Chain;
 use crate::client::{ClientError, StreamSettings};
+use crate::ledger::ComingStream;
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
@@ -34,12 +35,12 @@ impl Retryable for Unopened {
 }
 
 /// A stream that is being opened.
-pub(super) type Opening = Pin<Box<dyn Future<Output = Result<TakeStream, Unopened>> + Send>>;
+pub(super) type Opening = Pin<Box<dyn Future<Output = Result<(TakeStream, ComingStream), Unopened>> + Send>>;
 
 /// Opens a stream by these settings, after a wait. Gives up once the worker drains. `is_first`: no stream has been open yet,
 /// and the settings are those of the start, so that a refusal tells of a mistake in them.
 pub(super) fn open(run: &Run, settings: Arc<StreamSettings>, is_first: bool, wait: Duration, waits: Waits) -> Opening {
-    let (lifecycle, metrics) = (run.lifecycle.clone(), run.metrics.clone());
+    let (ledger, lifecycle, metrics) = (Arc::clone(&run.ledger), run.lifecycle.clone(), run.metrics.clone());
     Box::pin(async move {
         let health = settings.client.health();
         tokio::select! {
@@ -49,9 +50,11 @@ pub(super) fn open(run: &Run, settings: Arc<StreamSettings>, is_first: bool, wai
         }
         let attempt = || async {
             info!(url = %settings.client.url(), "connecting");
-            settings.open(settings.prefetch).await.map_err(|error| {
+            let coming = ledger.expect_stream();
+            let opened = settings.open(settings.prefetch).await.map_err(|error| {
                 if is_first && error.is_mistake() { Unopened::Refused(error) } else { Unopened::Unreachable(error) }
-            })
+            });
+            Ok((opened?, coming))
         };
         let on_error = |unopened: &Unopened, wait: Option<Duration>| {
             metrics.reconnecting();

@@ -16,7 +16,7 @@ use super::{Run, Taken, WorkerError, max_kept};
 use crate::backoff::{Backoff, Waits};
 use crate::chain::Chain;
 use crate::client::StreamSettings;
-use crate::ledger::StreamId;
+use crate::ledger::{ComingStream, StreamId};
 use crate::lifecycle::{self, Lifecycle, Phase};
 use crate::stream::{StreamError, TakeStream};
 use crate::watch;
@@ -60,7 +60,7 @@ enum Event {
     /// A phase, a setting, a job or a place: everything is to be decided anew.
     Changed,
     Closed(StreamId, Result<Closed, StreamError>),
-    Opened(Arc<StreamSettings>, Result<TakeStream, Unopened>),
+    Opened(Arc<StreamSettings>, Result<(TakeStream, ComingStream), Unopened>),
     Searched(Search, Option<Found>),
 }
 
@@ -161,11 +161,11 @@ impl Producer {
         &self,
         state: &mut State,
         settings: Arc<StreamSettings>,
-        opened: Result<TakeStream, Unopened>,
+        opened: Result<(TakeStream, ComingStream), Unopened>,
     ) -> Result<(), WorkerError> {
         state.opening = None;
         match opened {
-            Ok(stream) => {
+            Ok((stream, _coming)) => {
                 info!("connected, listening for jobs");
                 (state.first, state.pause) = (None, None);
                 state.streams.add(settings, stream);
@@ -235,7 +235,7 @@ fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backof
 
 fn searched(state: &mut State, search: Search, found: Option<Found>) {
     (state.search, state.searching) = (Some(search), None);
-    if let Some(Found { settings, stream, prefetch }) = found {
+    if let Some(Found { settings, stream, coming: _coming, prefetch }) = found {
         state.streams.add_search(settings, stream, prefetch);
     }
 }

@@ -16,7 +16,7 @@ use super::Run;
 use crate::backoff::{Backoff, Waits};
 use crate::chain::Chain;
 use crate::client::StreamSettings;
-use crate::ledger::Unheld;
+use crate::ledger::{ComingStream, Unheld};
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
@@ -41,6 +41,7 @@ pub(super) struct Search {
 pub(super) struct Found {
     pub(super) settings: Arc<StreamSettings>,
     pub(super) stream: TakeStream,
+    pub(super) coming: ComingStream,
     pub(super) prefetch: usize,
 }
 
@@ -87,10 +88,11 @@ impl Search {
         }
         let (jobs, prefetch) = (wanted.len(), self.prefetch(&wanted));
         info!(jobs, prefetch, "opening a stream for jobs that are here, and whose stream was lost");
+        let coming = run.ledger.expect_stream();
         match settings.open(prefetch).await {
             Ok(stream) => {
                 self.round += 1;
-                Some(Found { settings, stream, prefetch })
+                Some(Found { settings, stream, coming, prefetch })
             }
             Err(error) => {
                 debug!(error = %Chain(&error), "no stream for jobs that are here");

@@ -370,3 +370,8 @@ fn a_retry_after_does_not_hide_the_recovery_that_follows() {
 fn a_job_that_ends_in_a_drain_is_searched_for_at_once() {
     seed(304_054);
 }
+
+#[test]
+fn a_job_that_a_stream_on_its_way_brings_after_its_report_runs_once() {
+    seed(202_698);
+}
