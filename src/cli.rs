@@ -221,6 +221,11 @@ fn handler_args() -> Vec<Arg> {
             "CMD",
             "The command to run for each job, split into words as a shell would, but run without one [required, here or elsewhere]",
         ),
+        setting(
+            "mode",
+            "MODE",
+            "spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket [default: spawn]",
+        ),
         Arg::new("command")
             .value_name("CMD")
             .num_args(1..)

@@ -49,6 +49,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     tokio::spawn(WorkerSignals::listen()?.obey(lifecycle.clone(), asking));
     let admin = bind_admin(&config).await?;
     config.warn_of_deadlines();
+    config.warn_of_pools();
 
     let settings = config.settings();
     let longest_grace = config.handlers.longest_grace();

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,11 +23,59 @@ pub enum Stdin {
     None,
 }
 
+/// How often a handler is started.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Once for each job.
+    #[default]
+    Spawn,
+    /// Once for many jobs, which come to it over a socket.
+    Warm(Pool),
+}
+
+/// How long a warm handler may take to connect.
+pub const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How many processes of a warm handler there are, and for how long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// How many stay, however long they have been idle.
+    pub min_processes: usize,
+    /// How many there are at most; as many as there are worker loops when not given.
+    pub max_processes: Option<NonZeroUsize>,
+    /// How long a process may take from its start until it connects.
+    pub start_timeout: Duration,
+    /// How many jobs a process does at most before another takes its place. Up to a quarter more, by chance.
+    pub max_jobs: Option<NonZeroU64>,
+    /// How old a process becomes at most. Up to a quarter more, by chance.
+    pub max_age: Option<Duration>,
+    /// How much memory a process may have resident after a job, in bytes.
+    pub max_memory: Option<u64>,
+    /// How long a process may be idle.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            min_processes: 0,
+            max_processes: None,
+            start_timeout: DEFAULT_START_TIMEOUT,
+            max_jobs: None,
+            max_age: None,
+            max_memory: None,
+            idle_timeout: None,
+        }
+    }
+}
+
 /// What is run for a job, and what its exit means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handler {
     /// The executable and its arguments.
     pub program: Program,
+    /// How often it is started.
+    pub mode: Mode,
     /// Its whole environment, but for what it is told about the job.
     pub env: Vec<(OsString, OsString)>,
     /// Its working directory; the worker's own when not given.
@@ -52,6 +101,7 @@ impl Handler {
     pub fn new(program: Program) -> Self {
         Self {
             program,
+            mode: Mode::default(),
             env: Vec::new(),
             cwd: None,
             stdin: Stdin::default(),

@@ -12,7 +12,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::dispatch::Ended;
+use crate::dispatch::{Ended, HandlerProcess, PROCESS_STATES, ProcessStarts};
 use crate::job::{Job, Outcome};
 
 /// What stands for every name that has no label of its own: a label costs memory here and in whatever reads it.
@@ -62,16 +62,20 @@ struct Counters {
     connected: IntGauge,
     state: IntGaugeVec,
     reloads: IntCounterVec,
+    processes: IntGaugeVec,
+    process_starts: IntCounterVec,
 }
 
 /// What is known at the moment when the metrics are read.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Gauges {
     pub(crate) running: usize,
     pub(crate) waiting: usize,
     pub(crate) loops: usize,
     pub(crate) connected: bool,
     pub(crate) state: &'static str,
+    pub(crate) processes: Vec<HandlerProcess>,
+    pub(crate) process_starts: Vec<ProcessStarts>,
 }
 
 impl Metrics {
@@ -114,6 +118,12 @@ impl Metrics {
             connected: made.gauge("stream_connected", "Whether the take stream is open")?,
             state: made.gauges("state", "1 for the state that the worker is in", &["state"])?,
             reloads: made.counters("reloads_total", "Readings of the configuration while running", &["result"])?,
+            processes: made.gauges("handler_processes", "Processes of warm handlers", &["handler", "state"])?,
+            process_starts: made.counters(
+                "handler_process_starts_total",
+                "Processes of warm handlers that were started, by why the one before ended, or demand",
+                &["handler", "reason"],
+            )?,
             queues: Mutex::new(queues.iter().cloned().collect()),
             registry: made.0,
         };
@@ -140,12 +150,14 @@ impl Metrics {
         };
         self.0.jobs.with_label_values(&[self.queue_label(&job.queue), label, outcome]).inc();
         self.0.run_seconds.with_label_values(&[label]).observe(ran.as_secs_f64());
+        if let Some(exit) = ended.exit {
+            let code = exit.code().map(|code| code.to_string());
+            self.0.exits.with_label_values(&[label, code.as_deref().unwrap_or("signal")]).inc();
+        }
         let Some(usage) = ended.usage else { return };
         self.0.cpu_seconds.with_label_values(&[label]).inc_by(usage.cpu.as_secs_f64());
         let peak = self.0.peak_memory.with_label_values(&[label]);
         peak.set(peak.get().max(i64::try_from(usage.max_rss).unwrap_or(i64::MAX)));
-        let code = ended.exit_code.map(|code| code.to_string());
-        self.0.exits.with_label_values(&[label, code.as_deref().unwrap_or("signal")]).inc();
     }
 
     fn queue_label<'a>(&self, queue: &'a str) -> &'a str {
@@ -204,7 +216,24 @@ impl Metrics {
         for state in STATES {
             counters.state.with_label_values(&[state]).set((state == now.state).into());
         }
+        self.count_processes(&now);
         TextEncoder::new().encode_to_string(&counters.registry.gather())
+    }
+}
+
+impl Metrics {
+    fn count_processes(&self, now: &Gauges) {
+        let Counters { processes, process_starts, .. } = &*self.0;
+        for ProcessStarts { handler, reason, count } in &now.process_starts {
+            let counter = process_starts.with_label_values(&[handler.as_str(), reason]);
+            counter.inc_by(count.saturating_sub(counter.get()));
+            for state in PROCESS_STATES {
+                processes.with_label_values(&[handler.as_str(), state]).set(0);
+            }
+        }
+        for process in &now.processes {
+            processes.with_label_values(&[process.handler.as_str(), process.state]).inc();
+        }
     }
 }
 
@@ -276,7 +305,15 @@ mod tests {
     }
 
     fn text(metrics: &Metrics) -> String {
-        let gauges = Gauges { running: 1, waiting: 2, loops: 4, connected: true, state: "running" };
+        let gauges = Gauges {
+            running: 1,
+            waiting: 2,
+            loops: 4,
+            connected: true,
+            state: "running",
+            processes: Vec::new(),
+            process_starts: Vec::new(),
+        };
         metrics.text(gauges).unwrap()
     }
 

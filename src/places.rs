@@ -49,6 +49,11 @@ impl Places {
         }
     }
 
+    /// The number of places.
+    pub(crate) fn capacity(&self) -> usize {
+        lock(&self.size).capacity
+    }
+
     /// Waits for a place.
     pub(crate) async fn take(&self) -> Place {
         // The semaphore is never closed.

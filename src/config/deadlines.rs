@@ -7,9 +7,26 @@ use tracing::warn;
 
 use super::Config;
 use super::handler::table_of;
-use crate::handler::Handler;
+use crate::handler::{Handler, Mode};
 
 impl Config {
+    /// Warns of warm handlers that may have fewer processes than jobs that run at once.
+    pub fn warn_of_pools(&self) {
+        let concurrency = self.worker.concurrency().get();
+        let routes = self.handlers.routes.iter().map(|(job_type, handler)| (Some(job_type.as_str()), handler));
+        for (job_type, handler) in self.handlers.default.iter().map(|handler| (None, handler)).chain(routes) {
+            let Mode::Warm(pool) = &handler.mode else { continue };
+            if let Some(max_processes) = pool.max_processes.filter(|max| max.get() < concurrency) {
+                warn!(
+                    handler = table_of(job_type),
+                    max_processes,
+                    concurrency,
+                    "max_processes is below threads x fibers: jobs beyond it wait in their worker loops, and jobs of other types wait behind them; raise max_processes, or lower threads or fibers"
+                );
+            }
+        }
+    }
+
     /// Warns of handlers whose limits are longer than a shutdown may take.
     pub fn warn_of_deadlines(&self) {
         let deadline = self.worker.shutdown_deadline;

@@ -69,6 +69,14 @@ pub(super) struct WorkerTable {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct HandlerTable {
     pub(super) exec: Field,
+    pub(super) mode: Field,
+    pub(super) min_processes: Field,
+    pub(super) max_processes: Field,
+    pub(super) start_timeout: Field,
+    pub(super) max_jobs: Field,
+    pub(super) max_age: Field,
+    pub(super) max_memory: Field,
+    pub(super) idle_timeout: Field,
     pub(super) stdin: Field,
     pub(super) output: Field,
     pub(super) env: Field,

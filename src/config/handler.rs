@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use signal_hook::low_level::signal_name;
@@ -10,12 +11,31 @@ use super::file::{Field, HandlerTable};
 use super::layers::Layers;
 use super::value::Raw;
 use super::{ConfigError, Source};
-use crate::handler::{DEFAULT_KILL_GRACE, Handler, Handlers, Stdin};
+use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Handlers, Mode, Pool, Stdin};
 use crate::process::{Output, Program, Signal};
 
 /// The words of `stdin`.
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
     [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
+
+/// A mode without its settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ModeName {
+    Spawn,
+    Warm,
+}
+
+impl ModeName {
+    pub(super) fn of(mode: &Mode) -> Self {
+        match mode {
+            Mode::Spawn => Self::Spawn,
+            Mode::Warm(_) => Self::Warm,
+        }
+    }
+}
+
+/// The words of `mode`.
+pub(super) const MODE_NAMES: [(&str, ModeName); 2] = [("spawn", ModeName::Spawn), ("warm", ModeName::Warm)];
 
 /// The words of `output`.
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
@@ -25,10 +45,11 @@ pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
     let tables = &layers.file.table;
     let command = default_command(layers)?;
+    let mode = layers.locate("mode", &tables.handler.0.mode, |raw| raw.one_of("mode", &MODE_NAMES))?;
     let mut handlers = Handlers::default();
     for (job_type, table) in &tables.handlers {
         let name = table_of(Some(job_type.get_ref()));
-        let scope = Scope { layers, name, route: Some(&table.0), default: &tables.handler.0 };
+        let scope = Scope { layers, name, route: Some(&table.0), default: &tables.handler.0, mode: &mode };
         let command = match layers.locate_in_file(&table.0.exec, |raw| raw.command("exec"))?.or_else(|| command.clone())
         {
             Some(command) => command,
@@ -39,7 +60,7 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
         };
         handlers.routes.insert(job_type.get_ref().clone(), scope.handler(command)?);
     }
-    let scope = Scope { layers, name: table_of(None), route: None, default: &tables.handler.0 };
+    let scope = Scope { layers, name: table_of(None), route: None, default: &tables.handler.0, mode: &mode };
     handlers.default = command.map(|command| scope.handler(command)).transpose()?;
     match handlers.default.is_none() && handlers.routes.is_empty() {
         true => Err(ConfigError::new(Source::Missing, NO_HANDLER)),
@@ -80,6 +101,8 @@ struct Scope<'a> {
     name: String,
     route: Option<&'a HandlerTable>,
     default: &'a HandlerTable,
+    /// The default handler's mode, wherever it was written.
+    mode: &'a Option<(ModeName, Source)>,
 }
 
 impl Scope<'_> {
@@ -93,6 +116,7 @@ impl Scope<'_> {
             .map_err(|problem| ConfigError::unusable(source, format!("handler cannot be run: {problem}")))?;
         let (success_exit_codes, kill_exit_codes) = self.exit_codes()?;
         Ok(Handler {
+            mode: self.mode()?,
             env: self.env()?,
             cwd: self.cwd()?,
             stdin: self
@@ -113,6 +137,47 @@ impl Scope<'_> {
                 |raw| raw.text("drain_signal").and_then(parse_signal),
             )?,
             ..Handler::new(program)
+        })
+    }
+
+    fn mode(&self) -> Result<Mode, ConfigError> {
+        let own = match self.route {
+            Some(route) => self.layers.locate_in_file(&route.mode, |raw| raw.one_of("mode", &MODE_NAMES))?,
+            None => None,
+        };
+        let found = own.or_else(|| self.mode.clone());
+        found.iter().for_each(|(_, source)| self.note("mode", source));
+        let pool = self.pool()?;
+        Ok(match found {
+            Some((ModeName::Warm, _)) => Mode::Warm(pool),
+            _ => Mode::Spawn,
+        })
+    }
+
+    fn pool(&self) -> Result<Pool, ConfigError> {
+        let max = self.pick("max_processes", |table| &table.max_processes, |raw| raw.count("max_processes"))?;
+        let min =
+            self.locate("min_processes", |table| &table.min_processes, |raw| raw.count_from_0("min_processes"))?;
+        if let (Some((min, source)), Some(max)) = (&min, max)
+            && *min > max.get()
+        {
+            let problem = format!("min_processes must be at most max_processes ({max}) (got {min})");
+            return Err(ConfigError::new(source.clone(), problem));
+        }
+        let duration = |name: &'static str, field: fn(&HandlerTable) -> &Field| {
+            self.pick(name, field, |raw| raw.positive_duration(name))
+        };
+        let max_jobs = self.pick("max_jobs", |table| &table.max_jobs, |raw| raw.count("max_jobs"))?;
+        Ok(Pool {
+            min_processes: min.map(|(min, _)| min).unwrap_or_default(),
+            max_processes: max,
+            start_timeout: duration("start_timeout", |table| &table.start_timeout)?.unwrap_or(DEFAULT_START_TIMEOUT),
+            max_jobs: max_jobs.and_then(|count| NonZeroU64::new(count.get() as u64)),
+            max_age: duration("max_age", |table| &table.max_age)?,
+            max_memory: self
+                .pick("max_memory", |table| &table.max_memory, |raw| raw.size("max_memory"))?
+                .map(|bytes| bytes as u64),
+            idle_timeout: duration("idle_timeout", |table| &table.idle_timeout)?,
         })
     }
 

@@ -8,9 +8,9 @@ use bytesize::ByteSize;
 use humantime::format_duration;
 use signal_hook::low_level::signal_name;
 
-use super::handler::{OUTPUT_NAMES, STDIN_NAMES, table_of};
+use super::handler::{MODE_NAMES, ModeName, OUTPUT_NAMES, STDIN_NAMES, table_of};
 use super::{Config, Source};
-use crate::handler::Handler;
+use crate::handler::{Handler, Mode};
 use crate::stream::StreamLimits;
 
 /// One setting in force.
@@ -118,8 +118,9 @@ impl Config {
         };
         let path = handler.program.path().display().to_string();
         let names: BTreeSet<_> = handler.env.iter().map(|(name, _)| name.to_string_lossy()).collect();
-        vec![
+        let mut settings = vec![
             Setting { public_value: Some(path), ..setting("exec", handler.program.to_string()) },
+            setting("mode", name_in(&MODE_NAMES, ModeName::of(&handler.mode))),
             setting("stdin", name_in(&STDIN_NAMES, handler.stdin)),
             setting("output", name_in(&OUTPUT_NAMES, handler.output)),
             Setting { public_value: Some(format!("{} variables", names.len())), ..setting("env", list(&names)) },
@@ -129,7 +130,20 @@ impl Config {
             setting("timeout", shown(handler.timeout.map(duration), NONE)),
             setting("kill_grace", duration(handler.kill_grace)),
             setting("drain_signal", shown(handler.drain_signal.and_then(|signal| signal_name(signal.as_raw())), NONE)),
-        ]
+        ];
+        if let Mode::Warm(pool) = &handler.mode {
+            const OFF: &str = "off";
+            settings.extend([
+                setting("min_processes", pool.min_processes.to_string()),
+                setting("max_processes", shown(pool.max_processes, "threads x fibers")),
+                setting("start_timeout", duration(pool.start_timeout)),
+                setting("max_jobs", shown(pool.max_jobs, OFF)),
+                setting("max_age", shown(pool.max_age.map(duration), OFF)),
+                setting("max_memory", shown(pool.max_memory.map(ByteSize), OFF)),
+                setting("idle_timeout", shown(pool.idle_timeout.map(duration), OFF)),
+            ]);
+        }
+        settings
     }
 }
 

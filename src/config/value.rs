@@ -61,7 +61,15 @@ impl Raw<'_> {
         self.count_up_to(name, usize::MAX)
     }
 
-    /// The same, with a greatest value.
+    /// The same, or 0.
+    pub(super) fn count_from_0(&self, name: &str) -> Result<usize, String> {
+        match self {
+            Self::Toml(Value::Integer(0)) => Ok(0),
+            _ => self.count(name).map(NonZeroUsize::get),
+        }
+    }
+
+    /// A whole number of at least 1, with a greatest value.
     pub(super) fn count_up_to(&self, name: &str, most: usize) -> Result<NonZeroUsize, String> {
         let number: i128 = match self {
             Self::Toml(Value::Integer(number)) => (*number).into(),

@@ -12,6 +12,7 @@ use tracing::{error, info, warn};
 use super::inspector::Inspector;
 use crate::cli::Args;
 use crate::config::{Config, ConfigError, WorkerConfig};
+use crate::dispatch::HandlerProcess;
 use crate::lifecycle::{Lifecycle, Phase, Request};
 use crate::logging::Log;
 use crate::supervisor::Supervisor;
@@ -168,6 +169,7 @@ impl Attendant {
         let written = config.settings();
         config.take_over(&self.running);
         config.warn_of_deadlines();
+        config.warn_of_pools();
         let new_stream = self.inspector.controls.reconnect(&config.worker);
         let needing_restart = self.inspector.renew(config.settings(), &written);
         self.longest_grace = self.longest_grace.max(config.handlers.longest_grace());
@@ -235,13 +237,15 @@ impl Ticks {
 }
 
 fn log_status(status: &Status) {
-    let Status { state, connected, running, waiting, reports_waiting, succeeded, failed, interrupted, loops, .. } =
-        status;
+    let Status { state, connected, running, waiting, reports_waiting, succeeded, failed, interrupted, .. } = status;
     let uptime = format_duration(Duration::from_secs(status.uptime_seconds as u64)).to_string();
     info!(state, connected, uptime, running, waiting, reports_waiting, succeeded, failed, interrupted, "status");
-    for LoopStatus { name, job } in loops {
+    for LoopStatus { name, job } in &status.loops {
         if let Some(RunningJob { id, r#type, queue, attempt, running_seconds, pid }) = job {
             info!(worker = name, id, r#type, queue, attempt, running_seconds, pid, "job running");
         }
+    }
+    for HandlerProcess { handler, pid, state, jobs, age_seconds, memory_bytes, job } in &status.handler_processes {
+        info!(handler, pid, state, jobs, age_seconds, memory_bytes, job, "handler process");
     }
 }

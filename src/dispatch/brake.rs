@@ -3,10 +3,11 @@
 use std::io;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{self, PoisonError};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, Notify};
 use tokio::time::Instant;
 use tracing::{error, info};
 
@@ -46,23 +47,41 @@ pub(super) trait Begin {
     fn overdue(&self) -> impl Future<Output = ()> + Send;
 }
 
+/// What shows that a handler works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Proof {
+    /// That its program runs.
+    Start,
+    /// That a process of it has done a job: see [`Brake::release`].
+    Job,
+}
+
 /// How the starts of one handler have gone. While they fail there is one at a time, and a pause between them.
 #[derive(Debug)]
 pub(super) struct Brake {
     name: String,
+    proof: Proof,
     engaged: AtomicBool,
-    turn: Mutex<Turn>,
+    turn: Mutex<()>,
+    pace: sync::Mutex<Pace>,
+    /// Notified when the pause ends early.
+    released: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Turn {
+struct Pace {
     delay: Duration,
     not_before: Option<Instant>,
 }
 
 impl Brake {
-    pub(super) fn new(name: String) -> Self {
-        Self { name, engaged: AtomicBool::new(false), turn: Mutex::default() }
+    pub(super) fn new(name: String, proof: Proof) -> Self {
+        let (pace, released) = (sync::Mutex::default(), Notify::new());
+        Self { name, proof, engaged: AtomicBool::new(false), turn: Mutex::default(), pace, released }
+    }
+
+    fn pace(&self) -> sync::MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the handler could not be started when that was last tried.
@@ -72,7 +91,8 @@ impl Brake {
 
     /// When the pause after the last failed start ends. `None` while a start is under way.
     pub(super) fn pause_end(&self) -> Option<Instant> {
-        self.turn.try_lock().ok()?.not_before
+        let _turn = self.turn.try_lock().ok()?;
+        self.pace().not_before
     }
 
     /// The handler's name.
@@ -101,51 +121,72 @@ impl Brake {
         }
         let mut cut_short = pin!(cut_short);
         // Many may find a fault at once. Each tries again when it is its turn: it counts once, and costs one job.
-        let mut turn = tokio::select! {
+        let _turn = tokio::select! {
             biased;
             why = &mut cut_short => return Err(NotStarted::CutShort(why)),
             turn = self.turn() => turn,
         };
-        self.settle(&mut turn, start_patiently(spawn, cut_short).await)
+        self.settle(start_patiently(spawn, cut_short).await)
     }
 
-    async fn turn(&self) -> MutexGuard<'_, Turn> {
+    async fn turn(&self) -> MutexGuard<'_, ()> {
         let turn = self.turn.lock().await;
-        if let Some(not_before) = turn.not_before {
-            tokio::time::sleep_until(not_before).await;
+        let mut released = pin!(self.released.notified());
+        released.as_mut().enable();
+        let not_before = self.pace().not_before;
+        if let Some(not_before) = not_before {
+            tokio::select! {
+                biased;
+                () = released => {}
+                () = tokio::time::sleep_until(not_before) => {}
+            }
         }
         turn
     }
 
     /// Notes what has come of a turn.
-    fn settle<T, C>(&self, turn: &mut Turn, tried: Tried<T, C>) -> Result<T, NotStarted<C>> {
+    fn settle<T, C>(&self, tried: Tried<T, C>) -> Result<T, NotStarted<C>> {
         match tried {
             Tried::Runs(started) => {
-                self.release(turn);
+                match self.proof {
+                    Proof::Start => self.release(),
+                    Proof::Job => self.pause(),
+                }
                 Ok(started)
             }
             Tried::MayRun(started) => Ok(started),
             Tried::CutShort(why) => Err(NotStarted::CutShort(why)),
             Tried::Failed(error) => {
                 if !is_the_jobs_own(&error) {
-                    self.failed(turn, &error);
+                    self.failed(&error);
                 }
                 Err(NotStarted::Failed(error))
             }
         }
     }
 
-    fn failed(&self, turn: &mut Turn, error: &io::Error) {
-        turn.delay = (turn.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
-        turn.not_before = Some(Instant::now() + turn.delay);
+    /// Notes that the handler cannot be started, or has ended before it has shown that it works.
+    pub(super) fn failed(&self, error: &io::Error) {
+        {
+            let mut pace = self.pace();
+            pace.delay = (pace.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
+        }
+        self.pause();
         if !self.engaged.swap(true, Ordering::AcqRel) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
         }
     }
 
-    fn release(&self, turn: &mut Turn) {
-        *turn = Turn::default();
+    fn pause(&self) {
+        let mut pace = self.pace();
+        pace.not_before = (!pace.delay.is_zero()).then(|| Instant::now() + pace.delay);
+    }
+
+    /// Notes that the handler works.
+    pub(super) fn release(&self) {
         if self.engaged.swap(false, Ordering::AcqRel) {
+            *self.pace() = Pace::default();
+            self.released.notify_waiters();
             info!(handler = self.name, "handler can be started again");
         }
     }
@@ -241,7 +282,7 @@ mod tests {
     type Result<T> = std::result::Result<T, NotStarted<()>>;
 
     fn brake() -> Brake {
-        Brake::new("handle.sh".to_owned())
+        Brake::new("handle.sh".to_owned(), Proof::Start)
     }
 
     /// A process that is not made, for that reason.

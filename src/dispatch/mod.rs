@@ -7,12 +7,15 @@ mod pids;
 mod result_file;
 mod routes;
 mod variables;
+mod warm;
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
@@ -21,14 +24,15 @@ use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, HeadStart, Input, OpenFiles, Process, Start, Starter, Stops, Termination, TooFewDescriptors,
-    Trial, Usage, keep_exit_statuses,
+    Channel, Children, HeadStart, Input, OpenFiles, Process, Resident, Start, Starter, Stops, Termination,
+    TooFewDescriptors, Trial, Usage, keep_exit_statuses,
 };
 use brake::{Begin, NotStarted};
 use outcome::Cause;
 use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
 use routes::{Route, Routes};
+use warm::{Pool, StartError};
 
 /// How long a worker that is being killed waits for a process that has outlived SIGKILL. The server hands the job out again as
 /// soon as the worker ends.
@@ -39,15 +43,15 @@ const LAST_WAIT: Duration = Duration::from_secs(10);
 pub struct Ended {
     /// What is reported.
     pub outcome: Outcome,
-    /// The status with which its process exited, if it had one and exited by itself.
-    pub exit_code: Option<i32>,
-    /// What its process used, if it had one.
+    /// How its process exited, if it had one that ended with it.
+    pub exit: Option<ExitStatus>,
+    /// What its process used for it, if it had one.
     pub usage: Option<Usage>,
 }
 
 impl From<Outcome> for Ended {
     fn from(outcome: Outcome) -> Self {
-        Self { outcome, exit_code: None, usage: None }
+        Self { outcome, exit: None, usage: None }
     }
 }
 
@@ -74,6 +78,54 @@ pub trait Dispatcher: Send + Sync + 'static {
     fn broken(&self) -> Vec<String> {
         Vec::new()
     }
+
+    /// The processes that do one job after another.
+    fn processes(&self) -> Vec<HandlerProcess> {
+        Vec::new()
+    }
+
+    /// How many of those were started.
+    fn process_starts(&self) -> Vec<ProcessStarts> {
+        Vec::new()
+    }
+
+    /// Ends what is kept between jobs. Called once no job runs any more, and before the stream closes.
+    fn finish(&self, _lifecycle: &Lifecycle) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+}
+
+/// A process that does one job after another.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HandlerProcess {
+    /// The file name of its program.
+    pub handler: String,
+    /// Its process id.
+    pub pid: u32,
+    /// `starting`, `idle`, `busy` or `ending`.
+    pub state: &'static str,
+    /// How many jobs it has done.
+    pub jobs: u64,
+    /// For how long it has been there.
+    pub age_seconds: f64,
+    /// The memory that it has resident, without its children.
+    pub memory_bytes: Option<u64>,
+    /// The job that it does.
+    pub job: Option<String>,
+}
+
+/// The states of such a process.
+pub(crate) const PROCESS_STATES: [&str; 4] = ["starting", "idle", "busy", "ending"];
+
+/// How many processes of a handler were started for one reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessStarts {
+    /// The file name of its program.
+    pub handler: String,
+    /// Why the process before it ended, or `demand` if there was none.
+    pub reason: &'static str,
+    /// How many.
+    pub count: u64,
 }
 
 /// Runs a process for each job, and goes by its exit status and by what it leaves in its result file.
@@ -98,7 +150,7 @@ impl ExecDispatcher {
     /// When that directory cannot be made.
     pub fn new(handlers: Handlers, concurrency: usize, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
         Ok(Self {
-            routes: watch::Sender::new(Arc::new(Routes::new(handlers))),
+            routes: watch::Sender::new(Arc::new(Routes::new(handlers, concurrency))),
             results: ResultDir::create(temp_dir)?,
             worker_id,
             pids: Pids::default(),
@@ -144,6 +196,72 @@ impl ExecDispatcher {
     }
 }
 
+impl ExecDispatcher {
+    /// Has a warm process do a job. Fails with why a process could not be started, if that may be another's turn to find out.
+    async fn dispatch_warm(
+        &self,
+        (route, pool): (&Arc<Route>, &Arc<Pool>),
+        job: &Job,
+        lifecycle: &Lifecycle,
+        fault: Option<io::Error>,
+        routes: &mut watch::Receiver<Arc<Routes>>,
+    ) -> Result<Result<Ended, NotStarted<Cut>>, io::Error> {
+        let cut_short = |cut| Ok(Err(NotStarted::CutShort(cut)));
+        let waiting = async { pool.process_or_slot(pool.place().await).await };
+        let found = tokio::select! {
+            biased;
+            found = waiting => found,
+            why = killed_or_replaced(lifecycle, routes) => return cut_short(why),
+        };
+        let busy = match found {
+            Ok(busy) => busy,
+            Err((place, slot)) => {
+                let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
+                let start = || pool.start(self.results.socket(), &slot, lifecycle, spawn);
+                let starting = match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
+                    Ok(starting) => starting,
+                    Err(not_started) => return Ok(Err(not_started)),
+                };
+                tokio::select! {
+                    biased;
+                    connected = starting.begun() => connected?,
+                    why = killed_or_replaced(lifecycle, routes) => return cut_short(why),
+                }
+                starting.busy(place).ok_or(io::ErrorKind::NotConnected)?
+            }
+        };
+        let _listed = self.pids.list(&job.id, busy.pid());
+        let (ended, proof) = busy.run(job, lifecycle).await;
+        match proof {
+            warm::Proof::Works => route.brake.release(),
+            warm::Proof::Crashed(why) => route.brake.failed(&io::Error::other(why)),
+            warm::Proof::None => {}
+        }
+        Ok(Ok(ended))
+    }
+
+    fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
+        Resident::spawn(Start {
+            command: route.command()?,
+            variables: &variables::of_warm(socket, &self.worker_id),
+            input: Input::Nothing,
+            output: route.handler.output,
+            starter: &self.starter,
+            head_start: &self.head_start,
+            children: &self.children,
+        })
+    }
+
+    async fn not_started(route: &Route, error: &io::Error) -> Outcome {
+        let warm = error.get_ref().and_then(|error| error.downcast_ref::<StartError>());
+        let (error_type, message) = match warm {
+            Some(error) => ("StartError", format!("{} {error}", route.brake.name())),
+            None => ("SpawnError", route.not_started(error).await),
+        };
+        Outcome::Failure(Failure::new(error_type, message))
+    }
+}
+
 impl Dispatcher for ExecDispatcher {
     async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
         let mut routes = self.routes.subscribe();
@@ -154,27 +272,27 @@ impl Dispatcher for ExecDispatcher {
                 let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
                 return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
             };
-            let result = self.results.file();
             // What came of another handler says nothing of this one.
             let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
-            let cut_short = async {
-                tokio::select! {
-                    biased;
-                    () = lifecycle.awaited() => Cut::Stopping,
-                    // It fails only once the sender is gone, and `self` has it.
-                    _ = routes.changed() => Cut::Replaced,
+            if let Some(pool) = &route.pool {
+                match self.dispatch_warm((&route, pool), job, lifecycle, fault_of_this, &mut routes).await {
+                    Ok(Ok(ended)) => return ended,
+                    Ok(Err(NotStarted::CutShort(Cut::Replaced))) => {}
+                    Ok(Err(NotStarted::CutShort(Cut::Stopping))) => return Outcome::Interrupted.into(),
+                    Ok(Err(NotStarted::Failed(error))) => return Self::not_started(&route, &error).await.into(),
+                    Err(error) => fault = Some((Arc::clone(&route), error)),
                 }
-            };
+                continue;
+            }
+            let result = self.results.file();
             let spawn = || self.start(&route, job, lifecycle, &result);
-            let started = match route.brake.start(fault_of_this, cut_short, spawn).await {
-                Ok(started) => started,
-                Err(NotStarted::CutShort(Cut::Replaced)) => continue,
-                Err(NotStarted::CutShort(Cut::Stopping)) => return Outcome::Interrupted.into(),
-                Err(NotStarted::Failed(error)) => {
-                    let message = route.not_started(&error).await;
-                    return Outcome::Failure(Failure::new("SpawnError", message)).into();
-                }
-            };
+            let started =
+                match route.brake.start(fault_of_this, stopped_or_replaced(lifecycle, &mut routes), spawn).await {
+                    Ok(started) => started,
+                    Err(NotStarted::CutShort(Cut::Replaced)) => continue,
+                    Err(NotStarted::CutShort(Cut::Stopping)) => return Outcome::Interrupted.into(),
+                    Err(NotStarted::Failed(error)) => return Self::not_started(&route, &error).await.into(),
+                };
             match started.see_through(&result).await {
                 Ok(ended) => return ended,
                 Err(error) => fault = Some((Arc::clone(&route), error)),
@@ -193,6 +311,19 @@ impl Dispatcher for ExecDispatcher {
     fn broken(&self) -> Vec<String> {
         self.routes().broken()
     }
+
+    fn processes(&self) -> Vec<HandlerProcess> {
+        self.routes().processes().list()
+    }
+
+    fn process_starts(&self) -> Vec<ProcessStarts> {
+        self.routes().processes().starts()
+    }
+
+    async fn finish(&self, lifecycle: &Lifecycle) {
+        let processes = Arc::clone(self.routes().processes());
+        processes.finish(lifecycle).await;
+    }
 }
 
 /// Why a job waits no longer for a start.
@@ -201,6 +332,24 @@ enum Cut {
     Stopping,
     /// A reload has replaced handlers.
     Replaced,
+}
+
+async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver<Arc<Routes>>) -> Cut {
+    tokio::select! {
+        biased;
+        () = lifecycle.awaited() => Cut::Stopping,
+        // It fails only once the sender is gone, and the dispatcher has it.
+        _ = routes.changed() => Cut::Replaced,
+    }
+}
+
+/// A job that waits for a process while others have all of them has as much time as the drain has.
+async fn killed_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver<Arc<Routes>>) -> Cut {
+    tokio::select! {
+        biased;
+        () = lifecycle.reached(Phase::Killing) => Cut::Stopping,
+        _ = routes.changed() => Cut::Replaced,
+    }
 }
 
 /// A process that has been made for a job.

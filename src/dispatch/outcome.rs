@@ -41,8 +41,8 @@ pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Futur
             })
         }
     };
-    let (status, usage) = exit.ended.ok().unzip();
-    Ended { outcome, exit_code: status.and_then(|status| status.code()), usage }
+    let (exit, usage) = exit.ended.ok().unzip();
+    Ended { outcome, exit, usage }
 }
 
 /// A process that we stopped was cut short or too slow, whatever it made of it; only its own end can be a success.
@@ -77,16 +77,21 @@ fn fate_of_code(handler: &Handler, code: i32) -> Fate {
     Fate::Failed { error_type: "ExitStatus", what: format!("exited with status {code}"), kill }
 }
 
-fn message(name: &str, what: &str, stderr: &Tail) -> String {
+pub(super) fn message(name: &str, what: &str, stderr: &Tail) -> String {
     match stderr.last_line() {
         Some(line) => format!("{name} {what}: {line}"),
         None => format!("{name} {what}"),
     }
 }
 
-fn after(handler: &Handler) -> String {
+pub(super) fn after(handler: &Handler) -> String {
     let limit = handler.timeout.map(|limit| humantime::format_duration(limit).to_string()).unwrap_or_default();
     format!("after its timeout of {limit}")
+}
+
+/// How a process has exited.
+pub(super) fn in_words(status: ExitStatus) -> String {
+    status.code().map_or_else(|| killed_by(status), |code| format!("exited with status {code}"))
 }
 
 fn killed_by(status: ExitStatus) -> String {

@@ -59,6 +59,11 @@ impl ResultDir {
         Ok(Self { path: dir.keep(), _lock: lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
+    /// A path for a socket at which there is nothing yet.
+    pub(super) fn socket(&self) -> PathBuf {
+        self.path.join(format!("{}.sock", self.next.fetch_add(1, Ordering::Relaxed)))
+    }
+
     /// A path for one job at which there is nothing yet. A number, since nothing of a job is ever made into a path.
     pub(super) fn file(&self) -> ResultFile<'_> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
@@ -238,27 +243,33 @@ enum Retry {
     At(u64),
 }
 
+/// The same, as it was written.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
-    message: Option<String>,
-    error_type: Option<String>,
-    backtrace: Option<String>,
-    retry_in: Option<NumberOrText>,
-    retry_at: Option<NumberOrText>,
-    kill: Option<bool>,
+pub(super) struct Written {
+    pub(super) message: Option<String>,
+    pub(super) error_type: Option<String>,
+    pub(super) backtrace: Option<String>,
+    pub(super) retry_in: Option<NumberOrText>,
+    pub(super) retry_at: Option<NumberOrText>,
+    pub(super) kill: Option<bool>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a number or a string")]
-enum NumberOrText {
+pub(super) enum NumberOrText {
     Number(f64),
     Text(String),
 }
 
 impl Verdict {
     fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let written: Written = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        Self::of(serde_json::from_slice(bytes).map_err(|error| error.to_string())?)
+    }
+
+    /// # Errors
+    /// When what was written contradicts itself, or is no time.
+    pub(super) fn of(written: Written) -> Result<Self, String> {
         let retry = match (written.retry_in, written.retry_at) {
             (Some(_), Some(_)) => return Err("it has both retry_in and retry_at".to_owned()),
             (Some(wait), None) => Some(retry_in(&wait)?),

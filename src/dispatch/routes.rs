@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::brake::Brake;
+use super::brake::{Brake, Proof};
 use super::errands::Errands;
 use super::variables::is_about_a_job;
-use crate::handler::{Handler, Handlers};
+use super::warm::{Pool, Processes};
+use crate::handler::{Handler, Handlers, Mode};
 use crate::process::Command;
 
 /// How long a failure waits for a look at the files that may explain it.
@@ -21,6 +22,8 @@ const HINT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct Route {
     pub(super) handler: Handler,
     pub(super) brake: Brake,
+    /// The processes of a warm handler.
+    pub(super) pool: Option<Arc<Pool>>,
     command: OnceLock<Arc<Command>>,
     look: Arc<Mutex<Look>>,
     files: Errands,
@@ -39,12 +42,19 @@ fn lock(look: &Mutex<Look>) -> MutexGuard<'_, Look> {
 }
 
 impl Route {
-    fn new(mut handler: Handler, files: Errands) -> Arc<Self> {
+    fn new(mut handler: Handler, before: Option<&Self>, shared: &Shared) -> Arc<Self> {
         // Of what is there twice, the later counts. What is said of a job nobody else can say.
         let env: BTreeMap<_, _> = handler.env.into_iter().filter(|(name, _)| !is_about_a_job(name)).collect();
         handler.env = env.into_iter().collect();
-        let brake = Brake::new(handler.program.file_name());
-        Arc::new(Self { handler, brake, command: OnceLock::new(), look: Arc::default(), files })
+        let (pool, proof) = match &handler.mode {
+            Mode::Spawn => (None, Proof::Start),
+            Mode::Warm(settings) => {
+                let before = before.and_then(|before| before.pool.as_deref());
+                (Some(Pool::new(&handler, settings, shared.concurrency, &shared.processes, before)), Proof::Job)
+            }
+        };
+        let (brake, files) = (Brake::new(handler.program.file_name(), proof), shared.files.clone());
+        Arc::new(Self { handler, brake, pool, command: OnceLock::new(), look: Arc::default(), files })
     }
 
     /// What is started for its jobs.
@@ -64,8 +74,8 @@ impl Route {
     /// Whether a start would fail, as far as that can be known without one. Never waits for a file: each call after the pause of
     /// a failed start has the file looked at, and goes by the look before.
     fn is_broken(&self) -> bool {
-        if !self.brake.is_engaged() {
-            return false;
+        if !self.brake.is_engaged() || self.pool.is_some() {
+            return self.brake.is_engaged();
         }
         let pause_end = self.brake.pause_end().filter(|end| *end <= Instant::now());
         // Without an end of the pause, a start is under way, which will tell more than the file does.
@@ -104,31 +114,47 @@ impl Route {
 pub(super) struct Routes {
     by_type: HashMap<String, Arc<Route>>,
     default: Option<Arc<Route>>,
+    shared: Shared,
+}
+
+/// What all routes need, those of earlier configurations included.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
     /// Looks at handlers' files.
     files: Errands,
+    /// How many jobs there are at once.
+    pub(super) concurrency: usize,
+    pub(super) processes: Arc<Processes>,
 }
 
 impl Routes {
-    pub(super) fn new(handlers: Handlers) -> Self {
-        Self::with_files(handlers, Errands::with_threads(4))
+    pub(super) fn new(handlers: Handlers, concurrency: usize) -> Self {
+        let shared = Shared { files: Errands::with_threads(4), concurrency, processes: Arc::default() };
+        let none = Self { by_type: HashMap::new(), default: None, shared };
+        none.renewed(handlers)
     }
 
-    fn with_files(handlers: Handlers, files: Errands) -> Self {
-        let route = |handler| Route::new(handler, files.clone());
-        let by_type = handlers.routes.into_iter().map(|(job_type, handler)| (job_type, route(handler))).collect();
-        Self { by_type, default: handlers.default.map(route), files }
+    /// The warm processes of this configuration and of earlier ones.
+    pub(super) fn processes(&self) -> &Arc<Processes> {
+        &self.shared.processes
     }
 
-    /// The routes of other handlers. Those that are as they were keep what is known of their starts.
+    /// The routes of other handlers. Those that are as they were keep what is known of their starts. Every warm process ends as
+    /// soon as it is idle.
     pub(super) fn renewed(&self, handlers: Handlers) -> Self {
-        let mut new = Self::with_files(handlers, self.files.clone());
-        let pairs = new.by_type.iter_mut().filter_map(|(job_type, route)| Some((route, self.by_type.get(job_type)?)));
-        for (route, old) in pairs.chain(new.default.iter_mut().zip(&self.default)) {
-            if route.handler == old.handler {
-                *route = Arc::clone(old);
-            }
-        }
-        new
+        let route = |handler: Handler, before: Option<&Arc<Route>>| {
+            let new = Route::new(handler, before.map(|before| &**before), &self.shared);
+            before.filter(|before| before.handler == new.handler).map_or(new, Arc::clone)
+        };
+        let by_type = handlers.routes.into_iter().map(|(job_type, handler)| {
+            let before = self.by_type.get(&job_type);
+            (job_type, route(handler, before))
+        });
+        let by_type = by_type.collect();
+        let default = handlers.default.map(|handler| route(handler, self.default.as_ref()));
+        let before = self.by_type.values().chain(&self.default);
+        before.filter_map(|before| before.pool.as_ref()).for_each(|pool| pool.renew());
+        Self { by_type, default, shared: self.shared.clone() }
     }
 
     /// The type is looked up, and nothing else is ever made of it.

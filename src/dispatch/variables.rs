@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 
 use super::result_file::ResultFile;
 use crate::handler::Handler;
@@ -17,8 +18,9 @@ const JOB_RETRY_LIMIT: &str = "ZIZQ_JOB_RETRY_LIMIT";
 const JOB_TIMEOUT: &str = "ZIZQ_JOB_TIMEOUT";
 const WORKER_ID: &str = "ZIZQ_WORKER_ID";
 const RESULT_FILE: &str = "ZIZQ_RESULT_FILE";
+const SOCKET: &str = "ZIZQ_SOCKET";
 
-const ALL: [&str; 10] = [
+const ALL: [&str; 11] = [
     JOB_ID,
     JOB_TYPE,
     JOB_QUEUE,
@@ -29,6 +31,7 @@ const ALL: [&str; 10] = [
     JOB_TIMEOUT,
     WORKER_ID,
     RESULT_FILE,
+    SOCKET,
 ];
 
 /// Whether a variable of that name is about a job: it has no other value than what is said of the job here.
@@ -55,4 +58,9 @@ pub(super) fn of<'a>(job: &'a Job, handler: &Handler, worker_id: &'a str, result
     variables.extend(job.retry_limit.map(|limit| (JOB_RETRY_LIMIT, number(limit.to_string()))));
     variables.extend(handler.timeout.map(|timeout| (JOB_TIMEOUT, number(timeout.as_secs_f64().to_string()))));
     variables
+}
+
+/// What a process is told that does one job after another.
+pub(super) fn of_warm<'a>(socket: &'a Path, worker_id: &'a str) -> Variables<'a> {
+    vec![(SOCKET, Cow::Borrowed(socket.as_os_str())), (WORKER_ID, Cow::Borrowed(OsStr::new(worker_id)))]
 }

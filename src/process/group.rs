@@ -45,7 +45,7 @@ pub struct Usage {
 }
 
 /// The leader's status and what it used, if they could be had.
-pub(super) type Ended = io::Result<(ExitStatus, Usage)>;
+pub(crate) type Ended = io::Result<(ExitStatus, Usage)>;
 
 /// A process group whose leader has not been reaped, so that its number is its own. Dropped before, it is killed.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ impl Group {
     }
 
     /// Signals the leader alone.
-    fn signal_leader(&self, signal: Signal) {
+    pub(super) fn signal_leader(&self, signal: Signal) {
         let _ = match self.exit.pidfd() {
             Some(pidfd) => pidfd_send_signal(pidfd, signal),
             None => kill_process(self.id(), signal),

@@ -16,16 +16,19 @@
 
 mod birth;
 mod census;
+mod clock;
 mod command;
 mod cstrings;
 mod exit_watch;
 mod group;
 mod head_start;
 mod limits;
+mod memory;
 mod orphans;
 mod output;
 mod program;
 mod reaper;
+mod resident;
 mod signals;
 mod spawn;
 mod stack;
@@ -52,13 +55,15 @@ use tokio::time::{sleep, timeout};
 
 use birth::Birth;
 pub(crate) use command::Command;
+pub(crate) use group::Ended;
+use group::Group;
 pub use group::Usage;
-use group::{Ended, Group};
 pub(crate) use head_start::HeadStart;
 pub(crate) use limits::{OpenFiles, TooFewDescriptors, keep_exit_statuses};
 pub(crate) use orphans::Children;
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
+pub(crate) use resident::Resident;
 pub use rustix::process::Signal;
 pub(crate) use signals::{is_ignored, without_signals};
 pub(crate) use starter::{Starter, Trial};

@@ -6,9 +6,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
@@ -54,16 +55,24 @@ pub(crate) async fn read_lines(
     mut tail: Option<&mut Tail>,
 ) {
     let Some(pipe) = pipe else { return };
-    let (mut lines, mut watched, mut in_a_row, mut portion) = (Lines::default(), None, 0, FIRST_READ_BYTES);
+    let mut lines = Lines::default();
+    read_chunks(pipe, |chunk| {
+        read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+        lines.push(chunk, &on_line);
+        if let Some(tail) = &mut tail {
+            tail.push(chunk);
+        }
+    })
+    .await;
+    lines.finish(&on_line);
+}
+
+/// Reads a pipe that does not block to its end.
+async fn read_chunks(pipe: &OwnedFd, mut on_chunk: impl FnMut(&[u8])) {
+    let (mut watched, mut in_a_row, mut portion) = (None, 0, FIRST_READ_BYTES);
     loop {
         let begun = Instant::now();
-        let count = read_some(pipe, portion, |chunk| {
-            read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
-            lines.push(chunk, &on_line);
-            if let Some(tail) = &mut tail {
-                tail.push(chunk);
-            }
-        });
+        let count = read_some(pipe, portion, &mut on_chunk);
         // Short lines take the log longer than long ones.
         if begun.elapsed() > TURN {
             portion = (portion / 2).max(SMALLEST_READ_BYTES);
@@ -90,7 +99,47 @@ pub(crate) async fn read_lines(
         // A child that prints as fast as it is read would keep this thread from all other work.
         tokio::task::coop::consume_budget().await;
     }
-    lines.finish(&on_line);
+}
+
+/// The output of a process that does one task after another: it is read as it comes, and to its present end between two
+/// tasks.
+#[derive(Debug)]
+pub(super) struct SharedOutput {
+    pipe: OwnedFd,
+    lines: Mutex<Lines>,
+}
+
+impl SharedOutput {
+    /// Of a pipe that does not block.
+    pub(super) fn of(pipe: OwnedFd) -> Self {
+        Self { pipe, lines: Mutex::default() }
+    }
+
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads it to its end, line by line.
+    pub(super) async fn read(&self, on_line: impl Fn(&str)) {
+        read_chunks(&self.pipe, |chunk| self.lines().push(chunk, &on_line)).await;
+        self.lines().finish(&on_line);
+    }
+
+    /// Reads what is in the pipe now. A line without an end ends here.
+    pub(super) fn read_present(&self, on_line: impl Fn(&str)) {
+        let mut left = ioctl_fionread(&self.pipe).unwrap_or_default();
+        let mut lines = self.lines();
+        while left > 0 {
+            let portion = READ_BYTES.min(usize::try_from(left).unwrap_or(READ_BYTES));
+            match read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line)) {
+                Ok(0) => break,
+                Ok(count) => left = left.saturating_sub(count as u64),
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        lines.finish(&on_line);
+    }
 }
 
 /// A pipe in the reactor. Most jobs are over before there is need of one, and two system calls for each pipe are saved.
@@ -119,7 +168,7 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
 }
 
-fn read_some(pipe: &OwnedFd, portion: usize, mut take: impl FnMut(&[u8])) -> Result<usize, Errno> {
+fn read_some(pipe: &OwnedFd, portion: usize, take: impl FnOnce(&[u8])) -> Result<usize, Errno> {
     BUFFER.with_borrow_mut(|buffer| {
         let count = rustix::io::read(pipe, &mut buffer[..portion])?;
         take(&buffer[..count]);
@@ -189,6 +238,12 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
+    /// Adds a line, which had an end.
+    pub(crate) fn push_line(&mut self, line: &str) {
+        self.push(line.as_bytes());
+        self.push(b"\n");
+    }
+
     fn push(&mut self, chunk: &[u8]) {
         let (head, rest) = chunk.split_at(chunk.len().min(HEAD_BYTES - self.head.len()));
         self.head.extend_from_slice(head);

@@ -76,6 +76,7 @@ impl<D: Dispatcher> Controls<D> {
             failed,
             interrupted,
             loops: self.activity.loops().map(|(name, current)| self.loop_status(name, current)).collect(),
+            handler_processes: self.dispatcher.processes(),
         }
     }
 
@@ -118,7 +119,15 @@ impl<D: Dispatcher> Controls<D> {
     pub fn metrics_text(&self, lifecycle: &Lifecycle) -> String {
         let Counts { running, waiting } = self.activity.counts();
         let (loops, connected) = (self.activity.loop_names().count(), self.activity.is_taking());
-        let gauges = Gauges { running, waiting, loops, connected, state: self.state(lifecycle) };
+        let gauges = Gauges {
+            running,
+            waiting,
+            loops,
+            connected,
+            state: self.state(lifecycle),
+            processes: self.dispatcher.processes(),
+            process_starts: self.dispatcher.process_starts(),
+        };
         // It fails for names that Prometheus does not know; that there are none is held by a test.
         self.metrics.text(gauges).unwrap_or_default()
     }

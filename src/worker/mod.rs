@@ -15,7 +15,6 @@ mod worker_loop;
 use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::Arc;
-use std::time::Duration;
 
 use humantime::format_duration;
 use tokio::sync::OwnedSemaphorePermit;
@@ -156,7 +155,7 @@ impl<D: Dispatcher> Worker<D> {
         let Counts { running, waiting } = self.activity.counts();
         info!(running, waiting, "shutting down, waiting for workers to finish");
         let tally = run.tally;
-        let ended = tear_down(jobs, loops, acks, self.config.shutdown_deadline, producer, lifecycle).await;
+        let ended = self.tear_down(jobs, loops, acks, producer, lifecycle).await;
         let TornDown { killed, ended_by_itself, reports_dropped, producer } = ended;
         let summary = Summary { killed, ended_by_itself, reports_dropped, ..tally.summary() };
         let Summary { succeeded, failed, interrupted, .. } = summary;
@@ -208,6 +207,26 @@ impl<D: Dispatcher> Worker<D> {
         loops
     }
 
+    /// The order of the end: no more jobs, then no more running jobs and processes, then no more reports, and only then no stream. The
+    /// server hands a job out again as soon as the stream is closed, so nothing of it may still be under way here.
+    async fn tear_down(
+        &self,
+        jobs: async_channel::Receiver<Taken>,
+        loops: JoinSet<()>,
+        acks: AckProcessor,
+        producer: AbortOnDropHandle<Result<(), WorkerError>>,
+        lifecycle: &Lifecycle,
+    ) -> TornDown {
+        jobs.close();
+        loops.join_all().await;
+        self.dispatcher.finish(lifecycle).await;
+        let reports_dropped = acks.finish(self.config.shutdown_deadline).await as u64;
+        let (killed, ended_by_itself) = (lifecycle.phase() >= Phase::Killing, !lifecycle.is_awaited());
+        lifecycle.stopped();
+        let producer = producer.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
+        TornDown { killed, ended_by_itself, reports_dropped, producer }
+    }
+
     /// What ends a run by itself: the deadline of a drain, the end of its time, and idleness.
     fn start_watches(&self, run: &Run) -> Vec<AbortOnDropHandle<()>> {
         let Run { activity, ledger, lifecycle, .. } = run.clone();
@@ -241,23 +260,4 @@ struct TornDown {
     ended_by_itself: bool,
     reports_dropped: u64,
     producer: Result<(), WorkerError>,
-}
-
-/// The order of the end: no more jobs, then no more running jobs, then no more reports, and only then no stream. The
-/// server hands a job out again as soon as the stream is closed, so nothing of it may still be under way here.
-async fn tear_down(
-    jobs: async_channel::Receiver<Taken>,
-    loops: JoinSet<()>,
-    acks: AckProcessor,
-    patience: Duration,
-    producer: AbortOnDropHandle<Result<(), WorkerError>>,
-    lifecycle: &Lifecycle,
-) -> TornDown {
-    jobs.close();
-    loops.join_all().await;
-    let reports_dropped = acks.finish(patience).await as u64;
-    let (killed, ended_by_itself) = (lifecycle.phase() >= Phase::Killing, !lifecycle.is_awaited());
-    lifecycle.stopped();
-    let producer = producer.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
-    TornDown { killed, ended_by_itself, reports_dropped, producer }
 }

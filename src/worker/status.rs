@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::dispatch::HandlerProcess;
+
 /// What a worker is doing, and has done since it started.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Status {
@@ -27,6 +29,8 @@ pub struct Status {
     pub interrupted: u64,
     /// What each worker loop is at.
     pub loops: Vec<LoopStatus>,
+    /// The processes of warm handlers.
+    pub handler_processes: Vec<HandlerProcess>,
 }
 
 /// What a worker loop is at.

@@ -1,0 +1,262 @@
+//! [`Wire`]: the connection to a warm process. A job goes out as one line of JSON, and its reply comes back as one.
+
+use std::io;
+use std::io::IoSlice;
+
+use bytes::{Buf, Bytes};
+use memchr::memmem;
+use serde::Deserialize;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+use crate::dispatch::result_file::{NumberOrText, Verdict, Written};
+use crate::job::{Job, JobId};
+
+/// A reply has no reason to be longer.
+const MAX_REPLY_BYTES: usize = 1024 * 1024;
+
+/// How much memory an idle connection keeps for replies.
+const KEPT_BYTES: usize = 4096;
+
+/// How much is read at once.
+const READ_BYTES: usize = 4096;
+
+/// U+2028 and U+2029 in UTF-8, but for the last byte. Node's readline takes them for the ends of lines.
+const SEPARATOR: &[u8] = b"\xe2\x80";
+
+/// What a process says of its job.
+#[derive(Debug, PartialEq)]
+pub(super) struct Reply {
+    /// Nothing if the job is done.
+    pub(super) failure: Option<Verdict>,
+    /// Whether the process takes no more jobs.
+    pub(super) is_last: bool,
+}
+
+/// Why there is no reply.
+#[derive(Debug)]
+pub(super) enum NoReply {
+    /// The process has closed the connection.
+    Closed,
+    /// It has sent something that is no reply to its job.
+    Nonsense(String),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    id: Option<String>,
+    ok: Option<bool>,
+    #[serde(default)]
+    last: bool,
+    message: Option<String>,
+    error_type: Option<String>,
+    backtrace: Option<String>,
+    retry_in: Option<NumberOrText>,
+    retry_at: Option<NumberOrText>,
+    kill: Option<bool>,
+}
+
+/// The connection, and what has come over it.
+#[derive(Debug)]
+pub(super) struct Wire {
+    stream: UnixStream,
+    received: Vec<u8>,
+    /// How much of that has no line end in it.
+    searched: usize,
+}
+
+impl Wire {
+    pub(super) fn new(stream: UnixStream) -> Self {
+        Self { stream, received: Vec::new(), searched: 0 }
+    }
+
+    /// Hands a job over, and waits for the reply. Dropped before its end, it leaves the connection of no use.
+    pub(super) async fn exchange(&mut self, job: &Job) -> Result<Reply, NoReply> {
+        let mut line = JobLine::of(job);
+        loop {
+            self.send(&mut line)?;
+            if let Some(reply) = self.receive()? {
+                if line.has_remaining() {
+                    return Err(NoReply::Nonsense("it replied before it had read its job".to_owned()));
+                }
+                let reply = parse(&reply, &job.id).map_err(NoReply::Nonsense)?;
+                return if self.is_silent() { Ok(reply) } else { Err(self.second_reply()) };
+            }
+            let wanted =
+                if line.has_remaining() { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
+            // It fails only when the reactor is gone, and this task with it.
+            self.stream.ready(wanted).await.map_err(|_| NoReply::Closed)?;
+        }
+    }
+
+    /// Whether nothing has come since the last reply, and the process is still connected.
+    pub(super) fn is_idle(&mut self) -> bool {
+        self.receive().is_ok_and(|line| line.is_none()) && self.is_silent()
+    }
+
+    fn is_silent(&self) -> bool {
+        self.received.is_empty()
+    }
+
+    fn second_reply(&self) -> NoReply {
+        NoReply::Nonsense(format!("it sent more than one reply: {}", excerpt(&self.received)))
+    }
+
+    /// Writes what the socket takes now.
+    fn send(&self, line: &mut JobLine) -> Result<(), NoReply> {
+        while line.has_remaining() {
+            match self.stream.try_write_vectored(&line.slices()) {
+                Ok(written) => line.advance(written),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Err(NoReply::Closed),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what has come. Returns the next whole line, if there is one.
+    fn receive(&mut self) -> Result<Option<Vec<u8>>, NoReply> {
+        loop {
+            if let Some(end) = memchr::memchr(b'\n', &self.received[self.searched..]) {
+                let rest = self.received.split_off(self.searched + end + 1);
+                let line = std::mem::replace(&mut self.received, rest);
+                self.searched = 0;
+                // Most replies end what has been read, and the next read would find nothing more: that is seen by the caller.
+                return Ok(Some(line));
+            }
+            self.searched = self.received.len();
+            if self.searched > MAX_REPLY_BYTES {
+                return Err(NoReply::Nonsense(format!("it sent a reply of more than {MAX_REPLY_BYTES} bytes")));
+            }
+            self.received.reserve(READ_BYTES);
+            match self.stream.try_read_buf(&mut self.received) {
+                Ok(0) => return Err(NoReply::Closed),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.received.shrink_to(KEPT_BYTES);
+                    return Ok(None);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Err(NoReply::Closed),
+            }
+        }
+    }
+}
+
+/// A job as one line. The job's bytes are not copied, unless something in them has to be escaped.
+struct JobLine {
+    job: Bytes,
+    end: &'static [u8],
+}
+
+impl JobLine {
+    fn of(job: &Job) -> Self {
+        Self { job: escape_separators(&job.object), end: b"\n" }
+    }
+
+    fn has_remaining(&self) -> bool {
+        !self.end.is_empty()
+    }
+
+    fn slices(&self) -> [IoSlice<'_>; 2] {
+        [IoSlice::new(&self.job), IoSlice::new(self.end)]
+    }
+
+    fn advance(&mut self, written: usize) {
+        let of_job = written.min(self.job.len());
+        self.job.advance(of_job);
+        self.end = &self.end[written - of_job..];
+    }
+}
+
+/// In JSON they can only be in strings, where an escape means the same.
+fn escape_separators(json: &Bytes) -> Bytes {
+    let mut found =
+        memmem::find_iter(json, SEPARATOR).filter(|at| matches!(json.get(at + 2), Some(0xa8 | 0xa9))).peekable();
+    if found.peek().is_none() {
+        return json.clone();
+    }
+    let (mut escaped, mut from) = (Vec::with_capacity(json.len() + 64), 0);
+    for at in found {
+        escaped.extend_from_slice(&json[from..at]);
+        escaped.extend_from_slice(if json[at + 2] == 0xa8 { br"\u2028" } else { br"\u2029" });
+        from = at + 3;
+    }
+    escaped.extend_from_slice(&json[from..]);
+    escaped.into()
+}
+
+fn parse(line: &[u8], id: &JobId) -> Result<Reply, String> {
+    let line_of = |problem: String| format!("{problem}: {}", excerpt(line));
+    let parsed: Line = serde_json::from_slice(line).map_err(|error| line_of(format!("it sent no reply, {error}")))?;
+    let Line { id: named, ok, last, message, error_type, backtrace, retry_in, retry_at, kill } = parsed;
+    let named = named.ok_or_else(|| line_of("its reply has no id".to_owned()))?;
+    if named != id.as_str() {
+        return Err(line_of("it replied for another job".to_owned()));
+    }
+    let ok = ok.ok_or_else(|| line_of("its reply has no ok".to_owned()))?;
+    let written = Written { message, error_type, backtrace, retry_in, retry_at, kill };
+    let failure =
+        if ok { None } else { Some(Verdict::of(written).map_err(|problem| format!("in its reply {problem}"))?) };
+    Ok(Reply { failure, is_last: last })
+}
+
+/// The beginning of something that is no reply, for people.
+fn excerpt(bytes: &[u8]) -> String {
+    const CHARS: usize = 200;
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(4 * CHARS)]);
+    let text = text.trim_end();
+    match text.char_indices().nth(CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(line: &str) -> Result<Reply, String> {
+        parse(line.as_bytes(), &"a".into())
+    }
+
+    #[test]
+    fn a_reply_needs_the_jobs_id_and_ok() {
+        assert_eq!(reply(r#"{"id":"a","ok":true}"#), Ok(Reply { failure: None, is_last: false }));
+        assert!(reply(r#"{"id":"a","ok":true,"last":true}"#).unwrap().is_last);
+        for nonsense in ["", "null", "[]", "hello", r#"{"id":"a"}"#, r#"{"ok":true}"#, r#"{"id":"b","ok":true}"#] {
+            assert!(reply(nonsense).is_err(), "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn a_failure_says_what_a_result_file_says() {
+        let failed =
+            r#"{"id":"a","ok":false,"message":"bank busy","error_type":"BankBusy","retry_in":"5m","kill":false}"#;
+        assert!(reply(failed).unwrap().failure.is_some());
+        assert!(reply(r#"{"id":"a","ok":false}"#).unwrap().failure.is_some());
+        assert!(reply(r#"{"id":"a","ok":false,"mesage":"typo"}"#).unwrap_err().contains("mesage"));
+        assert!(reply(r#"{"id":"a","ok":false,"retry_in":1,"retry_at":2}"#).unwrap_err().contains("retry_in"));
+    }
+
+    #[test]
+    fn what_is_no_end_of_a_line_in_json_is_none_on_the_wire() {
+        let json = Bytes::from("{\"a\":\"one\u{2028}two\u{2029}, … and — dashes\"}");
+        assert_eq!(escape_separators(&json), "{\"a\":\"one\\u2028two\\u2029, … and — dashes\"}");
+        let plain = Bytes::from("{\"a\":\"… —\"}");
+        assert_eq!(escape_separators(&plain).as_ptr(), plain.as_ptr());
+    }
+
+    #[test]
+    fn a_line_is_sent_from_where_the_socket_has_stopped() {
+        let mut line = JobLine { job: Bytes::from("abc"), end: b"\n" };
+        line.advance(2);
+        assert!(line.has_remaining());
+        line.advance(1);
+        assert_eq!((&line.job[..], line.end), (&b""[..], &b"\n"[..]));
+        line.advance(1);
+        assert!(!line.has_remaining());
+    }
+}

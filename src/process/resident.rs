@@ -1,0 +1,116 @@
+//! [`Resident`]: a child that does one task after another. Who has it says when it ends.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::birth::Birth;
+use super::group::{Ended, Group};
+use super::memory;
+use super::output::SharedOutput;
+use super::{Channel, OUTPUT_GRACE, Signal, Start, Termination, clock, open_output, open_stdin, spawn, terminate};
+
+/// A running process and our ends of its output. Dropped before its end, it is killed with its group.
+#[derive(Debug)]
+pub(crate) struct Resident {
+    group: Group,
+    stdout: Option<SharedOutput>,
+    stderr: Option<SharedOutput>,
+}
+
+impl Resident {
+    /// Starts a program in a process group of its own, and does not wait until it runs.
+    ///
+    /// # Errors
+    /// When the system makes no process: its word for why.
+    pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
+        let (stdin, _) = open_stdin(start.input)?;
+        let (stdout, their_stdout) = open_output(start.output)?;
+        let (stderr, their_stderr) = open_output(start.output)?;
+        let stdio =
+            [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
+        let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
+        let leader = start.children.start(|| spawn::spawn(birth), |leader| leader.id)?;
+        let group = Group::of(leader, start.children.clone());
+        Ok(Self { group, stdout: stdout.map(SharedOutput::of), stderr: stderr.map(SharedOutput::of) })
+    }
+
+    /// The process id of the leader.
+    pub(crate) fn id(&self) -> u32 {
+        self.group.id().as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// The CPU time that the leader has used so far, all its threads included; its children are not.
+    pub(crate) fn cpu_time(&self) -> Option<Duration> {
+        clock::cpu_time_of(self.group.id())
+    }
+
+    /// Waits until the leader has exited.
+    pub(crate) async fn exited(&self) {
+        self.group.leader_exited().await;
+    }
+
+    /// Sends the leader a signal that only tells it something. It has to be its program.
+    pub(crate) fn tell(&self, signal: Signal) {
+        self.group.signal_leader(signal);
+    }
+
+    /// The memory that the leader has resident, in bytes.
+    pub(crate) fn resident_memory(&self) -> Option<u64> {
+        memory::resident(self.group.id())
+    }
+
+    /// The most memory that the leader has had resident, in bytes.
+    pub(crate) fn peak_memory(&self) -> Option<u64> {
+        memory::peak(self.group.id())
+    }
+
+    /// Reads the output as it comes, to its end.
+    pub(crate) async fn read_output(&self, on_line: impl Fn(Channel, &str)) {
+        let read = async |output: &Option<SharedOutput>, channel| match output {
+            Some(output) => output.read(|line| on_line(channel, line)).await,
+            None => {}
+        };
+        tokio::join!(read(&self.stdout, Channel::Stdout), read(&self.stderr, Channel::Stderr));
+    }
+
+    /// Reads the output that is there now. A line without an end ends here.
+    pub(crate) fn read_present_output(&self, on_line: impl Fn(Channel, &str)) {
+        for (output, channel) in [(&self.stdout, Channel::Stdout), (&self.stderr, Channel::Stderr)] {
+            if let Some(output) = output {
+                output.read_present(|line| on_line(channel, line));
+            }
+        }
+    }
+
+    /// Tells the group to end, gives it the grace, and kills it then.
+    pub(crate) async fn terminate(
+        &self,
+        grace: Duration,
+        skip_grace: impl Future<Output = ()>,
+        give_up: impl Future<Output = ()>,
+    ) -> Termination {
+        terminate(&self.group, grace, skip_grace, give_up).await
+    }
+
+    /// Reads the rest of the output, kills what is left of the group, and reaps the leader, which has exited.
+    ///
+    /// # Errors
+    /// When the leader never became its program: why it did not.
+    pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<Ended> {
+        let Self { group, stdout, stderr } = self;
+        // What is left of the group holds the pipes no longer then. What has left the group may.
+        group.signal(Signal::KILL);
+        let read = async |output: &Option<SharedOutput>, channel| match output {
+            Some(output) => output.read(|line| on_line(channel, line)).await,
+            None => {}
+        };
+        let rest = async { tokio::join!(read(&stdout, Channel::Stdout), read(&stderr, Channel::Stderr)) };
+        // What comes later is of a process that lives on.
+        let _ = timeout(OUTPUT_GRACE, rest).await;
+        group.end().await
+    }
+}
