@@ -158,8 +158,9 @@ impl Ledger {
     /// Notes that a stream is closed or lost: its jobs are the server's again. Those that wait here are forgotten.
     pub(crate) fn lose_stream(&self, stream: StreamId) {
         let mut entries = self.entries();
-        let Entries { by_id, kept, open, lost_places, .. } = &mut *entries;
+        let Entries { by_id, kept, open, coming, lost_places, .. } = &mut *entries;
         open.remove(&stream);
+        let is_last = open.is_empty() && *coming == 0;
         lost_places.remove(&stream);
         by_id.retain(|_, entry| {
             if entry.stream == stream {
@@ -167,7 +168,7 @@ impl Ledger {
             }
             // A line that is on the way is lost with its stream.
             let is_of_no_use = matches!(entry.state, State::Waiting) && entry.stream == stream
-                || matches!(entry.state, State::Settled(_)) && open.is_empty();
+                || matches!(entry.state, State::Settled(_)) && is_last;
             !is_of_no_use
         });
         kept.retain(|id| by_id.contains_key(id));

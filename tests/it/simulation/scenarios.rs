@@ -375,3 +375,8 @@ fn a_job_that_ends_in_a_drain_is_searched_for_at_once() {
 fn a_job_that_a_stream_on_its_way_brings_after_its_report_runs_once() {
     seed(202_698);
 }
+
+#[test]
+fn a_report_is_remembered_while_another_stream_is_on_its_way() {
+    seed(408_712);
+}
