@@ -4,12 +4,16 @@ use std::fmt::Write as _;
 #[cfg(feature = "embedded")]
 use std::fs::File;
 use std::io::{self, Write};
+use std::time::Duration;
+
+use humantime::format_duration;
 
 use crate::chain::{Chain, OneLine};
 use crate::client::Client;
 #[cfg(feature = "embedded")]
 use crate::config::JobsSource;
 use crate::config::{Config, Setting};
+use crate::dispatch::ExecDispatcher;
 use crate::process::Trial;
 use crate::version::misfit;
 
@@ -22,6 +26,8 @@ pub enum CheckError {
     Server(String),
     /// No process can be started.
     Process(io::Error),
+    /// A warm handler does not connect, in a sentence.
+    Handler(String),
     /// There is nobody to tell.
     Output(io::Error),
 }
@@ -49,6 +55,7 @@ pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckErr
         }
         Trial::Impossible(error) => return Err(CheckError::Process(error)),
     }
+    check_warm_handlers(config, out).await?;
     #[cfg(feature = "embedded")]
     if let Some(embedded) = &config.embedded {
         if let Some(JobsSource::File(path)) = &embedded.jobs {
@@ -58,6 +65,21 @@ pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckErr
         return Ok(writeln!(out, "server: the embedded one")?);
     }
     check_server(config, out).await
+}
+
+async fn check_warm_handlers(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
+    if !config.handlers.is_any_warm() {
+        return Ok(());
+    }
+    let worker_id = config.worker.worker_id.to_string();
+    let dispatcher = ExecDispatcher::new(config.handlers.clone(), 1, worker_id, &std::env::temp_dir());
+    let tried = dispatcher.map_err(|error| CheckError::Handler(error.to_string()))?.try_warm().await;
+    for (handler, connected) in tried {
+        let took = connected.map_err(CheckError::Handler)?;
+        let took = format_duration(Duration::from_millis(took.as_millis().try_into().unwrap_or(u64::MAX)));
+        writeln!(out, "warm handler {handler}: connects {took} after its start")?;
+    }
+    Ok(())
 }
 
 async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {

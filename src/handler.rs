@@ -125,6 +125,11 @@ pub struct Handlers {
 }
 
 impl Handlers {
+    /// Whether a handler is warm.
+    pub(crate) fn is_any_warm(&self) -> bool {
+        self.routes.values().chain(&self.default).any(|handler| matches!(handler.mode, Mode::Warm(_)))
+    }
+
     /// The longest `kill_grace` of all.
     pub(crate) fn longest_grace(&self) -> Duration {
         self.routes.values().chain(&self.default).map(|handler| handler.kill_grace).max().unwrap_or_default()

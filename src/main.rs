@@ -52,7 +52,7 @@ fn show(config: &Config) -> ExitCode {
     match checked {
         Ok(()) => ExitCode::SUCCESS,
         Err(CheckError::Jobs(problem)) => complain(&problem, 78),
-        Err(CheckError::Server(problem)) => complain(&problem, 1),
+        Err(CheckError::Server(problem) | CheckError::Handler(problem)) => complain(&problem, 1),
         Err(CheckError::Process(error)) => complain(&format!("no process can be started here: {error}"), 1),
         Err(CheckError::Output(error)) => complain(&error, 1),
     }

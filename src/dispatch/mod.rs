@@ -147,11 +147,17 @@ impl ExecDispatcher {
     /// in a child that has just been made.
     ///
     /// # Errors
-    /// When that directory cannot be made.
+    /// When that directory cannot be made, or its path is too long for the socket of a warm handler.
     pub fn new(handlers: Handlers, concurrency: usize, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
+        let results = ResultDir::create(temp_dir)?;
+        if handlers.is_any_warm() && !results.has_room_for_sockets() {
+            return Err(io::Error::other(
+                "its path is too long for the sockets of warm handlers (108 bytes, see unix(7))",
+            ));
+        }
         Ok(Self {
             routes: watch::Sender::new(Arc::new(Routes::new(handlers, concurrency))),
-            results: ResultDir::create(temp_dir)?,
+            results,
             worker_id,
             pids: Pids::default(),
             children: Children::of_this_process(),
@@ -172,6 +178,28 @@ impl ExecDispatcher {
     /// When the operating system refuses the signal handler.
     pub fn reap_orphans(&self) -> impl Future<Output = io::Result<()>> + Send + use<> {
         self.children.clone().reap_orphans()
+    }
+
+    /// Starts a process of each warm handler, waits until it connects, and ends it. Returns the handlers' names, and how long
+    /// each took to connect.
+    pub(crate) async fn try_warm(&self) -> Vec<(String, Result<Duration, String>)> {
+        let mut tried = Vec::new();
+        for route in self.routes().all() {
+            let Some(pool) = &route.pool else { continue };
+            let result = match self.try_start(route, pool).await {
+                Ok(took) => Ok(took),
+                Err(error) => Err(why_not_started(route, &error).await),
+            };
+            tried.push((route.brake.name().to_owned(), result));
+        }
+        tried
+    }
+
+    async fn try_start(&self, route: &Route, pool: &Arc<Pool>) -> io::Result<Duration> {
+        let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
+        let starting = pool.start(self.results.socket(), &pool.slot().await, &Lifecycle::new(), spawn)?;
+        starting.begun().await?;
+        Ok(starting.end().await)
     }
 
     fn routes(&self) -> Arc<Routes> {
@@ -253,12 +281,15 @@ impl ExecDispatcher {
     }
 
     async fn not_started(route: &Route, error: &io::Error) -> Outcome {
-        let warm = error.get_ref().and_then(|error| error.downcast_ref::<StartError>());
-        let (error_type, message) = match warm {
-            Some(error) => ("StartError", format!("{} {error}", route.brake.name())),
-            None => ("SpawnError", route.not_started(error).await),
-        };
-        Outcome::Failure(Failure::new(error_type, message))
+        let error_type = if is_start_error(error) { "StartError" } else { "SpawnError" };
+        Outcome::Failure(Failure::new(error_type, why_not_started(route, error).await))
+    }
+}
+
+/// Dropped before its end, it kills what is kept between jobs.
+impl Drop for ExecDispatcher {
+    fn drop(&mut self) {
+        self.routes().processes().kill();
     }
 }
 
@@ -332,6 +363,15 @@ enum Cut {
     Stopping,
     /// A reload has replaced handlers.
     Replaced,
+}
+
+/// Whether a process ran, but has not connected.
+fn is_start_error(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|error| error.is::<StartError>())
+}
+
+async fn why_not_started(route: &Route, error: &io::Error) -> String {
+    if is_start_error(error) { format!("{} {error}", route.brake.name()) } else { route.not_started(error).await }
 }
 
 async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver<Arc<Routes>>) -> Cut {

@@ -59,6 +59,11 @@ impl ResultDir {
         Ok(Self { path: dir.keep(), _lock: lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
+    /// Whether the system takes the paths of sockets here. They have 108 bytes at most, with the zero byte at the end (unix(7)).
+    pub(super) fn has_room_for_sockets(&self) -> bool {
+        self.path.as_os_str().len() + "/18446744073709551615.sock".len() < 108
+    }
+
     /// A path for a socket at which there is nothing yet.
     pub(super) fn socket(&self) -> PathBuf {
         self.path.join(format!("{}.sock", self.next.fetch_add(1, Ordering::Relaxed)))

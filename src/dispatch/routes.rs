@@ -152,14 +152,18 @@ impl Routes {
         });
         let by_type = by_type.collect();
         let default = handlers.default.map(|handler| route(handler, self.default.as_ref()));
-        let before = self.by_type.values().chain(&self.default);
-        before.filter_map(|before| before.pool.as_ref()).for_each(|pool| pool.renew());
+        self.all().filter_map(|before| before.pool.as_ref()).for_each(|pool| pool.renew());
         Self { by_type, default, shared: self.shared.clone() }
     }
 
     /// The type is looked up, and nothing else is ever made of it.
     pub(super) fn find(&self, job_type: &str) -> Option<&Arc<Route>> {
         self.by_type.get(job_type).or(self.default.as_ref())
+    }
+
+    /// All of them, that of no certain type last.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<Route>> {
+        self.by_type.values().chain(&self.default)
     }
 
     /// Whether jobs of that type have a handler of their own.
@@ -169,9 +173,8 @@ impl Routes {
 
     /// The names of the handlers that cannot be started, in order.
     pub(super) fn broken(&self) -> Vec<String> {
-        let all = self.by_type.values().chain(&self.default);
         let mut names: Vec<String> =
-            all.filter(|route| route.is_broken()).map(|route| route.brake.name().to_owned()).collect();
+            self.all().filter(|route| route.is_broken()).map(|route| route.brake.name().to_owned()).collect();
         names.sort_unstable();
         names.dedup();
         names

@@ -49,6 +49,9 @@ const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// How long an idle process is kept in a drain, in which jobs that were taken before are still started.
 const IDLE_IN_DRAIN: Duration = Duration::from_secs(1);
 
+/// Why a process ends that has closed its connection, or sends something without a job.
+const HANG_UP: &str = "hang-up";
+
 /// All warm processes of one dispatcher.
 #[derive(Debug, Default)]
 pub(super) struct Processes {
@@ -92,6 +95,11 @@ impl Processes {
             pool.forget_idle(&member);
             member.stop(stop);
         }
+    }
+
+    /// Kills all of them, and waits for none.
+    pub(super) fn kill(&self) {
+        self.stop_all(Stop::Kill);
     }
 
     /// What each process is at.
@@ -198,6 +206,11 @@ impl Pool {
         self.jobs.take().await
     }
 
+    /// Waits for a slot to start a process in.
+    pub(super) async fn slot(&self) -> Arc<Place> {
+        Arc::new(self.slots.take().await)
+    }
+
     /// Waits for a process that is idle, or for a slot to start one in.
     pub(super) async fn process_or_slot(self: &Arc<Self>, place: Place) -> Result<Busy, (Place, Arc<Place>)> {
         loop {
@@ -207,7 +220,7 @@ impl Pool {
             }
             tokio::select! {
                 biased;
-                slot = self.slots.take() => return Err((place, Arc::new(slot))),
+                slot = self.slot() => return Err((place, slot)),
                 () = returned => {}
             }
         }
@@ -234,7 +247,7 @@ impl Pool {
             pid = member.pid,
             "idle handler process has hung up or sends what nobody asked for, it is ended"
         );
-        self.retire(member, "hang-up", Stop::Terminate);
+        self.retire(member, HANG_UP, Stop::Terminate);
     }
 
     /// Takes a process from the idle ones, if it is one.
@@ -267,23 +280,36 @@ impl Pool {
 
     /// Looks at a process that may be idle.
     fn look_at(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
-        let Some(mut idle) = self.forget_idle(member) else { return };
-        if !idle.wire.is_idle() {
-            return self.no_use(member);
-        }
-        let (count, idle_for) = (self.idle().len() + 1, idle.since.elapsed());
-        let is_superfluous = count > self.settings.min_processes
-            && self.settings.idle_timeout.is_some_and(|timeout| idle_for >= timeout);
-        let reason = if lifecycle.phase() >= Phase::Draining && idle_for >= IDLE_IN_DRAIN {
-            Some("drain")
-        } else if is_superfluous {
-            Some("idle_timeout")
-        } else {
-            member.max_age.filter(|age| member.started.elapsed() >= *age).map(|_| "max_age")
+        let reason = {
+            let mut all = self.idle();
+            let Some(at) = all.iter().position(|idle| idle.member.number == member.number) else { return };
+            let reason = self.reason_to_end(&mut all[at], lifecycle);
+            if reason.is_some() {
+                all.remove(at);
+            }
+            reason
         };
         match reason {
+            None => {}
+            Some(HANG_UP) => self.no_use(member),
             Some(reason) => self.retire(member, reason, Stop::Retire),
-            None => self.idle().push(idle),
+        }
+    }
+
+    /// Why an idle process is to end.
+    fn reason_to_end(&self, idle: &mut Idle, lifecycle: &Lifecycle) -> Option<&'static str> {
+        let Idle { member, wire, since } = idle;
+        let is_superfluous = || self.slots.taken() > self.settings.min_processes;
+        if !wire.is_idle() {
+            Some(HANG_UP)
+        } else if lifecycle.phase() >= Phase::Draining && since.elapsed() >= IDLE_IN_DRAIN {
+            Some("drain")
+        } else if self.settings.idle_timeout.is_some_and(|timeout| since.elapsed() >= timeout) && is_superfluous() {
+            Some("idle_timeout")
+        } else if member.max_age.is_some_and(|max| member.started.elapsed() >= max) {
+            Some("max_age")
+        } else {
+            None
         }
     }
 
@@ -345,7 +371,8 @@ impl Pool {
         lifecycle: &Lifecycle,
         spawn: impl FnOnce(&PathBuf) -> io::Result<Resident>,
     ) -> io::Result<Starting> {
-        let listener = UnixListener::bind(&socket)?;
+        // A path that is too long would be taken for a fault of the job.
+        let listener = UnixListener::bind(&socket).map_err(|error| io::Error::other(format!("its socket: {error}")))?;
         let socket = Socket(socket);
         let resident = spawn(&socket.0)?;
         let vacancy = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
@@ -379,6 +406,17 @@ impl Starting {
     pub(super) fn busy(self, place: Place) -> Option<Busy> {
         let wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         Some(Busy { pool: Arc::clone(&self.pool), member: Arc::clone(&self.member), wire: Some(wire), _place: place })
+    }
+}
+
+impl Starting {
+    /// Ends the process, which has connected. Returns how long it took from its start until now.
+    pub(super) async fn end(self) -> Duration {
+        let took = self.member.started.elapsed();
+        drop(self.wire.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.member.stop(Stop::Retire);
+        self.member.ended().await;
+        took
     }
 }
 
@@ -595,7 +633,7 @@ impl Busy {
                     () = lifecycle.reached(Phase::Killing) => false,
                 };
                 if !exited {
-                    self.pool.retire(&self.member, "hang-up", Stop::Terminate);
+                    self.pool.retire(&self.member, HANG_UP, Stop::Terminate);
                 }
                 (None, (!exited).then(|| "it has closed its connection without a reply".to_owned()))
             }
