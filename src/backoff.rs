@@ -253,7 +253,8 @@ mod tests {
         };
         let on_error = |_: &Fault, wait: Option<Duration>| waits.borrow_mut().push(wait.is_some());
         let early = || async {
-            tokio::time::sleep(Duration::from_secs(4)).await;
+            // Two of them fit into a wait, and no third one, whatever chance adds to it.
+            tokio::time::sleep(Duration::from_millis(4500)).await;
             Early::Turn
         };
         let backoff = backoff(10, 10, 1.0).unwrap();

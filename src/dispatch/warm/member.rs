@@ -266,7 +266,7 @@ impl Keeper {
                 () = reading => None,
             }
         };
-        member.work().doing = Doing::Ending;
+        let was_starting = std::mem::replace(&mut member.work().doing, Doing::Ending) == Doing::Starting;
         pool.forget_idle(member);
         let end = if termination == Some(Termination::GivenUp) {
             End { status: Err(io::ErrorKind::TimedOut.into()), never_ran: false, termination }
@@ -276,7 +276,7 @@ impl Keeper {
                 Err(error) => End { status: Err(error), never_ran: true, termination },
             }
         };
-        pool.ended(member, &end);
+        pool.ended(member, &end, was_starting);
         drop(slot);
         member.end.send_replace(Some(Arc::new(end)));
     }

@@ -313,11 +313,10 @@ impl Pool {
         }
     }
 
-    /// Notes that a process has ended.
-    fn ended(&self, member: &Member, end: &End) {
+    /// Notes that a process has ended. The start of one that has not connected has failed, and that is told elsewhere.
+    fn ended(&self, member: &Member, end: &End, was_starting: bool) {
         self.processes.members().remove(&member.number);
-        let is_asked = member.is_asked_to_end();
-        if !is_asked {
+        if !was_starting && !member.is_asked_to_end() {
             let status = end.status.as_ref().map_or_else(ToString::to_string, |(status, _)| status.to_string());
             warn!(handler = self.name, pid = member.pid, %status, "handler process has ended by itself");
             self.vacant("exit");
