@@ -48,7 +48,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{ioctl_fionbio, ioctl_fionread};
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::Sender;
 use tokio::time::{sleep, timeout};
@@ -159,8 +159,9 @@ impl Process {
     /// Starts a program in a process group of its own, and does not wait until it runs: see [`Process::begun`].
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let (stdin, unread) = open_stdin(start.input)?;
-        let (stdout, their_stdout) = open_output(start.output)?;
-        let (stderr, their_stderr) = open_output(start.output)?;
+        let prints_much = start.command.prints_much.load(Ordering::Relaxed);
+        let (stdout, their_stdout) = open_output(start.output, prints_much)?;
+        let (stderr, their_stderr) = open_output(start.output, false)?;
         let stdio =
             [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
         let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
@@ -315,6 +316,13 @@ async fn terminate(
     if group.kill(give_up).await { ended(may_signal) } else { Termination::GivenUp }
 }
 
+/// What a pipe takes at once that is not made smaller or larger (pipe(7)).
+const USUAL_PIPE: usize = 64 * 1024;
+
+/// What a pipe takes at once for large payloads and outputs. Beyond 64 MiB of pipes, a user without privileges is given tiny
+/// ones (`/proc/sys/fs/pipe-user-pages-soft`).
+const LARGE_PIPE: usize = 256 * 1024;
+
 /// What every pipe takes at once: the kernel makes small ones for a user who has many.
 const SMALLEST_PIPE: usize = 4096;
 
@@ -325,6 +333,9 @@ fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
         return Ok((open_null(OFlags::RDONLY)?, None));
     };
     let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
+    if input.len() > USUAL_PIPE {
+        enlarge(&write_end);
+    }
     if input.len() > SMALLEST_PIPE {
         ioctl_fionbio(&write_end, true)?;
     }
@@ -333,11 +344,19 @@ fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     Ok((read_end, unread))
 }
 
+/// Lets a pipe take more at once, so that both sides wait for each other less often. A user who has many pipes keeps small ones.
+fn enlarge(pipe: &OwnedFd) {
+    let _ = fcntl_setpipe_size(pipe, LARGE_PIPE);
+}
+
 /// Our end of an output, if it is read, and what the child writes to, if that is not what this process writes to.
-fn open_output(output: Output) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+fn open_output(output: Output, is_large: bool) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
     match output {
         Output::Log => {
             let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
+            if is_large {
+                enlarge(&write_end);
+            }
             ioctl_fionbio(&read_end, true)?;
             Ok((Some(read_end), Some(write_end)))
         }

@@ -28,8 +28,8 @@ impl Resident {
     /// When the system makes no process: its word for why.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let (stdin, _) = open_stdin(start.input)?;
-        let (stdout, their_stdout) = open_output(start.output)?;
-        let (stderr, their_stderr) = open_output(start.output)?;
+        let (stdout, their_stdout) = open_output(start.output, false)?;
+        let (stderr, their_stderr) = open_output(start.output, false)?;
         let stdio =
             [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
         let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
