@@ -52,3 +52,4 @@ mod supervisor;
 mod terminal;
 mod tls;
 mod version;
+mod warm_handlers;
