@@ -124,6 +124,15 @@ const HANDLERS: &[Part] = &[
         "Where it may say more about a failure, in JSON: message, error_type, backtrace, retry_in, retry_at, kill.",
     ),
     Item("ZIZQ_WORKER_ID", "The worker that runs it."),
+    Text(
+        "With --mode warm, or mode = \"warm\" in the configuration file, a handler is started once for many jobs. It has none of \
+         the variables above but ZIZQ_WORKER_ID, and one more:",
+    ),
+    Item(
+        "ZIZQ_SOCKET",
+        "The Unix socket to connect to. Each job comes as a line of JSON, and is answered by one: its id, \"ok\": true or false, \
+         and after a failure the fields of the result file. At the end of file, the handler ends.",
+    ),
 ];
 
 const SIGNALS: &[Part] = &[

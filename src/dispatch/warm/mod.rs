@@ -245,7 +245,7 @@ impl Pool {
         warn!(
             handler = self.name,
             pid = member.pid,
-            "idle handler process has hung up or sends what nobody asked for, it is ended"
+            "idle handler process has closed its connection or sent a line without a job"
         );
         self.retire(member, HANG_UP, Stop::Terminate);
     }
