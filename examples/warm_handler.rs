@@ -30,7 +30,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let job: Value = serde_json::from_str(&line?)?;
         let reply = match handle(&job["payload"]) {
             Ok(()) => json!({"id": job["id"], "ok": true}),
-            Err(error) => json!({"id": job["id"], "ok": false, "message": error.to_string(), "error_type": "HandleError"}),
+            Err(error) => {
+                json!({"id": job["id"], "ok": false, "message": error.to_string(), "error_type": "HandleError"})
+            }
         };
         wire.write_all(format!("{reply}\n").as_bytes())?;
     }

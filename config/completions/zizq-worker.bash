@@ -23,7 +23,7 @@ _zizq__worker() {
 
     case "${cmd}" in
         zizq__worker)
-            opts="-v -V -q -t -f -p -c -h --version --url --tls-ca --tls-client-cert --tls-client-key --stream-idle-timeout --max-job-size --worker-id --exec --queue --queues --threads --fibers --prefetch --shutdown-timeout --shutdown-deadline --max-jobs --max-time --exit-when-idle --config --retry-min-wait --retry-max-wait --retry-multiplier --admin-listen --check --log-level --log-format --embedded --jobs --help"
+            opts="-v -V -q -t -f -p -c -h --version --url --tls-ca --tls-client-cert --tls-client-key --stream-idle-timeout --max-job-size --worker-id --exec --mode --queue --queues --threads --fibers --prefetch --shutdown-timeout --shutdown-deadline --max-jobs --max-time --exit-when-idle --config --retry-min-wait --retry-max-wait --retry-multiplier --admin-listen --check --log-level --log-format --embedded --jobs --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -58,6 +58,10 @@ _zizq__worker() {
                     return 0
                     ;;
                 --exec)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --mode)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

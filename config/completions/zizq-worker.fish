@@ -6,6 +6,7 @@ complete -c zizq-worker -l stream-idle-timeout -d 'Reconnect when nothing came f
 complete -c zizq-worker -l max-job-size -d 'The longest job that is accepted, like 64MiB [default: 64.0 MiB]' -r
 complete -c zizq-worker -l worker-id -d 'What the server calls this worker in its log [default: HOSTNAME-PID]' -r
 complete -c zizq-worker -l exec -d 'The command to run for each job, split into words as a shell would, but run without one [required, here or elsewhere]' -r
+complete -c zizq-worker -l mode -d 'spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket [default: spawn]' -r
 complete -c zizq-worker -s q -l queues -l queue -d 'The queues to take jobs from; may be repeated [default: all queues]' -r
 complete -c zizq-worker -s t -l threads -d 'Worker threads [default: 1]' -r
 complete -c zizq-worker -s f -l fibers -d 'Jobs at once in each thread; threads x fibers run at once [default: 1]' -r

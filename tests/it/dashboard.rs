@@ -43,15 +43,18 @@ fn get(url: &str) -> Option<String> {
 fn the_dashboard_shows_what_a_worker_exports_and_nothing_else() {
     let server = Server::start();
     let address = unused_address().to_string();
-    let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("[ $ZIZQ_JOB_TYPE != bad ]").start();
+    let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("[ $ZIZQ_JOB_TYPE != bad ]");
+    // The process ends before it connects, and is counted as started.
+    let daemon = daemon.config("[handlers.warm]\nmode = 'warm'\nexec = ['false']").start();
     let done = server.enqueue("q", "good", Value::Null);
     let failed = server.enqueue_with(json!({"queue": "q", "type": "bad", "payload": null}));
     server.wait_until_done(&done);
     server.wait_for_error(&failed, 1);
-    let metrics = eventually("both outcomes in the metrics", || {
+    server.enqueue("q", "warm", Value::Null);
+    let metrics = eventually("both outcomes and a warm process in the metrics", || {
         let metrics = get(&format!("http://{address}/metrics"))?;
         let counted = |outcome| metrics.contains(&format!(r#"outcome="{outcome}""#));
-        (counted("succeeded") && counted("failed")).then_some(metrics)
+        (counted("succeeded") && counted("failed") && metrics.contains("process_starts_total")).then_some(metrics)
     });
     let exported = exported(&metrics);
     let shown = named();
