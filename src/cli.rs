@@ -26,7 +26,9 @@ Durations are written like 500ms or \"1m 30s\"; a bare number is seconds.
 A handler gets the job's payload (JSON) on stdin and ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY, \
 ZIZQ_JOB_ATTEMPTS, ZIZQ_JOB_READY_AT, ZIZQ_WORKER_ID and ZIZQ_RESULT_FILE in its environment; where there is such a limit, \
 also ZIZQ_JOB_RETRY_LIMIT and ZIZQ_JOB_TIMEOUT. Exit status 0 acknowledges the job; any \
-other status, or death by a signal, reports it as failed, and the server decides when it is tried again.
+other status, or death by a signal, reports it as failed, and the server decides when it is tried again. With --mode warm, a handler \
+gets ZIZQ_WORKER_ID and ZIZQ_SOCKET alone: it connects to that Unix socket, reads each job as a line of JSON, and replies with \
+{\"id\": …, \"ok\": true}.
 
 SIGTERM or SIGINT (Ctrl-C) finishes and reports the jobs that were taken, then exits. A second one stops running jobs; \
 the server hands them out again, with no attempt counted. SIGHUP reads the configuration file again; when the terminal is closed, it \

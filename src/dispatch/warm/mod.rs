@@ -29,7 +29,7 @@ use tokio::net::UnixListener;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::brake::Begin;
 use super::outcome::{self, Cause};
@@ -375,8 +375,10 @@ impl Pool {
         let socket = Socket(socket);
         let resident = spawn(&socket.0)?;
         let vacancy = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        self.processes.count_start(&self.name, vacancy.unwrap_or("demand"));
+        let reason = vacancy.unwrap_or("demand");
+        self.processes.count_start(&self.name, reason);
         let member = keep(self, resident, self.newborn(Arc::clone(slot)), lifecycle);
+        debug!(handler = self.name, pid = member.pid, reason, "handler process started");
         Ok(Starting { pool: Arc::clone(self), member, listener, _socket: socket, wire: Mutex::new(None) })
     }
 }
