@@ -49,8 +49,12 @@ impl Bench {
 
     /// This worker, and the other build of it if there is one.
     pub(crate) fn workers(&self) -> Vec<Contender> {
-        let this = Contender::Worker { name: "worker", path: env!("CARGO_BIN_EXE_zizq-worker").into() };
-        let other = self.plan.against.iter().map(|path| Contender::Worker { name: "other build", path: path.into() });
+        let this = Contender::Worker { name: "worker", path: env!("CARGO_BIN_EXE_zizq-worker").into(), options: &[] };
+        let other = self.plan.against.iter().map(|path| Contender::Worker {
+            name: "other build",
+            path: path.into(),
+            options: &[],
+        });
         std::iter::once(this).chain(other).collect()
     }
 
@@ -97,7 +101,7 @@ fn build_release() -> Result<()> {
 }
 
 /// Python itself: what is on the path may be a script that looks for it.
-fn interpreter() -> Option<String> {
+pub(crate) fn interpreter() -> Option<String> {
     let output = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output().ok()?;
     let path = String::from_utf8(output.stdout).ok()?;
     output.status.success().then(|| path.trim().to_owned())

@@ -72,7 +72,7 @@ impl<'a> Panel<'a> {
             let median = row.spread(|sample| Some(value(sample))).map_or(f64::NAN, |spread| spread.median);
             match panel.lines.iter_mut().find(|(name, _)| *name == row.contender) {
                 Some((_, values)) => values.push(median),
-                None => panel.lines.push((row.contender, vec![median])),
+                None => panel.lines.push((&row.contender, vec![median])),
             }
         }
         panel

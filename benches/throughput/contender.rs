@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::bench::Bench;
 use crate::meter::{Process, reap};
 use crate::sample::{Sample, millis};
-use crate::{Result, bare, baseline, protocol, server};
+use crate::{Result, bare, baseline, client, protocol, server};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Contender {
@@ -23,7 +23,10 @@ pub(crate) enum Contender {
     Worker {
         name: &'static str,
         path: PathBuf,
+        options: &'static [&'static str],
     },
+    /// A worker on the official client that starts no process.
+    Client,
 }
 
 /// Jobs for a handler, and how many of them at once.
@@ -51,6 +54,7 @@ impl Contender {
             Self::Baseline => "baseline",
             Self::Protocol => "protocol alone",
             Self::Worker { name, .. } => name,
+            Self::Client => "client in process",
         }
     }
 
@@ -95,15 +99,19 @@ impl Contender {
     ) -> Result<Running> {
         let (queue, at_once) = (&bench.server.queue, at_once.to_string());
         let mut command = match self {
-            Self::Worker { path, .. } => {
+            Self::Worker { path, options: own, .. } => {
                 let mut command = Command::new(path);
                 // What handlers print would be logged; the baseline drops it.
                 command.args(["--url", url, "--queues", queue, "--threads", &at_once, "--log-level", "error"]);
-                command.args(options).arg("--");
+                command.args(*own).args(options).arg("--");
                 command
             }
             _ => {
-                let role = if *self == Self::Baseline { baseline::ROLE } else { protocol::ROLE };
+                let role = match self {
+                    Self::Baseline => baseline::ROLE,
+                    Self::Client => client::ROLE,
+                    _ => protocol::ROLE,
+                };
                 let mut command = Command::new(&bench.exe);
                 command.args([role, url, queue, &at_once]);
                 command

@@ -7,6 +7,7 @@ mod bare;
 mod baseline;
 mod bench;
 mod chart;
+mod client;
 mod contender;
 mod faults;
 mod idle;
@@ -23,12 +24,15 @@ mod server;
 mod stamp;
 mod start_stop;
 mod throughput;
+mod warm;
+mod warm_handler;
 
 use bench::Bench;
 use plan::Plan;
 use report::Report;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Error>;
 
 /// Whatever runs beside the measuring process is this executable once more, told so by its first word.
 fn main() -> Result<()> {
@@ -40,6 +44,8 @@ fn main() -> Result<()> {
         [bare::ROLE, ref rest @ ..] => bare::run(rest),
         [baseline::ROLE, ref rest @ ..] => baseline::run(rest),
         [protocol::ROLE, ref rest @ ..] => protocol::run(rest),
+        [client::ROLE, ref rest @ ..] => client::run(rest),
+        [warm_handler::ROLE, ref rest @ ..] => warm_handler::run(rest),
         [server::ROLE] => server::run(),
         ref options => measure(&Plan::parse(options)?),
     }

@@ -3,18 +3,20 @@
 use crate::Result;
 use crate::bench::Bench;
 use crate::report::Section;
-use crate::{faults, idle, latency, memory, protocol, scaling, start_stop, throughput};
+use crate::{faults, idle, latency, memory, protocol, scaling, start_stop, throughput, warm};
 
 pub(crate) const HELP: &str = "\
 cargo bench                    everything but what takes minutes, about ten minutes
 cargo bench -- --long          everything
 cargo bench -- --quick         one short round of each, to see whether it works
-cargo bench -- PART…           these parts alone: throughput protocol payload output latency memory idle start-stop growth faults
+cargo bench -- PART…           these parts alone: throughput warm protocol payload output latency memory idle start-stop
+                               growth faults
 cargo bench -- --rounds N      as many rounds (3)
 cargo bench -- --handler NAME  throughput of that handler alone: /bin/true, sh or python
 cargo bench -- --at-once N     throughput at that width alone
 cargo bench -- --against FILE  another build of the worker as one more contender
-cargo bench -- --save          the figures also into the README, and the chart to docs/, where it shows it
+cargo bench -- --save          the figures also into the README, and the chart to docs/, where it shows it; parts that are not
+                               run, or were run against another server, keep theirs
 
 ZIZQ_URL measures against that server instead of the embedded one.";
 
@@ -22,6 +24,7 @@ ZIZQ_URL measures against that server instead of the embedded one.";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     Throughput,
+    Warm,
     Protocol,
     Payload,
     Output,
@@ -33,8 +36,9 @@ pub(crate) enum Part {
     Faults,
 }
 
-const PARTS: [Part; 10] = [
+pub(crate) const PARTS: [Part; 11] = [
     Part::Throughput,
+    Part::Warm,
     Part::Protocol,
     Part::Payload,
     Part::Output,
@@ -50,6 +54,7 @@ impl Part {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Throughput => "throughput",
+            Self::Warm => "warm",
             Self::Protocol => "protocol",
             Self::Payload => "payload",
             Self::Output => "output",
@@ -65,6 +70,7 @@ impl Part {
     pub(crate) fn about(self) -> &'static str {
         match self {
             Self::Throughput => "jobs a second and CPU per job, by handler and by how many run at once",
+            Self::Warm => "handlers that take one job after the other, beside the same ones started for each job",
             Self::Protocol => "what the server's protocol costs, with as many jobs in a request as there are",
             Self::Payload => "cost by size of the payload, 4 at once",
             Self::Output => "cost by size of the output, 4 at once",
@@ -80,6 +86,7 @@ impl Part {
     pub(crate) fn measure(self, bench: &Bench) -> Result<Section> {
         match self {
             Self::Throughput => throughput::measure(bench),
+            Self::Warm => warm::measure(bench),
             Self::Protocol => protocol::measure(bench),
             Self::Payload => scaling::measure_payload(bench),
             Self::Output => scaling::measure_output(bench),
@@ -135,10 +142,6 @@ impl Plan {
 
     pub(crate) fn parts(&self) -> impl Iterator<Item = Part> {
         PARTS.into_iter().filter(|part| self.includes(*part))
-    }
-
-    pub(crate) fn parts_left_out(&self) -> impl Iterator<Item = Part> {
-        PARTS.into_iter().filter(|part| !self.includes(*part))
     }
 
     fn includes(&self, part: Part) -> bool {

@@ -5,17 +5,19 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::Result;
 use crate::bench::Bench;
 use crate::chart;
-use crate::plan::{Part, Plan};
+use crate::plan::{PARTS, Part, Plan};
 use crate::sample::{Sample, Spread};
 
 /// Where the README shows the chart, and the README itself.
 const KEPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs");
+/// The file of the figures, there and beside the worker.
+const FIGURES: &str = "performance.json";
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
 
 /// What is between these in the README is what the last run that was saved has printed.
@@ -23,17 +25,17 @@ const BEGIN: &str = "<!-- figures -->";
 const END: &str = "<!-- end of figures -->";
 
 /// All runs of one contender with the same handler, width and sizes.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Row {
     pub(crate) about: String,
     pub(crate) at_once: usize,
-    pub(crate) contender: &'static str,
+    pub(crate) contender: String,
     pub(crate) samples: Vec<Sample>,
 }
 
 impl Row {
-    pub(crate) fn new(about: &str, at_once: usize, contender: &'static str) -> Self {
-        Self { about: about.to_owned(), at_once, contender, samples: Vec::new() }
+    pub(crate) fn new(about: &str, at_once: usize, contender: &str) -> Self {
+        Self { about: about.to_owned(), at_once, contender: contender.to_owned(), samples: Vec::new() }
     }
 
     pub(crate) fn spread(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<Spread> {
@@ -49,7 +51,7 @@ impl Row {
 }
 
 /// A finding that fits no table.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Line {
     contender: String,
     text: String,
@@ -62,7 +64,7 @@ impl Line {
 }
 
 /// What a figure should be.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Target {
     about: String,
     wanted: String,
@@ -86,7 +88,7 @@ impl Target {
 }
 
 /// What a part has found.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Section {
     pub(crate) rows: Vec<Row>,
     lines: Vec<Line>,
@@ -98,89 +100,127 @@ impl Section {
         Self { rows, lines: Vec::new(), targets }
     }
 
+    pub(crate) fn with_lines(self, lines: Vec<Line>) -> Self {
+        Self { lines, ..self }
+    }
+
     pub(crate) fn of_lines(lines: Vec<Line>, targets: Vec<Target>) -> Self {
         Self { rows: Vec::new(), lines, targets }
     }
 }
 
+/// All that was measured, by the name of the part and of the server.
+type Sections = BTreeMap<String, Section>;
+
 pub(crate) struct Report {
     server: &'static str,
     rounds: usize,
-    not_run: Vec<&'static str>,
-    sections: Vec<(Part, Section)>,
+    sections: Sections,
 }
+
+/// The servers, and how they are named behind the parts.
+const EMBEDDED: &str = "";
+const GIVEN: &str = ", real server";
 
 impl Report {
     pub(crate) fn new(plan: &Plan, bench: &Bench) -> Self {
-        Self {
-            server: if bench.server.is_embedded() { "embedded" } else { "ZIZQ_URL" },
-            rounds: plan.rounds,
-            not_run: plan.parts_left_out().map(Part::name).collect(),
-            sections: Vec::new(),
-        }
+        let server = if bench.server.is_embedded() { EMBEDDED } else { GIVEN };
+        Self { server, rounds: plan.rounds, sections: Sections::new() }
     }
 
-    /// Shows a part as soon as it is there.
+    /// Shows a part as soon as it is measured.
     pub(crate) fn add(&mut self, part: Part, section: Section) {
-        println!("\n{}", text(part, &section));
+        let name = format!("{}{}", part.name(), self.server);
+        println!("\n{}", text(&name, part, &section));
         if !section.rows.is_empty() {
             println!("{}", memory(&section.rows));
         }
-        self.sections.push((part, section));
+        self.sections.insert(name, section);
     }
 
     /// The rest, to the terminal and to files.
     pub(crate) fn write(&self, plan: &Plan) -> Result<()> {
-        println!("\n{}", self.conclusion());
-        self.write_to(&beside_the_worker())?;
+        println!("\n{}", conclusion(&self.sections));
+        self.write_to(&beside_the_worker(), &self.sections)?;
         if plan.save {
-            self.write_to(Path::new(KEPT))?;
-            self.write_into_readme()?;
+            let kept = self.with_those_kept()?;
+            self.write_to(Path::new(KEPT), &kept)?;
+            write_into_readme(&kept)?;
         }
         Ok(())
     }
 
-    fn conclusion(&self) -> String {
-        let not_run = self.not_run.join(", ");
-        if not_run.is_empty() { self.targets() } else { format!("{}\nNot run: {not_run}.\n", self.targets()) }
+    /// Adds the sections of earlier runs that this run has none for.
+    fn with_those_kept(&self) -> Result<Sections> {
+        let file = Path::new(KEPT).join(FIGURES);
+        let kept: Kept = serde_json::from_str(&fs::read_to_string(file)?)?;
+        let mut sections = kept.parts;
+        sections.extend(self.sections.clone());
+        Ok(sections)
     }
 
-    fn write_into_readme(&self) -> Result<()> {
-        let readme = fs::read_to_string(README)?;
-        let missing = "the README has no place for the figures";
-        let (before, rest) = readme.split_once(BEGIN).ok_or(missing)?;
-        let (_, after) = rest.split_once(END).ok_or(missing)?;
-        let parts: String = self.sections.iter().map(|(part, section)| text(*part, section) + "\n").collect();
-        fs::write(README, format!("{before}{BEGIN}\n{parts}{}\n{END}{after}", self.conclusion()))?;
-        Ok(())
-    }
-
-    fn write_to(&self, dir: &Path) -> Result<()> {
+    fn write_to(&self, dir: &Path, sections: &Sections) -> Result<()> {
         fs::create_dir_all(dir)?;
-        let (figures, picture) = (dir.join("performance.json"), dir.join("performance.svg"));
-        fs::write(&figures, serde_json::to_string_pretty(&self.json())?)?;
-        let rows = self.sections.iter().map(|(part, section)| (*part, &section.rows[..])).collect::<Vec<_>>();
-        chart::draw(&picture, &rows)?;
+        let (figures, picture) = (dir.join(FIGURES), dir.join("performance.svg"));
+        fs::write(&figures, serde_json::to_string_pretty(&self.json(sections))?)?;
+        let rows: Vec<_> = in_order(sections).map(|(name, part, section)| (name, part, &section.rows[..])).collect();
+        let embedded: Vec<_> = rows.iter().filter(|(name, part, _)| *name == part.name()).collect();
+        chart::draw(&picture, &embedded.iter().map(|(_, part, rows)| (*part, *rows)).collect::<Vec<_>>())?;
         println!("written: {} and {}", figures.display(), picture.display());
         Ok(())
     }
 
-    fn json(&self) -> serde_json::Value {
-        let sections: BTreeMap<_, _> = self.sections.iter().map(|(part, section)| (part.name(), section)).collect();
+    fn json(&self, sections: &Sections) -> serde_json::Value {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
-        let Self { server, rounds, not_run, .. } = self;
-        json!({ "cores": cores, "server": server, "rounds": rounds, "parts": sections, "not_run": not_run })
+        json!({ "cores": cores, "rounds": self.rounds, "parts": sections, "not_run": not_run(sections) })
     }
+}
 
-    fn targets(&self) -> String {
-        let mut text = "| target | wanted | measured | |\n| --- | --- | --- | --- |\n".to_owned();
-        for Target { about, wanted, value, met } in self.sections.iter().flat_map(|(_, section)| &section.targets) {
+/// The sections of the figures that are beside the README.
+#[derive(Deserialize)]
+struct Kept {
+    parts: Sections,
+}
+
+fn in_order(sections: &Sections) -> impl Iterator<Item = (&str, Part, &Section)> {
+    let names = PARTS.into_iter().flat_map(|part| [EMBEDDED, GIVEN].map(|server| (part, server)));
+    names.filter_map(|(part, server)| {
+        let (name, section) = sections.get_key_value(&format!("{}{server}", part.name()))?;
+        Some((name.as_str(), part, section))
+    })
+}
+
+fn not_run(sections: &Sections) -> Vec<&'static str> {
+    let run: Vec<Part> = in_order(sections).map(|(_, part, _)| part).collect();
+    PARTS.into_iter().filter(|part| !run.contains(part)).map(Part::name).collect()
+}
+
+fn conclusion(sections: &Sections) -> String {
+    let not_run = not_run(sections).join(", ");
+    if not_run.is_empty() { targets(sections) } else { format!("{}\nNot run: {not_run}.\n", targets(sections)) }
+}
+
+fn write_into_readme(sections: &Sections) -> Result<()> {
+    let readme = fs::read_to_string(README)?;
+    let missing = "the README has no place for the figures";
+    let (before, rest) = readme.split_once(BEGIN).ok_or(missing)?;
+    let (_, after) = rest.split_once(END).ok_or(missing)?;
+    let parts: String = in_order(sections).map(|(name, part, section)| text(name, part, section) + "\n").collect();
+    fs::write(README, format!("{before}{BEGIN}\n{parts}{}\n{END}{after}", conclusion(sections)))?;
+    Ok(())
+}
+
+fn targets(sections: &Sections) -> String {
+    let mut text = "| target | wanted | measured | |\n| --- | --- | --- | --- |\n".to_owned();
+    for (name, part, section) in in_order(sections) {
+        let server = name.strip_prefix(part.name()).unwrap_or_default();
+        for Target { about, wanted, value, met } in &section.targets {
             let value = value.map_or("not measured".to_owned(), |value| format!("{value:.3}"));
             let met = met.map_or("", |met| if met { "met" } else { "missed" });
-            let _ = writeln!(text, "| {about} | {wanted} | {value} | {met} |");
+            let _ = writeln!(text, "| {about}{server} | {wanted} | {value} | {met} |");
         }
-        text
     }
+    text
 }
 
 /// In the target directory.
@@ -188,8 +228,8 @@ fn beside_the_worker() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_zizq-worker")).with_file_name("performance")
 }
 
-fn text(part: Part, section: &Section) -> String {
-    let mut text = format!("**{}**: {}\n\n", part.name(), part.about());
+fn text(name: &str, part: Part, section: &Section) -> String {
+    let mut text = format!("**{name}**: {}\n\n", part.about());
     if !section.rows.is_empty() {
         text += &format!("{}\n{}", throughput(&section.rows), cpu(&section.rows));
     }
@@ -224,8 +264,8 @@ fn memory(rows: &[Row]) -> String {
 fn table(rows: &[Row], title: &str, cell: impl Fn(&Row) -> Option<String>) -> String {
     let mut contenders: Vec<&str> = Vec::new();
     for row in rows {
-        if !contenders.contains(&row.contender) {
-            contenders.push(row.contender);
+        if !contenders.contains(&row.contender.as_str()) {
+            contenders.push(&row.contender);
         }
     }
     let mut text = format!("| {title} | at once | {} |\n", contenders.join(" | "));

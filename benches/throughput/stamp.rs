@@ -41,7 +41,11 @@ impl Stamps {
 
     /// The handler that sends them.
     pub(crate) fn handler(&self, exe: &str) -> Vec<String> {
-        vec![exe.to_owned(), ROLE.to_owned(), self.path.to_string_lossy().into_owned()]
+        vec![exe.to_owned(), ROLE.to_owned(), self.path()]
+    }
+
+    pub(crate) fn path(&self) -> String {
+        self.path.to_string_lossy().into_owned()
     }
 
     /// When the next handler began.

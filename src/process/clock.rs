@@ -5,18 +5,39 @@ use std::time::Duration;
 
 use rustix::process::Pid;
 
+/// The number that the kernel gives to the scheduler's clock of a process. `clock_getcpuclockid` returns the same, after one more
+/// system call.
+fn clock_of(process: Pid) -> libc::clockid_t {
+    const SCHEDULER: libc::clockid_t = 2;
+    (!process.as_raw_nonzero().get() << 3) | SCHEDULER
+}
+
 /// The CPU time that a process has used, its threads included. None once it has been reaped, or where another user owns it.
 #[expect(unsafe_code, reason = "no safe wrapper reads the clock of another process")]
 pub(super) fn cpu_time_of(process: Pid) -> Option<Duration> {
-    let (mut clock, mut time) = (0, MaybeUninit::<libc::timespec>::zeroed());
-    // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `timespec`.
+    let mut time = MaybeUninit::<libc::timespec>::zeroed();
+    // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `timespec`.
     let time = unsafe {
-        if libc::clock_getcpuclockid(process.as_raw_nonzero().get(), &raw mut clock) != 0
-            || libc::clock_gettime(clock, time.as_mut_ptr()) != 0
-        {
+        if libc::clock_gettime(clock_of(process), time.as_mut_ptr()) != 0 {
             return None;
         }
         time.assume_init()
     };
     Some(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(unsafe_code, reason = "the C library's word is compared")]
+    fn the_clock_of_a_process_is_the_one_of_the_c_library() {
+        let this = rustix::process::getpid();
+        let mut clock = 0;
+        // SAFETY: the pointer is to live memory of the right type.
+        assert_eq!(unsafe { libc::clock_getcpuclockid(this.as_raw_nonzero().get(), &raw mut clock) }, 0);
+        assert_eq!(clock_of(this), clock);
+        assert!(cpu_time_of(this).is_some());
+    }
 }

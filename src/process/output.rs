@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionread};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -125,9 +126,9 @@ impl SharedOutput {
         self.lines().finish(&on_line);
     }
 
-    /// Reads what is in the pipe now. A line without an end ends here.
-    pub(super) fn read_present(&self, on_line: impl Fn(&str)) {
-        let mut left = ioctl_fionread(&self.pipe).unwrap_or_default();
+    /// Reads what is in the pipe now, if it may be read. A line without an end ends here.
+    fn read_present(&self, is_readable: bool, on_line: impl Fn(&str)) {
+        let mut left = if is_readable { ioctl_fionread(&self.pipe).unwrap_or_default() } else { 0 };
         let mut lines = self.lines();
         while left > 0 {
             let portion = READ_BYTES.min(usize::try_from(left).unwrap_or(READ_BYTES));
@@ -139,6 +140,17 @@ impl SharedOutput {
             }
         }
         lines.finish(&on_line);
+    }
+}
+
+/// Reads what is in some pipes now. Mostly there is nothing, which one system call says of all of them.
+pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N], on_line: impl Fn(Channel, &str)) {
+    let mut looks = outputs.map(|(output, _)| PollFd::new(&output.pipe, PollFlags::IN));
+    // A look that has failed says nothing.
+    let is_known = poll(&mut looks, Some(&Timespec::default())).is_ok();
+    let are_readable = looks.map(|look| !is_known || !look.revents().is_empty());
+    for ((output, channel), is_readable) in outputs.into_iter().zip(are_readable) {
+        output.read_present(is_readable, |line| on_line(channel, line));
     }
 }
 

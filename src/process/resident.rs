@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::birth::Birth;
 use super::group::{Ended, Group};
 use super::memory;
-use super::output::SharedOutput;
+use super::output::{SharedOutput, read_present};
 use super::{Channel, OUTPUT_GRACE, Signal, Start, Termination, clock, open_output, open_stdin, spawn, terminate};
 
 /// A running process and our ends of its output. Dropped before its end, it is killed with its group.
@@ -79,10 +79,8 @@ impl Resident {
 
     /// Reads the output that is there now. A line without an end ends here.
     pub(crate) fn read_present_output(&self, on_line: impl Fn(Channel, &str)) {
-        for (output, channel) in [(&self.stdout, Channel::Stdout), (&self.stderr, Channel::Stderr)] {
-            if let Some(output) = output {
-                output.read_present(|line| on_line(channel, line));
-            }
+        if let (Some(stdout), Some(stderr)) = (&self.stdout, &self.stderr) {
+            read_present([(stdout, Channel::Stdout), (stderr, Channel::Stderr)], on_line);
         }
     }
 

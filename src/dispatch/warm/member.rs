@@ -20,6 +20,9 @@ use crate::watch;
 /// How often an idle process is looked at, at most: whether it is still connected, too old, or idle for too long.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// How soon after a job the CPU time that was read at its end is taken for that at the begin of the next one.
+const CPU_AGE: Duration = Duration::from_millis(1);
+
 /// How old the peak of a process's memory may be in the log: to read it costs more than to run a job.
 const PEAK_AGE: Duration = Duration::from_secs(1);
 
@@ -71,6 +74,8 @@ pub(super) struct Member {
     /// After how many jobs, and at what age, another one takes its place.
     pub(super) max_jobs: Option<u64>,
     pub(super) max_age: Option<Duration>,
+    /// Where its output is logged between jobs.
+    span: Span,
     /// Alive until the keeper ends the process.
     resident: Weak<Resident>,
     work: Mutex<Work>,
@@ -88,6 +93,7 @@ pub(super) struct Work {
     /// The stderr of its job.
     tail: Tail,
     pub(super) jobs: u64,
+    cpu: Option<(Instant, Duration)>,
     peak: Option<(Instant, u64)>,
 }
 
@@ -142,12 +148,8 @@ impl Member {
         }
         let mut work = self.work();
         work.jobs += 1;
-        (work.doing, work.job, work.span) = (Doing::Idle, None, self.own_span());
+        (work.doing, work.job, work.span) = (Doing::Idle, None, self.span.clone());
         std::mem::take(&mut work.tail)
-    }
-
-    fn own_span(&self) -> Span {
-        info_span!("handler", pid = self.pid)
     }
 
     pub(super) fn succeeded(&self) -> bool {
@@ -165,9 +167,17 @@ impl Member {
         }
     }
 
-    /// The CPU time that it has used.
-    pub(super) fn cpu_time(&self) -> Option<Duration> {
-        self.resident.upgrade()?.cpu_time()
+    /// The CPU time that it has used before its next job, in nearly all cases without a system call if one job follows another.
+    pub(super) fn cpu_time_before_job(&self) -> Option<Duration> {
+        let known = self.work().cpu.filter(|(read, _)| read.elapsed() < CPU_AGE);
+        known.map(|(_, cpu)| cpu).or_else(|| self.resident.upgrade()?.cpu_time())
+    }
+
+    /// The CPU time that it has used after a job.
+    pub(super) fn cpu_time_after_job(&self) -> Option<Duration> {
+        let cpu = self.resident.upgrade()?.cpu_time()?;
+        self.work().cpu = Some((Instant::now(), cpu));
+        Some(cpu)
     }
 
     /// The memory that it has resident, in bytes.
@@ -217,12 +227,15 @@ pub(super) fn keep(pool: &Arc<Pool>, resident: Resident, newborn: Newborn, lifec
     let Newborn { number, generation, max_jobs, max_age, slot } = newborn;
     let resident = Arc::new(resident);
     let pid = resident.id();
+    // Not below the span of the job that the process is started for: others follow.
+    let span = info_span!(parent: None, "handler", pid);
     let work = Work {
         doing: Doing::Starting,
         job: None,
-        span: info_span!("handler", pid),
+        span: span.clone(),
         tail: Tail::default(),
         jobs: 0,
+        cpu: None,
         peak: None,
     };
     let member = Arc::new(Member {
@@ -232,6 +245,7 @@ pub(super) fn keep(pool: &Arc<Pool>, resident: Resident, newborn: Newborn, lifec
         generation,
         max_jobs,
         max_age,
+        span,
         resident: Arc::downgrade(&resident),
         work: Mutex::new(work),
         has_succeeded: AtomicBool::new(false),

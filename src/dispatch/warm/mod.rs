@@ -521,7 +521,7 @@ impl Busy {
     /// Has the process do a job.
     pub(super) async fn run(mut self, job: &Job, lifecycle: &Lifecycle) -> (Ended, Proof) {
         let since = Instant::now();
-        let (was_stopping, cpu_before) = (lifecycle.is_awaited(), self.member.cpu_time());
+        let (was_stopping, cpu_before) = (lifecycle.is_awaited(), self.member.cpu_time_before_job());
         self.member.begin(&job.id);
         let Some(mut wire) = self.wire.take() else { return (Outcome::Interrupted.into(), Proof::None) };
         let (came, notified) = self.exchange(&mut wire, job, lifecycle, since, was_stopping).await;
@@ -580,7 +580,7 @@ impl Busy {
     /// Ends a job with a reply, and keeps the process for the next one.
     fn replied(&mut self, wire: Wire, reply: Reply, cpu_before: Option<Duration>) -> Ended {
         let stderr = self.member.finish();
-        let used = self.member.cpu_time().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
+        let used = self.member.cpu_time_after_job().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
         let usage = used.map(|cpu| Usage { cpu, max_rss: self.member.peak_memory().unwrap_or_default() });
         let outcome = match reply.failure {
             None => {

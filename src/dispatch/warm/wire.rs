@@ -76,11 +76,12 @@ impl Wire {
         let mut line = JobLine::of(job);
         loop {
             self.send(&mut line)?;
-            if let Some(reply) = self.receive()? {
+            if let Some(end) = self.receive()? {
                 if line.has_remaining() {
                     return Err(NoReply::Nonsense("it replied before it had read its job".to_owned()));
                 }
-                let reply = parse(&reply, &job.id).map_err(NoReply::Nonsense)?;
+                let reply = parse(&self.received[..end], &job.id).map_err(NoReply::Nonsense)?;
+                self.forget(end);
                 return if self.is_silent() { Ok(reply) } else { Err(self.second_reply()) };
             }
             let wanted =
@@ -116,15 +117,18 @@ impl Wire {
         Ok(())
     }
 
-    /// Reads what has come. Returns the next whole line, if there is one.
-    fn receive(&mut self) -> Result<Option<Vec<u8>>, NoReply> {
+    /// Removes the line that ends there.
+    fn forget(&mut self, end: usize) {
+        self.received.drain(..end);
+        self.searched = 0;
+    }
+
+    /// Reads what has come, to the end of the first line. Returns where that is, if it has come.
+    fn receive(&mut self) -> Result<Option<usize>, NoReply> {
         loop {
             if let Some(end) = memchr::memchr(b'\n', &self.received[self.searched..]) {
-                let rest = self.received.split_off(self.searched + end + 1);
-                let line = std::mem::replace(&mut self.received, rest);
-                self.searched = 0;
                 // Most replies end what has been read, and the next read would find nothing more: that is seen by the caller.
-                return Ok(Some(line));
+                return Ok(Some(self.searched + end + 1));
             }
             self.searched = self.received.len();
             if self.searched > MAX_REPLY_BYTES {
