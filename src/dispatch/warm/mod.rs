@@ -265,25 +265,34 @@ impl Pool {
         idle.iter().for_each(|idle| self.retire(&idle.member, "reload", Stop::Retire));
     }
 
-    /// Looks at a process that may be idle.
+    /// Looks at a process that may be idle. An idle one that is kept stays where it is among the others.
     fn look_at(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
-        let Some(mut idle) = self.forget_idle(member) else { return };
-        if !idle.wire.is_idle() {
-            return self.no_use(member);
+        let mut all = self.idle();
+        let Some(at) = all.iter().position(|idle| idle.member.number == member.number) else { return };
+        let is_connected = all[at].wire.is_idle();
+        let reason = self.reason_to_end_idle(&all[at], all.len(), lifecycle);
+        if is_connected && reason.is_none() {
+            return;
         }
-        let (count, idle_for) = (self.idle().len() + 1, idle.since.elapsed());
+        let _idle = all.remove(at);
+        drop(all);
+        match reason {
+            Some(reason) if is_connected => self.retire(member, reason, Stop::Retire),
+            _ => self.no_use(member),
+        }
+    }
+
+    /// Why an idle process, of so many, is ended.
+    fn reason_to_end_idle(&self, idle: &Idle, count: usize, lifecycle: &Lifecycle) -> Option<&'static str> {
+        let (member, idle_for) = (&idle.member, idle.since.elapsed());
         let is_superfluous = count > self.settings.min_processes
             && self.settings.idle_timeout.is_some_and(|timeout| idle_for >= timeout);
-        let reason = if lifecycle.phase() >= Phase::Draining && idle_for >= IDLE_IN_DRAIN {
+        if lifecycle.phase() >= Phase::Draining && idle_for >= IDLE_IN_DRAIN {
             Some("drain")
         } else if is_superfluous {
             Some("idle_timeout")
         } else {
             member.max_age.filter(|age| member.started.elapsed() >= *age).map(|_| "max_age")
-        };
-        match reason {
-            Some(reason) => self.retire(member, reason, Stop::Retire),
-            None => self.idle().push(idle),
         }
     }
 
