@@ -488,6 +488,10 @@ impl Busy {
         self.member.pid
     }
 
+    pub(super) fn started(&self) -> Instant {
+        self.member.started
+    }
+
     /// Has the process do a job.
     pub(super) async fn run(mut self, job: &Job, lifecycle: &Lifecycle) -> (Ended, Proof) {
         let since = Instant::now();
