@@ -52,3 +52,7 @@ mod supervisor;
 mod terminal;
 mod tls;
 mod version;
+mod warm;
+mod warm_faults;
+mod warm_life;
+mod warm_stop;
