@@ -54,12 +54,6 @@ impl Places {
         lock(&self.size).capacity
     }
 
-    /// The number of places that are taken.
-    pub(crate) fn taken(&self) -> usize {
-        let size = lock(&self.size);
-        (size.capacity + size.surplus).saturating_sub(self.semaphore.available_permits())
-    }
-
     /// Waits for a place.
     pub(crate) async fn take(&self) -> Place {
         // The semaphore is never closed.

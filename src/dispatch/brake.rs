@@ -72,6 +72,8 @@ pub(super) struct Brake {
 struct Pace {
     delay: Duration,
     not_before: Option<Instant>,
+    /// When the last failure was counted.
+    failed_at: Option<Instant>,
 }
 
 impl Brake {
@@ -170,10 +172,20 @@ impl Brake {
         {
             let mut pace = self.pace();
             pace.delay = (pace.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
+            pace.failed_at = Some(Instant::now());
         }
         self.pause();
         if !self.engaged.swap(true, Ordering::AcqRel) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
+        }
+    }
+
+    /// Notes that a process has ended before it has shown that the handler works. Of processes that ran side by side, the first
+    /// one counts: otherwise one crash of each would make the pause the longest.
+    pub(super) fn crashed(&self, started: Instant, error: &io::Error) {
+        let is_counted = self.pace().failed_at.is_some_and(|failed_at| started <= failed_at);
+        if !is_counted {
+            self.failed(error);
         }
     }
 

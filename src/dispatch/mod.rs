@@ -259,10 +259,11 @@ impl ExecDispatcher {
             }
         };
         let _listed = self.pids.list(&job.id, busy.pid());
+        let started = busy.started();
         let (ended, proof) = busy.run(job, lifecycle).await;
         match proof {
             warm::Proof::Works => route.brake.release(),
-            warm::Proof::Crashed(why) => route.brake.failed(&io::Error::other(why)),
+            warm::Proof::Crashed(why) => route.brake.crashed(started, &io::Error::other(why)),
             warm::Proof::None => {}
         }
         Ok(Ok(ended))

@@ -52,4 +52,8 @@ mod supervisor;
 mod terminal;
 mod tls;
 mod version;
+mod warm;
+mod warm_faults;
 mod warm_handlers;
+mod warm_life;
+mod warm_stop;

@@ -278,7 +278,7 @@ impl Pool {
         idle.iter().for_each(|idle| self.retire(&idle.member, "reload", Stop::Retire));
     }
 
-    /// Looks at a process that may be idle.
+    /// Looks at a process that may be idle. An idle one that is kept stays where it is among the others.
     fn look_at(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
         let reason = {
             let mut all = self.idle();
@@ -299,7 +299,7 @@ impl Pool {
     /// Why an idle process is to end.
     fn reason_to_end(&self, idle: &mut Idle, lifecycle: &Lifecycle) -> Option<&'static str> {
         let Idle { member, wire, since } = idle;
-        let is_superfluous = || self.slots.taken() > self.settings.min_processes;
+        let is_superfluous = || self.remaining() > self.settings.min_processes;
         if !wire.is_idle() {
             Some(HANG_UP)
         } else if lifecycle.phase() >= Phase::Draining && since.elapsed() >= IDLE_IN_DRAIN {
@@ -311,6 +311,15 @@ impl Pool {
         } else {
             None
         }
+    }
+
+    /// The number of processes that have not been asked to end.
+    fn remaining(&self) -> usize {
+        let members = self.processes.members();
+        let is_here = |(pool, member): &&(Arc<Self>, Arc<Member>)| {
+            std::ptr::eq(&**pool, self) && member.work().doing != Doing::Ending
+        };
+        members.values().filter(is_here).count()
     }
 
     /// Notes that a process has ended. The start of one that has not connected has failed, and that is told elsewhere.
@@ -516,6 +525,10 @@ pub(super) enum Proof {
 impl Busy {
     pub(super) fn pid(&self) -> u32 {
         self.member.pid
+    }
+
+    pub(super) fn started(&self) -> Instant {
+        self.member.started
     }
 
     /// Has the process do a job.

@@ -127,7 +127,12 @@ impl Daemon {
 
     /// Writes a shell script into the test's directory.
     pub fn script(&self, name: &str, script: &str) -> PathBuf {
-        let path = self.file(name, &format!("#!/bin/sh\n{script}\n"));
+        self.executable(name, &format!("#!/bin/sh\n{script}\n"))
+    }
+
+    /// Writes an executable file into the test's directory.
+    pub fn executable(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.file(name, text);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         path
     }

@@ -12,6 +12,7 @@ mod restartable;
 mod seccomp;
 mod server;
 mod terminal;
+mod warm;
 
 use std::fs;
 use std::path::Path;
@@ -30,6 +31,7 @@ pub use recorder::Recorder;
 pub use restartable::Restartable;
 pub use seccomp::Refused;
 pub use server::{Api, Server, runtime, unused_address};
+pub use warm::{Warm, assert_dead, enqueue_many, handler as warm_handler, replace, wait_until_dead};
 
 /// How long a test waits for something that must happen: far longer than it ever takes.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,209 @@
+//! How a worker stops that has warm processes, whatever each of them is at.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::{Daemon, Finished, RawServer, Warm, assert_dead, is_alive, wait_until_dead};
+
+/// Far less than any limit that would end a wait by itself, far more than obeying takes.
+const AT_ONCE: Duration = Duration::from_secs(15);
+
+/// A state of a process, in which it hears no SIGTERM and has a child that hears none.
+struct State {
+    name: &'static str,
+    /// Runs before the process connects.
+    before: &'static str,
+    code: &'static str,
+    /// Whether the job has ended in this state.
+    is_done: bool,
+}
+
+const STATES: [State; 4] = [
+    State {
+        name: "starting",
+        before: "ignore_term(); leave_child(); note('reached'); until('go')",
+        code: "",
+        is_done: false,
+    },
+    State {
+        name: "idle",
+        before: "",
+        code: "ignore_term(); leave_child(); reply(); note('reached')\nwhile True: time.sleep(0.05)",
+        is_done: true,
+    },
+    State {
+        name: "busy",
+        before: "",
+        code: "ignore_term(); leave_child(); note('reached'); until('go')",
+        is_done: false,
+    },
+    State {
+        name: "ending",
+        before: "",
+        code: "ignore_term(); leave_child(); reply(last=True); note('reached')\nwhile True: time.sleep(0.05)",
+        is_done: true,
+    },
+];
+
+/// A worker with a process in that state, told to drain, and its job.
+fn draining(state: &State, settings: &str) -> (Warm, String) {
+    let warm = Warm::before(state.before, settings);
+    let id = warm.enqueue(state.code);
+    warm.running.wait_for_lines(1, "reached");
+    if state.is_done {
+        warm.server.wait_until_done(&id);
+    }
+    warm.running.sigterm().wait_for_message("shutting down, waiting for workers to finish");
+    (warm, id)
+}
+
+/// The worker has ended, and no process is left. The job is done, or waits as if it had never been taken.
+#[track_caller]
+fn assert_given_back(warm: Warm, state: &State, id: &str) -> Finished {
+    let Warm { server, running } = warm;
+    let finished = running.finish();
+    assert_dead(&finished);
+    assert!(!finished.has("job failed"), "{}", state.name);
+    if !state.is_done {
+        let job = server.wait_for_status(id, "ready");
+        assert_eq!((&job["attempts"], server.errors(id)), (&0.into(), Vec::<Value>::new()), "{}", state.name);
+    }
+    finished
+}
+
+#[test]
+fn a_drain_waits_for_jobs_and_ends_every_process() {
+    for state in &STATES {
+        let (warm, id) = draining(state, "kill_grace = '300ms'");
+        warm.running.go();
+        warm.server.wait_until_done(&id);
+        let finished = warm.running.assert_exit(0);
+        assert_dead(&finished);
+        assert_eq!(finished.event("worker stopped")["succeeded"], 1, "{}", state.name);
+    }
+}
+
+#[test]
+fn a_second_signal_ends_every_process_after_its_grace() {
+    for state in &STATES {
+        let (warm, id) = draining(state, "kill_grace = '1s'");
+        warm.running.sigterm();
+        let finished = assert_given_back(warm, state, &id);
+        // A process that has not connected is killed at once.
+        let heard = usize::from(state.name != "starting");
+        assert_eq!(finished.read("heard").lines().count(), heard, "{}", state.name);
+    }
+}
+
+#[test]
+fn a_third_signal_ends_every_process_at_once() {
+    for state in &STATES {
+        let (warm, id) = draining(state, "kill_grace = '10m'");
+        let begun = Instant::now();
+        warm.running.sigterm().wait_for_message("killing: stopping running jobs");
+        warm.running.sigterm();
+        assert_given_back(warm, state, &id);
+        assert!(begun.elapsed() < AT_ONCE, "{}: {:?}", state.name, begun.elapsed());
+    }
+}
+
+#[test]
+fn idle_processes_are_told_of_a_drain_by_the_end_of_their_socket() {
+    let warm = Warm::with("ignore_term()", "kill_grace = '10m'", |daemon| daemon.threads(2));
+    let ids = warm.enqueue_many(2, "until('go')");
+    warm.running.wait_for_lines(2, "ran");
+    warm.running.go();
+    ids.iter().for_each(|id| warm.server.wait_until_done(id));
+    let finished = warm.stop();
+    assert_eq!(finished.read("ended").lines().count(), 2);
+    assert_eq!(finished.read("heard"), "");
+}
+
+#[test]
+fn an_idle_process_that_misses_the_end_gets_sigterm_after_the_grace() {
+    let warm = Warm::start("kill_grace = '1s'");
+    let code = "signal.signal(signal.SIGTERM, lambda *_: (note('heard'), os._exit(0)))";
+    warm.succeed(&format!("{code}; reply(); note('reached')\nwhile True: time.sleep(0.05)"));
+    warm.running.wait_for_lines(1, "reached");
+    let begun = Instant::now();
+    assert_eq!(warm.stop().read("heard"), "\n");
+    assert!((Duration::from_secs(1)..AT_ONCE).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_drain_does_what_was_taken_with_few_processes() {
+    let warm = Warm::with("", "max_processes = 1", |daemon| daemon.threads(3).args(["--prefetch", "5"]));
+    let ids = warm.enqueue_many(5, "until('go')");
+    warm.running.wait_for_messages(5, "job received");
+    warm.running.wait_for_lines(1, "ran");
+    warm.running.sigterm().wait_for_message("shutting down, waiting for workers to finish");
+    warm.running.go();
+    ids.iter().for_each(|id| warm.server.wait_until_done(id));
+    let finished = warm.running.assert_exit(0);
+    assert_eq!(finished.read("started").lines().count(), 1);
+}
+
+#[test]
+fn a_busy_process_gets_the_drain_signal_and_an_idle_one_does_not() {
+    let warm = Warm::with("", "drain_signal = 'USR1'\nkill_grace = '10m'", |daemon| daemon.threads(2));
+    let ids = ["until('both')", "until('both'); until('go')"].map(|code| {
+        warm.enqueue(&format!("signal.signal(signal.SIGUSR1, lambda *_: note('told', os.getpid())); {code}"))
+    });
+    warm.running.wait_for_lines(2, "ran");
+    warm.allow("both");
+    warm.server.wait_until_done(&ids[0]);
+    let busy = warm.process_of(&ids[1]);
+    warm.running.sigterm();
+    assert_eq!(warm.running.wait_for_lines(1, "told"), [busy]);
+    warm.running.go();
+    warm.server.wait_until_done(&ids[1]);
+    assert_eq!(warm.stop_after_drain().read("told").lines().count(), 1);
+}
+
+#[test]
+fn a_job_that_dies_of_the_drain_signal_is_interrupted() {
+    let warm = Warm::start("drain_signal = 'USR1'");
+    let id = warm.enqueue("note('reached'); until('go')");
+    warm.running.wait_for_lines(1, "reached");
+    warm.running.sigterm();
+    let job = warm.server.wait_for_status(&id, "ready");
+    assert_eq!((&job["attempts"], warm.server.errors(&id)), (&0.into(), Vec::<Value>::new()));
+    warm.running.assert_exit(0);
+}
+
+#[test]
+fn the_stream_closes_after_every_process_is_dead() {
+    let server = RawServer::start();
+    let code = "ignore_term(); leave_child(); note('reached'); until('go')";
+    let running = Daemon::at(&server.url()).warm("", "kill_grace = '1s'").start();
+    let mut stream = server.take();
+    let job = serde_json::json!({"id": "1", "type": "t", "queue": "q", "priority": 1, "ready_at": 1, "attempts": 0, "payload": code});
+    stream.chunk(&format!("{job}\n"));
+    running.wait_for_lines(1, "reached");
+    running.sigterm().wait_for_message("shutting down, waiting for workers to finish");
+    running.sigterm().wait_for_lines(1, "heard");
+    assert!(stream.is_open());
+    stream.wait_until_closed();
+    let pids = running.wait_for_file("started") + &running.wait_for_file("children");
+    assert!(!pids.lines().any(is_alive), "the stream closed before {pids:?} were dead");
+    running.assert_exit(1);
+    assert!(server.is_quiet(), "a killed job was reported");
+}
+
+#[test]
+fn warm_handlers_of_a_killed_worker_end_by_themselves() {
+    let warm = Warm::with("", "", |daemon| daemon.threads(2));
+    let ids = [warm.enqueue("until('both')"), warm.enqueue("until('both'); until('go')")];
+    warm.running.wait_for_lines(2, "ran");
+    warm.allow("both");
+    warm.server.wait_until_done(&ids[0]);
+    let [idle, busy] = ids.map(|id| warm.process_of(&id));
+    warm.running.signal(Signal::KILL);
+    wait_until_dead(&idle);
+    assert!(is_alive(&busy), "a job that runs is not cut short");
+    warm.running.go();
+    wait_until_dead(&busy);
+    assert_eq!(warm.lines("ended")[0], idle);
+}
