@@ -31,8 +31,9 @@ fn a_process_that_dies_in_a_job_costs_that_job_an_attempt() {
     assert_eq!(error["message"], "handle.py exited with status 3: no such account");
     assert_eq!(error["backtrace"], "no such account\n");
     // Success is explicit.
-    for code in [99, 100] {
+    for (code, dead) in [(99, 0), (100, 1)] {
         assert_eq!(fail_between(&warm, &format!("os._exit({code})"))["error_type"], "ExitStatus");
+        assert_eq!(warm.server.count("dead"), dead, "{code}");
     }
     let error = fail_between(&warm, "os._exit(0)");
     assert_eq!(error["error_type"], "NoReply");
