@@ -233,6 +233,7 @@ impl ExecDispatcher {
         lifecycle: &Lifecycle,
         fault: Option<io::Error>,
         routes: &mut watch::Receiver<Arc<Routes>>,
+        was_unread: &mut bool,
     ) -> Result<Result<Ended, NotStarted<Cut>>, io::Error> {
         let cut_short = |cut| Ok(Err(NotStarted::CutShort(cut)));
         let waiting = async { pool.process_or_slot(pool.place().await).await };
@@ -264,7 +265,9 @@ impl ExecDispatcher {
         match proof {
             warm::Proof::Works => route.brake.release(),
             warm::Proof::Crashed(why) => route.brake.crashed(started, &io::Error::other(why)),
-            warm::Proof::None => {}
+            // A job that ends its readers is not handed out for ever.
+            warm::Proof::Unread if !std::mem::replace(was_unread, true) => return cut_short(Cut::Unread),
+            warm::Proof::Unread | warm::Proof::None => {}
         }
         Ok(Ok(ended))
     }
@@ -298,6 +301,7 @@ impl Dispatcher for ExecDispatcher {
     async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
         let mut routes = self.routes.subscribe();
         let mut fault: Option<(Arc<Route>, io::Error)> = None;
+        let mut was_unread = false;
         loop {
             let route = routes.borrow_and_update().find(&job.job_type).cloned();
             let Some(route) = route else {
@@ -307,9 +311,10 @@ impl Dispatcher for ExecDispatcher {
             // What came of another handler says nothing of this one.
             let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
             if let Some(pool) = &route.pool {
-                match self.dispatch_warm((&route, pool), job, lifecycle, fault_of_this, &mut routes).await {
+                let (handler, unread) = ((&route, pool), &mut was_unread);
+                match self.dispatch_warm(handler, job, lifecycle, fault_of_this, &mut routes, unread).await {
                     Ok(Ok(ended)) => return ended,
-                    Ok(Err(NotStarted::CutShort(Cut::Replaced))) => {}
+                    Ok(Err(NotStarted::CutShort(Cut::Replaced | Cut::Unread))) => {}
                     Ok(Err(NotStarted::CutShort(Cut::Stopping))) => return Outcome::Interrupted.into(),
                     Ok(Err(NotStarted::Failed(error))) => return Self::not_started(&route, &error).await.into(),
                     Err(error) => fault = Some((Arc::clone(&route), error)),
@@ -321,7 +326,7 @@ impl Dispatcher for ExecDispatcher {
             let started =
                 match route.brake.start(fault_of_this, stopped_or_replaced(lifecycle, &mut routes), spawn).await {
                     Ok(started) => started,
-                    Err(NotStarted::CutShort(Cut::Replaced)) => continue,
+                    Err(NotStarted::CutShort(Cut::Replaced | Cut::Unread)) => continue,
                     Err(NotStarted::CutShort(Cut::Stopping)) => return Outcome::Interrupted.into(),
                     Err(NotStarted::Failed(error)) => return Self::not_started(&route, &error).await.into(),
                 };
@@ -364,6 +369,8 @@ enum Cut {
     Stopping,
     /// A reload has replaced handlers.
     Replaced,
+    /// Its warm process has ended before it has read the job.
+    Unread,
 }
 
 /// Whether a process ran, but has not connected.

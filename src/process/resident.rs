@@ -70,9 +70,10 @@ impl Resident {
 
     /// Reads the output as it comes, to its end.
     pub(crate) async fn read_output(&self, on_line: impl Fn(Channel, &str)) {
-        let read = async |output: &Option<SharedOutput>, channel| match output {
-            Some(output) => output.read(|line| on_line(channel, line)).await,
-            None => {}
+        let read = async |output: &Option<SharedOutput>, channel| {
+            if let Some(output) = output {
+                output.read(|line| on_line(channel, line)).await;
+            }
         };
         tokio::join!(read(&self.stdout, Channel::Stdout), read(&self.stderr, Channel::Stderr));
     }
@@ -102,9 +103,10 @@ impl Resident {
         let Self { group, stdout, stderr } = self;
         // What is left of the group holds the pipes no longer then. What has left the group may.
         group.signal(Signal::KILL);
-        let read = async |output: &Option<SharedOutput>, channel| match output {
-            Some(output) => output.read(|line| on_line(channel, line)).await,
-            None => {}
+        let read = async |output: &Option<SharedOutput>, channel| {
+            if let Some(output) = output {
+                output.read(|line| on_line(channel, line)).await;
+            }
         };
         let rest = async { tokio::join!(read(&stdout, Channel::Stdout), read(&stderr, Channel::Stderr)) };
         // What comes later is of a process that lives on.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Warm, eventually, is_alive, replace, wait_until_dead, warm_handler};
+use crate::support::{Warm, assert_none_failed, eventually, is_alive, replace, wait_until_dead, warm_handler};
 
 /// Has a job fail between two that succeed. The failure costs the process, which is dead before it is reported.
 #[track_caller]
@@ -31,8 +31,9 @@ fn a_process_that_dies_in_a_job_costs_that_job_an_attempt() {
     assert_eq!(error["message"], "handle.py exited with status 3: no such account");
     assert_eq!(error["backtrace"], "no such account\n");
     // Success is explicit.
-    for code in [99, 100] {
+    for (code, dead) in [(99, 0), (100, 1)] {
         assert_eq!(fail_between(&warm, &format!("os._exit({code})"))["error_type"], "ExitStatus");
+        assert_eq!(warm.server.count("dead"), dead, "{code}");
     }
     let error = fail_between(&warm, "os._exit(0)");
     assert_eq!(error["error_type"], "NoReply");
@@ -59,8 +60,26 @@ fn a_process_that_dies_between_jobs_harms_none() {
         assert_ne!(warm.succeed(""), process);
     }
     let finished = warm.stop();
-    assert!(!finished.has("job failed"));
+    assert_none_failed(&finished);
     assert_eq!(finished.read("ran").lines().count(), 20);
+}
+
+/// A stopped process is handed a job, which waits in its socket.
+#[test]
+fn a_job_that_its_process_never_read_goes_to_another() {
+    let warm = Warm::start("");
+    for size in [10, 5_000_000] {
+        let process = warm.succeed("");
+        let pid = process.parse().unwrap();
+        warm.running.signal_process(pid, Signal::STOP);
+        let received = warm.running.wait_for_messages(1, "job received").len();
+        let id = warm.enqueue(&format!("#{}", "x".repeat(size)));
+        warm.running.wait_for_messages(received + 1, "job received");
+        warm.running.signal_process(pid, Signal::KILL);
+        warm.server.wait_until_done(&id);
+        assert_ne!(warm.process_of(&id), process);
+    }
+    assert_none_failed(&warm.stop());
 }
 
 #[test]
@@ -69,7 +88,7 @@ fn a_process_that_exits_between_jobs_harms_none() {
     let process = warm.succeed("reply(); os._exit(1)");
     wait_until_dead(&process);
     assert_ne!(warm.succeed(""), process);
-    assert!(!warm.stop().has("job failed"));
+    assert_none_failed(&warm.stop());
 }
 
 #[test]
@@ -149,7 +168,7 @@ fn a_reply_just_before_death_counts() {
         let process = warm.succeed("reply(); os.kill(os.getpid(), signal.SIGKILL)");
         wait_until_dead(&process);
     }
-    assert!(!warm.stop().has("job failed"));
+    assert_none_failed(&warm.stop());
 }
 
 #[test]
@@ -238,7 +257,7 @@ fn processes_that_crash_at_once_count_once_for_the_pause() {
     let warm = Warm::with("", "", |daemon| daemon.threads(8));
     warm.enqueue_many(
         100,
-        &format!("note('up')\nwhile open(DIR + '/up').read().count('\\n') < 8: time.sleep(0.01)\nos._exit(1)"),
+        "note('up')\nwhile open(DIR + '/up').read().count('\\n') < 8: time.sleep(0.01)\nos._exit(1)",
     );
     warm.running.wait_for_messages(8, "job failed");
     let begun = Instant::now();
@@ -267,7 +286,7 @@ fn one_start_that_fails_burns_no_attempt() {
     let warm = Warm::before("if is_first(): sys.exit(1)", "");
     warm.succeed("");
     let finished = warm.stop();
-    assert!(!finished.has("job failed"));
+    assert_none_failed(&finished);
     assert_eq!(finished.read("started").lines().count(), 2);
 }
 
@@ -316,5 +335,5 @@ fn a_file_that_is_missing_for_a_moment_burns_none() {
     std::thread::sleep(Duration::from_millis(300));
     fs::rename(&away, &path).unwrap();
     warm.server.wait_until_done(&id);
-    assert!(!warm.stop().has("job failed"));
+    assert_none_failed(&warm.stop());
 }

@@ -52,10 +52,13 @@ const IDLE_IN_DRAIN: Duration = Duration::from_secs(1);
 /// Why a process ends that has closed its connection, or sends something without a job.
 const HANG_UP: &str = "hang-up";
 
+/// Processes and their pools, by number.
+type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
+
 /// All warm processes of one dispatcher.
 #[derive(Debug, Default)]
 pub(super) struct Processes {
-    members: Mutex<BTreeMap<u64, (Arc<Pool>, Arc<Member>)>>,
+    members: Mutex<Members>,
     next: AtomicU64,
     /// The keepers. All of them have ended once all processes have.
     tasks: TaskTracker,
@@ -63,7 +66,7 @@ pub(super) struct Processes {
 }
 
 impl Processes {
-    fn members(&self) -> MutexGuard<'_, BTreeMap<u64, (Arc<Pool>, Arc<Member>)>> {
+    fn members(&self) -> MutexGuard<'_, Members> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -464,7 +467,7 @@ impl Begin for Starting {
     }
 
     async fn overdue(&self) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 
@@ -519,6 +522,8 @@ pub(super) enum Proof {
     Works,
     /// It has ended without having done any job.
     Crashed(String),
+    /// A process that was idle has ended before it has read the job, which has not begun.
+    Unread,
     None,
 }
 
@@ -541,7 +546,11 @@ impl Busy {
         if let Came::Replied(reply) = came {
             return (self.replied(wire, reply, cpu_before), Proof::Works);
         }
+        let is_unread = matches!(came, Came::Broke(NoReply::Unread)) && self.member.work().jobs > 0;
         let ended = self.failed(wire, came, notified, cpu_before, lifecycle).await;
+        if is_unread && ended.outcome != Outcome::Interrupted {
+            return (ended, Proof::Unread);
+        }
         let is_crash = !self.member.has_succeeded() && matches!(ended.outcome, Outcome::Failure(_));
         let proof = match &ended.outcome {
             Outcome::Failure(failure) if is_crash => Proof::Crashed(failure.message.clone()),
@@ -639,7 +648,7 @@ impl Busy {
                 self.pool.retire(&self.member, "protocol", Stop::Kill);
                 (None, Some(what))
             }
-            Came::Broke(NoReply::Closed) => {
+            Came::Broke(NoReply::Closed | NoReply::Unread) => {
                 let exited = tokio::time::timeout(EXIT_GRACE, self.member.ended());
                 let exited = tokio::select! {
                     biased;

@@ -38,6 +38,8 @@ pub(super) struct Reply {
 pub(super) enum NoReply {
     /// The process has closed the connection.
     Closed,
+    /// It has closed the connection, or ended, before it has read its job to the end.
+    Unread,
     /// It has sent something that is no reply to its job.
     Nonsense(String),
 }
@@ -111,7 +113,8 @@ impl Wire {
                 Ok(written) => line.advance(written),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Err(NoReply::Closed),
+                // Its line has no end yet.
+                Err(_) => return Err(NoReply::Unread),
             }
         }
         Ok(())
@@ -143,6 +146,8 @@ impl Wire {
                     return Ok(None);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // A Unix socket that is closed with something in it to be read says so to the other end.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(NoReply::Unread),
                 Err(_) => return Err(NoReply::Closed),
             }
         }

@@ -31,7 +31,9 @@ pub use recorder::Recorder;
 pub use restartable::Restartable;
 pub use seccomp::Refused;
 pub use server::{Api, Server, runtime, unused_address};
-pub use warm::{Warm, assert_dead, enqueue_many, handler as warm_handler, replace, wait_until_dead};
+pub use warm::{
+    Warm, assert_dead, assert_none_failed, enqueue_many, handler as warm_handler, replace, wait_until_dead,
+};
 
 /// How long a test waits for something that must happen: far longer than it ever takes.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -172,6 +172,13 @@ pub fn assert_dead(finished: &Finished) {
     assert!(alive.is_empty() && !pids.is_empty(), "{alive:?} of {pids:?} are alive");
 }
 
+/// No job has failed.
+#[track_caller]
+pub fn assert_none_failed(finished: &Finished) {
+    let failed = finished.all("job failed");
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
 /// Waits until a process is dead.
 pub fn wait_until_dead(pid: &str) {
     eventually(&format!("the end of process {pid}"), || (!is_alive(pid)).then_some(()));
