@@ -73,7 +73,7 @@ async fn check_warm_handlers(config: &Config, out: &mut impl Write) -> Result<()
     }
     let worker_id = config.worker.worker_id.to_string();
     let dispatcher = ExecDispatcher::new(config.handlers.clone(), 1, worker_id, &std::env::temp_dir());
-    let tried = dispatcher.map_err(|error| CheckError::Handler(error.to_string()))?.try_warm().await;
+    let tried = dispatcher.map_err(|error| CheckError::Handler(error.to_string()))?.start_each_warm().await;
     for (handler, connected) in tried {
         let took = connected.map_err(CheckError::Handler)?;
         let took = format_duration(Duration::from_millis(took.as_millis().try_into().unwrap_or(u64::MAX)));

@@ -32,7 +32,7 @@ use outcome::Cause;
 use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
 use routes::{Route, Routes};
-use warm::{Pool, StartError};
+use warm::{Busy, Pool, StartError};
 
 /// How long a worker that is being killed waits for a process that has outlived SIGKILL. The server hands the job out again as
 /// soon as the worker ends.
@@ -182,7 +182,7 @@ impl ExecDispatcher {
 
     /// Starts a process of each warm handler, waits until it connects, and ends it. Returns the handlers' names, and how long
     /// each took to connect.
-    pub(crate) async fn try_warm(&self) -> Vec<(String, Result<Duration, String>)> {
+    pub(crate) async fn start_each_warm(&self) -> Vec<(String, Result<Duration, String>)> {
         let mut tried = Vec::new();
         for route in self.routes().all() {
             let Some(pool) = &route.pool else { continue };
@@ -224,52 +224,105 @@ impl ExecDispatcher {
     }
 }
 
-impl ExecDispatcher {
-    /// Has a warm process do a job. Fails with why a process could not be started, if that may be another's turn to find out.
-    async fn dispatch_warm(
-        &self,
-        (route, pool): (&Arc<Route>, &Arc<Pool>),
-        job: &Job,
-        lifecycle: &Lifecycle,
-        fault: Option<io::Error>,
-        routes: &mut watch::Receiver<Arc<Routes>>,
-        was_unread: &mut bool,
-    ) -> Result<Result<Ended, NotStarted<Cut>>, io::Error> {
-        let cut_short = |cut| Ok(Err(NotStarted::CutShort(cut)));
-        let waiting = async { pool.process_or_slot(pool.place().await).await };
-        let found = tokio::select! {
-            biased;
-            found = waiting => found,
-            why = killed_or_replaced(lifecycle, routes) => return cut_short(why),
-        };
-        let busy = match found {
-            Ok(busy) => busy,
-            Err((place, slot)) => {
-                let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
-                let start = || pool.start(self.results.socket(), &slot, lifecycle, spawn);
-                let starting = match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
-                    Ok(starting) => starting,
-                    Err(not_started) => return Ok(Err(not_started)),
-                };
-                tokio::select! {
-                    biased;
-                    connected = starting.begun() => connected?,
-                    why = killed_or_replaced(lifecycle, routes) => return cut_short(why),
-                }
-                starting.busy(place).ok_or(io::ErrorKind::NotConnected)?
+/// A job, and what its earlier tries have left.
+struct Task<'a> {
+    job: &'a Job,
+    lifecycle: &'a Lifecycle,
+    routes: watch::Receiver<Arc<Routes>>,
+    /// Whether a warm process has ended before it had read the job.
+    was_unread: bool,
+}
+
+/// What has come of one try to have a job done.
+enum Tried {
+    Ended(Ended),
+    /// It is to be tried again, and why the start has failed if that is the reason.
+    Again(Option<io::Error>),
+}
+
+impl Tried {
+    async fn not_started(route: &Route, why: NotStarted<Cut>) -> Self {
+        match why {
+            NotStarted::CutShort(Cut::Replaced) => Self::Again(None),
+            NotStarted::CutShort(Cut::Stopping) => Self::Ended(Outcome::Interrupted.into()),
+            NotStarted::Failed(error) => {
+                let error_type = if is_start_error(&error) { "StartError" } else { "SpawnError" };
+                let failure = Failure::new(error_type, why_not_started(route, &error).await);
+                Self::Ended(Outcome::Failure(failure).into())
             }
+        }
+    }
+}
+
+impl ExecDispatcher {
+    /// Runs a process for a job. `fault` is the error of the start before, if that failed.
+    async fn try_spawned(&self, route: &Route, task: &mut Task<'_>, fault: Option<io::Error>) -> Tried {
+        let Task { job, lifecycle, routes, .. } = task;
+        let result = self.results.file();
+        let start = || self.start(route, job, lifecycle, &result);
+        match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
+            Ok(started) => match started.see_through(&result).await {
+                Ok(ended) => Tried::Ended(ended),
+                Err(error) => Tried::Again(Some(error)),
+            },
+            Err(why) => Tried::not_started(route, why).await,
+        }
+    }
+
+    /// Has a warm process do a job. `fault` is the error of the start before, if that failed.
+    async fn try_warm(&self, route: &Route, pool: &Arc<Pool>, task: &mut Task<'_>, fault: Option<io::Error>) -> Tried {
+        let busy = match self.warm_process(route, pool, task, fault).await {
+            Ok(busy) => busy,
+            Err(tried) => return tried,
         };
-        let _listed = self.pids.list(&job.id, busy.pid());
+        let _listed = self.pids.list(&task.job.id, busy.pid());
         let started = busy.started();
-        let (ended, proof) = busy.run(job, lifecycle).await;
+        let (ended, proof) = busy.run(task.job, task.lifecycle).await;
         match proof {
             warm::Proof::Works => route.brake.release(),
             warm::Proof::Crashed(why) => route.brake.crashed(started, &io::Error::other(why)),
             // A job that ends its readers is not handed out for ever.
-            warm::Proof::Unread if !std::mem::replace(was_unread, true) => return cut_short(Cut::Unread),
+            warm::Proof::Unread if !std::mem::replace(&mut task.was_unread, true) => return Tried::Again(None),
             warm::Proof::Unread | warm::Proof::None => {}
         }
-        Ok(Ok(ended))
+        Tried::Ended(ended)
+    }
+
+    /// Waits for a process that is idle, or starts one.
+    async fn warm_process(
+        &self,
+        route: &Route,
+        pool: &Arc<Pool>,
+        task: &mut Task<'_>,
+        fault: Option<io::Error>,
+    ) -> Result<Busy, Tried> {
+        let Task { lifecycle, routes, .. } = task;
+        let cut_short = async |why| Tried::not_started(route, NotStarted::CutShort(why)).await;
+        let waiting = async { pool.process_or_slot(pool.place().await).await };
+        let found = tokio::select! {
+            biased;
+            found = waiting => found,
+            why = killed_or_replaced(lifecycle, routes) => return Err(cut_short(why).await),
+        };
+        let (place, slot) = match found {
+            Ok(busy) => return Ok(busy),
+            Err(to_be_started) => to_be_started,
+        };
+        let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
+        let start = || pool.start(self.results.socket(), &slot, lifecycle, spawn);
+        let starting = match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
+            Ok(starting) => starting,
+            Err(why) => return Err(Tried::not_started(route, why).await),
+        };
+        let connected = tokio::select! {
+            biased;
+            connected = starting.begun() => connected,
+            why = killed_or_replaced(lifecycle, routes) => return Err(cut_short(why).await),
+        };
+        match connected {
+            Ok(()) => starting.busy(place).ok_or(Tried::Again(None)),
+            Err(error) => Err(Tried::Again(Some(error))),
+        }
     }
 
     fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
@@ -283,11 +336,6 @@ impl ExecDispatcher {
             children: &self.children,
         })
     }
-
-    async fn not_started(route: &Route, error: &io::Error) -> Outcome {
-        let error_type = if is_start_error(error) { "StartError" } else { "SpawnError" };
-        Outcome::Failure(Failure::new(error_type, why_not_started(route, error).await))
-    }
 }
 
 /// Dropped before its end, it kills what is kept between jobs.
@@ -299,40 +347,23 @@ impl Drop for ExecDispatcher {
 
 impl Dispatcher for ExecDispatcher {
     async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
-        let mut routes = self.routes.subscribe();
+        let mut task = Task { job, lifecycle, routes: self.routes.subscribe(), was_unread: false };
         let mut fault: Option<(Arc<Route>, io::Error)> = None;
-        let mut was_unread = false;
         loop {
-            let route = routes.borrow_and_update().find(&job.job_type).cloned();
+            let route = task.routes.borrow_and_update().find(&job.job_type).cloned();
             let Some(route) = route else {
                 let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
                 return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
             };
-            // What came of another handler says nothing of this one.
+            // The fault of another handler says nothing of this one.
             let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
-            if let Some(pool) = &route.pool {
-                let (handler, unread) = ((&route, pool), &mut was_unread);
-                match self.dispatch_warm(handler, job, lifecycle, fault_of_this, &mut routes, unread).await {
-                    Ok(Ok(ended)) => return ended,
-                    Ok(Err(NotStarted::CutShort(Cut::Replaced | Cut::Unread))) => {}
-                    Ok(Err(NotStarted::CutShort(Cut::Stopping))) => return Outcome::Interrupted.into(),
-                    Ok(Err(NotStarted::Failed(error))) => return Self::not_started(&route, &error).await.into(),
-                    Err(error) => fault = Some((Arc::clone(&route), error)),
-                }
-                continue;
-            }
-            let result = self.results.file();
-            let spawn = || self.start(&route, job, lifecycle, &result);
-            let started =
-                match route.brake.start(fault_of_this, stopped_or_replaced(lifecycle, &mut routes), spawn).await {
-                    Ok(started) => started,
-                    Err(NotStarted::CutShort(Cut::Replaced | Cut::Unread)) => continue,
-                    Err(NotStarted::CutShort(Cut::Stopping)) => return Outcome::Interrupted.into(),
-                    Err(NotStarted::Failed(error)) => return Self::not_started(&route, &error).await.into(),
-                };
-            match started.see_through(&result).await {
-                Ok(ended) => return ended,
-                Err(error) => fault = Some((Arc::clone(&route), error)),
+            let tried = match &route.pool {
+                Some(pool) => self.try_warm(&route, pool, &mut task, fault_of_this).await,
+                None => self.try_spawned(&route, &mut task, fault_of_this).await,
+            };
+            match tried {
+                Tried::Ended(ended) => return ended,
+                Tried::Again(error) => fault = error.map(|error| (route, error)),
             }
         }
     }
@@ -369,8 +400,6 @@ enum Cut {
     Stopping,
     /// A reload has replaced handlers.
     Replaced,
-    /// Its warm process has ended before it has read the job.
-    Unread,
 }
 
 /// Whether a process ran, but has not connected.
