@@ -57,23 +57,23 @@ pub(crate) async fn read_lines(
 ) {
     let Some(pipe) = pipe else { return };
     let mut lines = Lines::default();
-    read_chunks(pipe, |chunk| {
+    let mut take = |chunk: &[u8]| {
         read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
         lines.push(chunk, &on_line);
         if let Some(tail) = &mut tail {
             tail.push(chunk);
         }
-    })
-    .await;
+    };
+    read_chunks(pipe, |portion| read_some(pipe, portion, &mut take)).await;
     lines.finish(&on_line);
 }
 
-/// Reads a pipe that does not block to its end.
-async fn read_chunks(pipe: &OwnedFd, mut on_chunk: impl FnMut(&[u8])) {
+/// Reads a pipe that does not block to its end. `read` reads up to so many bytes of it.
+async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize, Errno>) {
     let (mut watched, mut in_a_row, mut portion) = (None, 0, FIRST_READ_BYTES);
     loop {
         let begun = Instant::now();
-        let count = read_some(pipe, portion, &mut on_chunk);
+        let count = read(portion);
         // Short lines take the log longer than long ones.
         if begun.elapsed() > TURN {
             portion = (portion / 2).max(SMALLEST_READ_BYTES);
@@ -122,7 +122,12 @@ impl SharedOutput {
 
     /// Reads it to its end, line by line.
     pub(super) async fn read(&self, on_line: impl Fn(&str)) {
-        read_chunks(&self.pipe, |chunk| self.lines().push(chunk, &on_line)).await;
+        read_chunks(&self.pipe, |portion| {
+            // Locked before: what has been read, and is in no line yet, would be missed at the end of its task.
+            let mut lines = self.lines();
+            read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line))
+        })
+        .await;
         self.lines().finish(&on_line);
     }
 

@@ -293,6 +293,8 @@ impl Keeper {
         pool.ended(member, &end, was_starting);
         drop(slot);
         member.end.send_replace(Some(Arc::new(end)));
+        // Its last reply may have been taken in meanwhile.
+        pool.forget_idle(member);
     }
 
     /// Waits until the leader has exited, by itself (`None`) or because it was asked to.

@@ -289,6 +289,8 @@ impl Pool {
             let reason = self.reason_to_end(&mut all[at], lifecycle);
             if reason.is_some() {
                 all.remove(at);
+                // Before another one is looked at, which counts those that remain.
+                member.work().doing = Doing::Ending;
             }
             reason
         };
@@ -305,6 +307,9 @@ impl Pool {
         let is_superfluous = || self.remaining() > self.settings.min_processes;
         if !wire.is_idle() {
             Some(HANG_UP)
+        } else if member.generation != self.generation.load(Ordering::Relaxed) {
+            // It became idle while a reload ended the idle ones.
+            Some("reload")
         } else if lifecycle.phase() >= Phase::Draining && since.elapsed() >= IDLE_IN_DRAIN {
             Some("drain")
         } else if self.settings.idle_timeout.is_some_and(|timeout| since.elapsed() >= timeout) && is_superfluous() {
@@ -615,6 +620,10 @@ impl Busy {
             Some(reason) => self.pool.retire(&self.member, reason, Stop::Retire),
             None => {
                 self.pool.idle().push(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
+                // It may have ended since its reply, and then no keeper takes it from there.
+                if self.member.has_ended() {
+                    self.pool.forget_idle(&self.member);
+                }
                 self.pool.returned.notify_one();
             }
         }
