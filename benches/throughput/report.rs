@@ -233,6 +233,9 @@ fn text(name: &str, part: Part, section: &Section) -> String {
     if !section.rows.is_empty() {
         text += &format!("{}\n{}", throughput(&section.rows), cpu(&section.rows));
     }
+    if !section.rows.is_empty() && !section.lines.is_empty() {
+        text.push('\n');
+    }
     for Line { contender, text: line } in &section.lines {
         let _ = writeln!(text, "- {contender}: {line}");
     }

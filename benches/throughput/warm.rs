@@ -32,10 +32,11 @@ const WARM: &[&str] = &["--mode", "warm"];
 
 /// Reads its job from the worker's socket, or from stdin if there is none.
 const PYTHON: &str = r#"
-import json, os, socket, sys
+import json, os, sys
 if "ZIZQ_SOCKET" not in os.environ:
     json.load(sys.stdin)
     sys.exit()
+import socket
 server = socket.socket(socket.AF_UNIX)
 server.connect(os.environ["ZIZQ_SOCKET"])
 wire = server.makefile("rwb")
@@ -61,8 +62,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     let mut targets = speed_targets(&rows);
     let spawned = before_and_after(bench)?;
     targets.extend(spawned_targets(&spawned));
-    rows.extend(spawned);
-    let mut lines = Vec::new();
+    let mut lines: Vec<Line> = spawned.iter().filter_map(spawned_line).collect();
     for measure in [latency, memory] {
         let (more_lines, target) = measure(bench)?;
         lines.extend(more_lines);
@@ -144,6 +144,13 @@ fn before_and_after(bench: &Bench) -> Result<Vec<Row>> {
     let handler = vec!["/bin/true".to_owned()];
     let contest = Contest { handler, at_once: 4, jobs: bench.scaled(2000), payload_bytes: PAYLOAD_BYTES };
     compete_among(bench, &workers, &contest, "spawned /bin/true")
+}
+
+fn spawned_line(row: &Row) -> Option<Line> {
+    let speed = row.spread(|sample| Some(sample.jobs_per_second))?.median;
+    let own = row.spread(|sample| sample.own_cpu)?.median;
+    let text = format!("spawned /bin/true, {} at once: {speed:.0} jobs/s, {own:.3} ms of own CPU per job", row.at_once);
+    Some(Line::new(&row.contender, text))
 }
 
 fn spawned_targets(rows: &[Row]) -> Vec<Target> {
