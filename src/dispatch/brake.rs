@@ -74,6 +74,8 @@ struct Pace {
     not_before: Option<Instant>,
     /// When the last failure was counted.
     failed_at: Option<Instant>,
+    /// Whether processes of it run, and the failure is that they end without having done a job.
+    runs: bool,
 }
 
 impl Brake {
@@ -89,6 +91,11 @@ impl Brake {
     /// Whether the handler could not be started when that was last tried.
     pub(super) fn is_engaged(&self) -> bool {
         self.engaged.load(Ordering::Acquire)
+    }
+
+    /// Whether no process of the handler could be started when that was last tried.
+    pub(super) fn holds_starts_that_fail(&self) -> bool {
+        self.is_engaged() && !self.pace().runs
     }
 
     /// When the pause after the last failed start ends. `None` while a start is under way.
@@ -152,7 +159,10 @@ impl Brake {
             Tried::Runs(started) => {
                 match self.proof {
                     Proof::Start => self.release(),
-                    Proof::Job => self.pause(),
+                    Proof::Job => {
+                        self.pace().runs = true;
+                        self.pause();
+                    }
                 }
                 Ok(started)
             }
@@ -167,26 +177,31 @@ impl Brake {
         }
     }
 
-    /// Notes that the handler cannot be started, or has ended before it has shown that it works.
+    /// Notes that the handler cannot be started.
     pub(super) fn failed(&self, error: &io::Error) {
-        {
-            let mut pace = self.pace();
-            pace.delay = (pace.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
-            pace.failed_at = Some(Instant::now());
-        }
-        self.pause();
-        if !self.engaged.swap(true, Ordering::AcqRel) {
+        if self.count_failure(false) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
         }
     }
 
     /// Notes that a process has ended before it has shown that the handler works. Of processes that ran side by side, the first
     /// one counts: otherwise one crash of each would make the pause the longest.
-    pub(super) fn crashed(&self, started: Instant, error: &io::Error) {
+    pub(super) fn crashed(&self, started: Instant, error: &str) {
         let is_counted = self.pace().failed_at.is_some_and(|failed_at| started <= failed_at);
-        if !is_counted {
-            self.failed(error);
+        if !is_counted && self.count_failure(true) {
+            error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
         }
+    }
+
+    /// Returns whether this failure is the first one.
+    fn count_failure(&self, runs: bool) -> bool {
+        {
+            let mut pace = self.pace();
+            pace.delay = (pace.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
+            (pace.failed_at, pace.runs) = (Some(Instant::now()), runs);
+        }
+        self.pause();
+        !self.engaged.swap(true, Ordering::AcqRel)
     }
 
     fn pause(&self) {

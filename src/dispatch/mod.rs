@@ -280,7 +280,7 @@ impl ExecDispatcher {
         let (ended, proof) = busy.run(task.job, task.lifecycle).await;
         match proof {
             warm::Proof::Works => route.brake.release(),
-            warm::Proof::Crashed(why) => route.brake.crashed(started, &io::Error::other(why)),
+            warm::Proof::Crashed(why) => route.brake.crashed(started, &why),
             // A job that ends its readers is not handed out for ever.
             warm::Proof::Unread if !std::mem::replace(&mut task.was_unread, true) => return Tried::Again(None),
             warm::Proof::Unread | warm::Proof::None => {}
@@ -296,28 +296,28 @@ impl ExecDispatcher {
         task: &mut Task<'_>,
         fault: Option<io::Error>,
     ) -> Result<Busy, Tried> {
-        let Task { lifecycle, routes, .. } = task;
         let cut_short = async |why| Tried::not_started(route, NotStarted::CutShort(why)).await;
         let waiting = async { pool.process_or_slot(pool.place().await).await };
         let found = tokio::select! {
             biased;
             found = waiting => found,
-            why = killed_or_replaced(lifecycle, routes) => return Err(cut_short(why).await),
+            why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
         };
         let (place, slot) = match found {
             Ok(busy) => return Ok(busy),
             Err(to_be_started) => to_be_started,
         };
         let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
+        let lifecycle = task.lifecycle;
         let start = || pool.start(self.results.socket(), &slot, lifecycle, spawn);
-        let starting = match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
+        let starting = match route.brake.start(fault, stopped_or_replaced(lifecycle, &mut task.routes), start).await {
             Ok(starting) => starting,
             Err(why) => return Err(Tried::not_started(route, why).await),
         };
         let connected = tokio::select! {
             biased;
             connected = starting.begun() => connected,
-            why = killed_or_replaced(lifecycle, routes) => return Err(cut_short(why).await),
+            why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
         };
         match connected {
             Ok(()) => starting.busy(place).ok_or(Tried::Again(None)),
@@ -421,11 +421,20 @@ async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver
 }
 
 /// A job that waits for a process while others have all of them has as much time as the drain has.
-async fn killed_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver<Arc<Routes>>) -> Cut {
-    tokio::select! {
-        biased;
-        () = lifecycle.reached(Phase::Killing) => Cut::Stopping,
-        _ = routes.changed() => Cut::Replaced,
+/// A reload that leaves the handler as it was does not cut that short.
+async fn killed_or_replaced(route: &Route, task: &mut Task<'_>) -> Cut {
+    let Task { job, lifecycle, routes, .. } = task;
+    loop {
+        tokio::select! {
+            biased;
+            () = lifecycle.reached(Phase::Killing) => return Cut::Stopping,
+            _ = routes.changed() => {
+                let routes = routes.borrow_and_update();
+                if !routes.find(&job.job_type).is_some_and(|found| std::ptr::eq(&**found, route)) {
+                    return Cut::Replaced;
+                }
+            }
+        }
     }
 }
 

@@ -75,7 +75,7 @@ impl Route {
     /// a failed start has the file looked at, and goes by the look before.
     fn is_broken(&self) -> bool {
         if !self.brake.is_engaged() || self.pool.is_some() {
-            return self.brake.is_engaged();
+            return self.brake.holds_starts_that_fail();
         }
         let pause_end = self.brake.pause_end().filter(|end| *end <= Instant::now());
         // Without an end of the pause, a start is under way, which will tell more than the file does.

@@ -95,6 +95,16 @@ impl Resident {
         terminate(&self.group, grace, skip_grace, give_up).await
     }
 
+    /// Kills the group, and waits for the leader's end or for `give_up`.
+    pub(crate) async fn kill(&self, give_up: impl Future<Output = ()>) -> Termination {
+        let may_signal = self.group.may_signal_leader();
+        match (self.group.kill(give_up).await, may_signal) {
+            (true, true) => Termination::Stopped,
+            (true, false) => Termination::Denied,
+            (false, _) => Termination::GivenUp,
+        }
+    }
+
     /// Reads the rest of the output, kills what is left of the group, and reaps the leader, which has exited.
     ///
     /// # Errors

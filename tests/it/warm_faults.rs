@@ -218,7 +218,7 @@ fn bad(code: &str) -> String {
 }
 
 /// Of a thousand jobs, a handler that is broken at first fails no more than that many. The others are done once it is good.
-fn burns_at_most(few: u64, before: &str, code: &str, error_type: &str) -> Value {
+fn burns_at_most(few: u64, before: &str, code: &str, error_type: &str, log: &str) -> Value {
     let warm = Warm::with(before, "", |daemon| daemon.threads(4));
     let ids = warm.enqueue_many(1000, code);
     let failed = warm.running.wait_for_messages(4, "job failed");
@@ -231,7 +231,7 @@ fn burns_at_most(few: u64, before: &str, code: &str, error_type: &str) -> Value 
     assert!(errors.iter().all(|error| error["error_type"] == error_type), "{errors:?}");
     let finished = warm.stop();
     assert_eq!(finished.all("job completed").len(), 1000 - errors.len());
-    assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 1);
+    assert_eq!(finished.all(&format!("handler {log}, its jobs are slowed down")).len(), 1);
     assert!(finished.has("handler can be started again"));
     assert!(failed.len() < 10);
     errors[0].clone()
@@ -240,15 +240,28 @@ fn burns_at_most(few: u64, before: &str, code: &str, error_type: &str) -> Value 
 #[test]
 fn a_handler_that_never_connects_burns_few_attempts() {
     let before = bad("sys.exit('no module named bank')");
-    let error = burns_at_most(5, &before, "", "StartError");
+    let error = burns_at_most(5, &before, "", "StartError", "cannot be started");
     let message = "handle.py exited with status 1 before it connected to ZIZQ_SOCKET: no module named bank";
     assert_eq!(error["message"], message);
 }
 
 #[test]
 fn a_crash_loop_burns_few_attempts() {
-    let error = burns_at_most(8, "", &bad("os._exit(7)"), "ExitStatus");
+    let error = burns_at_most(8, "", &bad("os._exit(7)"), "ExitStatus", "ends before it has done a job");
     assert_eq!(error["message"], "handle.py exited with status 7");
+}
+
+#[test]
+fn a_reload_does_not_interrupt_a_start() {
+    let warm = Warm::with("time.sleep(1)", "", |daemon| daemon);
+    warm.enqueue_many(1, "");
+    for _ in 0..8 {
+        std::thread::sleep(Duration::from_millis(250));
+        warm.running.signal(Signal::HUP);
+    }
+    eventually("the job done", || (warm.server.count("ready,in_flight") == 0).then_some(()));
+    let finished = warm.stop();
+    assert_eq!(finished.all("handler process started").len(), 1);
 }
 
 /// Each worker loop starts a process before the first of them crashes.

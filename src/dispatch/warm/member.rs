@@ -2,7 +2,6 @@
 
 use std::io;
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -79,7 +78,6 @@ pub(super) struct Member {
     /// Alive until the keeper ends the process.
     resident: Weak<Resident>,
     work: Mutex<Work>,
-    has_succeeded: AtomicBool,
     stop: watch::Sender<Stop>,
     end: watch::Sender<Option<Arc<End>>>,
 }
@@ -150,14 +148,6 @@ impl Member {
         work.jobs += 1;
         (work.doing, work.job, work.span) = (Doing::Idle, None, self.span.clone());
         std::mem::take(&mut work.tail)
-    }
-
-    pub(super) fn succeeded(&self) -> bool {
-        !self.has_succeeded.swap(true, Ordering::Relaxed)
-    }
-
-    pub(super) fn has_succeeded(&self) -> bool {
-        self.has_succeeded.load(Ordering::Relaxed)
     }
 
     /// Sends it a signal that only tells it something.
@@ -248,7 +238,6 @@ pub(super) fn keep(pool: &Arc<Pool>, resident: Resident, newborn: Newborn, lifec
         span,
         resident: Arc::downgrade(&resident),
         work: Mutex::new(work),
-        has_succeeded: AtomicBool::new(false),
         stop: watch::Sender::new(Stop::Keep),
         end: watch::Sender::new(None),
     });
@@ -308,7 +297,7 @@ impl Keeper {
                 Stop::Keep => {}
                 Stop::Retire => drop(patience.get_or_insert_with(|| Box::pin(sleep(grace)))),
                 Stop::Terminate => return self.terminate(resident, grace).await,
-                Stop::Kill => return self.terminate(resident, Duration::ZERO).await,
+                Stop::Kill => return Some(resident.kill(last_wait(&self.lifecycle)).await),
             }
             let impatient = async {
                 match &mut patience {

@@ -155,6 +155,8 @@ pub(super) struct Pool {
     /// Why the processes ended whose places have not been taken by others.
     vacancies: Mutex<VecDeque<&'static str>>,
     has_warned: AtomicBool,
+    /// When a job last succeeded.
+    last_success: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug)]
@@ -197,11 +199,21 @@ impl Pool {
             generation: AtomicU64::new(0),
             vacancies: Mutex::default(),
             has_warned: AtomicBool::new(false),
+            last_success: Mutex::default(),
         })
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn last_success(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.last_success.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a process of the handler has done a job since that one was started.
+    fn has_worked_since(&self, member: &Member) -> bool {
+        self.last_success().is_some_and(|success| success >= member.started)
     }
 
     /// Waits for a place among the jobs that may have a process.
@@ -387,8 +399,11 @@ impl Pool {
         lifecycle: &Lifecycle,
         spawn: impl FnOnce(&PathBuf) -> io::Result<Resident>,
     ) -> io::Result<Starting> {
-        // A path that is too long would be taken for a fault of the job.
-        let listener = UnixListener::bind(&socket).map_err(|error| io::Error::other(format!("its socket: {error}")))?;
+        let listener = UnixListener::bind(&socket).map_err(|error| match error.raw_os_error() {
+            Some(_) => error,
+            // A path that is too long would be taken for a fault of the job.
+            None => io::Error::other(format!("its socket: {error}")),
+        })?;
         let socket = Socket(socket);
         let resident = spawn(&socket.0)?;
         let vacancy = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
@@ -556,7 +571,7 @@ impl Busy {
         if is_unread && ended.outcome != Outcome::Interrupted {
             return (ended, Proof::Unread);
         }
-        let is_crash = !self.member.has_succeeded() && matches!(ended.outcome, Outcome::Failure(_));
+        let is_crash = !self.pool.has_worked_since(&self.member) && matches!(ended.outcome, Outcome::Failure(_));
         let proof = match &ended.outcome {
             Outcome::Failure(failure) if is_crash => Proof::Crashed(failure.message.clone()),
             _ => Proof::None,
@@ -611,7 +626,7 @@ impl Busy {
         let usage = used.map(|cpu| Usage { cpu, max_rss: self.member.peak_memory().unwrap_or_default() });
         let outcome = match reply.failure {
             None => {
-                self.member.succeeded();
+                *self.pool.last_success() = Some(Instant::now());
                 Outcome::Success
             }
             Some(verdict) => Outcome::Failure(self.failure_of(verdict, &stderr)),
