@@ -4,14 +4,14 @@ use std::fs;
 
 use rustix::process::Pid;
 
-/// What it has resident, in bytes.
+/// Reads how much memory it has resident, in bytes.
 pub(super) fn resident(process: Pid) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{}/statm", process.as_raw_nonzero())).ok()?;
     let pages: u64 = text.split_ascii_whitespace().nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// The most that it has had resident, in bytes.
+/// Reads how much memory it has had resident at most, in bytes.
 pub(super) fn peak(process: Pid) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{}/status", process.as_raw_nonzero())).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

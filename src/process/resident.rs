@@ -111,7 +111,7 @@ impl Resident {
     /// When the leader never became its program: why it did not.
     pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<Ended> {
         let Self { group, stdout, stderr } = self;
-        // What is left of the group holds the pipes no longer then. What has left the group may.
+        // The rest of the group would hold the pipes open. A process that has left the group may still hold them.
         group.signal(Signal::KILL);
         let read = async |output: &Option<SharedOutput>, channel| {
             if let Some(output) = output {
@@ -119,7 +119,7 @@ impl Resident {
             }
         };
         let rest = async { tokio::join!(read(&stdout, Channel::Stdout), read(&stderr, Channel::Stderr)) };
-        // What comes later is of a process that lives on.
+        // Later output is of a process that lives on.
         let _ = timeout(OUTPUT_GRACE, rest).await;
         group.end().await
     }

@@ -25,7 +25,7 @@ const CPU_AGE: Duration = Duration::from_millis(1);
 /// How old the peak of a process's memory may be in the log: to read it costs more than to run a job.
 const PEAK_AGE: Duration = Duration::from_secs(1);
 
-/// What a process is asked to do. Later ones are greater, and none is taken back.
+/// The end that a process is asked for. Later values are greater, and no request is taken back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Stop {
     Keep,
@@ -37,7 +37,7 @@ pub(super) enum Stop {
     Kill,
 }
 
-/// What a process is at, in the order of [`PROCESS_STATES`].
+/// The state of a process, in the order of [`PROCESS_STATES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Doing {
     Starting,
@@ -202,7 +202,7 @@ impl Member {
     }
 }
 
-/// What a process begins with.
+/// The number, the limits and the slot of a new process.
 pub(super) struct Newborn {
     pub(super) number: u64,
     pub(super) generation: u64,

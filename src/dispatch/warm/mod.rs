@@ -105,7 +105,7 @@ impl Processes {
         self.stop_all(Stop::Kill);
     }
 
-    /// What each process is at.
+    /// Describes each process.
     pub(super) fn list(&self) -> Vec<HandlerProcess> {
         let all: Vec<_> = self.members().values().cloned().collect();
         let described = all.iter().map(|(pool, member)| {
@@ -286,7 +286,7 @@ impl Pool {
         vacancies.truncate(self.slots.capacity());
     }
 
-    /// Ends each process as soon as it is idle: the next ones run what is there by then.
+    /// Ends each process as soon as it is idle. The processes after it run the handler's new code.
     pub(super) fn renew(&self) {
         self.generation.fetch_add(1, Ordering::Relaxed);
         let idle = std::mem::take(&mut *self.idle());
@@ -528,7 +528,7 @@ impl fmt::Display for StartError {
 
 impl std::error::Error for StartError {}
 
-/// What has come of a job.
+/// How an exchange with a process has ended.
 enum Came {
     Replied(Reply),
     Broke(NoReply),
@@ -536,7 +536,7 @@ enum Came {
     Ended,
 }
 
-/// What a job leaves its pool to say of the handler.
+/// Whether a job has shown that the handler works.
 pub(super) enum Proof {
     /// The handler works.
     Works,

@@ -24,7 +24,7 @@ const READ_BYTES: usize = 4096;
 /// U+2028 and U+2029 in UTF-8, but for the last byte. Node's readline takes them for the ends of lines.
 const SEPARATOR: &[u8] = b"\xe2\x80";
 
-/// What a process says of its job.
+/// A process's word on its job.
 #[derive(Debug, PartialEq)]
 pub(super) struct Reply {
     /// Nothing if the job is done.
