@@ -1,17 +1,14 @@
 //! [`Resident`]: a child that does one task after another. Who has it says when it ends.
 
 use std::io;
-use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::birth::Birth;
 use super::group::{Ended, Group};
 use super::memory;
 use super::output::{SharedOutput, read_present};
-use super::{Channel, OUTPUT_GRACE, Signal, Start, Termination, clock, open_output, open_stdin, spawn, terminate};
+use super::{Channel, OUTPUT_GRACE, Process, Signal, Start, Termination, clock, terminate};
 
 /// A running process and our ends of its output. Dropped before its end, it is killed with its group.
 #[derive(Debug)]
@@ -27,14 +24,7 @@ impl Resident {
     /// # Errors
     /// When the system makes no process: its word for why.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
-        let (stdin, _) = open_stdin(start.input)?;
-        let (stdout, their_stdout) = open_output(start.output, false)?;
-        let (stderr, their_stderr) = open_output(start.output, false)?;
-        let stdio =
-            [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
-        let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
-        let leader = start.children.start(|| spawn::spawn(birth), |leader| leader.id)?;
-        let group = Group::of(leader, start.children.clone());
+        let Process { group, stdout, stderr, .. } = Process::spawn(start)?;
         Ok(Self { group, stdout: stdout.map(SharedOutput::of), stderr: stderr.map(SharedOutput::of) })
     }
 

@@ -1,0 +1,97 @@
+//! [`Processes`]: all warm processes of one dispatcher, whatever their pools.
+
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio_util::task::TaskTracker;
+
+use super::Pool;
+use super::member::{Member, Stop};
+use crate::dispatch::{HandlerProcess, ProcessStarts};
+use crate::lifecycle::{Lifecycle, Phase};
+
+/// Processes and their pools, by number.
+pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
+
+/// All warm processes of one dispatcher.
+#[derive(Debug, Default)]
+pub(in crate::dispatch) struct Processes {
+    members: Mutex<Members>,
+    pub(super) next: AtomicU64,
+    /// The keepers. All of them have ended once all processes have.
+    pub(super) tasks: TaskTracker,
+    starts: Mutex<BTreeMap<(String, &'static str), u64>>,
+}
+
+impl Processes {
+    pub(super) fn members(&self) -> MutexGuard<'_, Members> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn join(&self, pool: &Arc<Pool>, member: &Arc<Member>) {
+        self.members().insert(member.number, (Arc::clone(pool), Arc::clone(member)));
+    }
+
+    pub(super) fn count_start(&self, handler: &str, reason: &'static str) {
+        let mut starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        *starts.entry((handler.to_owned(), reason)).or_default() += 1;
+    }
+
+    /// Ends all processes, and waits until they and their groups are gone. No job runs any more.
+    pub(in crate::dispatch) async fn finish(&self, lifecycle: &Lifecycle) {
+        self.stop_all(Stop::Retire);
+        self.tasks.close();
+        let mut gone = pin!(self.tasks.wait());
+        tokio::select! {
+            biased;
+            () = &mut gone => return,
+            () = lifecycle.reached(Phase::Killing) => self.stop_all(Stop::Terminate),
+        }
+        gone.await;
+    }
+
+    pub(super) fn stop_all(&self, stop: Stop) {
+        let all: Vec<_> = self.members().values().cloned().collect();
+        for (pool, member) in all {
+            pool.forget_idle(&member);
+            member.stop(stop);
+        }
+    }
+
+    /// Kills all of them, and waits for none.
+    pub(in crate::dispatch) fn kill(&self) {
+        self.stop_all(Stop::Kill);
+    }
+
+    /// Describes each process.
+    pub(in crate::dispatch) fn list(&self) -> Vec<HandlerProcess> {
+        let all: Vec<_> = self.members().values().cloned().collect();
+        let described = all.iter().map(|(pool, member)| {
+            let memory_bytes = member.memory();
+            let work = member.work();
+            HandlerProcess {
+                handler: pool.name.clone(),
+                pid: member.pid,
+                state: work.doing.name(),
+                jobs: work.jobs,
+                age_seconds: member.started.elapsed().as_secs_f64(),
+                memory_bytes,
+                job: work.job.as_ref().map(ToString::to_string),
+            }
+        });
+        described.collect()
+    }
+
+    /// How many processes were started, by handler and reason.
+    pub(in crate::dispatch) fn starts(&self) -> Vec<ProcessStarts> {
+        let starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = |((handler, reason), count): (&(String, &'static str), &u64)| ProcessStarts {
+            handler: handler.clone(),
+            reason,
+            count: *count,
+        };
+        starts.iter().map(count).collect()
+    }
+}
