@@ -147,19 +147,11 @@ extern "C" fn leave(trace: *mut c_void) -> c_int {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
 
     #[test]
-    fn both_ways_work_here_and_a_trial_takes_no_time() {
-        let took = || {
-            let begun = Instant::now();
-            assert!(matches!(Trial::of_this_machine(), Trial::Usual));
-            try_start(Way::Copying).unwrap();
-            begun.elapsed()
-        };
-        // The machine may be busy for a moment.
-        assert!((0..50).map(|_| took()).min().unwrap() < Duration::from_millis(5));
+    fn both_ways_work_here() {
+        assert!(matches!(Trial::of_this_machine(), Trial::Usual));
+        try_start(Way::Copying).unwrap();
     }
 }
