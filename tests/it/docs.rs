@@ -1,7 +1,7 @@
-//! The README is the one page that a user needs, and it does not lie.
+//! The README and the pages in `docs/` agree with the code, and their links lead somewhere.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use zizq_worker::cli;
 
@@ -9,13 +9,20 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn readme() -> String {
-    fs::read_to_string(root().join("README.md")).unwrap()
+fn page(name: &str) -> String {
+    fs::read_to_string(root().join("docs").join(name)).unwrap()
 }
 
-/// The section under that heading, up to the next of its kind.
-fn section(heading: &str) -> String {
-    let text = readme();
+/// Every page that a user reads: those at the root, and those in `docs/`.
+fn pages() -> Vec<PathBuf> {
+    let found = [root(), &root().join("docs")].map(|directory| fs::read_dir(directory).unwrap());
+    let paths = found.into_iter().flatten().map(|entry| entry.unwrap().path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect()
+}
+
+/// The section of a page under that heading, up to the next heading of the same level.
+fn section(name: &str, heading: &str) -> String {
+    let text = page(name);
     let start = text.find(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("no {heading}")) + heading.len() + 2;
     let level = heading.split(' ').next().unwrap();
     let end = text[start..].find(&format!("\n{level} ")).map_or(text.len(), |end| start + end);
@@ -35,8 +42,8 @@ fn plain(text: &str) -> String {
 }
 
 #[test]
-fn the_table_of_settings_is_what_help_says() {
-    let table = rows(&section("## Settings"));
+fn the_table_of_settings_matches_help() {
+    let table = rows(&page("configuration.md"));
     let command = cli::command();
     let settings = command.get_arguments().filter(|arg| arg.get_env().is_some());
     let mut count = 0;
@@ -60,32 +67,59 @@ fn the_table_of_settings_is_what_help_says() {
 }
 
 #[test]
-fn the_files_that_it_links_to_are_there() {
-    let text = readme();
-    let targets: Vec<&str> = text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap()).collect();
-    assert!(targets.len() > 15, "{targets:?}");
-    for target in targets.iter().filter(|target| !target.starts_with("http")) {
-        match target.strip_prefix('#') {
-            Some(anchor) => {
-                let headings = text.lines().filter(|line| line.starts_with('#'));
-                let mut anchors = headings.map(|line| {
-                    let title = line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
-                    title.replace([',', '?', '`', '\''], "")
-                });
-                assert!(anchors.any(|found| found == anchor), "no heading for #{anchor}");
-            }
-            None => assert!(root().join(target).exists(), "{target}"),
-        }
+fn the_readme_fits_into_200_lines() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    assert!(readme.lines().count() <= 200, "{} lines", readme.lines().count());
+}
+
+#[test]
+fn the_readme_links_to_every_page() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for page in pages() {
+        let name = page.strip_prefix(root()).unwrap().display().to_string();
+        assert!(
+            ["README.md", "CHANGELOG.md"].contains(&name.as_str()) || readme.contains(&format!("({name})")),
+            "{name}"
+        );
     }
 }
 
 #[test]
-fn the_messages_that_it_explains_are_those_of_the_log() {
+fn each_link_leads_to_a_file_or_a_heading() {
+    let mut count = 0;
+    for page in pages() {
+        let text = fs::read_to_string(&page).unwrap();
+        for target in text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap()) {
+            if !target.starts_with("http") {
+                assert!(leads_somewhere(&page, target), "{}: {target}", page.display());
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 40, "{count}");
+}
+
+fn leads_somewhere(page: &Path, target: &str) -> bool {
+    let (file, anchor) = target.split_once('#').map_or((target, None), |(file, anchor)| (file, Some(anchor)));
+    let file = if file.is_empty() { page.to_owned() } else { page.parent().unwrap().join(file) };
+    file.exists()
+        && anchor.is_none_or(|anchor| anchors(&fs::read_to_string(&file).unwrap()).contains(&anchor.to_owned()))
+}
+
+/// The anchors that a page's headings get where it is rendered.
+fn anchors(text: &str) -> Vec<String> {
+    let headings = text.lines().filter(|line| line.starts_with('#'));
+    let titles = headings.map(|line| line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-"));
+    titles.map(|title| title.replace([',', '?', '`', '\'', '.', ':', '(', ')'], "")).collect()
+}
+
+#[test]
+fn the_explained_log_messages_exist() {
     let mut sources = String::new();
     for entry in walk(&root().join("src")) {
         sources.push_str(&fs::read_to_string(entry).unwrap());
     }
-    let table = rows(&section("## What the log says"));
+    let table = rows(&page("log-messages.md"));
     assert!(table.len() > 15, "{table:?}");
     for row in &table[1..] {
         for message in row[0].split("`").skip(1).step_by(2) {
@@ -95,14 +129,14 @@ fn the_messages_that_it_explains_are_those_of_the_log() {
     }
 }
 
-fn walk(directory: &Path) -> Vec<std::path::PathBuf> {
+fn walk(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
 }
 
 #[test]
-fn the_metrics_that_it_lists_are_all_that_there_are() {
-    let listed: Vec<String> = rows(&section("### Health and metrics"))
+fn the_listed_metrics_are_all_metrics() {
+    let listed: Vec<String> = rows(&section("operations.md", "## Health and metrics"))
         .iter()
         .flat_map(|row| row[0].split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>())
         .filter(|name| !name.starts_with("GET ") && !name.contains('…'))
