@@ -85,7 +85,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         ..WorkerConfig::default()
     };
     let lifecycle = Lifecycle::new();
-    // The first SIGTERM or Ctrl-C drains, the second kills. The other signals become requests, and nothing reads them here.
+    // The first SIGTERM or Ctrl-C drains, the second kills. Other signals become requests, and this program ignores them.
     let (requests, _) = mpsc::unbounded_channel();
     tokio::spawn(WorkerSignals::listen()?.obey(lifecycle.clone(), requests));
 
