@@ -234,7 +234,8 @@ fn the_example_runs_its_own_jobs_and_those_of_a_server() {
 fn the_page_shows_code_that_compiles() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
-    let tested = read("examples/library_worker.rs") + &read("src/client/connector.rs").replace("/// ", "");
+    let tested =
+        read("examples/library_worker.rs") + &read("src/client/connector.rs").replace("/// ", "").replace("///", "");
     let page = read("docs/library.md");
     let blocks: Vec<&str> = page.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert!(blocks.len() >= 3, "{blocks:?}");
