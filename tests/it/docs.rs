@@ -152,3 +152,17 @@ fn the_listed_metrics_are_all_metrics() {
         assert!(listed.iter().any(|found| found == name), "{name} is not listed: {listed:?}");
     }
 }
+
+#[test]
+fn the_files_that_the_architecture_names_exist() {
+    let text = page("architecture.md");
+    let named: Vec<&str> = text.split('`').filter(|word| word.starts_with("src/") || word.starts_with("tests/")).collect();
+    assert!(named.len() > 40, "{named:?}");
+    for name in named {
+        assert!(root().join(name).exists(), "{name}");
+    }
+    for name in text.split('`').filter_map(|word| word.strip_suffix("::")) {
+        let module = root().join("tests/it").join(name);
+        assert!(module.exists() || module.with_extension("rs").exists(), "{name}");
+    }
+}
