@@ -118,7 +118,7 @@ fn a_third_signal_ends_every_process_at_once() {
 }
 
 #[test]
-fn idle_processes_are_told_of_a_drain_by_the_end_of_their_socket() {
+fn a_drain_closes_the_sockets_of_idle_processes() {
     let warm = Warm::with("ignore_term()", "kill_grace = '10m'", |daemon| daemon.threads(2));
     let ids = warm.enqueue_many(2, "until('go')");
     warm.running.wait_for_lines(2, "ran");
@@ -130,7 +130,7 @@ fn idle_processes_are_told_of_a_drain_by_the_end_of_their_socket() {
 }
 
 #[test]
-fn an_idle_process_that_misses_the_end_gets_sigterm_after_the_grace() {
+fn an_idle_process_that_stays_gets_sigterm_after_the_grace() {
     let warm = Warm::start("kill_grace = '1s'");
     let code = "signal.signal(signal.SIGTERM, lambda *_: (note('heard'), os._exit(0)))";
     warm.succeed(&format!("{code}; reply(); note('reached')\nwhile True: time.sleep(0.05)"));
@@ -154,7 +154,7 @@ fn a_drain_does_what_was_taken_with_few_processes() {
 }
 
 #[test]
-fn a_busy_process_gets_the_drain_signal_and_an_idle_one_does_not() {
+fn only_a_busy_process_gets_the_drain_signal() {
     let warm = Warm::with("", "drain_signal = 'USR1'\nkill_grace = '10m'", |daemon| daemon.threads(2));
     let ids = ["until('both')", "until('both'); until('go')"].map(|code| {
         warm.enqueue(&format!("signal.signal(signal.SIGUSR1, lambda *_: note('told', os.getpid())); {code}"))
