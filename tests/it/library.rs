@@ -106,6 +106,8 @@ fn a_worker_goes_over_connections_that_the_program_supplies() {
     let config = WorkerConfig { url: "http://nowhere.invalid".parse().unwrap(), connector, ..WorkerConfig::default() };
     let lifecycle = Lifecycle::new();
     let running = run(&Arc::new(Worker::new(config, Obedient::default())), &lifecycle);
+    // The look at the server's version opens the connection of the reports. A report beside that look would open one more.
+    eventually("both connections", || (made.load(Ordering::Relaxed) == 2).then_some(()));
     let id = server.enqueue("q", "succeed", json!(null));
     server.wait_until_done(&id);
     lifecycle.stop();
