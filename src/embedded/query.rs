@@ -129,6 +129,14 @@ impl Filter {
         }
     }
 
+    /// The text of the error for statuses of jobs that no patch changes.
+    pub(super) fn check_patchable(&self) -> Result<(), String> {
+        match self.statuses.iter().find(|status| status.is_finished()) {
+            Some(status) => Err(format!("cannot patch jobs in {status:?} status")),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a job passes.
     pub(super) fn matches(&self, job: &Job) -> bool {
         let within =
