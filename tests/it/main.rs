@@ -20,6 +20,7 @@ mod dispatch;
 mod embedded;
 mod example;
 mod faults;
+mod formats;
 mod generated;
 mod groups;
 mod handlers;
