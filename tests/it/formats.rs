@@ -82,7 +82,8 @@ mod real_server {
 
 /// Sends a request and waits for the head of its answer.
 fn send(request: RequestBuilder) -> Response {
-    runtime().block_on(request.send()).unwrap()
+    // A future made outside the runtime would not find its timer.
+    runtime().block_on(async { request.send().await }).unwrap()
 }
 
 fn request(server: &Api, method: &str, path: &str) -> RequestBuilder {

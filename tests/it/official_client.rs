@@ -19,7 +19,7 @@ struct ChargeCard {
 /// Charges whoever can pay.
 const CHARGE: &str = "payload=$(cat)
 case $payload in
-    *'\"customer\":13,'*) echo 'asking the bank' >&2; echo 'card declined' >&2; exit 3 ;;
+    *'\"customer\":13}'*) echo 'asking the bank' >&2; echo 'card declined' >&2; exit 3 ;;
 esac
 echo \"$payload\" >> $DIR/charged";
 
@@ -49,7 +49,7 @@ fn jobs_enqueued_singly_are_run_and_their_errors_can_be_read_back() {
     let gone = runtime().block_on(client.get_job(&good.id));
     assert!(matches!(gone, Err(ZizqError::Response { status: 404, .. })), "{gone:?}");
     daemon.sigterm();
-    assert_eq!(daemon.assert_exit(0).read("charged"), "{\"customer\":1,\"cents\":4200}\n");
+    assert_eq!(daemon.assert_exit(0).read("charged"), "{\"cents\":4200,\"customer\":1}\n");
 }
 
 #[test]
