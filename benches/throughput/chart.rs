@@ -41,6 +41,11 @@ pub(crate) fn draw(path: &Path, parts: &[(Part, &[Row])]) -> Result<()> {
     Ok(root.present()?)
 }
 
+/// Says whether the parts have a row for every panel.
+pub(crate) fn is_complete(parts: &[(Part, &[Row])]) -> bool {
+    panels(parts).len() == 4
+}
+
 fn panels<'a>(parts: &[(Part, &'a [Row])]) -> Vec<Panel<'a>> {
     let rows = |wanted| parts.iter().find(|(part, _)| *part == wanted).map(|(_, rows)| *rows).unwrap_or_default();
     let width = |row: &Row| row.at_once.to_string();

@@ -15,8 +15,8 @@ cargo bench -- --rounds N      as many rounds (3)
 cargo bench -- --handler NAME  throughput of that handler alone: /bin/true, sh or python
 cargo bench -- --at-once N     throughput at that width alone
 cargo bench -- --against FILE  another build of the worker as one more contender
-cargo bench -- --save          the figures also into the README, and the chart to docs/, where it shows it; parts that are not
-                               run, or were run against another server, keep theirs
+cargo bench -- --save          the figures also into docs/performance.md, and the chart beside it; parts that are not run, or
+                               were run against another server, keep theirs
 
 ZIZQ_URL measures against that server instead of the embedded one.";
 

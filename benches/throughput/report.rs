@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::Result;
@@ -14,18 +14,16 @@ use crate::chart;
 use crate::plan::{PARTS, Part, Plan};
 use crate::sample::{Sample, Spread};
 
-/// Where the README shows the chart, and the README itself.
-const KEPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs");
-/// The file of the figures, there and beside the worker.
-const FIGURES: &str = "performance.json";
-const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+/// The committed page with the figures, and the chart that the page shows.
+const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.md");
+const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.svg");
 
-/// What is between these in the README is what the last run that was saved has printed.
+/// Marks around the figures in the page, which the last saved run of each part has written.
 const BEGIN: &str = "<!-- figures -->";
 const END: &str = "<!-- end of figures -->";
 
 /// All runs of one contender with the same handler, width and sizes.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Row {
     pub(crate) about: String,
     pub(crate) at_once: usize,
@@ -51,7 +49,7 @@ impl Row {
 }
 
 /// A finding that fits no table.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Line {
     contender: String,
     text: String,
@@ -64,7 +62,7 @@ impl Line {
 }
 
 /// What a figure should be.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Target {
     about: String,
     wanted: String,
@@ -88,7 +86,7 @@ impl Target {
 }
 
 /// What a part has found.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Section {
     pub(crate) rows: Vec<Row>,
     lines: Vec<Line>,
@@ -138,87 +136,88 @@ impl Report {
         self.sections.insert(name, section);
     }
 
-    /// The rest, to the terminal and to files.
+    /// Prints the parts that were not run, writes the files beside the worker, and saves them into the page if asked.
     pub(crate) fn write(&self, plan: &Plan) -> Result<()> {
-        println!("\n{}", conclusion(&self.sections));
-        self.write_to(&beside_the_worker(), &self.sections)?;
+        println!("{}", not_run(&self.sections));
+        let dir = beside_the_worker();
+        fs::create_dir_all(&dir)?;
+        let figures = dir.join("performance.json");
+        fs::write(&figures, serde_json::to_string_pretty(&self.json())?)?;
+        self.draw_chart(&dir.join("performance.svg"))?;
+        println!("written: {}, and performance.svg", figures.display());
         if plan.save {
-            let kept = self.with_those_kept()?;
-            self.write_to(Path::new(KEPT), &kept)?;
-            write_into_readme(&kept)?;
+            self.save()?;
         }
         Ok(())
     }
 
-    /// Adds the sections of earlier runs that this run has none for.
-    fn with_those_kept(&self) -> Result<Sections> {
-        let file = Path::new(KEPT).join(FIGURES);
-        let kept: Kept = serde_json::from_str(&fs::read_to_string(file)?)?;
-        let mut sections = kept.parts;
-        sections.extend(self.sections.clone());
-        Ok(sections)
-    }
-
-    fn write_to(&self, dir: &Path, sections: &Sections) -> Result<()> {
-        fs::create_dir_all(dir)?;
-        let (figures, picture) = (dir.join(FIGURES), dir.join("performance.svg"));
-        fs::write(&figures, serde_json::to_string_pretty(&self.json(sections))?)?;
-        let rows: Vec<_> = in_order(sections).map(|(name, part, section)| (name, part, &section.rows[..])).collect();
-        let embedded: Vec<_> = rows.iter().filter(|(name, part, _)| *name == part.name()).collect();
-        chart::draw(&picture, &embedded.iter().map(|(_, part, rows)| (*part, *rows)).collect::<Vec<_>>())?;
-        println!("written: {} and {}", figures.display(), picture.display());
+    /// Replaces the parts of this run in the page, and the chart if this run has measured all of it.
+    fn save(&self) -> Result<()> {
+        let page = fs::read_to_string(PAGE)?;
+        let missing = "the page has no place for the figures";
+        let (before, rest) = page.split_once(BEGIN).ok_or(missing)?;
+        let (kept, after) = rest.split_once(END).ok_or(missing)?;
+        let mut blocks = blocks(kept);
+        blocks
+            .extend(in_order(&self.sections).map(|(name, part, section)| (name.to_owned(), text(name, part, section))));
+        let parts: String = names().filter_map(|(_, name)| Some(blocks.remove(&name)? + "\n")).collect();
+        fs::write(PAGE, format!("{before}{BEGIN}\n{parts}{END}{after}"))?;
+        if chart::is_complete(&self.drawn()) {
+            self.draw_chart(Path::new(CHART))?;
+        }
         Ok(())
     }
 
-    fn json(&self, sections: &Sections) -> serde_json::Value {
+    fn draw_chart(&self, picture: &Path) -> Result<()> {
+        chart::draw(picture, &self.drawn())
+    }
+
+    /// Returns the rows of the embedded server's parts.
+    fn drawn(&self) -> Vec<(Part, &[Row])> {
+        let embedded = in_order(&self.sections).filter(|(name, part, _)| *name == part.name());
+        embedded.map(|(_, part, section)| (part, &section.rows[..])).collect()
+    }
+
+    fn json(&self) -> serde_json::Value {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
-        json!({ "cores": cores, "rounds": self.rounds, "parts": sections, "not_run": not_run(sections) })
+        json!({ "cores": cores, "rounds": self.rounds, "parts": self.sections })
     }
 }
 
-/// The sections of the figures that are beside the README.
-#[derive(Deserialize)]
-struct Kept {
-    parts: Sections,
+/// Reads the parts of the page, by their names.
+fn blocks(figures: &str) -> BTreeMap<String, String> {
+    let blocks = figures.split("\n**").filter_map(|block| {
+        let (name, _) = block.split_once("**")?;
+        Some((name.to_owned(), format!("**{}\n", block.trim_end())))
+    });
+    blocks.collect()
+}
+
+/// Returns every part with its name for each server, in the order of the page.
+fn names() -> impl Iterator<Item = (Part, String)> {
+    let names = PARTS.into_iter().flat_map(|part| [EMBEDDED, GIVEN].map(|server| (part, server)));
+    names.map(|(part, server)| (part, format!("{}{server}", part.name())))
 }
 
 fn in_order(sections: &Sections) -> impl Iterator<Item = (&str, Part, &Section)> {
-    let names = PARTS.into_iter().flat_map(|part| [EMBEDDED, GIVEN].map(|server| (part, server)));
-    names.filter_map(|(part, server)| {
-        let (name, section) = sections.get_key_value(&format!("{}{server}", part.name()))?;
+    names().filter_map(|(part, name)| {
+        let (name, section) = sections.get_key_value(&name)?;
         Some((name.as_str(), part, section))
     })
 }
 
-fn not_run(sections: &Sections) -> Vec<&'static str> {
+fn not_run(sections: &Sections) -> String {
     let run: Vec<Part> = in_order(sections).map(|(_, part, _)| part).collect();
-    PARTS.into_iter().filter(|part| !run.contains(part)).map(Part::name).collect()
+    let names: Vec<&str> = PARTS.into_iter().filter(|part| !run.contains(part)).map(Part::name).collect();
+    if names.is_empty() { String::new() } else { format!("\nNot run: {}.", names.join(", ")) }
 }
 
-fn conclusion(sections: &Sections) -> String {
-    let not_run = not_run(sections).join(", ");
-    if not_run.is_empty() { targets(sections) } else { format!("{}\nNot run: {not_run}.\n", targets(sections)) }
-}
-
-fn write_into_readme(sections: &Sections) -> Result<()> {
-    let readme = fs::read_to_string(README)?;
-    let missing = "the README has no place for the figures";
-    let (before, rest) = readme.split_once(BEGIN).ok_or(missing)?;
-    let (_, after) = rest.split_once(END).ok_or(missing)?;
-    let parts: String = in_order(sections).map(|(name, part, section)| text(name, part, section) + "\n").collect();
-    fs::write(README, format!("{before}{BEGIN}\n{parts}{}\n{END}{after}", conclusion(sections)))?;
-    Ok(())
-}
-
-fn targets(sections: &Sections) -> String {
-    let mut text = "| target | wanted | measured | |\n| --- | --- | --- | --- |\n".to_owned();
-    for (name, part, section) in in_order(sections) {
-        let server = name.strip_prefix(part.name()).unwrap_or_default();
-        for Target { about, wanted, value, met } in &section.targets {
-            let value = value.map_or("not measured".to_owned(), |value| format!("{value:.3}"));
-            let met = met.map_or("", |met| if met { "met" } else { "missed" });
-            let _ = writeln!(text, "| {about}{server} | {wanted} | {value} | {met} |");
-        }
+fn targets(targets: &[Target]) -> String {
+    let mut text = "\n| target | wanted | measured | |\n| --- | --- | --- | --- |\n".to_owned();
+    for Target { about, wanted, value, met } in targets {
+        let value = value.map_or("not measured".to_owned(), |value| format!("{value:.3}"));
+        let met = met.map_or("", |met| if met { "met" } else { "missed" });
+        let _ = writeln!(text, "| {about} | {wanted} | {value} | {met} |");
     }
     text
 }
@@ -239,7 +238,7 @@ fn text(name: &str, part: Part, section: &Section) -> String {
     for Line { contender, text: line } in &section.lines {
         let _ = writeln!(text, "- {contender}: {line}");
     }
-    text
+    if section.targets.is_empty() { text } else { text + &targets(&section.targets) }
 }
 
 fn throughput(rows: &[Row]) -> String {

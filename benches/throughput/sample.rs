@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 /// One run of one contender. What cannot be told of a contender is not there.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Sample {
     pub(crate) jobs_per_second: f64,
     /// CPU per job, children included, in milliseconds.

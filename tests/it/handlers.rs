@@ -1,4 +1,4 @@
-//! The handlers in `config/handlers` do what the README says that they do.
+//! The handlers in `config/handlers` do what the docs say that they do.
 
 use std::fs;
 use std::path::Path;
@@ -59,14 +59,16 @@ fn wait(job: &Value, error: &Value) -> i64 {
 }
 
 #[test]
-fn the_readme_shows_them_as_they_are() {
+fn the_docs_show_them_as_they_are() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let docs =
+        ["handlers.md", "warm-handlers.md"].map(|page| fs::read_to_string(root.join("docs").join(page)).unwrap());
+    let docs = docs.concat();
     for entry in fs::read_dir(root.join("config/handlers")).unwrap() {
         let path = entry.unwrap().path();
         let (name, text) = (path.file_name().unwrap().to_str().unwrap(), fs::read_to_string(&path).unwrap());
-        let is_shown = readme.contains(&format!("\n{text}```\n"));
-        let is_linked = readme.contains(&format!("(config/handlers/{name})"));
+        let is_shown = docs.contains(&format!("\n{text}```\n"));
+        let is_linked = docs.contains(&format!("(../config/handlers/{name})"));
         // One warm handler is shown, and the others do the same in other languages.
         assert!(is_linked && (is_shown || (name.starts_with("warm.") && name != "warm.py")), "{name}");
     }
