@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use zizq::{BackoffConfig, Client, Job, JobKind, JobPatch, JobStatus, RetentionPatch, TakeStream, ZizqError};
+use zizq::{BackoffConfig, Client, Job, JobKind, JobPatch, JobStatus, RetentionPatch, TakeStream, Worker, ZizqError};
 
 use crate::support::{Api, Daemon, PATIENCE, Running, Server, runtime, unused_address};
 
@@ -99,6 +99,7 @@ cases! {
     jobs_are_enqueued_taken_and_reported
     jobs_are_listed_counted_patched_and_deleted
     a_patched_job_is_taken_as_it_is_now
+    the_clients_own_worker_runs_jobs
 }
 
 /// A worker with a server of its own, which leaves the jobs of this test alone.
@@ -228,6 +229,35 @@ async fn a_patched_job_is_taken_as_it_is_now(client: &Client, queue: &str) {
     assert_eq!(taken, ids[..2]);
     client.report_success_bulk(taken).await.unwrap();
     client.delete_all_jobs().queue([queue]).await.unwrap();
+}
+
+async fn the_clients_own_worker_runs_jobs(client: &Client, queue: &str) {
+    let good = enqueue(client, queue, 1).await;
+    let bad = enqueue(client, queue, 13).await;
+    let (seen, mut reports) = tokio::sync::mpsc::unbounded_channel();
+    let handler = move |job: Job| {
+        let seen = seen.clone();
+        async move {
+            let is_declined = job.payload.as_ref().is_some_and(|payload| payload["customer"] == 13);
+            seen.send(job.id).unwrap();
+            if is_declined { Err(std::io::Error::other("declined")) } else { Ok(()) }
+        }
+    };
+    let worker = Worker::builder().client(client.clone()).handler(handler).queues([queue]).build().unwrap();
+    let both = async {
+        let first = reports.recv().await.unwrap();
+        [first, reports.recv().await.unwrap()]
+    };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let running = tokio::spawn(worker.run(async { stopped.await.unwrap_or_default() }));
+    let seen = tokio::time::timeout(PATIENCE, both).await.expect("the jobs were not run");
+    assert_eq!(seen, [good.clone(), bad.clone()]);
+    // The end of the worker sends the reports that are still to be sent.
+    stop.send(()).unwrap();
+    running.await.unwrap().unwrap();
+    assert_eq!(status_of(client.get_job(&good).await), Some(404));
+    assert_eq!(client.get_error(&bad, 1).await.unwrap().message, "declined");
+    client.delete_job(&bad).await.unwrap();
 }
 
 #[test]
