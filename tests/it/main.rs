@@ -21,6 +21,7 @@ mod docs;
 mod embedded;
 mod example;
 mod faults;
+mod formats;
 mod generated;
 mod groups;
 mod handlers;
