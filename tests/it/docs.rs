@@ -156,7 +156,8 @@ fn the_listed_metrics_are_all_metrics() {
 #[test]
 fn the_files_that_the_architecture_names_exist() {
     let text = page("architecture.md");
-    let named: Vec<&str> = text.split('`').filter(|word| word.starts_with("src/") || word.starts_with("tests/")).collect();
+    let named: Vec<&str> =
+        text.split('`').filter(|word| word.starts_with("src/") || word.starts_with("tests/")).collect();
     assert!(named.len() > 40, "{named:?}");
     for name in named {
         assert!(root().join(name).exists(), "{name}");
