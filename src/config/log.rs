@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::ConfigError;
 use super::layers::Layers;
+use super::{ConfigError, declared};
 
 /// The settings of the log.
 #[derive(Debug, Clone, Default)]
@@ -43,12 +43,11 @@ pub enum LogFormat {
 
 impl LogConfig {
     pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
-        let file = &layers.file.table.log.0;
         Ok(Self {
             level: layers
-                .pick("log-level", &file.level, |raw| raw.one_of("log_level", &LogLevel::NAMES))?
+                .pick(&declared::LOG_LEVEL, |raw, name| raw.one_of(name, &LogLevel::NAMES))?
                 .unwrap_or_default(),
-            format: layers.pick("log-format", &file.format, |raw| raw.one_of("log_format", &LogFormat::NAMES))?,
+            format: layers.pick(&declared::LOG_FORMAT, |raw, name| raw.one_of(name, &LogFormat::NAMES))?,
             filter: layers.args.rust_log.clone(),
             no_color: layers.args.no_color,
         })
