@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -100,6 +101,11 @@ impl ClientError {
         matches!(self, Self::Refused { status, .. } if status.is_client_error())
     }
 
+    /// Whether the answer is no HTTP at all, like the alert of a port that speaks TLS.
+    fn is_no_http(&self) -> bool {
+        causes(self).any(|cause| cause.downcast_ref().is_some_and(hyper::Error::is_parse))
+    }
+
     /// The wait that the answer asks for.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -107,6 +113,21 @@ impl ClientError {
             _ => None,
         }
     }
+}
+
+/// Returns an error and its causes.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// Returns whether the peer has answered the first message of TLS with something else.
+fn is_without_tls(error: &(dyn Error + 'static)) -> bool {
+    causes(error).any(|cause| {
+        // An error of the input does not count the one that it wraps among its causes.
+        let wrapped = cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let wrapped = wrapped.and_then(|wrapped| wrapped.downcast_ref()).or_else(|| cause.downcast_ref());
+        matches!(wrapped, Some(rustls::Error::InvalidMessage(_)))
+    })
 }
 
 impl Retryable for ClientError {
@@ -122,7 +143,13 @@ impl Retryable for ClientError {
 impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Connect(error) if is_without_tls(error.as_ref()) => {
+                f.write_str("cannot connect: url is https, and the port seems to speak no TLS; try http")
+            }
             Self::Connect(_) => f.write_str("cannot connect"),
+            Self::Transport(_) | Self::Request(_) if self.is_no_http() => {
+                f.write_str("the answer is no HTTP: if url is http and the port speaks TLS, make it https")
+            }
             Self::Transport(_) | Self::Request(_) => f.write_str("the request failed"),
             Self::Answer(_) => f.write_str("the answer broke off"),
             Self::TimedOut(limit) => write!(f, "no answer within {}", humantime::format_duration(*limit)),

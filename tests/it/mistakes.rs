@@ -203,7 +203,7 @@ fn log_level_and_format_must_be_known() {
 fn rust_log_must_be_a_filter() {
     let finished = Daemon::bare().env("RUST_LOG", "zizq_worker=loud").args(["--", "true"]).run().assert_exit(USAGE);
     assert_eq!(finished.log.len(), 1);
-    let wanted = "zizq-worker: RUST_LOG: must be a filter like zizq_worker=debug (got zizq_worker=loud: ";
+    let wanted = "zizq-worker: RUST_LOG: must be a level, or a filter like zizq_worker=debug (got zizq_worker=loud: ";
     assert!(finished.log[0].starts_with(wanted), "{}", finished.log[0]);
 }
 
