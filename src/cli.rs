@@ -180,8 +180,8 @@ impl Args {
 /// The beginning of the name of each setting's variable.
 const PREFIX: &str = "ZIZQ_";
 
-/// The least likeness (0 to 1) of names of which one is a slip of the other; clap has the same for flags.
-const MIN_LIKENESS: f64 = 0.7;
+/// The least likeness (0 to 1) of names of which one is a slip of the other; below it, short names are like any other.
+const MIN_LIKENESS: f64 = 0.8;
 
 /// The environment variable of a setting.
 fn variable(name: &str) -> String {

@@ -122,12 +122,15 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
 
 /// Returns whether the peer has answered the first message of TLS with something else.
 fn is_without_tls(error: &(dyn Error + 'static)) -> bool {
-    causes(error).any(|cause| {
-        // An error of the input does not count the one that it wraps among its causes.
-        let wrapped = cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        let wrapped = wrapped.and_then(|wrapped| wrapped.downcast_ref()).or_else(|| cause.downcast_ref());
-        matches!(wrapped, Some(rustls::Error::InvalidMessage(_)))
-    })
+    matches!(tls_error(error), Some(rustls::Error::InvalidMessage(_)))
+}
+
+/// Finds the error of TLS. An `io::Error` does not count the error that it wraps among its causes.
+fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    if let Some(outer) = error.downcast_ref::<io::Error>() {
+        return tls_error(outer.get_ref()?);
+    }
+    error.downcast_ref().or_else(|| tls_error(error.source()?))
 }
 
 impl Retryable for ClientError {

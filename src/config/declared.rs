@@ -377,7 +377,7 @@ declare! {
         shown: Shown::Variables,
         reload: Reload::AtOnce,
         comment: "A value is a string, or { file = \"PATH\" } for the contents of a file without the newline at the end, like a credential of systemd or a secret of Kubernetes. The file is read at the start and at each reload.",
-        example: Example::Other("{ MAIL_HOST = \"smtp.example.org\", TOKEN = { file = \"/run/credentials/zizq-worker.service/token\" } }"),
+        example: Example::Other("{ MAIL_HOST = \"smtp.example.org\" }"),
     };
 
     CWD = Declared {
