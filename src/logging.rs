@@ -68,13 +68,26 @@ impl Log {
 
 fn filter(config: &LogConfig) -> Result<Targets, ConfigError> {
     match &config.filter {
-        Some(directives) => directives.parse().map_err(|error| {
-            let error: ParseError = error;
-            let problem = format!("must be a filter like zizq_worker=debug (got {directives}: {error})");
-            ConfigError::new(Source::Variable("RUST_LOG".to_owned()), problem)
-        }),
+        Some(directives) => {
+            let filter = directives.parse().map_err(|error: ParseError| wrong_filter(directives, &error))?;
+            let nothing = format!("the worker would log nothing; add a level, like {directives},info");
+            if says_how_to_log_the_worker(&filter) { Ok(filter) } else { Err(wrong_filter(directives, &nothing)) }
+        }
         None => Ok(Targets::new().with_default(Level::WARN).with_target("zizq_worker", level(config.level))),
     }
+}
+
+fn wrong_filter(directives: &str, problem: &dyn fmt::Display) -> ConfigError {
+    let problem = format!("must be a level, or a filter like zizq_worker=debug (got {directives}: {problem})");
+    ConfigError::new(Source::Variable("RUST_LOG".to_owned()), problem)
+}
+
+/// Returns whether a filter has a level for the worker's own events, be it `off`. A word that is no level is taken for the name of
+/// a module, and would silence everything else.
+fn says_how_to_log_the_worker(filter: &Targets) -> bool {
+    const OWN: &str = "zizq_worker";
+    let is_own = |target: &str| OWN.starts_with(target) || target.starts_with("zizq_worker::");
+    filter.default_level().is_some() || filter.iter().any(|(target, _)| is_own(target))
 }
 
 fn level(level: LogLevel) -> Level {

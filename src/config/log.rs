@@ -72,7 +72,7 @@ fn name_in<T: PartialEq>(names: &[(&str, T)], value: &T, f: &mut fmt::Formatter<
 }
 
 impl LogLevel {
-    const NAMES: [(&'static str, Self); 5] = [
+    pub(super) const NAMES: [(&'static str, Self); 5] = [
         ("error", Self::Error),
         ("warn", Self::Warn),
         ("info", Self::Info),
@@ -82,6 +82,6 @@ impl LogLevel {
 }
 
 impl LogFormat {
-    const NAMES: [(&'static str, Self); 3] =
+    pub(super) const NAMES: [(&'static str, Self); 3] =
         [("pretty", Self::Pretty), ("compact", Self::Compact), ("json", Self::Json)];
 }

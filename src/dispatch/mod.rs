@@ -32,6 +32,7 @@ use outcome::Cause;
 use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
 use routes::{Route, Routes};
+pub(crate) use variables::is_about_a_job;
 use warm::{Busy, Pool, StartError};
 
 /// How long a worker that is being killed waits for a process that has outlived SIGKILL. The server hands the job out again as

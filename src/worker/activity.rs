@@ -21,6 +21,8 @@ pub(super) struct Activity(Arc<Shared>);
 struct Shared {
     started: Instant,
     state: watch::Sender<State>,
+    /// The streams that are open. Changes far less often than the state.
+    connection: watch::Sender<Connection>,
     /// What each worker loop is at.
     loops: Vec<Slot>,
     running: AtomicUsize,
@@ -72,6 +74,17 @@ pub(super) struct Current {
     pub(super) queue: String,
     pub(super) attempt: u32,
     pub(super) started: Instant,
+}
+
+/// The streams that are open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Connection {
+    /// Whether a stream takes jobs.
+    pub(super) is_taking: bool,
+    /// Whether any stream is open.
+    pub(super) is_open: bool,
+    /// The streams that finish their jobs while another one takes, or is to take.
+    pub(super) finishing: usize,
 }
 
 /// What decides whether the worker is idle.
@@ -133,19 +146,32 @@ impl Activity {
         Self(Arc::new(Shared {
             started: Instant::now(),
             state: watch::Sender::default(),
+            connection: watch::Sender::default(),
             loops: names.map(|name| Slot { name, current: Mutex::default() }).collect(),
             running: AtomicUsize::default(),
             ended: Tally::default(),
         }))
     }
 
-    /// Notes whether a stream takes jobs, and whether any stream is open.
-    pub(super) fn set_connected(&self, is_taking: bool, is_connected: bool) {
+    /// Notes which streams are open.
+    pub(super) fn set_connection(&self, connection: Connection) {
+        let Connection { is_taking, is_open, .. } = connection;
         self.0.state.send_if_modified(|state| {
-            let differs = (state.is_taking, state.is_connected) != (is_taking, is_connected);
-            (state.is_taking, state.is_connected) = (is_taking, is_connected);
+            let differs = (state.is_taking, state.is_connected) != (is_taking, is_open);
+            (state.is_taking, state.is_connected) = (is_taking, is_open);
             differs
         });
+        self.0.connection.send_if_modified(|before| std::mem::replace(before, connection) != connection);
+    }
+
+    /// Waits for changes of the streams that are open.
+    pub(super) fn connection(&self) -> watch::Receiver<Connection> {
+        self.0.connection.subscribe()
+    }
+
+    /// Returns the number of streams that finish their jobs while another one takes.
+    pub(super) fn finishing_streams(&self) -> usize {
+        self.0.connection.borrow().finishing
     }
 
     /// Whether a stream takes jobs.

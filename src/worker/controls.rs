@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Summary;
-use super::activity::{Activity, Counts, Current};
+use super::activity::{Activity, Connection, Counts, Current};
 use super::intake::Intake;
 use super::status::{LoopStatus, RunningJob, Status, Unready};
 use crate::config::WorkerConfig;
 use crate::dispatch::Dispatcher;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::{Gauges, Metrics};
+use crate::watch;
 
 /// The handle by which a worker is watched and steered; to stop it is the [`Lifecycle`]'s.
 #[derive(Debug)]
@@ -61,6 +62,11 @@ impl<D: Dispatcher> Controls<D> {
         &self.metrics
     }
 
+    /// Waits for changes of the streams that are open.
+    pub(crate) fn connection(&self) -> watch::Receiver<Connection> {
+        self.activity.connection()
+    }
+
     /// What it is doing.
     pub fn status(&self, lifecycle: &Lifecycle) -> Status {
         let Counts { running, waiting } = self.activity.counts();
@@ -68,6 +74,7 @@ impl<D: Dispatcher> Controls<D> {
         Status {
             state: self.state(lifecycle),
             connected: self.activity.is_connected(),
+            finishing_streams: self.activity.finishing_streams(),
             uptime_seconds: seconds(self.activity.uptime()),
             running,
             waiting,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
+use super::activity::Connection;
 use super::intake::{self, Intake};
 use super::opening::{Opening, Unopened, open, seconds};
 use super::search::{Found, Search};
@@ -103,8 +104,10 @@ impl Producer {
         self.renew_if_due(state);
         let (phase, is_paused) = (self.run.lifecycle.phase(), self.intake.is_paused());
         let is_taking = state.streams.assign(phase, is_paused, &settings);
-        self.run.activity.set_connected(is_taking, state.streams.is_any_open());
         let takes = phase == Phase::Running && !is_paused;
+        let finishing = if takes { state.streams.count_finishing() } else { 0 };
+        let is_open = state.streams.is_any_open();
+        self.run.activity.set_connection(Connection { is_taking, is_open, finishing });
         if !takes || is_taking {
             state.opening = None;
         } else if state.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {

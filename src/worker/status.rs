@@ -13,6 +13,8 @@ pub struct Status {
     pub state: &'static str,
     /// Whether a take stream is open.
     pub connected: bool,
+    /// Streams from before a reload, which stay open until the jobs that came over them are reported.
+    pub finishing_streams: usize,
     /// For how long it has been there.
     pub uptime_seconds: f64,
     /// Jobs that run.

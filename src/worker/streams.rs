@@ -122,6 +122,11 @@ impl Streams {
         self.open.iter().any(|open| *open.purpose.borrow() == Purpose::Take)
     }
 
+    /// Returns the number of streams that take no more, and finish the jobs that came over them.
+    pub(super) fn count_finishing(&self) -> usize {
+        self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Finish && !open.is_search).count()
+    }
+
     pub(super) fn is_any_open(&self) -> bool {
         !self.open.is_empty()
     }

@@ -282,7 +282,7 @@ fn clients_of_the_admin_server_that_say_nothing_cost_no_job() {
 fn an_address_that_is_taken_ends_the_daemon_before_it_connects() {
     let (server, taken) = (Server::start(), std::net::TcpListener::bind("127.0.0.1:0").unwrap());
     let address = taken.local_addr().unwrap().to_string();
-    let finished = Daemon::of(&server).args(["--admin-listen", &address, "--", "true"]).run().assert_exit(78);
+    let finished = Daemon::of(&server).args(["--admin-listen", &address, "--", "true"]).run().assert_exit(1);
     let line = finished.log.last().unwrap();
     assert!(line.starts_with(&format!("zizq-worker: --admin-listen: cannot listen on {address}: ")), "{line}");
     assert!(!finished.has("connecting"));
@@ -300,4 +300,14 @@ fn a_paused_worker_is_not_ready_and_says_so() {
     assert_eq!(admin.status()["state"], "paused");
     running.signal(Signal::CONT);
     admin.wait_until_ready(true);
+}
+
+#[test]
+fn an_address_that_may_appear_later_is_exit_status_1() {
+    // The network of examples (RFC 5737): no machine has it.
+    let address = "192.0.2.1:9290";
+    let finished =
+        Daemon::at("http://127.0.0.1:1").args(["--admin-listen", address, "--", "true"]).run().assert_exit(1);
+    let line = finished.log.last().unwrap();
+    assert!(line.contains(&format!("cannot listen on {address}: Cannot assign requested address")), "{line}");
 }
