@@ -52,13 +52,13 @@ impl fmt::Display for Phase {
 /// Clones share one phase. It may be used from any thread or task, and only ever rises.
 #[derive(Debug, Clone)]
 pub struct Lifecycle {
-    state: watch::Sender<State>,
+    state: watch::Sender<LifecycleState>,
     reason: Arc<OnceLock<String>>,
 }
 
 /// The phase, and whether its end is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct State {
+pub(crate) struct LifecycleState {
     phase: Phase,
     /// Whether somebody waits for the stop. A worker that has come to its end by itself may take its time.
     awaited: bool,
@@ -66,7 +66,7 @@ pub(crate) struct State {
 
 impl Default for Lifecycle {
     fn default() -> Self {
-        let state = State { phase: Phase::Running, awaited: false };
+        let state = LifecycleState { phase: Phase::Running, awaited: false };
         Self { state: watch::Sender::new(state), reason: Arc::default() }
     }
 }
@@ -125,13 +125,13 @@ impl Lifecycle {
                 let _ = self.reason.set(reason);
             }
             let before = *state;
-            *state = State { phase: phase.max(before.phase), awaited: awaited || before.awaited };
+            *state = LifecycleState { phase: phase.max(before.phase), awaited: awaited || before.awaited };
             *state != before
         });
     }
 
     /// Changes whenever the phase does, or the stop begins to be awaited.
-    pub(crate) fn changes(&self) -> watch::Receiver<State> {
+    pub(crate) fn changes(&self) -> watch::Receiver<LifecycleState> {
         self.state.subscribe()
     }
 

@@ -24,18 +24,18 @@ pub(crate) struct Receiver<T> {
 pub(crate) struct Closed;
 
 struct Shared<T> {
-    slot: Mutex<Slot<T>>,
+    slot: Mutex<Versioned<T>>,
     changed: Notify,
     senders: AtomicUsize,
 }
 
-struct Slot<T> {
+struct Versioned<T> {
     value: T,
     version: u64,
 }
 
 /// The value, locked.
-pub(crate) struct Ref<'a, T>(MutexGuard<'a, Slot<T>>);
+pub(crate) struct Ref<'a, T>(MutexGuard<'a, Versioned<T>>);
 
 impl<T> Deref for Ref<'_, T> {
     type Target = T;
@@ -46,7 +46,7 @@ impl<T> Deref for Ref<'_, T> {
 }
 
 impl<T> Shared<T> {
-    fn lock(&self) -> MutexGuard<'_, Slot<T>> {
+    fn lock(&self) -> MutexGuard<'_, Versioned<T>> {
         // No value is half changed when a thread panics, as far as this module can tell.
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -94,7 +94,7 @@ impl<T: fmt::Debug> fmt::Debug for Receiver<T> {
 
 impl<T> Sender<T> {
     pub(crate) fn new(value: T) -> Self {
-        let (slot, changed) = (Mutex::new(Slot { value, version: 0 }), Notify::new());
+        let (slot, changed) = (Mutex::new(Versioned { value, version: 0 }), Notify::new());
         Self(Arc::new(Shared { slot, changed, senders: AtomicUsize::new(1) }))
     }
 
@@ -159,7 +159,7 @@ impl<T> Receiver<T> {
         self.until(|slot| is_met(&slot.value)).await
     }
 
-    async fn until(&mut self, mut is_over: impl FnMut(&Slot<T>) -> bool) -> Result<(), Closed> {
+    async fn until(&mut self, mut is_over: impl FnMut(&Versioned<T>) -> bool) -> Result<(), Closed> {
         loop {
             // A waiter that has enlisted before the look misses no change between the look and the wait.
             let mut changed = pin!(self.shared.changed.notified());

@@ -15,50 +15,50 @@ use tracing::error;
 use crate::job::{Failure, Outcome};
 use crate::ledger::Attempt;
 use crate::metrics::Metrics;
-use crate::places::{self, Places};
+use crate::places::{Place, Places};
 pub(crate) use reporter::Reporter;
 
 /// A place in the ack queue; given back when the report has been settled, parked or given up.
 #[derive(Debug)]
-struct Place {
-    _place: places::Place,
+struct AckSlot {
+    _place: Place,
     metrics: Metrics,
 }
 
-impl Place {
-    fn take(place: places::Place, metrics: &Metrics) -> Self {
+impl AckSlot {
+    fn take(place: Place, metrics: &Metrics) -> Self {
         metrics.report_waits();
         Self { _place: place, metrics: metrics.clone() }
     }
 }
 
-impl Drop for Place {
+impl Drop for AckSlot {
     fn drop(&mut self) {
         self.metrics.report_leaves();
     }
 }
 
 #[derive(Debug)]
-struct Success {
+struct SuccessReport {
     attempt: Attempt,
-    _place: Place,
+    _slot: AckSlot,
 }
 
 #[derive(Debug)]
-struct Failed {
+struct FailureReport {
     attempt: Attempt,
     failure: Failure,
     /// Whether the report may have been sent before.
     in_doubt: bool,
-    _place: Place,
+    _slot: AckSlot,
 }
 
 /// The way into the ack queue.
 #[derive(Debug, Clone)]
 pub(crate) struct AckQueue {
     places: Places,
-    successes: mpsc::UnboundedSender<Success>,
-    failures: mpsc::UnboundedSender<Failed>,
+    successes: mpsc::UnboundedSender<SuccessReport>,
+    failures: mpsc::UnboundedSender<FailureReport>,
     metrics: Metrics,
 }
 
@@ -79,11 +79,13 @@ impl AckQueue {
     }
 
     async fn put(&self, attempt: Attempt, outcome: Outcome, in_doubt: bool) {
-        let place = Place::take(self.places.take().await, &self.metrics);
+        let slot = AckSlot::take(self.places.take().await, &self.metrics);
         // The receiver is gone once the worker has stopped: the job goes back.
         match outcome {
-            Outcome::Success => drop(self.successes.send(Success { attempt, _place: place })),
-            Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, in_doubt, _place: place })),
+            Outcome::Success => drop(self.successes.send(SuccessReport { attempt, _slot: slot })),
+            Outcome::Failure(failure) => {
+                drop(self.failures.send(FailureReport { attempt, failure, in_doubt, _slot: slot }))
+            }
             Outcome::Interrupted => {}
         }
     }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::Failed;
+use super::FailureReport;
 use crate::backoff::{Backoff, Early, retry};
 use crate::chain::Chain;
 use crate::client::{Acceptance, Client, ClientError, JobState};
@@ -41,7 +41,7 @@ pub(crate) struct Reporter {
 }
 
 /// The end of the tries of a failure, unless they end with an error.
-enum Tried {
+enum ReportEnd {
     Settle,
     /// Park the failure. The delivery by which the job was held when the server was last asked or told.
     Park(Option<Delivery>),
@@ -72,7 +72,11 @@ impl Reporter {
         }
     }
 
-    pub(super) async fn report_failures(self, mut queue: mpsc::UnboundedReceiver<Failed>, closing: CancellationToken) {
+    pub(super) async fn report_failures(
+        self,
+        mut queue: mpsc::UnboundedReceiver<FailureReport>,
+        closing: CancellationToken,
+    ) {
         let mut under_way = FuturesUnordered::new();
         loop {
             tokio::select! {
@@ -88,14 +92,14 @@ impl Reporter {
         under_way.collect::<()>().await;
     }
 
-    async fn report_failure(&self, report: Failed) {
-        let Failed { attempt, mut failure, in_doubt, _place } = report;
+    async fn report_failure(&self, report: FailureReport) {
+        let FailureReport { attempt, mut failure, in_doubt, _slot } = report;
         let in_doubt = AtomicBool::new(in_doubt);
         // The attempt has been replaced by a later one.
         while let Some(client) = self.ledger.destination(&attempt) {
-            match self.see_through(&client, || self.try_failure(&attempt, &failure, &in_doubt)).await {
-                Ok(Tried::Settle) => return self.ledger.settle(&attempt),
-                Ok(Tried::Park(seen)) => match self.ledger.park(&attempt, seen, Outcome::Failure(failure)) {
+            match self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &in_doubt)).await {
+                Ok(ReportEnd::Settle) => return self.ledger.settle(&attempt),
+                Ok(ReportEnd::Park(seen)) => match self.ledger.park(&attempt, seen, Outcome::Failure(failure)) {
                     // The job has been redelivered meanwhile.
                     Some(Outcome::Failure(again)) => failure = again,
                     _ => return debug!(id = attempt.id.as_str(), "failure kept until its job comes again"),
@@ -111,8 +115,8 @@ impl Reporter {
         attempt: &Attempt,
         failure: &Failure,
         in_doubt: &AtomicBool,
-    ) -> Result<Tried, ClientError> {
-        let Some(client) = self.ledger.destination(attempt) else { return Ok(Tried::Settle) };
+    ) -> Result<ReportEnd, ClientError> {
+        let Some(client) = self.ledger.destination(attempt) else { return Ok(ReportEnd::Settle) };
         let _slot = client.failure_slot().await;
         let mut answer = if in_doubt.load(Ordering::Relaxed) { Answer::InDoubt } else { Answer::Unsent };
         let (mut told, mut seen) = (Told::NotAsked, self.ledger.held(attempt));
@@ -138,15 +142,15 @@ impl Reporter {
                     (answer, error) = answer_to(sent);
                     in_doubt.fetch_or(error.as_ref().is_some_and(ClientError::may_have_arrived), Ordering::Relaxed);
                 }
-                Step::Settle => return Ok(Tried::Settle),
-                Step::Park => return Ok(Tried::Park(seen)),
-                Step::Retry | Step::Drop => return error.map_or(Ok(Tried::Park(seen)), Err),
+                Step::Settle => return Ok(ReportEnd::Settle),
+                Step::Park => return Ok(ReportEnd::Park(seen)),
+                Step::Retry | Step::Drop => return error.map_or(Ok(ReportEnd::Park(seen)), Err),
             }
         }
     }
 
     /// Tries until the server has answered. Once killing, the try under way is the last.
-    pub(super) async fn see_through<T, F>(
+    pub(super) async fn retry_until_answered<T, F>(
         &self,
         client: &Client,
         mut attempt: impl FnMut() -> F,

@@ -8,7 +8,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
 
-use super::{Reporter, Success};
+use super::{Reporter, SuccessReport};
 use crate::client::{Client, ClientError};
 use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
 use crate::job::{JobId, Outcome};
@@ -33,7 +33,7 @@ struct Gathered {
 
 struct Bulk {
     client: Arc<Client>,
-    waiting: Vec<Success>,
+    waiting: Vec<SuccessReport>,
     is_under_way: bool,
 }
 
@@ -42,7 +42,7 @@ impl Gathered {
         self.by_server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, client: Arc<Client>, success: Success) {
+    fn add(&self, client: Arc<Client>, success: SuccessReport) {
         let mut bulks = self.lock();
         match bulks.iter_mut().find(|bulk| Arc::ptr_eq(&bulk.client, &client)) {
             Some(bulk) => bulk.waiting.push(success),
@@ -63,7 +63,7 @@ impl Gathered {
     }
 
     /// Takes as many of a server's successes as there is room for in `batch`.
-    fn take(&self, client: &Arc<Client>, batch: &mut Vec<Success>) {
+    fn take(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>) {
         let mut bulks = self.lock();
         if let Some(bulk) = bulks.iter_mut().find(|bulk| Arc::ptr_eq(&bulk.client, client)) {
             let room = MAX_SUCCESSES_PER_REQUEST.saturating_sub(batch.len()).min(bulk.waiting.len());
@@ -87,7 +87,7 @@ impl Reporter {
     /// back.
     pub(super) async fn report_successes(
         self,
-        mut queue: mpsc::UnboundedReceiver<Success>,
+        mut queue: mpsc::UnboundedReceiver<SuccessReport>,
         closing: CancellationToken,
     ) {
         let (gathered, mut under_way) = (Gathered::default(), FuturesUnordered::new());
@@ -114,9 +114,9 @@ impl Reporter {
             self.keep_own(&client, &mut batch, gathered);
             // The successes that have gathered since the last try leave with this one.
             gathered.take(&client, &mut batch);
-            self.try_successes(&client, batch.iter().map(|success: &Success| success.attempt.clone()).collect())
+            self.try_successes(&client, batch.iter().map(|success: &SuccessReport| success.attempt.clone()).collect())
         };
-        if let Err(error) = self.see_through(&client, attempt).await {
+        if let Err(error) = self.retry_until_answered(&client, attempt).await {
             let attempts = batch.iter().map(|success| &success.attempt);
             let unsettled: Vec<&Attempt> =
                 attempts.filter(|attempt| self.ledger.destination(attempt).is_some()).collect();
@@ -128,13 +128,13 @@ impl Reporter {
     }
 
     /// Lets a success wait for a request to the server that is to hear of it, if one is.
-    fn gather(&self, gathered: &Gathered, success: Success) -> bool {
+    fn gather(&self, gathered: &Gathered, success: SuccessReport) -> bool {
         let Some(client) = self.ledger.destination(&success.attempt) else { return false };
         gathered.add(client, success);
         true
     }
 
-    fn reroute(&self, gathered: &Gathered, success: Success) {
+    fn reroute(&self, gathered: &Gathered, success: SuccessReport) {
         if self.gather(gathered, success) {
             gathered.rerouted.notify_one();
         }
@@ -142,7 +142,7 @@ impl Reporter {
 
     /// Keeps the successes that are still to be reported to that server. A job that was redelivered by another server is
     /// reported to that one.
-    fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<Success>, gathered: &Gathered) {
+    fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>, gathered: &Gathered) {
         for success in std::mem::take(batch) {
             if self.ledger.destination(&success.attempt).is_some_and(|server| Arc::ptr_eq(&server, client)) {
                 batch.push(success);

@@ -12,7 +12,7 @@ use hyper::header::{CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use hyper::{HeaderMap, Response, StatusCode};
 use serde::Deserialize;
 
-use super::skim::Skimmer;
+use super::skimmer::Skimmer;
 use super::{Acceptance, ClientError, JobState, MAX_RETRY_AFTER, NDJSON, within_request_timeout};
 use crate::job::JobId;
 
@@ -26,7 +26,7 @@ struct NotFound {
 
 /// The job, in answer to the report of its failure.
 #[derive(Deserialize)]
-struct Failed {
+struct FailedJob {
     id: String,
 }
 
@@ -60,7 +60,8 @@ pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>
 
 /// Reads the answer to a report of a failure.
 pub(super) async fn acceptance(response: Response<Incoming>, id: &JobId) -> Result<Acceptance, ClientError> {
-    let is_of_job = |body: &[u8]| serde_json::from_slice::<Failed>(body).is_ok_and(|failed| failed.id == id.as_str());
+    let is_of_job =
+        |body: &[u8]| serde_json::from_slice::<FailedJob>(body).is_ok_and(|failed| failed.id == id.as_str());
     match response.status() {
         status if status.is_success() => accepted(response, is_of_job).await.map(|()| Acceptance::Accepted),
         StatusCode::NOT_FOUND => denied(response).await.map(|()| Acceptance::AlreadyHandled),
@@ -83,14 +84,14 @@ pub(super) async fn job_state(response: Response<Incoming>) -> Result<Option<Job
 /// Reads the answer to a question for the version.
 pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, ClientError> {
     #[derive(Deserialize)]
-    struct Answer {
+    struct Version {
         version: String,
     }
     if !response.status().is_success() {
         return Err(refusal(response).await);
     }
     let (_, body) = read(response).await?;
-    let answer: Answer = serde_json::from_slice(&body).map_err(|error| ClientError::Answer(error.into()))?;
+    let answer: Version = serde_json::from_slice(&body).map_err(|error| ClientError::Answer(error.into()))?;
     Ok(answer.version)
 }
 

@@ -5,7 +5,7 @@ mod body;
 mod connector;
 mod error;
 mod health;
-mod skim;
+mod skimmer;
 mod stream_settings;
 pub(crate) mod tls;
 pub(crate) mod url;

@@ -49,7 +49,7 @@ pub(super) trait Begin {
 
 /// What shows that a handler works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Proof {
+pub(super) enum ProvenBy {
     /// That its program runs.
     Start,
     /// That a process of it has done a job: see [`Brake::release`].
@@ -60,7 +60,7 @@ pub(super) enum Proof {
 #[derive(Debug)]
 pub(super) struct Brake {
     name: String,
-    proof: Proof,
+    proof: ProvenBy,
     engaged: AtomicBool,
     turn: Mutex<()>,
     pace: sync::Mutex<Pace>,
@@ -79,7 +79,7 @@ struct Pace {
 }
 
 impl Brake {
-    pub(super) fn new(name: String, proof: Proof) -> Self {
+    pub(super) fn new(name: String, proof: ProvenBy) -> Self {
         let (pace, released) = (sync::Mutex::default(), Notify::new());
         Self { name, proof, engaged: AtomicBool::new(false), turn: Mutex::default(), pace, released }
     }
@@ -154,21 +154,21 @@ impl Brake {
     }
 
     /// Notes what has come of a turn.
-    fn settle<T, C>(&self, tried: Tried<T, C>) -> Result<T, NotStarted<C>> {
+    fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<T, NotStarted<C>> {
         match tried {
-            Tried::Runs(started) => {
+            StartEnd::Runs(started) => {
                 match self.proof {
-                    Proof::Start => self.release(),
-                    Proof::Job => {
+                    ProvenBy::Start => self.release(),
+                    ProvenBy::Job => {
                         self.pace().runs = true;
                         self.pause();
                     }
                 }
                 Ok(started)
             }
-            Tried::MayRun(started) => Ok(started),
-            Tried::CutShort(why) => Err(NotStarted::CutShort(why)),
-            Tried::Failed(error) => {
+            StartEnd::MayRun(started) => Ok(started),
+            StartEnd::CutShort(why) => Err(NotStarted::CutShort(why)),
+            StartEnd::Failed(error) => {
                 if !is_the_jobs_own(&error) {
                     self.failed(&error);
                 }
@@ -220,7 +220,7 @@ impl Brake {
 }
 
 /// What has come of the tries of one turn.
-enum Tried<T, C> {
+enum StartEnd<T, C> {
     Runs(T),
     /// A process was made, and the wait for the end of its start was cut short.
     MayRun(T),
@@ -232,7 +232,7 @@ enum Tried<T, C> {
 async fn start_patiently<T: Begin, C>(
     spawn: impl Fn() -> io::Result<T>,
     mut cut_short: impl Future<Output = C> + Unpin,
-) -> Tried<T, C> {
+) -> StartEnd<T, C> {
     let give_up = Instant::now() + PATIENCE;
     let mut pause = FIRST_PAUSE;
     loop {
@@ -240,20 +240,20 @@ async fn start_patiently<T: Begin, C>(
             Ok(started) => tokio::select! {
                 biased;
                 begun = started.begun() => match begun {
-                    Ok(()) => return Tried::Runs(started),
+                    Ok(()) => return StartEnd::Runs(started),
                     Err(error) => error,
                 },
-                _ = &mut cut_short => return Tried::MayRun(started),
-                () = started.overdue() => return Tried::MayRun(started),
+                _ = &mut cut_short => return StartEnd::MayRun(started),
+                () = started.overdue() => return StartEnd::MayRun(started),
             },
             Err(error) => error,
         };
         if !may_pass(&error) || Instant::now() >= give_up {
-            return Tried::Failed(error);
+            return StartEnd::Failed(error);
         }
         tokio::select! {
             biased;
-            why = &mut cut_short => return Tried::CutShort(why),
+            why = &mut cut_short => return StartEnd::CutShort(why),
             () = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64() / 4.0)) => {}
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -309,7 +309,7 @@ mod tests {
     type Result<T> = std::result::Result<T, NotStarted<()>>;
 
     fn brake() -> Brake {
-        Brake::new("handle.sh".to_owned(), Proof::Start)
+        Brake::new("handle.sh".to_owned(), ProvenBy::Start)
     }
 
     /// A process that is not made, for that reason.

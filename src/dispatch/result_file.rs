@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tracing::warn;
 
-use super::errands::Errands;
+use super::file_threads::FileThreads;
 use crate::job::Failure;
 
 /// A handler has no reason to say more than this; all that it could say in earnest is a message and a backtrace.
@@ -43,8 +43,8 @@ pub(super) struct ResultDir {
     /// The file system that the directory is on.
     device: (u32, u32),
     next: AtomicU64,
-    reads: Errands,
-    removals: Errands,
+    reads: FileThreads,
+    removals: FileThreads,
 }
 
 impl ResultDir {
@@ -55,7 +55,7 @@ impl ResultDir {
         flock(&lock, FlockOperation::LockShared)?;
         let about = statx(&lock, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
         let device = (about.stx_dev_major, about.stx_dev_minor);
-        let (reads, removals) = (Errands::with_threads(4), Errands::with_threads(1));
+        let (reads, removals) = (FileThreads::with_threads(4), FileThreads::with_threads(1));
         Ok(Self { path: dir.keep(), _lock: lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
@@ -91,9 +91,9 @@ impl ResultFile<'_> {
     /// Reads what the handler wrote. What is no use is a warning, and counts as nothing.
     pub(super) async fn read(&self) -> Option<Verdict> {
         let read = match self.find() {
-            Found::Nothing => return None,
-            Found::SmallFile => try_read(&self.path),
-            Found::Other => {
+            LeftBehind::Nothing => return None,
+            LeftBehind::SmallFile => try_read(&self.path),
+            LeftBehind::Other => {
                 let path = self.path.clone();
                 let read = self.dir.reads.ask(READ_TIMEOUT, move || try_read(&path)).await;
                 read.unwrap_or_else(|| Err("it cannot be read in time".to_owned()))
@@ -111,7 +111,7 @@ impl ResultFile<'_> {
 
 /// What a handler has left at its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
+enum LeftBehind {
     Nothing,
     /// A file of this worker's own directory, small enough for the thread of all jobs.
     SmallFile,
@@ -121,18 +121,18 @@ enum Found {
 
 impl ResultFile<'_> {
     /// Looks without asking the file system for more than the kernel knows, which no mount can make hang (statx(2)).
-    fn find(&self) -> Found {
+    fn find(&self) -> LeftBehind {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         match statx(CWD, &self.path, flags, StatxFlags::TYPE | StatxFlags::SIZE) {
-            Err(Errno::NOENT) => Found::Nothing,
+            Err(Errno::NOENT) => LeftBehind::Nothing,
             Ok(about)
                 if FileType::from_raw_mode(about.stx_mode.into()) == FileType::RegularFile
                     && about.stx_size <= MAX_BYTES
                     && (about.stx_dev_major, about.stx_dev_minor) == self.dir.device =>
             {
-                Found::SmallFile
+                LeftBehind::SmallFile
             }
-            Ok(_) | Err(_) => Found::Other,
+            Ok(_) | Err(_) => LeftBehind::Other,
         }
     }
 }
@@ -159,10 +159,10 @@ fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
 impl Drop for ResultFile<'_> {
     fn drop(&mut self) {
         match self.find() {
-            Found::Nothing => {}
+            LeftBehind::Nothing => {}
             // The end of the directory removes what cannot be removed now.
-            Found::SmallFile => drop(fs::remove_file(&self.path)),
-            Found::Other => {
+            LeftBehind::SmallFile => drop(fs::remove_file(&self.path)),
+            LeftBehind::Other => {
                 let path = std::mem::take(&mut self.path);
                 // What there is no room for stays until the end.
                 let _ = self.dir.removals.run(move || drop(remove(&path)));

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::brake::{Brake, Proof};
-use super::errands::Errands;
+use super::brake::{Brake, ProvenBy};
+use super::file_threads::FileThreads;
 use super::variables::is_about_a_job;
 use super::warm::{Pool, Processes};
 use crate::handler::{Handler, Handlers, Mode};
@@ -26,7 +26,7 @@ pub(super) struct Route {
     pub(super) pool: Option<Arc<Pool>>,
     command: OnceLock<Arc<Command>>,
     look: Arc<Mutex<Look>>,
-    files: Errands,
+    files: FileThreads,
 }
 
 /// The latest look at a handler's file.
@@ -47,10 +47,10 @@ impl Route {
         let env: BTreeMap<_, _> = handler.env.into_iter().filter(|(name, _)| !is_about_a_job(name)).collect();
         handler.env = env.into_iter().collect();
         let (pool, proof) = match &handler.mode {
-            Mode::Spawn => (None, Proof::Start),
+            Mode::Spawn => (None, ProvenBy::Start),
             Mode::Warm(settings) => {
                 let before = before.and_then(|before| before.pool.as_deref());
-                (Some(Pool::new(&handler, settings, shared.concurrency, &shared.processes, before)), Proof::Job)
+                (Some(Pool::new(&handler, settings, shared.concurrency, &shared.processes, before)), ProvenBy::Job)
             }
         };
         let (brake, files) = (Brake::new(handler.program.file_name(), proof), shared.files.clone());
@@ -121,7 +121,7 @@ pub(super) struct Routes {
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
     /// Looks at handlers' files.
-    files: Errands,
+    files: FileThreads,
     /// How many jobs there are at once.
     pub(super) concurrency: usize,
     pub(super) processes: Arc<Processes>,
@@ -129,7 +129,7 @@ pub(super) struct Shared {
 
 impl Routes {
     pub(super) fn new(handlers: Handlers, concurrency: usize) -> Self {
-        let shared = Shared { files: Errands::with_threads(4), concurrency, processes: Arc::default() };
+        let shared = Shared { files: FileThreads::with_threads(4), concurrency, processes: Arc::default() };
         let none = Self { by_type: HashMap::new(), default: None, shared };
         none.renewed(handlers)
     }

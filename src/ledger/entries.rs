@@ -12,7 +12,7 @@ use crate::job::{JobId, Outcome};
 
 #[derive(Debug)]
 pub(super) struct Entries {
-    pub(super) by_id: BTreeMap<JobId, Entry>,
+    pub(super) by_id: BTreeMap<JobId, LedgerEntry>,
     /// The jobs that are parked or settled, oldest first.
     pub(super) kept: VecDeque<JobId>,
     pub(super) max_kept: usize,
@@ -32,18 +32,18 @@ pub(super) struct Entries {
 }
 
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct LedgerEntry {
     pub(super) attempts: Option<u32>,
     pub(super) delivery: Delivery,
     pub(super) stream: StreamId,
     pub(super) source: Arc<StreamSettings>,
     /// Whether the server holds the job for us, over `stream`.
     pub(super) is_held: bool,
-    pub(super) state: State,
+    pub(super) state: EntryState,
 }
 
 #[derive(Debug)]
-pub(super) enum State {
+pub(super) enum EntryState {
     Waiting,
     Running,
     Reporting(Kind),
@@ -55,38 +55,40 @@ pub(super) fn kind_of(outcome: &Outcome) -> Kind {
     if matches!(outcome, Outcome::Failure(_)) { Kind::Failure } else { Kind::Success }
 }
 
-impl Entry {
+impl LedgerEntry {
     /// Notes that its job has been redelivered.
     pub(super) fn redeliver(&mut self, new: Self) -> Arrival {
         let same = self.attempts == new.attempts;
         match &self.state {
             // The one that waits is out of date: another worker has reported it meanwhile.
-            State::Waiting => {
+            EntryState::Waiting => {
                 *self = new;
                 Arrival::New
             }
             // The failure that was, is being, or is to be reported has been counted already: this is the next attempt.
-            State::Settled(Kind::Failure) | State::Reporting(Kind::Failure) | State::Parked(Outcome::Failure(_))
+            EntryState::Settled(Kind::Failure)
+            | EntryState::Reporting(Kind::Failure)
+            | EntryState::Parked(Outcome::Failure(_))
                 if !same =>
             {
                 *self = new;
                 Arrival::New
             }
             // Whatever attempt it is by now, the work is being done.
-            State::Running => {
-                *self = Self { state: State::Running, ..new };
+            EntryState::Running => {
+                *self = Self { state: EntryState::Running, ..new };
                 Arrival::UnderWay
             }
             // The report goes by the attempt that it was given, whatever attempt it is by now.
-            State::Reporting(kind) => {
-                *self = Self { state: State::Reporting(*kind), attempts: self.attempts, ..new };
+            EntryState::Reporting(kind) => {
+                *self = Self { state: EntryState::Reporting(*kind), attempts: self.attempts, ..new };
                 Arrival::UnderWay
             }
             // This line was sent before the report arrived: the server does not hold the job any more.
-            State::Settled(_) => Arrival::UnderWay,
-            State::Parked(outcome) => {
+            EntryState::Settled(_) => Arrival::UnderWay,
+            EntryState::Parked(outcome) => {
                 let outcome = outcome.clone();
-                *self = Self { state: State::Reporting(kind_of(&outcome)), ..new };
+                *self = Self { state: EntryState::Reporting(kind_of(&outcome)), ..new };
                 Arrival::Ended(outcome)
             }
         }
@@ -94,24 +96,24 @@ impl Entry {
 
     pub(super) fn park(&mut self, outcome: Outcome) {
         debug_assert!(!self.is_held, "a job that is held over an open stream is not redelivered");
-        self.state = State::Parked(outcome);
+        self.state = EntryState::Parked(outcome);
     }
 
     /// Whether it waits to be run since that delivery.
     pub(super) fn waits_since(&self, delivery: Delivery) -> bool {
-        self.delivery == delivery && matches!(self.state, State::Waiting)
+        self.delivery == delivery && matches!(self.state, EntryState::Waiting)
     }
 
     /// Whether it is an attempt that has ended here, and whose outcome is not settled.
     pub(super) fn is_unsettled(&self) -> bool {
-        matches!(self.state, State::Reporting(_) | State::Parked(_))
+        matches!(self.state, EntryState::Reporting(_) | EntryState::Parked(_))
     }
 }
 
 impl Entries {
     /// The server that hears of a job: the one that it came from. A job that no stream holds any more may be at the present
     /// one, by another url, if its own does not answer.
-    pub(super) fn server_of(&self, entry: &Entry) -> Arc<Client> {
+    pub(super) fn server_of(&self, entry: &LedgerEntry) -> Arc<Client> {
         let own = &entry.source.client;
         match &self.present_server {
             Some(present) if !entry.is_held && own.health().is_failing() => Arc::clone(present),
@@ -119,14 +121,14 @@ impl Entries {
         }
     }
 
-    pub(super) fn arrive(&mut self, id: &JobId, new: Entry) -> Arrival {
+    pub(super) fn arrive(&mut self, id: &JobId, new: LedgerEntry) -> Arrival {
         let Some(entry) = self.by_id.get_mut(id) else {
             self.by_id.insert(id.clone(), new);
             return Arrival::New;
         };
-        let was_kept = matches!(entry.state, State::Settled(_) | State::Parked(_));
+        let was_kept = matches!(entry.state, EntryState::Settled(_) | EntryState::Parked(_));
         let arrival = entry.redeliver(new);
-        if matches!(entry.state, State::Settled(_)) {
+        if matches!(entry.state, EntryState::Settled(_)) {
             self.by_id.remove(id);
         }
         if was_kept {
@@ -137,7 +139,7 @@ impl Entries {
 
     /// An attempt that has ended here, and whose outcome is not settled. A job that waits or runs under its name is another
     /// attempt.
-    pub(super) fn ended(&mut self, attempt: &Attempt) -> Option<&mut Entry> {
+    pub(super) fn ended(&mut self, attempt: &Attempt) -> Option<&mut LedgerEntry> {
         self.by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts && entry.is_unsettled())
     }
 
@@ -152,10 +154,11 @@ impl Entries {
 
     /// Forgets the oldest entry that is settled, or else the oldest outcome that is parked.
     fn evict(&mut self) {
-        let is_settled = |id: &JobId| matches!(self.by_id.get(id), Some(Entry { state: State::Settled(_), .. }));
+        let is_settled =
+            |id: &JobId| matches!(self.by_id.get(id), Some(LedgerEntry { state: EntryState::Settled(_), .. }));
         let oldest = self.kept.iter().position(is_settled).unwrap_or_default();
         let Some(id) = self.kept.remove(oldest) else { return };
-        if let Some(Entry { state: State::Parked(_), .. }) = self.by_id.remove(&id) {
+        if let Some(LedgerEntry { state: EntryState::Parked(_), .. }) = self.by_id.remove(&id) {
             self.evicted += 1;
             error!(ids = ?[id], error = "too many outcomes are kept until their jobs are redelivered", "report dropped");
         }

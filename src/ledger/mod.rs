@@ -23,7 +23,7 @@ use crate::client::{Client, StreamSettings};
 use crate::fate::{Hold, Kind};
 use crate::job::{JobId, Outcome};
 use crate::watch;
-use entries::{Entries, Entry, State, kind_of};
+use entries::{Entries, EntryState, LedgerEntry, kind_of};
 
 /// A job, and which of its attempts. The server goes by the id alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,8 +167,8 @@ impl Ledger {
                 entry.is_held = false;
             }
             // A line that is on the way is lost with its stream.
-            let is_of_no_use = matches!(entry.state, State::Waiting) && entry.stream == stream
-                || matches!(entry.state, State::Settled(_)) && is_last;
+            let is_of_no_use = matches!(entry.state, EntryState::Waiting) && entry.stream == stream
+                || matches!(entry.state, EntryState::Settled(_)) && is_last;
             !is_of_no_use
         });
         kept.retain(|id| by_id.contains_key(id));
@@ -186,13 +186,13 @@ impl Ledger {
         let mut entries = self.entries();
         entries.deliveries += 1;
         let delivery = Delivery(entries.deliveries);
-        let new = Entry {
+        let new = LedgerEntry {
             attempts: attempt.attempts,
             delivery,
             stream,
             source: Arc::clone(source),
             is_held: true,
-            state: State::Waiting,
+            state: EntryState::Waiting,
         };
         let before = entries.by_id.len();
         let arrival = entries.arrive(&attempt.id, new);
@@ -220,7 +220,7 @@ impl Ledger {
             Some(left) => *left -= 1,
             None => {}
         }
-        entry.state = State::Running;
+        entry.state = EntryState::Running;
         Beginning::Begun { is_last: *runs_left == Some(0) }
     }
 
@@ -243,7 +243,7 @@ impl Ledger {
             return None;
         }
         let entry = entries.by_id.get_mut(id)?;
-        entry.state = State::Reporting(kind_of(outcome));
+        entry.state = EntryState::Reporting(kind_of(outcome));
         Some(Attempt { id: id.clone(), attempts: entry.attempts })
     }
 
@@ -256,7 +256,7 @@ impl Ledger {
     pub(crate) fn destination(&self, attempt: &Attempt) -> Option<Arc<Client>> {
         let entries = self.entries();
         let entry = entries.by_id.get(&attempt.id).filter(|entry| entry.attempts == attempt.attempts)?;
-        matches!(entry.state, State::Reporting(_)).then(|| entries.server_of(entry))
+        matches!(entry.state, EntryState::Reporting(_)).then(|| entries.server_of(entry))
     }
 
     /// The delivery by which the server holds this attempt for us, if it does.
@@ -291,9 +291,9 @@ impl Ledger {
         let is_only_stream = entries.open.len() + entries.coming <= 1;
         let Some(entry) = entries.ended(attempt) else { return };
         let kind = match &entry.state {
-            State::Parked(outcome) => kind_of(outcome),
-            State::Reporting(kind) => *kind,
-            State::Waiting | State::Running | State::Settled(_) => return,
+            EntryState::Parked(outcome) => kind_of(outcome),
+            EntryState::Reporting(kind) => *kind,
+            EntryState::Waiting | EntryState::Running | EntryState::Settled(_) => return,
         };
         // A job that is held by the only stream cannot have been handed out again: no other line of it is on the way. And an
         // attempt without a number cannot be told from the next one.
@@ -301,7 +301,7 @@ impl Ledger {
             entries.remove(&attempt.id);
         } else {
             entry.is_held = false;
-            entry.state = State::Settled(kind);
+            entry.state = EntryState::Settled(kind);
             entries.keep(&attempt.id);
         }
         self.moved.send_replace(());
@@ -311,8 +311,8 @@ impl Ledger {
     pub(crate) fn settle_parked(&self, attempt: &Attempt) {
         let mut entries = self.entries();
         let Some(entry) = entries.ended(attempt) else { return };
-        if let State::Parked(outcome) = &entry.state {
-            entry.state = State::Settled(kind_of(outcome));
+        if let EntryState::Parked(outcome) = &entry.state {
+            entry.state = EntryState::Settled(kind_of(outcome));
             self.moved.send_replace(());
         }
     }
@@ -352,7 +352,7 @@ impl Ledger {
     pub(crate) fn parked(&self) -> Vec<Parked> {
         let entries = self.entries();
         let parked = entries.kept.iter().filter_map(|id| match entries.by_id.get(id) {
-            Some(entry @ Entry { attempts, state: State::Parked(outcome), .. }) => Some(Parked {
+            Some(entry @ LedgerEntry { attempts, state: EntryState::Parked(outcome), .. }) => Some(Parked {
                 attempt: Attempt { id: id.clone(), attempts: *attempts },
                 kind: kind_of(outcome),
                 client: entries.server_of(entry),
@@ -365,7 +365,7 @@ impl Ledger {
     /// The jobs that run here or have ended here, that are not settled, and that no stream holds.
     pub(crate) fn unheld(&self) -> Vec<Unheld> {
         let entries = self.entries();
-        let is_unheld = |entry: &Entry| !entry.is_held && !matches!(entry.state, State::Settled(_));
+        let is_unheld = |entry: &LedgerEntry| !entry.is_held && !matches!(entry.state, EntryState::Settled(_));
         let unheld = entries.by_id.iter().filter(|(_, entry)| is_unheld(entry));
         let unheld = unheld.map(|(id, entry)| Unheld {
             id: id.clone(),
@@ -379,7 +379,7 @@ impl Ledger {
     pub(crate) fn is_all_waiting(&self, stream: StreamId) -> bool {
         let entries = self.entries();
         let mut held = entries.by_id.values().filter(|entry| entry.is_held && entry.stream == stream);
-        held.all(|entry| matches!(entry.state, State::Waiting))
+        held.all(|entry| matches!(entry.state, EntryState::Waiting))
     }
 
     /// The number of parked outcomes that were forgotten, because too many were parked.
@@ -400,12 +400,12 @@ impl Ledger {
 
     /// Whether the only jobs here have ended, and are parked.
     pub(crate) fn is_all_parked(&self) -> bool {
-        self.entries().by_id.values().all(|entry| matches!(entry.state, State::Parked(_) | State::Settled(_)))
+        self.entries().by_id.values().all(|entry| matches!(entry.state, EntryState::Parked(_) | EntryState::Settled(_)))
     }
 
     /// The number of jobs that a stream holds for us. With `until`, only those that had come by that delivery count.
     pub(crate) fn under_way(&self, stream: StreamId, until: Option<Delivery>) -> usize {
-        let counts = |entry: &&Entry| {
+        let counts = |entry: &&LedgerEntry| {
             entry.is_held && entry.stream == stream && until.is_none_or(|until| entry.delivery <= until)
         };
         self.entries().by_id.values().filter(counts).count()

@@ -37,7 +37,7 @@ impl Here {
 
     /// Whether nothing here may still have to be told to the server.
     fn is_empty(&self) -> bool {
-        self.entries().by_id.values().all(|entry| matches!(entry.state, State::Settled(_)))
+        self.entries().by_id.values().all(|entry| matches!(entry.state, EntryState::Settled(_)))
     }
 
     fn parked(&self) -> Vec<(Attempt, Kind)> {

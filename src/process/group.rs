@@ -14,10 +14,10 @@ use rustix::process::{
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
-use super::birth::Birth;
 use super::census;
+use super::child_setup::ChildSetup;
+use super::children::Children;
 use super::exit_watch::ExitWatch;
-use super::orphans::Children;
 use super::spawn::Child;
 
 /// How long a killed group may take to be gone. A process that is stuck in the kernel needs longer, and so does one that this
@@ -34,9 +34,9 @@ const FIRST_REAP_PAUSE: Duration = Duration::from_millis(1);
 /// … up to this.
 const LONGEST_REAP_PAUSE: Duration = Duration::from_millis(50);
 
-/// What a process has used, from its birth to its end, children that it waited for included.
+/// What a process has used, from its start to its end, children that it waited for included.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Usage {
+pub struct ResourceUsage {
     /// CPU time, in user space and in the kernel.
     pub cpu: Duration,
     /// The most memory that it had resident at once, in bytes. The kernel counts from the fork: not less than the
@@ -45,7 +45,7 @@ pub struct Usage {
 }
 
 /// The leader's status and what it used, if they could be had.
-pub(crate) type Ended = io::Result<(ExitStatus, Usage)>;
+pub(crate) type WaitResult = io::Result<(ExitStatus, ResourceUsage)>;
 
 /// A process group whose leader has not been reaped, so that its number is its own. Dropped before, it is killed.
 #[derive(Debug)]
@@ -53,15 +53,15 @@ pub(super) struct Group {
     leader: Pid,
     children: Children,
     exit: ExitWatch,
-    birth: Arc<Birth>,
+    setup: Arc<ChildSetup>,
     reaped: bool,
 }
 
 impl Group {
     /// The group of a child that was started among `children` as a leader.
     pub(super) fn of(leader: Child, children: Children) -> Self {
-        let Child { id, pidfd, birth } = leader;
-        Self { leader: id, children, exit: ExitWatch::of(id, pidfd), birth, reaped: false }
+        let Child { id, pidfd, setup } = leader;
+        Self { leader: id, children, exit: ExitWatch::of(id, pidfd), setup, reaped: false }
     }
 
     /// The leader's process id, which is the group's too.
@@ -99,7 +99,7 @@ impl Group {
     /// Signals the leader as soon as it is the program: before, a signal may be taken for one of the terminal's, and one that
     /// dumps core would take this process along under Linux before 5.16.
     pub(super) async fn signal_program(&self, signal: Signal) {
-        self.birth.over().await;
+        self.setup.exec_done().await;
         self.signal_leader(signal);
     }
 
@@ -111,9 +111,9 @@ impl Group {
         tokio::select! {
             biased;
             () = self.leader_exited() => {}
-            () = self.birth.over() => {}
+            () = self.setup.exec_done() => {}
         }
-        match self.birth.failure() {
+        match self.setup.failure() {
             None => Ok(()),
             Some(error) => {
                 // Reaping it then takes no time.
@@ -162,19 +162,19 @@ impl Group {
     ///
     /// # Errors
     /// When the leader never became its program: why it did not.
-    pub(super) async fn end(mut self) -> io::Result<Ended> {
+    pub(super) async fn end(mut self) -> io::Result<WaitResult> {
         let id = self.id();
         self.signal_group(Signal::KILL);
         let Ok(ended) = timeout(DEATH_TIMEOUT, reap(id)).await else {
             let late = io::Error::new(io::ErrorKind::TimedOut, "another process traces it");
-            return self.birth.failure().map_or(Ok(Err(late)), Err);
+            return self.setup.failure().map_or(Ok(Err(late)), Err);
         };
         self.children.reaped(id);
         self.reaped = true;
         if timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
             warn_of_survivors(id, test_kill_process_group(id));
         }
-        self.birth.failure().map_or(Ok(ended), Err)
+        self.setup.failure().map_or(Ok(ended), Err)
     }
 }
 
@@ -184,7 +184,7 @@ impl Drop for Group {
     fn drop(&mut self) {
         if !self.reaped {
             self.signal(Signal::KILL);
-            self.children.reap_killed(self.leader, Arc::clone(&self.birth) as _);
+            self.children.reap_killed(self.leader, Arc::clone(&self.setup) as _);
         }
     }
 }
@@ -196,7 +196,7 @@ fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
 }
 
 /// Reaps a child that has exited. A debugger that traces the child keeps it from its parent until the debugger has seen its end.
-async fn reap(pid: Pid) -> Ended {
+async fn reap(pid: Pid) -> WaitResult {
     let mut pause = FIRST_REAP_PAUSE;
     loop {
         if let Some(ended) = try_reap(pid).transpose() {
@@ -209,7 +209,7 @@ async fn reap(pid: Pid) -> Ended {
 
 /// Reaps and accounts in one call, without waiting; the safe wrappers of wait leave the accounts out.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
-fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, Usage)>> {
+fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, ResourceUsage)>> {
     let mut status = 0;
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
@@ -217,12 +217,12 @@ fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, Usage)>> {
     match reaped {
         0 => Ok(None),
         // SAFETY: see above; the call has filled it in.
-        1.. => Ok(Some((ExitStatus::from_raw(status), Usage::from(unsafe { usage.assume_init() })))),
+        1.. => Ok(Some((ExitStatus::from_raw(status), ResourceUsage::from(unsafe { usage.assume_init() })))),
         ..0 => Err(io::Error::last_os_error()),
     }
 }
 
-impl From<libc::rusage> for Usage {
+impl From<libc::rusage> for ResourceUsage {
     fn from(usage: libc::rusage) -> Self {
         let seconds = |time: libc::timeval| {
             Duration::new(time.tv_sec.unsigned_abs(), 0) + Duration::from_micros(time.tv_usec.unsigned_abs())
@@ -273,7 +273,7 @@ mod tests {
         let program = Program::find(program.into(), vec![argument.into()], Some(&"/bin:/usr/bin".into())).unwrap();
         let command = Arc::new(Command::new(&program, [], None).unwrap());
         let starter = Starter::new(Way::Sharing, OpenFiles::ensure(1, Way::Sharing).0);
-        let child = spawn(Birth::of(&starter, command, &[], [None; 3]).unwrap()).unwrap();
+        let child = spawn(ChildSetup::of(&starter, command, &[], [None; 3]).unwrap()).unwrap();
         Group::of(child, Children::of_this_process())
     }
 
@@ -303,14 +303,14 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_group_does_not_hold_up_the_thread() {
         let group = group_of("sleep", "1000");
-        let (id, birth) = (group.id(), Arc::clone(&group.birth));
-        birth.over().await;
+        let (id, setup) = (group.id(), Arc::clone(&group.setup));
+        setup.exec_done().await;
         let Some(debugger) = debugger_of(id) else { return };
         drop(group);
-        assert!(Arc::strong_count(&birth) > 1, "the child is still there");
+        assert!(Arc::strong_count(&setup) > 1, "the child is still there");
         let_go(debugger);
         let begun = Instant::now();
-        while Arc::strong_count(&birth) > 1 {
+        while Arc::strong_count(&setup) > 1 {
             assert!(begun.elapsed() < Duration::from_secs(60));
             sleep(Duration::from_millis(1)).await;
         }
@@ -319,7 +319,7 @@ mod tests {
     #[tokio::test]
     async fn a_debugger_that_holds_a_dead_leader_holds_up_its_job_alone() {
         let group = group_of("sleep", "1000");
-        group.birth.over().await;
+        group.setup.exec_done().await;
         let Some(debugger) = debugger_of(group.id()) else { return };
         // Any other signal would stop the tracee.
         group.signal(Signal::KILL);

@@ -1,32 +1,32 @@
 //! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it.
 //! Knows neither jobs nor settings.
 //!
-//! A start goes through these states. `Birth` and `Stack` are memory of this process.
+//! A start goes through these states. `ChildSetup` and `Stack` are memory of this process.
 //!
-//! | state | begins with | `Birth` and `Stack` belong to | the process number belongs to |
+//! | state | begins with | `ChildSetup` and `Stack` belong to | the process number belongs to |
 //! | --- | --- | --- | --- |
 //! | made | `clone` | the child: this process keeps both alive, and only reads | the child |
-//! | running its program | `execve`: the kernel sets `is_here` to 0 | this process | the child |
+//! | running its program | `execve`: the kernel sets `uses_our_memory` to 0 | this process | the child |
 //! | zombie | the exit: the pidfd is readable, and the kernel has taken the memory away before | this process | the child |
-//! | reaped | `wait4` | none: `Birth` is dropped, `Stack` is kept for another child | the group, while that has members |
+//! | reaped | `wait4` | none: `ChildSetup` is dropped, `Stack` is kept for another child | the group, while that has members |
 //!
 //! Up to `wait4` a signal to the number, or to the group, reaches no other job. A child whose start fails goes from made to zombie,
-//! and `Birth::failure` says why. A child that has a copy of the memory (`Way::Copying`) tells both by a pipe.
-//! A child whose job is dropped is killed, and the [`reaper`] keeps its `Birth` and reaps it.
+//! and `ChildSetup::failure` says why. A child that has a copy of the memory (`Way::Copying`) tells both by a pipe.
+//! A child whose job is dropped is killed, and the [`reaper`] keeps its `ChildSetup` and reaps it.
 
-mod birth;
 mod census;
+mod child_setup;
+mod children;
 mod clock;
 mod command;
 mod cstrings;
 mod exit_watch;
 mod group;
-mod head_start;
-mod limits;
 mod memory;
-mod orphans;
+mod open_files;
 mod output;
 mod program;
+mod read_delay;
 mod reaper;
 mod resident;
 mod signals;
@@ -53,16 +53,16 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::Sender;
 use tokio::time::{sleep, timeout};
 
-use birth::Birth;
+use child_setup::ChildSetup;
+pub(crate) use children::Children;
 pub(crate) use command::Command;
-pub(crate) use group::Ended;
 use group::Group;
-pub use group::Usage;
-pub(crate) use head_start::HeadStart;
-pub(crate) use limits::{OpenFiles, TooFewDescriptors, keep_exit_statuses};
-pub(crate) use orphans::Children;
+pub use group::ResourceUsage;
+pub(crate) use group::WaitResult;
+pub(crate) use open_files::{OpenFiles, TooFewDescriptors, keep_exit_statuses};
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
+pub(crate) use read_delay::ReadDelay;
 pub(crate) use resident::Resident;
 pub use rustix::process::Signal;
 pub(crate) use signals::{is_ignored, without_signals};
@@ -101,7 +101,7 @@ pub(crate) struct Start<'a> {
     pub(crate) input: Input,
     pub(crate) output: Output,
     pub(crate) starter: &'a Starter,
-    pub(crate) head_start: &'a HeadStart,
+    pub(crate) read_delay: &'a ReadDelay,
     /// The children of this process.
     pub(crate) children: &'a Children,
 }
@@ -135,7 +135,7 @@ pub(crate) enum Termination {
 #[derive(Debug)]
 pub(crate) struct Exit<C> {
     /// The leader's status and what it used, if they could be had.
-    pub(crate) ended: Ended,
+    pub(crate) ended: WaitResult,
     /// Why it was terminated, if it was, and how it took that; its own end comes first when both happen at once.
     pub(crate) terminated: Option<(C, Termination)>,
     /// Whether the notification was sent.
@@ -152,7 +152,7 @@ pub(crate) struct Process {
     stdin: Option<(Sender, Bytes)>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
-    head_start: HeadStart,
+    read_delay: ReadDelay,
 }
 
 impl Process {
@@ -164,11 +164,11 @@ impl Process {
         let (stderr, their_stderr) = open_output(start.output, false)?;
         let stdio =
             [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
-        let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
-        let leader = start.children.start(|| spawn::spawn(birth), |leader| leader.id)?;
+        let setup = ChildSetup::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
+        let leader = start.children.start(|| spawn::spawn(setup), |leader| leader.id)?;
         let group = Group::of(leader, start.children.clone());
-        let (command, head_start) = (Arc::clone(start.command), start.head_start.clone());
-        Ok(Self { command, group, stdin: unread, stdout, stderr, head_start })
+        let (command, read_delay) = (Arc::clone(start.command), start.read_delay.clone());
+        Ok(Self { command, group, stdin: unread, stdout, stderr, read_delay })
     }
 
     /// The process id of the leader.
@@ -199,7 +199,7 @@ impl Process {
         >,
         on_line: impl Fn(Channel, &str),
     ) -> io::Result<Exit<C>> {
-        let Self { command, group, stdin, stdout, stderr, head_start } = self;
+        let Self { command, group, stdin, stdout, stderr, read_delay } = self;
         let Stops { terminate: cause, skip_grace, give_up, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
         let may_be_read_later =
@@ -224,7 +224,7 @@ impl Process {
                 }
                 () = async {
                     if may_be_read_later {
-                        head_start.of_one_that_starts_now().await;
+                        read_delay.from_now().await;
                     }
                     io.as_mut().await;
                 } => end.await,

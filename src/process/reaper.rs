@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, WaitOptions, waitpid};
 
-use super::orphans::Children;
+use super::children::Children;
 
 /// The pause between two looks at the killed grows from this …
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -32,12 +32,12 @@ pub(super) struct Reaper(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<ReaperState>,
     added: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ReaperState {
     killed: Vec<Killed>,
     has_thread: bool,
 }
@@ -59,7 +59,7 @@ impl Reaper {
         self.0.added.notify_one();
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, ReaperState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::group::{Ended, Group};
+use super::group::{Group, WaitResult};
 use super::memory;
 use super::output::{SharedOutput, read_present};
 use super::{Channel, OUTPUT_GRACE, Process, Signal, Start, Termination, clock, terminate};
@@ -99,7 +99,7 @@ impl Resident {
     ///
     /// # Errors
     /// When the leader never became its program: why it did not.
-    pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<Ended> {
+    pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<WaitResult> {
         let Self { group, stdout, stderr } = self;
         // The rest of the group would hold the pipes open. A process that has left the group may still hold them.
         group.signal(Signal::KILL);

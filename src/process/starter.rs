@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
 use syscalls::{Sysno, syscall};
 
-use super::limits::OpenFiles;
+use super::open_files::OpenFiles;
 use super::spawn::clone;
 use super::stack::Stacks;
 
@@ -90,9 +90,9 @@ fn is_shortage(error: &io::Error) -> bool {
 /// What the child of a trial leaves in memory that it shares.
 #[derive(Debug, Default)]
 struct Trace {
-    /// Not 0 until the child has left, as in `Birth`.
-    is_here: AtomicU32,
-    was_here: AtomicBool,
+    /// Not 0 until the child has left, as in `ChildSetup`.
+    uses_our_memory: AtomicU32,
+    was_shared: AtomicBool,
 }
 
 /// How long the exit of the trial's child may take to be told. Only a kernel that never tells takes longer than a moment.
@@ -101,7 +101,7 @@ const LONGEST_EXIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 /// Starts a process that ends at once, and sees to it that all that a real start relies on works.
 #[expect(unsafe_code, reason = "see `clone`")]
 fn try_start(way: Way) -> io::Result<()> {
-    let trace = Trace { is_here: AtomicU32::new(1), ..Trace::default() };
+    let trace = Trace { uses_our_memory: AtomicU32::new(1), ..Trace::default() };
     let stack = Stacks::default().take()?;
     // SAFETY: `trace` and the stack live until the child has been waited for, below. `leave` is made for it.
     let (id, pidfd) = unsafe { clone(way, leave, ptr::from_ref(&trace).cast_mut().cast(), &stack) }?;
@@ -113,8 +113,8 @@ fn try_start(way: Way) -> io::Result<()> {
     let problem = match way {
         Way::Copying => None,
         Way::Sharing if !told => Some("the kernel does not tell when a child exits"),
-        Way::Sharing if !trace.was_here.load(Ordering::Acquire) => Some("a child does not share memory"),
-        Way::Sharing if trace.is_here.load(Ordering::Acquire) != 0 => {
+        Way::Sharing if !trace.was_shared.load(Ordering::Acquire) => Some("a child does not share memory"),
+        Way::Sharing if trace.uses_our_memory.load(Ordering::Acquire) != 0 => {
             Some("the kernel does not tell when a child has left the memory that it shares")
         }
         Way::Sharing => None,
@@ -135,12 +135,12 @@ fn tells_of_exit(pidfd: &OwnedFd) -> bool {
 /// The whole life of the trial's child.
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
 extern "C" fn leave(trace: *mut c_void) -> c_int {
-    // SAFETY: `trace` is what `clone` was given: it lives until this process has ended. The kernel writes to `is_here` once, when
+    // SAFETY: `trace` is what `clone` was given: it lives until this process has ended. The kernel writes to `uses_our_memory` once, when
     // this process leaves the memory. `_exit` runs nothing of the process that the memory belongs to.
     unsafe {
         let trace = &*trace.cast::<Trace>();
-        let _ = syscall!(Sysno::set_tid_address, trace.is_here.as_ptr());
-        trace.was_here.store(true, Ordering::Release);
+        let _ = syscall!(Sysno::set_tid_address, trace.uses_our_memory.as_ptr());
+        trace.was_shared.store(true, Ordering::Release);
         libc::_exit(0)
     }
 }

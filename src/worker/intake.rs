@@ -8,18 +8,18 @@ use crate::watch;
 
 /// Clones are of one intake.
 #[derive(Debug, Clone)]
-pub(super) struct Intake(watch::Sender<State>);
+pub(super) struct Intake(watch::Sender<IntakeState>);
 
 /// Whether jobs are taken, and by which settings.
 #[derive(Debug, Clone)]
-pub(super) struct State {
+pub(super) struct IntakeState {
     paused: bool,
     settings: Arc<StreamSettings>,
 }
 
 impl Intake {
     pub(super) fn new(config: &WorkerConfig) -> Self {
-        Self(watch::Sender::new(State { paused: false, settings: Arc::new(StreamSettings::of(config, None)) }))
+        Self(watch::Sender::new(IntakeState { paused: false, settings: Arc::new(StreamSettings::of(config, None)) }))
     }
 
     /// Pauses or resumes. Returns whether that changes anything.
@@ -49,7 +49,7 @@ impl Intake {
     }
 
     /// Changes whenever something about it does.
-    pub(super) fn changes(&self) -> watch::Receiver<State> {
+    pub(super) fn changes(&self) -> watch::Receiver<IntakeState> {
         self.0.subscribe()
     }
 }

@@ -7,17 +7,17 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use super::intake::{self, Intake};
+use super::intake::{Intake, IntakeState};
 use super::opening::{Opening, Unopened, open, seconds};
-use super::search::{Found, Search};
-use super::session::{Closed, sleep_until_if};
+use super::search::{Search, SearchStream};
+use super::session::{CloseReason, sleep_until_if};
 use super::streams::{Lost, Streams};
 use super::{Run, Taken, WorkerError, max_kept};
 use crate::backoff::{Backoff, Waits};
 use crate::chain::Chain;
 use crate::client::StreamSettings;
 use crate::ledger::{ComingStream, StreamId};
-use crate::lifecycle::{self, Lifecycle, Phase};
+use crate::lifecycle::{Lifecycle, LifecycleState, Phase};
 use crate::stream::{StreamError, TakeStream};
 use crate::watch;
 
@@ -32,10 +32,10 @@ pub(super) struct Producer {
     pub(super) concurrency: usize,
 }
 
-type Searching = Pin<Box<dyn Future<Output = (Search, Option<Found>)> + Send>>;
+type Searching = Pin<Box<dyn Future<Output = (Search, Option<SearchStream>)> + Send>>;
 
 /// The streams of one run, and those that are being opened.
-struct State {
+struct ProducerState {
     streams: Streams,
     /// The stream that is to take, while it is being opened.
     opening: Option<(Arc<StreamSettings>, Opening)>,
@@ -59,9 +59,9 @@ struct State {
 enum Event {
     /// A phase, a setting, a job or a place: everything is to be decided anew.
     Changed,
-    Closed(StreamId, Result<Closed, StreamError>),
+    CloseReason(StreamId, Result<CloseReason, StreamError>),
     Opened(Arc<StreamSettings>, Result<(TakeStream, ComingStream), Unopened>),
-    Searched(Search, Option<Found>),
+    Searched(Search, Option<SearchStream>),
 }
 
 impl Producer {
@@ -69,7 +69,7 @@ impl Producer {
     /// running without it.
     pub(super) async fn run(self) -> Result<(), WorkerError> {
         let _stop = StopOnDrop(self.run.lifecycle.clone());
-        let mut state = State {
+        let mut state = ProducerState {
             streams: Streams::new(self.run.clone(), self.intake.clone(), self.dispatch_queue.clone()),
             opening: None,
             pause: None,
@@ -86,7 +86,7 @@ impl Producer {
             self.decide(&mut state);
             match next_event(&mut state, &mut changes).await {
                 Event::Changed => {}
-                Event::Closed(id, ended) => self.closed(&mut state, id, ended),
+                Event::CloseReason(id, ended) => self.closed(&mut state, id, ended),
                 Event::Opened(settings, opened) => self.opened(&mut state, settings, opened)?,
                 Event::Searched(search, found) => searched(&mut state, search, found),
             }
@@ -96,7 +96,7 @@ impl Producer {
     }
 
     /// Gives each stream its purpose, and sees to it that the one is being opened that is missing.
-    fn decide(&self, state: &mut State) {
+    fn decide(&self, state: &mut ProducerState) {
         let settings = self.intake.settings();
         self.run.ledger.set_present_server(&settings.client);
         self.make_room(state, settings.prefetch);
@@ -119,7 +119,7 @@ impl Producer {
     }
 
     /// Gives the ack queue and the ledger the size that the prefetch needs.
-    fn make_room(&self, state: &mut State, prefetch: usize) {
+    fn make_room(&self, state: &mut ProducerState, prefetch: usize) {
         if std::mem::replace(&mut state.prefetch, prefetch) != prefetch {
             let capacity = prefetch.saturating_mul(2);
             self.run.acks.resize(capacity);
@@ -129,7 +129,7 @@ impl Producer {
 
     /// Replaces a stream that has lost places of its prefetch. The stream takes on with the places that are left until another
     /// one is due: a job whose report is refused again and again would otherwise run without pause.
-    fn renew_if_due(&self, state: &mut State) {
+    fn renew_if_due(&self, state: &mut ProducerState) {
         if !state.streams.is_taking_one_spent() {
             state.renewal_due = None;
             return;
@@ -144,7 +144,7 @@ impl Producer {
         }
     }
 
-    fn search_if_needed(&self, state: &mut State, taking: Option<&Arc<StreamSettings>>) {
+    fn search_if_needed(&self, state: &mut ProducerState, taking: Option<&Arc<StreamSettings>>) {
         if Search::wanted(&self.run, taking).is_empty() {
             (state.search, state.searching) = (None, None);
         } else if state.searching.is_none() && !state.streams.is_searching() {
@@ -159,7 +159,7 @@ impl Producer {
 
     fn opened(
         &self,
-        state: &mut State,
+        state: &mut ProducerState,
         settings: Arc<StreamSettings>,
         opened: Result<(TakeStream, ComingStream), Unopened>,
     ) -> Result<(), WorkerError> {
@@ -177,12 +177,12 @@ impl Producer {
         }
     }
 
-    fn closed(&self, state: &mut State, id: StreamId, ended: Result<Closed, StreamError>) {
+    fn closed(&self, state: &mut ProducerState, id: StreamId, ended: Result<CloseReason, StreamError>) {
         let lost = state.streams.remove(id);
         self.drop_waiting(id);
         match (ended, lost) {
-            (Ok(Closed::Finished), _) => info!("stream closed, everything taken over it has been reported"),
-            (Ok(Closed::NotFound { prefetch, is_full }), _) => {
+            (Ok(CloseReason::Finished), _) => info!("stream closed, everything taken over it has been reported"),
+            (Ok(CloseReason::NotFound { prefetch, is_full }), _) => {
                 debug!(prefetch, is_full, "stream closed, it has brought none of the jobs that are here");
                 if let Some(search) = state.search.as_mut().filter(|_| is_full) {
                     search.missed(&self.run, prefetch);
@@ -233,16 +233,16 @@ fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backof
     }
 }
 
-fn searched(state: &mut State, search: Search, found: Option<Found>) {
+fn searched(state: &mut ProducerState, search: Search, found: Option<SearchStream>) {
     (state.search, state.searching) = (Some(search), None);
-    if let Some(Found { settings, stream, coming: _coming, prefetch }) = found {
+    if let Some(SearchStream { settings, stream, coming: _coming, prefetch }) = found {
         state.streams.add_search(settings, stream, prefetch);
     }
 }
 
 /// Waits for the next thing that may change which streams there are to be.
-async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
-    let State { streams, opening, search, searching, renewal_due, .. } = state;
+async fn next_event(state: &mut ProducerState, changes: &mut Changes) -> Event {
+    let ProducerState { streams, opening, search, searching, renewal_due, .. } = state;
     let with_movements = !streams.is_any_taking() || search.is_some() || searching.is_some();
     let opened = async {
         match opening {
@@ -259,7 +259,7 @@ async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
     tokio::select! {
         biased;
         () = changes.next(with_movements) => Event::Changed,
-        (id, ended) = streams.next_closed() => Event::Closed(id, ended),
+        (id, ended) = streams.next_closed() => Event::CloseReason(id, ended),
         (settings, opened) = opened => Event::Opened(settings, opened),
         (search, found) = searched => Event::Searched(search, found),
         () = sleep_until_if(*renewal_due) => Event::Changed,
@@ -268,8 +268,8 @@ async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
 
 /// Hears of everything that decides which streams there are.
 struct Changes {
-    lifecycle: watch::Receiver<lifecycle::State>,
-    intake: watch::Receiver<intake::State>,
+    lifecycle: watch::Receiver<LifecycleState>,
+    intake: watch::Receiver<IntakeState>,
     lost_places: watch::Receiver<()>,
     movements: watch::Receiver<()>,
 }

@@ -38,7 +38,7 @@ pub(super) struct Search {
 }
 
 /// A stream that may bring jobs back.
-pub(super) struct Found {
+pub(super) struct SearchStream {
     pub(super) settings: Arc<StreamSettings>,
     pub(super) stream: TakeStream,
     pub(super) coming: ComingStream,
@@ -68,7 +68,7 @@ impl Search {
     }
 
     /// Makes one round, after a wait if one is due. Returns nothing if there is no stream to be had, or no job to be searched for.
-    pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<Found> {
+    pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<SearchStream> {
         let settings = self.next_settings(&Self::wanted(run, taking))?;
         if !std::mem::take(&mut self.is_urgent) {
             let mut parkings = run.ledger.parkings();
@@ -92,7 +92,7 @@ impl Search {
         match settings.open(prefetch).await {
             Ok(stream) => {
                 self.round += 1;
-                Some(Found { settings, stream, coming, prefetch })
+                Some(SearchStream { settings, stream, coming, prefetch })
             }
             Err(error) => {
                 debug!(error = %Chain(&error), "no stream for jobs that are here");

@@ -35,11 +35,11 @@ pub(super) struct Session {
     held_back: Vec<Job>,
     /// Since it finishes, the last delivery before that.
     finishing_since: Option<Delivery>,
-    search: Option<Sought>,
+    search: Option<SearchProgress>,
 }
 
 /// A stream that was opened for certain jobs.
-struct Sought {
+struct SearchProgress {
     /// The end of the time that it has to bring them.
     end: Instant,
     prefetch: usize,
@@ -50,7 +50,7 @@ struct Sought {
 
 /// Why a stream was closed here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Closed {
+pub(super) enum CloseReason {
     /// Everything that came over it has been reported, or the worker has stopped.
     Finished,
     /// It was opened for certain jobs, and has brought none of them.
@@ -90,18 +90,18 @@ impl Session {
     /// Makes it a stream that was opened to bring back certain jobs, by a prefetch of its own.
     pub(super) fn searching(self, prefetch: usize) -> Self {
         let end = Instant::now() + SEARCH_TIME;
-        Self { search: Some(Sought { end, prefetch, left: prefetch, has_found: false }), ..self }
+        Self { search: Some(SearchProgress { end, prefetch, left: prefetch, has_found: false }), ..self }
     }
 
     /// Follows the stream until it is lost, or of no use any more. Closes it then.
-    pub(super) async fn run(mut self) -> Result<Closed, StreamError> {
+    pub(super) async fn run(mut self) -> Result<CloseReason, StreamError> {
         let ended = self.follow().await;
         self.run.ledger.lose_stream(self.id);
         self.stream.close().await;
         ended.map(|()| match self.search {
-            None => Closed::Finished,
-            Some(Sought { has_found: true, .. }) => Closed::Finished,
-            Some(Sought { left, prefetch, .. }) => Closed::NotFound { prefetch, is_full: left == 0 },
+            None => CloseReason::Finished,
+            Some(SearchProgress { has_found: true, .. }) => CloseReason::Finished,
+            Some(SearchProgress { left, prefetch, .. }) => CloseReason::NotFound { prefetch, is_full: left == 0 },
         })
     }
 

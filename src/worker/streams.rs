@@ -9,7 +9,7 @@ use tracing::{debug, info, warn};
 
 use super::intake::Intake;
 use super::purpose::{Purpose, purpose};
-use super::session::{Closed, Session};
+use super::session::{CloseReason, Session};
 use super::{Run, Taken};
 use crate::chain::Chain;
 use crate::client::{Client, StreamSettings};
@@ -23,13 +23,13 @@ pub(super) struct Streams {
     run: Run,
     intake: Intake,
     dispatch_queue: async_channel::Sender<Taken>,
-    open: Vec<Open>,
-    sessions: JoinSet<(StreamId, Result<Closed, StreamError>)>,
+    open: Vec<OpenStream>,
+    sessions: JoinSet<(StreamId, Result<CloseReason, StreamError>)>,
     /// The version of the server at the last connection.
     seen_version: Arc<Mutex<Option<String>>>,
 }
 
-struct Open {
+struct OpenStream {
     id: StreamId,
     settings: Arc<StreamSettings>,
     purpose: watch::Sender<Purpose>,
@@ -56,7 +56,7 @@ impl Streams {
         let (sender, receiver) = watch::channel(Purpose::Take);
         let session = self.session(&settings, stream, receiver);
         let (id, client, seen) = (session.id, Arc::clone(&settings.client), Arc::clone(&self.seen_version));
-        self.open.push(Open { id, settings, purpose: sender, only_finishes: false, is_search: false });
+        self.open.push(OpenStream { id, settings, purpose: sender, only_finishes: false, is_search: false });
         self.sessions.spawn(async move {
             tokio::select! {
                 biased;
@@ -71,7 +71,7 @@ impl Streams {
         let (sender, receiver) = watch::channel(Purpose::Finish);
         let session = self.session(&settings, stream, receiver).searching(prefetch);
         let id = session.id;
-        self.open.push(Open { id, settings, purpose: sender, only_finishes: true, is_search: true });
+        self.open.push(OpenStream { id, settings, purpose: sender, only_finishes: true, is_search: true });
         self.sessions.spawn(async move { (id, session.run().await) });
     }
 
@@ -132,7 +132,7 @@ impl Streams {
     }
 
     /// Waits until a stream has closed.
-    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<Closed, StreamError>) {
+    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<CloseReason, StreamError>) {
         match self.sessions.join_next().await {
             Some(closed) => closed.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
             None => std::future::pending().await,

@@ -14,7 +14,7 @@ use crate::dispatch::{Dispatcher, Ended};
 use crate::job::{Failure, Job, Outcome};
 use crate::ledger::{Beginning, Delivery};
 use crate::lifecycle::Phase;
-use crate::process::Usage;
+use crate::process::ResourceUsage;
 
 /// One of the threads × fibers loops: it runs one job at a time, and hands its outcome on before it takes the next.
 pub(super) struct WorkerLoop<D> {
@@ -103,7 +103,7 @@ fn job_span(job: &Job) -> Span {
     )
 }
 
-fn log_ended(outcome: &Outcome, usage: Option<Usage>, elapsed: Duration) {
+fn log_ended(outcome: &Outcome, usage: Option<ResourceUsage>, elapsed: Duration) {
     let seconds = seconds(elapsed);
     let cpu_seconds = usage.map(|usage| usage.cpu.as_secs_f64());
     let peak_memory_bytes = usage.map(|usage| usage.max_rss);

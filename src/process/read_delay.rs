@@ -1,4 +1,4 @@
-//! [`HeadStart`]: a short time that many children are given, by few timers.
+//! [`ReadDelay`]: a short time that many children are given, by few timers.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +17,7 @@ const MOST: Duration = Duration::from_millis(10);
 
 /// Given to all children alike; clones are of one.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct HeadStart(Arc<Mutex<Option<Latest>>>);
+pub(crate) struct ReadDelay(Arc<Mutex<Option<Latest>>>);
 
 #[derive(Debug)]
 struct Latest {
@@ -25,9 +25,9 @@ struct Latest {
     over: Shared<Pin<Box<Sleep>>>,
 }
 
-impl HeadStart {
+impl ReadDelay {
     /// Waits until a child that starts now has had it.
-    pub(super) fn of_one_that_starts_now(&self) -> impl Future<Output = ()> + use<> {
+    pub(super) fn from_now(&self) -> impl Future<Output = ()> + use<> {
         let now = Instant::now();
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &*latest {
@@ -48,10 +48,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn it_is_five_to_ten_milliseconds_for_whoever_comes_when() {
-        let head_start = HeadStart::default();
+        let read_delay = ReadDelay::default();
         let mut passed = Vec::new();
         for number in 0..20 {
-            let (start, over) = (Instant::now(), head_start.of_one_that_starts_now());
+            let (start, over) = (Instant::now(), read_delay.from_now());
             let child = tokio::spawn(async move {
                 over.await;
                 start.elapsed()
@@ -72,11 +72,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn children_that_are_started_together_share_a_timer() {
-        let head_start = HeadStart::default();
+        let read_delay = ReadDelay::default();
         let ends: Vec<_> = (0..10)
             .map(|_| {
-                drop(head_start.of_one_that_starts_now());
-                head_start.0.lock().unwrap().as_ref().unwrap().end
+                drop(read_delay.from_now());
+                read_delay.0.lock().unwrap().as_ref().unwrap().end
             })
             .collect();
         assert!(ends.iter().all(|end| *end == ends[0]));

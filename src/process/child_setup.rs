@@ -1,4 +1,4 @@
-//! [`Birth`]: a child's life until it is its program, as the child lives it and as this process sees it.
+//! [`ChildSetup`]: a child's life until it is its program, as the child lives it and as this process sees it.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -19,7 +19,7 @@ use tokio::time::sleep;
 
 use super::command::Command;
 use super::cstrings::CStrings;
-use super::limits::OpenFiles;
+use super::open_files::OpenFiles;
 use super::stack::Stack;
 use super::starter::{Starter, Way};
 
@@ -35,7 +35,7 @@ const FIRST_OTHER: RawFd = 3;
 /// What a child is made of until it has become its program. A child that shares our memory reads it there: it is to be kept until
 /// the child has ended.
 #[derive(Debug)]
-pub(super) struct Birth {
+pub(super) struct ChildSetup {
     command: Arc<Command>,
     environment: CStrings,
     stdio: [Option<RawFd>; 3],
@@ -44,21 +44,21 @@ pub(super) struct Birth {
     stack: Stack,
     way: Way,
     /// The pipe by which a child tells that has a copy of the memory.
-    report: Option<Report>,
+    report: Option<ErrorPipe>,
     /// Not 0 while the child uses our memory: the kernel sets it to 0 when the child has become its program.
-    is_here: AtomicU32,
+    uses_our_memory: AtomicU32,
     /// The errno for which it has not become its program, or 0.
     failure: AtomicI32,
 }
 
 /// A pipe that brings an errno, or its end when the child has become its program.
 #[derive(Debug)]
-struct Report {
+struct ErrorPipe {
     ours: OwnedFd,
     theirs: RawFd,
 }
 
-impl Birth {
+impl ChildSetup {
     /// `variables` are added to the command's. `stdio` is its stdin, stdout and stderr, where they are not those of this process.
     ///
     /// # Errors
@@ -78,7 +78,7 @@ impl Birth {
             stack: starter.stacks.take()?,
             way: starter.way,
             report: None,
-            is_here: AtomicU32::new(1),
+            uses_our_memory: AtomicU32::new(1),
             failure: AtomicI32::new(0),
         })
     }
@@ -95,19 +95,19 @@ impl Birth {
     ///
     /// # Errors
     /// When the system has no descriptors left.
-    pub(super) fn open_report(&mut self) -> io::Result<Option<OwnedFd>> {
+    pub(super) fn open_error_pipe(&mut self) -> io::Result<Option<OwnedFd>> {
         if self.way == Way::Sharing {
             return Ok(None);
         }
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         ioctl_fionbio(&ours, true)?;
-        self.report = Some(Report { ours, theirs: theirs.as_raw_fd() });
+        self.report = Some(ErrorPipe { ours, theirs: theirs.as_raw_fd() });
         Ok(Some(theirs))
     }
 
     /// Waits until the child has become its program, or cannot. No event tells of it that could be waited for without a thread. The
-    /// caller watches for the child's exit as well: the kernel leaves `is_here` alone for a child that dumps core.
-    pub(super) async fn over(&self) {
+    /// caller watches for the child's exit as well: the kernel leaves `uses_our_memory` alone for a child that dumps core.
+    pub(super) async fn exec_done(&self) {
         let mut pause = FIRST_PAUSE;
         while self.is_under_way() {
             sleep(pause).await;
@@ -125,7 +125,7 @@ impl Birth {
     }
 
     fn is_under_way(&self) -> bool {
-        if self.is_here.load(Ordering::Acquire) == 0 {
+        if self.uses_our_memory.load(Ordering::Acquire) == 0 {
             return false;
         }
         let Some(report) = &self.report else { return true };
@@ -136,7 +136,7 @@ impl Birth {
             Ok(count) if count == errno.len() => self.failure.store(c_int::from_ne_bytes(errno), Ordering::Release),
             Ok(_) | Err(_) => {}
         }
-        self.is_here.store(0, Ordering::Release);
+        self.uses_our_memory.store(0, Ordering::Release);
         false
     }
 
@@ -154,9 +154,9 @@ impl Birth {
         // directory, its own limits and its own actions of signals, so that nothing here changes those of the other. These calls
         // of the C library do not fail for what they are given.
         unsafe {
-            // The kernel writes to `is_here` once, when this process leaves the memory. The C library's `clone` could ask for the
+            // The kernel writes to `uses_our_memory` once, when this process leaves the memory. The C library's `clone` could ask for the
             // same, but not everyone's does.
-            let _ = syscall!(Sysno::set_tid_address, self.is_here.as_ptr());
+            let _ = syscall!(Sysno::set_tid_address, self.uses_our_memory.as_ptr());
             let _ = syscall!(Sysno::setpgid, 0, 0);
             set_signals_back(self.handled_signals);
             for (number, file) in (0..).zip(self.stdio) {
@@ -221,14 +221,14 @@ impl Birth {
 
 /// The child's life until it is its program, or cannot be.
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
-pub(super) extern "C" fn live(birth: *mut c_void) -> c_int {
-    // SAFETY: `birth` is the argument of `clone`, and is kept until this process has ended. The kernel runs this process on a stack
+pub(super) extern "C" fn child_main(setup: *mut c_void) -> c_int {
+    // SAFETY: `setup` is the argument of `clone`, and is kept until this process has ended. The kernel runs this process on a stack
     // and with registers of its own.
-    let (birth, Err(error)) = unsafe {
-        let birth = &*birth.cast::<Birth>();
-        (birth, birth.become_program())
+    let (setup, Err(error)) = unsafe {
+        let setup = &*setup.cast::<ChildSetup>();
+        (setup, setup.become_program())
     };
-    birth.tell(error);
+    setup.tell(error);
     // SAFETY: `_exit` runs nothing of the process that the memory belongs to, and the kernel ends this process alone: a process
     // that shares memory is no thread.
     unsafe { libc::_exit(127) }

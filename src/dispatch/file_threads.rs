@@ -1,4 +1,4 @@
-//! [`Errands`]: work on files that may hang, in threads of its own. A handler may be on a network's file system.
+//! [`FileThreads`]: work on files that may hang, in threads of its own. A handler may be on a network's file system.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -10,54 +10,54 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-/// The most errands that wait for a thread.
+/// The most threads that wait for a thread.
 const MAX_WAITING: usize = 1024;
 
-type Errand = Box<dyn FnOnce() + Send>;
+type Task = Box<dyn FnOnce() + Send>;
 
-/// Threads for errands, started when there is one and ended when there is none; clones are of one set.
+/// Threads for threads, started when there is one and ended when there is none; clones are of one set.
 #[derive(Debug, Clone)]
-pub(super) struct Errands(Arc<Shared>);
+pub(super) struct FileThreads(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     max_threads: usize,
-    state: Mutex<State>,
+    queue: Mutex<Queue>,
 }
 
 #[derive(Default)]
-struct State {
-    waiting: VecDeque<Errand>,
+struct Queue {
+    waiting: VecDeque<Task>,
     threads: usize,
 }
 
-impl fmt::Debug for State {
+impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("State").field("waiting", &self.waiting.len()).field("threads", &self.threads).finish()
+        f.debug_struct("Queue").field("waiting", &self.waiting.len()).field("threads", &self.threads).finish()
     }
 }
 
-impl Errands {
-    /// Errands of which up to `max_threads` are run at once.
+impl FileThreads {
+    /// FileThreads of which up to `max_threads` are run at once.
     pub(super) fn with_threads(max_threads: usize) -> Self {
-        Self(Arc::new(Shared { max_threads, state: Mutex::default() }))
+        Self(Arc::new(Shared { max_threads, queue: Mutex::default() }))
     }
 
     /// Has an errand run. Returns whether it will be: not if too many wait, or if the system has no thread left.
     pub(super) fn run(&self, errand: impl FnOnce() + Send + 'static) -> bool {
-        let mut state = self.state();
-        if state.waiting.len() >= MAX_WAITING {
+        let mut queue = self.queue();
+        if queue.waiting.len() >= MAX_WAITING {
             return false;
         }
-        if state.threads < self.0.max_threads {
-            let errands = self.clone();
-            let started = Builder::new().name("files".to_owned()).spawn(move || errands.work());
-            state.threads += usize::from(started.is_ok());
+        if queue.threads < self.0.max_threads {
+            let threads = self.clone();
+            let started = Builder::new().name("files".to_owned()).spawn(move || threads.work());
+            queue.threads += usize::from(started.is_ok());
         }
-        if state.threads > 0 {
-            state.waiting.push_back(Box::new(errand));
+        if queue.threads > 0 {
+            queue.waiting.push_back(Box::new(errand));
         }
-        state.threads > 0
+        queue.threads > 0
     }
 
     /// Asks what only files can tell, and waits for the answer no longer than `patience`.
@@ -79,11 +79,11 @@ impl Errands {
         timeout(patience, answer).await.ok()?.ok()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs errands until none waits.
+    /// Runs threads until none waits.
     fn work(&self) {
         while let Some(errand) = self.next() {
             // A panic costs one errand, and no thread.
@@ -92,10 +92,10 @@ impl Errands {
     }
 
     /// Takes the next errand, or signs the thread off.
-    fn next(&self) -> Option<Errand> {
-        let mut state = self.state();
-        let next = state.waiting.pop_front();
-        state.threads -= usize::from(next.is_none());
+    fn next(&self) -> Option<Task> {
+        let mut queue = self.queue();
+        let next = queue.waiting.pop_front();
+        queue.threads -= usize::from(next.is_none());
         next
     }
 }
@@ -110,36 +110,36 @@ mod tests {
 
     #[tokio::test]
     async fn a_hanging_errand_costs_patience_and_one_thread() {
-        let (errands, (go, gone)) = (Errands::with_threads(2), mpsc::channel::<()>());
-        let hung = errands.ask(Duration::from_millis(10), move || gone.recv());
+        let (threads, (go, gone)) = (FileThreads::with_threads(2), mpsc::channel::<()>());
+        let hung = threads.ask(Duration::from_millis(10), move || gone.recv());
         assert!(hung.await.is_none());
-        assert_eq!(errands.ask(LONG, || 7).await, Some(7));
+        assert_eq!(threads.ask(LONG, || 7).await, Some(7));
         drop(go);
     }
 
     #[tokio::test]
     async fn errands_wait_for_a_thread_up_to_a_limit() {
-        let (errands, (go, gone)) = (Errands::with_threads(1), mpsc::channel::<()>());
+        let (threads, (go, gone)) = (FileThreads::with_threads(1), mpsc::channel::<()>());
         let (begin, begun) = mpsc::channel();
-        assert!(errands.run(move || {
+        assert!(threads.run(move || {
             begin.send(()).unwrap();
             let _ = gone.recv();
         }));
         begun.recv_timeout(LONG).unwrap();
-        assert!((0..MAX_WAITING).all(|_| errands.run(|| {})));
-        assert!(!errands.run(|| {}));
-        assert_eq!(errands.state().threads, 1);
+        assert!((0..MAX_WAITING).all(|_| threads.run(|| {})));
+        assert!(!threads.run(|| {}));
+        assert_eq!(threads.queue().threads, 1);
         drop(go);
-        while errands.state().threads > 0 {
+        while threads.queue().threads > 0 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(errands.ask(LONG, || 7).await, Some(7));
+        assert_eq!(threads.ask(LONG, || 7).await, Some(7));
     }
 
     #[tokio::test]
     async fn an_errand_that_panics_takes_no_thread_along() {
-        let errands = Errands::with_threads(1);
-        assert_eq!(errands.ask(LONG, || panic!("on purpose")).await, None::<()>);
-        assert_eq!(errands.ask(LONG, || 7).await, Some(7));
+        let threads = FileThreads::with_threads(1);
+        assert_eq!(threads.ask(LONG, || panic!("on purpose")).await, None::<()>);
+        assert_eq!(threads.ask(LONG, || 7).await, Some(7));
     }
 }
