@@ -88,12 +88,12 @@ impl Brake {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the handler could not be started when that was last tried.
+    /// Reports whether the handler could not be started when that was last tried.
     pub(super) fn is_engaged(&self) -> bool {
         self.engaged.load(Ordering::Acquire)
     }
 
-    /// Whether no process of the handler could be started when that was last tried.
+    /// Reports whether no process of the handler could be started when that was last tried.
     pub(super) fn holds_starts_that_fail(&self) -> bool {
         self.is_engaged() && !self.pace().runs
     }
@@ -104,7 +104,7 @@ impl Brake {
         self.pace().not_before
     }
 
-    /// The handler's name.
+    /// Returns the handler's name.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
@@ -260,8 +260,8 @@ async fn start_patiently<T: Begin, C>(
     }
 }
 
-/// Whether another job might well be started: too long variables, or a zero byte in them, which no system call saw. Any other
-/// error is the handler's, or the machine's.
+/// Reports whether another job might well be started: too long variables, or a zero byte in them, which no system call saw. Any
+/// other error is the handler's, or the machine's.
 fn is_the_jobs_own(error: &io::Error) -> bool {
     match Errno::from_io_error(error) {
         Some(errno) => errno == Errno::TOOBIG,
@@ -269,7 +269,7 @@ fn is_the_jobs_own(error: &io::Error) -> bool {
     }
 }
 
-/// Whether a fault says more about this moment than about the handler: it was fine when the worker started.
+/// Reports whether a fault says more about this moment than about the handler: it was fine when the worker started.
 fn may_pass(error: &io::Error) -> bool {
     use Errno as E;
     matches!(
@@ -312,12 +312,12 @@ mod tests {
         Brake::new("handle.sh".to_owned(), ProvenBy::Start)
     }
 
-    /// A process that is not made, for that reason.
+    /// Returns a process that is not made, for that reason.
     fn refused(errno: Errno) -> io::Result<Fake> {
         Err(errno.into())
     }
 
-    /// A process that cannot become its program, for that reason.
+    /// Returns a process that cannot become its program, for that reason.
     fn fails(errno: Errno) -> Fake {
         Fake { errno: Some(errno), ..WORKS }
     }

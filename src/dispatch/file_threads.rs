@@ -1,4 +1,4 @@
-//! [`FileThreads`]: work on files that may hang, in threads of its own. A handler may be on a network's file system.
+//! [`FileThreads`]: threads for file work that may hang, because a handler may be on a network file system.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -10,12 +10,12 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-/// The most threads that wait for a thread.
+/// The most tasks that wait for a thread.
 const MAX_WAITING: usize = 1024;
 
 type Task = Box<dyn FnOnce() + Send>;
 
-/// Threads for threads, started when there is one and ended when there is none; clones are of one set.
+/// Threads that start when there is a task and end when there is none. Clones share one set.
 #[derive(Debug, Clone)]
 pub(super) struct FileThreads(Arc<Shared>);
 
@@ -38,13 +38,13 @@ impl fmt::Debug for Queue {
 }
 
 impl FileThreads {
-    /// FileThreads of which up to `max_threads` are run at once.
+    /// Returns a set that runs up to `max_threads` tasks at once.
     pub(super) fn with_threads(max_threads: usize) -> Self {
         Self(Arc::new(Shared { max_threads, queue: Mutex::default() }))
     }
 
-    /// Has an errand run. Returns whether it will be: not if too many wait, or if the system has no thread left.
-    pub(super) fn run(&self, errand: impl FnOnce() + Send + 'static) -> bool {
+    /// Queues a task. Returns false if too many tasks wait, or if the system has no thread left.
+    pub(super) fn run(&self, task: impl FnOnce() + Send + 'static) -> bool {
         let mut queue = self.queue();
         if queue.waiting.len() >= MAX_WAITING {
             return false;
@@ -55,12 +55,12 @@ impl FileThreads {
             queue.threads += usize::from(started.is_ok());
         }
         if queue.threads > 0 {
-            queue.waiting.push_back(Box::new(errand));
+            queue.waiting.push_back(Box::new(task));
         }
         queue.threads > 0
     }
 
-    /// Asks what only files can tell, and waits for the answer no longer than `patience`.
+    /// Runs `question` in a thread, and waits for the answer no longer than `patience`.
     pub(super) async fn ask<T: Send + 'static>(
         &self,
         patience: Duration,
@@ -69,7 +69,7 @@ impl FileThreads {
         let (tell, answer) = oneshot::channel();
         let is_asked = self.run(move || {
             if !tell.is_closed() {
-                // The patience may end meanwhile.
+                // The send fails when the patience ends meanwhile.
                 let _ = tell.send(question());
             }
         });
@@ -83,15 +83,15 @@ impl FileThreads {
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs threads until none waits.
+    /// Runs tasks until none waits.
     fn work(&self) {
-        while let Some(errand) = self.next() {
-            // A panic costs one errand, and no thread.
-            let _ = catch_unwind(AssertUnwindSafe(errand));
+        while let Some(task) = self.next() {
+            // A panic costs one task, and no thread.
+            let _ = catch_unwind(AssertUnwindSafe(task));
         }
     }
 
-    /// Takes the next errand, or signs the thread off.
+    /// Takes the next task. Without one, the thread counts as ended.
     fn next(&self) -> Option<Task> {
         let mut queue = self.queue();
         let next = queue.waiting.pop_front();
@@ -109,7 +109,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     #[tokio::test]
-    async fn a_hanging_errand_costs_patience_and_one_thread() {
+    async fn a_hanging_task_costs_patience_and_one_thread() {
         let (threads, (go, gone)) = (FileThreads::with_threads(2), mpsc::channel::<()>());
         let hung = threads.ask(Duration::from_millis(10), move || gone.recv());
         assert!(hung.await.is_none());
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn errands_wait_for_a_thread_up_to_a_limit() {
+    async fn tasks_wait_for_a_thread_up_to_a_limit() {
         let (threads, (go, gone)) = (FileThreads::with_threads(1), mpsc::channel::<()>());
         let (begin, begun) = mpsc::channel();
         assert!(threads.run(move || {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_errand_that_panics_takes_no_thread_along() {
+    async fn a_task_that_panics_ends_no_thread() {
         let threads = FileThreads::with_threads(1);
         assert_eq!(threads.ask(LONG, || panic!("on purpose")).await, None::<()>);
         assert_eq!(threads.ask(LONG, || 7).await, Some(7));

@@ -59,17 +59,18 @@ impl ResultDir {
         Ok(Self { path: dir.keep(), _lock: lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
-    /// Whether the system takes the paths of sockets here. They have 108 bytes at most, with the zero byte at the end (unix(7)).
+    /// Reports whether the system takes the paths of sockets here. They have 108 bytes at most, with the zero byte at the end
+    /// (unix(7)).
     pub(super) fn has_room_for_sockets(&self) -> bool {
         self.path.as_os_str().len() + "/18446744073709551615.sock".len() < 108
     }
 
-    /// A path for a socket at which there is nothing yet.
+    /// Returns a path for a socket at which there is nothing yet.
     pub(super) fn socket(&self) -> PathBuf {
         self.path.join(format!("{}.sock", self.next.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// A path for one job at which there is nothing yet. A number, since nothing of a job is ever made into a path.
+    /// Returns a path for one job at which there is nothing yet. A number, since nothing of a job is ever made into a path.
     pub(super) fn file(&self) -> ResultFile<'_> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         ResultFile { dir: self, path: self.path.join(number.to_string()) }
@@ -290,7 +291,7 @@ impl Verdict {
         })
     }
 
-    /// The failure as the handler wants it reported. `retry_in` counts from now.
+    /// Returns the failure as the handler wants it reported. `retry_in` counts from now.
     pub(super) fn apply_to(self, failure: Failure) -> Failure {
         Failure {
             message: self.message.unwrap_or(failure.message),

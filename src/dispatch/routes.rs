@@ -71,8 +71,8 @@ impl Route {
         Ok(self.command.get_or_init(|| Arc::new(command)))
     }
 
-    /// Whether a start would fail, as far as that can be known without one. Never waits for a file: each call after the pause of
-    /// a failed start has the file looked at, and goes by the look before.
+    /// Reports whether a start would fail, as far as that can be known without one. Never waits for a file: each call after the
+    /// pause of a failed start has the file looked at, and goes by the look before.
     fn is_broken(&self) -> bool {
         if !self.brake.is_engaged() || self.pool.is_some() {
             return self.brake.holds_starts_that_fail();
@@ -134,13 +134,13 @@ impl Routes {
         none.renewed(handlers)
     }
 
-    /// The warm processes of this configuration and of earlier ones.
+    /// Returns the warm processes of this configuration and of earlier ones.
     pub(super) fn processes(&self) -> &Arc<Processes> {
         &self.shared.processes
     }
 
-    /// The routes of other handlers. Those that are as they were keep what is known of their starts. Every warm process ends as
-    /// soon as it is idle.
+    /// Returns the routes of other handlers. Those that are as they were keep what is known of their starts. Every warm process
+    /// ends as soon as it is idle.
     pub(super) fn renewed(&self, handlers: Handlers) -> Self {
         let route = |handler: Handler, before: Option<&Arc<Route>>| {
             let new = Route::new(handler, before.map(|before| &**before), &self.shared);
@@ -156,7 +156,7 @@ impl Routes {
         Self { by_type, default, shared: self.shared.clone() }
     }
 
-    /// The type is looked up, and nothing else is ever made of it.
+    /// Returns the type is looked up, and nothing else is ever made of it.
     pub(super) fn find(&self, job_type: &str) -> Option<&Arc<Route>> {
         self.by_type.get(job_type).or(self.default.as_ref())
     }
@@ -166,12 +166,12 @@ impl Routes {
         self.by_type.values().chain(&self.default)
     }
 
-    /// Whether jobs of that type have a handler of their own.
+    /// Reports whether jobs of that type have a handler of their own.
     pub(super) fn has_own(&self, job_type: &str) -> bool {
         self.by_type.contains_key(job_type)
     }
 
-    /// The names of the handlers that cannot be started, in order.
+    /// Returns the names of the handlers that cannot be started, in order.
     pub(super) fn broken(&self) -> Vec<String> {
         let mut names: Vec<String> =
             self.all().filter(|route| route.is_broken()).map(|route| route.brake.name().to_owned()).collect();

@@ -34,7 +34,7 @@ const ALL: [&str; 11] = [
     SOCKET,
 ];
 
-/// Whether a variable of that name is about a job: it has no other value than what is said of the job here.
+/// Reports whether a variable of that name is about a job: it has no other value than what is said of the job here.
 pub(super) fn is_about_a_job(name: &OsStr) -> bool {
     ALL.iter().any(|about_a_job| name == *about_a_job)
 }

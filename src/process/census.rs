@@ -29,7 +29,7 @@ struct Groups {
     zombies: BTreeSet<i32>,
 }
 
-/// Whether a process of the group has not ended, as seen later than `since`.
+/// Reports whether a process of the group has not ended, as seen later than `since`.
 async fn is_alive(group: Pid, since: Instant) -> bool {
     let mut latest = LATEST.lock().await;
     if latest.begun.is_none_or(|begun| begun < since) {
@@ -63,7 +63,7 @@ fn groups() -> Groups {
     groups
 }
 
-/// The children of a process that have ended, and that nobody has waited for.
+/// Returns the children of a process that have ended, and that nobody has waited for.
 pub(super) fn zombies_of(parent: Pid) -> impl Iterator<Item = Pid> {
     let is_zombie = move |stat: &str| zombies_parent(stat) == Some(parent.as_raw_nonzero().get());
     processes().filter(move |(_, stat)| is_zombie(stat)).filter_map(|(pid, _)| Pid::from_raw(pid))

@@ -219,7 +219,7 @@ impl ChildSetup {
     }
 }
 
-/// The child's life until it is its program, or cannot be.
+/// Returns the child's life until it is its program, or cannot be.
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
 pub(super) extern "C" fn child_main(setup: *mut c_void) -> c_int {
     // SAFETY: `setup` is the argument of `clone`, and is kept until this process has ended. The kernel runs this process on a stack

@@ -86,8 +86,8 @@ impl Children {
     }
 }
 
-/// Whether the kernel hands orphans to this process: as process 1, or as a subreaper. A process stays a subreaper when it becomes
-/// another program.
+/// Reports whether the kernel hands orphans to this process: as process 1, or as a subreaper. A process stays a subreaper when it
+/// becomes another program.
 fn inherits_orphans() -> bool {
     getpid() == Pid::INIT || child_subreaper().is_ok_and(|subreaper| subreaper.is_some())
 }

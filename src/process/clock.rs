@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use rustix::process::Pid;
 
-/// The number that the kernel gives to the scheduler's clock of a process. `clock_getcpuclockid` returns the same, after one more
-/// system call.
+/// Returns the number that the kernel gives to the scheduler's clock of a process. `clock_getcpuclockid` returns the same, after
+/// one more system call.
 fn clock_of(process: Pid) -> libc::clockid_t {
     const SCHEDULER: libc::clockid_t = 2;
     (!process.as_raw_nonzero().get() << 3) | SCHEDULER
 }
 
-/// The CPU time that a process has used, its threads included. None once it has been reaped, or where another user owns it.
+/// Returns the CPU time that a process has used, its threads included. None once it has been reaped, or where another user owns
+/// it.
 #[expect(unsafe_code, reason = "no safe wrapper reads the clock of another process")]
 pub(super) fn cpu_time_of(process: Pid) -> Option<Duration> {
     let mut time = MaybeUninit::<libc::timespec>::zeroed();

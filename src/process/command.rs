@@ -45,7 +45,7 @@ impl Command {
         })
     }
 
-    /// The environment of one start.
+    /// Returns the environment of one start.
     pub(super) fn environment_and(&self, added: &[(&str, Cow<'_, OsStr>)]) -> io::Result<CStrings> {
         let added = added.iter().map(|(name, value)| (OsStr::new(name), &**value));
         variables(added).into_c_after(Arc::clone(&self.environment))

@@ -52,7 +52,7 @@ impl Strings {
         self.into_list(None)
     }
 
-    /// The same, with these after those of another list.
+    /// Returns the same, with these after those of another list.
     ///
     /// # Errors
     /// When there is a zero byte in one of them.

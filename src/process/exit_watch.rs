@@ -36,7 +36,7 @@ impl ExitWatch {
         }
     }
 
-    /// The child's pidfd, if the kernel has given one.
+    /// Returns the child's pidfd, if the kernel has given one.
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Reactor(pidfd) => Some(pidfd.get_ref().as_fd()),
@@ -60,7 +60,7 @@ impl ExitWatch {
     }
 }
 
-/// Whether a child is a zombie, or has been reaped by other code of this process.
+/// Reports whether a child is a zombie, or has been reaped by other code of this process.
 fn has_exited(child: Pid) -> bool {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     match waitid(WaitId::Pid(child), options) {

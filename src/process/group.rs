@@ -58,13 +58,13 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// The group of a child that was started among `children` as a leader.
+    /// Returns the group of a child that was started among `children` as a leader.
     pub(super) fn of(leader: Child, children: Children) -> Self {
         let Child { id, pidfd, setup } = leader;
         Self { leader: id, children, exit: ExitWatch::of(id, pidfd), setup, reaped: false }
     }
 
-    /// The leader's process id, which is the group's too.
+    /// Returns the leader's process id, which is the group's too.
     pub(super) fn id(&self) -> Pid {
         self.leader
     }
@@ -91,7 +91,7 @@ impl Group {
         };
     }
 
-    /// Whether the system lets this process signal the leader. A leader may become another user.
+    /// Reports whether the system lets this process signal the leader. A leader may become another user.
     pub(super) fn may_signal_leader(&self) -> bool {
         test_kill_process(self.leader) != Err(Errno::PERM)
     }
@@ -243,7 +243,8 @@ async fn until_gone(group: Pid) {
     reap_orphans_of(group);
 }
 
-/// Whether the group has no process, not even a zombie. A group of processes that this process may not signal is not gone.
+/// Reports whether the group has no process, not even a zombie. A group of processes that this process may not signal is not
+/// gone.
 fn is_gone(group: Pid) -> bool {
     test_kill_process_group(group) == Err(Errno::SRCH)
 }
@@ -277,7 +278,7 @@ mod tests {
         Group::of(child, Children::of_this_process())
     }
 
-    /// A process that traces another one, and never waits for it. The tracee's parent cannot reap the tracee then.
+    /// Returns a process that traces another one, and never waits for it. The tracee's parent cannot reap the tracee then.
     #[expect(clippy::disallowed_methods, reason = "a debugger is a process of its own")]
     fn debugger_of(id: Pid) -> Option<Debugger> {
         let (seize, ptrace) = (libc::PTRACE_SEIZE, libc::SYS_ptrace);

@@ -171,7 +171,7 @@ impl Process {
         Ok(Self { command, group, stdin: unread, stdout, stderr, read_delay })
     }
 
-    /// The process id of the leader.
+    /// Returns the process id of the leader.
     pub(crate) fn id(&self) -> u32 {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
     }

@@ -49,7 +49,7 @@ impl OpenFiles {
     }
 }
 
-/// A number beyond all descriptors that this process has now, those that it was handed included.
+/// Returns a number beyond all descriptors that this process has now, those that it was handed included.
 fn beyond_present() -> u32 {
     let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());

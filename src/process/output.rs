@@ -282,7 +282,7 @@ impl Tail {
         format!("{head}\n[{} bytes left out]\n{end}", self.left_out)
     }
 
-    /// The last line with anything in it.
+    /// Returns the last line with anything in it.
     pub(crate) fn last_line(&self) -> Option<String> {
         let text = self.text();
         let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;

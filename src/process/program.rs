@@ -49,7 +49,7 @@ impl Program {
         }
     }
 
-    /// Whether the file is there now.
+    /// Reports whether the file is there now.
     pub(crate) fn exists(&self) -> bool {
         self.path.exists()
     }
@@ -87,12 +87,12 @@ impl Program {
             .then(|| format!("{shown} names {interpreter:?} in its first line, which does not exist"))
     }
 
-    /// The file that is run.
+    /// Returns the file that is run.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The last part of its path, for messages.
+    /// Returns the last part of its path, for messages.
     pub fn file_name(&self) -> String {
         let name = self.path.file_name().unwrap_or(self.name.as_os_str());
         name.to_string_lossy().into_owned()

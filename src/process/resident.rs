@@ -28,12 +28,12 @@ impl Resident {
         Ok(Self { group, stdout: stdout.map(SharedOutput::of), stderr: stderr.map(SharedOutput::of) })
     }
 
-    /// The process id of the leader.
+    /// Returns the process id of the leader.
     pub(crate) fn id(&self) -> u32 {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// The CPU time that the leader has used so far, all its threads included; its children are not.
+    /// Returns the CPU time that the leader has used so far, all its threads included; its children are not.
     pub(crate) fn cpu_time(&self) -> Option<Duration> {
         clock::cpu_time_of(self.group.id())
     }
@@ -48,12 +48,12 @@ impl Resident {
         self.group.signal_leader(signal);
     }
 
-    /// The memory that the leader has resident, in bytes.
+    /// Returns the memory that the leader has resident, in bytes.
     pub(crate) fn resident_memory(&self) -> Option<u64> {
         memory::resident(self.group.id())
     }
 
-    /// The most memory that the leader has had resident, in bytes.
+    /// Returns the most memory that the leader has had resident, in bytes.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
         memory::peak(self.group.id())
     }

@@ -57,7 +57,7 @@ impl Stacks {
 }
 
 impl Stack {
-    /// The end of the memory: a stack grows downwards.
+    /// Returns the end of the memory: a stack grows downwards.
     pub(super) fn top(&self) -> *mut c_void {
         self.memory.as_ref().map_or(ptr::null_mut(), |memory| memory.start.as_ptr().wrapping_byte_add(GUARD + SIZE))
     }
@@ -126,7 +126,7 @@ impl Drop for Memory {
 mod tests {
     use super::*;
 
-    /// The permissions of the mapping that has this address, and its bounds, as the kernel shows them.
+    /// Returns the permissions of the mapping that has this address, and its bounds, as the kernel shows them.
     fn mapping_of(address: usize) -> (usize, usize, String) {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let number = |text| usize::from_str_radix(text, 16).unwrap();

@@ -73,7 +73,7 @@ impl Trial {
         }
     }
 
-    /// The way to start processes from now on. A shortage may pass: until it does, each start says so itself.
+    /// Returns the way to start processes from now on. A shortage may pass: until it does, each start says so itself.
     pub(crate) fn way(&self) -> Way {
         match self {
             Self::Usual | Self::Impossible(_) => Way::Sharing,
@@ -82,7 +82,7 @@ impl Trial {
     }
 }
 
-/// Whether an error is for want of something, and not for the way of starting.
+/// Reports whether an error is for want of something, and not for the way of starting.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE))
 }
@@ -132,7 +132,7 @@ fn tells_of_exit(pidfd: &OwnedFd) -> bool {
     }
 }
 
-/// The whole life of the trial's child.
+/// Returns the whole life of the trial's child.
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
 extern "C" fn leave(trace: *mut c_void) -> c_int {
     // SAFETY: `trace` is what `clone` was given: it lives until this process has ended. The kernel writes to `uses_our_memory` once, when

@@ -43,7 +43,7 @@ impl Intake {
         })
     }
 
-    /// The settings to take by now, paused or not.
+    /// Returns the settings to take by now, paused or not.
     pub(super) fn settings(&self) -> Arc<StreamSettings> {
         Arc::clone(&self.0.borrow().settings)
     }

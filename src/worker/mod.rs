@@ -90,7 +90,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Whether everything that was taken has been finished and reported. A report that the server refused for good is no
+    /// Reports whether everything that was taken has been finished and reported. A report that the server refused for good is no
     /// fault of a run that is asked to stop, but a bounded run that leaves its job behind has not done its work.
     pub fn is_clean(&self) -> bool {
         let left_behind = self.ended_by_itself && self.reports_dropped > 0;
@@ -118,7 +118,7 @@ impl fmt::Display for WorkerError {
 impl std::error::Error for WorkerError {}
 
 impl<D: Dispatcher> Worker<D> {
-    /// A worker that has not started.
+    /// Returns a worker that has not started.
     pub fn new(config: WorkerConfig, dispatcher: D) -> Self {
         let intake = Intake::new(&config);
         let activity = Activity::new(config.threads.get(), config.fibers.get());
@@ -126,7 +126,7 @@ impl<D: Dispatcher> Worker<D> {
         Self { config, dispatcher: Arc::new(dispatcher), intake, activity, metrics }
     }
 
-    /// The handle by which it is watched and steered.
+    /// Returns the handle by which it is watched and steered.
     pub fn controls(&self) -> Controls<D> {
         let Self { dispatcher, intake, activity, metrics, .. } = self;
         Controls {
@@ -207,8 +207,8 @@ impl<D: Dispatcher> Worker<D> {
         loops
     }
 
-    /// The order of the end: no more jobs, then no more running jobs and processes, then no more reports, and only then no stream. The
-    /// server hands a job out again as soon as the stream is closed, so nothing of it may still be under way here.
+    /// Returns the order of the end: no more jobs, then no more running jobs and processes, then no more reports, and only then
+    /// no stream. The server hands a job out again as soon as the stream is closed, so nothing of it may still be under way here.
     async fn tear_down(
         &self,
         jobs: async_channel::Receiver<Taken>,
@@ -250,7 +250,7 @@ impl<D: Dispatcher> Worker<D> {
 /// Enough for the jobs of several lost streams with a small prefetch. A failure takes up to 32 KiB.
 const MIN_KEPT: usize = 100;
 
-/// The most ended jobs that are kept until they are redelivered.
+/// Returns the most ended jobs that are kept until they are redelivered.
 fn max_kept(ack_capacity: usize, concurrency: usize) -> usize {
     ack_capacity.max(2 * concurrency).max(MIN_KEPT)
 }

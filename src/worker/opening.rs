@@ -80,7 +80,7 @@ fn log_unopened(unopened: &Unopened, wait: Duration) {
     }
 }
 
-/// A wait as the log has it.
+/// Returns a wait as the log has it.
 pub(super) fn seconds(wait: Duration) -> String {
     format!("{:.2}s", wait.as_secs_f64())
 }

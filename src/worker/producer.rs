@@ -204,7 +204,8 @@ impl Producer {
         }
     }
 
-    /// The stream is gone, and the server has its jobs again. Those that wait in the queue would be in the way of the others.
+    /// Returns the stream is gone, and the server has its jobs again. Those that wait in the queue would be in the way of the
+    /// others.
     fn drop_waiting(&self, stream: StreamId) {
         // Nothing can be put back into a closed queue. The loops refuse the jobs of a lost stream by themselves.
         if self.waiting.is_closed() {
@@ -222,7 +223,7 @@ impl Producer {
     }
 }
 
-/// The first loss of a place is mended at once, and those that follow soon after each wait longer.
+/// Returns the first loss of a place is mended at once, and those that follow soon after each wait longer.
 fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backoff) -> Instant {
     match renewed {
         Some(renewed) if renewed.elapsed() <= backoff.max_wait() * 2 => renewed + renewals.next_wait(),

@@ -27,7 +27,7 @@ pub(super) enum Purpose {
     Nothing,
 }
 
-/// The use of a stream, as the table says. `is_in_force`: its settings are, and it has not been replaced.
+/// Returns the use of a stream, as the table says. `is_in_force`: its settings are, and it has not been replaced.
 pub(super) fn purpose(phase: Phase, is_paused: bool, is_in_force: bool) -> Purpose {
     match phase {
         Phase::Running if !is_paused && is_in_force => Purpose::Take,

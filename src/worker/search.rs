@@ -50,7 +50,7 @@ impl Search {
         Self { waits: backoff.waits(), round: 0, is_urgent: false, last: None }
     }
 
-    /// The jobs that are to be searched for: those that no stream holds, and that the stream that takes will not bring.
+    /// Returns the jobs that are to be searched for: those that no stream holds, and that the stream that takes will not bring.
     pub(super) fn wanted(run: &Run, taking: Option<&Arc<StreamSettings>>) -> Vec<Unheld> {
         if run.lifecycle.phase() > Phase::Draining {
             return Vec::new();
@@ -101,7 +101,7 @@ impl Search {
         }
     }
 
-    /// The settings of the next round. Jobs that came by different settings take turns.
+    /// Returns the settings of the next round. Jobs that came by different settings take turns.
     fn next_settings(&mut self, wanted: &[Unheld]) -> Option<Arc<StreamSettings>> {
         let mut all: Vec<&Arc<StreamSettings>> = Vec::new();
         for Unheld { source, .. } in wanted {
@@ -118,14 +118,14 @@ impl Search {
         self.last.clone()
     }
 
-    /// A search for ended jobs goes deep, because its stream closes as soon as they are reported. A stream for running jobs
-    /// stays open as long as they run, and other workers cannot have its other jobs.
+    /// Returns a search for ended jobs goes deep, because its stream closes as soon as they are reported. A stream for running
+    /// jobs stays open as long as they run, and other workers cannot have its other jobs.
     fn prefetch(&self, wanted: &[Unheld]) -> usize {
         let rounds = if wanted.iter().any(|unheld| unheld.has_ended) { self.round.min(MAX_DOUBLINGS) } else { 0 };
         wanted.len().saturating_mul(1 << rounds).min(MAX_PREFETCH.max(wanted.len()))
     }
 
-    /// The jobs that the server may hand out.
+    /// Returns the jobs that the server may hand out.
     async fn to_be_had(&self, settings: &StreamSettings, wanted: Vec<Unheld>) -> Vec<Unheld> {
         if self.round == 0 {
             return wanted;

@@ -11,7 +11,7 @@ use super::intake::Intake;
 use super::purpose::Purpose;
 use super::{Run, Taken};
 use crate::client::StreamSettings;
-use crate::job::{Failure, Job, JobId, Outcome};
+use crate::job::{Failure, Job, JobId, Report};
 use crate::ledger::{Arrival, Attempt, Delivery, StreamId};
 use crate::lifecycle::Phase;
 use crate::stream::{Received, StreamError, TakeStream};
@@ -126,13 +126,13 @@ impl Session {
         }
     }
 
-    /// Whether nothing that came over the stream is under way, and nothing more is awaited.
+    /// Reports whether nothing that came over the stream is under way, and nothing more is awaited.
     fn is_finished(&self) -> bool {
         let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
         !is_awaited && (self.run.ledger.under_way(self.id, None) == 0 || self.is_superseded())
     }
 
-    /// Whether another stream takes, and nothing of this one has been started: then its jobs come over the other one.
+    /// Reports whether another stream takes, and nothing of this one has been started: then its jobs come over the other one.
     fn is_superseded(&self) -> bool {
         self.run.lifecycle.phase() == Phase::Running
             && !self.intake.is_paused()
@@ -172,7 +172,7 @@ impl Session {
         }
     }
 
-    /// Whether a job is started though the stream finishes: the worker takes jobs of this kind, over another stream, and
+    /// Reports whether a job is started though the stream finishes: the worker takes jobs of this kind, over another stream, and
     /// this one has to stay open anyway, for jobs that came before it was to finish.
     fn may_start(&self, job: &Job) -> bool {
         self.search.is_none()
@@ -197,9 +197,9 @@ impl Session {
                 return Some(Taken { job, stream: self.id, delivery, place: None, _unfinished: unfinished });
             }
             (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
-            (Arrival::Ended(outcome), _) => {
+            (Arrival::Ended(report), _) => {
                 info!(id = job.id.as_str(), "job received again after it ended here, reported");
-                self.unless_stopped(acks.report_again(attempt, outcome)).await;
+                self.unless_stopped(acks.report_again(attempt, report)).await;
             }
         }
         None
@@ -238,14 +238,14 @@ impl Session {
         error!(id = id.as_str(), reason, "malformed job, reported as failed");
         let attempt = Attempt { id, attempts: None };
         let failure =
-            Outcome::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
-        let outcome = match self.run.ledger.arrive(&attempt, self.id, &self.settings) {
+            Report::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
+        let report = match self.run.ledger.arrive(&attempt, self.id, &self.settings) {
             (Arrival::New, _) => failure,
-            (Arrival::Ended(outcome), _) => outcome,
+            (Arrival::Ended(report), _) => report,
             (Arrival::UnderWay, _) => return,
         };
-        if let Some(attempt) = self.run.ledger.end(&attempt.id, &outcome) {
-            self.unless_stopped(self.run.acks.report(attempt, outcome)).await;
+        if let Some(attempt) = self.run.ledger.end(&attempt.id, &report) {
+            self.unless_stopped(self.run.acks.report(attempt, report)).await;
         }
     }
 

@@ -105,7 +105,7 @@ impl Streams {
         is_any_taking
     }
 
-    /// Whether the stream that takes has lost places of its prefetch.
+    /// Reports whether the stream that takes has lost places of its prefetch.
     pub(super) fn is_taking_one_spent(&self) -> bool {
         let mut taking = self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Take);
         taking.any(|open| self.run.ledger.has_lost_places(open.id))
@@ -126,7 +126,7 @@ impl Streams {
         !self.open.is_empty()
     }
 
-    /// Whether a stream that was opened for certain jobs has brought none of them yet.
+    /// Reports whether a stream that was opened for certain jobs has brought none of them yet.
     pub(super) fn is_searching(&self) -> bool {
         self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
     }

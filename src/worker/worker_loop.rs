@@ -11,7 +11,7 @@ use tracing::{Instrument, Span, debug, error, info, info_span};
 use super::controls::seconds;
 use super::{Run, Taken};
 use crate::dispatch::{Dispatcher, Ended};
-use crate::job::{Failure, Job, Outcome};
+use crate::job::{Failure, Job, Outcome, Report};
 use crate::ledger::{Beginning, Delivery};
 use crate::lifecycle::Phase;
 use crate::process::ResourceUsage;
@@ -60,8 +60,13 @@ impl<D: Dispatcher> WorkerLoop<D> {
         tally.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;
-        if let Some(attempt) = ledger.end(&id, &outcome) {
-            acks.report(attempt, outcome).await;
+        match Report::of(outcome) {
+            None => ledger.interrupt(&id),
+            Some(report) => {
+                if let Some(attempt) = ledger.end(&id, &report) {
+                    acks.report(attempt, report).await;
+                }
+            }
         }
     }
 
