@@ -1,5 +1,4 @@
-//! [`OpenFiles`]: how many files this process and its children may open; and the one signal whose action, where this process was
-//! handed it, keeps it from learning how its children end.
+//! [`OpenFiles`]: the limit of open files of this process and its children.
 
 use std::sync::OnceLock;
 
@@ -7,28 +6,28 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::starter::Way;
 
-/// Open files of everything but children: the runtime, the log, connections.
+/// The open files besides those of children: the runtime, the log, connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// How many descriptors a child looks for at least, where the kernel cannot close all at once.
+/// The least number of descriptors that a child closes one by one, where the kernel cannot close all at once.
 const LEAST_BOUND: u64 = 1024;
 
-/// The soft limit with which this process was started. A second dispatcher of the same process finds a raised one.
+/// The soft limit that this process inherited. A second dispatcher of the same process finds a raised limit.
 static HANDED_DOWN: OnceLock<Option<u64>> = OnceLock::new();
 
-/// What a child is given of this process's open files.
+/// The open files as a child inherits them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OpenFiles {
-    /// The limit that a child gets back, soft and hard, as the kernel reads it; none where this process has not raised its own. A
-    /// program that uses `select` writes beyond its arrays where there are more than 1024 descriptors.
+    /// The soft and hard limit that a child gets back, in the kernel's form, if this process has raised its own. A program that
+    /// uses `select` writes beyond its arrays with more than 1024 descriptors.
     pub(super) limit: Option<[u64; 2]>,
-    /// A number that the descriptors of this process stay below.
+    /// A number above the descriptors of this process.
     pub(super) bound: u32,
 }
 
 impl OpenFiles {
-    /// Sees to it that `processes` children can run at once, by raising the soft limit of open files if need be. The error is
-    /// that the hard limit does not allow that.
+    /// Raises the soft limit of open files so that `processes` children can run at once. Returns an error beside if the hard
+    /// limit is too low.
     pub(crate) fn ensure(processes: usize, way: Way) -> (Self, Result<(), TooFewDescriptors>) {
         let needed = way.descriptors() * processes as u64 + OTHER_DESCRIPTORS;
         let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
@@ -49,31 +48,16 @@ impl OpenFiles {
     }
 }
 
-/// Returns a number beyond all descriptors that this process has now, those that it was handed included.
+/// Returns a number above all present descriptors, inherited ones included.
 fn beyond_present() -> u32 {
     let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     numbers.max().map_or(0, |highest| highest.saturating_add(1))
 }
 
-/// The limit of open files is lower than what may be needed.
+/// The error of a limit of open files that is too low.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TooFewDescriptors {
     pub(crate) limit: u64,
     pub(crate) needed: u64,
-}
-
-/// Sees to it that the kernel keeps exit statuses for us. It throws them away where SIGCHLD is ignored, and that is
-/// handed down from whoever started this process.
-#[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal, or sets it back to its default")]
-pub(crate) fn keep_exit_statuses() {
-    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: the kernel writes one `sigaction` to the pointer, of which all zeroes is a valid value, and reads none. The default
-    // action of SIGCHLD runs no code, and takes the place of none that does: a handler of the embedding program stays.
-    unsafe {
-        libc::sigaction(libc::SIGCHLD, std::ptr::null(), action.as_mut_ptr());
-        if action.assume_init().sa_sigaction == libc::SIG_IGN {
-            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-        }
-    }
 }
