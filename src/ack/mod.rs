@@ -79,13 +79,11 @@ impl AckQueue {
     }
 
     async fn put(&self, attempt: Attempt, report: Report, in_doubt: bool) {
-        let slot = AckSlot::take(self.places.take().await, &self.metrics);
+        let _slot = AckSlot::take(self.places.take().await, &self.metrics);
         // A send fails once the worker has stopped; the server requeues the job.
         match report {
-            Report::Success => drop(self.successes.send(SuccessReport { attempt, _slot: slot })),
-            Report::Failure(failure) => {
-                drop(self.failures.send(FailureReport { attempt, failure, in_doubt, _slot: slot }))
-            }
+            Report::Success => drop(self.successes.send(SuccessReport { attempt, _slot })),
+            Report::Failure(failure) => drop(self.failures.send(FailureReport { attempt, failure, in_doubt, _slot })),
         }
     }
 }

@@ -202,10 +202,14 @@ impl Process {
     ) -> io::Result<Exit<C>> {
         let delays_reads = self.may_delay_reads();
         let Self { command, group, stdin, stdout, stderr, read_delay } = self;
+        let Stops { terminate: cause, skip_grace, give_up, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
         let terminated = {
             let mut serving = pin!(serve_pipes(stdin, [&stdout, &stderr], &read, on_line, &mut tail));
-            let mut ending = pin!(until_ended(&group, stops, &mut notified));
+            let mut ending = pin!(async {
+                let cause = until_exit_or_cause(&group, cause, notify, &mut notified).await?;
+                Some((cause, terminate(&group, kill_grace, skip_grace, give_up).await))
+            });
             // All three pipes are served while waiting: a child blocked on any of them would never exit.
             tokio::select! {
                 biased;
@@ -215,7 +219,7 @@ impl Process {
                 }
                 () = async {
                     if delays_reads {
-                        read_delay.from_now().await;
+                        read_delay.for_new_child().await;
                     }
                     serving.as_mut().await;
                 } => ending.await,
@@ -248,17 +252,6 @@ async fn serve_pipes(
     let out = output::read_lines(stdout.as_ref(), read, |line| on_line(Channel::Stdout, line), None);
     let err = output::read_lines(stderr.as_ref(), read, |line| on_line(Channel::Stderr, line), Some(tail));
     tokio::join!(feed(stdin), out, err);
-}
-
-/// Waits until the leader has exited by itself (`None`), or has been terminated.
-async fn until_ended<C>(
-    group: &Group,
-    stops: Stops<impl Future<Output = C>, impl Future<Output = ()>, impl Future<Output = ()>, impl Future<Output = ()>>,
-    notified: &mut bool,
-) -> Option<(C, Termination)> {
-    let Stops { terminate: cause, kill_grace, skip_grace, give_up, notify } = stops;
-    let cause = until_exit_or_cause(group, cause, notify, notified).await?;
-    Some((cause, terminate(group, kill_grace, skip_grace, give_up).await))
 }
 
 /// Reads the bytes that are in the pipes, and ignores bytes after the grace, which belong to a process that lives on. Only a

@@ -27,7 +27,7 @@ struct Latest {
 
 impl ReadDelay {
     /// Waits until the delay of a child that starts now is over.
-    pub(super) fn from_now(&self) -> impl Future<Output = ()> + use<> {
+    pub(super) fn for_new_child(&self) -> impl Future<Output = ()> + use<> {
         let now = Instant::now();
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &*latest {
@@ -51,7 +51,7 @@ mod tests {
         let read_delay = ReadDelay::default();
         let mut passed = Vec::new();
         for number in 0..20 {
-            let (start, over) = (Instant::now(), read_delay.from_now());
+            let (start, over) = (Instant::now(), read_delay.for_new_child());
             let child = tokio::spawn(async move {
                 over.await;
                 start.elapsed()
@@ -75,7 +75,7 @@ mod tests {
         let read_delay = ReadDelay::default();
         let ends: Vec<_> = (0..10)
             .map(|_| {
-                drop(read_delay.from_now());
+                drop(read_delay.for_new_child());
                 read_delay.0.lock().unwrap().as_ref().unwrap().end
             })
             .collect();

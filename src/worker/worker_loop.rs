@@ -60,13 +60,9 @@ impl<D: Dispatcher> WorkerLoop<D> {
         tally.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;
-        match Report::of(outcome) {
-            None => ledger.interrupt(&id),
-            Some(report) => {
-                if let Some(attempt) = ledger.end(&id, &report) {
-                    acks.report(attempt, report).await;
-                }
-            }
+        let Some(report) = Report::of(outcome) else { return ledger.interrupt(&id) };
+        if let Some(attempt) = ledger.end(&id, &report) {
+            acks.report(attempt, report).await;
         }
     }
 
