@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outcome_is_settled_only_if_the_server_knows_of_its_job() {
+    fn no_outcome_is_settled_without_the_servers_word() {
         for (kind, answer, told, hold) in every_combination() {
             if fate(kind, answer, told, hold) == Step::Settle && answer != Answer::Accepted {
                 assert!(!matches!(told, Told::NotAsked | Told::Unreachable | Told::Withheld | Told::Waiting));

@@ -49,12 +49,10 @@ impl Places {
         }
     }
 
-    /// Returns the number of places.
     pub(crate) fn capacity(&self) -> usize {
         lock(&self.size).capacity
     }
 
-    /// Waits for a place.
     pub(crate) async fn take(&self) -> Place {
         // The semaphore is never closed.
         let permit = Arc::clone(&self.semaphore).acquire_owned().await.ok();

@@ -98,12 +98,10 @@ impl<T> Sender<T> {
         Self(Arc::new(Shared { slot, changed, senders: AtomicUsize::new(1) }))
     }
 
-    /// Returns the value.
     pub(crate) fn borrow(&self) -> Ref<'_, T> {
         Ref(self.0.lock())
     }
 
-    /// Changes the value.
     pub(crate) fn send_modify(&self, modify: impl FnOnce(&mut T)) {
         self.send_if_modified(|value| {
             modify(value);
@@ -111,7 +109,6 @@ impl<T> Sender<T> {
         });
     }
 
-    /// Replaces the value.
     pub(crate) fn send_replace(&self, value: T) {
         self.send_modify(|slot| *slot = value);
     }

@@ -1,7 +1,7 @@
 //! [`AckProcessor`]: reports the outcomes of jobs. Successes leave in bulk and failures one by one; neither waits for the other.
 //! An outcome that cannot be reported now is parked in the [`Ledger`](crate::ledger::Ledger) until its job is redelivered.
 
-mod keeper;
+mod parked;
 mod reporter;
 mod successes;
 
@@ -105,7 +105,7 @@ impl AckProcessor {
         let tasks = [
             tokio::spawn(reporter.clone().report_successes(success_queue, closing.clone())),
             tokio::spawn(reporter.clone().report_failures(failure_queue, closing.clone())),
-            tokio::spawn(reporter.clone().keep(closing.clone())),
+            tokio::spawn(reporter.clone().watch_parked(closing.clone())),
         ];
         let tasks = tasks.map(AbortOnDropHandle::new);
         let queue = AckQueue { places: Places::new(capacity), successes, failures, metrics };

@@ -162,7 +162,7 @@ impl Reporter {
             self.metrics.report_retried();
             match wait {
                 Some(wait) => warn!(error = %Chain(error), retry_in = ?wait, "report failed, trying again"),
-                None => debug!(error = %Chain(error), "report failed, before its time"),
+                None => debug!(error = %Chain(error), "early retry of a report failed"),
             }
         };
         let early = || self.server_may_be_back(client);
@@ -237,7 +237,6 @@ impl Reporter {
         self.dropped.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// Returns the number of dropped reports.
     pub(super) fn dropped(&self) -> usize {
         self.dropped.load(Ordering::Relaxed) + self.ledger.evicted()
     }

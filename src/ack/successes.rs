@@ -139,8 +139,7 @@ impl Reporter {
         }
     }
 
-    /// Keeps the successes that are still to be reported to this server, and reroutes those whose jobs another server has
-    /// redelivered.
+    /// Keeps the successes of this server, and reroutes those whose jobs another server has redelivered.
     fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>, gathered: &Gathered) {
         for success in std::mem::take(batch) {
             if self.ledger.destination(&success.attempt).is_some_and(|server| Arc::ptr_eq(&server, client)) {

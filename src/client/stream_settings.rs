@@ -7,7 +7,6 @@ use crate::config::WorkerConfig;
 use crate::job::Job;
 use crate::stream::{StreamLimits, TakeStream};
 
-/// The server, queues, prefetch and limits of a take stream.
 #[derive(Debug)]
 pub(crate) struct StreamSettings {
     pub(crate) client: Arc<Client>,

@@ -104,7 +104,6 @@ impl Brake {
         self.pace().not_before
     }
 
-    /// Returns the handler's name.
     pub(super) fn name(&self) -> &str {
         &self.name
     }

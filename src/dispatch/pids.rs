@@ -5,7 +5,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::job::JobId;
 
-/// The processes of running jobs.
 #[derive(Debug, Default)]
 pub(super) struct Pids(Mutex<HashMap<JobId, u32>>);
 

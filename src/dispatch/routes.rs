@@ -94,8 +94,7 @@ impl Route {
         look.is_fine && look.begun.is_some_and(|begun| begun >= pause_end)
     }
 
-    /// Returns the message of a failed start. The system's error is the same for a missing file, a missing directory and a
-    /// missing interpreter.
+    /// Returns the message of a failed start. The system's error does not tell a missing file, directory or interpreter apart.
     pub(super) async fn not_started(&self, error: &io::Error) -> String {
         let (program, cwd) = (self.handler.program.clone(), self.handler.cwd.clone());
         let (name, is_missing) = (program.file_name(), error.kind() == io::ErrorKind::NotFound);
@@ -139,8 +138,7 @@ impl Routes {
         &self.shared.processes
     }
 
-    /// Returns the routes of new handlers. Unchanged handlers keep the record of their starts. Every warm process ends as soon as
-    /// it is idle.
+    /// Returns the routes of new handlers. Unchanged ones keep the record of their starts. Every warm process ends once idle.
     pub(super) fn renewed(&self, handlers: Handlers) -> Self {
         let route = |handler: Handler, before: Option<&Arc<Route>>| {
             let new = Route::new(handler, before.map(|before| &**before), &self.shared);

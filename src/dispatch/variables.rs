@@ -39,7 +39,6 @@ pub(super) fn is_about_a_job(name: &OsStr) -> bool {
     ALL.iter().any(|about_a_job| name == *about_a_job)
 }
 
-/// Names and values.
 pub(super) type Variables<'a> = Vec<(&'static str, Cow<'a, OsStr>)>;
 
 pub(super) fn of<'a>(job: &'a Job, handler: &Handler, worker_id: &'a str, result: &'a ResultFile) -> Variables<'a> {

@@ -145,7 +145,6 @@ impl Ledger {
         ComingStream(Arc::clone(self))
     }
 
-    /// Notes that a stream has been opened.
     pub(crate) fn open_stream(&self) -> StreamId {
         let mut entries = self.entries();
         entries.streams += 1;
@@ -202,8 +201,7 @@ impl Ledger {
         (arrival, delivery)
     }
 
-    /// Begins a run if one may begin. A job beyond the limit of runs is forgotten, and the server requeues it when the stream
-    /// closes.
+    /// Begins a run if one may begin. A job beyond the limit of runs is forgotten; the server requeues it when the stream closes.
     pub(crate) fn begin(&self, id: &JobId, delivery: Delivery) -> Beginning {
         let mut entries = self.entries();
         let Entries { by_id, runs_left, .. } = &mut *entries;
@@ -347,7 +345,6 @@ impl Ledger {
         None
     }
 
-    /// Returns the parked outcomes.
     pub(crate) fn parked(&self) -> Vec<Parked> {
         let entries = self.entries();
         let parked = entries.kept.iter().filter_map(|id| match entries.by_id.get(id) {
@@ -410,7 +407,6 @@ impl Ledger {
         self.entries().by_id.values().filter(counts).count()
     }
 
-    /// Returns the latest delivery over all streams.
     pub(crate) fn last_delivery(&self) -> Delivery {
         Delivery(self.entries().deliveries)
     }

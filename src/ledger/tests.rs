@@ -120,7 +120,7 @@ fn only_a_denied_delivery_is_parked_after_a_redelivery() {
 }
 
 #[test]
-fn a_failure_that_was_counted_is_not_told_to_the_next_attempt() {
+fn a_counted_failure_is_not_reported_for_the_next_attempt() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
     ledger.end(&job.id, &failure());

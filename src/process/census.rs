@@ -9,8 +9,7 @@ use rustix::process::{Pid, test_kill_process_group};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-/// The longest time for which an answer is reused. A look takes milliseconds on a busy machine, and hundreds of jobs may ask at
-/// once.
+/// The longest reuse of an answer. A look takes milliseconds on a busy machine, and hundreds of jobs may ask at once.
 const MAX_AGE: Duration = Duration::from_millis(50);
 
 /// The latest look at /proc. One look lists all groups, and serves all jobs that ask.
@@ -82,8 +81,7 @@ fn zombies_parent(stat: &str) -> Option<i32> {
     rest.trim_start().strip_prefix('Z')?.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// Parses the group of a process from its line in /proc, and whether it is a zombie. The process name may contain any character,
-/// even `)`.
+/// Parses a process's group, and whether it is a zombie, from its line in /proc. The name may contain any character, even `)`.
 fn group_of(stat: &str) -> Option<(i32, bool)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();

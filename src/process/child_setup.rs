@@ -32,8 +32,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 /// The first descriptor after the standard ones.
 const FIRST_OTHER: RawFd = 3;
 
-/// The memory that a child uses until `execve`. A child that shares our memory reads it there, so it is kept until the child has
-/// ended.
+/// The memory that a child uses until `execve`. A child may share our memory, so this is kept until the child has ended.
 #[derive(Debug)]
 pub(super) struct ChildSetup {
     command: Arc<Command>,

@@ -10,7 +10,6 @@ use std::sync::atomic::AtomicBool;
 use super::cstrings::{CStrings, Strings};
 use super::program::Program;
 
-/// A program with its arguments, environment and working directory.
 #[derive(Debug)]
 pub(crate) struct Command {
     pub(super) path: CString,
@@ -18,7 +17,7 @@ pub(crate) struct Command {
     pub(super) environment: Arc<CStrings>,
     /// The working directory; this process's own by default.
     pub(super) cwd: Option<CString>,
-    /// Whether the last process printed more than a pipe holds. Then the next one may soon block until its output is read.
+    /// Whether the last process printed more than a pipe holds. The next one may soon block until its output is read.
     pub(super) prints_much: AtomicBool,
 }
 

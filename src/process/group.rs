@@ -20,8 +20,7 @@ use super::children::Children;
 use super::exit_watch::ExitWatch;
 use super::spawn::Child;
 
-/// The time for a killed group to disappear. A process that is stuck in the kernel, or that this process may not signal, takes
-/// longer.
+/// The time for a killed group to disappear. A process that is stuck in the kernel, or another user's, takes longer.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pauses between checks of whether a killed group is gone, zombies included. After them /proc tells the living from the zombies,
@@ -82,7 +81,6 @@ impl Group {
         }
     }
 
-    /// Signals the leader alone.
     pub(super) fn signal_leader(&self, signal: Signal) {
         let _ = match self.exit.pidfd() {
             Some(pidfd) => pidfd_send_signal(pidfd, signal),

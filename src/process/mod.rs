@@ -136,8 +136,7 @@ pub(crate) enum Termination {
 pub(crate) struct Exit<C> {
     /// The exit status and resource usage of the leader.
     pub(crate) ended: WaitResult,
-    /// The cause and the result of the termination, if there was one. If the leader exits at the same moment, its own exit
-    /// counts.
+    /// The cause and the result of the termination, if any. If the leader exits at the same moment, its own exit counts.
     pub(crate) terminated: Option<(C, Termination)>,
     /// Whether the notification was sent.
     pub(crate) notified: bool,

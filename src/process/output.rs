@@ -37,8 +37,7 @@ const TURN: Duration = Duration::from_millis(1);
 /// The memory that a job keeps between long lines.
 const KEPT_FOR_LINES: usize = 16 * 1024;
 
-/// The poll interval of a pipe when epoll registration fails for want of room. The job runs already, and must not be ended for
-/// that.
+/// The poll interval of a pipe that epoll has no room for. The job runs already, and must not be ended for that.
 const PAUSE_WITHOUT_REACTOR: Duration = Duration::from_millis(10);
 
 /// The stream of a line.
@@ -102,8 +101,7 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
     }
 }
 
-/// The output of a process that does one task after another. It is read as it arrives, and between two tasks as far as it has
-/// arrived.
+/// The output of a process that does one task after another. Between two tasks, it is read as far as it has arrived.
 #[derive(Debug)]
 pub(super) struct SharedOutput {
     pipe: OwnedFd,

@@ -49,7 +49,6 @@ impl Program {
         }
     }
 
-    /// Reports whether the file exists now.
     pub(crate) fn exists(&self) -> bool {
         self.path.exists()
     }

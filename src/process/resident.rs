@@ -28,7 +28,6 @@ impl Resident {
         Ok(Self { group, stdout: stdout.map(SharedOutput::of), stderr: stderr.map(SharedOutput::of) })
     }
 
-    /// Returns the process id of the leader.
     pub(crate) fn id(&self) -> u32 {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
     }
@@ -38,7 +37,6 @@ impl Resident {
         clock::cpu_time_of(self.group.id())
     }
 
-    /// Waits until the leader has exited.
     pub(crate) async fn exited(&self) {
         self.group.leader_exited().await;
     }

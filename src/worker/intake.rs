@@ -48,7 +48,6 @@ impl Intake {
         Arc::clone(&self.0.borrow().settings)
     }
 
-    /// Returns a receiver of the changes.
     pub(super) fn changes(&self) -> watch::Receiver<IntakeState> {
         self.0.subscribe()
     }

@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_takes_only_in_force_while_running_unpaused() {
+    fn only_a_stream_in_force_takes_while_running_and_unpaused() {
         let phases = [Phase::Running, Phase::Draining, Phase::Killing, Phase::Forcing, Phase::Stopped];
         for phase in phases {
             for (is_paused, is_in_force) in [(false, false), (false, true), (true, false), (true, true)] {

@@ -124,7 +124,6 @@ impl Streams {
         self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
     }
 
-    /// Waits until a stream has closed.
     pub(super) async fn next_closed(&mut self) -> (StreamId, Result<CloseReason, StreamError>) {
         match self.sessions.join_next().await {
             Some(closed) => closed.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),

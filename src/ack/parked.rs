@@ -13,7 +13,7 @@ use crate::lifecycle::Phase;
 
 impl Reporter {
     /// Looks at parked outcomes, with growing waits, until the queue closes or the worker is killed.
-    pub(super) async fn keep(self, closing: CancellationToken) {
+    pub(super) async fn watch_parked(self, closing: CancellationToken) {
         tokio::select! {
             biased;
             () = closing.cancelled() => {}
