@@ -196,8 +196,8 @@ impl ChildSetup {
                 first += 1;
             }
             if syscall!(Sysno::close_range, first, c_int::MAX, 0).is_err() {
-                // Linux before 5.9 or a sandbox does not know the call. `execve` closes the files beyond `bound` that this
-                // process has opened itself.
+                // Linux before 5.9, or a sandbox, does not know the call. `execve` closes files beyond `bound` that this process
+                // has opened.
                 for file in first.cast_unsigned()..self.open_files.bound {
                     let _ = syscall!(Sysno::close, file);
                 }

@@ -101,7 +101,7 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
     }
 }
 
-/// The output of a process that does one task after another. Between two tasks, it is read as far as it has arrived.
+/// The output of a process that does one task after another: read as it arrives, and emptied between two tasks.
 #[derive(Debug)]
 pub(super) struct SharedOutput {
     pipe: OwnedFd,
