@@ -1,7 +1,7 @@
 //! [`Dispatcher`]: what a worker does with a job. [`ExecDispatcher`] runs a handler for it.
 
 mod brake;
-mod errands;
+mod file_threads;
 mod outcome;
 mod pids;
 mod result_file;
@@ -24,8 +24,8 @@ use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, HeadStart, Input, OpenFiles, Process, Resident, Start, Starter, Stops, Termination,
-    TooFewDescriptors, Trial, Usage, keep_exit_statuses,
+    Channel, Children, Input, OpenFiles, Process, ReadDelay, Resident, ResourceUsage, Start, Starter, Stops,
+    Termination, TooFewDescriptors, Trial, keep_exit_statuses,
 };
 use brake::{Begin, NotStarted};
 use outcome::Cause;
@@ -47,7 +47,7 @@ pub struct Ended {
     /// How its process exited, if it had one that ended with it.
     pub exit: Option<ExitStatus>,
     /// What its process used for it, if it had one.
-    pub usage: Option<Usage>,
+    pub usage: Option<ResourceUsage>,
 }
 
 impl From<Outcome> for Ended {
@@ -138,7 +138,7 @@ pub struct ExecDispatcher {
     pids: Pids,
     children: Children,
     starter: Starter,
-    head_start: HeadStart,
+    read_delay: ReadDelay,
 }
 
 impl ExecDispatcher {
@@ -163,7 +163,7 @@ impl ExecDispatcher {
             pids: Pids::default(),
             children: Children::of_this_process(),
             starter: starter(concurrency),
-            head_start: HeadStart::default(),
+            read_delay: ReadDelay::default(),
         })
     }
 
@@ -219,7 +219,7 @@ impl ExecDispatcher {
             },
             output: handler.output,
             starter: &self.starter,
-            head_start: &self.head_start,
+            read_delay: &self.read_delay,
             children: &self.children,
         })
     }
@@ -333,7 +333,7 @@ impl ExecDispatcher {
             input: Input::Nothing,
             output: route.handler.output,
             starter: &self.starter,
-            head_start: &self.head_start,
+            read_delay: &self.read_delay,
             children: &self.children,
         })
     }

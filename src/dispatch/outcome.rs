@@ -110,7 +110,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::process::{Program, Usage};
+    use crate::process::{Program, ResourceUsage};
 
     fn handler() -> Handler {
         let program = Program::find(OsString::from("/bin/sh"), Vec::new(), None).unwrap();
@@ -124,7 +124,7 @@ mod tests {
     }
 
     fn exit(raw_status: i32) -> Exit<Cause> {
-        let usage = Usage { cpu: Duration::ZERO, max_rss: 0 };
+        let usage = ResourceUsage { cpu: Duration::ZERO, max_rss: 0 };
         let ended = Ok((ExitStatus::from_raw(raw_status), usage));
         Exit { ended, terminated: None, notified: false, stderr: Tail::default() }
     }

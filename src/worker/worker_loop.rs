@@ -11,10 +11,10 @@ use tracing::{Instrument, Span, debug, error, info, info_span};
 use super::controls::seconds;
 use super::{Run, Taken};
 use crate::dispatch::{Dispatcher, Ended};
-use crate::job::{Failure, Job, Outcome};
+use crate::job::{Failure, Job, Outcome, Report};
 use crate::ledger::{Beginning, Delivery};
 use crate::lifecycle::Phase;
-use crate::process::Usage;
+use crate::process::ResourceUsage;
 
 /// One of the threads × fibers loops: it runs one job at a time, and hands its outcome on before it takes the next.
 pub(super) struct WorkerLoop<D> {
@@ -60,8 +60,9 @@ impl<D: Dispatcher> WorkerLoop<D> {
         tally.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;
-        if let Some(attempt) = ledger.end(&id, &outcome) {
-            acks.report(attempt, outcome).await;
+        let Some(report) = Report::of(outcome) else { return ledger.interrupt(&id) };
+        if let Some(attempt) = ledger.end(&id, &report) {
+            acks.report(attempt, report).await;
         }
     }
 
@@ -103,7 +104,7 @@ fn job_span(job: &Job) -> Span {
     )
 }
 
-fn log_ended(outcome: &Outcome, usage: Option<Usage>, elapsed: Duration) {
+fn log_ended(outcome: &Outcome, usage: Option<ResourceUsage>, elapsed: Duration) {
     let seconds = seconds(elapsed);
     let cpu_seconds = usage.map(|usage| usage.cpu.as_secs_f64());
     let peak_memory_bytes = usage.map(|usage| usage.max_rss);

@@ -28,7 +28,7 @@ const ENDED: &str = "job received again after it ended here, reported";
 const NOT_STARTED: &str = "job not started: its stream was lost, and the server has it again";
 const DENIED_SUCCESS: &str = "success was already handled, or its job was handed out again";
 const DENIED_FAILURE: &str = "failure was already handled, or its job was handed out again";
-const KEPT: &str = "failure kept until its job comes again";
+const KEPT: &str = "failure parked until its job is redelivered";
 
 fn go(daemon: &Running) {
     fs::write(daemon.dir().join("go"), "").unwrap();

@@ -17,7 +17,7 @@ use crate::dispatch::{Ended, time_is_up};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
-use crate::process::{Signal, Tail, Termination, Usage};
+use crate::process::{ResourceUsage, Signal, Tail, Termination};
 
 /// How long a process may take to exit after it has closed its connection in the middle of a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
@@ -125,7 +125,7 @@ impl Busy {
     fn replied(&mut self, wire: Wire, reply: Reply, cpu_before: Option<Duration>) -> Ended {
         let stderr = self.member.finish();
         let used = self.member.cpu_time_after_job().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
-        let usage = used.map(|cpu| Usage { cpu, max_rss: self.member.peak_memory().unwrap_or_default() });
+        let usage = used.map(|cpu| ResourceUsage { cpu, max_rss: self.member.peak_memory().unwrap_or_default() });
         let outcome = match reply.failure {
             None => {
                 *self.pool.last_success() = Some(Instant::now());
@@ -192,7 +192,8 @@ impl Busy {
         drop(wire);
         let stderr = self.member.finish();
         let (status, used) = end.status.as_ref().ok().copied().unzip();
-        let usage = used.map(|used| Usage { cpu: used.cpu.saturating_sub(cpu_before.unwrap_or_default()), ..used });
+        let usage =
+            used.map(|used| ResourceUsage { cpu: used.cpu.saturating_sub(cpu_before.unwrap_or_default()), ..used });
         let failed = |error_type: &str, what: &str, kill: bool| {
             let message = outcome::message(&self.pool.name, what, &stderr);
             Outcome::Failure(Failure { kill, ..Failure::new(error_type, message).with_backtrace(stderr.text()) })

@@ -13,7 +13,7 @@ use crate::dispatch::{PROCESS_STATES, last_wait, log_line};
 use crate::job::JobId;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
-use crate::process::{Channel, Resident, Signal, Tail, Termination, Usage};
+use crate::process::{Channel, Resident, ResourceUsage, Signal, Tail, Termination};
 use crate::watch;
 
 /// How often an idle process is looked at, at most: whether it is still connected, too old, or idle for too long.
@@ -56,7 +56,7 @@ impl Doing {
 #[derive(Debug)]
 pub(super) struct End {
     /// Its status and what it used, if they could be had; or why it never became its program.
-    pub(super) status: io::Result<(ExitStatus, Usage)>,
+    pub(super) status: io::Result<(ExitStatus, ResourceUsage)>,
     pub(super) never_ran: bool,
     /// How it took its termination, if it was terminated.
     pub(super) termination: Option<Termination>,
