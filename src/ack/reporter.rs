@@ -16,7 +16,7 @@ use crate::backoff::{Backoff, Early, retry};
 use crate::chain::Chain;
 use crate::client::{Acceptance, Client, ClientError, JobState};
 use crate::fate::{Answer, Kind, Step, Told, fate};
-use crate::job::{Failure, JobId, Outcome};
+use crate::job::{Failure, Outcome};
 use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
@@ -98,7 +98,7 @@ impl Reporter {
                 Ok(Tried::Park(seen)) => match self.ledger.park(&attempt, seen, Outcome::Failure(failure)) {
                     // The job has been redelivered meanwhile.
                     Some(Outcome::Failure(again)) => failure = again,
-                    _ => return debug!(id = attempt.id.as_str(), "failure kept until its job comes again"),
+                    _ => return debug!(job.id = attempt.id.as_str(), "failure kept until its job comes again"),
                 },
                 Err(error) => return self.drop_report(&attempt, &error),
             }
@@ -200,15 +200,19 @@ impl Reporter {
         let state = match client.job(&attempt.id).await {
             Ok(state) => state,
             Err(error) if error.is_refusal() => {
-                warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
+                warn!(job.id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
                 return (Told::Withheld, Some(error));
             }
             Err(error) => return (Told::Unreachable, Some(error)),
         };
         let id = attempt.id.as_str();
         match kind {
-            Kind::Success => debug!(id, ?state, "success was already handled, or its job was handed out again"),
-            Kind::Failure => debug!(id, ?state, "failure was already handled, or its job was handed out again"),
+            Kind::Success => {
+                debug!(job.id = id, ?state, "success was already handled, or its job was handed out again")
+            }
+            Kind::Failure => {
+                debug!(job.id = id, ?state, "failure was already handled, or its job was handed out again")
+            }
         }
         match told(state, attempt, kind) {
             // A server that never had the job knows nothing of it.
@@ -223,10 +227,11 @@ impl Reporter {
     }
 
     pub(super) fn drop_reports(&self, attempts: &[&Attempt], error: &ClientError) {
-        let ids: Vec<&JobId> = attempts.iter().map(|attempt| &attempt.id).collect();
-        self.count_dropped(ids.len());
-        error!(?ids, error = %Chain(error), "report dropped");
-        attempts.iter().for_each(|attempt| self.ledger.forget(attempt));
+        self.count_dropped(attempts.len());
+        for attempt in attempts {
+            error!(job.id = attempt.id.as_str(), error = %Chain(error), "report dropped");
+            self.ledger.forget(attempt);
+        }
     }
 
     pub(super) fn count_dropped(&self, count: usize) {

@@ -28,7 +28,8 @@ pub use admin::AdminAddress;
 #[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
-pub use log::{LogConfig, LogFormat, LogLevel};
+pub(crate) use log::{JOBS_TARGET, OUTPUT_TARGET};
+pub use log::{LogConfig, LogFormat, LogLevel, LogLevels};
 pub use settings::Setting;
 pub use source::Source;
 pub use worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, WorkerConfig};

@@ -171,6 +171,11 @@ impl Routes {
         self.by_type.contains_key(job_type)
     }
 
+    /// The types that have a handler of their own.
+    pub(super) fn own_types(&self) -> Vec<String> {
+        self.by_type.keys().cloned().collect()
+    }
+
     /// The names of the handlers that cannot be started, in order.
     pub(super) fn broken(&self) -> Vec<String> {
         let mut names: Vec<String> =

@@ -157,7 +157,8 @@ impl Entries {
         let Some(id) = self.kept.remove(oldest) else { return };
         if let Some(Entry { state: State::Parked(_), .. }) = self.by_id.remove(&id) {
             self.evicted += 1;
-            error!(ids = ?[id], error = "too many outcomes are kept until their jobs are redelivered", "report dropped");
+            let error = "too many outcomes are kept until their jobs are redelivered";
+            error!(job.id = id.as_str(), error, "report dropped");
         }
     }
 

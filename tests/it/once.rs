@@ -71,7 +71,7 @@ fn jobs_that_wait_when_the_stream_is_lost_are_dropped_and_come_again() {
     let gate = proxy.hold(Call::Take);
     proxy.cut_streams();
     let dropped = daemon.wait_for_messages(2, NOT_STARTED);
-    assert_eq!(dropped.iter().map(|event| event["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
+    assert_eq!(dropped.iter().map(|event| event["job"]["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
     // The loop is free again, and nothing is left for it.
     go(&daemon);
     daemon.wait_for_message(DENIED_SUCCESS);

@@ -135,9 +135,9 @@ fn a_report_that_arrived_but_whose_answer_was_lost_is_sent_again_and_known_to_be
     let good = server.enqueue("q", "good", json!(null));
     let bad = server.enqueue("q", "bad", json!(null));
     let handled = daemon.wait_for_message("success was already handled, or its job was handed out again");
-    assert_eq!((&handled["id"], &handled["level"]), (&json!(good), &json!("DEBUG")));
+    assert_eq!((&handled["job"]["id"], &handled["level"]), (&json!(good), &json!("DEBUG")));
     let handled = daemon.wait_for_message("failure was already handled, or its job was handed out again");
-    assert_eq!((&handled["id"], &handled["level"]), (&json!(bad), &json!("DEBUG")));
+    assert_eq!((&handled["job"]["id"], &handled["level"]), (&json!(bad), &json!("DEBUG")));
     assert_eq!(server.errors(&bad).len(), 1);
     daemon.sigterm();
     assert!(!daemon.assert_exit(0).has("report dropped"));
@@ -159,7 +159,7 @@ fn of_a_bulk_report_only_the_ids_that_were_not_found_are_already_handled() {
     ids.iter().for_each(|id| server.wait_until_done(id));
     daemon.sigterm();
     let handled = daemon.assert_exit(0).all("success was already handled, or its job was handed out again");
-    assert_eq!(handled.iter().map(|event| event["id"].as_str().unwrap()).collect::<Vec<_>>(), [&ids[1]]);
+    assert_eq!(handled.iter().map(|event| event["job"]["id"].as_str().unwrap()).collect::<Vec<_>>(), [&ids[1]]);
 }
 
 #[test]
