@@ -5,18 +5,13 @@ use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use bytesize::ByteSize;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::chain::OneLine;
 use crate::client::url::{without_secrets, without_user};
-use crate::config::{
-    ConfigError, DEFAULT_FIBERS, DEFAULT_MAX_JOB_SIZE, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT,
-    DEFAULT_RETRY_MULTIPLIER, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL,
-    Source,
-};
+use crate::config::{ConfigError, Flag, Heading, SETTINGS, Source};
 
 /// A paragraph is one line: clap breaks lines where the terminal ends.
 const AFTER_HELP: &str = "\
@@ -40,7 +35,7 @@ mistake on the command line or in a variable, 78 a mistake in the configuration 
 cannot be used.
 
 Try it without a server:
-  zizq-worker --embedded --jobs config/demo-jobs.ndjson --exec config/handle.sh --exit-when-idle 1s";
+  zizq-worker --embedded --jobs config/demo-jobs.ndjson --config config/demo.toml --exit-when-idle 1s";
 
 /// What was given for one setting, and where.
 #[derive(Debug, Clone)]
@@ -166,16 +161,31 @@ fn variable(name: &str) -> String {
     format!("ZIZQ_{}", name.to_uppercase().replace('-', "_"))
 }
 
-/// A setting: `--name`, or its variable. Values are kept as text, so that every mistake is reported in one way.
-fn setting(name: &'static str, value_name: &'static str, help: impl Into<String>) -> Arg {
-    Arg::new(name)
-        .long(name)
-        .value_name(value_name)
-        .env(variable(name))
+/// Makes the argument of a flag that is also a variable. Values are kept as text, so that every mistake is reported in one way.
+fn setting(flag: &Flag, help: String) -> Arg {
+    let arg = Arg::new(flag.name)
+        .long(flag.name)
+        .value_name(flag.value_name)
+        .env(variable(flag.name))
         .hide_env_values(true)
         .value_parser(clap::value_parser!(OsString))
         .allow_negative_numbers(true)
-        .help(help.into())
+        .action(if flag.is_repeatable { ArgAction::Append } else { ArgAction::Set })
+        .help(help);
+    let arg = flag.short.into_iter().fold(arg, Arg::short);
+    flag.alias.into_iter().fold(arg, Arg::visible_alias)
+}
+
+/// Makes the arguments of the declared settings under a heading.
+fn settings(heading: Heading) -> impl Iterator<Item = Arg> {
+    let flags = SETTINGS.iter().filter_map(move |declared| Some((declared, declared.flag.as_ref()?)));
+    flags.filter(move |(_, flag)| flag.heading == heading).map(|(declared, flag)| {
+        let default = match (declared.default)() {
+            required if required == "required" => "[required, here or elsewhere]".to_owned(),
+            default => format!("[default: {default}]"),
+        };
+        setting(flag, format!("{} {default}", flag.help))
+    })
 }
 
 /// The whole command line, also for whoever makes documents of it.
@@ -197,131 +207,39 @@ pub fn command() -> Command {
                 .action(ArgAction::Version)
                 .help("Print version"),
         );
-    let command = command.next_help_heading("Server").args(server_args());
-    let command = command.next_help_heading("Handler").args(handler_args());
-    let command = command.next_help_heading("Worker").args(worker_args());
-    let command = command.next_help_heading("Retries").args(retry_args());
-    let command = command.next_help_heading("Operations").args(operations_args());
-    let command = command.next_help_heading("Logging").args(log_args());
+    let headings = [
+        ("Server", Heading::Server, None),
+        ("Handler", Heading::Handler, Some(trailing_command())),
+        ("Worker", Heading::Worker, Some(config_file())),
+        ("Retries", Heading::Retries, None),
+        ("Operations", Heading::Operations, Some(check())),
+        ("Logging", Heading::Logging, None),
+    ];
+    let command = headings.into_iter().fold(command, |command, (title, heading, more)| {
+        command.next_help_heading(title).args(settings(heading).chain(more))
+    });
     command.next_help_heading("Trying it out").args(embedded_args())
 }
 
-fn server_args() -> Vec<Arg> {
-    let idle = humantime::format_duration(DEFAULT_STREAM_IDLE_TIMEOUT);
-    let size = ByteSize(DEFAULT_MAX_JOB_SIZE as u64);
-    vec![
-        setting("url", "URL", format!("Where the server is; a path prefix is kept [default: {DEFAULT_URL}]")),
-        setting("tls-ca", "FILE", "Trust the certificates in this file (PEM) [default: those that the system trusts]"),
-        setting("tls-client-cert", "FILE", "Show this certificate chain (PEM) to the server; needs its key"),
-        setting("tls-client-key", "FILE", "The private key of that certificate (PEM)"),
-        setting(
-            "stream-idle-timeout",
-            "DURATION",
-            format!("Reconnect when nothing came for that long, heartbeats included [default: {idle}]"),
-        ),
-        setting("max-job-size", "SIZE", format!("The longest job that is accepted, like 64MiB [default: {size}]")),
-        setting("worker-id", "ID", "What the server calls this worker in its log [default: HOSTNAME-PID]"),
-    ]
+fn trailing_command() -> Arg {
+    Arg::new("command")
+        .value_name("CMD")
+        .num_args(1..)
+        .last(true)
+        .value_parser(clap::value_parser!(OsString))
+        .help("The same as separate words, after --; wins over ZIZQ_EXEC and the file")
 }
 
-fn handler_args() -> Vec<Arg> {
-    vec![
-        setting(
-            "exec",
-            "CMD",
-            "The command to run for each job, split into words as a shell would, but run without one [required, here or elsewhere]",
-        ),
-        setting(
-            "mode",
-            "MODE",
-            "spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket [default: spawn]",
-        ),
-        Arg::new("command")
-            .value_name("CMD")
-            .num_args(1..)
-            .last(true)
-            .value_parser(clap::value_parser!(OsString))
-            .help("The same as separate words, after --; wins over ZIZQ_EXEC and the file"),
-    ]
+fn config_file() -> Arg {
+    let flag =
+        Flag { short: Some('c'), ..Flag::new("config", "FILE", Heading::Worker, "The configuration file (TOML)") };
+    setting(&flag, format!("{} [default: none]", flag.help))
 }
 
-fn worker_args() -> Vec<Arg> {
-    let deadline = humantime::format_duration(DEFAULT_SHUTDOWN_DEADLINE);
-    vec![
-        setting("queues", "A,B", "The queues to take jobs from; may be repeated [default: all queues]")
-            .short('q')
-            .visible_alias("queue")
-            .action(ArgAction::Append),
-        setting("threads", "N", format!("Worker threads [default: {DEFAULT_THREADS}]")).short('t'),
-        setting(
-            "fibers",
-            "N",
-            format!("Jobs at once in each thread; threads x fibers run at once [default: {DEFAULT_FIBERS}]"),
-        )
-        .short('f'),
-        setting(
-            "prefetch",
-            "N",
-            "Unreported jobs that the server may hand to this worker [default: 2 x threads x fibers]",
-        )
-        .short('p'),
-        setting(
-            "shutdown-deadline",
-            "DURATION",
-            format!("How long finishing may take after a signal [default: {deadline}]"),
-        )
-        .visible_alias("shutdown-timeout"),
-        setting("max-jobs", "N", "Exit after starting exactly that many jobs [default: no limit]"),
-        setting("max-time", "DURATION", "Exit after that long, when running jobs have finished [default: no limit]"),
-        setting("exit-when-idle", "DURATION", "Exit once connected and without a job for that long [default: never]"),
-        setting("config", "FILE", "The configuration file (TOML) [default: none]").short('c'),
-    ]
-}
-
-fn retry_args() -> Vec<Arg> {
-    let (min, max) = (DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MAX_WAIT);
-    let (min, max) = (humantime::format_duration(min), humantime::format_duration(max));
-    vec![
-        setting(
-            "retry-min-wait",
-            "DURATION",
-            format!("The first wait before reconnecting or reporting again [default: {min}]"),
-        ),
-        setting("retry-max-wait", "DURATION", format!("The longest such wait [default: {max}]")),
-        setting(
-            "retry-multiplier",
-            "X",
-            format!("How much longer each wait is than the last [default: {DEFAULT_RETRY_MULTIPLIER}]"),
-        ),
-    ]
-}
-
-fn operations_args() -> Vec<Arg> {
-    vec![
-        setting(
-            "admin-listen",
-            "ADDRESS:PORT",
-            "Serve /live, /ready, /status and /metrics over HTTP there, like 127.0.0.1:9290 [default: off]",
-        ),
-        Arg::new("check").long("check").action(ArgAction::SetTrue).help(
-            "Check and print every setting with its origin, ask the server for its version, and exit without taking a job",
-        ),
-    ]
-}
-
-fn log_args() -> Vec<Arg> {
-    vec![
-        setting(
-            "log-level",
-            "LEVEL",
-            "error, warn, info, debug or trace, and others by target, like info,zizq_worker::jobs=warn; RUST_LOG wins [default: info]",
-        ),
-        setting(
-            "log-format",
-            "FORMAT",
-            "pretty, compact or json, on stderr [default: pretty on a terminal, else compact]",
-        ),
-    ]
+fn check() -> Arg {
+    Arg::new("check").long("check").action(ArgAction::SetTrue).help(
+        "Check and print every setting with its origin, ask the server for its version, and exit without taking a job",
+    )
 }
 
 #[cfg(feature = "embedded")]

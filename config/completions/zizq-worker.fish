@@ -1,7 +1,7 @@
 complete -c zizq-worker -l url -d 'Where the server is; a path prefix is kept [default: http://localhost:7890]' -r
 complete -c zizq-worker -l tls-ca -d 'Trust the certificates in this file (PEM) [default: those that the system trusts]' -r
-complete -c zizq-worker -l tls-client-cert -d 'Show this certificate chain (PEM) to the server; needs its key' -r
-complete -c zizq-worker -l tls-client-key -d 'The private key of that certificate (PEM)' -r
+complete -c zizq-worker -l tls-client-cert -d 'Show this certificate chain (PEM) to the server; needs its key [default: none]' -r
+complete -c zizq-worker -l tls-client-key -d 'The private key of that certificate (PEM) [default: none]' -r
 complete -c zizq-worker -l stream-idle-timeout -d 'Reconnect when nothing came for that long, heartbeats included [default: 30s]' -r
 complete -c zizq-worker -l max-job-size -d 'The longest job that is accepted, like 64MiB [default: 64.0 MiB]' -r
 complete -c zizq-worker -l worker-id -d 'What the server calls this worker in its log [default: HOSTNAME-PID]' -r

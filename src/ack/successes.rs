@@ -1,10 +1,14 @@
 //! Reports of successes: many in one request, and one request at a time to each server.
 
 use std::collections::HashSet;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
 
@@ -27,8 +31,8 @@ const MAX_LOOKS_UNDER_WAY: usize = 8;
 #[derive(Default)]
 struct Gathered {
     by_server: Mutex<Vec<Bulk>>,
-    /// Notified when a success waits for another server than before.
-    rerouted: Notify,
+    /// Whether a success waits for another server than before.
+    is_rerouted: AtomicBool,
 }
 
 struct Bulk {
@@ -71,6 +75,11 @@ impl Gathered {
         }
     }
 
+    /// Waits until a success is rerouted. The requests that reroute are polled before this, in the same task.
+    fn rerouted(&self) -> impl Future<Output = ()> {
+        poll_fn(|_| if self.is_rerouted.swap(false, Ordering::Relaxed) { Poll::Ready(()) } else { Poll::Pending })
+    }
+
     /// Notes that no request to that server is under way any more.
     fn end(&self, client: &Arc<Client>) {
         self.lock().retain_mut(|bulk| {
@@ -92,18 +101,20 @@ impl Reporter {
     ) {
         let (gathered, mut under_way) = (Gathered::default(), FuturesUnordered::new());
         let (mut arrived, mut is_open) = (Vec::new(), true);
+        let mut is_closing = pin!(closing.cancelled());
         while is_open || !under_way.is_empty() {
             tokio::select! {
                 biased;
                 Some(()) = under_way.next() => {}
-                () = closing.cancelled(), if !queue.is_closed() => queue.close(),
-                () = gathered.rerouted.notified() => {}
+                () = &mut is_closing, if !queue.is_closed() => queue.close(),
+                () = gathered.rerouted() => {}
                 count = queue.recv_many(&mut arrived, MAX_SUCCESSES_PER_REQUEST), if is_open => is_open = count > 0,
             }
             for success in arrived.drain(..) {
                 self.gather(&gathered, success);
             }
-            under_way.extend(gathered.begin().into_iter().map(|client| self.report_batch(client, &gathered)));
+            // In a box, so that a request is not moved as a whole for each job.
+            under_way.extend(gathered.begin().into_iter().map(|client| Box::pin(self.report_batch(client, &gathered))));
         }
     }
 
@@ -136,7 +147,7 @@ impl Reporter {
 
     fn reroute(&self, gathered: &Gathered, success: Success) {
         if self.gather(gathered, success) {
-            gathered.rerouted.notify_one();
+            gathered.is_rerouted.store(true, Ordering::Relaxed);
         }
     }
 
@@ -165,10 +176,7 @@ impl Reporter {
             match client.success(&ids).await {
                 Ok(not_found) => {
                     let denied = self.settle_accepted(attempts, seen, &not_found);
-                    let looks = stream::iter(denied).map(|(attempt, seen)| self.look_into(client, attempt, seen));
-                    let looked: Vec<Option<Attempt>> =
-                        looks.buffer_unordered(MAX_LOOKS_UNDER_WAY).try_collect().await?;
-                    batches.push(looked.into_iter().flatten().collect());
+                    batches.push(self.look_into_all(client, denied).await?);
                 }
                 Err(_) if self.is_for_another(client, &attempts) => return Ok(()),
                 Err(error) if error.is_retryable() => return Err(error),
@@ -200,6 +208,20 @@ impl Reporter {
             attempts.into_iter().zip(seen).partition(|(attempt, _)| not_found.contains(&attempt.id));
         accepted.iter().for_each(|(attempt, _)| self.ledger.settle(attempt));
         denied
+    }
+
+    /// Looks into the successes whose jobs are not in flight. Returns the attempts whose reports are to be sent again.
+    async fn look_into_all(
+        &self,
+        client: &Client,
+        denied: Vec<(Attempt, Option<Delivery>)>,
+    ) -> Result<Vec<Attempt>, ClientError> {
+        if denied.is_empty() {
+            return Ok(Vec::new());
+        }
+        let looks = stream::iter(denied).map(|(attempt, seen)| self.look_into(client, attempt, seen));
+        let looked: Vec<Option<Attempt>> = looks.buffer_unordered(MAX_LOOKS_UNDER_WAY).try_collect().await?;
+        Ok(looked.into_iter().flatten().collect())
     }
 
     /// Looks into a success whose job is not in flight. Returns the attempt if its report is to be sent again.

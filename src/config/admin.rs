@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use super::layers::Layers;
-use super::{ConfigError, Source};
+use super::{ConfigError, Source, declared};
 
 /// The address on which the worker answers questions about itself, and where that was written.
 #[derive(Debug, Clone)]
@@ -22,8 +22,8 @@ impl fmt::Display for AdminAddress {
 
 impl AdminAddress {
     pub(super) fn resolve(layers: &Layers<'_>) -> Result<Option<Self>, ConfigError> {
-        let found = layers.locate("admin-listen", &layers.file.table.admin.0.listen, |raw| {
-            let text = raw.text("admin_listen")?;
+        let found = layers.locate(&declared::ADMIN_LISTEN, |raw, name| {
+            let text = raw.text(name)?;
             text.trim().parse().map_err(|_| {
                 format!("admin_listen must be ADDRESS:PORT, like 127.0.0.1:9290 or [::]:9290 (got {text})")
             })

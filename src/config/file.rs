@@ -10,102 +10,41 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::{Spanned, Value};
 
+use super::declared::{Declared, SETTINGS};
 use super::{ConfigError, Source};
 use crate::cli::Given;
 use crate::client::url::without_user;
 
 /// A value and where it stands, or nothing.
-pub(super) type Field = Option<Spanned<Value>>;
+type Field = Option<Spanned<Value>>;
 
 /// A configuration file, or an empty one where none was named.
 #[derive(Debug, Default)]
 pub(super) struct ConfigFile {
     path: PathBuf,
     text: String,
-    pub(super) table: FileTable,
+    tables: Tables,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct FileTable {
-    pub(super) url: Field,
-    pub(super) tls: Table<TlsTable>,
-    pub(super) worker: Table<WorkerTable>,
-    pub(super) handler: Table<HandlerTable>,
+struct Tables {
+    url: Field,
+    tls: Table<Keys>,
+    worker: Table<Keys>,
+    handler: Table<Keys>,
     /// By job type.
-    pub(super) handlers: BTreeMap<Spanned<String>, Table<HandlerTable>>,
-    pub(super) log: Table<LogTable>,
-    pub(super) admin: Table<AdminTable>,
+    handlers: BTreeMap<Spanned<String>, Table<Keys>>,
+    log: Table<Keys>,
+    admin: Table<Keys>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct TlsTable {
-    pub(super) ca: Field,
-    pub(super) client_cert: Field,
-    pub(super) client_key: Field,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct WorkerTable {
-    pub(super) queues: Field,
-    pub(super) threads: Field,
-    pub(super) fibers: Field,
-    pub(super) prefetch: Field,
-    pub(super) retry_min_wait: Field,
-    pub(super) retry_max_wait: Field,
-    pub(super) retry_multiplier: Field,
-    pub(super) stream_idle_timeout: Field,
-    pub(super) max_job_size: Field,
-    pub(super) shutdown_deadline: Field,
-    pub(super) max_jobs: Field,
-    pub(super) max_time: Field,
-    pub(super) exit_when_idle: Field,
-    pub(super) worker_id: Field,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct HandlerTable {
-    pub(super) exec: Field,
-    pub(super) mode: Field,
-    pub(super) min_processes: Field,
-    pub(super) max_processes: Field,
-    pub(super) start_timeout: Field,
-    pub(super) max_jobs: Field,
-    pub(super) max_age: Field,
-    pub(super) max_memory: Field,
-    pub(super) idle_timeout: Field,
-    pub(super) stdin: Field,
-    pub(super) output: Field,
-    pub(super) env: Field,
-    pub(super) env_clear: Field,
-    pub(super) pass_env: Field,
-    pub(super) cwd: Field,
-    pub(super) success_exit_codes: Field,
-    pub(super) kill_exit_codes: Field,
-    pub(super) timeout: Field,
-    pub(super) kill_grace: Field,
-    pub(super) drain_signal: Field,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct LogTable {
-    pub(super) level: Field,
-    pub(super) format: Field,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct AdminTable {
-    pub(super) listen: Field,
-}
+/// The keys of one table, and their values.
+pub(super) type Keys = BTreeMap<Spanned<String>, Spanned<Value>>;
 
 /// Takes a table only. A derived struct would take the elements of an array for its fields, `[[worker]]` included.
 #[derive(Debug, Default)]
-pub(super) struct Table<T>(pub(super) T);
+struct Table<T>(T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -140,20 +79,77 @@ impl ConfigFile {
     }
 
     fn parse(path: PathBuf, text: String) -> Result<Self, ConfigError> {
-        match toml::from_str(&text) {
-            Ok(table) => Ok(Self { path, text, table }),
+        let file = match toml::from_str(&text) {
+            Ok(tables) => Self { path, text, tables },
             Err(error) => {
                 let line = error.span().map_or(1, |span| line_of(&text, span.start));
                 // serde says field where TOML says key.
                 let problem = error.message().replace('\n', ", ").replace("unknown field", "unknown key");
-                Err(ConfigError::new(Source::File(path, line), without_user(&problem)))
+                return Err(ConfigError::new(Source::File(path, line), without_user(&problem)));
+            }
+        };
+        file.check_keys()?;
+        Ok(file)
+    }
+
+    /// Finds a key that is none of the declared ones.
+    fn check_keys(&self) -> Result<(), ConfigError> {
+        let Tables { tls, worker, handler, handlers, log, admin, .. } = &self.tables;
+        let named = [("tls", tls), ("worker", worker), ("handler", handler), ("log", log), ("admin", admin)];
+        let all = named.into_iter().chain(handlers.values().map(|keys| ("handler", keys)));
+        for (table, Table(keys)) in all {
+            let known: Vec<&str> = keys_of(table).collect();
+            if let Some(unknown) = keys.keys().find(|key| !known.contains(&key.get_ref().as_str())) {
+                let problem = format!("unknown key `{}`, expected {}", unknown.get_ref(), one_of(&known));
+                return Err(ConfigError::new(self.source_at(unknown.span().start), problem));
             }
         }
+        Ok(())
+    }
+
+    /// Returns the value of a declared setting, that of the default handler if it is a handler's.
+    pub(super) fn value(&self, declared: &Declared) -> Option<&Spanned<Value>> {
+        let Tables { url, tls, worker, handler, log, admin, .. } = &self.tables;
+        let (table, key) = declared.table_and_key();
+        let Table(keys) = match table {
+            "tls" => tls,
+            "worker" => worker,
+            "handler" => handler,
+            "log" => log,
+            "admin" => admin,
+            _ => return url.as_ref(),
+        };
+        value_in(keys, key)
+    }
+
+    /// Returns the tables of `[handlers]`, by job type.
+    pub(super) fn routes(&self) -> impl Iterator<Item = (&Spanned<String>, &Keys)> {
+        self.tables.handlers.iter().map(|(job_type, Table(keys))| (job_type, keys))
     }
 
     /// Where that byte of this file stands.
     pub(super) fn source_at(&self, offset: usize) -> Source {
         Source::File(self.path.clone(), line_of(&self.text, offset))
+    }
+}
+
+/// Returns the value of a key.
+pub(super) fn value_in<'a>(keys: &'a Keys, key: &str) -> Option<&'a Spanned<Value>> {
+    keys.iter().find(|(found, _)| found.get_ref() == key).map(|(_, value)| value)
+}
+
+/// Returns the keys that a table may have.
+fn keys_of(table: &str) -> impl Iterator<Item = &'static str> {
+    let keys = SETTINGS.iter().map(|declared| declared.table_and_key());
+    keys.filter(move |(found, _)| *found == table).map(|(_, key)| key)
+}
+
+fn one_of(keys: &[&str]) -> String {
+    let quoted: Vec<String> = keys.iter().map(|key| format!("`{key}`")).collect();
+    match &quoted[..] {
+        [one, other] => format!("{one} or {other}"),
+        [one] => one.clone(),
+        many => format!("one of {}", many.join(", ")),
     }
 }
 

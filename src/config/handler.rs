@@ -6,8 +6,10 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use signal_hook::low_level::signal_name;
+use toml::{Spanned, Value};
 
-use super::file::{Field, HandlerTable};
+use super::declared::{self, Declared};
+use super::file::{Keys, value_in};
 use super::layers::Layers;
 use super::value::Raw;
 use super::{ConfigError, Source};
@@ -43,29 +45,24 @@ pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
 
 /// Every handler, checked as far as that can be done without running it.
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
-    let tables = &layers.file.table;
     let command = default_command(layers)?;
-    let mode = layers.locate("mode", &tables.handler.0.mode, |raw| raw.one_of("mode", &MODE_NAMES))?;
+    let mode = layers.locate(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
     let mut handlers = Handlers::default();
-    for (job_type, table) in &tables.handlers {
+    for (job_type, route) in layers.file.routes() {
         let name = table_of(Some(job_type.get_ref()));
-        let scope = Scope { layers, name, route: Some(&table.0), default: &tables.handler.0, mode: &mode };
-        let command = match layers.locate_in_file(&table.0.exec, |raw| raw.command("exec"))?.or_else(|| command.clone())
-        {
-            Some(command) => command,
-            None => {
-                let problem = format!("handlers.{} has no exec, and there is no default one", job_type.get_ref());
-                return Err(ConfigError::new(layers.file.source_at(job_type.span().start), problem));
-            }
+        let scope = Scope { layers, name, route: Some(route), mode: &mode };
+        let Some(command) = scope.own(&declared::EXEC, Raw::command)?.or_else(|| command.clone()) else {
+            let problem = format!("handlers.{} has no exec, and there is no default one", job_type.get_ref());
+            return Err(ConfigError::new(layers.file.source_at(job_type.span().start), problem));
         };
         handlers.routes.insert(job_type.get_ref().clone(), scope.handler(command)?);
     }
-    let scope = Scope { layers, name: table_of(None), route: None, default: &tables.handler.0, mode: &mode };
+    let scope = Scope { layers, name: table_of(None), route: None, mode: &mode };
     handlers.default = command.map(|command| scope.handler(command)).transpose()?;
-    match handlers.default.is_none() && handlers.routes.is_empty() {
-        true => Err(ConfigError::new(Source::Missing, NO_HANDLER)),
-        false => Ok(handlers),
+    if handlers.default.is_none() && handlers.routes.is_empty() {
+        return Err(ConfigError::new(Source::Missing, NO_HANDLER));
     }
+    Ok(handlers)
 }
 
 const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the \
@@ -81,7 +78,7 @@ fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> 
             Err(ConfigError::new(Source::TrailingCommand, "give the handler once: with --exec or after --, not both"))
         }
         Some(words) => Ok(Some((words, Source::TrailingCommand))),
-        None => layers.locate("exec", &layers.file.table.handler.0.exec, |raw| raw.command("exec")),
+        None => layers.locate(&declared::EXEC, Raw::command),
     }
 }
 
@@ -99,8 +96,7 @@ pub(super) fn table_of(job_type: Option<&str>) -> String {
 struct Scope<'a> {
     layers: &'a Layers<'a>,
     name: String,
-    route: Option<&'a HandlerTable>,
-    default: &'a HandlerTable,
+    route: Option<&'a Keys>,
     /// The default handler's mode, wherever it was written.
     mode: &'a Option<(ModeName, Source)>,
 }
@@ -119,32 +115,19 @@ impl Scope<'_> {
             mode: self.mode()?,
             env: self.env()?,
             cwd: self.cwd()?,
-            stdin: self
-                .pick("stdin", |table| &table.stdin, |raw| raw.one_of("stdin", &STDIN_NAMES))?
-                .unwrap_or_default(),
-            output: self
-                .pick("output", |table| &table.output, |raw| raw.one_of("output", &OUTPUT_NAMES))?
-                .unwrap_or_default(),
+            stdin: self.pick(&declared::STDIN, |raw, name| raw.one_of(name, &STDIN_NAMES))?.unwrap_or_default(),
+            output: self.pick(&declared::OUTPUT, |raw, name| raw.one_of(name, &OUTPUT_NAMES))?.unwrap_or_default(),
             success_exit_codes,
             kill_exit_codes,
-            timeout: self.pick("timeout", |table| &table.timeout, |raw| raw.positive_duration("timeout"))?,
-            kill_grace: self
-                .pick("kill_grace", |table| &table.kill_grace, |raw| raw.duration("kill_grace"))?
-                .unwrap_or(DEFAULT_KILL_GRACE),
-            drain_signal: self.pick(
-                "drain_signal",
-                |table| &table.drain_signal,
-                |raw| raw.text("drain_signal").and_then(parse_signal),
-            )?,
+            timeout: self.pick(&declared::TIMEOUT, Raw::positive_duration)?,
+            kill_grace: self.pick(&declared::KILL_GRACE, Raw::duration)?.unwrap_or(DEFAULT_KILL_GRACE),
+            drain_signal: self.pick(&declared::DRAIN_SIGNAL, |raw, name| raw.text(name).and_then(parse_signal))?,
             ..Handler::new(program)
         })
     }
 
     fn mode(&self) -> Result<Mode, ConfigError> {
-        let own = match self.route {
-            Some(route) => self.layers.locate_in_file(&route.mode, |raw| raw.one_of("mode", &MODE_NAMES))?,
-            None => None,
-        };
+        let own = self.own(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
         let found = own.or_else(|| self.mode.clone());
         found.iter().for_each(|(_, source)| self.note("mode", source));
         let pool = self.pool()?;
@@ -155,53 +138,68 @@ impl Scope<'_> {
     }
 
     fn pool(&self) -> Result<Pool, ConfigError> {
-        let max = self.pick("max_processes", |table| &table.max_processes, |raw| raw.count("max_processes"))?;
-        let min =
-            self.locate("min_processes", |table| &table.min_processes, |raw| raw.count_from_0("min_processes"))?;
+        let max = self.pick(&declared::MAX_PROCESSES, Raw::count)?;
+        let min = self.locate(&declared::MIN_PROCESSES, Raw::count_from_0)?;
         if let (Some((min, source)), Some(max)) = (&min, max)
             && *min > max.get()
         {
             let problem = format!("min_processes must be at most max_processes ({max}) (got {min})");
             return Err(ConfigError::new(source.clone(), problem));
         }
-        let duration = |name: &'static str, field: fn(&HandlerTable) -> &Field| {
-            self.pick(name, field, |raw| raw.positive_duration(name))
-        };
-        let max_jobs = self.pick("max_jobs", |table| &table.max_jobs, |raw| raw.count("max_jobs"))?;
+        let max_jobs = self.pick(&declared::PROCESS_MAX_JOBS, Raw::count)?;
         Ok(Pool {
             min_processes: min.map(|(min, _)| min).unwrap_or_default(),
             max_processes: max,
-            start_timeout: duration("start_timeout", |table| &table.start_timeout)?.unwrap_or(DEFAULT_START_TIMEOUT),
+            start_timeout: self
+                .pick(&declared::START_TIMEOUT, Raw::positive_duration)?
+                .unwrap_or(DEFAULT_START_TIMEOUT),
             max_jobs: max_jobs.and_then(|count| NonZeroU64::new(count.get() as u64)),
-            max_age: duration("max_age", |table| &table.max_age)?,
-            max_memory: self
-                .pick("max_memory", |table| &table.max_memory, |raw| raw.size("max_memory"))?
-                .map(|bytes| bytes as u64),
-            idle_timeout: duration("idle_timeout", |table| &table.idle_timeout)?,
+            max_age: self.pick(&declared::MAX_AGE, Raw::positive_duration)?,
+            max_memory: self.pick(&declared::MAX_MEMORY, Raw::size)?.map(|bytes| bytes as u64),
+            idle_timeout: self.pick(&declared::IDLE_TIMEOUT, Raw::positive_duration)?,
         })
     }
 
-    /// The setting of the route, or else the default's.
+    /// Returns the setting of the route, or else the default's.
     fn pick<T>(
         &self,
-        name: &str,
-        field: impl Fn(&HandlerTable) -> &Field,
-        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+        declared: &Declared,
+        parse: impl Fn(&Raw, &str) -> Result<T, String>,
     ) -> Result<Option<T>, ConfigError> {
-        self.locate(name, field, parse).map(|found| found.map(|(value, _)| value))
+        self.locate(declared, parse).map(|found| found.map(|(value, _)| value))
     }
 
     fn locate<T>(
         &self,
-        name: &str,
-        field: impl Fn(&HandlerTable) -> &Field,
-        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+        declared: &Declared,
+        parse: impl Fn(&Raw, &str) -> Result<T, String>,
     ) -> Result<Option<(T, Source)>, ConfigError> {
-        let tables = self.route.into_iter().chain([self.default]);
-        let Some(field) = tables.map(field).find(|field| field.is_some()) else { return Ok(None) };
-        let found = self.layers.locate_in_file(field, parse)?;
-        found.iter().for_each(|(_, source)| self.note(name, source));
+        let value = self.own_value(declared).or_else(|| self.layers.file.value(declared));
+        let found = value.map(|value| self.read(declared, value, parse)).transpose()?;
+        found.iter().for_each(|(_, source)| self.note(declared.table_and_key().1, source));
         Ok(found)
+    }
+
+    /// Returns the setting of the route alone.
+    fn own<T>(
+        &self,
+        declared: &Declared,
+        parse: impl Fn(&Raw, &str) -> Result<T, String>,
+    ) -> Result<Option<(T, Source)>, ConfigError> {
+        self.own_value(declared).map(|value| self.read(declared, value, parse)).transpose()
+    }
+
+    fn own_value(&self, declared: &Declared) -> Option<&Spanned<Value>> {
+        value_in(self.route?, declared.table_and_key().1)
+    }
+
+    fn read<T>(
+        &self,
+        declared: &Declared,
+        value: &Spanned<Value>,
+        parse: impl Fn(&Raw, &str) -> Result<T, String>,
+    ) -> Result<(T, Source), ConfigError> {
+        self.layers.read_in_file(value, |raw| parse(raw, declared.table_and_key().1))
     }
 
     fn note(&self, name: &str, source: &Source) {
@@ -211,9 +209,8 @@ impl Scope<'_> {
     /// The inherited environment without the worker's own settings, or what `pass_env` names of it; then `env`, key by
     /// key the route's or else the default's.
     fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
-        let clear =
-            self.pick("env_clear", |table| &table.env_clear, |raw| raw.boolean("env_clear"))?.unwrap_or_default();
-        let pass = self.locate("pass_env", |table| &table.pass_env, |raw| raw.strings("pass_env"))?;
+        let clear = self.pick(&declared::ENV_CLEAR, Raw::boolean)?.unwrap_or_default();
+        let pass = self.locate(&declared::PASS_ENV, Raw::strings)?;
         if let Some((names, source)) = &pass
             && !names.is_empty()
             && !clear
@@ -224,22 +221,21 @@ impl Scope<'_> {
             ));
         }
         let pass = pass.map(|(names, _)| names).unwrap_or_default();
-        let inherited = self.layers.args.environment.iter().filter(|(name, _)| match clear {
-            true => pass.iter().any(|pass| name == pass.as_str()),
-            false => !is_the_workers_own(name),
-        });
+        let is_passed = |name: &OsStr| {
+            if clear { pass.iter().any(|pass| name == pass.as_str()) } else { !is_the_workers_own(name) }
+        };
+        let inherited = self.layers.args.environment.iter().filter(|(name, _)| is_passed(name));
         let mut env: Vec<(OsString, OsString)> = inherited.cloned().collect();
-        for table in [Some(self.default), self.route].into_iter().flatten() {
-            if let Some((added, source)) = self.layers.locate_in_file(&table.env, |raw| raw.variables("env"))? {
-                self.note("env", &source);
-                env.extend(added);
-            }
+        for value in [self.layers.file.value(&declared::ENV), self.own_value(&declared::ENV)].into_iter().flatten() {
+            let (added, source) = self.read(&declared::ENV, value, Raw::variables)?;
+            self.note("env", &source);
+            env.extend(added);
         }
         Ok(env)
     }
 
     fn cwd(&self) -> Result<Option<PathBuf>, ConfigError> {
-        let Some((cwd, source)) = self.locate("cwd", |table| &table.cwd, |raw| raw.text("cwd"))? else {
+        let Some((cwd, source)) = self.locate(&declared::CWD, Raw::text)? else {
             return Ok(None);
         };
         match std::path::absolute(&cwd).ok().filter(|path| path.is_dir()) {
@@ -249,13 +245,9 @@ impl Scope<'_> {
     }
 
     fn exit_codes(&self) -> Result<(BTreeSet<u8>, BTreeSet<u8>), ConfigError> {
-        let success = self.pick(
-            "success_exit_codes",
-            |table| &table.success_exit_codes,
-            |raw| raw.exit_codes("success_exit_codes"),
-        )?;
+        let success = self.pick(&declared::SUCCESS_EXIT_CODES, Raw::exit_codes)?;
         let success = success.unwrap_or_default();
-        match self.locate("kill_exit_codes", |table| &table.kill_exit_codes, |raw| raw.exit_codes("kill_exit_codes"))? {
+        match self.locate(&declared::KILL_EXIT_CODES, Raw::exit_codes)? {
             None => Ok((success, BTreeSet::new())),
             Some((kill, source)) => match kill.iter().find(|code| **code == 0 || success.contains(code)) {
                 Some(code) => {

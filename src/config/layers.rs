@@ -3,7 +3,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use super::file::{ConfigFile, Field};
+use toml::{Spanned, Value};
+
+use super::declared::Declared;
+use super::file::ConfigFile;
 use super::value::Raw;
 use super::{ConfigError, Source};
 use crate::cli::Args;
@@ -12,11 +15,11 @@ use crate::cli::Args;
 pub(super) struct Layers<'a> {
     pub(super) args: &'a Args,
     pub(super) file: &'a ConfigFile,
-    /// Where each setting that was given has been found, by the name under which it was looked up.
+    /// Where each setting that was given has been found, by its key.
     found: RefCell<Sources>,
 }
 
-/// Where settings were written, and what, by name.
+/// Where settings were written, and what, by key.
 pub(super) type Sources = BTreeMap<String, (Source, String)>;
 
 impl<'a> Layers<'a> {
@@ -34,54 +37,47 @@ impl<'a> Layers<'a> {
         self.found.borrow_mut().insert(name.to_owned(), (source.clone(), written.to_string()));
     }
 
-    /// The value of one setting, read by `parse`, from the uppermost layer that has one.
+    /// Returns the value of one setting, read by `parse` under the setting's name, from the uppermost layer that has one.
     pub(super) fn pick<T>(
         &self,
-        name: &'static str,
-        in_file: &Field,
-        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+        declared: &Declared,
+        parse: impl Fn(&Raw, &str) -> Result<T, String>,
     ) -> Result<Option<T>, ConfigError> {
-        self.locate(name, in_file, parse).map(|found| found.map(|(value, _)| value))
+        self.locate(declared, parse).map(|found| found.map(|(value, _)| value))
     }
 
-    /// The same, with the place where it was found.
+    /// Returns the same, with the place where it was found.
     pub(super) fn locate<T>(
         &self,
-        name: &'static str,
-        in_file: &Field,
-        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
+        declared: &Declared,
+        parse: impl Fn(&Raw, &str) -> Result<T, String>,
     ) -> Result<Option<(T, Source)>, ConfigError> {
-        let parse = |raw: &Raw<'_>| parse(raw).map(|value| (value, raw.to_string()));
-        let found = match self.args.given(name)? {
-            Some(given) => read(&Raw::Text(&given.values), given.source.clone(), parse),
-            None => self.locate_in_file(in_file, parse),
-        }?;
+        let name = declared.name();
+        let parse = |raw: &Raw| parse(raw, &name).map(|value| (value, raw.to_string()));
+        let given = declared.flag.as_ref().map(|flag| self.args.given(flag.name)).transpose()?.flatten();
+        let found = match given {
+            Some(given) => Some(read(&Raw::Text(given.values), given.source, parse)?),
+            None => self.file.value(declared).map(|value| self.read_in_file(value, parse)).transpose()?,
+        };
         Ok(found.map(|((value, written), source)| {
-            self.note(name, &source, written);
+            self.note(declared.key, &source, written);
             (value, source)
         }))
     }
 
-    /// The value of a setting that only the file can have.
-    pub(super) fn locate_in_file<T>(
+    /// Reads a value of the file.
+    pub(super) fn read_in_file<T>(
         &self,
-        in_file: &Field,
-        parse: impl Fn(&Raw<'_>) -> Result<T, String>,
-    ) -> Result<Option<(T, Source)>, ConfigError> {
-        match in_file {
-            Some(field) => read(&Raw::Toml(field.get_ref()), self.file.source_at(field.span().start), parse),
-            None => Ok(None),
-        }
+        value: &Spanned<Value>,
+        parse: impl Fn(&Raw) -> Result<T, String>,
+    ) -> Result<(T, Source), ConfigError> {
+        read(&Raw::Toml(value.get_ref().clone()), self.file.source_at(value.span().start), parse)
     }
 }
 
-fn read<T>(
-    raw: &Raw<'_>,
-    source: Source,
-    parse: impl Fn(&Raw<'_>) -> Result<T, String>,
-) -> Result<Option<(T, Source)>, ConfigError> {
+fn read<T>(raw: &Raw, source: Source, parse: impl Fn(&Raw) -> Result<T, String>) -> Result<(T, Source), ConfigError> {
     match parse(raw) {
-        Ok(value) => Ok(Some((value, source))),
+        Ok(value) => Ok((value, source)),
         Err(problem) => Err(ConfigError::new(source, problem)),
     }
 }

@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::fmt;
 
-use super::ConfigError;
 use super::layers::Layers;
 use super::value::Raw;
+use super::{ConfigError, declared};
 
 /// The target of the lines about the end of jobs.
 pub(crate) const JOBS_TARGET: &str = "zizq_worker::jobs";
@@ -65,10 +65,9 @@ pub enum LogFormat {
 
 impl LogConfig {
     pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
-        let file = &layers.file.table.log.0;
         Ok(Self {
-            level: layers.pick("log-level", &file.level, LogLevels::parse)?.unwrap_or_default(),
-            format: layers.pick("log-format", &file.format, |raw| raw.one_of("log_format", &LogFormat::NAMES))?,
+            level: layers.pick(&declared::LOG_LEVEL, LogLevels::parse)?.unwrap_or_default(),
+            format: layers.pick(&declared::LOG_FORMAT, |raw, name| raw.one_of(name, &LogFormat::NAMES))?,
             filter: layers.args.rust_log.clone(),
             no_color: layers.args.no_color,
             journal_stream: layers.args.journal_stream.clone(),
@@ -78,8 +77,8 @@ impl LogConfig {
 
 impl LogLevels {
     /// Reads `info`, or `info,zizq_worker::jobs=warn`.
-    fn parse(raw: &Raw<'_>) -> Result<Self, String> {
-        let text = &raw.text("log_level")?;
+    fn parse(raw: &Raw, setting: &str) -> Result<Self, String> {
+        let text = &raw.text(setting)?;
         let mut general = None;
         let mut targets = Vec::new();
         for part in text.split(',').map(str::trim) {

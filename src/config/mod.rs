@@ -2,6 +2,7 @@
 
 mod admin;
 mod deadlines;
+mod declared;
 #[cfg(feature = "embedded")]
 mod embedded;
 mod error;
@@ -25,6 +26,8 @@ pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT
 pub use crate::client::DEFAULT_URL;
 pub use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 pub use admin::AdminAddress;
+pub(crate) use declared::Heading;
+pub use declared::{Declared, Example, Flag, Reload, SETTINGS};
 #[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;

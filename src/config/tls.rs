@@ -3,18 +3,18 @@
 use std::io;
 use std::path::Path;
 
-use super::file::Field;
+use super::declared::{self, Declared};
 use super::layers::Layers;
+use super::value::Raw;
 use super::{ConfigError, Source};
 use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
 use crate::client::{ServerUrl, Tls};
 
 /// Reads the files, and matches them with one another and with `url`, which `url_source` gives.
 pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) -> Result<Tls, ConfigError> {
-    let file = &layers.file.table.tls.0;
-    let ca = File::find(layers, "tls-ca", &file.ca)?;
-    let chain = File::find(layers, "tls-client-cert", &file.client_cert)?;
-    let key = File::find(layers, "tls-client-key", &file.client_key)?;
+    let ca = File::find(layers, &declared::TLS_CA)?;
+    let chain = File::find(layers, &declared::TLS_CLIENT_CERT)?;
+    let key = File::find(layers, &declared::TLS_CLIENT_KEY)?;
     if !url.is_https() {
         return match ca.or(chain).or(key) {
             Some(file) => Err(file.error("is of no use: url is http; make it https")),
@@ -47,9 +47,9 @@ struct File {
 }
 
 impl File {
-    fn find(layers: &Layers<'_>, name: &'static str, in_file: &Field) -> Result<Option<Self>, ConfigError> {
-        let setting = name.replace('-', "_");
-        let Some((path, source)) = layers.locate(name, in_file, |raw| raw.text(&setting))? else { return Ok(None) };
+    fn find(layers: &Layers<'_>, declared: &Declared) -> Result<Option<Self>, ConfigError> {
+        let setting = declared.name();
+        let Some((path, source)) = layers.locate(declared, Raw::text)? else { return Ok(None) };
         match read(Path::new(&path)) {
             Ok(bytes) => Ok(Some(Self { setting, path, source, bytes })),
             Err(error) => Err(ConfigError::unusable(source, format!("{setting}: cannot read {path}: {error}"))),
@@ -68,8 +68,9 @@ impl File {
 
 /// Anything else than a file might not be over for ever.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    match std::fs::metadata(path)?.is_file() {
-        true => std::fs::read(path),
-        false => Err(io::Error::other("it is not a regular file")),
+    if std::fs::metadata(path)?.is_file() {
+        std::fs::read(path)
+    } else {
+        Err(io::Error::other("it is not a regular file"))
     }
 }

@@ -14,15 +14,15 @@ use toml::Value;
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 /// A value as it was written.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Raw<'a> {
+#[derive(Debug, Clone)]
+pub(super) enum Raw {
     /// On the command line, where a flag may be repeated, or in a variable.
-    Text(&'a [String]),
+    Text(Vec<String>),
     /// In the file.
-    Toml(&'a Value),
+    Toml(Value),
 }
 
-impl fmt::Display for Raw<'_> {
+impl fmt::Display for Raw {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Text(values) => f.write_str(values.last().map_or("", String::as_str)),
@@ -32,7 +32,7 @@ impl fmt::Display for Raw<'_> {
     }
 }
 
-impl Raw<'_> {
+impl Raw {
     /// Any text.
     pub(super) fn text(&self, name: &str) -> Result<String, String> {
         match self {
@@ -226,8 +226,8 @@ fn strings(value: &Value) -> Option<Vec<String>> {
 mod tests {
     use super::*;
 
-    fn typed<T>(text: &str, read: impl Fn(&Raw<'_>) -> T) -> T {
-        read(&Raw::Text(&[text.to_owned()]))
+    fn typed<T>(text: &str, read: impl Fn(&Raw) -> T) -> T {
+        read(&Raw::Text(vec![text.to_owned()]))
     }
 
     #[test]
@@ -241,8 +241,8 @@ mod tests {
 
     #[test]
     fn a_number_in_the_file_is_seconds_too() {
-        assert_eq!(Raw::Toml(&Value::Integer(2)).duration("d").unwrap(), Duration::from_secs(2));
-        assert_eq!(Raw::Toml(&Value::Float(0.25)).duration("d").unwrap(), Duration::from_millis(250));
+        assert_eq!(Raw::Toml(Value::Integer(2)).duration("d").unwrap(), Duration::from_secs(2));
+        assert_eq!(Raw::Toml(Value::Float(0.25)).duration("d").unwrap(), Duration::from_millis(250));
     }
 
     #[test]
@@ -264,12 +264,12 @@ mod tests {
 
     #[test]
     fn lists_are_split_and_trimmed_and_have_no_empty_names() {
-        let list = |values: [&str; 2]| Raw::Text(&values.map(str::to_owned)).list("queues");
+        let list = |values: [&str; 2]| Raw::Text(values.map(str::to_owned).to_vec()).list("queues");
         assert_eq!(list(["a, b", " c "]).unwrap(), ["a", "b", "c"]);
         for bad in [["a", ""], ["", "a"], ["a,,b", "c"], ["a,", "b"]] {
             assert!(list(bad).unwrap_err().ends_with(&format!("(got {:?})", bad.join(","))), "{bad:?}");
         }
-        assert_eq!(Raw::Toml(&Value::Array(Vec::new())).list("queues").unwrap(), [""; 0]);
+        assert_eq!(Raw::Toml(Value::Array(Vec::new())).list("queues").unwrap(), [""; 0]);
     }
 
     #[test]

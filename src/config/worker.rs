@@ -6,6 +6,7 @@ use std::time::Duration;
 use humantime::format_duration;
 use tracing::{info, warn};
 
+use super::declared;
 use super::layers::Layers;
 use super::tls;
 use super::value::Raw;
@@ -86,22 +87,19 @@ impl Default for WorkerConfig {
 
 impl WorkerConfig {
     pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
-        let file = &layers.file.table.worker.0;
-        let threads = layers.pick("threads", &file.threads, |raw| raw.count("threads"))?.unwrap_or(DEFAULT_THREADS);
-        let fibers = layers.pick("fibers", &file.fibers, |raw| raw.count("fibers"))?.unwrap_or(DEFAULT_FIBERS);
+        let threads = layers.pick(&declared::THREADS, Raw::count)?.unwrap_or(DEFAULT_THREADS);
+        let fibers = layers.pick(&declared::FIBERS, Raw::count)?.unwrap_or(DEFAULT_FIBERS);
         let concurrency = concurrency(layers, threads, fibers)?;
-        let prefetch =
-            layers.pick("prefetch", &file.prefetch, |raw| raw.count_up_to("prefetch", 2 * MAX_CONCURRENCY))?;
-        let deadline = layers
-            .pick("shutdown-deadline", &file.shutdown_deadline, |raw| raw.positive_duration("shutdown_deadline"))?;
-        let queues = layers.pick("queues", &file.queues, |raw| raw.list("queues").and_then(check_queues))?;
-        let (url, url_source) = layers.locate("url", &layers.file.table.url, server_url)?.unzip();
+        let prefetch = layers.pick(&declared::PREFETCH, |raw, name| raw.count_up_to(name, 2 * MAX_CONCURRENCY))?;
+        let deadline = layers.pick(&declared::SHUTDOWN_DEADLINE, Raw::positive_duration)?;
+        let queues = layers.pick(&declared::QUEUES, |raw, name| raw.list(name).and_then(check_queues))?;
+        let (url, url_source) = layers.locate(&declared::URL, server_url)?.unzip();
         let url = url.unwrap_or_default();
         Ok(Self {
             tls: tls::resolve(layers, &url, url_source.unwrap_or(Source::Missing))?,
             connector: Connector::default(),
             url,
-            worker_id: layers.pick("worker-id", &file.worker_id, |raw| raw.parsed("worker_id"))?.unwrap_or_default(),
+            worker_id: layers.pick(&declared::WORKER_ID, Raw::parsed)?.unwrap_or_default(),
             queues: queues.unwrap_or_default(),
             threads,
             fibers,
@@ -109,10 +107,9 @@ impl WorkerConfig {
             backoff: resolve_backoff(layers)?,
             stream_limits: resolve_stream_limits(layers)?,
             shutdown_deadline: deadline.unwrap_or(DEFAULT_SHUTDOWN_DEADLINE),
-            max_jobs: layers.pick("max-jobs", &file.max_jobs, |raw| raw.count("max_jobs"))?.map(at_most_u64),
-            max_time: layers.pick("max-time", &file.max_time, |raw| raw.positive_duration("max_time"))?,
-            exit_when_idle: layers
-                .pick("exit-when-idle", &file.exit_when_idle, |raw| raw.positive_duration("exit_when_idle"))?,
+            max_jobs: layers.pick(&declared::MAX_JOBS, Raw::count)?.map(at_most_u64),
+            max_time: layers.pick(&declared::MAX_TIME, Raw::positive_duration)?,
+            exit_when_idle: layers.pick(&declared::EXIT_WHEN_IDLE, Raw::positive_duration)?,
         })
     }
 
@@ -153,9 +150,8 @@ fn concurrency(layers: &Layers<'_>, threads: NonZeroUsize, fibers: NonZeroUsize)
     match threads.checked_mul(fibers).filter(|product| product.get() <= MAX_CONCURRENCY) {
         Some(concurrency) => Ok(concurrency),
         None => {
-            let file = &layers.file.table.worker.0;
-            let (larger, field) = if threads >= fibers { ("threads", &file.threads) } else { ("fibers", &file.fibers) };
-            let source = layers.locate(larger, field, |_| Ok(()))?.map_or(Source::Missing, |((), source)| source);
+            let larger = if threads >= fibers { &declared::THREADS } else { &declared::FIBERS };
+            let source = layers.locate(larger, |_, _| Ok(()))?.map_or(Source::Missing, |((), source)| source);
             Err(ConfigError::new(
                 source,
                 format!("threads x fibers must be at most {MAX_CONCURRENCY} (got {threads} x {fibers})"),
@@ -165,8 +161,8 @@ fn concurrency(layers: &Layers<'_>, threads: NonZeroUsize, fibers: NonZeroUsize)
 }
 
 /// Reads a url. It may hold a password by mistake, so no message quotes it whole.
-fn server_url(raw: &Raw<'_>) -> Result<ServerUrl, String> {
-    match raw.text("url") {
+fn server_url(raw: &Raw, name: &str) -> Result<ServerUrl, String> {
+    match raw.text(name) {
         Ok(url) => url.parse(),
         Err(_) => Err(format!("url must be a string (got {})", without_secrets(&raw.to_string()))),
     }
@@ -184,12 +180,10 @@ fn check_queues(queues: Vec<String>) -> Result<Vec<String>, String> {
 }
 
 fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
-    let file = &layers.file.table.worker.0;
-    let wait = |name: &'static str, field, setting| layers.locate(name, field, |raw| raw.positive_duration(setting));
-    let min = wait("retry-min-wait", &file.retry_min_wait, "retry_min_wait")?;
-    let max = wait("retry-max-wait", &file.retry_max_wait, "retry_max_wait")?;
-    let growth = |raw: &Raw<'_>| raw.number("retry_multiplier").and_then(check_growth);
-    let multiplier = layers.pick("retry-multiplier", &file.retry_multiplier, growth)?;
+    let min = layers.locate(&declared::RETRY_MIN_WAIT, Raw::positive_duration)?;
+    let max = layers.locate(&declared::RETRY_MAX_WAIT, Raw::positive_duration)?;
+    let growth = |raw: &Raw, name: &str| raw.number(name).and_then(check_growth);
+    let multiplier = layers.pick(&declared::RETRY_MULTIPLIER, growth)?;
     let min_wait = min.as_ref().map_or(DEFAULT_RETRY_MIN_WAIT, |(wait, _)| *wait);
     let max_wait = max.as_ref().map_or(DEFAULT_RETRY_MAX_WAIT, |(wait, _)| *wait);
     Backoff::try_new(min_wait, max_wait, multiplier.unwrap_or(DEFAULT_RETRY_MULTIPLIER)).map_err(|problem| {
@@ -207,10 +201,8 @@ fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
 }
 
 fn resolve_stream_limits(layers: &Layers<'_>) -> Result<StreamLimits, ConfigError> {
-    let file = &layers.file.table.worker.0;
-    let idle_timeout = layers
-        .pick("stream-idle-timeout", &file.stream_idle_timeout, |raw| raw.positive_duration("stream_idle_timeout"))?;
-    let max_job_size = layers.pick("max-job-size", &file.max_job_size, |raw| raw.size("max_job_size"))?;
+    let idle_timeout = layers.pick(&declared::STREAM_IDLE_TIMEOUT, Raw::positive_duration)?;
+    let max_job_size = layers.pick(&declared::MAX_JOB_SIZE, Raw::size)?;
     Ok(StreamLimits {
         idle_timeout: idle_timeout.unwrap_or(DEFAULT_STREAM_IDLE_TIMEOUT),
         max_job_size: max_job_size.unwrap_or(DEFAULT_MAX_JOB_SIZE),
@@ -218,8 +210,9 @@ fn resolve_stream_limits(layers: &Layers<'_>) -> Result<StreamLimits, ConfigErro
 }
 
 fn check_growth(multiplier: f64) -> Result<f64, String> {
-    match multiplier >= 1.0 && multiplier.is_finite() {
-        true => Ok(multiplier),
-        false => Err(format!("retry_multiplier must be at least 1 (got {multiplier})")),
+    if multiplier >= 1.0 && multiplier.is_finite() {
+        Ok(multiplier)
+    } else {
+        Err(format!("retry_multiplier must be at least 1 (got {multiplier})"))
     }
 }

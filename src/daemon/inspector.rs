@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use serde_json::{Value, json};
 
 use crate::admin::Inspected;
-use crate::config::Setting;
+use crate::config::{Reload, Setting};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::Lifecycle;
 use crate::version::VERSION;
@@ -38,10 +38,11 @@ impl Inspector {
     /// These settings are in force now, but for those that need a restart. Returns the names of such as differ.
     pub(super) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
-        let (kept, _): (Vec<Setting>, Vec<Setting>) = present.drain(..).partition(|setting| !setting.is_reloadable());
+        let (kept, _): (Vec<Setting>, Vec<Setting>) =
+            present.drain(..).partition(|setting| setting.reload == Reload::Restart);
         let differs = |kept: &&Setting| written.iter().any(|new| new.name == kept.name && new.value != kept.value);
         let differing = kept.iter().filter(differs).map(|setting| setting.name.clone()).collect();
-        *present = settings.into_iter().filter(Setting::is_reloadable).chain(kept).collect();
+        *present = settings.into_iter().filter(|setting| setting.reload != Reload::Restart).chain(kept).collect();
         differing
     }
 

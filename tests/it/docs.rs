@@ -3,8 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use zizq_worker::cli;
-
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -33,37 +31,6 @@ fn section(name: &str, heading: &str) -> String {
 fn rows(section: &str) -> Vec<Vec<String>> {
     let lines = section.lines().filter(|line| line.starts_with('|') && !line.starts_with("| ---"));
     lines.map(|line| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
-}
-
-/// Sizes and products are written in more than one way.
-fn plain(text: &str) -> String {
-    let text = text.replace('×', "x").replace(".0 MiB", "MiB").replace("HOSTNAME-PID", "<hostname>-<pid>");
-    text.trim_matches('`').to_owned()
-}
-
-#[test]
-fn the_table_of_settings_matches_help() {
-    let table = rows(&page("configuration.md"));
-    let command = cli::command();
-    let settings = command.get_arguments().filter(|arg| arg.get_env().is_some());
-    let mut count = 0;
-    for arg in settings {
-        let flag = format!("--{}", arg.get_long().unwrap());
-        let row = table.iter().find(|row| row[0].split(['`', ' ', ',']).any(|word| word == flag));
-        let row = row.unwrap_or_else(|| panic!("{flag} is not in the table"));
-        let value = arg.get_value_names().unwrap()[0].as_str();
-        assert!(row[0].contains(value) || row[0].contains("CMD ARGS"), "{flag} {value}: {row:?}");
-        assert!(row[1].starts_with(&format!("`{}`", arg.get_env().unwrap().display())), "{row:?}");
-        if let Some(short) = arg.get_short() {
-            assert!(row[0].starts_with(&format!("`-{short}, ")), "{row:?}");
-        }
-        let help = arg.get_help().unwrap().to_string();
-        let default = help.split("[default: ").nth(1).map(|rest| plain(rest.trim_end_matches(']')));
-        let required = help.contains("[required");
-        assert_eq!(plain(&row[3]), default.unwrap_or(if required { "required" } else { "none" }.to_owned()), "{flag}");
-        count += 1;
-    }
-    assert_eq!(table.len(), count + 1, "a row for each, and the heading");
 }
 
 #[test]
@@ -146,9 +113,25 @@ fn the_listed_metrics_are_all_metrics() {
     let maker = &source[source.find("let counters").unwrap()..source.find("registry: made.0").unwrap()];
     let mut made: Vec<&str> = maker.split('"').skip(1).step_by(2).filter(|text| !text.contains(' ')).collect();
     made.retain(|name| {
-        !["queue", "type", "kind", "outcome", "code", "state", "result", "handler", "reason"].contains(name) || *name == "state"
+        !["queue", "type", "kind", "outcome", "code", "state", "result", "handler", "reason"].contains(name)
+            || *name == "state"
     });
     for name in made.iter().chain(&["build_info", "start_time_seconds"]) {
         assert!(listed.iter().any(|found| found == name), "{name} is not listed: {listed:?}");
+    }
+}
+
+#[test]
+fn the_files_that_the_architecture_names_exist() {
+    let text = page("architecture.md");
+    let named: Vec<&str> =
+        text.split('`').filter(|word| word.starts_with("src/") || word.starts_with("tests/")).collect();
+    assert!(named.len() > 40, "{named:?}");
+    for name in named {
+        assert!(root().join(name).exists(), "{name}");
+    }
+    for name in text.split('`').filter_map(|word| word.strip_suffix("::")) {
+        let module = root().join("tests/it").join(name);
+        assert!(module.exists() || module.with_extension("rs").exists(), "{name}");
     }
 }

@@ -1,13 +1,12 @@
 //! `config/zizq-worker.toml` and the table of faults agree with the code.
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tempfile::TempDir;
-use zizq_worker::cli::{self, Args};
+use zizq_worker::cli::Args;
 use zizq_worker::config::{
     DEFAULT_FIBERS, DEFAULT_MAX_JOB_SIZE, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
     DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL, LogFormat, LogLevels,
@@ -77,32 +76,6 @@ fn what_is_commented_out_is_accepted_when_it_no_longer_is() {
     assert_eq!(worker.exit_when_idle, Some(Duration::from_secs(600)));
     assert_eq!(worker.worker_id.to_string(), "mailer-1");
     assert_eq!(log.format, Some(LogFormat::Compact));
-}
-
-/// Every key that the file may have, and no setting without its flag and variable.
-#[test]
-fn the_example_has_every_setting() {
-    let table: toml::Table = uncommented().parse().unwrap();
-    let tables = table.iter().filter_map(|(name, value)| Some((name, value.as_table()?)));
-    let keys = tables.flat_map(|(table, settings)| settings.keys().map(move |key| format!("{table}.{key}")));
-    let mut keys: BTreeSet<String> = keys.collect();
-    keys.insert("url".to_owned());
-    let command = cli::command();
-    let with_variable = command.get_arguments().filter_map(|arg| Some((arg.get_long()?, arg.get_env()?)));
-    for (flag, variable) in with_variable.filter(|(flag, _)| *flag != "config") {
-        let line = format!("# --{flag}, {}", variable.display());
-        let text = text();
-        let mut after = text.lines().skip_while(|found| !found.starts_with(&line)).skip(1);
-        let setting = after.next().unwrap_or_else(|| panic!("no {line:?} in the example"));
-        let key = setting.trim_start_matches('#').split(" = ").next().unwrap();
-        let name = flag.replace('-', "_");
-        let prefixed = ["log", "tls", "admin"].map(|table| format!("{table}_{key}"));
-        assert!(name == key || prefixed.contains(&name), "{line} above {setting}");
-        assert!(keys.iter().any(|known| known == key || known.ends_with(&format!(".{key}"))), "{key} in {keys:?}");
-        keys.retain(|known| known != key && !known.ends_with(&format!(".{key}")));
-    }
-    keys.retain(|key| !key.starts_with("handler.") && !key.starts_with("handlers."));
-    assert!(keys.is_empty(), "without a flag: {keys:?}");
 }
 
 /// The table of faults names tests, by their beginnings.

@@ -1,5 +1,5 @@
-//! The completions and the man page are made from the command line, and committed, so that a package has them without
-//! running anything. `UPDATE=1 cargo test generated` writes them anew.
+//! The completions, the man page, the commented file and the table of settings are made from the declared settings, and committed,
+//! so that a package has them without running anything. `UPDATE=1 cargo test generated` writes them anew.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Inline, Roff, bold, roman};
 use zizq_worker::cli;
+use zizq_worker::config::{Declared, Example as Written, Reload, SETTINGS};
 
 /// Holds the committed file against what it should be, or writes it.
 #[track_caller]
@@ -39,6 +40,122 @@ fn the_completions_are_those_of_the_command_line() {
 #[test]
 fn the_man_page_has_every_option_of_the_command_line() {
     hold("config/man/zizq-worker.1", &man_page());
+}
+
+#[test]
+fn the_commented_file_has_every_setting() {
+    hold("config/zizq-worker.toml", commented_file().as_bytes());
+}
+
+#[test]
+fn the_table_of_settings_has_every_setting() {
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md")).unwrap();
+    let (before, rest) = page.split_once(TABLE_BEGIN).unwrap();
+    let (_, after) = rest.split_once(TABLE_END).unwrap();
+    let fresh = format!("{before}{TABLE_BEGIN}\n{}{TABLE_END}{after}", table_of_settings());
+    hold("docs/configuration.md", fresh.as_bytes());
+}
+
+const TABLE_BEGIN: &str = "<!-- settings -->";
+const TABLE_END: &str = "<!-- end of settings -->";
+
+const FILE_HEAD: &str = "zizq-worker: every setting, at its default. Use it with --config, or ZIZQ_CONFIG.
+
+A setting is taken from its flag, else from its environment variable, else from this file, else its default. The lines that are \
+commented out have no fixed default. Durations are written like \"500ms\" or \"1m 30s\"; a bare number is seconds. An unknown key is \
+an error.";
+
+const ROUTE: &str = "
+# Jobs of one type may have a handler of their own, with any of these settings. A setting that is not here is as in [handler].
+#[handlers.send_email]
+#exec = [\"cat\"]
+#timeout = \"30s\"
+";
+
+/// The tables of the file, with what is to be said of each.
+const TABLES: [(&str, &str); 6] = [
+    ("", ""),
+    ("tls", "For an https url. The files are PEM, and are read and checked at start."),
+    ("worker", ""),
+    ("handler", "Settings without a flag are in the file alone, for each handler. docs/handlers.md explains them."),
+    ("admin", ""),
+    ("log", ""),
+];
+
+fn commented_file() -> String {
+    let mut text = comment(FILE_HEAD);
+    for (table, about) in TABLES {
+        if !table.is_empty() {
+            let gap = if about.is_empty() { "" } else { "\n" };
+            text += &format!("\n[{table}]\n{}{gap}", comment(about));
+        }
+        let settings = SETTINGS.iter().filter(|declared| declared.table_and_key().0 == table);
+        text.extend(settings.enumerate().map(|(index, declared)| commented_setting(declared, index == 0)));
+        if table == "handler" {
+            text += ROUTE;
+        }
+    }
+    text
+}
+
+/// Settings without a comment of their own go with the one before.
+fn commented_setting(declared: &Declared, is_first: bool) -> String {
+    let gap = if declared.comment.is_empty() || (is_first && declared.key != "url") { "" } else { "\n" };
+    let names = declared.flag.as_ref().map(|flag| {
+        let more = if flag.name == "exec" { ", or the words after --" } else { "" };
+        format!("# --{}, {}{more}\n", flag.name, variable(flag.name))
+    });
+    let key = declared.table_and_key().1;
+    let setting = match declared.example {
+        Written::Default(value) => format!("{key} = {value}\n"),
+        Written::Other(value) => format!("#{key} = {value}\n"),
+    };
+    format!("{gap}{}{}{setting}", comment(declared.comment), names.unwrap_or_default())
+}
+
+/// Breaks a text into lines of comment.
+fn comment(text: &str) -> String {
+    let mut lines = String::new();
+    for paragraph in text.lines() {
+        let mut line = "#".to_owned();
+        for word in paragraph.split_whitespace() {
+            if line.len() + 1 + word.len() > 120 {
+                lines += &format!("{line}\n");
+                line = "#".to_owned();
+            }
+            line += &format!(" {word}");
+        }
+        lines += &format!("{line}\n");
+    }
+    lines
+}
+
+fn variable(flag: &str) -> String {
+    format!("ZIZQ_{}", flag.to_uppercase().replace('-', "_"))
+}
+
+fn table_of_settings() -> String {
+    let head = "| flag | variable | in the file | default | reload |\n| --- | --- | --- | --- | --- |\n";
+    let command = cli::command();
+    let rows = command.get_arguments().filter(|arg| arg.get_env().is_some()).map(|arg| {
+        let (long, value) = (arg.get_long().unwrap(), arg.get_value_names().unwrap()[0].as_str());
+        let short = arg.get_short().map_or_else(String::new, |short| format!("-{short}, "));
+        let declared = SETTINGS.iter().find(|declared| declared.flag.as_ref().is_some_and(|flag| flag.name == long));
+        let (flag, more) = if long == "exec" {
+            ("`--exec \"CMD ARGS\"`, or `-- CMD ARGS…`".to_owned(), "")
+        } else {
+            (format!("`{short}--{long} {value}`"), if long == "log-level" { " (`RUST_LOG` wins)" } else { "" })
+        };
+        let key = declared.map_or_else(String::new, |declared| format!("`{}`", declared.key));
+        let default = declared.map_or_else(|| "none".to_owned(), |declared| (declared.default)());
+        let reload = declared.map_or("restart", |declared| match declared.reload {
+            Reload::AtOnce => "at once",
+            Reload::NewStream => "new stream",
+            Reload::Restart => "restart",
+        });
+        format!("| {flag} | `{}`{more} | {key} | {default} | {reload} |\n", variable(long))
+    });
+    head.to_owned() + &rows.collect::<String>()
 }
 
 /// What a section has: paragraphs, and what is explained word by word.

@@ -247,7 +247,7 @@ fn a_mistake_in_the_file_is_shown_with_its_line() {
         ("[log]\nfile = 'x'", "2: unknown key `file`, expected `level` or `format`"),
         (
             "[handler]\ncommand = 'x'",
-            "2: unknown key `command`, expected one of `exec`, `mode`, `min_processes`, `max_processes`, `start_timeout`, `max_jobs`, `max_age`, `max_memory`, `idle_timeout`, `stdin`, `output`, `env`, `env_clear`, `pass_env`, `cwd`, `success_exit_codes`, `kill_exit_codes`, `timeout`, `kill_grace`, `drain_signal`",
+            "2: unknown key `command`, expected one of `exec`, `mode`, `stdin`, `output`, `env_clear`, `pass_env`, `env`, `cwd`, `success_exit_codes`, `kill_exit_codes`, `timeout`, `kill_grace`, `drain_signal`, `min_processes`, `max_processes`, `start_timeout`, `max_jobs`, `max_age`, `max_memory`, `idle_timeout`",
         ),
         ("worker = 3", "1: invalid type: integer `3`, expected one table, as under a line like [worker]"),
         ("\n[[worker]]", "2: invalid type: sequence, expected one table, as under a line like [worker]"),
