@@ -329,7 +329,7 @@ fn draining_in_vain(job_type: &str) {
     daemon.sigterm();
     let finished = daemon.assert_exit(1);
     let dropped = finished.event("report dropped");
-    assert!(dropped["ids"].as_str().unwrap().contains(&id) && dropped["level"] == "ERROR", "{dropped}");
+    assert!(dropped["job"]["id"] == id && dropped["level"] == "ERROR", "{dropped}");
     assert!(finished.has("shutdown deadline reached: killing what still runs"));
     server.resume();
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);

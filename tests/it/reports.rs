@@ -173,7 +173,7 @@ fn any_other_4xx_is_logged_and_the_report_is_dropped() {
     let bad = server.enqueue("q", "bad", json!(null));
     let dropped = daemon.wait_for_messages(2, "report dropped");
     for (id, said) in [(&good, "odd ids"), (&bad, "odd failure")] {
-        let event = dropped.iter().find(|event| event["ids"].as_str().unwrap().contains(id.as_str())).unwrap();
+        let event = dropped.iter().find(|event| event["job"]["id"] == **id).unwrap();
         assert!(event["error"].as_str().unwrap().contains(said), "{event}");
         assert_eq!(event["level"], "ERROR");
     }
