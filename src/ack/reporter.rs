@@ -208,10 +208,10 @@ impl Reporter {
         let id = attempt.id.as_str();
         match kind {
             Kind::Success => {
-                debug!(job.id = id, ?state, "success was already handled, or its job was handed out again")
+                debug!(job.id = id, ?state, "success was already handled, or its job was handed out again");
             }
             Kind::Failure => {
-                debug!(job.id = id, ?state, "failure was already handled, or its job was handed out again")
+                debug!(job.id = id, ?state, "failure was already handled, or its job was handed out again");
             }
         }
         match told(state, attempt, kind) {

@@ -197,7 +197,7 @@ impl Session {
                 return Some(Taken { job, stream: self.id, delivery, place: None, _unfinished: unfinished });
             }
             (Arrival::UnderWay, _) => {
-                info!(job.id = job.id.as_str(), "job received again while it is here, not started")
+                info!(job.id = job.id.as_str(), "job received again while it is here, not started");
             }
             (Arrival::Ended(outcome), _) => {
                 info!(job.id = job.id.as_str(), "job received again after it ended here, reported");
