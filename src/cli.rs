@@ -67,6 +67,14 @@ pub struct Args {
     pub(crate) environment: Vec<(OsString, OsString)>,
     /// `NO_COLOR` (<https://no-color.org>).
     pub(crate) no_color: bool,
+    /// `JOURNAL_STREAM`, see systemd.exec(5).
+    pub(crate) journal_stream: Option<OsString>,
+}
+
+/// Reads `JOURNAL_STREAM`, which names the stream that systemd's journal reads.
+#[expect(clippy::disallowed_methods, reason = "this is the room that reads the environment")]
+pub fn journal_stream() -> Option<OsString> {
+    std::env::var_os("JOURNAL_STREAM")
 }
 
 /// A command line that asks for something else than work: for help, or for another try. Says so when printed.
@@ -74,11 +82,11 @@ pub struct Args {
 pub struct Usage(clap::Error);
 
 impl Usage {
-    /// Prints it where it belongs, and says how the process should end.
-    pub fn report(&self) -> ExitCode {
+    /// Prints it where it belongs, a mistake after `prefix`, and says how the process should end.
+    pub fn report(&self, prefix: &str) -> ExitCode {
         // Nobody is left to tell when even this cannot be printed.
         let _ = match self.0.use_stderr() {
-            true => writeln!(std::io::stderr(), "zizq-worker: {self}"),
+            true => writeln!(std::io::stderr(), "{prefix}zizq-worker: {self}"),
             false => self.0.print(),
         };
         u8::try_from(self.0.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
@@ -113,7 +121,7 @@ impl Args {
         let rust_log = std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
         let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let (path_list, environment) = (std::env::var_os("PATH"), std::env::vars_os().collect());
-        Ok(Self { matches, rust_log, path_list, environment, no_color })
+        Ok(Self { matches, rust_log, path_list, environment, no_color, journal_stream: journal_stream() })
     }
 
     /// What was given for the setting of that name. An empty variable counts as not set.

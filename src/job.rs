@@ -187,6 +187,9 @@ pub struct Failure {
     /// Whether the job is dead, with no further retry.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub kill: bool,
+    /// Whether the handler has named the error type. The metrics count the names of handlers together.
+    #[serde(skip)]
+    pub is_named_by_handler: bool,
 }
 
 impl Failure {
@@ -198,6 +201,7 @@ impl Failure {
             backtrace: None,
             retry_at: None,
             kill: false,
+            is_named_by_handler: false,
         }
     }
 

@@ -6,15 +6,15 @@ use std::process::ExitCode;
 
 use zizq_worker::chain::Chain;
 use zizq_worker::check::{CheckError, check};
-use zizq_worker::cli::{Args, Reach};
+use zizq_worker::cli::{Args, Reach, journal_stream};
 use zizq_worker::daemon::{self, Fatal};
-use zizq_worker::logging::{Log, Stderr};
+use zizq_worker::logging::{Log, Stderr, complaint_prefix};
 use zizq_worker::{Config, ConfigError, Summary};
 
 fn main() -> ExitCode {
     let args = match Args::try_parse_from(std::env::args_os()) {
         Ok(args) => args,
-        Err(usage) => return usage.report(),
+        Err(usage) => return usage.report(complaint_prefix(journal_stream().as_deref())),
     };
     let (config, log) = match Config::resolve(&args).and_then(|config| Log::start(&config.log).map(|log| (config, log)))
     {
@@ -62,6 +62,7 @@ fn show(config: &Config, reach: Reach) -> ExitCode {
 /// The one line in which the process says why it ends.
 fn complain(problem: &dyn Display, status: u8) -> ExitCode {
     // A closed stderr leaves nobody to tell.
-    let _ = writeln!(Stderr, "zizq-worker: {problem}");
+    let prefix = complaint_prefix(journal_stream().as_deref());
+    let _ = writeln!(Stderr, "{prefix}zizq-worker: {problem}");
     ExitCode::from(status)
 }

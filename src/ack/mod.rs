@@ -123,7 +123,9 @@ impl AckProcessor {
         let ids = self.reporter.ledger.ended();
         if !ids.is_empty() {
             self.reporter.count_dropped(ids.len());
-            error!(?ids, error = "the jobs were not redelivered in time", "report dropped");
+            for id in ids {
+                error!(job.id = id.as_str(), error = "the job was not redelivered in time", "report dropped");
+            }
         }
         self.reporter.dropped()
     }

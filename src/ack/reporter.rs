@@ -15,7 +15,7 @@ use crate::backoff::{Backoff, Early, retry};
 use crate::chain::Chain;
 use crate::client::{Acceptance, Client, ClientError, JobState};
 use crate::fate::{Answer, Kind, Step, Told, fate};
-use crate::job::{Failure, JobId, Report};
+use crate::job::{Failure, Report};
 use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
@@ -101,7 +101,7 @@ impl Reporter {
                 Ok(ReportEnd::Park(seen)) => match self.ledger.park(&attempt, seen, Report::Failure(failure)) {
                     // The job was redelivered meanwhile.
                     Some(Report::Failure(again)) => failure = again,
-                    _ => return debug!(id = attempt.id.as_str(), "failure parked until its job is redelivered"),
+                    _ => return debug!(job.id = attempt.id.as_str(), "failure parked until its job is redelivered"),
                 },
                 Err(error) => return self.drop_report(&attempt, &error),
             }
@@ -203,15 +203,19 @@ impl Reporter {
         let state = match client.job(&attempt.id).await {
             Ok(state) => state,
             Err(error) if error.is_refusal() => {
-                warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
+                warn!(job.id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
                 return (Told::Withheld, Some(error));
             }
             Err(error) => return (Told::Unreachable, Some(error)),
         };
         let id = attempt.id.as_str();
         match kind {
-            Kind::Success => debug!(id, ?state, "success was already handled, or its job was handed out again"),
-            Kind::Failure => debug!(id, ?state, "failure was already handled, or its job was handed out again"),
+            Kind::Success => {
+                debug!(job.id = id, ?state, "success was already handled, or its job was handed out again");
+            }
+            Kind::Failure => {
+                debug!(job.id = id, ?state, "failure was already handled, or its job was handed out again");
+            }
         }
         match told(state, attempt, kind) {
             // A 404 of a server that never had the job says nothing about the job.
@@ -226,10 +230,11 @@ impl Reporter {
     }
 
     pub(super) fn drop_reports(&self, attempts: &[&Attempt], error: &ClientError) {
-        let ids: Vec<&JobId> = attempts.iter().map(|attempt| &attempt.id).collect();
-        self.count_dropped(ids.len());
-        error!(?ids, error = %Chain(error), "report dropped");
-        attempts.iter().for_each(|attempt| self.ledger.forget(attempt));
+        self.count_dropped(attempts.len());
+        for attempt in attempts {
+            error!(job.id = attempt.id.as_str(), error = %Chain(error), "report dropped");
+            self.ledger.forget(attempt);
+        }
     }
 
     pub(super) fn count_dropped(&self, count: usize) {

@@ -522,11 +522,11 @@ declare! {
 
     LOG_LEVEL = Declared {
         key: "log.level",
-        flag: Some(Flag { words: || words(&LogLevel::NAMES), ..Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace; RUST_LOG wins") }),
+        flag: Some(Flag { words: || words(&LogLevel::NAMES), ..Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace, and others by target, like info,zizq_worker::jobs=warn; RUST_LOG wins") }),
         default: || "info".to_owned(),
         shown: Shown::Worker(|config| config.log.filter.clone().unwrap_or_else(|| config.log.level.to_string())),
         reload: Reload::AtOnce,
-        comment: "error, warn, info, debug or trace. The variable RUST_LOG wins, and may be a filter like zizq_worker=debug.",
+        comment: "error, warn, info, debug or trace, and others by target, like \"info,zizq_worker::jobs=warn\". The variable RUST_LOG wins, and may be a filter like zizq_worker=debug.",
         example: Example::Default("\"info\""),
     };
 

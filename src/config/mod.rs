@@ -32,7 +32,8 @@ pub use declared::{Declared, Example, Flag, Reload, SETTINGS};
 #[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
-pub use log::{LogConfig, LogFormat, LogLevel};
+pub(crate) use log::{JOBS_TARGET, OUTPUT_TARGET};
+pub use log::{LogConfig, LogFormat, LogLevel, LogLevels};
 pub use settings::Setting;
 pub use source::Source;
 pub use warning::Warning;

@@ -122,7 +122,8 @@ impl WorkerConfig {
     pub(crate) fn announce(&self) {
         let (threads, fibers, prefetch) = (self.threads.get(), self.fibers.get(), self.prefetch.get());
         let queues = if self.queues.is_empty() { "(all)".to_owned() } else { self.queues.join(",") };
-        info!(url = %self.url, queues, threads, fibers, prefetch, "worker starting");
+        let (version, worker_id) = (env!("CARGO_PKG_VERSION"), &self.worker_id);
+        info!(version, %worker_id, url = %self.url, queues, threads, fibers, prefetch, "worker starting");
         self.low_prefetch().iter().for_each(Warning::log);
     }
 }

@@ -257,10 +257,19 @@ fn log_status(status: &Status) {
     info!(state, connected, uptime, running, waiting, reports_waiting, succeeded, failed, interrupted, "status");
     for LoopStatus { name, job } in &status.loops {
         if let Some(RunningJob { id, r#type, queue, attempt, running_seconds, pid }) = job {
-            info!(worker = name, id, r#type, queue, attempt, running_seconds, pid, "job running");
+            info!(
+                worker = name,
+                running_seconds,
+                pid,
+                job.id = id,
+                "job.type" = r#type,
+                job.queue = queue,
+                job.attempt = attempt,
+                "job running"
+            );
         }
     }
     for HandlerProcess { handler, pid, state, jobs, age_seconds, memory_bytes, job } in &status.handler_processes {
-        info!(handler, pid, state, jobs, age_seconds, memory_bytes, job, "handler process");
+        info!(handler, pid, state, jobs, age_seconds, memory_bytes, job.id = job, "handler process");
     }
 }

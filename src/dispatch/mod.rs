@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
+use crate::config::OUTPUT_TARGET;
 use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -39,6 +40,13 @@ use warm::{Busy, Pool, StartError};
 /// soon as the worker ends.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 
+/// The error types of a handler with a process for each job.
+const SPAWNED_FAILURES: [&str; 4] = ["ExitStatus", "Signal", "Timeout", "SpawnError"];
+
+/// The error types of a warm handler.
+const WARM_FAILURES: [&str; 8] =
+    ["ExitStatus", "Signal", "Timeout", "SpawnError", "StartError", "HandlerError", "NoReply", "ProtocolError"];
+
 /// How a job ended, and what it took.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ended {
@@ -48,11 +56,36 @@ pub struct Ended {
     pub exit: Option<ExitStatus>,
     /// What its process used for it, if it had one.
     pub usage: Option<ResourceUsage>,
+    /// How long the work took.
+    pub took: Took,
+}
+
+/// How long the work of a job took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Took {
+    /// As long as the call of [`Dispatcher::dispatch`].
+    Dispatch,
+    /// That long. The rest of the call was a wait for the start.
+    Run(Duration),
+    /// The work was not started.
+    Nothing,
 }
 
 impl From<Outcome> for Ended {
     fn from(outcome: Outcome) -> Self {
-        Self { outcome, exit: None, usage: None }
+        Self { outcome, exit: None, usage: None, took: Took::Dispatch }
+    }
+}
+
+impl Ended {
+    /// Ends a job whose work was not started.
+    fn unstarted(outcome: Outcome) -> Self {
+        Self { took: Took::Nothing, ..outcome.into() }
+    }
+
+    /// Notes that the work began at that moment, and ends now.
+    fn since(self, began: Instant) -> Self {
+        Self { took: Took::Run(began.elapsed()), ..self }
     }
 }
 
@@ -64,10 +97,20 @@ pub trait Dispatcher: Send + Sync + 'static {
     /// Sees one job through to its end.
     fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> impl Future<Output = Ended> + Send;
 
-    /// Whether jobs of that type are counted by it in the metrics; all other types are counted together. There should be a
-    /// bounded number of types for which that is so.
+    /// Whether jobs of that type always have a label of their own in the metrics. Of the other types, the first hundred have one.
+    /// The number of types for which this is true should be bounded.
     fn is_counted_apart(&self, _job_type: &str) -> bool {
         false
+    }
+
+    /// The types for which [`is_counted_apart`](Self::is_counted_apart) is true. Their metrics exist before their first job.
+    fn types_counted_apart(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The error types that failures of such a job usually have. Their metrics exist before the first failure.
+    fn usual_failures(&self, _job_type: &str) -> &'static [&'static str] {
+        &[]
     }
 
     /// The process that runs for a job, if one does.
@@ -245,11 +288,11 @@ impl Tried {
     async fn not_started(route: &Route, why: NotStarted<Cut>) -> Self {
         match why {
             NotStarted::CutShort(Cut::Replaced) => Self::Again(None),
-            NotStarted::CutShort(Cut::Stopping) => Self::Ended(Outcome::Interrupted.into()),
+            NotStarted::CutShort(Cut::Stopping) => Self::Ended(Ended::unstarted(Outcome::Interrupted)),
             NotStarted::Failed(error) => {
                 let error_type = if is_start_error(&error) { "StartError" } else { "SpawnError" };
                 let failure = Failure::new(error_type, why_not_started(route, &error).await);
-                Self::Ended(Outcome::Failure(failure).into())
+                Self::Ended(Ended::unstarted(Outcome::Failure(failure)))
             }
         }
     }
@@ -262,10 +305,13 @@ impl ExecDispatcher {
         let result = self.results.file();
         let start = || self.start(route, job, lifecycle, &result);
         match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
-            Ok(started) => match started.see_through(&result).await {
-                Ok(ended) => Tried::Ended(ended),
-                Err(error) => Tried::Again(Some(error)),
-            },
+            Ok(started) => {
+                let since = started.since;
+                match started.see_through(&result).await {
+                    Ok(ended) => Tried::Ended(ended.since(since)),
+                    Err(error) => Tried::Again(Some(error)),
+                }
+            }
             Err(why) => Tried::not_started(route, why).await,
         }
     }
@@ -277,7 +323,7 @@ impl ExecDispatcher {
             Err(tried) => return tried,
         };
         let _listed = self.pids.list(&task.job.id, busy.pid());
-        let started = busy.started();
+        let (started, since) = (busy.started(), Instant::now());
         let (ended, proof) = busy.run(task.job, task.lifecycle).await;
         match proof {
             warm::Proof::Works => route.brake.release(),
@@ -286,7 +332,7 @@ impl ExecDispatcher {
             warm::Proof::Unread if !std::mem::replace(&mut task.was_unread, true) => return Tried::Again(None),
             warm::Proof::Unread | warm::Proof::None => {}
         }
-        Tried::Ended(ended)
+        Tried::Ended(ended.since(since))
     }
 
     /// Waits for a process that is idle, or starts one.
@@ -354,7 +400,7 @@ impl Dispatcher for ExecDispatcher {
             let route = task.routes.borrow_and_update().find(&job.job_type).cloned();
             let Some(route) = route else {
                 let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
-                return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
+                return Ended::unstarted(Outcome::Failure(Failure::new("UnknownJobType", message)));
             };
             // The fault of another handler says nothing of this one.
             let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
@@ -371,6 +417,18 @@ impl Dispatcher for ExecDispatcher {
 
     fn is_counted_apart(&self, job_type: &str) -> bool {
         self.routes().has_own(job_type)
+    }
+
+    fn types_counted_apart(&self) -> Vec<String> {
+        self.routes().own_types()
+    }
+
+    fn usual_failures(&self, job_type: &str) -> &'static [&'static str] {
+        match self.routes().find(job_type) {
+            Some(route) if route.pool.is_some() => &WARM_FAILURES,
+            Some(_) => &SPAWNED_FAILURES,
+            None => &["UnknownJobType"],
+        }
     }
 
     fn pid(&self, id: &JobId) -> Option<u32> {
@@ -542,7 +600,7 @@ async fn time_is_up(handler: &Handler, since: Instant) {
 /// Logs under the job's span. The line is a field: its control characters are escaped there, in every format.
 fn log_line(channel: Channel, line: &str) {
     match channel {
-        Channel::Stdout => info!(line, "stdout"),
-        Channel::Stderr => warn!(line, "stderr"),
+        Channel::Stdout => info!(target: OUTPUT_TARGET, line, "stdout"),
+        Channel::Stderr => warn!(target: OUTPUT_TARGET, line, "stderr"),
     }
 }

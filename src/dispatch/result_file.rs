@@ -297,6 +297,7 @@ impl Verdict {
     pub(super) fn apply_to(self, failure: Failure) -> Failure {
         Failure {
             message: self.message.unwrap_or(failure.message),
+            is_named_by_handler: self.error_type.is_some(),
             error_type: self.error_type.or(failure.error_type),
             backtrace: self.backtrace.or(failure.backtrace),
             retry_at: self.retry.map(Retry::unix_millis),

@@ -169,6 +169,11 @@ impl Routes {
         self.by_type.contains_key(job_type)
     }
 
+    /// Returns the types that have a handler of their own.
+    pub(super) fn own_types(&self) -> Vec<String> {
+        self.by_type.keys().cloned().collect()
+    }
+
     /// Returns the sorted names of the handlers that cannot be started.
     pub(super) fn broken(&self) -> Vec<String> {
         let mut names: Vec<String> =

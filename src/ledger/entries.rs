@@ -156,7 +156,8 @@ impl Entries {
         let Some(id) = self.kept.remove(oldest) else { return };
         if let Some(LedgerEntry { state: EntryState::Parked(_), .. }) = self.by_id.remove(&id) {
             self.evicted += 1;
-            error!(ids = ?[id], error = "too many outcomes are kept until their jobs are redelivered", "report dropped");
+            let error = "too many outcomes are kept until their jobs are redelivered";
+            error!(job.id = id.as_str(), error, "report dropped");
         }
     }
 

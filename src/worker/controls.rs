@@ -10,7 +10,7 @@ use super::status::{LoopStatus, RunningJob, Status, Unready};
 use crate::config::WorkerConfig;
 use crate::dispatch::Dispatcher;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::metrics::{Gauges, Metrics};
+use crate::metrics::{Age, CountedType, Gauges, Metrics};
 use crate::watch;
 
 /// The handle by which a worker is watched and steered; to stop it is the [`Lifecycle`]'s.
@@ -132,11 +132,30 @@ impl<D: Dispatcher> Controls<D> {
             loops,
             connected,
             state: self.state(lifecycle),
+            types: self.types(),
+            running_jobs: self.running_jobs(),
             processes: self.dispatcher.processes(),
             process_starts: self.dispatcher.process_starts(),
         };
         // It fails for names that Prometheus does not know; that there are none is held by a test.
         self.metrics.text(gauges).unwrap_or_default()
+    }
+}
+
+impl<D: Dispatcher> Controls<D> {
+    fn types(&self) -> Vec<CountedType> {
+        let types = self.dispatcher.types_counted_apart().into_iter();
+        types.map(|name| CountedType { failures: self.dispatcher.usual_failures(&name), name }).collect()
+    }
+
+    fn running_jobs(&self) -> Vec<Age> {
+        let running = self.activity.loops().filter_map(|(_, current)| current);
+        let age = |Current { job_type, started, .. }: Current| Age {
+            is_apart: self.dispatcher.is_counted_apart(&job_type),
+            job_type,
+            seconds: seconds(started.elapsed()),
+        };
+        running.map(age).collect()
     }
 }
 

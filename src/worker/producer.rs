@@ -215,7 +215,10 @@ impl Producer {
         let waiting: Vec<Taken> = std::iter::from_fn(|| self.waiting.try_recv().ok()).collect();
         for taken in waiting {
             if taken.stream == stream {
-                debug!(id = taken.job.id.as_str(), "job not started: its stream was lost, and the server has it again");
+                debug!(
+                    job.id = taken.job.id.as_str(),
+                    "job not started: its stream was lost, and the server has it again"
+                );
             } else {
                 // If the queue has closed meanwhile, the job goes back with its stream.
                 let _ = self.dispatch_queue.try_send(taken);

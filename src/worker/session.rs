@@ -188,17 +188,19 @@ impl Session {
         match ledger.arrive(&attempt, self.id, &self.settings) {
             (Arrival::New, delivery) => {
                 debug!(
-                    id = job.id.as_str(),
-                    r#type = job.job_type,
+                    job.id = job.id.as_str(),
+                    "job.type" = job.job_type,
                     waiting = self.dispatch_queue.len(),
                     "job received"
                 );
                 let unfinished = activity.take_job();
                 return Some(Taken { job, stream: self.id, delivery, place: None, _unfinished: unfinished });
             }
-            (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
+            (Arrival::UnderWay, _) => {
+                info!(job.id = job.id.as_str(), "job received again while it is here, not started");
+            }
             (Arrival::Ended(report), _) => {
-                info!(id = job.id.as_str(), "job received again after it ended here, reported");
+                info!(job.id = job.id.as_str(), "job received again after it ended here, reported");
                 self.unless_stopped(acks.report_again(attempt, report)).await;
             }
         }
@@ -223,9 +225,9 @@ impl Session {
     fn hold_back(&mut self, taken: Taken) {
         let Taken { job, delivery, .. } = taken;
         if self.run.lifecycle.phase() >= Phase::Draining {
-            debug!(id = job.id.as_str(), "job received while draining, it goes back to the server");
+            debug!(job.id = job.id.as_str(), "job received while draining, it goes back to the server");
         } else {
-            debug!(id = job.id.as_str(), "job held back, because nothing more is taken over this stream");
+            debug!(job.id = job.id.as_str(), "job held back, because nothing more is taken over this stream");
         }
         self.run.ledger.give_back(&job.id, delivery);
         // The same job may be redelivered after another worker has reported it.
@@ -235,12 +237,15 @@ impl Session {
 
     /// Reports a malformed job as failed, otherwise it would be redelivered again and again.
     async fn refuse(&self, id: JobId, reason: &str) {
-        error!(id = id.as_str(), reason, "malformed job, reported as failed");
+        error!(job.id = id.as_str(), reason, "malformed job, reported as failed");
         let attempt = Attempt { id, attempts: None };
         let failure =
             Report::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
         let report = match self.run.ledger.arrive(&attempt, self.id, &self.settings) {
-            (Arrival::New, _) => failure,
+            (Arrival::New, _) => {
+                self.run.metrics.job_malformed();
+                failure
+            }
             (Arrival::Ended(report), _) => report,
             (Arrival::UnderWay, _) => return,
         };

@@ -193,10 +193,14 @@ fn the_metrics_count_by_queue_type_and_outcome() {
         (r#"jobs_total{outcome="succeeded",queue="mail",type="good"}"#, "1"),
         (r#"jobs_total{outcome="succeeded",queue="bills",type="good"}"#, "1"),
         (r#"jobs_total{outcome="failed",queue="mail",type="bad"}"#, "1"),
-        (r#"jobs_total{outcome="failed",queue="mail",type="(other)"}"#, "2"),
+        (r#"jobs_total{outcome="failed",queue="mail",type="one"}"#, "1"),
+        (r#"jobs_total{outcome="failed",queue="mail",type="two"}"#, "1"),
+        (r#"jobs_total{outcome="succeeded",queue="mail",type="bad"}"#, "0"),
+        (r#"job_failures_total{kind="ExitStatus",type="bad"}"#, "1"),
+        (r#"job_failures_total{kind="Signal",type="one"}"#, "1"),
         (r#"handler_exits_total{code="0",type="good"}"#, "2"),
         (r#"handler_exits_total{code="3",type="bad"}"#, "1"),
-        (r#"handler_exits_total{code="signal",type="(other)"}"#, "2"),
+        (r#"handler_exits_total{code="signal",type="one"}"#, "1"),
         (r#"handler_seconds_count{type="good"}"#, "2"),
         ("job_wait_seconds_count", "5"),
         ("jobs_running", "0"),
@@ -217,6 +221,89 @@ fn the_metrics_count_by_queue_type_and_outcome() {
     assert!(number(r#"handler_cpu_seconds_total{type="good"}"#) > 0.0);
     assert!(number(r#"handler_peak_memory_bytes{type="good"}"#) > 100_000.0);
     assert!(number("start_time_seconds") > 1.7e9);
+}
+
+#[test]
+fn each_cause_of_a_failure_is_counted_apart() {
+    let server = Server::start();
+    let running = Daemon::of(&server).args(ADMIN).handlers(
+        "[handlers.slow]\nexec = ['sleep', '1000']\ntimeout = '10ms'\nkill_grace = '10ms'
+[handlers.named]\nexec = ['sh', '-c', 'echo \"{\\\"error_type\\\": \\\"BankBusy\\\"}\" > $ZIZQ_RESULT_FILE; exit 1']
+[handlers.lazy]\nmode = 'warm'\nexec = ['true']",
+    );
+    let running = running.start();
+    let admin = Admin::of(&running);
+    let types = ["slow", "named", "lazy", "unheard-of"];
+    types.iter().for_each(|of| drop(server.wait_for_error(&server.enqueue("q", of, json!(null)), 1)));
+    for (kind, job_type) in
+        [("Timeout", "slow"), ("(other)", "named"), ("StartError", "lazy"), ("UnknownJobType", "unheard-of")]
+    {
+        admin.wait_for_metric(&format!(r#"job_failures_total{{kind="{kind}",type="{job_type}"}}"#), "1");
+    }
+    // A job that was not started has not run.
+    let text = admin.metrics();
+    assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="slow"} 1"#), "{text}");
+    assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="unheard-of"} 0"#), "{text}");
+}
+
+#[test]
+fn the_series_of_configured_types_begin_with_0() {
+    let server = Server::start();
+    let running = Daemon::of(&server)
+        .args(ADMIN)
+        .handlers("[worker]\nqueues = ['mail', 'bills']\n[handlers.send]\nexec = ['true']\n[handlers.warm]\nmode = 'warm'\nexec = ['true']")
+        .start();
+    let text = Admin::of(&running).metrics();
+    for line in [
+        r#"jobs_total{outcome="failed",queue="mail",type="send"}"#,
+        r#"jobs_total{outcome="succeeded",queue="bills",type="warm"}"#,
+        r#"job_failures_total{kind="ExitStatus",type="send"}"#,
+        r#"job_failures_total{kind="Signal",type="send"}"#,
+        r#"job_failures_total{kind="Timeout",type="send"}"#,
+        r#"job_failures_total{kind="SpawnError",type="send"}"#,
+        r#"job_failures_total{kind="(other)",type="send"}"#,
+        r#"job_failures_total{kind="ProtocolError",type="warm"}"#,
+        r#"job_failures_total{kind="MalformedJob",type="(other)"}"#,
+        r#"handler_seconds_count{type="send"}"#,
+        r#"oldest_running_job_seconds{type="send"}"#,
+    ] {
+        let line = format!("zizq_worker_{line} 0");
+        assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+    }
+}
+
+#[test]
+fn the_oldest_running_job_of_a_type_has_an_age() {
+    let server = Server::start();
+    server.enqueue("q", "slow", json!(null));
+    let (running, admin) = start(&server, UNTIL_GO);
+    running.wait_for_lines(1, "started");
+    let age = || -> f64 {
+        let text = admin.metrics();
+        let name = r#"zizq_worker_oldest_running_job_seconds{type="slow"} "#;
+        text.lines().find_map(|line| line.strip_prefix(name)).unwrap().parse().unwrap()
+    };
+    let first = age();
+    assert!(first > 0.0);
+    eventually("a greater age", || (age() > first).then_some(()));
+    running.go();
+    admin.wait_for_metric(r#"oldest_running_job_seconds{type="slow"}"#, "0");
+}
+
+#[test]
+fn the_process_of_the_worker_has_its_usual_metrics() {
+    let server = Server::start();
+    let (running, admin) = start(&server, "true");
+    let text = admin.metrics();
+    let number = |name: &str| -> f64 {
+        let value = text.lines().find_map(|line| line.strip_prefix(&format!("process_{name} ")));
+        value.unwrap_or_else(|| panic!("{name} in\n{text}")).parse().unwrap()
+    };
+    for name in ["cpu_seconds_total", "max_fds", "virtual_memory_bytes", "start_time_seconds", "threads"] {
+        assert!(number(name) >= 0.0);
+    }
+    assert!(number("resident_memory_bytes") > 1e6);
+    assert!((5.0..1000.0).contains(&number("open_fds")), "{}", running.descriptors());
 }
 
 #[test]

@@ -175,7 +175,7 @@ fn a_parked_outcome_ends_no_later_than_the_deadline() {
     server.wait_for_status(&id, "ready");
     running.go();
     let finished = running.assert_exit(1);
-    assert!(finished.event("report dropped")["ids"].as_str().unwrap().contains(&id));
+    assert!(finished.event("report dropped")["job"]["id"] == id);
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
 }
 

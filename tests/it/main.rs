@@ -10,6 +10,7 @@
 mod support;
 
 mod admin;
+mod alerts;
 mod bounds;
 mod check;
 mod contract;

@@ -195,6 +195,16 @@ fn the_worker_id_must_be_a_legal_header_value() {
 fn log_level_and_format_must_be_known() {
     let problem = "log_level must be one of error, warn, info, debug, trace (got loud)";
     refuse_everywhere("--log-level", "loud", "log.level = 'loud'", problem);
+    for bad in ["info,zizq_worker::jobs=loud", "info,loud"] {
+        let problem = format!("log_level must be one of error, warn, info, debug, trace (got {bad})");
+        refuse_everywhere("--log-level", bad, &format!("log.level = '{bad}'"), &problem);
+    }
+    let targets = "zizq_worker::jobs, zizq_worker::output";
+    let problem = format!("log_level may have other levels for the targets {targets} (got info,zizq_worker::job=warn)");
+    let bad = "info,zizq_worker::job=warn";
+    refuse_everywhere("--log-level", bad, &format!("log.level = '{bad}'"), &problem);
+    let problem = "log_level must have one level without a target (got info,warn)";
+    refuse_everywhere("--log-level", "info,warn", "log.level = 'info,warn'", problem);
     let problem = "log_format must be one of pretty, compact, json (got xml)";
     refuse_everywhere("--log-format", "xml", "log.format = 'xml'", problem);
 }

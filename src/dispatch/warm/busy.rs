@@ -13,7 +13,7 @@ use super::wire::{NoReply, Reply, Wire};
 use super::{HANG_UP, Idle, Pool};
 use crate::dispatch::outcome::{self, Cause};
 use crate::dispatch::result_file::Verdict;
-use crate::dispatch::{Ended, time_is_up};
+use crate::dispatch::{Ended, Took, time_is_up};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
@@ -144,7 +144,7 @@ impl Busy {
                 self.pool.returned.notify_one();
             }
         }
-        Ended { outcome, exit: None, usage }
+        Ended { outcome, exit: None, usage, took: Took::Dispatch }
     }
 
     fn failure_of(&self, verdict: Verdict, stderr: &Tail) -> Failure {
@@ -219,7 +219,7 @@ impl Busy {
             },
             (None, None, None) => failed("WaitError", "ended, but its exit status could not be read", false),
         };
-        Ended { outcome, exit: status, usage }
+        Ended { outcome, exit: status, usage, took: Took::Dispatch }
     }
 }
 
