@@ -84,6 +84,11 @@ pub trait Dispatcher: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// The handlers that are configured.
+    fn handlers(&self) -> Vec<HandlerStatus> {
+        Vec::new()
+    }
+
     /// How many of those were started.
     fn process_starts(&self) -> Vec<ProcessStarts> {
         Vec::new()
@@ -112,6 +117,34 @@ pub struct HandlerProcess {
     pub memory_bytes: Option<u64>,
     /// The job that it does.
     pub job: Option<String>,
+}
+
+/// A handler that is configured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HandlerStatus {
+    /// The type of its jobs; none for the handler of all other types.
+    pub r#type: Option<String>,
+    /// The file name of its program.
+    pub handler: String,
+    /// `spawn` or `warm`.
+    pub mode: &'static str,
+    /// The number of its processes that were started since it was configured.
+    pub starts: u64,
+    /// The failures that slow its starts down, if there are any.
+    pub brake: Option<BrakeStatus>,
+    /// The processes that are kept between jobs.
+    pub pids: Vec<u32>,
+}
+
+/// The failures in a row of a handler that cannot be started, or that ends before it has done a job.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BrakeStatus {
+    /// The number of failures since the handler last worked.
+    pub failures: u64,
+    /// The last failure.
+    pub error: String,
+    /// The time until the next start.
+    pub pause_seconds: f64,
 }
 
 /// The states of such a process.
@@ -208,7 +241,7 @@ impl ExecDispatcher {
 
     fn spawn(&self, route: &Route, job: &Job, result: &ResultFile<'_>) -> io::Result<Process> {
         let handler = &route.handler;
-        Process::spawn(Start {
+        let process = Process::spawn(Start {
             command: route.command()?,
             variables: &variables::of(job, handler, &self.worker_id, result),
             input: match handler.stdin {
@@ -220,7 +253,9 @@ impl ExecDispatcher {
             starter: &self.starter,
             head_start: &self.head_start,
             children: &self.children,
-        })
+        })?;
+        route.count_start();
+        Ok(process)
     }
 }
 
@@ -326,7 +361,7 @@ impl ExecDispatcher {
     }
 
     fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
-        Resident::spawn(Start {
+        let resident = Resident::spawn(Start {
             command: route.command()?,
             variables: &variables::of_warm(socket, &self.worker_id),
             input: Input::Nothing,
@@ -334,7 +369,9 @@ impl ExecDispatcher {
             starter: &self.starter,
             head_start: &self.head_start,
             children: &self.children,
-        })
+        })?;
+        route.count_start();
+        Ok(resident)
     }
 }
 
@@ -382,6 +419,10 @@ impl Dispatcher for ExecDispatcher {
 
     fn processes(&self) -> Vec<HandlerProcess> {
         self.routes().processes().list()
+    }
+
+    fn handlers(&self) -> Vec<HandlerStatus> {
+        self.routes().list()
     }
 
     fn process_starts(&self) -> Vec<ProcessStarts> {

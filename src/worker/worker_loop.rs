@@ -56,7 +56,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
         metrics.job_ended(&job, self.dispatcher.is_counted_apart(&job.job_type), &ended, elapsed);
         let Ended { outcome, usage, .. } = ended;
         log_ended(&outcome, usage, elapsed);
-        activity.ended().count(&outcome);
+        activity.note_end(&job, &outcome);
         tally.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;

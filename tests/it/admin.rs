@@ -253,7 +253,7 @@ fn the_metrics_count_reports_and_reconnects_that_went_wrong() {
 fn what_the_admin_server_does_not_know_is_refused() {
     let server = Server::start();
     let (_running, admin) = start(&server, "true");
-    assert_eq!(admin.call("GET", "/").0, 404);
+    assert_eq!(admin.call("GET", "/page.js").0, 404);
     assert_eq!(admin.call("GET", "/live/").0, 404);
     assert_eq!(admin.call("POST", "/live").0, 405);
     assert_eq!(admin.call("HEAD", "/live").0, 200);
