@@ -3,8 +3,8 @@
 /// The policy by which a browser runs this script and this style, asks this server, and does nothing else.
 pub(super) const POLICY: &str = concat!(
     "default-src 'none'; ",
-    "script-src 'sha256-xDUf3bOFxVSNeXMVaHmDr20LXflYJkBsSnzQ/TesU34='; ",
-    "style-src 'sha256-smnRMRlOf/V16kuAHrsJ5PRXUum0SIzoFcpnGREH1b8='; ",
+    "script-src 'sha256-J5EKaEC2LgjiUWEM9KYA0QOHaHsnrH8uiOjNxJJHP88='; ",
+    "style-src 'sha256-77WHb+as7tFBYS7lprQZ2ZvaUXQXlsgWZKxymtLXAHs='; ",
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; ",
     "require-trusted-types-for 'script'; trusted-types 'none'"
 );

@@ -102,8 +102,9 @@ fn a_page_that_nobody_looks_at_asks_seldom() {
     let Some(mut browser) = Browser::open(&format!("{}/", admin.url())) else { return };
     browser.wait_for_text("the worker", |text| text.contains("running"));
     // A window without a screen is never hidden, so that its document is told to say so.
-    browser
-        .evaluate("Object.defineProperty(document, 'hidden', { value: true, configurable: true }); window.delays = []");
+    browser.evaluate(
+        "Object.defineProperty(document, 'hidden', { value: true, configurable: true }); window.delays = []; 0",
+    );
     browser
         .evaluate("const set = setTimeout; window.setTimeout = (f, ms) => { delays.push(ms); return set(f, ms) }; 0");
     let delays = eventually("a refresh", || Some(browser.evaluate("delays")).filter(|delays| delays[0].is_number()));
@@ -220,13 +221,10 @@ fn the_page_shows_a_busy_worker() {
     {
         assert!(text.contains(expected), "{expected} in\n{text}");
     }
-    let bars =
-        browser.evaluate("[...document.querySelectorAll('#plot rect')].map(bar => bar.getAttribute('class')).sort()");
     eventually("bars of both kinds", || {
         let bars = browser.evaluate("['ok', 'bad'].map(kind => document.querySelectorAll(`#plot .${kind}`).length)");
         bars.as_array().unwrap().iter().all(|count| count.as_u64() > Some(0)).then_some(())
     });
-    assert!(bars.is_array());
     picture(&mut browser);
     assert_eq!(browser.complaints(), [] as [&str; 0]);
     running.go();
@@ -244,7 +242,11 @@ fn fill(server: &Server, running: &Running) {
     for round in 0..rounds {
         let mails = 20 + 15 * ((round * 7) % 5);
         let ids = server.enqueue_all((0..mails).map(|_| job("mail", "send_email", json!(0.004))));
-        server.enqueue_all([job(if round % 9 == 0 { "a" } else { "payments" }, "charge_card", json!(1))]);
+        if round % 30 < 2 {
+            let mut card = job(if round % 30 == 0 { "a" } else { "payments" }, "charge_card", json!(1));
+            card["retry_limit"] = json!(0);
+            server.enqueue_with(card);
+        }
         ids.iter().for_each(|id| server.wait_until_done(id));
         if rounds > 2 {
             std::thread::sleep(std::time::Duration::from_millis(500 + 150 * (round % 4)));

@@ -161,7 +161,8 @@ function draw(history, ended) {
   const sum = (counts) => counts.reduce((one, other) => one + other, 0);
   const minutes = Math.round((119 * history.bucket_seconds) / 60);
   const [ok, bad] = [sum(history.succeeded), sum(history.failed)];
-  say(at("span"), `${whole(ok)} and ${whole(bad)} in ${minutes} minutes`);
+  say(at("ok"), `${whole(ok)} succeeded`);
+  say(at("bad"), `${whole(bad)} failed`);
   say(at("peak"), `peak ${rate(most / history.bucket_seconds)} a second`);
   at("peak").hidden = sum(ended.slice(0, last)) === 0;
   say(at("oldest"), `${minutes} minutes ago`);

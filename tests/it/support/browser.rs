@@ -66,6 +66,10 @@ impl Browser {
             browser.call(&format!("{domain}.enable"), json!({}));
         }
         browser.call("Page.navigate", json!({ "url": url }));
+        while browser.of("Page.loadEventFired").next().is_none() {
+            let event = browser.messages.recv_timeout(PATIENCE).unwrap();
+            browser.events.push(event);
+        }
         Some(browser)
     }
 
