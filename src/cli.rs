@@ -35,7 +35,7 @@ mistake on the command line or in a variable, 78 a mistake in the configuration 
 cannot be used.
 
 Try it without a server:
-  zizq-worker --embedded --jobs config/demo-jobs.ndjson --exec config/handle.sh --exit-when-idle 1s";
+  zizq-worker --embedded --jobs config/demo-jobs.ndjson --config config/demo.toml --exit-when-idle 1s";
 
 /// What was given for one setting, and where.
 #[derive(Debug, Clone)]

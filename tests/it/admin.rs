@@ -33,7 +33,7 @@ fn a_worker_that_works_is_live_and_ready() {
 }
 
 #[test]
-fn a_worker_without_a_server_is_live_and_not_ready_until_it_is_connected() {
+fn a_worker_is_live_before_it_is_connected_and_then_ready() {
     let address = unused_address();
     let running = Daemon::at(&format!("http://{address}"))
         .args(ADMIN)
@@ -78,7 +78,7 @@ fn a_draining_worker_is_not_ready_and_then_gone() {
 }
 
 #[test]
-fn a_handler_that_cannot_be_started_makes_it_not_ready_until_it_can() {
+fn a_broken_handler_makes_the_worker_not_ready() {
     let server = Server::start();
     let (running, admin) = start(&server, "true");
     admin.wait_until_ready(true);
@@ -226,7 +226,7 @@ fn the_status_has_what_each_loop_is_at() {
 }
 
 #[test]
-fn the_status_shows_the_settings_in_force_and_their_origin_but_no_secrets() {
+fn the_status_shows_settings_with_origins_but_no_secrets() {
     let server = Server::start();
     let running = Daemon::of(&server)
         .args(ADMIN)

@@ -18,7 +18,7 @@ fn run(count: usize, daemon: impl FnOnce(Daemon) -> Daemon) -> (Server, serde_js
 }
 
 #[test]
-fn max_jobs_starts_exactly_that_many_and_the_others_go_back_unstarted() {
+fn max_jobs_starts_exactly_that_many() {
     for (threads, prefetch) in [("1", "1"), ("1", "20"), ("4", "4"), ("4", "50"), ("16", "16")] {
         let (server, last) =
             run(50, |daemon| daemon.args(["--max-jobs", "7", "--threads", threads, "--prefetch", prefetch]));
@@ -52,7 +52,7 @@ fn the_last_of_max_jobs_is_finished_and_reported() {
 }
 
 #[test]
-fn a_run_that_ends_by_itself_has_no_deadline_until_it_is_told_to_stop() {
+fn a_run_that_ends_by_itself_has_no_deadline() {
     let server = Server::start();
     server.enqueue("q", "t", json!(null));
     let script = format!("trap 'echo >> $DIR/told' USR1; {UNTIL_GO}");
@@ -70,7 +70,7 @@ fn a_run_that_ends_by_itself_has_no_deadline_until_it_is_told_to_stop() {
 }
 
 #[test]
-fn the_last_of_max_jobs_fails_when_its_handler_cannot_be_started() {
+fn the_last_of_max_jobs_fails_if_it_cannot_be_started() {
     let server = Server::start();
     let running = Daemon::of(&server).args(["--max-jobs", "1"]).sh("true").start();
     running.wait_for_message("connected, listening for jobs");

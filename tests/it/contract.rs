@@ -34,7 +34,7 @@ fn names(env: &[String], prefix: &str) -> Vec<String> {
 }
 
 #[test]
-fn stdin_may_be_the_whole_job_as_the_server_sent_it_unknown_fields_included() {
+fn stdin_may_be_the_whole_job_with_unknown_fields() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).handler("cat > $DIR/job; echo >> $DIR/job", "stdin = 'job'").start();
     let job = r#"{ "id":"1","type":"t","queue":"q","priority":1,"payload": {"b":1.50, "a":[ ]},"ready_at":1,"attempts":0,"new":{"x": "\u00e9"} }"#;
@@ -79,7 +79,7 @@ fn the_workers_own_settings_are_not_passed_on() {
 }
 
 #[test]
-fn a_job_is_told_its_retry_limit_and_its_timeout_when_it_has_them() {
+fn a_job_is_told_its_retry_limit_and_its_timeout() {
     let server = Server::start();
     let jobs = [
         json!({"queue": "q", "type": "none", "payload": 1}),
@@ -121,7 +121,7 @@ fn cwd_is_where_it_runs() {
 
 /// The file that was found at start is run, and not another one of that name in the handler's directory.
 #[test]
-fn a_relative_command_is_found_from_the_workers_directory_and_not_from_cwd() {
+fn a_relative_command_is_found_from_the_workers_directory() {
     let finished = run(|daemon| {
         daemon.script("here.sh", "pwd > $DIR/pwd");
         let dir = daemon.dir().to_owned();
@@ -131,7 +131,7 @@ fn a_relative_command_is_found_from_the_workers_directory_and_not_from_cwd() {
 }
 
 #[test]
-fn nothing_of_the_payload_is_in_the_arguments_or_the_environment() {
+fn the_payload_is_in_no_argument_and_no_variable() {
     let script = "tr '\\0' '\\n' < /proc/$$/environ > $DIR/seen; tr '\\0' '\\n' < /proc/$$/cmdline >> $DIR/seen; cat > $DIR/stdin";
     for stdin in ["payload", "job"] {
         let finished = run(|daemon| daemon.handler(script, &format!("stdin = '{stdin}'")));
@@ -142,7 +142,7 @@ fn nothing_of_the_payload_is_in_the_arguments_or_the_environment() {
 }
 
 #[test]
-fn a_handler_says_which_statuses_are_a_success_and_which_leave_the_job_dead() {
+fn exit_codes_may_mean_success_or_the_jobs_death() {
     let server = Server::start();
     let ids = ["0", "99", "1", "100"].map(|code| server.enqueue("q", code, json!(null)));
     let settings = "success_exit_codes = [0, 99]\nkill_exit_codes = [100]";

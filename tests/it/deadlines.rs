@@ -14,7 +14,7 @@ fn warnings(handlers: &str) -> Vec<Value> {
 }
 
 #[test]
-fn a_timeout_that_is_longer_than_the_shutdown_deadline_is_warned_of() {
+fn a_timeout_above_the_shutdown_deadline_is_warned_of() {
     let found = warnings("[handler]\nexec = 'true'\ntimeout = '10s'\n[handlers.\"a b\"]\ntimeout = '11s'");
     let [warning] = &found[..] else { panic!("{found:#?}") };
     assert!(
@@ -26,7 +26,7 @@ fn a_timeout_that_is_longer_than_the_shutdown_deadline_is_warned_of() {
 }
 
 #[test]
-fn a_kill_grace_that_is_longer_than_the_shutdown_deadline_is_warned_of() {
+fn a_kill_grace_above_the_shutdown_deadline_is_warned_of() {
     let found = warnings("[handler]\nexec = 'true'\nkill_grace = '1m'");
     let [warning] = &found[..] else { panic!("{found:#?}") };
     assert!(warning["message"].as_str().unwrap().starts_with("kill_grace is longer than the shutdown deadline"));

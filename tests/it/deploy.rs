@@ -155,7 +155,7 @@ fn the_deadlines_in_kubernetes_are_in_order() {
 }
 
 #[test]
-fn kubernetes_asks_the_admin_server_of_a_worker_that_is_not_root() {
+fn kubernetes_probes_a_worker_that_is_not_root() {
     let documents = yaml("config/kubernetes.yaml");
     let (map, template) = (&documents[0], &documents[1]["spec"]["template"]);
     let (pod, container) = (&template["spec"], &template["spec"]["containers"][0]);
@@ -283,7 +283,7 @@ fn the_probe_of_the_image_is_for_the_admin_server() {
 }
 
 #[test]
-fn the_workflow_runs_what_must_hold_and_releases_for_every_platform() {
+fn the_workflow_runs_ci_and_releases_for_every_platform() {
     let workflow = &yaml(".github/workflows/ci.yml")[0];
     let steps = |job: &str| workflow["jobs"][job]["steps"].as_array().unwrap().clone();
     assert!(steps("check").iter().any(|step| step["run"] == ".ci/run"));

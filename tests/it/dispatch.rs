@@ -26,7 +26,7 @@ fn a_job_whose_command_exits_0_is_acknowledged_and_gone() {
 }
 
 #[test]
-fn the_payload_comes_on_stdin_byte_for_byte_and_then_the_end_of_file() {
+fn the_payload_comes_on_stdin_byte_for_byte() {
     let server = Server::start();
     let payload = r#"{"b": 1.50, "a":"é \u0000", "n":[ ]}"#;
     let line = format!(r#"{{"queue":"q","type":"t","payload":{payload}}}"#);
@@ -47,7 +47,7 @@ fn a_large_payload_arrives_whole() {
 }
 
 #[test]
-fn a_command_that_does_not_read_its_payload_succeeds_all_the_same() {
+fn a_command_need_not_read_its_payload() {
     let server = Server::start();
     let ids = [json!("x"), json!("x".repeat(9_000_000))].map(|payload| server.enqueue("q", "t", payload));
     let daemon = Daemon::of(&server).sh("exec <&-; exit 0").start();
@@ -121,7 +121,7 @@ fn there_is_no_shell_and_nothing_of_a_job_in_the_arguments() {
 }
 
 #[test]
-fn another_exit_status_is_a_failure_with_the_last_line_and_the_end_of_stderr() {
+fn another_exit_status_is_a_failure_with_the_end_of_stderr() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let daemon = Daemon::of(&server).sh("echo first >&2; echo no such account >&2; echo >&2; exit 3").start();
@@ -242,7 +242,7 @@ fn start_below_a_process_that_does_not_reap(server: &Server, script: &str) -> Ne
 }
 
 #[test]
-fn the_next_job_does_not_wait_until_what_the_last_one_left_behind_is_reaped() {
+fn the_next_job_does_not_wait_until_leftovers_are_reaped() {
     let server = Server::start();
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 20]);
     // At five seconds for each of them it would take longer than is waited here.

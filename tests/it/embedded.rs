@@ -1,6 +1,6 @@
 //! The embedded server as a user meets it, and `--exit-when-idle` with any server.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -24,9 +24,11 @@ fn position(finished: &Finished, message: &str) -> usize {
 }
 
 #[test]
-fn the_first_command_of_the_readme_runs_the_demo_jobs_shows_why_some_fail_and_exits_0() {
+fn the_readmes_first_command_runs_the_demo_jobs_and_exits_0() {
     let daemon = Daemon::bare().args(["--url", &format!("http://{}", unused_address()), "--embedded"]);
-    let daemon = daemon.args(["--jobs", &project("config/demo-jobs.ndjson"), "--exec", &project("config/handle.sh")]);
+    let settings = fs::read_to_string(project("config/demo.toml")).unwrap();
+    let settings = daemon.file("demo.toml", &settings.replace("config/", &project("config/")));
+    let daemon = daemon.args(["--jobs", &project("config/demo-jobs.ndjson"), "--config", settings.to_str().unwrap()]);
     let finished = daemon.args(["--exit-when-idle", "1s"]).run().assert_exit(0);
     let log = finished.log.join("\n");
     for expected in [
@@ -35,7 +37,9 @@ fn the_first_command_of_the_readme_runs_the_demo_jobs_shows_why_some_fail_and_ex
         "card declined for job",
         "handle.sh exited with status 3: card declined",
         "handle.sh was killed by signal 9 (SIGKILL)",
-        "succeeded=3 failed=2",
+        "charged 1200 cents to 4242",
+        "charged 700 cents to 5454",
+        "succeeded=5 failed=2",
     ] {
         assert!(log.contains(expected), "no {expected:?} in\n{log}");
     }

@@ -158,7 +158,7 @@ fn the_first_wait_and_the_capped_ones_have_their_jitter() {
 
 /// The limits are fixed: 10 s for a connection, 30 s for an answer.
 #[test]
-fn a_report_that_is_not_answered_is_sent_again_after_thirty_seconds() {
+fn an_unanswered_report_is_sent_again_after_thirty_seconds() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();
     let mut stream = server.take();
@@ -176,7 +176,7 @@ fn a_report_that_is_not_answered_is_sent_again_after_thirty_seconds() {
 }
 
 #[test]
-fn a_connection_that_is_not_accepted_is_given_up_after_ten_seconds() {
+fn an_unaccepted_connection_is_given_up_after_ten_seconds() {
     let full = runtime().block_on(async {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -196,7 +196,7 @@ fn a_connection_that_is_not_accepted_is_given_up_after_ten_seconds() {
 }
 
 #[test]
-fn a_malformed_job_with_an_id_is_reported_failed_and_the_stream_goes_on() {
+fn a_malformed_job_with_an_id_is_reported_as_failed() {
     for line in [r#"{"id":"1","type":7,"queue":"q"}"#, r#"{"type":"t","id":"1"}"#, r#"{"id":"1","#] {
         let server = RawServer::start();
         let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();
@@ -223,7 +223,7 @@ fn a_malformed_job_with_an_id_is_reported_failed_and_the_stream_goes_on() {
 }
 
 #[test]
-fn a_line_without_an_id_is_logged_and_the_stream_is_opened_again() {
+fn a_line_without_an_id_reopens_the_stream() {
     for (line, problem) in [
         ("nonsense", "expected"),
         (r#"{"type":"t"}"#, "missing field"),
@@ -245,7 +245,7 @@ fn a_line_without_an_id_is_logged_and_the_stream_is_opened_again() {
 }
 
 #[test]
-fn a_job_that_is_too_large_is_reported_failed_and_spares_the_others() {
+fn a_job_that_is_too_large_is_reported_as_failed() {
     let server = Server::start();
     let daemon = Daemon::of(&server).args(QUICK).args(["--max-job-size", "100kB"]).sh("cat > /dev/null").start();
     let job = |length: usize| json!({"queue": "q", "type": "t", "payload": "ü".repeat(length / 2)});
@@ -261,7 +261,7 @@ fn a_job_that_is_too_large_is_reported_failed_and_spares_the_others() {
 }
 
 #[test]
-fn an_endless_line_without_an_id_takes_no_memory_and_its_end_opens_the_stream_again() {
+fn an_endless_line_without_an_id_takes_no_memory() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(QUICK).args(["--max-job-size", "1MiB"]).sh("true").start();
     let mut stream = server.take();
@@ -278,7 +278,7 @@ fn an_endless_line_without_an_id_takes_no_memory_and_its_end_opens_the_stream_ag
 }
 
 #[test]
-fn successes_wait_while_the_server_answers_5xx_and_leave_together() {
+fn successes_wait_out_a_5xx_and_leave_together() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     proxy.fault(Call::Successes, Fault::Answer(503, ""));
@@ -334,17 +334,17 @@ fn draining_in_vain(job_type: &str) {
 }
 
 #[test]
-fn a_drain_while_the_server_is_down_ends_at_the_deadline_and_names_the_successes() {
+fn a_drain_without_a_server_names_the_successes_it_drops() {
     draining_in_vain("good");
 }
 
 #[test]
-fn a_drain_while_the_server_is_down_ends_at_the_deadline_and_names_the_failures() {
+fn a_drain_without_a_server_names_the_failures_it_drops() {
     draining_in_vain("bad");
 }
 
 #[test]
-fn a_drain_during_a_restart_of_the_server_reports_once_it_is_back() {
+fn a_drain_during_a_server_restart_reports_afterwards() {
     let mut server = Server::start();
     let ids = ["good", "bad"].map(|job_type| server.enqueue("q", job_type, json!(null)));
     let daemon = Daemon::of(&server).args(QUICK).threads(2).sh(UNTIL_GO).start();
@@ -362,7 +362,7 @@ fn a_drain_during_a_restart_of_the_server_reports_once_it_is_back() {
 }
 
 #[test]
-fn whatever_4xx_comes_on_reconnecting_is_an_error_and_tried_again() {
+fn a_4xx_on_reconnecting_is_an_error_and_retried() {
     for status in ["401 Unauthorized", "403 Forbidden", "404 Not Found", "406 Not Acceptable"] {
         let server = RawServer::start();
         let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();

@@ -60,7 +60,7 @@ fn a_timeout_is_a_failure_with_what_the_handler_printed() {
 }
 
 #[test]
-fn a_job_that_ends_well_when_its_time_is_up_has_failed_all_the_same() {
+fn a_job_that_exits_0_after_its_timeout_has_failed() {
     let script = "trap 'echo bye >&2; exit 0' TERM; while :; do sleep 0.02; done";
     let (error, _) = fail(script, "timeout = '1s'");
     assert_eq!(error["error_type"], "Timeout");
@@ -111,7 +111,7 @@ until [ -e $DIR/up ]; do sleep 0.01; done; wait";
 }
 
 #[test]
-fn what_is_left_of_the_group_is_killed_when_the_leader_exits_and_what_has_left_it_lives_on() {
+fn the_rest_of_the_group_is_killed_when_the_leader_exits() {
     let script = "trap '' TERM; sleep 1000 & echo $! > $DIR/left
 setsid sleep 1000 > /dev/null 2>&1 & echo $! > $DIR/detached
 until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep 0.01; done";
@@ -141,7 +141,7 @@ const DETACHED: &str = "echo before; setsid sleep 1000 <&0 & echo $! > $DIR/deta
 until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep 0.01; done";
 
 #[test]
-fn a_detached_process_that_holds_the_pipes_delays_nothing_and_lives_on() {
+fn a_detached_process_with_the_pipes_delays_nothing() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!("x".repeat(1_000_000)));
     let running = Daemon::of(&server).sh(&format!("{DETACHED}; echo last")).start();
@@ -155,7 +155,7 @@ fn a_detached_process_that_holds_the_pipes_delays_nothing_and_lives_on() {
 }
 
 #[test]
-fn a_detached_process_that_holds_the_pipes_does_not_delay_a_timeout_either() {
+fn a_detached_process_with_the_pipes_delays_no_timeout() {
     let (error, finished) = fail(&format!("{DETACHED}; exec sleep 1000"), "timeout = '1s'\nkill_grace = '10m'");
     assert_eq!(error["error_type"], "Timeout");
     assert!(is_alive(&finished.read("detached")));
@@ -270,7 +270,7 @@ fn stubborn(server: &Server, count: usize, kill_grace: &str) -> (Running, Vec<St
 }
 
 #[test]
-fn a_second_signal_ends_all_groups_at_once_and_nothing_of_them_outlives_the_worker() {
+fn a_second_signal_ends_all_groups_before_the_worker_exits() {
     let server = Server::start();
     let (running, pids) = stubborn(&server, 6, "2s");
     let killed = Instant::now();
@@ -320,7 +320,7 @@ fn a_third_signal_skips_the_grace_of_a_timeout_too() {
 }
 
 #[test]
-fn drain_signal_tells_the_leaders_alone_so_that_they_can_save_their_work() {
+fn the_drain_signal_goes_to_the_leaders_alone() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(2));
     let script = "trap 'echo $ZIZQ_JOB_ID >> $DIR/saved; kill $child; exit 0' USR1
@@ -335,7 +335,7 @@ while :; do sleep 0.02; done";
 }
 
 #[test]
-fn a_handler_that_dies_of_the_drain_signal_is_interrupted_and_not_failed() {
+fn death_by_the_drain_signal_is_an_interruption() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let running = Daemon::of(&server).handler("echo up > $DIR/up; exec sleep 1000", "drain_signal = 'SIGUSR1'").start();
@@ -347,7 +347,7 @@ fn a_handler_that_dies_of_the_drain_signal_is_interrupted_and_not_failed() {
 }
 
 #[test]
-fn a_handler_that_starts_while_draining_is_not_sent_the_drain_signal() {
+fn a_handler_started_in_a_drain_gets_no_drain_signal() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(2));
     let script = format!("trap 'echo told >> $DIR/told' USR1; {UNTIL_GO}");

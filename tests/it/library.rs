@@ -161,7 +161,7 @@ fn a_run_can_be_killed_from_another_thread() {
 }
 
 #[test]
-fn a_run_that_is_stopped_before_it_starts_ends_at_once_and_takes_nothing() {
+fn a_run_stopped_before_its_start_takes_nothing() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let lifecycle = Lifecycle::new();

@@ -107,7 +107,7 @@ fn reports_are_tried_again_while_draining_too() {
 }
 
 #[test]
-fn a_second_signal_terminates_the_process_group_kills_it_five_seconds_later_and_then_closes_the_stream() {
+fn a_second_signal_kills_the_group_before_the_stream_closes() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).sh(STUBBORN).start();
     let mut stream = server.take();
@@ -128,7 +128,7 @@ fn a_second_signal_terminates_the_process_group_kills_it_five_seconds_later_and_
 }
 
 #[test]
-fn a_killed_job_is_not_reported_and_goes_back_with_its_attempts_unchanged() {
+fn a_killed_job_goes_back_with_its_attempts_unchanged() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let ids = server.enqueue_all(jobs(2));
@@ -161,7 +161,7 @@ echo not reached >&2";
 }
 
 #[test]
-fn handlers_that_print_without_pause_do_not_keep_the_worker_from_its_stop() {
+fn handlers_that_print_without_pause_do_not_delay_a_stop() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(4));
     // Their output is read, but not kept in this test's memory.
@@ -175,7 +175,7 @@ fn handlers_that_print_without_pause_do_not_keep_the_worker_from_its_stop() {
 }
 
 #[test]
-fn a_job_that_exits_0_because_it_was_terminated_has_not_succeeded() {
+fn a_job_that_exits_0_when_terminated_has_not_succeeded() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let daemon = Daemon::of(&server).sh("trap 'exit 0' TERM; echo up > $DIR/up; while :; do sleep 0.02; done").start();
@@ -213,7 +213,7 @@ fn one_reported_in_vain_and_one_running(server: &Server, proxy: &Proxy) -> (Runn
 }
 
 #[test]
-fn a_kill_gives_results_that_are_there_one_last_try_before_the_stream_closes() {
+fn a_kill_gives_finished_results_one_last_try() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let (daemon, ids) = one_reported_in_vain_and_one_running(&server, &proxy);
@@ -240,7 +240,7 @@ fn the_last_try_is_the_last_even_if_it_fails() {
 }
 
 #[test]
-fn the_last_tries_are_given_up_when_the_server_does_not_answer_them() {
+fn the_last_tries_end_if_the_server_does_not_answer() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let gates = [proxy.hold(Call::Failure), proxy.hold(Call::Successes)];
@@ -296,7 +296,7 @@ int getaddrinfo(const char *node, const char *service, const void *hints, void *
 
 #[test]
 #[cfg_attr(target_env = "musl", ignore = "nothing is preloaded into a static program")]
-fn a_signal_while_the_servers_name_is_looked_up_is_obeyed_at_once() {
+fn a_signal_during_the_lookup_of_the_server_is_obeyed() {
     let daemon = Daemon::at("http://server.example.org:7890").preload(SLOW_LOOKUP).sh("true").start();
     daemon.wait_for_message("connecting");
     let asked = Instant::now();
@@ -320,7 +320,7 @@ fn a_signal_during_start_up_is_obeyed_at_once() {
 }
 
 #[test]
-fn a_signal_while_the_embedded_server_waits_for_its_jobs_is_obeyed_at_once() {
+fn a_signal_while_jobs_are_read_from_stdin_is_obeyed() {
     let (stdin, _held_open) = std::io::pipe().unwrap();
     let daemon = Daemon::at(&format!("http://{}", unused_address())).args(["--embedded", "--jobs", "-"]);
     let daemon = daemon.stdin(stdin).sh("true").start();
@@ -330,7 +330,7 @@ fn a_signal_while_the_embedded_server_waits_for_its_jobs_is_obeyed_at_once() {
 }
 
 #[test]
-fn a_stop_while_the_dispatch_queue_is_full_finishes_the_queue_and_nothing_more() {
+fn a_stop_finishes_the_dispatch_queue_and_nothing_more() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(["--prefetch", "2"]).sh(UNTIL_GO).start();
     let mut stream = server.take();
@@ -354,7 +354,7 @@ fn a_stop_while_the_dispatch_queue_is_full_finishes_the_queue_and_nothing_more()
 }
 
 #[test]
-fn each_worker_loop_logs_its_start_and_its_end_with_its_thread_and_fiber() {
+fn each_worker_loop_logs_its_start_and_its_end() {
     let server = Server::start();
     let daemon = Daemon::of(&server).args(["--threads", "2", "--fibers", "2"]).sh("true").start();
     daemon.wait_for_messages(4, "worker loop started");
@@ -370,7 +370,7 @@ fn each_worker_loop_logs_its_start_and_its_end_with_its_thread_and_fiber() {
 
 /// The job that still runs comes again over the new stream, and is reported over it.
 #[test]
-fn a_stream_lost_while_draining_is_opened_again_for_the_jobs_that_are_still_here() {
+fn a_stream_lost_while_draining_is_opened_again_for_its_jobs() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let [running, waiting] = [0, 1].map(|_| server.enqueue("q", "t", json!(null)));
@@ -389,7 +389,7 @@ fn a_stream_lost_while_draining_is_opened_again_for_the_jobs_that_are_still_here
 }
 
 #[test]
-fn a_stream_lost_while_draining_is_not_opened_again_when_nothing_is_here_any_more() {
+fn a_stream_lost_while_draining_stays_closed_without_jobs() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Successes);

@@ -160,7 +160,7 @@ fn a_drain_leaves_a_failure_to_the_worker_that_runs_its_job() {
 }
 
 #[test]
-fn a_parked_outcome_whose_job_never_comes_ends_no_later_than_the_deadline() {
+fn a_parked_outcome_ends_no_later_than_the_deadline() {
     let (server, proxy, running, id) = {
         let server = Server::start();
         let proxy = Proxy::before(&server);
@@ -373,7 +373,7 @@ fn a_bounded_run_that_leaves_a_job_behind_does_not_exit_0() {
 }
 
 #[test]
-fn a_paused_worker_keeps_its_running_job_when_the_stream_is_lost() {
+fn a_paused_worker_keeps_its_job_when_the_stream_is_lost() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let id = server.enqueue_with(job("t"));
@@ -464,7 +464,7 @@ fn more_prefetch_makes_the_ack_queue_longer() {
 }
 
 #[test]
-fn failures_share_a_connection_however_slowly_their_answers_come() {
+fn failures_with_slow_answers_share_a_connection() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     proxy.fault(Call::Failure, Fault::Body(BodyFault::Drip));

@@ -77,7 +77,7 @@ fn a_pretty_log_that_was_asked_for_has_no_colours_in_a_file() {
 }
 
 #[test]
-fn every_line_of_a_json_log_is_an_object_with_time_level_and_message() {
+fn every_json_line_has_time_level_and_message() {
     let (id, finished) = run(Daemon::bare().args(["--log-format", "json"]), "send_email", FAILING);
     let events: Vec<Value> = finished.log.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert!(events.iter().all(|event| is_stamp(event["timestamp"].as_str().unwrap())), "{events:#?}");

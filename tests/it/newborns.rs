@@ -32,7 +32,7 @@ fn a_terminal_that_stops_the_worker_stops_no_job() {
 /// It has the worker's handlers until it has set them back, and the worker's memory for longer: by them, the worker itself
 /// would hear the signal.
 #[test]
-fn a_signal_to_a_job_that_is_only_being_started_does_not_reach_the_worker() {
+fn a_signal_to_a_job_at_its_start_spares_the_worker() {
     let server = Server::start();
     server.enqueue_all((0..300).map(|_| json!({"queue": "q", "type": "t", "payload": null, "retry_limit": 0})));
     let running = Daemon::of(&server).args(["--", "true"]).start();

@@ -24,7 +24,7 @@ fn client(server: &Api) -> Client {
 }
 
 #[test]
-fn jobs_enqueued_singly_are_run_and_their_errors_can_be_read_back() {
+fn jobs_enqueued_singly_run_and_show_their_errors() {
     let server = Server::start();
     let client = client(&server);
     let enqueue = |customer, cents| runtime().block_on(client.enqueue(ChargeCard { customer, cents }).into_future());
@@ -48,7 +48,7 @@ fn jobs_enqueued_singly_are_run_and_their_errors_can_be_read_back() {
 }
 
 #[test]
-fn jobs_enqueued_in_bulk_are_run_and_their_errors_can_be_read_back() {
+fn jobs_enqueued_in_bulk_run_and_show_their_errors() {
     let server = Server::start();
     let client = client(&server);
     let mut bulk = client.enqueue_bulk();

@@ -61,7 +61,7 @@ fn assert_settled(server: &Server, id: &str, failures: usize) {
 }
 
 #[test]
-fn jobs_that_wait_when_the_stream_is_lost_are_dropped_and_come_again() {
+fn jobs_that_wait_are_redelivered_after_a_lost_stream() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let ids: Vec<String> = (0..3).map(|_| server.enqueue("q", "good", json!(null))).collect();
@@ -99,12 +99,12 @@ fn a_running_job_goes_on(job_type: &str, failures: usize) {
 }
 
 #[test]
-fn a_running_job_goes_on_when_its_stream_is_lost_and_its_success_counts() {
+fn a_running_job_outlives_its_stream_and_its_success_counts() {
     a_running_job_goes_on("good", 0);
 }
 
 #[test]
-fn a_running_job_goes_on_when_its_stream_is_lost_and_its_failure_counts_once() {
+fn a_running_job_outlives_its_stream_and_fails_once() {
     a_running_job_goes_on("bad", 1);
 }
 
@@ -193,18 +193,18 @@ fn an_ended_job_is_reported_when_it_comes_again(job_type: &str, kept: &str, fail
 }
 
 #[test]
-fn a_success_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
+fn a_parked_success_is_reported_on_redelivery() {
     an_ended_job_is_reported_when_it_comes_again("good", DENIED_SUCCESS, 0);
 }
 
 #[test]
-fn a_failure_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
+fn a_parked_failure_is_reported_on_redelivery() {
     an_ended_job_is_reported_when_it_comes_again("bad", KEPT, 1);
 }
 
 /// The server has seen the end of the stream before the worker has: what the worker believes to hold is denied.
 #[test]
-fn a_report_that_the_server_denies_is_not_sent_again_until_the_job_comes_again() {
+fn a_denied_report_waits_for_the_redelivery() {
     for job_type in ["good", "bad"] {
         let server = RawServer::start();
         let daemon = Daemon::at(&server.url()).args(NO_LOOKS).sh(UNTIL_GO).start();
@@ -264,12 +264,12 @@ fn a_failure_whose_answer_is_swallowed_costs_one_attempt() {
 }
 
 #[test]
-fn a_failure_whose_answer_a_proxy_replaces_by_502_costs_one_attempt() {
+fn a_failure_that_a_proxy_answers_with_502_costs_one_attempt() {
     a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(502));
 }
 
 #[test]
-fn a_failure_whose_answer_a_proxy_replaces_by_504_costs_one_attempt() {
+fn a_failure_that_a_proxy_answers_with_504_costs_one_attempt() {
     a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(504));
 }
 
@@ -306,7 +306,7 @@ fn a_kill_does_not_wait_for_a_look_at_a_job() {
 }
 
 #[test]
-fn a_failure_whose_request_is_lost_is_sent_again_once_a_look_says_so() {
+fn a_failure_whose_request_is_lost_is_sent_after_a_look() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     proxy.fault_times(1, Call::Failure, Fault::Reset);
@@ -320,7 +320,7 @@ fn a_failure_whose_request_is_lost_is_sent_again_once_a_look_says_so() {
 }
 
 #[test]
-fn a_failure_in_doubt_is_not_told_to_the_next_attempt_at_another_worker() {
+fn a_failure_in_doubt_spares_the_next_attempt_elsewhere() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let look = proxy.hold(Call::Job);
@@ -345,7 +345,7 @@ fn a_failure_in_doubt_is_not_told_to_the_next_attempt_at_another_worker() {
 }
 
 #[test]
-fn a_success_whose_answer_is_swallowed_is_sent_again_and_its_job_runs_once() {
+fn a_success_whose_answer_is_lost_is_sent_again() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     proxy.fault_times(2, Call::Successes, Fault::Swallow);
@@ -390,7 +390,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
 
 /// The next attempt arrives while the report of this one is still under way.
 #[test]
-fn a_later_attempt_is_started_while_the_failure_of_the_one_before_awaits_its_answer() {
+fn a_later_attempt_starts_while_the_failure_is_in_doubt() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(QUICK).sh(FAILS_FIRST).start();
     let mut stream = server.take();
@@ -422,7 +422,7 @@ fn a_job_that_comes_again_while_it_waits_runs_once() {
 
 /// A success counts for whatever attempt the server has come to meanwhile.
 #[test]
-fn a_success_is_not_lost_when_its_job_comes_as_a_later_attempt_while_it_is_reported() {
+fn a_success_counts_though_a_later_attempt_comes_meanwhile() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(QUICK).sh(UNTIL_GO).start();
     let mut stream = server.take();
@@ -501,7 +501,7 @@ fn a_drain_waits_for_a_job_to_come_again_whose_outcome_is_kept() {
 }
 
 #[test]
-fn a_drain_does_not_wait_for_a_job_that_another_worker_has_finished() {
+fn a_drain_does_not_wait_for_jobs_finished_elsewhere() {
     let (server, _proxy, daemon, id, _gate) = draining_with_a_kept_failure("10m");
     let other = Daemon::of(&server).sh("true").start();
     server.wait_until_done(&id);
@@ -511,7 +511,7 @@ fn a_drain_does_not_wait_for_a_job_that_another_worker_has_finished() {
 }
 
 #[test]
-fn an_outcome_whose_job_has_not_come_again_by_the_deadline_is_logged_with_its_id() {
+fn an_outcome_dropped_at_the_deadline_is_logged_with_its_id() {
     let (server, _proxy, daemon, id, _gate) = draining_with_a_kept_failure("300ms");
     let finished = daemon.assert_exit(1);
     assert!(finished.event("report dropped")["ids"].as_str().unwrap().contains(&id));

@@ -36,7 +36,7 @@ fn inside(pid: u32) -> u32 {
 }
 
 #[test]
-fn what_has_left_its_group_is_reaped_and_no_handlers_status_is_lost() {
+fn processes_that_left_their_group_are_reaped() {
     let server = Server::start();
     // Each handler leaves a process in a session of its own, which ends when the handler has long been reported.
     let script = "setsid sh -c 'echo > $DIR/$ZIZQ_JOB_ID; sleep 0.3; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null &\n\

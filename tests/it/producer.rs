@@ -22,7 +22,7 @@ fn assert_wait(event: &Value, number: i32) {
 }
 
 #[test]
-fn the_stream_is_asked_for_with_queues_prefetch_and_worker_id_over_http_1_1() {
+fn the_take_request_names_queues_prefetch_and_worker_id() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(["--queues", "mail,a b/ü", "--prefetch", "7", "--worker-id", "w 1"]);
     let _daemon = daemon.sh("true").start();
@@ -34,7 +34,7 @@ fn the_stream_is_asked_for_with_queues_prefetch_and_worker_id_over_http_1_1() {
 }
 
 #[test]
-fn without_queues_all_are_asked_for_and_prefetch_is_twice_the_loops() {
+fn without_queues_the_take_request_names_none() {
     let server = RawServer::start();
     let _daemon = Daemon::at(&server.url()).args(["-t", "2", "-f", "3"]).sh("true").start();
     assert_eq!(server.request().line(), "GET /jobs/take?prefetch=12 HTTP/1.1");
@@ -154,7 +154,7 @@ fn assert_refused(daemon: Running, said: &str) {
 }
 
 #[test]
-fn a_4xx_on_the_very_first_connection_ends_the_worker_with_what_the_server_said() {
+fn a_4xx_on_the_first_connection_ends_the_worker() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).sh("true").start();
     server.request().answer("400 Bad Request", r#"{"error":"no such queue"}"#);
@@ -162,7 +162,7 @@ fn a_4xx_on_the_very_first_connection_ends_the_worker_with_what_the_server_said(
 }
 
 #[test]
-fn a_5xx_before_the_first_connection_does_not_make_a_4xx_forgivable() {
+fn a_4xx_after_a_5xx_still_ends_the_worker() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();
     server.request().answer("503 Service Unavailable", "");

@@ -306,7 +306,7 @@ async fn a_closed_connection_returns_its_jobs_with_attempts_unchanged() {
 }
 
 #[tokio::test]
-async fn a_reset_http2_stream_returns_its_jobs_while_its_connection_lives_on() {
+async fn a_reset_http2_stream_returns_its_jobs() {
     let server = Server::start().await;
     server.enqueue(1);
     let mut connection = Connection::http2(server.address).await;
@@ -318,7 +318,7 @@ async fn a_reset_http2_stream_returns_its_jobs_while_its_connection_lives_on() {
 }
 
 #[tokio::test]
-async fn a_closed_http2_connection_returns_the_jobs_of_all_its_streams() {
+async fn a_closed_http2_connection_returns_all_its_jobs() {
     let server = Server::start().await;
     server.enqueue(2);
     let mut connection = Connection::http2(server.address).await;
@@ -331,7 +331,7 @@ async fn a_closed_http2_connection_returns_the_jobs_of_all_its_streams() {
 }
 
 #[tokio::test]
-async fn a_report_counts_by_id_alone_and_only_while_the_job_is_in_flight() {
+async fn a_report_counts_by_id_while_its_job_is_in_flight() {
     let server = Server::start().await;
     let id = server.enqueue(1).remove(0);
     let mut stream = server.take("").await;
@@ -461,7 +461,7 @@ async fn an_unlimited_stream_takes_no_more_than_its_client_reads() {
 }
 
 #[tokio::test]
-async fn a_stopped_server_drops_its_streams_and_its_successor_hands_the_jobs_out_again() {
+async fn the_successor_of_a_stopped_server_redelivers_its_jobs() {
     let server = Server::start().await;
     let id = server.enqueue(1).remove(0);
     let mut connection = Connection::http2(server.address).await;

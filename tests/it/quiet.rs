@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::support::{Call, Daemon, Proxy, RawServer, Server, UNTIL_GO, eventually, jobs};
 
 #[test]
-fn a_quiet_worker_finishes_what_was_taken_and_then_closes_the_stream() {
+fn a_quiet_worker_finishes_its_jobs_and_closes_the_stream() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let ids = server.enqueue_all(jobs(2));
@@ -36,7 +36,7 @@ fn a_quiet_worker_finishes_what_was_taken_and_then_closes_the_stream() {
 }
 
 #[test]
-fn an_idle_worker_that_is_told_to_be_quiet_closes_the_stream_at_once() {
+fn an_idle_worker_closes_the_stream_when_it_goes_quiet() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let running = Daemon::of(&proxy).sh("true").start();
@@ -53,7 +53,7 @@ fn an_idle_worker_that_is_told_to_be_quiet_closes_the_stream_at_once() {
 }
 
 #[test]
-fn what_came_in_the_quiet_is_started_at_once_when_it_is_over_before_the_stream_closed() {
+fn jobs_received_in_the_quiet_start_when_it_is_over() {
     let server = Server::start();
     let running = Daemon::of(&server).threads(2).args(["--prefetch", "2"]);
     let running = running.sh(&format!("[ $ZIZQ_JOB_TYPE = quick ] || {{ {UNTIL_GO}; }}")).start();
@@ -73,7 +73,7 @@ fn what_came_in_the_quiet_is_started_at_once_when_it_is_over_before_the_stream_c
 }
 
 #[test]
-fn a_job_that_comes_twice_in_the_quiet_does_not_close_the_stream_over_another_that_runs() {
+fn a_redelivery_in_the_quiet_keeps_the_stream_of_another_job() {
     let server = RawServer::start();
     let running = Daemon::at(&server.url()).args(["--prefetch", "2"]).sh(UNTIL_GO).start();
     let mut stream = server.take();

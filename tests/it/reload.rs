@@ -202,7 +202,7 @@ fn reports_go_to_the_server_from_which_their_jobs_came() {
 }
 
 #[test]
-fn limits_of_the_stream_take_effect_on_a_new_one_and_deadlines_are_checked_again() {
+fn limits_of_the_stream_take_effect_on_a_new_one() {
     let server = Server::start();
     let rest = "url = '$URL'\n[handler]\nexec = ['true']";
     let running = start(&server, rest);
@@ -290,7 +290,7 @@ fn a_reload_without_a_file_finds_the_handlers_again() {
 }
 
 #[test]
-fn a_job_that_waits_for_a_broken_handler_is_run_by_the_one_that_takes_its_place() {
+fn a_job_that_waits_for_a_broken_handler_runs_the_new_one() {
     let server = Server::start();
     let toml = |name| format!("url = '$URL'\nworker.threads = 4\n[handler]\nexec = ['$DIR/{name}.sh']");
     let running = start(&server, &toml("old"));
@@ -368,7 +368,7 @@ fn a_worker_is_ready_while_an_old_stream_finishes() {
 }
 
 #[test]
-fn a_reload_that_is_taken_back_goes_on_over_the_stream_that_is_open() {
+fn a_reload_that_is_taken_back_keeps_the_open_stream() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let toml = |prefetch: u8| format!("url = '$URL'\nworker.prefetch = {prefetch}\n[handler]\nexec = ['$DIR/wait.sh']");

@@ -14,7 +14,7 @@ fn jobs(count: usize, job_type: &str) -> Vec<Value> {
 }
 
 #[test]
-fn a_success_is_reported_at_once_and_all_that_wait_meanwhile_go_out_in_one_request() {
+fn successes_that_wait_for_a_request_leave_in_one() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Successes);
@@ -127,7 +127,7 @@ fn wait_millis(event: &Value) -> f64 {
 }
 
 #[test]
-fn a_report_that_arrived_but_whose_answer_was_lost_is_sent_again_and_known_to_be_handled() {
+fn a_report_whose_answer_was_lost_is_sent_again() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     proxy.fault_times(1, Call::Successes, Fault::Swallow).fault_times(1, Call::Failure, Fault::Swallow);
@@ -144,7 +144,7 @@ fn a_report_that_arrived_but_whose_answer_was_lost_is_sent_again_and_known_to_be
 }
 
 #[test]
-fn of_a_bulk_report_only_the_ids_that_were_not_found_are_already_handled() {
+fn only_ids_that_were_not_found_count_as_handled() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Successes);

@@ -38,7 +38,7 @@ fn now() -> u64 {
 }
 
 #[test]
-fn message_error_type_and_backtrace_replace_what_would_be_reported() {
+fn message_error_type_and_backtrace_replace_the_reports() {
     let failed = fail(
         "echo ours >&2; say '{\"message\":\"no such account\",\"error_type\":\"NoAccount\",\"backtrace\":\"a.py:7\\nb.py:8\"}'",
         "",
@@ -90,7 +90,7 @@ fn kill_leaves_the_job_dead() {
 }
 
 #[test]
-fn a_handler_that_is_killed_or_too_slow_may_have_said_something_too() {
+fn a_killed_handlers_result_file_counts() {
     let failed = fail("say '{\"message\":\"in the middle\"}'; kill -KILL $$", "");
     assert_eq!((&failed.error["message"], &failed.error["error_type"]), (&json!("in the middle"), &json!("Signal")));
     let failed = fail("say '{\"message\":\"in the middle\"}'; sleep 1000", "timeout = '1s'");
@@ -98,7 +98,7 @@ fn a_handler_that_is_killed_or_too_slow_may_have_said_something_too() {
 }
 
 #[test]
-fn a_success_is_one_whatever_the_file_says_and_the_file_is_not_read() {
+fn a_success_does_not_read_the_result_file() {
     for text in [r#"{"kill":true}"#, "nonsense"] {
         let server = Server::start();
         let id = server.enqueue("q", "t", json!(null));
@@ -109,7 +109,7 @@ fn a_success_is_one_whatever_the_file_says_and_the_file_is_not_read() {
 }
 
 #[test]
-fn there_is_nothing_at_first_in_a_directory_for_the_worker_alone() {
+fn the_result_file_is_absent_in_a_private_directory() {
     let script = "stat -c %a \"$(dirname \"$ZIZQ_RESULT_FILE\")\" > $DIR/mode; ls -A \"$(dirname \"$ZIZQ_RESULT_FILE\")\" > $DIR/there";
     let finished = fail(script, "").finished;
     assert_eq!(finished.read("mode"), "700\n");
@@ -159,7 +159,7 @@ fn assert_ignored(script: &str, reason: &str) {
 }
 
 #[test]
-fn what_is_no_json_object_of_the_right_shape_is_ignored_with_a_warning() {
+fn a_result_of_the_wrong_shape_is_ignored_with_a_warning() {
     assert_ignored("say ''", "EOF");
     assert_ignored("say 'retry later'", "expected value");
     assert_ignored(r#"say '{"kill":true'"#, "EOF");
@@ -171,7 +171,7 @@ fn what_is_no_json_object_of_the_right_shape_is_ignored_with_a_warning() {
 }
 
 #[test]
-fn a_file_of_more_than_1_mib_is_ignored_and_one_of_1_mib_is_read() {
+fn a_result_file_of_more_than_1_mib_is_ignored() {
     let file = |size: usize| {
         format!(
             "{{ printf '{{\"message\":\"big\"}}'; head -c {} /dev/zero | tr '\\0' ' '; }} > $ZIZQ_RESULT_FILE",
@@ -194,7 +194,7 @@ fn what_is_no_regular_file_is_ignored_and_holds_up_nothing() {
 
 /// Deeper than a stack is high, or descriptors are many.
 #[test]
-fn a_directory_of_any_depth_is_removed_and_does_not_end_the_worker() {
+fn a_directory_of_any_depth_is_removed() {
     if !crate::handlers::has("python3") {
         return;
     }
@@ -255,7 +255,7 @@ fn a_link_that_is_removed_leaves_alone_what_it_leads_to() {
 }
 
 #[test]
-fn a_worker_without_a_temporary_directory_says_so_before_it_takes_a_job() {
+fn a_worker_without_a_temporary_directory_takes_no_job() {
     let server = Server::start();
     let finished = Daemon::of(&server).env("TMPDIR", "/nonexistent").sh("true").run().assert_exit(78);
     assert!(

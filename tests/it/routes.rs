@@ -57,7 +57,7 @@ const SHOW: &str = "echo $ZIZQ_JOB_TYPE: $ZIZQ_JOB_TIMEOUT $(cat) $PWD $ONE $TWO
 [ $ZIZQ_JOB_TYPE = bare ] && exit 99; exit 98";
 
 #[test]
-fn what_a_handler_does_not_set_it_has_from_the_default_setting_by_setting() {
+fn a_route_inherits_each_setting_from_the_default() {
     let server = Server::start();
     let ids = server.enqueue_all([job("bare"), job("own")]);
     let daemon = Daemon::of(&server).handler(
@@ -86,7 +86,7 @@ env = { TWO = 'two' }",
 }
 
 #[test]
-fn a_type_that_nobody_handles_is_a_failure_that_the_server_tries_again() {
+fn a_type_without_a_handler_fails_and_is_retried() {
     let server = Server::start();
     let id = server.enqueue("q", "unheard\nof", json!(null));
     let known = server.enqueue("q", "mail", json!(null));

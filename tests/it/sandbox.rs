@@ -100,7 +100,7 @@ fn a_check_says_which_way_processes_are_started() {
 }
 
 #[test]
-fn a_machine_that_starts_no_process_does_not_run_through_a_queue() {
+fn a_machine_that_starts_no_process_fails_few_jobs() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(300));
     let no_process = Refused { with: 0, ..Refused::clone(0, Errno::PERM) };

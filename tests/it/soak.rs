@@ -225,13 +225,13 @@ fn only_what_ran_when_a_worker_was_killed_runs_again(server: &Restartable) {
 }
 
 #[test]
-fn only_what_ran_when_a_worker_was_killed_runs_again_at_the_next_one() {
+fn only_jobs_of_a_killed_worker_run_again() {
     only_what_ran_when_a_worker_was_killed_runs_again(&Restartable::embedded());
 }
 
 #[test]
 #[ignore = "needs a Zizq server at ZIZQ_URL, and ZIZQ_RESTART_CMD"]
-fn real_server_only_what_ran_when_a_worker_was_killed_runs_again_at_the_next_one() {
+fn real_server_only_jobs_of_a_killed_worker_run_again() {
     if let Some(server) = Restartable::real() {
         only_what_ran_when_a_worker_was_killed_runs_again(&server);
     }

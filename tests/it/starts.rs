@@ -81,7 +81,7 @@ int clone(int (*run)(void *), void *stack, int flags, void *argument, ...) {
 
 #[test]
 #[cfg_attr(target_env = "musl", ignore = "nothing is preloaded into a static program")]
-fn a_machine_that_is_short_of_something_for_a_moment_fails_no_job() {
+fn a_shortage_for_a_moment_fails_no_job() {
     let server = Server::start();
     let running = Daemon::of(&server).preload(FAULTY_CLONE).sh("true").start();
     let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::TXTBSY];
@@ -132,7 +132,7 @@ fn a_handler_that_is_still_being_written_fails_no_job() {
 }
 
 #[test]
-fn a_job_that_waits_for_its_handler_goes_back_when_the_worker_drains() {
+fn a_job_that_waits_for_its_handler_goes_back_in_a_drain() {
     let server = Server::start();
     let running = Daemon::of(&server).sh("true").start();
     running.wait_for_message("connected, listening for jobs");
@@ -145,7 +145,7 @@ fn a_job_that_waits_for_its_handler_goes_back_when_the_worker_drains() {
 }
 
 #[test]
-fn a_handler_that_stays_away_fails_its_job_after_five_seconds_and_others_are_not_held_up() {
+fn a_missing_handler_fails_its_job_after_five_seconds() {
     let server = Server::start();
     let daemon = Daemon::of(&server).threads(4);
     fs::create_dir(daemon.dir().join("cwd")).unwrap();
@@ -175,7 +175,7 @@ fn a_handler_that_stays_away_fails_its_job_after_five_seconds_and_others_are_not
 
 /// ENOEXEC does not pass by itself, so a job fails at once, and then the brake holds the others.
 #[test]
-fn a_broken_handler_does_not_run_through_a_queue_and_is_fast_again_once_it_is_mended() {
+fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     let server = Server::start();
     let running = Daemon::of(&server).threads(4).args(["--prefetch", "8"]).sh("echo $ZIZQ_JOB_ID >> $DIR/ran").start();
     let first = server.enqueue_all(jobs(8));
@@ -201,7 +201,7 @@ fn a_broken_handler_does_not_run_through_a_queue_and_is_fast_again_once_it_is_me
 }
 
 #[test]
-fn a_job_too_large_for_any_process_fails_at_once_and_slows_down_no_other() {
+fn a_job_too_large_for_any_process_slows_down_no_other() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).sh("true").start();
     let mut stream = server.take();
@@ -252,7 +252,7 @@ fn a_handler_has_the_soft_limit_that_the_worker_was_given() {
 }
 
 #[test]
-fn a_low_hard_limit_of_open_files_is_said_with_what_to_do_and_jobs_are_done_all_the_same() {
+fn a_low_hard_limit_of_open_files_is_warned_of() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(60));
     let running = Daemon::of(&server).threads(40).sh("sleep 0.1").after("ulimit -n 64").start();
@@ -276,7 +276,7 @@ fn an_ignored_sigchld_that_was_handed_down_does_no_harm() {
 }
 
 #[test]
-fn a_handler_has_no_file_of_the_worker_nor_one_that_it_was_handed() {
+fn a_handler_inherits_no_open_file_of_the_worker() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let daemon = Daemon::of(&server).sh("exec ls -l /proc/self/fd > $DIR/open").after("exec 9</dev/null");

@@ -97,7 +97,7 @@ fn a_second_ctrl_c_says_what_a_third_does() {
 }
 
 #[test]
-fn a_json_log_has_no_such_line_and_neither_has_one_that_goes_elsewhere() {
+fn only_a_log_on_the_terminal_has_a_live_line() {
     for daemon in [Daemon::bare().on_terminal().args(["--log-format", "json"]), Daemon::bare()] {
         let server = Server::start();
         server.enqueue("q", "t", json!(null));

@@ -126,7 +126,7 @@ fn a_server_that_demands_a_certificate_gets_it() {
 }
 
 #[test]
-fn a_worker_without_the_certificate_that_is_demanded_is_turned_away() {
+fn a_worker_without_a_client_certificate_is_turned_away() {
     let (server, authority, clients) = (Server::start(), Authority::new(), Authority::new());
     let (port, _guard) = server.with_tls(authority.issue(&["localhost"]).server(&BOTH, Some(&clients)));
     let daemon = || daemon(&at(port), "").pem("--tls-ca", &authority.pem());
@@ -152,7 +152,7 @@ fn alpn_decides_which_protocol_the_reports_speak() {
 }
 
 #[test]
-fn a_tls_connection_that_is_lost_is_made_again_and_the_running_job_runs_once() {
+fn a_job_runs_once_over_a_lost_tls_connection() {
     let (server, authority) = (Server::start(), Authority::new());
     let proxy = Proxy::with_tls(&server, authority.issue(&["127.0.0.1"]).server(&BOTH, None), false);
     let id = server.enqueue("q", "good", json!(null));

@@ -3,7 +3,7 @@
 use crate::support::{Daemon, RawServer};
 
 #[test]
-fn a_version_that_does_not_fit_is_warned_of_on_connecting_and_once_for_each() {
+fn each_version_that_does_not_fit_is_warned_of_once() {
     let server = RawServer::start();
     let running =
         Daemon::at(&server.url()).args(["--retry-min-wait", "10ms", "--retry-max-wait", "10ms", "--", "true"]).start();

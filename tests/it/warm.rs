@@ -205,7 +205,7 @@ fn what_is_printed_between_jobs_belongs_to_the_process() {
 }
 
 #[test]
-fn a_job_that_prints_without_end_takes_no_memory_and_delays_no_other() {
+fn a_job_that_prints_without_end_takes_no_memory() {
     let quiet = |daemon: Daemon| daemon.threads(2).env("RUST_LOG", "warn");
     let warm = Warm::with("", "", quiet);
     warm.succeed("");

@@ -1,11 +1,19 @@
 //! How a worker stops that has warm processes, whatever each of them is at.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{Daemon, Finished, RawServer, Warm, assert_dead, is_alive, wait_until_dead};
+use tempfile::TempDir;
+use zizq_worker::handler::{Mode, Pool};
+use zizq_worker::{ExecDispatcher, Handler, Handlers, Lifecycle, Program, Worker, WorkerConfig};
+
+use crate::support::{
+    Daemon, Finished, RawServer, Server, Warm, assert_dead, eventually, is_alive, replace, runtime, wait_until_dead,
+    warm_handler,
+};
 
 /// Far less than any limit that would end a wait by itself, far more than obeying takes.
 const AT_ONCE: Duration = Duration::from_secs(15);
@@ -110,7 +118,7 @@ fn a_third_signal_ends_every_process_at_once() {
 }
 
 #[test]
-fn idle_processes_are_told_of_a_drain_by_the_end_of_their_socket() {
+fn a_drain_closes_the_sockets_of_idle_processes() {
     let warm = Warm::with("ignore_term()", "kill_grace = '10m'", |daemon| daemon.threads(2));
     let ids = warm.enqueue_many(2, "until('go')");
     warm.running.wait_for_lines(2, "ran");
@@ -122,7 +130,7 @@ fn idle_processes_are_told_of_a_drain_by_the_end_of_their_socket() {
 }
 
 #[test]
-fn an_idle_process_that_misses_the_end_gets_sigterm_after_the_grace() {
+fn an_idle_process_that_stays_gets_sigterm_after_the_grace() {
     let warm = Warm::start("kill_grace = '1s'");
     let code = "signal.signal(signal.SIGTERM, lambda *_: (note('heard'), os._exit(0)))";
     warm.succeed(&format!("{code}; reply(); note('reached')\nwhile True: time.sleep(0.05)"));
@@ -146,7 +154,7 @@ fn a_drain_does_what_was_taken_with_few_processes() {
 }
 
 #[test]
-fn a_busy_process_gets_the_drain_signal_and_an_idle_one_does_not() {
+fn only_a_busy_process_gets_the_drain_signal() {
     let warm = Warm::with("", "drain_signal = 'USR1'\nkill_grace = '10m'", |daemon| daemon.threads(2));
     let ids = ["until('both')", "until('both'); until('go')"].map(|code| {
         warm.enqueue(&format!("signal.signal(signal.SIGUSR1, lambda *_: note('told', os.getpid())); {code}"))
@@ -206,4 +214,35 @@ fn warm_handlers_of_a_killed_worker_end_by_themselves() {
     warm.running.go();
     wait_until_dead(&busy);
     assert_eq!(warm.lines("ended")[0], idle);
+}
+
+/// The embedding program drops the worker: nothing of it may be left, and the server hands the job out again.
+#[test]
+fn a_worker_dropped_in_a_warm_job_leaves_no_process() {
+    let (server, dir) = (Server::start(), TempDir::new().unwrap());
+    let script = dir.path().join("handle.py");
+    replace(dir.path(), "handle.py", &warm_handler(""));
+    let program = Program::find(script.into_os_string(), Vec::new(), None).unwrap();
+    let path = std::env::var_os("PATH").unwrap();
+    let env = vec![("DIR".into(), dir.path().as_os_str().to_owned()), ("PATH".into(), path)];
+    let handler = Handler { mode: Mode::Warm(Pool::default()), env, ..Handler::new(program) };
+    let handlers = Handlers { default: Some(handler), ..Handlers::default() };
+    let config = WorkerConfig { url: server.url.parse().unwrap(), ..WorkerConfig::default() };
+    let lines = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap_or_default();
+
+    let running = runtime().spawn({
+        let temp_dir = dir.path().to_owned();
+        async move {
+            let dispatcher = ExecDispatcher::new(handlers, 1, "w".to_owned(), &temp_dir).unwrap();
+            Worker::new(config, dispatcher).run(&Lifecycle::new()).await
+        }
+    });
+    let id = server.enqueue("q", "t", json!("ignore_term(); leave_child(); note('reached'); until('go')"));
+    eventually("a busy process", || (!lines("reached").is_empty()).then_some(()));
+    running.abort();
+    assert!(runtime().block_on(running).unwrap_err().is_cancelled());
+    for pid in (lines("started") + &lines("children")).lines() {
+        wait_until_dead(pid);
+    }
+    server.wait_for_status(&id, "ready");
 }

@@ -328,7 +328,7 @@ const FIRST_STREAM: u64 = 1;
 const FIRST_OF_REPORTS: u64 = 2;
 
 #[test]
-fn a_failure_that_waits_for_a_connection_counts_for_no_later_attempt() {
+fn a_failure_waiting_for_a_connection_spares_later_attempts() {
     scene(async |world| {
         let snoozed = Step { ms: 2000, end: End::Snooze(100) };
         let id = world.put(0, Script(vec![snoozed, Step { ms: 30_000, end: End::Good }]));
@@ -347,7 +347,7 @@ fn a_failure_that_waits_for_a_connection_counts_for_no_later_attempt() {
 }
 
 #[test]
-fn a_failure_is_reported_again_if_its_job_came_before_the_denial() {
+fn a_failure_denied_after_the_redelivery_is_sent_again() {
     scene(async |world| {
         world.network.set_latency(seconds(3));
         let id = world.put(0, bad(9000));
@@ -372,7 +372,7 @@ fn a_job_that_ends_in_a_drain_is_searched_for_at_once() {
 }
 
 #[test]
-fn a_job_that_a_stream_on_its_way_brings_after_its_report_runs_once() {
+fn a_job_redelivered_after_its_report_runs_once() {
     seed(202_698);
 }
 
