@@ -4,7 +4,7 @@
 pub(super) const POLICY: &str = concat!(
     "default-src 'none'; ",
     "script-src 'sha256-J5EKaEC2LgjiUWEM9KYA0QOHaHsnrH8uiOjNxJJHP88='; ",
-    "style-src 'sha256-77WHb+as7tFBYS7lprQZ2ZvaUXQXlsgWZKxymtLXAHs='; ",
+    "style-src 'sha256-4t+pfaraPoZdUNdfZcG82NYhGBWr3DJliHcwdRtZlMk='; ",
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; ",
     "require-trusted-types-for 'script'; trusted-types 'none'"
 );

@@ -128,7 +128,7 @@ pub struct HandlerStatus {
     pub handler: String,
     /// `spawn` or `warm`.
     pub mode: &'static str,
-    /// The number of its processes that were started since it was configured.
+    /// The number of starts since it was configured, failed ones included.
     pub starts: u64,
     /// The failures that slow its starts down, if there are any.
     pub brake: Option<BrakeStatus>,
@@ -241,7 +241,8 @@ impl ExecDispatcher {
 
     fn spawn(&self, route: &Route, job: &Job, result: &ResultFile<'_>) -> io::Result<Process> {
         let handler = &route.handler;
-        let process = Process::spawn(Start {
+        route.count_start();
+        Process::spawn(Start {
             command: route.command()?,
             variables: &variables::of(job, handler, &self.worker_id, result),
             input: match handler.stdin {
@@ -253,9 +254,7 @@ impl ExecDispatcher {
             starter: &self.starter,
             head_start: &self.head_start,
             children: &self.children,
-        })?;
-        route.count_start();
-        Ok(process)
+        })
     }
 }
 
@@ -361,7 +360,8 @@ impl ExecDispatcher {
     }
 
     fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
-        let resident = Resident::spawn(Start {
+        route.count_start();
+        Resident::spawn(Start {
             command: route.command()?,
             variables: &variables::of_warm(socket, &self.worker_id),
             input: Input::Nothing,
@@ -369,9 +369,7 @@ impl ExecDispatcher {
             starter: &self.starter,
             head_start: &self.head_start,
             children: &self.children,
-        })?;
-        route.count_start();
-        Ok(resident)
+        })
     }
 }
 

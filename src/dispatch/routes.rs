@@ -75,7 +75,7 @@ impl Route {
         Ok(self.command.get_or_init(|| Arc::new(command)))
     }
 
-    /// Counts a process that was started.
+    /// Counts a start, whether it fails or not.
     pub(super) fn count_start(&self) {
         self.starts.fetch_add(1, Ordering::Relaxed);
     }

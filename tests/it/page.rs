@@ -257,11 +257,11 @@ fn fill(server: &Server, running: &Running) {
 /// Writes the pictures of the documentation, if that is asked for, and checks that there is one.
 fn picture(browser: &mut Browser) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/admin-page.png");
-    browser.resize(1180, 930, "light");
+    browser.resize(1080, 800, "light");
     let light = browser.screenshot();
     if std::env::var_os("UPDATE").is_some() {
         fs::write(&path, &light).unwrap();
-        for (name, width, height, scheme) in [("dark", 1180, 930, "dark"), ("phone", 390, 1900, "light")] {
+        for (name, width, height, scheme) in [("dark", 1080, 800, "dark"), ("phone", 390, 1900, "light")] {
             browser.resize(width, height, scheme);
             fs::write(std::env::temp_dir().join(format!("admin-page-{name}.png")), browser.screenshot()).unwrap();
         }

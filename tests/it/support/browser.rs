@@ -1,9 +1,11 @@
 //! A real Chromium without a window, steered over a pipe by the DevTools protocol: JSON messages that end with a zero byte.
 
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use base64::Engine;
@@ -33,8 +35,12 @@ const FLAGS: [&str; 13] = [
     "--remote-debugging-pipe",
 ];
 
+/// Held by the one browser that runs: several at once are slow to start, or do not start where memory is short.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// A browser with one page.
 pub struct Browser {
+    _turn: MutexGuard<'static, ()>,
     child: Child,
     commands: ChildStdin,
     messages: Receiver<Value>,
@@ -42,7 +48,7 @@ pub struct Browser {
     next: u64,
     /// Everything that the page has caused so far.
     events: Vec<Value>,
-    _profile: TempDir,
+    profile: TempDir,
 }
 
 /// Finds a browser. Only CI must have one.
@@ -74,12 +80,13 @@ impl Browser {
     }
 
     fn start(program: &Path) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let profile = TempDir::with_prefix("zizq-worker-browser-").unwrap();
         // It reads its commands from descriptor 3 and writes its messages to 4.
         let mut shell = Command::new("sh");
         shell.args(["-c", "exec 3<&0 4>&1 0</dev/null 1>&2; exec \"$@\"", "sh"]).arg(program).args(FLAGS);
         shell.arg(format!("--user-data-dir={}", profile.path().display()));
-        shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(profile.path().join("stderr")).unwrap());
         let mut child = shell.spawn().unwrap();
         let (commands, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
         let (send, messages) = channel();
@@ -88,7 +95,7 @@ impl Browser {
                 let _ = send.send(serde_json::from_slice(&message).unwrap());
             }
         });
-        Self { child, commands, messages, session: None, next: 1, events: Vec::new(), _profile: profile }
+        Self { _turn: turn, child, commands, messages, session: None, next: 1, events: Vec::new(), profile }
     }
 
     /// Has the browser do something, and returns its answer.
@@ -103,7 +110,10 @@ impl Browser {
         let give_up = Instant::now() + PATIENCE;
         loop {
             let left = give_up.saturating_duration_since(Instant::now());
-            let message = self.messages.recv_timeout(left).unwrap_or_else(|error| panic!("{method}: {error}"));
+            let message = self.messages.recv_timeout(left).unwrap_or_else(|error| {
+                let stderr = fs::read_to_string(self.profile.path().join("stderr")).unwrap_or_default();
+                panic!("{method}: {error}\n{stderr}")
+            });
             if message["id"] == id {
                 assert!(message["error"].is_null(), "{method}: {message}");
                 return message["result"].clone();
