@@ -9,6 +9,8 @@ use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
+#[cfg(feature = "embedded")]
+use tracing::info;
 
 use crate::admin::AdminServer;
 use crate::cli::Args;
@@ -48,6 +50,10 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let (asking, requests) = mpsc::unbounded_channel();
     tokio::spawn(WorkerSignals::listen()?.obey(lifecycle.clone(), asking));
     let admin = bind_admin(&config).await?;
+    #[cfg(feature = "embedded")]
+    if let (Some(admin), Some(_)) = (&admin, &config.embedded) {
+        info!(page = admin.page_url()?, "open this page to watch the worker");
+    }
     // The worker itself warns of its prefetch.
     let warnings = config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::LowPrefetch { .. }));
     warnings.for_each(|warning| warning.log());

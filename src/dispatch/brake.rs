@@ -11,6 +11,8 @@ use tokio::sync::{Mutex, MutexGuard, Notify};
 use tokio::time::Instant;
 use tracing::{error, info};
 
+use super::BrakeStatus;
+
 /// The time that one job waits for a fault that may pass: a deploy that replaces the file, a machine short of resources.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -76,6 +78,10 @@ struct Pace {
     failed_at: Option<Instant>,
     /// Whether processes start, and the failure is that they end without having done a job.
     runs: bool,
+    /// The number of failures since the handler last worked.
+    failures: u64,
+    /// The last failure.
+    error: String,
 }
 
 impl Brake {
@@ -102,6 +108,20 @@ impl Brake {
     pub(super) fn pause_end(&self) -> Option<Instant> {
         let _turn = self.turn.try_lock().ok()?;
         self.pace().not_before
+    }
+
+    /// Describes the failures in a row, if there are any.
+    pub(super) fn status(&self) -> Option<BrakeStatus> {
+        if !self.is_engaged() {
+            return None;
+        }
+        let pace = self.pace();
+        let pause = pace.not_before.map(|end| end.saturating_duration_since(Instant::now()));
+        Some(BrakeStatus {
+            failures: pace.failures,
+            error: pace.error.clone(),
+            pause_seconds: pause.unwrap_or_default().as_secs_f64(),
+        })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -178,7 +198,7 @@ impl Brake {
 
     /// Notes that the handler cannot be started.
     pub(super) fn failed(&self, error: &io::Error) {
-        if self.count_failure(false) {
+        if self.count_failure(false, error.to_string()) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
         }
     }
@@ -187,17 +207,18 @@ impl Brake {
     /// first counts, otherwise their crashes together would make the pause the longest.
     pub(super) fn crashed(&self, started: Instant, error: &str) {
         let is_counted = self.pace().failed_at.is_some_and(|failed_at| started <= failed_at);
-        if !is_counted && self.count_failure(true) {
+        if !is_counted && self.count_failure(true, error.to_owned()) {
             error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
         }
     }
 
     /// Counts a failure. Returns whether it is the first one.
-    fn count_failure(&self, runs: bool) -> bool {
+    fn count_failure(&self, runs: bool, error: String) -> bool {
         {
             let mut pace = self.pace();
             pace.delay = (pace.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
             (pace.failed_at, pace.runs) = (Some(Instant::now()), runs);
+            (pace.failures, pace.error) = (pace.failures + 1, error);
         }
         self.pause();
         !self.engaged.swap(true, Ordering::AcqRel)

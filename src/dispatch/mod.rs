@@ -128,6 +128,11 @@ pub trait Dispatcher: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// The handlers that are configured.
+    fn handlers(&self) -> Vec<HandlerStatus> {
+        Vec::new()
+    }
+
     /// How many of those were started.
     fn process_starts(&self) -> Vec<ProcessStarts> {
         Vec::new()
@@ -156,6 +161,34 @@ pub struct HandlerProcess {
     pub memory_bytes: Option<u64>,
     /// The job that it does.
     pub job: Option<String>,
+}
+
+/// A handler that is configured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HandlerStatus {
+    /// The type of its jobs; none for the handler of all other types.
+    pub r#type: Option<String>,
+    /// The file name of its program.
+    pub handler: String,
+    /// `spawn` or `warm`.
+    pub mode: &'static str,
+    /// The number of starts since it was configured, failed ones included.
+    pub starts: u64,
+    /// The failures that slow its starts down, if there are any.
+    pub brake: Option<BrakeStatus>,
+    /// The processes that are kept between jobs.
+    pub pids: Vec<u32>,
+}
+
+/// The failures in a row of a handler that cannot be started, or that ends before it has done a job.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BrakeStatus {
+    /// The number of failures since the handler last worked.
+    pub failures: u64,
+    /// The last failure.
+    pub error: String,
+    /// The time until the next start.
+    pub pause_seconds: f64,
 }
 
 /// The states of such a process.
@@ -252,6 +285,7 @@ impl ExecDispatcher {
 
     fn spawn(&self, route: &Route, job: &Job, result: &ResultFile<'_>) -> io::Result<Process> {
         let handler = &route.handler;
+        route.count_start();
         Process::spawn(Start {
             command: route.command()?,
             variables: &variables::of(job, handler, &self.worker_id, result),
@@ -373,6 +407,7 @@ impl ExecDispatcher {
     }
 
     fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
+        route.count_start();
         Resident::spawn(Start {
             command: route.command()?,
             variables: &variables::of_warm(socket, &self.worker_id),
@@ -441,6 +476,10 @@ impl Dispatcher for ExecDispatcher {
 
     fn processes(&self) -> Vec<HandlerProcess> {
         self.routes().processes().list()
+    }
+
+    fn handlers(&self) -> Vec<HandlerStatus> {
+        self.routes().list()
     }
 
     fn process_starts(&self) -> Vec<ProcessStarts> {

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::HandlerStatus;
 use super::brake::{Brake, ProvenBy};
 use super::file_threads::FileThreads;
 use super::variables::is_about_a_job;
@@ -27,6 +29,7 @@ pub(super) struct Route {
     command: OnceLock<Arc<Command>>,
     look: Arc<Mutex<Look>>,
     files: FileThreads,
+    starts: AtomicU64,
 }
 
 /// The latest look at a handler's file.
@@ -54,7 +57,8 @@ impl Route {
             }
         };
         let (brake, files) = (Brake::new(handler.program.file_name(), proof), shared.files.clone());
-        Arc::new(Self { handler, brake, pool, command: OnceLock::new(), look: Arc::default(), files })
+        let (command, look, starts) = (OnceLock::new(), Arc::default(), AtomicU64::new(0));
+        Arc::new(Self { handler, brake, pool, command, look, files, starts })
     }
 
     /// Returns the command that is started for each job.
@@ -69,6 +73,22 @@ impl Route {
         let env = env.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
         let command = Command::new(program, env, cwd.as_deref())?;
         Ok(self.command.get_or_init(|| Arc::new(command)))
+    }
+
+    /// Counts a start, whether it fails or not.
+    pub(super) fn count_start(&self) {
+        self.starts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn status(&self, job_type: Option<&str>) -> HandlerStatus {
+        HandlerStatus {
+            r#type: job_type.map(str::to_owned),
+            handler: self.brake.name().to_owned(),
+            mode: if self.pool.is_some() { "warm" } else { "spawn" },
+            starts: self.starts.load(Ordering::Relaxed),
+            brake: self.brake.status(),
+            pids: self.pool.as_ref().map(|pool| pool.pids()).unwrap_or_default(),
+        }
     }
 
     /// Reports whether a start would fail, as far as that is known without one. Never blocks on a file: each call after the pause
@@ -162,6 +182,14 @@ impl Routes {
     /// Returns all routes, the default one last.
     pub(super) fn all(&self) -> impl Iterator<Item = &Arc<Route>> {
         self.by_type.values().chain(&self.default)
+    }
+
+    /// Describes each handler, in the order of the types, the handler of all other types last.
+    pub(super) fn list(&self) -> Vec<HandlerStatus> {
+        let mut by_type: Vec<_> = self.by_type.iter().collect();
+        by_type.sort_unstable_by_key(|(job_type, _)| *job_type);
+        let of_types = by_type.into_iter().map(|(job_type, route)| route.status(Some(job_type)));
+        of_types.chain(self.default.iter().map(|route| route.status(None))).collect()
     }
 
     /// Reports whether a job type has its own handler.

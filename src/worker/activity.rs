@@ -8,6 +8,7 @@ use humantime::format_duration;
 use tracing::info;
 
 use super::Summary;
+use super::history::{Failures, History};
 use crate::job::{Job, JobId, Outcome};
 use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -27,6 +28,8 @@ struct Shared {
     loops: Vec<Slot>,
     running: AtomicUsize,
     ended: Tally,
+    history: History,
+    failures: Failures,
 }
 
 /// How many jobs have ended in which way.
@@ -143,13 +146,16 @@ impl Activity {
     /// Of a worker with so many threads of so many fibers.
     pub(super) fn new(threads: usize, fibers: usize) -> Self {
         let names = (0..threads).flat_map(|thread| (0..fibers).map(move |fiber| format!("{thread}:{fiber}")));
+        let started = Instant::now();
         Self(Arc::new(Shared {
-            started: Instant::now(),
+            started,
             state: watch::Sender::default(),
             connection: watch::Sender::default(),
             loops: names.map(|name| Slot { name, current: Mutex::default() }).collect(),
             running: AtomicUsize::default(),
             ended: Tally::default(),
+            history: History::new(started),
+            failures: Failures::default(),
         }))
     }
 
@@ -209,6 +215,25 @@ impl Activity {
     /// What has ended since the worker was made, in all of its runs.
     pub(super) fn ended(&self) -> &Tally {
         &self.0.ended
+    }
+
+    /// Notes how a job has ended.
+    pub(super) fn note_end(&self, job: &Job, outcome: &Outcome) {
+        self.0.ended.count(outcome);
+        self.0.history.count(outcome);
+        if let Outcome::Failure(failure) = outcome {
+            self.0.failures.push(job, failure);
+        }
+    }
+
+    /// The jobs that have ended in the last minutes.
+    pub(super) fn history(&self) -> &History {
+        &self.0.history
+    }
+
+    /// The last failures.
+    pub(super) fn failures(&self) -> &Failures {
+        &self.0.failures
     }
 
     pub(super) fn counts(&self) -> Counts {

@@ -83,7 +83,10 @@ impl<D: Dispatcher> Controls<D> {
             failed,
             interrupted,
             loops: self.activity.loops().map(|(name, current)| self.loop_status(name, current)).collect(),
+            handlers: self.dispatcher.handlers(),
             handler_processes: self.dispatcher.processes(),
+            last_failures: self.activity.failures().list(),
+            history: self.activity.history().list(),
         }
     }
 

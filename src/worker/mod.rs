@@ -2,6 +2,7 @@
 
 mod activity;
 mod controls;
+mod history;
 mod intake;
 mod opening;
 mod producer;
@@ -35,7 +36,7 @@ use activity::{Activity, Counts, Tally, Unfinished};
 pub use controls::Controls;
 use intake::Intake;
 use producer::Producer;
-pub use status::{LoopStatus, RunningJob, Status, Unready};
+pub use status::{EndedJobs, LastFailure, LoopStatus, RunningJob, Status, Unready};
 use worker_loop::WorkerLoop;
 
 /// A job between its stream and its outcome.

@@ -58,7 +58,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
         metrics.job_ended(&job, is_apart, &ended, times.ran);
         let Ended { outcome, usage, .. } = ended;
         log_ended(&outcome, usage, times);
-        activity.ended().count(&outcome);
+        activity.note_end(&job, &outcome);
         tally.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;

@@ -1,5 +1,6 @@
 //! The admin server tells the truth about the worker, to whoever watches it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Admin, Daemon, HungFileSystem, PATIENCE, Proxy, Running, Server, UNTIL_GO, eventually, jobs, unused_address,
+    warm_handler,
 };
 
 const ADMIN: [&str; 2] = ["--admin-listen", "127.0.0.1:0"];
@@ -88,6 +90,77 @@ fn a_broken_handler_makes_the_worker_not_ready() {
     std::fs::rename(&aside, &handler).unwrap();
     server.enqueue("q", "t", json!(null));
     admin.wait_until_ready(true);
+}
+
+/// Collects the paths of all values: `loops[].job.id`. The settings' names are the user's.
+fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let name = if path == "settings" { "*" } else { name };
+                paths(value, format!("{path}.{name}").trim_start_matches('.'), found);
+            }
+        }
+        Value::Array(values) => values.iter().for_each(|value| paths(value, &format!("{path}[]"), found)),
+        _ => drop(found.insert(path.to_owned())),
+    }
+}
+
+#[test]
+fn each_field_of_the_status_is_documented() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).threads(4).args(ADMIN);
+    daemon.executable("warm.py", &warm_handler(""));
+    let (gone, _) = (daemon.script("gone.sh", "true"), daemon.script("slow.sh", UNTIL_GO));
+    let running = daemon
+        .handlers("[handlers.warm]\nexec = ['$DIR/warm.py']\nmode = 'warm'\n[handlers.gone]\nexec = ['$DIR/gone.sh']\n[handler]\nexec = ['$DIR/slow.sh']")
+        .start();
+    let admin = Admin::of(&running);
+    fs::remove_file(gone).unwrap();
+    for job_type in ["warm", "gone", "slow"] {
+        server.enqueue("q", job_type, json!(null));
+    }
+    let status = admin.wait_for_status("one of everything", |status| {
+        let is_braked = status["handlers"].as_array().unwrap().iter().any(|handler| !handler["brake"].is_null());
+        is_braked && status["unready"][0].is_string() && status["succeeded"] == 1 && status["running"] == 1
+    });
+    assert_eq!(status["format"], 1);
+    let mut found = BTreeSet::new();
+    paths(&status, "", &mut found);
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operations.md")).unwrap();
+    let (_, section) = text.split_once("\n### Status\n").unwrap();
+    let rows = section
+        .lines()
+        .skip_while(|line| !line.starts_with("| field"))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let fields = rows.flat_map(|row| row.split('|').nth(1).unwrap().split('`').skip(1).step_by(2));
+    let documented: BTreeSet<String> = fields.map(str::to_owned).collect();
+    let (new, old): (Vec<_>, Vec<_>) =
+        (found.difference(&documented).collect(), documented.difference(&found).collect());
+    // They are `null` in some elements, and objects in others.
+    let of_both = ["handlers[].brake", "loops[].job"];
+    assert!(new.is_empty() && old.iter().all(|path| of_both.contains(&path.as_str())), "{new:?} {old:?}\n{status:#}");
+    let handlers: Vec<_> = status["handlers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|handler| [&handler["type"], &handler["mode"], &handler["handler"]])
+        .collect();
+    assert_eq!(
+        json!(handlers),
+        json!([["gone", "spawn", "gone.sh"], ["warm", "warm", "warm.py"], [null, "spawn", "slow.sh"]])
+    );
+    let starts: Vec<u64> =
+        status["handlers"].as_array().unwrap().iter().filter_map(|handler| handler["starts"].as_u64()).collect();
+    assert!(starts[0] >= 2 && starts[1..] == [1, 1], "a start that fails is tried again: {starts:?}");
+    let failure = &status["last_failures"][0];
+    assert_eq!((&failure["type"], &failure["error_type"]), (&json!("gone"), &json!("SpawnError")));
+    assert_eq!(
+        status["history"]["failed"].as_array().unwrap().iter().filter_map(Value::as_u64).sum::<u64>(),
+        status["failed"].as_u64().unwrap()
+    );
+    running.go();
 }
 
 /// Has a job fail for want of its handler's file, in a directory of its own, and replaces the directory's content.
@@ -340,7 +413,7 @@ fn the_metrics_count_reports_and_reconnects_that_went_wrong() {
 fn what_the_admin_server_does_not_know_is_refused() {
     let server = Server::start();
     let (_running, admin) = start(&server, "true");
-    assert_eq!(admin.call("GET", "/").0, 404);
+    assert_eq!(admin.call("GET", "/page.js").0, 404);
     assert_eq!(admin.call("GET", "/live/").0, 404);
     assert_eq!(admin.call("POST", "/live").0, 405);
     assert_eq!(admin.call("HEAD", "/live").0, 200);

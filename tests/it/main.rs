@@ -37,6 +37,7 @@ mod official_client;
 mod once;
 mod orphans;
 mod output;
+mod page;
 mod producer;
 mod protocol;
 mod quiet;

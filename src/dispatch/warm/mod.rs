@@ -235,6 +235,13 @@ impl Pool {
         }
     }
 
+    /// Lists the processes.
+    pub(super) fn pids(&self) -> Vec<u32> {
+        let members = self.processes.members();
+        let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
+        own.map(|(_, member)| member.pid).collect()
+    }
+
     /// The number of processes that have not been asked to end.
     fn remaining(&self) -> usize {
         let members = self.processes.members();
