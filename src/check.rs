@@ -58,12 +58,12 @@ pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
         writeln!(out, "{}", warning_line(&warning))?;
     }
     check_admin_address(config, out).await?;
-    let dispatcher = dispatcher(config)?;
     if reach == Reach::Offline {
+        dispatcher(config)?;
         return Ok(writeln!(out, "server: not asked")?);
     }
     check_processes(out)?;
-    check_warm_handlers(&dispatcher, out).await?;
+    check_warm_handlers(&dispatcher(config)?, out).await?;
     #[cfg(feature = "embedded")]
     if let Some(embedded) = &config.embedded {
         if let Some(JobsSource::File(path)) = &embedded.jobs {
