@@ -54,8 +54,8 @@ struct Page {
     has_moved: bool,
     /// Whether a take of the worker was answered with a 4xx.
     was_turned_away: bool,
-    /// The jobs with a report that was refused for good. The worker may drop such a report. The job then stays in flight
-    /// until its stream closes, and can run again.
+    /// The jobs with a report that was refused for good. The worker may drop such a report. The job then stays in
+    /// flight until its stream closes, and can run again.
     exempt: BTreeSet<String>,
     /// The times of the last answer about a job, and of the last reported failure of the job.
     looks: BTreeMap<String, Instant>,
@@ -241,7 +241,8 @@ impl Book {
         self.page(worker, |page| page.exempt.contains(id))
     }
 
-    /// Returns the number of jobs on their way to a worker or waiting in it, from streams that the worker has not closed.
+    /// Returns the number of jobs on their way to a worker or waiting in it, from streams that the worker has not
+    /// closed.
     pub fn waiting_in(&self, worker: &str) -> usize {
         let pages = self.pages();
         let Some(page) = pages.workers.get(worker) else { return 0 };

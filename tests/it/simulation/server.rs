@@ -219,8 +219,8 @@ impl Server {
         self.state().open.iter().cloned().collect()
     }
 
-    /// Reports whether an unfinished job can still end. A job cannot if only a worker holds it whose report of the job was
-    /// refused for good.
+    /// Reports whether an unfinished job can still end. A job cannot if only a worker holds it whose report of the job
+    /// was refused for good.
     pub fn has_open(&self) -> bool {
         let state = self.state();
         state.open.iter().any(|id| !self.is_stranded(&state, id))
@@ -288,7 +288,8 @@ impl Server {
         self.fill(state);
     }
 
-    /// Sends ready jobs to streams with room in their prefetch. The order of the streams is random, as on a real server.
+    /// Sends ready jobs to streams with room in their prefetch. The order of the streams is random, as on a real
+    /// server.
     fn fill(&self, state: &mut State) {
         let State { rng, jobs, ready, streams, .. } = state;
         let mut order: Vec<u64> = streams.keys().copied().collect();

@@ -1,5 +1,5 @@
-//! [`World`]: one seed's servers, network, workers and jobs. Each world has a time of faults, and then a calm in which all
-//! jobs and workers that can end must end.
+//! [`World`]: one seed's servers, network, workers and jobs. Each world has a time of faults, and then a calm in which
+//! all jobs and workers that can end must end.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -195,7 +195,8 @@ fn draw_bounds(rng: &mut Rng, config: &mut WorkerConfig) {
     }
 }
 
-/// Starts one worker after another, with random requests to each. Returns the worker that runs at the start of the calm.
+/// Starts one worker after another, with random requests to each. Returns the worker that runs at the start of the
+/// calm.
 async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     loop {
         let mut config = draw_settings(&mut rng);

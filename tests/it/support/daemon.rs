@@ -88,8 +88,8 @@ impl Daemon {
         daemon
     }
 
-    /// Starts the daemon from `leader`, the leader of a session whose controlling terminal is stdin. The log does not go
-    /// to the terminal.
+    /// Starts the daemon from `leader`, the leader of a session whose controlling terminal is stdin. The log does not
+    /// go to the terminal.
     pub fn in_session_of<const N: usize>(self, leader: [&str; N]) -> Self {
         let mut setsid = Command::new("setsid");
         setsid.arg("-c").args(leader);

@@ -12,8 +12,8 @@ use super::eventually;
 /// The value of F_SETSIG, which the libc crate lacks.
 const F_SETSIG: libc::c_int = 10;
 
-/// A write lease of this process. Every other open of the file, including `execve`, waits until the lease is dropped, but
-/// at most for [`Lease::longest`].
+/// A write lease of this process. Every other open of the file, including `execve`, waits until the lease is dropped,
+/// but at most for [`Lease::longest`].
 pub struct Lease(File);
 
 impl Lease {

@@ -38,8 +38,8 @@ impl RawServer {
         format!("http://{}", self.address)
     }
 
-    /// Waits for the next connection and its first request. Requests for the version are answered here, because a worker
-    /// sends one after each connect, does not wait for the answer, and may cancel the request before it is sent.
+    /// Waits for the next connection and its first request. Requests for the version are answered here, because a
+    /// worker sends one after each connect, does not wait for the answer, and may cancel the request before it is sent.
     pub fn request(&self) -> RawRequest {
         loop {
             match RawRequest::read(self.connection()) {
