@@ -153,7 +153,7 @@ fn the_first_wait_and_the_capped_ones_have_their_jitter() {
     }
     let events = daemon.wait_for_messages(6, "server unreachable, reconnecting");
     assert_waits(&events, 300.0);
-    assert!(events.iter().any(|event| event["reconnect_in"] != events[0]["reconnect_in"]), "no chance in {events:?}");
+    assert!(events.iter().any(|event| event["reconnect_in"] != events[0]["reconnect_in"]), "no jitter in {events:?}");
 }
 
 /// The limits are fixed at 10 s for a connect and 30 s for an answer.

@@ -123,7 +123,7 @@ fn a_second_signal_kills_the_group_before_the_stream_closes() {
     assert!(!pids.iter().any(|pid| is_alive(pid)), "the stream closed before {pids:?} were dead");
     assert!(killed.elapsed() >= Duration::from_secs(5), "{:?}", killed.elapsed());
     let finished = daemon.assert_exit(1);
-    assert_eq!(finished.read("pids").lines().count(), 2, "what waited was started");
+    assert_eq!(finished.read("pids").lines().count(), 2, "a waiting job was started");
     assert!(server.is_quiet(), "a killed job was reported");
 }
 

@@ -268,7 +268,7 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
         let is_done = |id: &&String| server.job(id).is_none_or(|job| job["attempts"] == 1);
         (ids.iter().filter(is_done).count() >= 14).then_some(())
     });
-    assert_eq!(server.job(&long).unwrap()["status"], "in_flight", "the long job is held all the time");
+    assert_eq!(server.job(&long).unwrap()["status"], "in_flight", "the long job was released");
     running.go();
     server.wait_until_done(&long);
     ids.iter().skip(1).step_by(2).for_each(|id| server.wait_until_done(id));
@@ -435,7 +435,7 @@ fn failures_that_always_fail_block_no_other_failure() {
             request.answer("500 Internal Server Error", "");
         }
     }
-    panic!("the failure of the good job has not come in a thousand requests");
+    panic!("the failure of the good job is not among a thousand requests");
 }
 
 #[test]

@@ -99,7 +99,7 @@ impl Server {
 }
 
 async fn soon<T>(event: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, event).await.expect("the event did not come in time")
+    tokio::time::timeout(DEADLINE, event).await.expect("the event did not happen in time")
 }
 
 #[expect(clippy::disallowed_methods, reason = "the protocol's times are wall times")]

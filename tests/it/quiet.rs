@@ -66,7 +66,7 @@ fn jobs_received_in_the_quiet_start_when_it_is_over() {
     assert_eq!(server.job(&quick).unwrap()["status"], "in_flight");
     running.signal(Signal::CONT);
     server.wait_until_done(&quick);
-    assert_eq!(server.job(&long).unwrap()["status"], "in_flight", "the stream was not closed for it");
+    assert_eq!(server.job(&long).unwrap()["status"], "in_flight", "the long job was released");
     running.go();
     server.wait_until_done(&long);
     running.stop();

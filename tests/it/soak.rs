@@ -187,7 +187,7 @@ impl Soak {
             (0..=*failures).map(move |attempt| format!("{id} {attempt}"))
         };
         let expected: BTreeSet<String> = self.jobs.iter().flat_map(attempts).collect();
-        assert!(ran.iter().copied().eq(expected.iter().map(String::as_str)), "not the attempts that there are");
+        assert!(ran.iter().copied().eq(expected.iter().map(String::as_str)), "attempts are missing or unexpected");
         ran.len()
     }
 

@@ -120,7 +120,7 @@ fn processes_are_recycled_after_up_to_a_quarter_more_jobs() {
     let finished = warm.stop();
     let jobs: Vec<u64> = ended(&finished, "max_jobs").iter().map(|event| event["jobs"].as_u64().unwrap()).collect();
     assert!(jobs.len() >= 18 && jobs.iter().all(|jobs| (20..=25).contains(jobs)), "{jobs:?}");
-    assert!(jobs.iter().any(|count| count != &jobs[0]), "no chance in {jobs:?}");
+    assert!(jobs.iter().any(|count| count != &jobs[0]), "no jitter in {jobs:?}");
     assert_none_failed(&finished);
 }
 

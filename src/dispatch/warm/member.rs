@@ -122,7 +122,7 @@ impl Member {
                 return Arc::clone(end);
             }
             if ends.changed().await.is_err() {
-                // `self` is a sender.
+                // Unreachable, because `self` holds a sender.
                 std::future::pending::<()>().await;
             }
         }

@@ -432,7 +432,7 @@ impl Pages {
         if !page.exempt.contains(id) && !page.has_moved && earlier.clone().any(is_same) {
             return Some("it has run already");
         }
-        let Some(deliveries) = page.deliveries.get(id) else { return Some("nobody has handed it over") };
+        let Some(deliveries) = page.deliveries.get(id) else { return Some("no stream has delivered it") };
         // The worker may not know yet that the job's earlier stream is lost.
         let came_in_time = |quiet| {
             let mut known = deliveries.iter().filter(|delivery| delivery.attempts == attempts);
@@ -440,7 +440,7 @@ impl Pages {
         };
         match (deliveries.last(), page.quiet) {
             (Some(last), Some(quiet)) if last.at > quiet && !came_in_time(quiet) => {
-                Some("it came after the drain or pause")
+                Some("it arrived after the drain or pause")
             }
             _ => None,
         }

@@ -346,7 +346,7 @@ async fn hear_the_paused(world: &World, lives: &[Life]) {
         let bound = Instant::now() + bounds::recovery(&life.config, &world.weather) + running + bounds::SLACK;
         while let Some(withheld) = withheld_by(world, life) {
             if Instant::now() > bound {
-                let text = format!("{} is paused, and does not tell how {withheld} ended", life.name);
+                let text = format!("{} is paused, and does not report how {withheld} ended", life.name);
                 return world.book.violation(text);
             }
             sleep(LOOK).await;
@@ -427,7 +427,7 @@ fn check_that_it_reports(world: &World, life: &Life) {
     };
     if let Some(run) = world.book.untold_by(&life.name).iter().find(is_due) {
         let (name, id) = (&life.name, &run.id);
-        world.book.violation(format!("{name} has heard from the server, and does not tell how {id} ended"));
+        world.book.violation(format!("{name} has had a proper answer, but does not report how {id} ended"));
     }
 }
 
@@ -452,7 +452,7 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let is_open = |id: &String| server.job(id).is_some_and(|probe| probe.status != Status::Completed);
         while probes.iter().any(is_open) {
             if Instant::now() > bound {
-                return world.book.violation(format!("{} does not do what it alone can do", lives[at].name));
+                return world.book.violation(format!("{} does not run the jobs that only it can take", lives[at].name));
             }
             sleep(LASTS).await;
         }
