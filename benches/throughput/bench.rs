@@ -86,8 +86,7 @@ impl Bench {
     }
 }
 
-/// Builds the worker as shipped. It replaces the binary of `cargo bench`, which also has the features of the tests'
-/// libraries.
+/// Builds the worker as shipped. It replaces the binary of `cargo bench`, which has features of the tests' libraries.
 fn build_release() -> Result<()> {
     let mut command = Command::new(std::env::var("CARGO").unwrap_or("cargo".to_owned()));
     // Cargo sets variables for a benchmark that would make it rebuild some libraries.

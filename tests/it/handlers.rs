@@ -8,8 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, RawServer, Server, unused_address};
 
-/// Reports whether a program is installed. Prints a message if it is not, and panics in CI, where each must be
-/// installed.
+/// Reports whether a program is installed. Otherwise prints a message, or panics in CI, where each must be.
 pub fn has(program: &str) -> bool {
     let mut version = Command::new(program);
     version.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -1,5 +1,4 @@
-//! Starts that hang in `execve`, as on a network file system whose server is gone. A lease on the handler's file causes
-//! this.
+//! Starts that hang in `execve`, as on a network file system whose server is gone, caused by a lease on the file.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -25,8 +24,7 @@ fn write(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// Runs a job whose handler is first missing, and then hangs in `execve`. Returns the job, and the lease that blocks
-/// it.
+/// Runs a job whose handler is first missing, and then hangs in `execve`. Returns the job and the lease on it.
 fn hang_after_a_fault(running: &Running, server: &Server) -> (String, Lease) {
     let (path, aside) = (running.dir().join("hung.sh"), running.dir().join("aside"));
     fs::remove_file(&path).unwrap();

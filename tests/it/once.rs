@@ -202,8 +202,7 @@ fn a_parked_failure_is_reported_on_redelivery() {
     an_ended_job_is_reported_when_it_comes_again("bad", KEPT, 1);
 }
 
-/// The server has seen the end of the stream before the worker, so it denies reports of jobs that the worker still
-/// holds.
+/// The server has seen the end of the stream before the worker, so it denies reports of jobs on that stream.
 #[test]
 fn a_denied_report_waits_for_the_redelivery() {
     for job_type in ["good", "bad"] {

@@ -185,8 +185,7 @@ fn any_other_4xx_is_logged_and_the_report_is_dropped() {
     daemon.assert_exit(0);
 }
 
-/// The server ignores the prefetch and answers no report. The ack queue takes 2 × prefetch outcomes, and the loop holds
-/// one more.
+/// The server ignores the prefetch and answers no report. The ack queue takes 2 × prefetch outcomes, the loop one more.
 #[test]
 fn a_full_ack_queue_holds_back_the_loops() {
     let server = RawServer::start();

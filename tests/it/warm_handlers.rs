@@ -71,8 +71,7 @@ impl Example {
         assert_eq!(finished.all("stderr"), [Value::Null; 0]);
     }
 
-    /// Checks that a process dies of SIGTERM between jobs, that no job fails, and that another process runs the next
-    /// job.
+    /// Checks that a process dies of SIGTERM between jobs, that no job fails, and that another process takes over.
     fn ends_by_sigterm_between_jobs(&self) {
         let running = self.start("warm");
         self.server.wait_until_done(&self.charge("4242"));

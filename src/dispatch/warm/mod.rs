@@ -1,8 +1,7 @@
 //! [`Pool`]: the processes of a warm handler. Each connects to a socket of its own and runs one job after another.
 //!
 //! There are as many places for jobs as processes are allowed. A job waits for a place. Then it takes the most recently
-//! used idle process, or starts one. A process keeps its slot until it is seen dead, so that the limit is never
-//! exceeded.
+//! used idle process, or starts one. A process keeps its slot until it is seen dead, so the limit is never exceeded.
 //!
 //! | a process is | from | until |
 //! | --- | --- | --- |

@@ -130,8 +130,7 @@ impl Wire {
     fn receive(&mut self) -> Result<Option<usize>, NoReply> {
         loop {
             if let Some(end) = memchr::memchr(b'\n', &self.received[self.searched..]) {
-                // Return without another read, which would nearly always find nothing. The caller checks for further
-                // bytes.
+                // Return without another read, which rarely finds more. The caller checks for further bytes.
                 return Ok(Some(self.searched + end + 1));
             }
             self.searched = self.received.len();

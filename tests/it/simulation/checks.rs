@@ -241,8 +241,7 @@ impl Book {
         self.page(worker, |page| page.exempt.contains(id))
     }
 
-    /// Returns the number of jobs on their way to a worker or waiting in it, from streams that the worker has not
-    /// closed.
+    /// Returns the number of jobs on their way to a worker or waiting in it, from streams still open for it.
     pub fn waiting_in(&self, worker: &str) -> usize {
         let pages = self.pages();
         let Some(page) = pages.workers.get(worker) else { return 0 };

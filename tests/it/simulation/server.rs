@@ -288,8 +288,7 @@ impl Server {
         self.fill(state);
     }
 
-    /// Sends ready jobs to streams with room in their prefetch. The order of the streams is random, as on a real
-    /// server.
+    /// Sends ready jobs to streams with room in their prefetch. The streams' order is random, as on a real server.
     fn fill(&self, state: &mut State) {
         let State { rng, jobs, ready, streams, .. } = state;
         let mut order: Vec<u64> = streams.keys().copied().collect();

@@ -195,8 +195,7 @@ fn draw_bounds(rng: &mut Rng, config: &mut WorkerConfig) {
     }
 }
 
-/// Starts one worker after another, with random requests to each. Returns the worker that runs at the start of the
-/// calm.
+/// Starts one worker after another, with random requests to each. Returns the worker at the start of the calm.
 async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     loop {
         let mut config = draw_settings(&mut rng);
