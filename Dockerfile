@@ -28,6 +28,14 @@ COPY src src
 RUN touch src/main.rs src/lib.rs && cargo build --release --locked
 
 FROM ${RUN_IMAGE}
+# The labels name the version and revision of the build: --build-arg VERSION=… --build-arg REVISION=$(git rev-parse HEAD)
+ARG VERSION=0.6.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="zizq-worker" \
+    org.opencontainers.image.description="Runs a command for each job of a Zizq queue server and reports how it ended" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.licenses="MIT"
 # The user has a fixed number, and USER names it by this number. From a name, Kubernetes' runAsNonRoot cannot tell that
 # the user is not root.
 RUN apt-get update \

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The demo handler: the job's payload is JSON on stdin, its metadata is in ZIZQ_JOB_*.
-# Exit 0 and the job is done; anything else and it has failed, with the end of stderr as the reason.
+# The demo handler. The job's payload is JSON on stdin, and its metadata is in ZIZQ_JOB_* variables.
+# Exit status 0 acknowledges the job. Any other status fails it, and the end of stderr is the reason.
 payload=$(cat)
 
 case "$ZIZQ_JOB_TYPE" in

@@ -1,14 +1,17 @@
-//! [`AdminServer`]: tells over HTTP how the worker does, to whoever watches it.
+//! [`AdminServer`]: tells over HTTP how the worker does, to programs and, with a page, to people.
+
+mod page;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::header::{REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -34,13 +37,21 @@ const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 const JSON: &str = "application/json";
 
+/// Headers of every answer. No page of another site may read an answer, or have it taken for a script.
+const HEADERS: [(HeaderName, &str); 4] = [
+    (CACHE_CONTROL, "no-store"),
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (REFERRER_POLICY, "no-referrer"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+];
+
 /// What there is to be told.
 pub(crate) trait Inspected: Send + Sync + 'static {
     /// Why it cannot work now; nothing when it can.
     fn unready(&self) -> Vec<String>;
 
-    /// What it is and does.
-    fn status(&self) -> Value;
+    /// What it is and does, as JSON.
+    fn status(&self) -> String;
 
     /// What it has counted, in the text format of Prometheus.
     fn metrics(&self) -> String;
@@ -57,6 +68,15 @@ impl AdminServer {
     /// When that cannot be done.
     pub(crate) async fn bind(address: SocketAddr) -> io::Result<Self> {
         TcpListener::bind(address).await.map(Self)
+    }
+
+    /// Returns the address of the page, as this machine's browsers reach it.
+    pub(crate) fn page_url(&self) -> io::Result<String> {
+        let mut address = self.0.local_addr()?;
+        if address.ip().is_unspecified() {
+            address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+        }
+        Ok(format!("http://{address}/"))
     }
 
     /// Answers for as long as it is polled.
@@ -109,10 +129,11 @@ fn answer<B>(request: &Request<B>, inspected: &dyn Inspected) -> Response<Full<B
             let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             json_body(status, &json!({"ready": reasons.is_empty(), "reasons": reasons}))
         }
-        "/status" => json_body(StatusCode::OK, &inspected.status()),
+        "/" => page_body(),
+        "/status" => body(StatusCode::OK, JSON, inspected.status() + "\n"),
         "/metrics" => body(StatusCode::OK, PROMETHEUS, inspected.metrics()),
         _ => {
-            let error = "not found; there are /live, /ready, /status and /metrics";
+            let error = "not found; there are / (a page), /live, /ready, /status and /metrics";
             json_body(StatusCode::NOT_FOUND, &json!({"error": error}))
         }
     }
@@ -122,10 +143,18 @@ fn json_body(status: StatusCode, value: &Value) -> Response<Full<Bytes>> {
     body(status, JSON, format!("{value}\n"))
 }
 
-fn body(status: StatusCode, content_type: &'static str, text: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(text));
+fn page_body() -> Response<Full<Bytes>> {
+    let mut response = body(StatusCode::OK, "text/html; charset=utf-8", page::text());
+    response.headers_mut().insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(page::POLICY));
+    response
+}
+
+fn body(status: StatusCode, content_type: &'static str, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(text.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    for (name, value) in HEADERS {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
     response
 }

@@ -1,4 +1,4 @@
-//! [`Backoff`]: how long to wait before the next try, and `retry`, the one loop that waits between tries.
+//! [`Backoff`]: the waits between retries. `retry`: the one loop that retries.
 
 use std::time::Duration;
 
@@ -6,19 +6,19 @@ use tokio::time::Instant;
 
 use crate::lifecycle::{Lifecycle, Phase};
 
-/// Short enough for a restart of the server to pass unnoticed.
+/// The first wait: short enough for a restart of the server to pass unnoticed.
 pub const DEFAULT_RETRY_MIN_WAIT: Duration = Duration::from_secs(1);
 
-/// Long enough to spare a server in trouble, short enough to be back soon after it.
+/// The longest wait: long enough to spare a server in trouble, short enough to be back soon after it recovers.
 pub const DEFAULT_RETRY_MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// The waits double.
+/// The factor from one wait to the next.
 pub const DEFAULT_RETRY_MULTIPLIER: f64 = 2.0;
 
-/// The part of each wait that is left to chance, so that workers cut off together do not come back together.
+/// The random part of each wait, so that workers cut off together do not come back together.
 const JITTER: f64 = 0.25;
 
-/// Waits that grow from a least to a greatest, each a fixed multiple of the one before, plus up to 25 % by chance.
+/// Waits that grow from a least to a greatest by a fixed factor, plus up to 25 % at random.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Backoff {
     min_wait: Duration,
@@ -37,10 +37,10 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// A policy that starts at `min_wait` and never waits longer than `max_wait` and its jitter.
+    /// Returns a policy that starts at `min_wait` and never waits longer than `max_wait` and its jitter.
     ///
     /// # Errors
-    /// When `min_wait` is zero, `max_wait` is less than it, or `multiplier` is below 1 or not finite. The error is a
+    /// When `min_wait` is zero, `max_wait` is less than `min_wait`, or `multiplier` is below 1 or not finite. The error is a
     /// sentence that says so.
     pub fn try_new(min_wait: Duration, max_wait: Duration, multiplier: f64) -> Result<Self, String> {
         if min_wait.is_zero() {
@@ -59,12 +59,12 @@ impl Backoff {
         Ok(Self { min_wait, max_wait, multiplier })
     }
 
-    /// The least wait, the greatest, and the multiplier.
+    /// Returns the least wait, the greatest, and the multiplier.
     pub(crate) fn parts(&self) -> (Duration, Duration, f64) {
         (self.min_wait, self.max_wait, self.multiplier)
     }
 
-    /// The longest that the first wait of a sequence may be, jitter included.
+    /// Returns the longest first wait, jitter included.
     pub(crate) fn longest_first_wait(&self) -> Duration {
         self.min_wait.mul_f64(1.0 + JITTER)
     }
@@ -74,12 +74,12 @@ impl Backoff {
         self.min_wait
     }
 
-    /// Returns the wait that none exceeds, without its jitter.
+    /// Returns the longest wait, without its jitter.
     pub fn max_wait(&self) -> Duration {
         self.max_wait
     }
 
-    /// A fresh sequence of waits.
+    /// Returns a fresh sequence of waits.
     pub fn waits(&self) -> Waits {
         Waits { policy: *self, next: self.min_wait }
     }
@@ -93,12 +93,12 @@ pub struct Waits {
 }
 
 impl Waits {
-    /// Starts again from the least wait.
+    /// Starts over at the least wait.
     pub fn reset(&mut self) {
         self.next = self.policy.min_wait;
     }
 
-    /// The next wait, jitter included.
+    /// Returns the next wait, jitter included.
     pub fn next_wait(&mut self) -> Duration {
         let wait = self.next;
         let grown = wait.as_secs_f64() * self.policy.multiplier;
@@ -108,29 +108,29 @@ impl Waits {
     }
 }
 
-/// What [`retry`] needs to know of an error.
+/// An error as [`retry`] sees it.
 pub(crate) trait Retryable {
-    /// Whether the same try could end differently later.
+    /// Reports whether a retry may succeed.
     fn is_retryable(&self) -> bool;
 
-    /// The least wait, as the other side has asked for it. Neither the policy nor a recovery shortens it.
+    /// Returns the wait that the server has asked for. Neither the policy nor a recovery shortens it.
     fn retry_after(&self) -> Option<Duration> {
         None
     }
 }
 
-/// Why a wait ends before its time.
+/// The reason for which a wait ends early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Early {
-    /// The fault seems to be over. The waits start again from the least.
+    /// The fault seems to be over. The waits start over at the least one.
     Recovery,
-    /// One try is due between the waits, which go on growing.
+    /// One try is due during the wait. The waits go on growing.
     Turn,
 }
 
-/// Tries until it succeeds, fails for good, or `until` is reached: then a wait is cut short and a failed try is final.
-/// The first try always runs. `on_error` hears each error, and the wait that begins with it. A wait also ends when `early`
-/// does; after a [turn](Early::Turn) that fails, the rest of the same wait goes on.
+/// Retries until a try succeeds or fails for good, or until the phase `until` is reached. From that phase on, a wait ends at once
+/// and a failed try is final. The first try always runs. `on_error` receives each error, and the wait that begins with it. A wait
+/// also ends when `early` does. After a [turn](Early::Turn) that fails, the rest of the same wait goes on.
 pub(crate) async fn retry<T, E, F, S>(
     mut waits: Waits,
     lifecycle: &Lifecycle,
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_grow_by_the_multiplier_up_to_the_greatest_and_start_again_after_a_reset() {
+    fn waits_grow_to_the_greatest_and_start_over_after_a_reset() {
         let mut waits = backoff(1, 5, 2.0).unwrap().waits();
         let base = |wait: Duration, expected: f64| {
             let wait = wait.as_secs_f64();
@@ -213,7 +213,7 @@ mod tests {
         }
     }
 
-    /// A fault whose other side asks for a wait of a minute.
+    /// A fault for which the server asks for a wait of a minute.
     #[derive(Debug)]
     struct Busy;
 
@@ -227,7 +227,7 @@ mod tests {
         }
     }
 
-    /// Tries what fails `count` times, and says how long that took.
+    /// Retries an attempt that fails `count` times, and returns the time it took.
     async fn took<E: Retryable>(count: usize, fault: impl Fn() -> E, early: Early) -> Duration {
         let (begun, mut tries) = (tokio::time::Instant::now(), 0);
         let attempt = || {
@@ -253,7 +253,7 @@ mod tests {
         };
         let on_error = |_: &Fault, wait: Option<Duration>| waits.borrow_mut().push(wait.is_some());
         let early = || async {
-            // Two of them fit into a wait, and no third one, whatever chance adds to it.
+            // Two of these fit into a wait, and a third does not, whatever the jitter.
             tokio::time::sleep(Duration::from_millis(4500)).await;
             Early::Turn
         };
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wait_ends_early_but_not_before_the_time_that_was_asked_for() {
+    async fn a_wait_ends_early_but_not_before_retry_after() {
         for early in [Early::Recovery, Early::Turn] {
             assert_eq!(took(3, || Fault(true), early).await, Duration::from_secs(3));
             assert_eq!(took(3, || Busy, early).await, Duration::from_secs(180));
@@ -289,14 +289,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn tries_again_until_it_succeeds() {
+    async fn retries_until_it_succeeds() {
         let (count, ended) = tries(&Lifecycle::new(), &[true, true]).await;
         assert_eq!(count, 3);
         ended.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_error_that_is_final_is_not_tried_again() {
+    async fn a_final_error_is_not_retried() {
         let (count, ended) = tries(&Lifecycle::new(), &[true, false]).await;
         assert_eq!(count, 2);
         ended.unwrap_err();

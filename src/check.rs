@@ -1,18 +1,20 @@
-//! `--check`: every setting with its origin, a start of a process, and the server's version.
+//! `--check`: every setting with its origin, everything that a start would say, and the server's version.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 #[cfg(feature = "embedded")]
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::time::Duration;
 
 use humantime::format_duration;
 
+use crate::admin::AdminServer;
 use crate::chain::{Chain, OneLine};
+use crate::cli::Reach;
 use crate::client::Client;
 #[cfg(feature = "embedded")]
 use crate::config::JobsSource;
-use crate::config::{Config, Setting};
+use crate::config::{Config, ConfigError, Setting};
 use crate::dispatch::ExecDispatcher;
 use crate::process::Trial;
 use crate::version::misfit;
@@ -20,6 +22,8 @@ use crate::version::misfit;
 /// Why the check did not get to its end.
 #[derive(Debug)]
 pub enum CheckError {
+    /// A start would end with this mistake.
+    Mistake(ConfigError),
     /// The jobs of the embedded server cannot be read, in a sentence.
     Jobs(String),
     /// The server, in a sentence.
@@ -38,24 +42,28 @@ impl From<io::Error> for CheckError {
     }
 }
 
-/// Prints every setting in force and where it was written, starts a process that ends at once, and asks the server for its
-/// version.
+/// Prints every setting in force and where it was written, and everything that a start would warn of. Unless it is to stay offline,
+/// starts a process that ends at once and one of each warm handler, and asks the server for its version.
+///
+/// A reader that has gone ends the output, and not the check.
 ///
 /// # Errors
-/// When no process can be started, or the server cannot be reached.
-pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
+/// When a start would fail, or the server cannot be reached.
+pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
+    let out = &mut UntilClosed(out);
     out.write_all(table(&config.settings()).as_bytes())?;
     // Or there would be no such configuration.
     writeln!(out, "\nhandlers: their files can be run")?;
-    match Trial::of_this_machine() {
-        Trial::Usual => writeln!(out, "processes: can be started")?,
-        Trial::Slow(error) => {
-            let problem = "processes are started in a slower way, the system refuses the usual one";
-            writeln!(out, "warning: {problem}: {error}")?;
-        }
-        Trial::Impossible(error) => return Err(CheckError::Process(error)),
+    for warning in config.warnings() {
+        writeln!(out, "{}", warning_line(&warning))?;
     }
-    check_warm_handlers(config, out).await?;
+    check_admin_address(config, out).await?;
+    let dispatcher = dispatcher(config)?;
+    if reach == Reach::Offline {
+        return Ok(writeln!(out, "server: not asked")?);
+    }
+    check_processes(out)?;
+    check_warm_handlers(&dispatcher, out).await?;
     #[cfg(feature = "embedded")]
     if let Some(embedded) = &config.embedded {
         if let Some(JobsSource::File(path)) = &embedded.jobs {
@@ -67,14 +75,46 @@ pub async fn check(config: &Config, out: &mut impl Write) -> Result<(), CheckErr
     check_server(config, out).await
 }
 
-async fn check_warm_handlers(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
-    if !config.handlers.is_any_warm() {
-        return Ok(());
+/// Formats a warning as one line.
+fn warning_line(warning: &impl Display) -> String {
+    let mut line = String::new();
+    // Writing to a string does not fail.
+    let _ = write!(OneLine(&mut line), "warning: {warning}");
+    line
+}
+
+/// An address that is taken may be taken by the worker that this check is for: that is a warning.
+async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
+    let Some(admin) = &config.admin else { return Ok(()) };
+    match AdminServer::bind(admin.address).await.map_err(|error| admin.error(&error)) {
+        Ok(_) => writeln!(out, "admin server: can listen on {admin}")?,
+        Err(passing) if passing.may_pass() => writeln!(out, "{}", warning_line(&passing))?,
+        Err(mistake) => return Err(CheckError::Mistake(mistake)),
     }
+    Ok(())
+}
+
+/// Makes a dispatcher as a start does, with its directory for result files.
+fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
     let worker_id = config.worker.worker_id.to_string();
-    let dispatcher = ExecDispatcher::new(config.handlers.clone(), 1, worker_id, &std::env::temp_dir());
-    let tried = dispatcher.map_err(|error| CheckError::Handler(error.to_string()))?.start_each_warm().await;
-    for (handler, connected) in tried {
+    let made = ExecDispatcher::new(config.handlers.clone(), 1, worker_id, &std::env::temp_dir());
+    made.map_err(|error| CheckError::Mistake(ConfigError::no_room_for_results(&error)))
+}
+
+fn check_processes(out: &mut impl Write) -> Result<(), CheckError> {
+    match Trial::of_this_machine() {
+        Trial::Usual => writeln!(out, "processes: can be started")?,
+        Trial::Slow(error) => {
+            let problem = "processes are started in a slower way, the system refuses the usual one";
+            writeln!(out, "warning: {problem}: {error}")?;
+        }
+        Trial::Impossible(error) => return Err(CheckError::Process(error)),
+    }
+    Ok(())
+}
+
+async fn check_warm_handlers(dispatcher: &ExecDispatcher, out: &mut impl Write) -> Result<(), CheckError> {
+    for (handler, connected) in dispatcher.start_each_warm().await {
         let took = connected.map_err(CheckError::Handler)?;
         let took = format_duration(Duration::from_millis(took.as_millis().try_into().unwrap_or(u64::MAX)));
         writeln!(out, "warm handler {handler}: connects {took} after its start")?;
@@ -89,7 +129,6 @@ async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), Check
     let version = version
         .map_err(|error| CheckError::Server(format!("cannot ask the server at {}: {}", worker.url, Chain(&error))))?;
     let mut line = String::new();
-    // Writing to a string does not fail.
     let _ = write!(OneLine(&mut line), "server: {} is version {version}", worker.url);
     writeln!(out, "{line}")?;
     if let Some(misfit) = misfit(&version) {
@@ -111,4 +150,20 @@ fn table(settings: &[Setting]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// Writes until the reader has gone, as `head` does, and drops the rest.
+struct UntilClosed<W>(W);
+
+impl<W: Write> Write for UntilClosed<W> {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        match self.0.write(text) {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(text.len()),
+            written => written,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }

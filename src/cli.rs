@@ -1,17 +1,19 @@
 //! [`Args`]: what was typed or set in the environment, not yet resolved. The only room that knows clap.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::builder::styling::{AnsiColor, Styles};
+use clap::builder::{PossibleValue, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::chain::OneLine;
 use crate::client::url::{without_secrets, without_user};
-use crate::config::{ConfigError, Flag, Heading, SETTINGS, Source};
+use crate::config::{ConfigError, Flag, Heading, SETTINGS, Source, Warning};
+use crate::dispatch::is_about_a_job;
 
 /// A paragraph is one line: clap breaks lines where the terminal ends.
 const AFTER_HELP: &str = "\
@@ -44,6 +46,15 @@ pub(crate) struct Given {
     pub(crate) source: Source,
 }
 
+/// The things that a check tries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// Everything, the server included.
+    Everything,
+    /// Settings, files and addresses of this machine alone. No process is started.
+    Offline,
+}
+
 /// The command line and the environment.
 #[derive(Debug)]
 pub struct Args {
@@ -56,6 +67,14 @@ pub struct Args {
     pub(crate) environment: Vec<(OsString, OsString)>,
     /// `NO_COLOR` (<https://no-color.org>).
     pub(crate) no_color: bool,
+    /// `JOURNAL_STREAM`, see systemd.exec(5).
+    pub(crate) journal_stream: Option<OsString>,
+}
+
+/// Reads `JOURNAL_STREAM`, which names the stream that systemd's journal reads.
+#[expect(clippy::disallowed_methods, reason = "this is the room that reads the environment")]
+pub fn journal_stream() -> Option<OsString> {
+    std::env::var_os("JOURNAL_STREAM")
 }
 
 /// A command line that asks for something else than work: for help, or for another try. Says so when printed.
@@ -63,11 +82,11 @@ pub struct Args {
 pub struct Usage(clap::Error);
 
 impl Usage {
-    /// Prints it where it belongs, and says how the process should end.
-    pub fn report(&self) -> ExitCode {
+    /// Prints it where it belongs, a mistake after `prefix`, and says how the process should end.
+    pub fn report(&self, prefix: &str) -> ExitCode {
         // Nobody is left to tell when even this cannot be printed.
         let _ = match self.0.use_stderr() {
-            true => writeln!(std::io::stderr(), "zizq-worker: {self}"),
+            true => writeln!(std::io::stderr(), "{prefix}zizq-worker: {self}"),
             false => self.0.print(),
         };
         u8::try_from(self.0.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
@@ -102,7 +121,7 @@ impl Args {
         let rust_log = std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
         let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let (path_list, environment) = (std::env::var_os("PATH"), std::env::vars_os().collect());
-        Ok(Self { matches, rust_log, path_list, environment, no_color })
+        Ok(Self { matches, rust_log, path_list, environment, no_color, journal_stream: journal_stream() })
     }
 
     /// What was given for the setting of that name. An empty variable counts as not set.
@@ -132,9 +151,27 @@ impl Args {
         Some(self.matches.get_many::<OsString>("command")?.cloned().collect())
     }
 
-    /// Whether the settings are to be shown, and nothing is to be run.
-    pub fn is_check(&self) -> bool {
-        self.is_set("check")
+    /// Returns the reach of the check, if the settings are to be checked and no job is to be run.
+    pub fn check(&self) -> Option<Reach> {
+        let reach = if self.is_set("offline") { Reach::Offline } else { Reach::Everything };
+        self.is_set("check").then_some(reach)
+    }
+
+    /// Warns of the variables that are called like a setting's, and are none. Those that a handler gets are known: a worker may
+    /// run within a handler. An empty variable counts as not set.
+    pub(crate) fn unknown_variables(&self) -> Vec<Warning> {
+        let command = command();
+        let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
+        let set = self.environment.iter().filter(|(name, value)| !value.is_empty() && !is_about_a_job(name));
+        let set = set.map(|(name, _)| name.to_string_lossy().into_owned());
+        let unknown = set.filter(|name| name.starts_with(PREFIX) && !known.contains(&name.as_str()));
+        let mut names: Vec<String> = unknown.collect();
+        names.sort();
+        let warning = |variable: String| {
+            let nearest = nearest(&variable, &known).map(str::to_owned);
+            Warning::UnknownVariable { variable, nearest }
+        };
+        names.into_iter().map(warning).collect()
     }
 
     /// Whether whoever started this process wants to be told how it does.
@@ -148,9 +185,39 @@ impl Args {
     }
 }
 
+/// The beginning of the name of each setting's variable.
+const PREFIX: &str = "ZIZQ_";
+
+/// The least likeness (0 to 1) of names of which one is a slip of the other; below it, short names are like any other.
+const MIN_LIKENESS: f64 = 0.8;
+
 /// The environment variable of a setting.
 fn variable(name: &str) -> String {
-    format!("ZIZQ_{}", name.to_uppercase().replace('-', "_"))
+    format!("{PREFIX}{}", name.to_uppercase().replace('-', "_"))
+}
+
+/// Returns the known name that is most like this one, if one is.
+fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    let likeness = |known: &str| strsim::jaro(name.trim_start_matches(PREFIX), known.trim_start_matches(PREFIX));
+    let alike = known.iter().map(|known| (likeness(known), *known)).filter(|(likeness, _)| *likeness > MIN_LIKENESS);
+    alike.max_by(|(one, _), (other, _)| one.total_cmp(other)).map(|(_, known)| known)
+}
+
+/// Takes any text, and tells the completions the words that make sense. The settings themselves say which text is a mistake.
+#[derive(Debug, Clone)]
+struct Words(fn() -> Vec<&'static str>);
+
+impl TypedValueParser for Words {
+    type Value = OsString;
+
+    fn parse_ref(&self, _: &Command, _: Option<&Arg>, value: &OsStr) -> Result<OsString, clap::Error> {
+        Ok(value.to_owned())
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let words = (self.0)();
+        if words.is_empty() { None } else { Some(Box::new(words.into_iter().map(PossibleValue::new))) }
+    }
 }
 
 /// Makes the argument of a flag that is also a variable. Values are kept as text, so that every mistake is reported in one way.
@@ -160,7 +227,8 @@ fn setting(flag: &Flag, help: String) -> Arg {
         .value_name(flag.value_name)
         .env(variable(flag.name))
         .hide_env_values(true)
-        .value_parser(clap::value_parser!(OsString))
+        .value_parser(Words(flag.words))
+        .hide_possible_values(true)
         .allow_negative_numbers(true)
         .action(if flag.is_repeatable { ArgAction::Append } else { ArgAction::Set })
         .help(help);
@@ -200,12 +268,12 @@ pub fn command() -> Command {
                 .help("Print version"),
         );
     let headings = [
-        ("Server", Heading::Server, None),
-        ("Handler", Heading::Handler, Some(trailing_command())),
-        ("Worker", Heading::Worker, Some(config_file())),
-        ("Retries", Heading::Retries, None),
-        ("Operations", Heading::Operations, Some(check())),
-        ("Logging", Heading::Logging, None),
+        ("Server", Heading::Server, vec![]),
+        ("Handler", Heading::Handler, vec![trailing_command()]),
+        ("Worker", Heading::Worker, vec![config_file()]),
+        ("Retries", Heading::Retries, vec![]),
+        ("Operations", Heading::Operations, check()),
+        ("Logging", Heading::Logging, vec![]),
     ];
     let command = headings.into_iter().fold(command, |command, (title, heading, more)| {
         command.next_help_heading(title).args(settings(heading).chain(more))
@@ -228,10 +296,14 @@ fn config_file() -> Arg {
     setting(&flag, format!("{} [default: none]", flag.help))
 }
 
-fn check() -> Arg {
-    Arg::new("check").long("check").action(ArgAction::SetTrue).help(
-        "Check and print every setting with its origin, ask the server for its version, and exit without taking a job",
-    )
+fn check() -> Vec<Arg> {
+    let check =
+        "Check and print every setting with its origin, ask the server for its version, and exit without taking a job";
+    let offline = "With --check: ask no server and start no process, as before a reload or in a build";
+    vec![
+        Arg::new("check").long("check").action(ArgAction::SetTrue).help(check),
+        Arg::new("offline").long("offline").action(ArgAction::SetTrue).requires("check").help(offline),
+    ]
 }
 
 #[cfg(feature = "embedded")]

@@ -9,10 +9,12 @@ use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
+#[cfg(feature = "embedded")]
+use tracing::info;
 
 use crate::admin::AdminServer;
 use crate::cli::Args;
-use crate::config::{Config, ConfigError, Source};
+use crate::config::{Config, ConfigError, Warning};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::{Lifecycle, WorkerSignals};
 use crate::logging::Log;
@@ -48,11 +50,16 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let (asking, requests) = mpsc::unbounded_channel();
     tokio::spawn(WorkerSignals::listen()?.obey(lifecycle.clone(), asking));
     let admin = bind_admin(&config).await?;
-    config.warn_of_deadlines();
-    config.warn_of_pools();
+    #[cfg(feature = "embedded")]
+    if let (Some(admin), Some(_)) = (&admin, &config.embedded) {
+        info!(page = admin.page_url()?, "open this page to watch the worker");
+    }
+    // The worker itself warns of its prefetch.
+    let warnings = config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::LowPrefetch { .. }));
+    warnings.for_each(|warning| warning.log());
 
     let settings = config.settings();
-    let longest_grace = config.handlers.longest_grace();
+    let (longest_grace, longest_job) = (config.handlers.longest_grace(), config.handlers.longest_job());
     let dispatcher = dispatcher(&mut config)?;
     let _orphans = AbortOnDropHandle::new(tokio::spawn(dispatcher.reap_orphans()));
     let worker = Worker::new(config.worker.clone(), dispatcher);
@@ -62,7 +69,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let _answering = answering.map(|answering| AbortOnDropHandle::new(tokio::spawn(answering)));
     let supervisor = args.is_supervised().then(Supervisor::of_this_process).transpose()?;
     let (args, running) = (Arc::new(args), config.worker);
-    let attendant = Attendant { args, log, inspector, running, longest_grace, supervisor, reading: None };
+    let attendant = Attendant { args, log, inspector, running, longest_grace, longest_job, supervisor, reading: None };
     let attending = AbortOnDropHandle::new(tokio::spawn(attendant.attend(requests)));
 
     let ended = worker.run(&lifecycle).await;
@@ -81,13 +88,6 @@ async fn bind_admin(config: &Config) -> Result<Option<AdminServer>, ConfigError>
 fn dispatcher(config: &mut Config) -> Result<ExecDispatcher, ConfigError> {
     let (worker, temp_dir) = (&config.worker, std::env::temp_dir());
     let (handlers, concurrency) = (std::mem::take(&mut config.handlers), worker.concurrency().get());
-    ExecDispatcher::new(handlers, concurrency, worker.worker_id.to_string(), &temp_dir).map_err(no_room_for_results)
-}
-
-fn no_room_for_results(error: io::Error) -> ConfigError {
-    let problem = format!(
-        "cannot make a directory for result files in {}: {error}; name one that can be written",
-        std::env::temp_dir().display()
-    );
-    ConfigError::unusable(Source::Variable("TMPDIR".to_owned()), problem)
+    ExecDispatcher::new(handlers, concurrency, worker.worker_id.to_string(), &temp_dir)
+        .map_err(|error| ConfigError::no_room_for_results(&error))
 }

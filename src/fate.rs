@@ -1,7 +1,7 @@
-//! [`fate`]: the one place that decides what happens to an outcome next.
+//! [`fate`]: the one place that decides the next step for an outcome.
 //!
-//! The decision depends on three things: what the server [answered](Answer) to its report, what the server [says](Told) of the
-//! job, and how this worker [holds](Hold) the job. In the table, "…" is any value, and the first row that fits counts.
+//! The decision depends on three things: the server's [answer](Answer) to the report, the [state](Told) of the job on the server,
+//! and the [hold](Hold) of this worker on the job. In the table, "…" is any value, and the first row that fits counts.
 //!
 //! | outcome | answer | told | hold | step |
 //! | --- | --- | --- | --- | --- |
@@ -26,16 +26,24 @@
 //! | Failure | KeptElsewhere | InFlight | … | Settle |
 //! | … | Kept, KeptElsewhere | … | … | Park |
 //!
-//! A success counts wherever its job is in flight, whatever attempt the server has come to. A failure costs the job an attempt,
-//! and the server goes by the id alone. So a failure leaves only while the job is held here as that very attempt, and never a
-//! second time before a look at the job has shown that the first one has not arrived. A job that is redelivered as the same
-//! attempt shows as much: no failure of that attempt has been counted.
+//! A success counts wherever its job is in flight, for any attempt. A failure costs the job an attempt, and the server identifies
+//! the job by its id alone. So a failure is sent only while this worker holds the job as that very attempt. The failure is sent a
+//! second time only after a look at the job has shown that the first report did not arrive. A redelivery of the same attempt
+//! shows as much: no failure of that attempt has been counted.
 
-/// The outcome that is to be reported.
+use crate::job::Report;
+
+/// The kind of a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Success,
     Failure,
+}
+
+impl Kind {
+    pub(crate) fn of(report: &Report) -> Self {
+        if matches!(report, Report::Failure(_)) { Self::Failure } else { Self::Success }
+    }
 }
 
 /// The server's answer to the report.
@@ -43,29 +51,29 @@ pub(crate) enum Kind {
 pub(crate) enum Answer {
     /// No report has been sent.
     Unsent,
-    /// A report has been sent, and its answer was lost.
+    /// A report was sent, and its answer was lost.
     InDoubt,
     /// The report counts.
     Accepted,
-    /// The server says that the job was not in flight.
+    /// The job was not in flight.
     Denied,
-    /// The try failed, and a later one may succeed.
+    /// The try failed, and a retry may succeed.
     Failed,
-    /// The report is refused for good.
+    /// The server refuses the report for good.
     Refused,
     /// The outcome is parked.
     Kept,
-    /// The outcome is parked during a drain, and the look before this one has found the job in flight elsewhere.
+    /// The outcome is parked during a drain, and the look before this one found the job in flight elsewhere.
     KeptElsewhere,
 }
 
-/// The state of the job, as the server tells it.
+/// The state of the job on the server, as far as the worker knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Told {
     NotAsked,
-    /// The server could not be asked now.
+    /// The server did not answer.
     Unreachable,
-    /// The server, or a proxy, refuses to tell; or the job came from another server than the one that was asked.
+    /// The server or a proxy refuses the question, or the job came from another server than the one that was asked.
     Withheld,
     /// The server does not have the job.
     Gone,
@@ -78,14 +86,14 @@ pub(crate) enum Told {
     InFlight,
 }
 
-/// How this worker holds the job, compared with the moment at which a denied report left, or else the server was last asked.
+/// The hold of this worker on the job, compared with the hold when a denied report left, or else when the server was last asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// By the same delivery, over a stream that is open.
+    /// The same delivery holds the job, over an open stream.
     Same,
-    /// By a later delivery, over a stream that is open.
+    /// A later delivery holds the job, over an open stream.
     Anew,
-    /// Not at all: the stream is lost.
+    /// The stream is lost.
     Lost,
 }
 
@@ -96,17 +104,17 @@ pub(crate) enum Step {
     Ask,
     /// Send the report.
     Send,
-    /// Try again after a wait.
+    /// Retry after a wait.
     Retry,
-    /// Keep the outcome until its job is redelivered. The job is not held from here on.
+    /// Keep the outcome until its job is redelivered. The job is no longer held.
     Park,
-    /// Forget the job: the server knows its outcome, or has no use for the outcome.
+    /// Forget the job: the server knows the outcome, or does not need it.
     Settle,
-    /// Give the report up. The job is held until its stream closes, and is redelivered then.
+    /// Drop the report. The job stays held until its stream closes, and is redelivered then.
     Drop,
 }
 
-/// Decides the next step for an outcome; see the table.
+/// Decides the next step for an outcome, as the table says.
 pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
     match (answer, kind) {
         (Answer::Accepted, _) => Step::Settle,
@@ -128,7 +136,7 @@ pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
     }
 }
 
-/// A failure that may have arrived, of a job that is held.
+/// Decides about a failure whose report may have arrived, of a job that is held.
 fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::InFlight, _) | (Told::Waiting, Hold::Anew) => Step::Send,
@@ -137,7 +145,7 @@ fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     }
 }
 
-/// A report of a job that was not in flight, and is not over.
+/// Decides about a denied report of a job that is not over.
 fn fate_of_denied(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::Unreachable, _) => Step::Retry,
@@ -181,7 +189,7 @@ mod tests {
         })
     }
 
-    /// The rows of the table in this module's documentation: the cells of each.
+    /// Returns the rows of the table in this module's documentation, as cells.
     fn table() -> Vec<Vec<&'static str>> {
         let rows = include_str!("fate.rs").lines().filter_map(|line| line.strip_prefix("//! | "));
         rows.skip(2).map(|row| row.trim_end_matches(" |").split(" | ").collect()).collect()
@@ -248,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_settled_that_the_server_has_not_told() {
+    fn no_outcome_is_settled_without_the_servers_word() {
         for (kind, answer, told, hold) in every_combination() {
             if fate(kind, answer, told, hold) == Step::Settle && answer != Answer::Accepted {
                 assert!(!matches!(told, Told::NotAsked | Told::Unreachable | Told::Withheld | Told::Waiting));
@@ -257,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_that_came_over_a_later_stream_is_not_parked() {
+    fn the_outcome_of_a_redelivered_job_is_not_parked() {
         for (kind, answer, told, hold) in every_combination() {
             if hold == Hold::Anew && !matches!(answer, Answer::Kept | Answer::KeptElsewhere) {
                 assert_ne!(fate(kind, answer, told, hold), Step::Park, "{kind:?} {answer:?} {told:?}");

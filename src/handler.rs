@@ -130,6 +130,18 @@ impl Handlers {
         self.routes.values().chain(&self.default).any(|handler| matches!(handler.mode, Mode::Warm(_)))
     }
 
+    /// Returns each handler with its job type; the default one has none.
+    pub(crate) fn by_type(&self) -> impl Iterator<Item = (Option<&str>, &Handler)> {
+        let routes = self.routes.iter().map(|(job_type, handler)| (Some(job_type.as_str()), handler));
+        self.default.iter().map(|handler| (None, handler)).chain(routes)
+    }
+
+    /// Returns the longest time that a job may take, with its end; nothing if a handler has no limit.
+    pub(crate) fn longest_job(&self) -> Option<Duration> {
+        let longest = |(_, handler): (_, &Handler)| Some(handler.timeout? + handler.kill_grace);
+        self.by_type().map(longest).try_fold(Duration::ZERO, |longest, job| Some(longest.max(job?)))
+    }
+
     /// The longest `kill_grace` of all.
     pub(crate) fn longest_grace(&self) -> Duration {
         self.routes.values().chain(&self.default).map(|handler| handler.kill_grace).max().unwrap_or_default()

@@ -1,4 +1,4 @@
-//! The vocabulary: a [`Job`], how it ended ([`Outcome`], [`Failure`]), and their wire form.
+//! The vocabulary: a [`Job`], its [`Outcome`] and [`Failure`], and their wire form.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
-/// The server's name for a job: opaque, and cheap to clone.
+/// The server's id of a job: opaque, and cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct JobId(#[serde(serialize_with = "as_str")] Arc<str>);
@@ -19,17 +19,15 @@ fn as_str<S: serde::Serializer>(id: &Arc<str>, serializer: S) -> Result<S::Ok, S
 }
 
 impl JobId {
-    /// The id as the server wrote it.
+    /// Returns the id as the server wrote it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
-}
 
-impl JobId {
-    /// The id in the text of something that is no job, or in the beginning of one. Reads no further than that.
+    /// Finds the id in a malformed job, or in the beginning of a job. Reads no further than the id.
     pub(crate) fn find(text: &[u8]) -> Option<Self> {
         let mut found = None;
-        // How the reading ends says nothing more, once the id was found or was not.
+        // The result of the parse does not matter once the id is found or missing.
         let _ = IdSeeker(&mut found).deserialize(&mut serde_json::Deserializer::from_slice(text));
         found.as_deref().map(Self::from)
     }
@@ -82,32 +80,32 @@ impl fmt::Debug for JobId {
     }
 }
 
-/// One job, as it came over the take stream.
+/// One job of the take stream.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// The server's name for the job.
+    /// The server's id of the job.
     pub id: JobId,
-    /// What kind of work it is, for example `send_email`. Data, never a path or a command.
+    /// The kind of work, for example `send_email`. Data, never a path or a command.
     pub job_type: String,
-    /// The queue it was taken from.
+    /// The queue of the job.
     pub queue: String,
-    /// 0 is the most urgent.
+    /// The priority. 0 is the most urgent.
     pub priority: u32,
-    /// How many attempts have failed before this one.
+    /// The number of failed attempts before this one.
     pub attempts: u32,
-    /// Since when it could be taken, in Unix milliseconds.
+    /// The time since which the job is ready, in Unix milliseconds.
     pub ready_at: u64,
-    /// After how many failed attempts the job is dead, when the job has a limit of its own.
+    /// The number of failed attempts after which the job is dead, if the job has its own limit.
     pub retry_limit: Option<u32>,
-    /// The payload's JSON text, exactly as the server sent it; a slice of the received line, never parsed or copied.
+    /// The payload's JSON text, exactly as the server sent it: a slice of the received line, never parsed or copied.
     pub payload: Bytes,
     /// The whole job as JSON text: the received line.
     pub object: Bytes,
 }
 
-/// The fields of a line that this worker reads; the server may send others.
+/// The fields that this worker reads. The server may send others.
 #[derive(Deserialize)]
-struct Line<'a> {
+struct JobLine<'a> {
     #[serde(borrow)]
     id: Cow<'a, str>,
     #[serde(borrow, rename = "type")]
@@ -123,12 +121,12 @@ struct Line<'a> {
 }
 
 impl Job {
-    /// Reads a line of the take stream.
+    /// Parses a line of the take stream.
     ///
     /// # Errors
-    /// When the line is not a JSON object, or lacks one of the fields that every job has.
+    /// When the line is not a JSON object, or lacks a field that every job has.
     pub fn from_line(line: &Bytes) -> Result<Self, serde_json::Error> {
-        let read: Line<'_> = serde_json::from_slice(line)?;
+        let read: JobLine<'_> = serde_json::from_slice(line)?;
         Ok(Self {
             id: JobId::from(read.id.as_ref()),
             job_type: read.job_type.into_owned(),
@@ -143,39 +141,59 @@ impl Job {
     }
 }
 
-/// How a job ended here.
+/// The end of a job's run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// The work is done; the server may forget the job.
+    /// The work is done, and the server may forget the job.
     Success,
-    /// The work failed; the server decides when it is tried again.
+    /// The work failed, and the server decides about a retry.
     Failure(Failure),
-    /// The work was cut short by this worker's own stop. Nothing is reported, and no attempt is counted: the server
-    /// hands the job out again when the stream closes.
+    /// The stop of this worker interrupted the work. Nothing is reported and no attempt is counted: the server requeues the job
+    /// when the stream closes.
     Interrupted,
 }
 
-/// A failure, in the form in which it is reported.
+/// The report of an outcome. An interrupted job has none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Report {
+    Success,
+    Failure(Failure),
+}
+
+impl Report {
+    pub(crate) fn of(outcome: Outcome) -> Option<Self> {
+        match outcome {
+            Outcome::Success => Some(Self::Success),
+            Outcome::Failure(failure) => Some(Self::Failure(failure)),
+            Outcome::Interrupted => None,
+        }
+    }
+}
+
+/// A failure as it is reported.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Failure {
-    /// What happened, for people.
+    /// The error message, for people.
     pub message: String,
-    /// What happened, for programs: `ExitStatus`, `Signal`, `SpawnError`, …
+    /// The type of error, for programs: `ExitStatus`, `Signal`, `SpawnError`, …
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_type: Option<String>,
-    /// Where it happened: the end of the handler's stderr.
+    /// The backtrace: the end of the handler's stderr.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backtrace: Option<String>,
-    /// When it is tried again, in Unix milliseconds; the server decides when not given.
+    /// The time of the retry, in Unix milliseconds. Without it, the server decides.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_at: Option<u64>,
-    /// Whether it is not to be tried again at all.
+    /// Whether the job is dead, with no further retry.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub kill: bool,
+    /// Whether the handler has named the error type. The metrics count the names of handlers together.
+    #[serde(skip)]
+    pub is_named_by_handler: bool,
 }
 
 impl Failure {
-    /// A failure of the given type, without a backtrace.
+    /// Returns a failure of this type, without a backtrace.
     pub fn new(error_type: &str, message: impl Into<String>) -> Self {
         Self {
             message: message.into(),
@@ -183,10 +201,11 @@ impl Failure {
             backtrace: None,
             retry_at: None,
             kill: false,
+            is_named_by_handler: false,
         }
     }
 
-    /// The same failure with a backtrace; an empty text leaves it without one.
+    /// Adds a backtrace. An empty text adds none.
     #[must_use]
     pub fn with_backtrace(mut self, backtrace: String) -> Self {
         self.backtrace = Some(backtrace).filter(|text| !text.trim().is_empty());
@@ -201,7 +220,7 @@ mod tests {
     const LINE: &str = r#"{"id":"03h","type":"send_\u0065mail","queue":"mail","priority":7,"status":"in_flight","payload":{"to": [1, 2.50]},"ready_at":1795485639928,"attempts":2,"unheard_of":{}}"#;
 
     #[test]
-    fn a_line_becomes_a_job_and_its_payload_stays_byte_for_byte() {
+    fn a_line_becomes_a_job_and_its_payload_keeps_its_bytes() {
         let job = Job::from_line(&Bytes::from_static(LINE.as_bytes())).unwrap();
         assert_eq!(job.id.as_str(), "03h");
         assert_eq!(job.job_type, "send_email");
@@ -224,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_found_in_what_is_no_job_and_in_the_beginning_of_a_job() {
+    fn an_id_is_found_in_a_malformed_job_and_in_a_cut_job() {
         let find = |text: &str| JobId::find(text.as_bytes()).map(|id| id.to_string());
         assert_eq!(find(r#"{"id":"a","type":7}"#).as_deref(), Some("a"));
         assert_eq!(find(r#"{"type":{"id":"x"},"id":"a\u0062","payload":"xxx"#).as_deref(), Some("ab"));
@@ -234,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_leaves_out_what_it_does_not_have() {
+    fn a_failure_omits_empty_fields() {
         let wire = serde_json::to_string(&Failure::new("Signal", "gone").with_backtrace(" \n".into())).unwrap();
         assert_eq!(wire, r#"{"message":"gone","error_type":"Signal"}"#);
     }

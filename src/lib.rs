@@ -92,5 +92,5 @@ pub use dispatch::{Dispatcher, Ended, ExecDispatcher};
 pub use handler::{Handler, Handlers};
 pub use job::{Failure, Job, JobId, Outcome};
 pub use lifecycle::{Lifecycle, Phase, Request, WorkerSignals};
-pub use process::{Output, Program, Signal, Usage};
+pub use process::{Output, Program, ResourceUsage, Signal};
 pub use worker::{Controls, Status, Summary, Unready, Worker, WorkerError};

@@ -1,5 +1,4 @@
-//! [`Lifecycle`]: how far a worker has come on its way to a stop, and what moves it there. [`WorkerSignals`]: what it is told
-//! from outside.
+//! [`Lifecycle`]: the phase of a worker's stop. [`WorkerSignals`]: the signals that move it.
 
 mod terminal;
 
@@ -20,18 +19,18 @@ use crate::process::without_signals;
 use crate::watch;
 use terminal::{HangUp, Terminal};
 
-/// A step on the way to a stop. Later steps are greater, and nothing leads back.
+/// A phase of a worker's stop. Later phases are greater, and no phase comes back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Jobs are taken and run.
+    /// The worker takes and runs jobs.
     Running,
-    /// Nothing more is taken; what was taken is finished and reported.
+    /// The worker takes nothing more, and finishes and reports the jobs that it has taken.
     Draining,
-    /// Running jobs are stopped and not reported; results that are there get one last try.
+    /// Running jobs are stopped and not reported. Each finished report gets one last try.
     Killing,
-    /// The time that they were given to end is over.
+    /// The grace of stopped jobs is over.
     Forcing,
-    /// Every job and report has ended: the stream may close.
+    /// Every job and report has ended, and the stream closes.
     Stopped,
 }
 
@@ -47,111 +46,111 @@ impl fmt::Display for Phase {
     }
 }
 
-/// The handle by which one run of a worker is stopped, and by which its parts hear of it.
+/// The handle that stops one run of a worker, and that tells the worker's parts of the stop.
 ///
-/// Clones share one phase. It may be used from any thread or task, and only ever rises.
+/// Clones share one phase, which only ever rises. Any thread or task may use the handle.
 #[derive(Debug, Clone)]
 pub struct Lifecycle {
-    state: watch::Sender<State>,
+    state: watch::Sender<LifecycleState>,
     reason: Arc<OnceLock<String>>,
 }
 
-/// The phase, and whether its end is awaited.
+/// The phase, and whether the end is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct State {
+pub(crate) struct LifecycleState {
     phase: Phase,
-    /// Whether somebody waits for the stop. A worker that has come to its end by itself may take its time.
+    /// Whether the stop was asked for. A worker that ends by itself has no deadline.
     awaited: bool,
 }
 
 impl Default for Lifecycle {
     fn default() -> Self {
-        let state = State { phase: Phase::Running, awaited: false };
+        let state = LifecycleState { phase: Phase::Running, awaited: false };
         Self { state: watch::Sender::new(state), reason: Arc::default() }
     }
 }
 
 impl Lifecycle {
-    /// A lifecycle that is running.
+    /// Returns a lifecycle in the phase [`Phase::Running`].
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Where it is now.
+    /// Returns the present phase.
     pub fn phase(&self) -> Phase {
         self.state.borrow().phase
     }
 
-    /// Asks for a graceful stop: what was taken is finished and reported first, within the deadline.
+    /// Asks for a drain: jobs that were taken are finished and reported first, within the deadline.
     pub fn stop(&self) {
         self.rise(Phase::Draining, true, None);
     }
 
-    /// The same, and says why, unless it stops already.
+    /// Asks for a drain, and sets the reason unless the worker already stops.
     pub(crate) fn stop_because(&self, reason: impl Into<String>) {
         self.rise(Phase::Draining, true, Some(reason.into()));
     }
 
-    /// Begins a graceful stop that nobody has asked for, and for which there is no deadline until somebody does.
+    /// Begins a drain that was not asked for. It has no deadline until a stop is asked for.
     pub(crate) fn finish_because(&self, reason: impl Into<String>) {
         self.rise(Phase::Draining, false, Some(reason.into()));
     }
 
-    /// Why it first began to stop, if that was said.
+    /// Returns the reason for which the stop first began, if one was given.
     pub fn reason(&self) -> Option<&str> {
         self.reason.get().map(String::as_str)
     }
 
-    /// Asks for a stop now: running jobs are terminated, and handed out again by the server.
+    /// Asks for a stop now: running jobs are terminated, and the server requeues them.
     pub fn kill(&self) {
         self.rise(Phase::Killing, true, None);
     }
 
-    /// Asks for a stop without grace: what is being terminated is killed.
+    /// Asks for a stop without grace: jobs that are being terminated are killed.
     pub fn force(&self) {
         self.rise(Phase::Forcing, true, None);
     }
 
-    /// Everything has ended.
+    /// Notes that everything has ended.
     pub(crate) fn stopped(&self) {
         self.rise(Phase::Stopped, true, None);
     }
 
-    /// Moves up to `phase`; a lesser phase than the present one changes nothing.
+    /// Raises the phase to `phase`. A lesser phase changes nothing.
     fn rise(&self, phase: Phase, awaited: bool, reason: Option<String>) {
         self.state.send_if_modified(|state| {
             if let Some(reason) = reason.filter(|_| state.phase == Phase::Running) {
-                // It is set here alone, and phases do not come again.
+                // This is the only place that sets the reason, and no phase comes back.
                 let _ = self.reason.set(reason);
             }
             let before = *state;
-            *state = State { phase: phase.max(before.phase), awaited: awaited || before.awaited };
+            *state = LifecycleState { phase: phase.max(before.phase), awaited: awaited || before.awaited };
             *state != before
         });
     }
 
-    /// Changes whenever the phase does, or the stop begins to be awaited.
-    pub(crate) fn changes(&self) -> watch::Receiver<State> {
+    /// Returns a receiver that changes when the phase does, or when the stop is first asked for.
+    pub(crate) fn changes(&self) -> watch::Receiver<LifecycleState> {
         self.state.subscribe()
     }
 
-    /// Waits until `phase`, or a later one, has been reached.
+    /// Waits until `phase` or a later one is reached.
     pub async fn reached(&self, phase: Phase) {
-        // It fails only once every sender is gone, and `self` is one.
+        // The wait fails only once every sender is gone, and `self` is a sender.
         let _ = self.state.subscribe().wait_for(|state| state.phase >= phase).await;
     }
 
-    /// Whether it stops, and somebody waits for that.
+    /// Reports whether a stop was asked for.
     pub fn is_awaited(&self) -> bool {
         self.state.borrow().awaited
     }
 
-    /// Waits until somebody waits for the stop.
+    /// Waits until a stop is asked for.
     pub async fn awaited(&self) {
         let _ = self.state.subscribe().wait_for(|state| state.awaited).await;
     }
 
-    /// Kills a drain that takes longer than `deadline` after somebody has asked for it. Ends when the worker has stopped.
+    /// Kills a drain that takes longer than `deadline` after a stop was asked for. Ends when the worker has stopped.
     pub(crate) async fn enforce(&self, deadline: Duration) {
         self.awaited().await;
         tokio::select! {
@@ -165,16 +164,16 @@ impl Lifecycle {
     }
 }
 
-/// What a signal asks for that is no stop.
+/// A request by a signal, other than a stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
-    /// SIGHUP: read the settings again.
+    /// SIGHUP: reload the settings.
     Reload,
-    /// SIGUSR1: say what is going on.
+    /// SIGUSR1: log the status.
     Status,
-    /// SIGUSR2: take nothing more.
+    /// SIGUSR2: take no more jobs.
     Pause,
-    /// SIGCONT: take again.
+    /// SIGCONT: take jobs again.
     Resume,
 }
 
@@ -189,13 +188,13 @@ impl Request {
     }
 }
 
-/// How long a shell may take to end after it has sent SIGHUP to its jobs.
+/// The time that a shell may take to end after it has sent SIGHUP to its jobs.
 const SHELL_END: Duration = Duration::from_secs(2);
 
-/// How often the worker looks for the terminal in that time.
+/// The number of looks for the terminal in that time.
 const SHELL_END_LOOKS: u32 = 20;
 
-/// The signals of a worker, heard from the moment [`listen`](Self::listen) returns.
+/// The signals of a worker, received from the moment [`listen`](Self::listen) returns.
 pub struct WorkerSignals {
     signals: Signals,
     /// Each SIGHUP, with its sender.
@@ -210,27 +209,27 @@ impl fmt::Debug for WorkerSignals {
 }
 
 impl WorkerSignals {
-    /// Starts to hear the signals; until then they do what they do to any process.
+    /// Registers the signal handlers. Until then the signals have their default effect.
     ///
     /// # Errors
     /// When the operating system refuses the handlers.
     pub fn listen() -> io::Result<Self> {
-        // First, because a handler for SIGHUP hides whether SIGHUP was ignored.
+        // This comes first, because a handler for SIGHUP hides whether SIGHUP was ignored.
         let terminal = Terminal::of_this_process();
-        // A signal between the registration of its handler and the end of that would be lost.
+        // A signal that arrives during the registration would be lost.
         without_signals(|| {
             let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
             Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })
         })
     }
 
-    /// The first SIGTERM or SIGINT drains, the second kills, the third does so without grace. A SIGHUP drains if the
-    /// terminal is gone. All other signals are passed on: what they ask for may take its time, and no stop waits for that.
-    /// Ends only when the process does.
+    /// Moves the lifecycle at each signal. The first SIGTERM or SIGINT drains, the second kills, the third kills without grace. A
+    /// SIGHUP drains if the terminal is gone. All other signals are passed on as requests, because a request may take long and
+    /// must not delay a stop. Ends only when the process does.
     pub async fn obey(mut self, lifecycle: Lifecycle, requests: mpsc::UnboundedSender<Request>) {
         let mut count = 0;
         let ask = |request| {
-            // A send fails only when the worker has stopped.
+            // A send fails only after the worker has stopped.
             let _ = requests.send(request);
         };
         loop {
@@ -256,8 +255,8 @@ impl WorkerSignals {
     }
 }
 
-/// Drains if the terminal goes soon after a SIGHUP of a process: a shell that ends sends one to its jobs first, as zsh does,
-/// and bash with `huponexit`.
+/// Drains if the terminal is gone soon after a process has sent SIGHUP: a shell that ends first sends SIGHUP to its jobs, as zsh
+/// does, and bash with `huponexit`.
 async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
     let mut looks = tokio::time::interval(SHELL_END / SHELL_END_LOOKS);
     for _ in 0..SHELL_END_LOOKS {
@@ -268,7 +267,7 @@ async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
     }
 }
 
-/// Drains because the terminal is gone. A shell passes the kernel's SIGHUP on, so that two of them ask for one drain.
+/// Drains because the terminal is gone. A shell passes the kernel's SIGHUP on, so two SIGHUPs ask for one drain.
 fn stop_without_terminal(lifecycle: &Lifecycle) {
     let was_running = lifecycle.phase() == Phase::Running;
     lifecycle.stop_because("the terminal is gone");
@@ -277,7 +276,7 @@ fn stop_without_terminal(lifecycle: &Lifecycle) {
     }
 }
 
-/// One step further on the way to a stop. The step comes before the word about it: the log may be slow.
+/// Raises the phase by one step. The step comes before its log message, because the log may be slow.
 fn stop(lifecycle: &Lifecycle, count: usize, signal: &'static str) {
     match lifecycle.phase() {
         Phase::Running | Phase::Draining if count == 1 => {
@@ -343,7 +342,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_drain_that_nobody_has_asked_for_has_no_deadline_until_somebody_does() {
+    async fn a_drain_has_no_deadline_until_a_stop_is_asked_for() {
         let lifecycle = Lifecycle::new();
         lifecycle.finish_because("enough");
         let enforced = lifecycle.clone();

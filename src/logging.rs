@@ -1,21 +1,28 @@
 //! [`Log`]: pretty, compact or JSON lines on stderr, and on a terminal a last line that changes ([`LiveLine`]).
 
+use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
 use std::io::{self, ErrorKind, IsTerminal, Write, stderr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::fstat;
 use rustix::termios::tcgetwinsize;
-use tracing::Level;
+use serde::Serialize;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::filter::Targets;
-use tracing_subscriber::fmt::{MakeWriter, layer};
+use tracing_subscriber::fmt::format::{JsonFields, Writer};
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields, MakeWriter, layer};
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::chain::is_unruly;
-use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, Source};
+use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, LogLevels, Source};
 
 /// The log of this process.
 #[derive(Debug)]
@@ -34,16 +41,17 @@ impl Log {
         let is_terminal = stderr().is_terminal();
         let format = config.format.unwrap_or(if is_terminal { LogFormat::Pretty } else { LogFormat::Compact });
         let live = (is_terminal && format != LogFormat::Json).then(LiveLine::default);
+        let lines = Lines { have_priorities: is_journal(config.journal_stream.as_deref()) };
         let plain = layer().log_internal_errors(false).with_target(false).with_ansi(is_terminal && !config.no_color);
         let writing = match (format, &live) {
             (LogFormat::Json, _) => {
-                let json = layer().log_internal_errors(false).with_target(false).with_ansi(false).json();
-                json.flatten_event(true).with_span_list(false).with_writer(|| JsonWriter(Stderr)).boxed()
+                let json = layer().log_internal_errors(false).with_ansi(false).fmt_fields(JsonFields::new());
+                json.event_format(JsonLine).with_writer(JsonLines(lines)).boxed()
             }
             (LogFormat::Compact, Some(live)) => plain.with_ansi(false).compact().with_writer(live.clone()).boxed(),
-            (LogFormat::Compact, None) => plain.with_ansi(false).compact().with_writer(|| Stderr).boxed(),
+            (LogFormat::Compact, None) => plain.with_ansi(false).compact().with_writer(lines).boxed(),
             (LogFormat::Pretty, Some(live)) => plain.with_writer(live.clone()).boxed(),
-            (LogFormat::Pretty, None) => plain.with_writer(|| Stderr).boxed(),
+            (LogFormat::Pretty, None) => plain.with_writer(lines).boxed(),
         };
         tracing_subscriber::registry().with(filtering).with(writing).init();
         Ok(Self { filter, live })
@@ -68,13 +76,31 @@ impl Log {
 
 fn filter(config: &LogConfig) -> Result<Targets, ConfigError> {
     match &config.filter {
-        Some(directives) => directives.parse().map_err(|error| {
-            let error: ParseError = error;
-            let problem = format!("must be a filter like zizq_worker=debug (got {directives}: {error})");
-            ConfigError::new(Source::Variable("RUST_LOG".to_owned()), problem)
-        }),
-        None => Ok(Targets::new().with_default(Level::WARN).with_target("zizq_worker", level(config.level))),
+        Some(directives) => {
+            let filter = directives.parse().map_err(|error: ParseError| wrong_filter(directives, &error))?;
+            let nothing = format!("the worker would log nothing; add a level, like {directives},info");
+            if says_how_to_log_the_worker(&filter) { Ok(filter) } else { Err(wrong_filter(directives, &nothing)) }
+        }
+        None => Ok(filter_of(&config.level)),
     }
+}
+
+fn filter_of(levels: &LogLevels) -> Targets {
+    let targets = levels.targets.iter().map(|(target, of_target)| (*target, level(*of_target)));
+    Targets::new().with_default(Level::WARN).with_target("zizq_worker", level(levels.level)).with_targets(targets)
+}
+
+fn wrong_filter(directives: &str, problem: &dyn fmt::Display) -> ConfigError {
+    let problem = format!("must be a level, or a filter like zizq_worker=debug (got {directives}: {problem})");
+    ConfigError::new(Source::Variable("RUST_LOG".to_owned()), problem)
+}
+
+/// Returns whether a filter has a level for the worker's own events, be it `off`. A word that is no level is taken for the name of
+/// a module, and would silence everything else.
+fn says_how_to_log_the_worker(filter: &Targets) -> bool {
+    const OWN: &str = "zizq_worker";
+    let is_own = |target: &str| OWN.starts_with(target) || target.starts_with("zizq_worker::");
+    filter.default_level().is_some() || filter.iter().any(|(target, _)| is_own(target))
 }
 
 fn level(level: LogLevel) -> Level {
@@ -84,6 +110,169 @@ fn level(level: LogLevel) -> Level {
         LogLevel::Info => Level::INFO,
         LogLevel::Debug => Level::DEBUG,
         LogLevel::Trace => Level::TRACE,
+    }
+}
+
+/// Returns the prefix of the line in which the process says why it ends: its priority, if systemd's journal reads stderr.
+pub fn complaint_prefix(journal_stream: Option<&OsStr>) -> &'static str {
+    if is_journal(journal_stream) { priority(Level::ERROR) } else { "" }
+}
+
+/// Whether stderr is the stream that `JOURNAL_STREAM` names, by device and inode. A variable that was inherited with another
+/// stderr names another one.
+fn is_journal(journal_stream: Option<&OsStr>) -> bool {
+    let named = journal_stream.and_then(OsStr::to_str).and_then(|name| name.split_once(':'));
+    let Some((device, inode)) = named else { return false };
+    fstat(stderr()).is_ok_and(|ours| device.parse() == Ok(ours.st_dev) && inode.parse() == Ok(ours.st_ino))
+}
+
+/// Returns the priority of syslog(3) as sd-daemon(3) writes it.
+fn priority(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "<3>",
+        Level::WARN => "<4>",
+        Level::INFO => "<6>",
+        _ => "<7>",
+    }
+}
+
+/// Makes writers of plain events to stderr.
+#[derive(Debug, Clone, Copy)]
+struct Lines {
+    have_priorities: bool,
+}
+
+/// Writes an event to stderr, each line of it after the priority if there is one.
+#[derive(Debug)]
+struct Line {
+    priority: Option<&'static str>,
+}
+
+impl MakeWriter<'_> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&self) -> Line {
+        Line { priority: None }
+    }
+
+    fn make_writer_for(&self, event: &Metadata<'_>) -> Line {
+        Line { priority: self.have_priorities.then(|| priority(*event.level())) }
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let Some(priority) = self.priority else { return Stderr.write(event) };
+        let lines = event.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [priority.as_bytes(), line]);
+        // At once, so that no line of another process comes between.
+        Stderr.write_all(&lines.collect::<Vec<_>>().concat())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Stderr.flush()
+    }
+}
+
+/// Makes writers of JSON events to stderr.
+#[derive(Debug, Clone, Copy)]
+struct JsonLines(Lines);
+
+impl MakeWriter<'_> for JsonLines {
+    type Writer = JsonWriter<Line>;
+
+    fn make_writer(&self) -> JsonWriter<Line> {
+        JsonWriter(self.0.make_writer())
+    }
+
+    fn make_writer_for(&self, event: &Metadata<'_>) -> JsonWriter<Line> {
+        JsonWriter(self.0.make_writer_for(event))
+    }
+}
+
+/// Formats an event as one flat JSON object, with all that is known of its job under `job`.
+#[derive(Debug)]
+struct JsonLine;
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for JsonLine {
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, JsonFields>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        writer.write_str("{\"timestamp\":\"")?;
+        SystemTime.format_time(&mut writer)?;
+        write!(writer, "\",\"level\":\"{}\"", event.metadata().level())?;
+        let mut members = Members::default();
+        for span in context.event_scope().into_iter().flatten() {
+            let extensions = span.extensions();
+            let fields = extensions.get::<FormattedFields<JsonFields>>().map_or("", |fields| fields.as_str());
+            members.push_all(fields, span.name() == "job");
+        }
+        event.record(&mut members);
+        let Members { event, job } = &members;
+        writer.write_str(event)?;
+        if let Some(job) = job.strip_prefix(',') {
+            write!(writer, ",\"job\":{{{job}}}")?;
+        }
+        writer.write_str("}\n")
+    }
+}
+
+/// The members of a line's JSON object, and those of the object `job` in it. A comma precedes each.
+#[derive(Debug, Default)]
+struct Members {
+    event: String,
+    job: String,
+}
+
+impl Members {
+    /// Adds the members of an object.
+    fn push_all(&mut self, object: &str, are_of_job: bool) {
+        let fields = object.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')).unwrap_or_default();
+        if !fields.is_empty() {
+            let members = if are_of_job { &mut self.job } else { &mut self.event };
+            members.push(',');
+            members.push_str(fields);
+        }
+    }
+
+    /// Adds a field of the event: one of its job if the name begins with `job.`.
+    fn push(&mut self, field: &Field, value: &impl Serialize) {
+        let (members, name) = match field.name().strip_prefix("job.") {
+            Some(name) => (&mut self.job, name),
+            None => (&mut self.event, field.name()),
+        };
+        let name = name.strip_prefix("r#").unwrap_or(name);
+        let value = serde_json::to_string(value).unwrap_or_else(|_| "null".to_owned());
+        let _ = write!(members, ",\"{name}\":{value}");
+    }
+}
+
+impl Visit for Members {
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.push(field, &value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.push(field, &value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.push(field, &value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.push(field, &value);
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.push(field, &value);
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.push(field, &format_args!("{value:?}"));
     }
 }
 

@@ -6,23 +6,23 @@ use std::process::ExitCode;
 
 use zizq_worker::chain::Chain;
 use zizq_worker::check::{CheckError, check};
-use zizq_worker::cli::Args;
+use zizq_worker::cli::{Args, Reach, journal_stream};
 use zizq_worker::daemon::{self, Fatal};
-use zizq_worker::logging::{Log, Stderr};
+use zizq_worker::logging::{Log, Stderr, complaint_prefix};
 use zizq_worker::{Config, ConfigError, Summary};
 
 fn main() -> ExitCode {
     let args = match Args::try_parse_from(std::env::args_os()) {
         Ok(args) => args,
-        Err(usage) => return usage.report(),
+        Err(usage) => return usage.report(complaint_prefix(journal_stream().as_deref())),
     };
     let (config, log) = match Config::resolve(&args).and_then(|config| Log::start(&config.log).map(|log| (config, log)))
     {
         Ok(resolved) => resolved,
         Err(error) => return complain(&error, error.exit_status()),
     };
-    if args.is_check() {
-        return show(&config);
+    if let Some(reach) = args.check() {
+        return show(&config, reach);
     }
     match start(args, config, log) {
         Ok(summary) if summary.is_clean() => ExitCode::SUCCESS,
@@ -42,15 +42,16 @@ fn start(args: Args, config: Config, log: Log) -> Result<Summary, Fatal> {
     ended
 }
 
-fn show(config: &Config) -> ExitCode {
+fn show(config: &Config, reach: Reach) -> ExitCode {
     let runtime = match daemon::runtime() {
         Ok(runtime) => runtime,
         Err(error) => return complain(&error, 1),
     };
-    let checked = runtime.block_on(check(config, &mut std::io::stdout().lock()));
+    let checked = runtime.block_on(check(config, reach, &mut std::io::stdout().lock()));
     runtime.shutdown_background();
     match checked {
         Ok(()) => ExitCode::SUCCESS,
+        Err(CheckError::Mistake(mistake)) => complain(&mistake, mistake.exit_status()),
         Err(CheckError::Jobs(problem)) => complain(&problem, 78),
         Err(CheckError::Server(problem) | CheckError::Handler(problem)) => complain(&problem, 1),
         Err(CheckError::Process(error)) => complain(&format!("no process can be started here: {error}"), 1),
@@ -61,6 +62,7 @@ fn show(config: &Config) -> ExitCode {
 /// The one line in which the process says why it ends.
 fn complain(problem: &dyn Display, status: u8) -> ExitCode {
     // A closed stderr leaves nobody to tell.
-    let _ = writeln!(Stderr, "zizq-worker: {problem}");
+    let prefix = complaint_prefix(journal_stream().as_deref());
+    let _ = writeln!(Stderr, "{prefix}zizq-worker: {problem}");
     ExitCode::from(status)
 }

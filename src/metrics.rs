@@ -2,10 +2,12 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::core::Collector;
+#[cfg(target_os = "linux")]
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{CounterVec, Error};
 use prometheus::{
     GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -13,13 +15,40 @@ use prometheus::{
 };
 
 use crate::dispatch::{Ended, HandlerProcess, PROCESS_STATES, ProcessStarts};
-use crate::job::{Job, Outcome};
+use crate::job::{Failure, Job, Outcome};
 
-/// What stands for every name that has no label of its own: a label costs memory here and in whatever reads it.
+/// The label of every name that has none of its own: a label costs memory here and in the program that reads it.
 const OTHER: &str = "(other)";
 
-/// How many queues have a label of their own, where no setting names them: the first ones that jobs came from.
-const MAX_QUEUES: usize = 100;
+/// The number of queues, and of types, that have a label of their own without a setting that names them.
+const MAX_NAMES: usize = 100;
+
+/// The longest name that has a label of its own, in bytes.
+const MAX_NAME_LENGTH: usize = 200;
+
+/// The most pairs of a configured queue and a configured type that are counted before their first job.
+const MAX_PAIRS: usize = 100;
+
+/// The names of outcomes.
+const OUTCOMES: [&str; 3] = ["succeeded", "failed", "interrupted"];
+
+/// The error types that are this worker's own. Those that handlers name themselves share one label.
+const FAILURES: [&str; 12] = [
+    "ExitStatus",
+    "HandlerError",
+    MALFORMED,
+    "NoReply",
+    "Panic",
+    "ProtocolError",
+    "Signal",
+    "SpawnError",
+    "StartError",
+    "Timeout",
+    "UnknownJobType",
+    "WaitError",
+];
+
+const MALFORMED: &str = "MalformedJob";
 
 /// From a program that does nothing to one that runs for hours, in seconds.
 const RUN_BUCKETS: &[f64] =
@@ -44,9 +73,13 @@ impl fmt::Debug for Metrics {
 
 struct Counters {
     registry: Registry,
-    /// The queues that have a label.
-    queues: Mutex<HashSet<String>>,
+    /// The queues that the settings name.
+    configured_queues: Vec<String>,
+    queues: Names,
+    types: Names,
     jobs: IntCounterVec,
+    failures: IntCounterVec,
+    oldest_running: GaugeVec,
     exits: IntCounterVec,
     run_seconds: HistogramVec,
     wait_seconds: Histogram,
@@ -66,7 +99,47 @@ struct Counters {
     process_starts: IntCounterVec,
 }
 
-/// What is known at the moment when the metrics are read.
+/// A type that has a label of its own from the start.
+#[derive(Debug, Clone)]
+pub(crate) struct CountedType {
+    pub(crate) name: String,
+    /// The error types that its failures usually have.
+    pub(crate) failures: &'static [&'static str],
+}
+
+/// A running job's type and age.
+#[derive(Debug, Clone)]
+pub(crate) struct Age {
+    pub(crate) job_type: String,
+    /// Whether the type has a label of its own from the start.
+    pub(crate) is_apart: bool,
+    pub(crate) seconds: f64,
+}
+
+/// The first names that came, each with a label of its own.
+#[derive(Debug, Default)]
+struct Names(Mutex<HashSet<String>>);
+
+impl Names {
+    fn known(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the label of a name, and whether this call has made it.
+    fn label<'a>(&self, name: &'a str) -> (&'a str, bool) {
+        let mut known = self.known();
+        if known.contains(name) {
+            return (name, false);
+        }
+        if known.len() >= MAX_NAMES || name.len() > MAX_NAME_LENGTH {
+            return (OTHER, false);
+        }
+        known.insert(name.to_owned());
+        (name, true)
+    }
+}
+
+/// Values at the moment when the metrics are read.
 #[derive(Debug, Clone)]
 pub(crate) struct Gauges {
     pub(crate) running: usize,
@@ -74,6 +147,8 @@ pub(crate) struct Gauges {
     pub(crate) loops: usize,
     pub(crate) connected: bool,
     pub(crate) state: &'static str,
+    pub(crate) types: Vec<CountedType>,
+    pub(crate) running_jobs: Vec<Age>,
     pub(crate) processes: Vec<HandlerProcess>,
     pub(crate) process_starts: Vec<ProcessStarts>,
 }
@@ -91,6 +166,16 @@ impl Metrics {
         made.constant("start_time_seconds", "When the worker started, in Unix seconds", "", "", started)?;
         let counters = Counters {
             jobs: made.counters("jobs_total", "Jobs that have ended here", &["queue", "type", "outcome"])?,
+            failures: made.counters(
+                "job_failures_total",
+                "Jobs that have failed, by the error type if it is this worker's own",
+                &["type", "kind"],
+            )?,
+            oldest_running: made.float_gauges(
+                "oldest_running_job_seconds",
+                "For how long the job that was started first of those that run has been running, or 0",
+                &["type"],
+            )?,
             exits: made.counters(
                 "handler_exits_total",
                 "Handlers that have ended, by exit code, or signal",
@@ -124,32 +209,52 @@ impl Metrics {
                 "Processes of warm handlers that were started, by why the one before ended, or demand",
                 &["handler", "reason"],
             )?,
-            queues: Mutex::new(queues.iter().cloned().collect()),
+            configured_queues: queues.to_vec(),
+            queues: Names(Mutex::new(queues.iter().cloned().collect())),
+            types: Names::default(),
             registry: made.0,
         };
+        #[cfg(target_os = "linux")]
+        counters.registry.register(Box::new(ProcessCollector::for_self()))?;
+        counters.failures.with_label_values(&[OTHER, MALFORMED]);
         for result in ["ok", "failed"] {
             counters.reloads.with_label_values(&[result]);
         }
         Ok(Self(Arc::new(counters)))
     }
 
-    /// A job starts that could have since then, in Unix milliseconds.
-    pub(crate) fn job_started(&self, ready_at: u64) {
+    /// Notes that a job starts. Makes the series in which it will be counted, unless they exist.
+    pub(crate) fn job_started(
+        &self,
+        job: &Job,
+        is_apart: bool,
+        usual_failures: impl FnOnce() -> &'static [&'static str],
+    ) {
         // The server's clock may be ahead of ours.
-        let waited = unix_time().saturating_sub(Duration::from_millis(ready_at));
+        let waited = unix_time().saturating_sub(Duration::from_millis(job.ready_at));
         self.0.wait_seconds.observe(waited.as_secs_f64());
+        let (label, is_new) = self.type_label(&job.job_type, is_apart);
+        if is_new {
+            self.make_type(label, usual_failures());
+        }
+        self.make_pair(self.0.queues.label(&job.queue).0, label);
     }
 
-    /// A job has ended. It is counted under its type if that is `apart`.
-    pub(crate) fn job_ended(&self, job: &Job, apart: bool, ended: &Ended, ran: Duration) {
-        let label = if apart { job.job_type.as_str() } else { OTHER };
-        let outcome = match ended.outcome {
+    /// Counts a job that has ended. It ran that long, if it was started.
+    pub(crate) fn job_ended(&self, job: &Job, is_apart: bool, ended: &Ended, ran: Option<Duration>) {
+        let (label, _) = self.type_label(&job.job_type, is_apart);
+        let outcome = match &ended.outcome {
             Outcome::Success => "succeeded",
-            Outcome::Failure(_) => "failed",
+            Outcome::Failure(failure) => {
+                self.0.failures.with_label_values(&[label, kind(failure)]).inc();
+                "failed"
+            }
             Outcome::Interrupted => "interrupted",
         };
-        self.0.jobs.with_label_values(&[self.queue_label(&job.queue), label, outcome]).inc();
-        self.0.run_seconds.with_label_values(&[label]).observe(ran.as_secs_f64());
+        self.0.jobs.with_label_values(&[self.0.queues.label(&job.queue).0, label, outcome]).inc();
+        if let Some(ran) = ran {
+            self.0.run_seconds.with_label_values(&[label]).observe(ran.as_secs_f64());
+        }
         if let Some(exit) = ended.exit {
             let code = exit.code().map(|code| code.to_string());
             self.0.exits.with_label_values(&[label, code.as_deref().unwrap_or("signal")]).inc();
@@ -160,16 +265,55 @@ impl Metrics {
         peak.set(peak.get().max(i64::try_from(usage.max_rss).unwrap_or(i64::MAX)));
     }
 
-    fn queue_label<'a>(&self, queue: &'a str) -> &'a str {
-        let mut known = self.0.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.contains(queue) {
-            return queue;
+    /// Counts a line of the stream that is no job, and is reported as a failure.
+    pub(crate) fn job_malformed(&self) {
+        self.0.jobs.with_label_values(&[OTHER, OTHER, "failed"]).inc();
+        self.0.failures.with_label_values(&[OTHER, MALFORMED]).inc();
+    }
+
+    /// Returns the label of a type, and whether it is a new one.
+    fn type_label<'a>(&self, job_type: &'a str, is_apart: bool) -> (&'a str, bool) {
+        if is_apart { (job_type, false) } else { self.0.types.label(job_type) }
+    }
+
+    /// Makes the series of a type. `increase()` does not count the first value of a series that begins with 1.
+    fn make_type(&self, label: &str, failures: &[&str]) {
+        let Counters { failures: counters, run_seconds, cpu_seconds, .. } = &*self.0;
+        for kind in failures.iter().chain(&[OTHER]) {
+            counters.with_label_values(&[label, kind]);
         }
-        if known.len() >= MAX_QUEUES {
-            return OTHER;
+        run_seconds.with_label_values(&[label]);
+        cpu_seconds.with_label_values(&[label]);
+    }
+
+    fn make_pair(&self, queue: &str, job_type: &str) {
+        for outcome in OUTCOMES {
+            self.0.jobs.with_label_values(&[queue, job_type, outcome]);
         }
-        known.insert(queue.to_owned());
-        queue
+    }
+
+    fn make_configured(&self, types: &[CountedType]) {
+        for CountedType { name, failures } in types {
+            self.make_type(name, failures);
+        }
+        let pairs = types.iter().flat_map(|of| self.0.configured_queues.iter().map(move |queue| (queue, &of.name)));
+        for (queue, name) in pairs.take(MAX_PAIRS) {
+            self.make_pair(queue, name);
+        }
+    }
+
+    /// Sets the age of the oldest running job of each type, 0 for a type without one.
+    fn set_ages(&self, now: &Gauges) {
+        let oldest = &self.0.oldest_running;
+        let seen = self.0.types.known().clone();
+        for name in now.types.iter().map(|of| &of.name).chain(&seen) {
+            oldest.with_label_values(&[name.as_str()]).set(0.0);
+        }
+        oldest.with_label_values(&[OTHER]).set(0.0);
+        for Age { job_type, is_apart, seconds } in &now.running_jobs {
+            let gauge = oldest.with_label_values(&[self.type_label(job_type, *is_apart).0]);
+            gauge.set(gauge.get().max(*seconds));
+        }
     }
 
     pub(crate) fn report_waits(&self) {
@@ -216,6 +360,8 @@ impl Metrics {
         for state in STATES {
             counters.state.with_label_values(&[state]).set((state == now.state).into());
         }
+        self.make_configured(&now.types);
+        self.set_ages(&now);
         self.count_processes(&now);
         TextEncoder::new().encode_to_string(&counters.registry.gather())
     }
@@ -235,6 +381,12 @@ impl Metrics {
             processes.with_label_values(&[process.handler.as_str(), process.state]).inc();
         }
     }
+}
+
+/// Returns the label of a failure's cause.
+fn kind(failure: &Failure) -> &'static str {
+    let error_type = failure.error_type.as_deref().filter(|_| !failure.is_named_by_handler);
+    FAILURES.into_iter().find(|known| error_type == Some(known)).unwrap_or(OTHER)
 }
 
 #[expect(clippy::disallowed_methods, reason = "the server's times, and Prometheus', are wall times")]
@@ -282,6 +434,10 @@ impl Maker {
         self.register(IntGaugeVec::new(Self::opts(name, help), labels))
     }
 
+    fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, Error> {
+        self.register(GaugeVec::new(Self::opts(name, help), labels))
+    }
+
     fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, Error> {
         let opts = HistogramOpts::from(Self::opts(name, help)).buckets(buckets.to_vec());
         self.register(Histogram::with_opts(opts))
@@ -297,9 +453,9 @@ impl Maker {
 mod tests {
     use super::*;
 
-    fn job(queue: &str) -> Job {
+    fn job(queue: &str, job_type: &str) -> Job {
         let line = format!(
-            r#"{{"id":"a","type":"t","queue":"{queue}","priority":1,"attempts":0,"ready_at":1,"payload":null}}"#
+            r#"{{"id":"a","type":"{job_type}","queue":"{queue}","priority":1,"attempts":0,"ready_at":1,"payload":null}}"#
         );
         Job::from_line(&line.into()).unwrap()
     }
@@ -311,6 +467,10 @@ mod tests {
             loops: 4,
             connected: true,
             state: "running",
+            types: vec![CountedType { name: "configured".to_owned(), failures: &["Signal"] }],
+            running_jobs: [("t", 1.0), ("t", 3.0), ("t", 2.0)]
+                .map(|(name, seconds)| Age { job_type: name.to_owned(), is_apart: true, seconds })
+                .to_vec(),
             processes: Vec::new(),
             process_starts: Vec::new(),
         };
@@ -319,7 +479,7 @@ mod tests {
 
     #[test]
     fn the_names_fit_together_and_are_there_from_the_start() {
-        let text = text(&Metrics::try_new(&[], 1.5).unwrap());
+        let text = text(&Metrics::try_new(&["mail".to_owned()], 1.5).unwrap());
         for line in [
             "zizq_worker_jobs_running 1",
             "zizq_worker_jobs_waiting 2",
@@ -329,21 +489,68 @@ mod tests {
             "zizq_worker_state{state=\"draining\"} 0",
             "zizq_worker_reports_dropped_total 0",
             "zizq_worker_reloads_total{result=\"failed\"} 0",
+            "zizq_worker_jobs_total{outcome=\"failed\",queue=\"mail\",type=\"configured\"} 0",
+            "zizq_worker_job_failures_total{kind=\"Signal\",type=\"configured\"} 0",
+            "zizq_worker_job_failures_total{kind=\"(other)\",type=\"configured\"} 0",
+            "zizq_worker_job_failures_total{kind=\"MalformedJob\",type=\"(other)\"} 0",
+            "zizq_worker_handler_seconds_count{type=\"configured\"} 0",
+            "zizq_worker_oldest_running_job_seconds{type=\"configured\"} 0",
+            "zizq_worker_oldest_running_job_seconds{type=\"t\"} 3",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
     }
 
+    fn count(metrics: &Metrics, queue: &str, job_type: &str, is_apart: bool, outcome: Outcome) {
+        let job = job(queue, job_type);
+        metrics.job_started(&job, is_apart, || &["Signal"]);
+        metrics.job_ended(&job, is_apart, &outcome.into(), Some(Duration::ZERO));
+    }
+
     #[test]
-    fn names_without_a_label_of_their_own_share_one() {
+    fn queues_beyond_the_first_hundred_share_a_label() {
         let metrics = Metrics::try_new(&["mail".to_owned()], 0.0).unwrap();
-        for queue in 0..2 * MAX_QUEUES {
-            metrics.job_ended(&job(&queue.to_string()), false, &Outcome::Success.into(), Duration::ZERO);
+        for queue in 0..2 * MAX_NAMES {
+            count(&metrics, &queue.to_string(), "t", true, Outcome::Success);
         }
-        metrics.job_ended(&job("mail"), true, &Outcome::Interrupted.into(), Duration::ZERO);
+        count(&metrics, "mail", "t", true, Outcome::Interrupted);
         let text = text(&metrics);
-        assert_eq!(text.matches("zizq_worker_jobs_total{").count(), MAX_QUEUES + 1);
-        assert!(text.contains(r#"jobs_total{outcome="succeeded",queue="(other)",type="(other)"} 101"#), "{text}");
+        let lines =
+            text.lines().filter(|line| line.starts_with("zizq_worker_jobs_total{") && line.contains(r#"type="t""#));
+        assert_eq!(lines.count(), OUTCOMES.len() * (MAX_NAMES + 1));
+        assert!(text.contains(r#"jobs_total{outcome="succeeded",queue="(other)",type="t"} 101"#), "{text}");
+        assert!(text.contains(r#"jobs_total{outcome="failed",queue="0",type="t"} 0"#), "{text}");
         assert!(text.contains(r#"jobs_total{outcome="interrupted",queue="mail",type="t"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn types_beyond_the_first_hundred_share_a_label() {
+        let metrics = Metrics::try_new(&[], 0.0).unwrap();
+        count(&metrics, "q", &"x".repeat(MAX_NAME_LENGTH + 1), false, Outcome::Success);
+        for number in 0..2 * MAX_NAMES {
+            count(&metrics, "q", &number.to_string(), false, Outcome::Success);
+        }
+        count(&metrics, "q", "configured", true, Outcome::Success);
+        let text = text(&metrics);
+        assert_eq!(text.matches("zizq_worker_handler_seconds_count{").count(), MAX_NAMES + 2);
+        assert!(text.contains(r#"jobs_total{outcome="succeeded",queue="q",type="(other)"} 101"#), "{text}");
+        assert!(text.contains(r#"jobs_total{outcome="succeeded",queue="q",type="99"} 1"#), "{text}");
+        assert!(text.contains(r#"jobs_total{outcome="succeeded",queue="q",type="configured"} 1"#), "{text}");
+        assert!(text.contains(r#"job_failures_total{kind="Signal",type="99"} 0"#), "{text}");
+    }
+
+    #[test]
+    fn failures_that_handlers_name_share_a_kind() {
+        let metrics = Metrics::try_new(&[], 0.0).unwrap();
+        let named = |error_type| Failure { is_named_by_handler: true, ..Failure::new(error_type, "no") };
+        for failure in [named("BankBusy"), named("Timeout"), Failure::new("Timeout", "no"), Failure::new("Odd", "no")] {
+            count(&metrics, "q", "t", true, Outcome::Failure(failure));
+        }
+        metrics.job_malformed();
+        let text = text(&metrics);
+        assert!(text.contains(r#"job_failures_total{kind="(other)",type="t"} 3"#), "{text}");
+        assert!(text.contains(r#"job_failures_total{kind="Timeout",type="t"} 1"#), "{text}");
+        assert!(text.contains(r#"job_failures_total{kind="MalformedJob",type="(other)"} 1"#), "{text}");
+        assert!(text.contains(r#"jobs_total{outcome="failed",queue="(other)",type="(other)"} 1"#), "{text}");
     }
 }

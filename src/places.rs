@@ -1,10 +1,10 @@
-//! [`Places`]: a number of places that are taken and given back, and that a reload may change.
+//! [`Places`]: a semaphore whose size a reload can change.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The places of one thing; clones share them.
+/// A number of places. Clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Places {
     semaphore: Arc<Semaphore>,
@@ -14,11 +14,11 @@ pub(crate) struct Places {
 #[derive(Debug)]
 struct Size {
     capacity: usize,
-    /// The places that are to disappear once they are given back.
+    /// The number of taken places that disappear when they are released.
     surplus: usize,
 }
 
-/// One place; given back when dropped.
+/// One taken place, released when dropped.
 #[derive(Debug)]
 pub(crate) struct Place {
     permit: Option<OwnedSemaphorePermit>,
@@ -49,19 +49,17 @@ impl Places {
         }
     }
 
-    /// The number of places.
     pub(crate) fn capacity(&self) -> usize {
         lock(&self.size).capacity
     }
 
-    /// Waits for a place.
     pub(crate) async fn take(&self) -> Place {
         // The semaphore is never closed.
         let permit = Arc::clone(&self.semaphore).acquire_owned().await.ok();
         Place { permit, size: Arc::clone(&self.size) }
     }
 
-    /// Changes the number of places. Those that are taken stay so, and are fewer once they are given back.
+    /// Changes the number of places. Surplus places stay taken until they are released.
     pub(crate) fn resize(&self, capacity: usize) {
         let mut size = lock(&self.size);
         if capacity > size.capacity {
@@ -88,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn more_places_are_there_at_once() {
+    fn additional_places_are_free_at_once() {
         let places = Places::new(2);
         let taken = take_all(&places);
         places.resize(5);
@@ -96,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn fewer_places_are_left_once_the_taken_ones_are_back() {
+    fn surplus_places_disappear_when_they_are_released() {
         let places = Places::new(5);
         let taken = take_all(&places);
         places.resize(2);
@@ -106,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn places_that_were_to_disappear_may_be_needed_again() {
+    fn growing_keeps_places_that_were_to_disappear() {
         let places = Places::new(4);
         let taken = take_all(&places);
         places.resize(1);

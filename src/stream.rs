@@ -1,4 +1,4 @@
-//! [`TakeStream`]: the body of `GET /jobs/take` as jobs, and its [`Decoder`], which does no I/O.
+//! [`TakeStream`]: the body of `GET /jobs/take` as jobs. [`Decoder`]: the same without I/O.
 
 use std::error::Error;
 use std::fmt;
@@ -11,22 +11,22 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::job::{Job, JobId};
 
-/// What is kept of a line that is too long: enough for its id, which comes first.
+/// The number of bytes kept of a line that is too long: enough for its id, which comes first.
 const BEGINNING_BYTES: usize = 64 * 1024;
 
-/// Beyond these a take stream is given up, or a line of it.
+/// The limits of a take stream and its lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamLimits {
-    /// How long not one byte may come, heartbeats included.
+    /// The longest time without a byte, heartbeats included.
     pub idle_timeout: Duration,
-    /// How long a job's line may be, in bytes.
+    /// The maximum length of a job's line, in bytes.
     pub max_job_size: usize,
 }
 
-/// Ten of the server's heartbeats: nothing but a dead connection is silent for that long.
+/// The default idle timeout: ten of the server's heartbeats, so that only a dead connection is silent for that long.
 pub const DEFAULT_STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Far more than a job should be, and what a worker can still hold.
+/// The default limit of a job's line: far more than a job needs, and little enough for a worker's memory.
 pub const DEFAULT_MAX_JOB_SIZE: usize = 64 * 1024 * 1024;
 
 impl Default for StreamLimits {
@@ -44,16 +44,16 @@ pub struct TakeStream {
     connection: AbortOnDropHandle<()>,
 }
 
-/// What came over a take stream.
+/// An item of a take stream.
 #[derive(Debug)]
 pub enum Received {
     /// A job.
     Job(Job),
-    /// Something with a job's id that is no job.
+    /// A line that has a job's id and is no job.
     Malformed {
-        /// The id that it has.
+        /// The id in the line.
         id: JobId,
-        /// What is wrong with it.
+        /// The parse error.
         reason: String,
     },
 }
@@ -64,10 +64,10 @@ impl TakeStream {
         Self { body, decoder: Decoder::new(max_job_size), idle_timeout, connection }
     }
 
-    /// Waits for what comes next. Nothing is lost when the wait is given up.
+    /// Waits for the next item. The wait is cancel safe.
     ///
     /// # Errors
-    /// Once the stream can give no more jobs; it must be closed then.
+    /// When the stream gives no more jobs. The caller closes it then.
     pub async fn next(&mut self) -> Result<Received, StreamError> {
         loop {
             while let Some(line) = self.decoder.next_line() {
@@ -83,24 +83,24 @@ impl TakeStream {
         }
     }
 
-    /// Closes the connection, and returns once it is closed here.
+    /// Closes the connection, and returns once this side is closed.
     pub async fn close(self) {
         self.connection.abort();
-        // An error here says that it was aborted, as it should be.
+        // The only error is the abort itself.
         let _ = self.connection.await;
     }
 }
 
-/// Why a take stream gives no more jobs.
+/// The reason for which a take stream gives no more jobs.
 #[derive(Debug)]
 pub enum StreamError {
     /// The server ended the stream.
     Ended,
     /// The connection failed.
     Broken(hyper::Error),
-    /// Nothing came for so long that the connection must be dead.
+    /// Nothing arrived within the idle timeout, so the connection is dead.
     Silent(Duration),
-    /// A line was not a job, and had no id by which it could be reported.
+    /// A line was no job, and had no id under which to report it.
     NotAJob(String),
 }
 
@@ -124,17 +124,17 @@ impl Error for StreamError {
     }
 }
 
-/// A line of the stream, without its end.
+/// A line of the stream, without its newline.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line {
-    /// All of it.
+    /// The whole line.
     Whole(Bytes),
-    /// The beginning of one that is longer than it may be.
+    /// The beginning of a line that exceeds the limit.
     TooLong(Bytes),
 }
 
 impl Line {
-    /// The server keeps an idle stream alive with empty lines.
+    /// Reports whether the line is empty: the server sends empty lines as heartbeats.
     fn is_heartbeat(&self) -> bool {
         matches!(self, Self::Whole(line) if line.is_empty() || &line[..] == b"\r")
     }
@@ -154,20 +154,20 @@ impl Line {
     }
 }
 
-/// Cuts body bytes into lines, wherever the chunks were cut. A line within one chunk is a slice of it, not a copy.
+/// Splits body bytes into lines, for any chunking. A line within one chunk is a slice of the chunk, not a copy.
 #[derive(Debug)]
 pub struct Decoder {
     max_line: usize,
-    /// What has arrived and was not searched yet.
+    /// The bytes that have arrived and are not searched yet.
     chunk: Bytes,
-    /// The start of a line whose end has not arrived.
+    /// The beginning of a line whose end has not arrived.
     partial: BytesMut,
-    /// That line is too long already: the rest of it is dropped.
+    /// Whether that line exceeds the limit already. Its rest is dropped.
     too_long: bool,
 }
 
 impl Decoder {
-    /// A decoder for lines of at most `max_line` bytes.
+    /// Returns a decoder for lines of at most `max_line` bytes.
     pub fn new(max_line: usize) -> Self {
         Self { max_line, chunk: Bytes::new(), partial: BytesMut::new(), too_long: false }
     }
@@ -183,7 +183,7 @@ impl Decoder {
         self.chunk = chunk;
     }
 
-    /// The next line, if all of one has arrived.
+    /// Returns the next line, if it has arrived whole.
     pub fn next_line(&mut self) -> Option<Line> {
         let Some(end) = memchr::memchr(b'\n', &self.chunk) else {
             let rest = std::mem::take(&mut self.chunk);
@@ -209,7 +209,7 @@ impl Decoder {
         let room = BEGINNING_BYTES.saturating_sub(self.partial.len());
         self.partial.extend_from_slice(&piece[..piece.len().min(room)]);
         if self.partial.len() > BEGINNING_BYTES {
-            // The rest of the line may take a while, and must not hold all that memory meanwhile.
+            // The rest of the line may arrive slowly, and must not hold all that memory meanwhile.
             self.partial = BytesMut::from(&self.partial[..BEGINNING_BYTES]);
         }
     }
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_too_long_keeps_its_beginning_and_spares_the_next() {
+    fn a_line_that_is_too_long_keeps_its_head_and_spares_the_next() {
         let text = b"1234567\n12345\n123456\n";
         let expected = [Line::TooLong("1234567".into()), Line::Whole("12345".into()), Line::TooLong("123456".into())];
         for cut in 0..=text.len() {
@@ -291,18 +291,21 @@ mod tests {
         assert!(matches!(decoder.next_line(), Some(Line::TooLong(line)) if line.len() == BEGINNING_BYTES));
     }
 
-    /// What the lines must be, said in another way: with all of the text at hand.
+    /// Returns the expected lines, found in another way: with the whole text at hand.
     fn expected(max_line: usize, text: &[u8]) -> Vec<Line> {
         let mut lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
         lines.pop();
-        let line = |line: &[u8]| match line.len() <= max_line {
-            true => Line::Whole(Bytes::copy_from_slice(line)),
-            false => Line::TooLong(Bytes::copy_from_slice(&line[..line.len().min(BEGINNING_BYTES)])),
+        let line = |line: &[u8]| {
+            if line.len() <= max_line {
+                Line::Whole(Bytes::copy_from_slice(line))
+            } else {
+                Line::TooLong(Bytes::copy_from_slice(&line[..line.len().min(BEGINNING_BYTES)]))
+            }
         };
         lines.into_iter().map(line).collect()
     }
 
-    /// The lines of a text that comes in pieces of those lengths, again and again, of which some are pushed together.
+    /// Returns the lines of a text that arrives in pieces of those lengths, cyclically. Some pieces are pushed together.
     fn lines_in_pieces(max_line: usize, text: &[u8], lengths: &[(usize, bool)]) -> Vec<Line> {
         let (mut decoder, mut found, mut rest) = (Decoder::new(max_line), Vec::new(), text);
         for (length, is_read) in lengths.iter().cycle() {
@@ -319,7 +322,7 @@ mod tests {
         found
     }
 
-    /// Lines of every length around the limits, with bytes of every kind.
+    /// Returns lines of every length around the limits, with bytes of every kind.
     fn any_text() -> impl Strategy<Value = Vec<u8>> {
         let byte = prop_oneof![1 => Just(b'\n'), 6 => any::<u8>(), 2 => Just(b'"'), 1 => Just(0xc3)];
         let long = (0..2 * BEGINNING_BYTES).prop_map(|length| vec![b'x'; length]);
@@ -344,7 +347,7 @@ mod tests {
         ) {
             let found = lines_in_pieces(max_line, &text, &lengths);
             prop_assert_eq!(&found, &expected(max_line, &text));
-            // Whatever it is, reading it ends.
+            // No line makes the parser hang or panic.
             found.iter().for_each(|line| drop(line.read()));
         }
 
@@ -371,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_job_is_known_by_its_id_or_not_at_all() {
+    fn a_malformed_job_is_known_by_its_id_or_not_at_all() {
         let read = |line: &'static str| Line::Whole(line.into()).read();
         assert!(matches!(read(r#"{"id":"a","type":7}"#), Ok(Received::Malformed { id, .. }) if id.as_str() == "a"));
         assert!(matches!(read(r#"{"type":"t"}"#), Err(StreamError::NotAJob(_))));

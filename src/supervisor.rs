@@ -136,6 +136,9 @@ fn summary(status: &Status) -> String {
         grouped(status.failed)
     );
     match (status.state, status.connected) {
+        ("running", true) if status.finishing_streams > 0 => {
+            format!("{counts}; reloaded, the old stream finishes its jobs")
+        }
         ("running", true) => counts,
         ("running", false) => format!("{counts}; not connected to the server"),
         (state, _) => format!("{counts}; {state}"),

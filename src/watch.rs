@@ -1,5 +1,5 @@
-//! A value that changes, and those that wait for its changes: like `tokio::sync::watch`, but waiters wake in the order in which
-//! they began to wait. Tokio's wake in random order, with which no run of the simulation could be repeated.
+//! A value and the waiters for its changes, like `tokio::sync::watch`. Waiters wake in the order in which they began to wait.
+//! Tokio's wake in random order, and no run of the simulation would be repeatable.
 
 use std::fmt;
 use std::ops::Deref;
@@ -9,33 +9,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// The side that changes the value. Clones share one value.
+/// The writing side. Clones share one value.
 pub(crate) struct Sender<T>(Arc<Shared<T>>);
 
-/// The side that waits.
+/// The waiting side.
 pub(crate) struct Receiver<T> {
     shared: Arc<Shared<T>>,
-    /// The version that was seen last.
+    /// The last version that this receiver has seen.
     seen: u64,
 }
 
-/// The error of a wait whose senders are all gone.
+/// The error of a wait after the last sender is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Closed;
 
 struct Shared<T> {
-    slot: Mutex<Slot<T>>,
+    slot: Mutex<Versioned<T>>,
     changed: Notify,
     senders: AtomicUsize,
 }
 
-struct Slot<T> {
+struct Versioned<T> {
     value: T,
     version: u64,
 }
 
 /// The value, locked.
-pub(crate) struct Ref<'a, T>(MutexGuard<'a, Slot<T>>);
+pub(crate) struct Ref<'a, T>(MutexGuard<'a, Versioned<T>>);
 
 impl<T> Deref for Ref<'_, T> {
     type Target = T;
@@ -46,13 +46,13 @@ impl<T> Deref for Ref<'_, T> {
 }
 
 impl<T> Shared<T> {
-    fn lock(&self) -> MutexGuard<'_, Slot<T>> {
-        // No value is half changed when a thread panics, as far as this module can tell.
+    fn lock(&self) -> MutexGuard<'_, Versioned<T>> {
+        // A panic leaves no value half changed, as far as this module can tell.
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Makes a value and one receiver of it.
+/// Returns a sender and a receiver of one value.
 pub(crate) fn channel<T>(value: T) -> (Sender<T>, Receiver<T>) {
     let sender = Sender::new(value);
     let receiver = sender.subscribe();
@@ -94,16 +94,14 @@ impl<T: fmt::Debug> fmt::Debug for Receiver<T> {
 
 impl<T> Sender<T> {
     pub(crate) fn new(value: T) -> Self {
-        let (slot, changed) = (Mutex::new(Slot { value, version: 0 }), Notify::new());
+        let (slot, changed) = (Mutex::new(Versioned { value, version: 0 }), Notify::new());
         Self(Arc::new(Shared { slot, changed, senders: AtomicUsize::new(1) }))
     }
 
-    /// Returns the value.
     pub(crate) fn borrow(&self) -> Ref<'_, T> {
         Ref(self.0.lock())
     }
 
-    /// Changes the value.
     pub(crate) fn send_modify(&self, modify: impl FnOnce(&mut T)) {
         self.send_if_modified(|value| {
             modify(value);
@@ -111,12 +109,11 @@ impl<T> Sender<T> {
         });
     }
 
-    /// Replaces the value.
     pub(crate) fn send_replace(&self, value: T) {
         self.send_modify(|slot| *slot = value);
     }
 
-    /// Changes the value, and wakes the waiters if `modify` says that it did. Returns whether it did.
+    /// Changes the value, and wakes the waiters if `modify` returns true. Returns the same.
     pub(crate) fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
         let mut slot = self.0.lock();
         let is_modified = modify(&mut slot.value);
@@ -135,33 +132,33 @@ impl<T> Sender<T> {
 }
 
 impl<T> Receiver<T> {
-    /// Returns the value, which counts as seen from then on.
+    /// Returns the value, and marks it as seen.
     pub(crate) fn borrow_and_update(&mut self) -> Ref<'_, T> {
         let slot = self.shared.lock();
         self.seen = slot.version;
         Ref(slot)
     }
 
-    /// Waits for a value that has not been seen.
+    /// Waits for an unseen value.
     ///
     /// # Errors
-    /// When there is none, and no sender any more.
+    /// When no value is unseen, and the last sender is gone.
     pub(crate) async fn changed(&mut self) -> Result<(), Closed> {
         let seen = self.seen;
         self.until(|slot| slot.version != seen).await
     }
 
-    /// Waits until the value meets a condition, which it may do already.
+    /// Waits until the value meets a condition.
     ///
     /// # Errors
-    /// When it does not, and there is no sender any more.
+    /// When the value does not meet the condition, and the last sender is gone.
     pub(crate) async fn wait_for(&mut self, mut is_met: impl FnMut(&T) -> bool) -> Result<(), Closed> {
         self.until(|slot| is_met(&slot.value)).await
     }
 
-    async fn until(&mut self, mut is_over: impl FnMut(&Slot<T>) -> bool) -> Result<(), Closed> {
+    async fn until(&mut self, mut is_over: impl FnMut(&Versioned<T>) -> bool) -> Result<(), Closed> {
         loop {
-            // A waiter that has enlisted before the look misses no change between the look and the wait.
+            // A waiter that enlists before the look misses no change between the look and the wait.
             let mut changed = pin!(self.shared.changed.notified());
             changed.as_mut().enable();
             let is_closed = self.shared.senders.load(Ordering::Acquire) == 0;

@@ -23,7 +23,7 @@ _zizq__worker() {
 
     case "${cmd}" in
         zizq__worker)
-            opts="-v -V -q -t -f -p -c -h --version --url --tls-ca --tls-client-cert --tls-client-key --stream-idle-timeout --max-job-size --worker-id --exec --mode --queue --queues --threads --fibers --prefetch --shutdown-timeout --shutdown-deadline --max-jobs --max-time --exit-when-idle --config --retry-min-wait --retry-max-wait --retry-multiplier --admin-listen --check --log-level --log-format --embedded --jobs --help"
+            opts="-v -V -q -t -f -p -c -h --version --url --tls-ca --tls-client-cert --tls-client-key --stream-idle-timeout --max-job-size --worker-id --exec --mode --queue --queues --threads --fibers --prefetch --shutdown-timeout --shutdown-deadline --max-jobs --max-time --exit-when-idle --config --retry-min-wait --retry-max-wait --retry-multiplier --admin-listen --check --offline --log-level --log-format --embedded --jobs --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -62,7 +62,7 @@ _zizq__worker() {
                     return 0
                     ;;
                 --mode)
-                    COMPREPLY=($(compgen -f "${cur}"))
+                    COMPREPLY=($(compgen -W "spawn warm" -- "${cur}"))
                     return 0
                     ;;
                 --queues)
@@ -146,11 +146,11 @@ _zizq__worker() {
                     return 0
                     ;;
                 --log-level)
-                    COMPREPLY=($(compgen -f "${cur}"))
+                    COMPREPLY=($(compgen -W "error warn info debug trace" -- "${cur}"))
                     return 0
                     ;;
                 --log-format)
-                    COMPREPLY=($(compgen -f "${cur}"))
+                    COMPREPLY=($(compgen -W "pretty compact json" -- "${cur}"))
                     return 0
                     ;;
                 --jobs)

@@ -6,7 +6,8 @@ complete -c zizq-worker -l stream-idle-timeout -d 'Reconnect when nothing came f
 complete -c zizq-worker -l max-job-size -d 'The longest job that is accepted, like 64MiB [default: 64.0 MiB]' -r
 complete -c zizq-worker -l worker-id -d 'What the server calls this worker in its log [default: HOSTNAME-PID]' -r
 complete -c zizq-worker -l exec -d 'The command to run for each job, split into words as a shell would, but run without one [required, here or elsewhere]' -r
-complete -c zizq-worker -l mode -d 'spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket [default: spawn]' -r
+complete -c zizq-worker -l mode -d 'spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket [default: spawn]' -r -f -a "spawn\t''
+warm\t''"
 complete -c zizq-worker -s q -l queues -l queue -d 'The queues to take jobs from; may be repeated [default: all queues]' -r
 complete -c zizq-worker -s t -l threads -d 'Worker threads [default: 1]' -r
 complete -c zizq-worker -s f -l fibers -d 'Jobs at once in each thread; threads x fibers run at once [default: 1]' -r
@@ -20,10 +21,17 @@ complete -c zizq-worker -l retry-min-wait -d 'The first wait before reconnecting
 complete -c zizq-worker -l retry-max-wait -d 'The longest such wait [default: 30s]' -r
 complete -c zizq-worker -l retry-multiplier -d 'How much longer each wait is than the last [default: 2]' -r
 complete -c zizq-worker -l admin-listen -d 'Serve /live, /ready, /status and /metrics over HTTP there, like 127.0.0.1:9290 [default: off]' -r
-complete -c zizq-worker -l log-level -d 'error, warn, info, debug or trace; RUST_LOG wins [default: info]' -r
-complete -c zizq-worker -l log-format -d 'pretty, compact or json, on stderr [default: pretty on a terminal, else compact]' -r
+complete -c zizq-worker -l log-level -d 'error, warn, info, debug or trace; RUST_LOG wins [default: info]' -r -f -a "error\t''
+warn\t''
+info\t''
+debug\t''
+trace\t''"
+complete -c zizq-worker -l log-format -d 'pretty, compact or json, on stderr [default: pretty on a terminal, else compact]' -r -f -a "pretty\t''
+compact\t''
+json\t''"
 complete -c zizq-worker -l jobs -d 'Enqueue the lines of FILE (- for stdin) in the embedded server: one JSON object with queue, type and payload each' -r
 complete -c zizq-worker -s V -s v -l version -d 'Print version'
 complete -c zizq-worker -l check -d 'Check and print every setting with its origin, ask the server for its version, and exit without taking a job'
+complete -c zizq-worker -l offline -d 'With --check: ask no server and start no process, as before a reload or in a build'
 complete -c zizq-worker -l embedded -d 'Start an in-memory server in this process, at --url; nothing in it outlives the process'
 complete -c zizq-worker -s h -l help -d 'Print help'

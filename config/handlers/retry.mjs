@@ -1,10 +1,10 @@
 #!/usr/bin/env node
-// A handler in Node: sends a mail. The payload is like {"to": "ann@example.org", "not_before": "2030-01-31T08:00:00Z"}.
+// A handler in Node. It sends a mail. The payload is like {"to": "ann@example.org", "not_before": "2030-01-31T08:00:00Z"}.
 import { readFileSync, writeFileSync } from "node:fs";
 
 const { to, not_before } = JSON.parse(readFileSync(0, "utf8"));
 
-// process.exit would cut off what is still being printed; the exit code alone does not.
+// Sets the exit code only, because process.exit would cut off buffered output.
 function fail(result) {
     writeFileSync(process.env.ZIZQ_RESULT_FILE, JSON.stringify(result));
     process.exitCode = 1;

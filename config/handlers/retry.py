@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A handler in Python: charges a card. The payload is like {"card": "4242", "cents": 1200}."""
+"""A handler in Python. It charges a card. The payload is like {"card": "4242", "cents": 1200}."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def charge(card, cents):
 
 
 def fail(error, **more):
-    """Says why in the result file, and exits with a status that is a failure."""
+    """Writes the failure to the result file and exits with status 1."""
     result = {
         "message": str(error),
         "error_type": type(error).__name__,
@@ -35,5 +35,5 @@ try:
 except BankBusy as error:
     fail(error, retry_in=90)
 except KeyError as error:
-    # The job lacks something, and will at the next try.
+    # The payload lacks a field, so a retry cannot succeed.
     fail(error, kill=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// A warm handler in Node: charges a card. The payload is like {"card": "4242", "cents": 1200}. It runs spawned, too.
+// A warm handler in Node. It charges a card. The payload is like {"card": "4242", "cents": 1200}. Runs spawned, too.
 import { connect } from "node:net";
 import { createInterface } from "node:readline";
 import { text } from "node:stream/consumers";
@@ -18,7 +18,7 @@ if (process.env.ZIZQ_SOCKET) {
         wire.write(`${JSON.stringify({ id, ...reply })}\n`);
     }
 } else {
-    // Spawned: one job, with its payload on stdin. The last line of stderr becomes the message of the failure.
+    // Spawned: the payload of one job is on stdin. The last line of stderr becomes the message of the failure.
     await handle(JSON.parse(await text(process.stdin))).catch((e) => {
         console.error(`${e.stack}\n${e}`);
         process.exitCode = 1;

@@ -1,6 +1,6 @@
 #!/usr/bin/env php
 <?php
-// A warm handler in PHP: charges a card. The payload is like {"card": "4242", "cents": 1200}. It runs spawned, too.
+// A warm handler in PHP. It charges a card. The payload is like {"card": "4242", "cents": 1200}. Runs spawned, too.
 function handle(mixed $payload): void
 {
     if ($payload["card"] === "0000") throw new DomainException("card declined");
@@ -8,7 +8,7 @@ function handle(mixed $payload): void
 }
 
 if (!getenv("ZIZQ_SOCKET")) {
-    // Spawned: one job, with its payload on stdin. The last line of stderr becomes the message of the failure.
+    // Spawned: the payload of one job is on stdin. The last line of stderr becomes the message of the failure.
     try { handle(json_decode(stream_get_contents(STDIN), true)); } catch (Throwable $e) {
         fwrite(STDERR, "$e\n{$e->getMessage()}\n");
         exit(1);
@@ -16,7 +16,7 @@ if (!getenv("ZIZQ_SOCKET")) {
     exit(0);
 }
 
-ini_set("default_socket_timeout", -1); // Otherwise fgets gives up after a minute without a job.
+ini_set("default_socket_timeout", -1); // Otherwise fgets times out after a minute without a job.
 $wire = stream_socket_client("unix://" . getenv("ZIZQ_SOCKET")) ?: exit(1);
 while (($line = fgets($wire)) !== false) {
     $job = json_decode($line, true);

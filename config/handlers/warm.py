@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A warm handler in Python: charges a card. The payload is like {"card": "4242", "cents": 1200}. It runs spawned, too."""
+"""A warm handler in Python. It charges a card. The payload is like {"card": "4242", "cents": 1200}. Runs spawned, too."""
 
 import json, os, socket, sys, traceback
 
@@ -10,7 +10,7 @@ def handle(payload):
     print(f"charged {payload['cents']} cents to {payload['card']}")
 
 
-# Spawned: one job, with its payload on stdin. An exception ends the process with status 1, and the job has failed.
+# Spawned: the payload of one job is on stdin. An exception exits with status 1, and the job has failed.
 if "ZIZQ_SOCKET" not in os.environ:
     handle(json.load(sys.stdin))
     sys.exit()

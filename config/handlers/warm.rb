@@ -1,9 +1,9 @@
 #!/usr/bin/env ruby
-# A warm handler in Ruby: charges a card. The payload is like {"card": "4242", "cents": 1200}. It runs spawned, too.
+# A warm handler in Ruby. It charges a card. The payload is like {"card": "4242", "cents": 1200}. Runs spawned, too.
 require "json"
 require "socket"
 
-Encoding.default_external = "UTF-8" # as JSON is, whatever the locale
+Encoding.default_external = "UTF-8" # JSON is UTF-8 in every locale
 $stdout.sync = true
 
 def handle(payload)
@@ -11,7 +11,7 @@ def handle(payload)
   puts "charged #{payload["cents"]} cents to #{payload["card"]}"
 end
 
-# Spawned: one job, with its payload on stdin. The last line of stderr becomes the message of the failure.
+# Spawned: the payload of one job is on stdin. The last line of stderr becomes the message of the failure.
 unless ENV["ZIZQ_SOCKET"]
   handle(JSON.parse($stdin.read)) rescue abort($!.full_message(highlight: false, order: :bottom))
   exit

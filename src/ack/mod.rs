@@ -1,7 +1,7 @@
-//! [`AckProcessor`]: reports the outcomes of jobs. Successes leave in bulk, failures one by one; neither waits for the other. An
-//! outcome that the server has no use for now is parked in the [`Ledger`](crate::ledger::Ledger) until its job is redelivered.
+//! [`AckProcessor`]: reports the outcomes of jobs. Successes leave in bulk and failures one by one; neither waits for the other.
+//! An outcome that cannot be reported now is parked in the [`Ledger`](crate::ledger::Ledger) until its job is redelivered.
 
-mod keeper;
+mod parked;
 mod reporter;
 mod successes;
 
@@ -12,84 +12,83 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::error;
 
-use crate::job::{Failure, Outcome};
+use crate::job::{Failure, Report};
 use crate::ledger::Attempt;
 use crate::metrics::Metrics;
-use crate::places::{self, Places};
+use crate::places::{Place, Places};
 pub(crate) use reporter::Reporter;
 
-/// A place in the ack queue; given back when the report has been settled, parked or given up.
+/// A place in the ack queue, released when the report is settled, parked or dropped.
 #[derive(Debug)]
-struct Place {
-    _place: places::Place,
+struct AckSlot {
+    _place: Place,
     metrics: Metrics,
 }
 
-impl Place {
-    fn take(place: places::Place, metrics: &Metrics) -> Self {
+impl AckSlot {
+    fn take(place: Place, metrics: &Metrics) -> Self {
         metrics.report_waits();
         Self { _place: place, metrics: metrics.clone() }
     }
 }
 
-impl Drop for Place {
+impl Drop for AckSlot {
     fn drop(&mut self) {
         self.metrics.report_leaves();
     }
 }
 
 #[derive(Debug)]
-struct Success {
+struct SuccessReport {
     attempt: Attempt,
-    _place: Place,
+    _slot: AckSlot,
 }
 
 #[derive(Debug)]
-struct Failed {
+struct FailureReport {
     attempt: Attempt,
     failure: Failure,
-    /// Whether the report may have been sent before.
+    /// Whether the report may already have been sent.
     in_doubt: bool,
-    _place: Place,
+    _slot: AckSlot,
 }
 
-/// The way into the ack queue.
+/// The sending side of the ack queue.
 #[derive(Debug, Clone)]
 pub(crate) struct AckQueue {
     places: Places,
-    successes: mpsc::UnboundedSender<Success>,
-    failures: mpsc::UnboundedSender<Failed>,
+    successes: mpsc::UnboundedSender<SuccessReport>,
+    failures: mpsc::UnboundedSender<FailureReport>,
     metrics: Metrics,
 }
 
 impl AckQueue {
-    /// Hands over a report; waits while the queue is full.
-    pub(crate) async fn report(&self, attempt: Attempt, outcome: Outcome) {
-        self.put(attempt, outcome, false).await;
+    /// Queues a report, and waits while the queue is full.
+    pub(crate) async fn report(&self, attempt: Attempt, report: Report) {
+        self.put(attempt, report, false).await;
     }
 
-    /// Hands over a report that may have been sent before.
-    pub(crate) async fn report_again(&self, attempt: Attempt, outcome: Outcome) {
-        self.put(attempt, outcome, true).await;
+    /// Queues a report that may already have been sent.
+    pub(crate) async fn report_again(&self, attempt: Attempt, report: Report) {
+        self.put(attempt, report, true).await;
     }
 
-    /// Makes room for that many reports from now on, those under way included.
+    /// Changes the capacity of the queue, reports in flight included.
     pub(crate) fn resize(&self, capacity: usize) {
         self.places.resize(capacity);
     }
 
-    async fn put(&self, attempt: Attempt, outcome: Outcome, in_doubt: bool) {
-        let place = Place::take(self.places.take().await, &self.metrics);
-        // The receiver is gone once the worker has stopped: the job goes back.
-        match outcome {
-            Outcome::Success => drop(self.successes.send(Success { attempt, _place: place })),
-            Outcome::Failure(failure) => drop(self.failures.send(Failed { attempt, failure, in_doubt, _place: place })),
-            Outcome::Interrupted => {}
+    async fn put(&self, attempt: Attempt, report: Report, in_doubt: bool) {
+        let _slot = AckSlot::take(self.places.take().await, &self.metrics);
+        // A send fails once the worker has stopped; the server requeues the job.
+        match report {
+            Report::Success => drop(self.successes.send(SuccessReport { attempt, _slot })),
+            Report::Failure(failure) => drop(self.failures.send(FailureReport { attempt, failure, in_doubt, _slot })),
         }
     }
 }
 
-/// Takes reports from its queue and sees each through: accepted, parked, refused, or given up because the worker is killed.
+/// Sends each report of its queue until the report is accepted, parked, refused, or dropped because the worker is killed.
 #[derive(Debug)]
 pub(crate) struct AckProcessor {
     tasks: [AbortOnDropHandle<()>; 3],
@@ -98,7 +97,7 @@ pub(crate) struct AckProcessor {
 }
 
 impl AckProcessor {
-    /// Starts it with a queue of `capacity` reports, those under way included.
+    /// Starts the tasks, with a queue of `capacity` reports, those in flight included.
     pub(crate) fn start(reporter: Reporter, capacity: usize, metrics: Metrics) -> (Self, AckQueue) {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
@@ -106,16 +105,15 @@ impl AckProcessor {
         let tasks = [
             tokio::spawn(reporter.clone().report_successes(success_queue, closing.clone())),
             tokio::spawn(reporter.clone().report_failures(failure_queue, closing.clone())),
-            tokio::spawn(reporter.clone().keep(closing.clone())),
+            tokio::spawn(reporter.clone().watch_parked(closing.clone())),
         ];
         let tasks = tasks.map(AbortOnDropHandle::new);
         let queue = AckQueue { places: Places::new(capacity), successes, failures, metrics };
         (Self { tasks, closing, reporter }, queue)
     }
 
-    /// Waits until every report is settled or given up, and takes no more. Every run has ended before. Outcomes that are all
-    /// that is left, and parked, are waited for as long as `patience`. Returns the number of reports that were given up since
-    /// the start.
+    /// Waits until every report is settled or dropped, and takes no more. All runs have ended before. Once only parked outcomes
+    /// are left, the wait ends after `patience`. Returns the number of reports dropped since the start.
     pub(crate) async fn finish(self, patience: Duration) -> usize {
         self.reporter.await_outcomes(patience).await;
         self.closing.cancel();
@@ -125,7 +123,9 @@ impl AckProcessor {
         let ids = self.reporter.ledger.ended();
         if !ids.is_empty() {
             self.reporter.count_dropped(ids.len());
-            error!(?ids, error = "the jobs were not redelivered in time", "report dropped");
+            for id in ids {
+                error!(job.id = id.as_str(), error = "the job was not redelivered in time", "report dropped");
+            }
         }
         self.reporter.dropped()
     }

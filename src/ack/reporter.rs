@@ -1,5 +1,4 @@
-//! [`Reporter`]: the sending side. It sees each report through: accepted, parked, refused, or given up because the worker is
-//! killed.
+//! [`Reporter`]: sends each report until it is accepted, parked, refused, or dropped because the worker is killed.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -11,39 +10,39 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::Failed;
+use super::FailureReport;
 use crate::backoff::{Backoff, Early, retry};
 use crate::chain::Chain;
 use crate::client::{Acceptance, Client, ClientError, JobState};
 use crate::fate::{Answer, Kind, Step, Told, fate};
-use crate::job::{Failure, JobId, Outcome};
+use crate::job::{Failure, Report};
 use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
-/// The time that the last try of a report has once the worker is killed.
+/// The time limit of a report's last try once the worker is killed.
 const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time that all last tries together have, however many there are: one for the reports that were under way when the worker
-/// was killed, and one for those that had gathered behind them.
+/// The time limit of all last tries together: one for the reports in flight when the worker was killed, and one for the reports
+/// that had gathered behind them.
 const LAST_TRIES_TIMEOUT: Duration = LAST_TRY_TIMEOUT.saturating_mul(2);
 
-/// Everything that the sending side needs.
+/// The state that all reports share.
 #[derive(Debug, Clone)]
 pub(crate) struct Reporter {
     pub(super) ledger: Arc<Ledger>,
     pub(super) backoff: Backoff,
     pub(super) lifecycle: Lifecycle,
     metrics: Metrics,
-    /// The moment at which a report first noticed that the worker is killed.
+    /// The moment at which a report first noticed the kill.
     killed: Arc<OnceLock<Instant>>,
     dropped: Arc<AtomicUsize>,
 }
 
-/// The end of the tries of a failure, unless they end with an error.
-enum Tried {
+/// The end of a failure's tries, unless they end with an error.
+enum ReportEnd {
     Settle,
-    /// Park the failure. The delivery by which the job was held when the server was last asked or told.
+    /// Park the failure. The delivery held when the server last answered, or when the report left.
     Park(Option<Delivery>),
 }
 
@@ -52,8 +51,8 @@ impl Reporter {
         Self { ledger, backoff, lifecycle, metrics, killed: Arc::default(), dropped: Arc::default() }
     }
 
-    /// Waits until no outcome is being reported or is parked, or until the worker is killed. Outcomes that are all that is
-    /// left, and parked, are waited for as long as `patience`.
+    /// Waits until no outcome is being reported or parked, or until the worker is killed. Once only parked outcomes are left, the
+    /// wait ends after `patience`.
     pub(super) async fn await_outcomes(&self, patience: Duration) {
         let mut movements = self.ledger.movements();
         let mut all_parked_since = None;
@@ -65,14 +64,18 @@ impl Reporter {
             tokio::select! {
                 biased;
                 () = self.lifecycle.reached(Phase::Killing) => return,
-                // It fails only once the ledger is gone, and `self` has it.
+                // The wait fails only once the ledger is gone, and `self` holds the ledger.
                 _ = movements.changed() => {}
                 () = sleep_until_after(since, patience) => return,
             }
         }
     }
 
-    pub(super) async fn report_failures(self, mut queue: mpsc::UnboundedReceiver<Failed>, closing: CancellationToken) {
+    pub(super) async fn report_failures(
+        self,
+        mut queue: mpsc::UnboundedReceiver<FailureReport>,
+        closing: CancellationToken,
+    ) {
         let mut under_way = FuturesUnordered::new();
         loop {
             tokio::select! {
@@ -88,31 +91,31 @@ impl Reporter {
         under_way.collect::<()>().await;
     }
 
-    async fn report_failure(&self, report: Failed) {
-        let Failed { attempt, mut failure, in_doubt, _place } = report;
+    async fn report_failure(&self, report: FailureReport) {
+        let FailureReport { attempt, mut failure, in_doubt, _slot } = report;
         let in_doubt = AtomicBool::new(in_doubt);
-        // The attempt has been replaced by a later one.
+        // Without a destination, a later attempt has replaced this one.
         while let Some(client) = self.ledger.destination(&attempt) {
-            match self.see_through(&client, || self.try_failure(&attempt, &failure, &in_doubt)).await {
-                Ok(Tried::Settle) => return self.ledger.settle(&attempt),
-                Ok(Tried::Park(seen)) => match self.ledger.park(&attempt, seen, Outcome::Failure(failure)) {
-                    // The job has been redelivered meanwhile.
-                    Some(Outcome::Failure(again)) => failure = again,
-                    _ => return debug!(id = attempt.id.as_str(), "failure kept until its job comes again"),
+            match self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &in_doubt)).await {
+                Ok(ReportEnd::Settle) => return self.ledger.settle(&attempt),
+                Ok(ReportEnd::Park(seen)) => match self.ledger.park(&attempt, seen, Report::Failure(failure)) {
+                    // The job was redelivered meanwhile.
+                    Some(Report::Failure(again)) => failure = again,
+                    _ => return debug!(job.id = attempt.id.as_str(), "failure parked until its job is redelivered"),
                 },
                 Err(error) => return self.drop_report(&attempt, &error),
             }
         }
     }
 
-    /// Sends a failure, and asks for its job before and after, as its [fate] requires.
+    /// Sends a failure, and looks at its job before and after, as [`fate`] requires.
     async fn try_failure(
         &self,
         attempt: &Attempt,
         failure: &Failure,
         in_doubt: &AtomicBool,
-    ) -> Result<Tried, ClientError> {
-        let Some(client) = self.ledger.destination(attempt) else { return Ok(Tried::Settle) };
+    ) -> Result<ReportEnd, ClientError> {
+        let Some(client) = self.ledger.destination(attempt) else { return Ok(ReportEnd::Settle) };
         let _slot = client.failure_slot().await;
         let mut answer = if in_doubt.load(Ordering::Relaxed) { Answer::InDoubt } else { Answer::Unsent };
         let (mut told, mut seen) = (Told::NotAsked, self.ledger.held(attempt));
@@ -120,7 +123,7 @@ impl Reporter {
         loop {
             match fate(Kind::Failure, answer, told, self.ledger.hold(attempt, seen)) {
                 Step::Ask => {
-                    // A denial is of the delivery by which the job was held when the report left.
+                    // A denial concerns the delivery by which the job was held when the report left.
                     if answer != Answer::Denied {
                         seen = self.ledger.held(attempt);
                     }
@@ -129,7 +132,7 @@ impl Reporter {
                 Step::Send => {
                     seen = self.ledger.held(attempt);
                     told = Told::NotAsked;
-                    // The way to a connection may take long: the failure leaves only if the job is held as it is now.
+                    // A connection may take long to open. The failure leaves only if the hold is still the same.
                     let is_held = self.ledger.watch_hold(attempt, seen);
                     let sent = client.failure_if(&attempt.id, failure, is_held).await;
                     if matches!(sent, Err(ClientError::Withdrawn)) {
@@ -138,15 +141,15 @@ impl Reporter {
                     (answer, error) = answer_to(sent);
                     in_doubt.fetch_or(error.as_ref().is_some_and(ClientError::may_have_arrived), Ordering::Relaxed);
                 }
-                Step::Settle => return Ok(Tried::Settle),
-                Step::Park => return Ok(Tried::Park(seen)),
-                Step::Retry | Step::Drop => return error.map_or(Ok(Tried::Park(seen)), Err),
+                Step::Settle => return Ok(ReportEnd::Settle),
+                Step::Park => return Ok(ReportEnd::Park(seen)),
+                Step::Retry | Step::Drop => return error.map_or(Ok(ReportEnd::Park(seen)), Err),
             }
         }
     }
 
-    /// Tries until the server has answered. Once killing, the try under way is the last.
-    pub(super) async fn see_through<T, F>(
+    /// Retries until the server has answered. Once killing, the try in flight is the last.
+    pub(super) async fn retry_until_answered<T, F>(
         &self,
         client: &Client,
         mut attempt: impl FnMut() -> F,
@@ -159,23 +162,23 @@ impl Reporter {
             self.metrics.report_retried();
             match wait {
                 Some(wait) => warn!(error = %Chain(error), retry_in = ?wait, "report failed, trying again"),
-                None => debug!(error = %Chain(error), "report failed, before its time"),
+                None => debug!(error = %Chain(error), "early retry of a report failed"),
             }
         };
         let early = || self.server_may_be_back(client);
         retry(self.backoff.waits(), &self.lifecycle, Phase::Killing, attempt, on_error, early).await
     }
 
-    /// Waits until calls to the server succeed again, or this report's turn has come to find that out.
+    /// Waits until calls to the server succeed again, or until it is this report's turn to probe the server.
     async fn server_may_be_back(&self, client: &Client) -> Early {
         tokio::select! {
             biased;
             () = client.health().recovered() => Early::Recovery,
-            () = client.health().scouts_turn(self.backoff.longest_first_wait()) => Early::Turn,
+            () = client.health().probe_turn(self.backoff.longest_first_wait()) => Early::Turn,
         }
     }
 
-    /// One try, which may not take long once the worker is killed.
+    /// Makes one try, which has a time limit once the worker is killed.
     async fn in_time<T>(&self, attempt: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
         tokio::select! {
             biased;
@@ -195,38 +198,43 @@ impl Reporter {
         }
     }
 
-    /// Asks for the state of a job whose report was denied, or is in doubt, or is parked.
+    /// Asks for the state of a job whose report was denied, is in doubt, or is parked.
     pub(super) async fn ask(&self, client: &Client, attempt: &Attempt, kind: Kind) -> (Told, Option<ClientError>) {
         let state = match client.job(&attempt.id).await {
             Ok(state) => state,
             Err(error) if error.is_refusal() => {
-                warn!(id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
+                warn!(job.id = attempt.id.as_str(), error = %Chain(&error), "cannot look at a job whose report was denied");
                 return (Told::Withheld, Some(error));
             }
             Err(error) => return (Told::Unreachable, Some(error)),
         };
         let id = attempt.id.as_str();
         match kind {
-            Kind::Success => debug!(id, ?state, "success was already handled, or its job was handed out again"),
-            Kind::Failure => debug!(id, ?state, "failure was already handled, or its job was handed out again"),
+            Kind::Success => {
+                debug!(job.id = id, ?state, "success was already handled, or its job was handed out again");
+            }
+            Kind::Failure => {
+                debug!(job.id = id, ?state, "failure was already handled, or its job was handed out again");
+            }
         }
         match told(state, attempt, kind) {
-            // A server that never had the job knows nothing of it.
+            // A 404 of a server that never had the job says nothing about the job.
             Told::Gone if !self.ledger.came_from(attempt, client) => (Told::Withheld, None),
             told => (told, None),
         }
     }
 
-    /// Gives a report up, and says so.
+    /// Drops a report, and logs an error.
     pub(super) fn drop_report(&self, attempt: &Attempt, error: &ClientError) {
         self.drop_reports(&[attempt], error);
     }
 
     pub(super) fn drop_reports(&self, attempts: &[&Attempt], error: &ClientError) {
-        let ids: Vec<&JobId> = attempts.iter().map(|attempt| &attempt.id).collect();
-        self.count_dropped(ids.len());
-        error!(?ids, error = %Chain(error), "report dropped");
-        attempts.iter().for_each(|attempt| self.ledger.forget(attempt));
+        self.count_dropped(attempts.len());
+        for attempt in attempts {
+            error!(job.id = attempt.id.as_str(), error = %Chain(error), "report dropped");
+            self.ledger.forget(attempt);
+        }
     }
 
     pub(super) fn count_dropped(&self, count: usize) {
@@ -234,7 +242,6 @@ impl Reporter {
         self.dropped.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// The number of reports that were given up.
     pub(super) fn dropped(&self) -> usize {
         self.dropped.load(Ordering::Relaxed) + self.ledger.evicted()
     }
@@ -247,7 +254,7 @@ async fn sleep_until_after(since: Option<Instant>, patience: Duration) {
     }
 }
 
-/// The answer to a report of a failure, and the error if there is one.
+/// Returns the answer to a failure report, and the error if there is one.
 fn answer_to(reported: Result<Acceptance, ClientError>) -> (Answer, Option<ClientError>) {
     match reported {
         Ok(Acceptance::Accepted) => (Answer::Accepted, None),
@@ -267,7 +274,7 @@ fn told(state: Option<JobState>, attempt: &Attempt, kind: Kind) -> Told {
     }
 }
 
-/// Whether the server has counted a failure since the attempt began.
+/// Reports whether the server has counted a failure since the attempt began.
 fn is_past(state: &JobState, attempt: &Attempt) -> bool {
     attempt.attempts.is_some_and(|before| state.attempts > before)
 }

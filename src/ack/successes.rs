@@ -1,4 +1,4 @@
-//! Reports of successes: many in one request, and one request at a time to each server.
+//! Reports successes in bulk, one request at a time to each server.
 
 use std::collections::HashSet;
 use std::future::poll_fn;
@@ -12,32 +12,32 @@ use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
 
-use super::{Reporter, Success};
+use super::{Reporter, SuccessReport};
 use crate::client::{Client, ClientError};
 use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
-use crate::job::{JobId, Outcome};
+use crate::job::{JobId, Report};
 use crate::ledger::{Attempt, Delivery};
 
-/// The most ids that one bulk request carries, so that its size stays far below the limits of servers and proxies.
+/// The most ids in one bulk request. The request stays far below the size limits of servers and proxies.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
 /// The number of scheduler turns for which a bulk request waits for jobs that end at the same moment.
 const TURNS: usize = 3;
 
-/// The number of denied successes that are looked into at once: enough to hide the round trip, few enough to spare the server.
-const MAX_LOOKS_UNDER_WAY: usize = 8;
+/// The number of denied successes that are checked at once: enough to hide the round trip, few enough to spare the server.
+const MAX_LOOKS_IN_FLIGHT: usize = 8;
 
 /// The successes that wait for a request, by server.
 #[derive(Default)]
 struct Gathered {
     by_server: Mutex<Vec<Bulk>>,
-    /// Whether a success waits for another server than before.
+    /// Whether a success has moved to another server's request.
     is_rerouted: AtomicBool,
 }
 
 struct Bulk {
     client: Arc<Client>,
-    waiting: Vec<Success>,
+    waiting: Vec<SuccessReport>,
     is_under_way: bool,
 }
 
@@ -46,7 +46,7 @@ impl Gathered {
         self.by_server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, client: Arc<Client>, success: Success) {
+    fn add(&self, client: Arc<Client>, success: SuccessReport) {
         let mut bulks = self.lock();
         match bulks.iter_mut().find(|bulk| Arc::ptr_eq(&bulk.client, &client)) {
             Some(bulk) => bulk.waiting.push(success),
@@ -54,7 +54,7 @@ impl Gathered {
         }
     }
 
-    /// The servers to which a request may leave. Each is under way from here on.
+    /// Returns the servers that have successes and no request in flight. From here on, each counts as in flight.
     fn begin(&self) -> Vec<Arc<Client>> {
         let mut bulks = self.lock();
         let ready = bulks.iter_mut().filter(|bulk| !bulk.is_under_way && !bulk.waiting.is_empty());
@@ -66,8 +66,8 @@ impl Gathered {
             .collect()
     }
 
-    /// Takes as many of a server's successes as there is room for in `batch`.
-    fn take(&self, client: &Arc<Client>, batch: &mut Vec<Success>) {
+    /// Moves a server's successes into `batch`, up to the limit of a request.
+    fn take(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>) {
         let mut bulks = self.lock();
         if let Some(bulk) = bulks.iter_mut().find(|bulk| Arc::ptr_eq(&bulk.client, client)) {
             let room = MAX_SUCCESSES_PER_REQUEST.saturating_sub(batch.len()).min(bulk.waiting.len());
@@ -80,7 +80,7 @@ impl Gathered {
         poll_fn(|_| if self.is_rerouted.swap(false, Ordering::Relaxed) { Poll::Ready(()) } else { Poll::Pending })
     }
 
-    /// Notes that no request to that server is under way any more.
+    /// Notes that the request to that server has ended.
     fn end(&self, client: &Arc<Client>) {
         self.lock().retain_mut(|bulk| {
             if Arc::ptr_eq(&bulk.client, client) {
@@ -92,11 +92,10 @@ impl Gathered {
 }
 
 impl Reporter {
-    /// Sends one bulk request at a time to each server: while it is under way, the next one gathers. No timer holds a report
-    /// back.
+    /// Sends one bulk request at a time to each server. The next one gathers meanwhile, and no timer holds a report back.
     pub(super) async fn report_successes(
         self,
-        mut queue: mpsc::UnboundedReceiver<Success>,
+        mut queue: mpsc::UnboundedReceiver<SuccessReport>,
         closing: CancellationToken,
     ) {
         let (gathered, mut under_way) = (Gathered::default(), FuturesUnordered::new());
@@ -119,41 +118,40 @@ impl Reporter {
     }
 
     async fn report_batch(&self, client: Arc<Client>, gathered: &Gathered) {
-        await_the_simultaneous().await;
+        yield_to_ready_tasks().await;
         let mut batch = Vec::new();
         let attempt = || {
             self.keep_own(&client, &mut batch, gathered);
-            // The successes that have gathered since the last try leave with this one.
+            // Successes that have gathered since the last try leave with this one.
             gathered.take(&client, &mut batch);
-            self.try_successes(&client, batch.iter().map(|success: &Success| success.attempt.clone()).collect())
+            self.try_successes(&client, batch.iter().map(|success: &SuccessReport| success.attempt.clone()).collect())
         };
-        if let Err(error) = self.see_through(&client, attempt).await {
+        if let Err(error) = self.retry_until_answered(&client, attempt).await {
             let attempts = batch.iter().map(|success| &success.attempt);
             let unsettled: Vec<&Attempt> =
                 attempts.filter(|attempt| self.ledger.destination(attempt).is_some()).collect();
             self.drop_reports(&unsettled, &error);
         }
-        // What is left has another destination by now.
+        // The rest has another destination by now.
         batch.into_iter().for_each(|success| self.reroute(gathered, success));
         gathered.end(&client);
     }
 
-    /// Lets a success wait for a request to the server that is to hear of it, if one is.
-    fn gather(&self, gathered: &Gathered, success: Success) -> bool {
+    /// Queues a success for the next request to its server. Returns false if it needs no report any more.
+    fn gather(&self, gathered: &Gathered, success: SuccessReport) -> bool {
         let Some(client) = self.ledger.destination(&success.attempt) else { return false };
         gathered.add(client, success);
         true
     }
 
-    fn reroute(&self, gathered: &Gathered, success: Success) {
+    fn reroute(&self, gathered: &Gathered, success: SuccessReport) {
         if self.gather(gathered, success) {
             gathered.is_rerouted.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Keeps the successes that are still to be reported to that server. A job that was redelivered by another server is
-    /// reported to that one.
-    fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<Success>, gathered: &Gathered) {
+    /// Keeps the successes of this server, and reroutes those whose jobs another server has redelivered.
+    fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>, gathered: &Gathered) {
         for success in std::mem::take(batch) {
             if self.ledger.destination(&success.attempt).is_some_and(|server| Arc::ptr_eq(&server, client)) {
                 batch.push(success);
@@ -163,8 +161,8 @@ impl Reporter {
         }
     }
 
-    /// Sends one bulk request; another for those whose jobs were redelivered while it was under way; and if the server refuses
-    /// many at once, one for each half of them, so that one bad id costs no other its report.
+    /// Sends one bulk request, and another one for jobs that are redelivered meanwhile. If the server refuses a batch, each half
+    /// is sent by itself, so that one bad id costs no other id its report.
     async fn try_successes(&self, client: &Arc<Client>, attempts: Vec<Attempt>) -> Result<(), ClientError> {
         let mut batches = vec![attempts];
         while let Some(mut attempts) = batches.pop() {
@@ -190,7 +188,7 @@ impl Reporter {
         Ok(())
     }
 
-    /// Whether one of them is to be reported to another server by now.
+    /// Reports whether a job of the batch is to be reported to another server by now.
     fn is_for_another(&self, client: &Arc<Client>, attempts: &[Attempt]) -> bool {
         let mut destinations = attempts.iter().filter_map(|attempt| self.ledger.destination(attempt));
         destinations.any(|destination| !Arc::ptr_eq(&destination, client))
@@ -210,7 +208,7 @@ impl Reporter {
         denied
     }
 
-    /// Looks into the successes whose jobs are not in flight. Returns the attempts whose reports are to be sent again.
+    /// Checks the successes whose jobs are not in flight. Returns the attempts whose reports are to be sent again.
     async fn look_into_all(
         &self,
         client: &Client,
@@ -220,11 +218,11 @@ impl Reporter {
             return Ok(Vec::new());
         }
         let looks = stream::iter(denied).map(|(attempt, seen)| self.look_into(client, attempt, seen));
-        let looked: Vec<Option<Attempt>> = looks.buffer_unordered(MAX_LOOKS_UNDER_WAY).try_collect().await?;
+        let looked: Vec<Option<Attempt>> = looks.buffer_unordered(MAX_LOOKS_IN_FLIGHT).try_collect().await?;
         Ok(looked.into_iter().flatten().collect())
     }
 
-    /// Looks into a success whose job is not in flight. Returns the attempt if its report is to be sent again.
+    /// Checks a success whose job is not in flight. Returns the attempt if its report is to be sent again.
     async fn look_into(
         &self,
         client: &Client,
@@ -241,7 +239,7 @@ impl Reporter {
                     return Ok(None);
                 }
                 Step::Park => {
-                    let redelivered = self.ledger.park(&attempt, seen, Outcome::Success);
+                    let redelivered = self.ledger.park(&attempt, seen, Report::Success);
                     return Ok(redelivered.map(|_| attempt));
                 }
                 Step::Retry | Step::Drop => return error.map_or(Ok(None), Err),
@@ -249,7 +247,7 @@ impl Reporter {
         }
     }
 
-    /// Sends a success that is parked, because its job is in flight somewhere. Returns whether the success counts.
+    /// Sends a parked success, because its job is in flight somewhere. Returns whether the success counts.
     pub(super) async fn report_parked(&self, client: &Client, attempt: &Attempt) -> bool {
         let accepted = client.success(std::slice::from_ref(&attempt.id)).await;
         let answer = match accepted {
@@ -260,9 +258,9 @@ impl Reporter {
     }
 }
 
-/// Lets the jobs end that end at the same moment: each task that is ready in this runtime has its turn. With nothing else to
-/// do, that takes no time.
-async fn await_the_simultaneous() {
+/// Gives each ready task of this runtime its turn, so that jobs that end at the same moment share a request. An idle runtime
+/// spends no time here.
+async fn yield_to_ready_tasks() {
     for _ in 0..TURNS {
         yield_now().await;
     }

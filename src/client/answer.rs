@@ -1,7 +1,7 @@
-//! Reads the server's answers, and tells them from those of a proxy or of another server.
+//! Reads the server's answers, and tells them from the answers of a proxy or another server.
 //!
-//! Only an answer that is recognisably the server's may settle a job: a 204, the job itself in answer to a failure, or a
-//! refusal with the server's JSON `error`.
+//! Only a recognisable answer of the server may settle a job: a 204, the job itself in answer to a failure, or a refusal with the
+//! server's JSON `error`.
 
 use std::time::{Duration, SystemTime};
 
@@ -12,11 +12,11 @@ use hyper::header::{CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use hyper::{HeaderMap, Response, StatusCode};
 use serde::Deserialize;
 
-use super::skim::Skimmer;
+use super::skimmer::Skimmer;
 use super::{Acceptance, ClientError, JobState, MAX_RETRY_AFTER, NDJSON, within_request_timeout};
 use crate::job::JobId;
 
-/// The most of an answer that is read. All answers of the server to a worker are shorter.
+/// The most bytes of an answer that are read. All answers of the server to a worker are shorter.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 
 #[derive(Deserialize)]
@@ -26,11 +26,11 @@ struct NotFound {
 
 /// The job, in answer to the report of its failure.
 #[derive(Deserialize)]
-struct Failed {
+struct FailedJob {
     id: String,
 }
 
-/// The server's word for a refusal.
+/// The server's JSON body of a refusal.
 #[derive(Deserialize)]
 struct Refusal {
     error: String,
@@ -60,7 +60,8 @@ pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>
 
 /// Reads the answer to a report of a failure.
 pub(super) async fn acceptance(response: Response<Incoming>, id: &JobId) -> Result<Acceptance, ClientError> {
-    let is_of_job = |body: &[u8]| serde_json::from_slice::<Failed>(body).is_ok_and(|failed| failed.id == id.as_str());
+    let is_of_job =
+        |body: &[u8]| serde_json::from_slice::<FailedJob>(body).is_ok_and(|failed| failed.id == id.as_str());
     match response.status() {
         status if status.is_success() => accepted(response, is_of_job).await.map(|()| Acceptance::Accepted),
         StatusCode::NOT_FOUND => denied(response).await.map(|()| Acceptance::AlreadyHandled),
@@ -68,7 +69,7 @@ pub(super) async fn acceptance(response: Response<Incoming>, id: &JobId) -> Resu
     }
 }
 
-/// Reads the answer to a look at a job, without its payload, which may be larger than everything that is held here.
+/// Reads the answer to a look at a job, without the payload, which has no size limit.
 pub(super) async fn job_state(response: Response<Incoming>) -> Result<Option<JobState>, ClientError> {
     match response.status() {
         status if status.is_success() => {
@@ -80,22 +81,22 @@ pub(super) async fn job_state(response: Response<Incoming>) -> Result<Option<Job
     }
 }
 
-/// Reads the answer to a question for the version.
+/// Reads the answer of `GET /version`.
 pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, ClientError> {
     #[derive(Deserialize)]
-    struct Answer {
+    struct Version {
         version: String,
     }
     if !response.status().is_success() {
         return Err(refusal(response).await);
     }
     let (_, body) = read(response).await?;
-    let answer: Answer = serde_json::from_slice(&body).map_err(|error| ClientError::Answer(error.into()))?;
+    let answer: Version = serde_json::from_slice(&body).map_err(|error| ClientError::Answer(error.into()))?;
     Ok(answer.version)
 }
 
-/// Reads an answer with a good status: a 204, or a body that is the server's. The body is read to its end, otherwise the
-/// connection could not be used again.
+/// Reads an answer with a good status: a 204, or a body of the server's. The body is read to its end, otherwise the connection
+/// could not be reused.
 async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -> bool) -> Result<(), ClientError> {
     let status = response.status();
     let (_, body) = read(response).await?;
@@ -106,7 +107,7 @@ async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -
     }
 }
 
-/// Reads a 404, which says something of the job only if the server itself has sent it.
+/// Reads a 404, which concerns the job only if the server itself has sent it.
 async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     let status = response.status();
     let (_, body) = read(response).await?;
@@ -116,7 +117,7 @@ async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     }
 }
 
-/// Makes an error of an answer that is neither a success nor anything that the call expects.
+/// Turns any other answer into an error.
 pub(super) async fn refusal(response: Response<Incoming>) -> ClientError {
     let status = response.status();
     if let Some(location) = response.headers().get(LOCATION).filter(|_| status.is_redirection()) {
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_what_the_server_said() {
+    fn a_refusal_shows_the_servers_message() {
         let error = refused_with(400, br#"{"error":"invalid prefetch"}"#);
         assert_eq!(error.to_string(), "the server answered 400 Bad Request: invalid prefetch");
         let error = refused_with(502, b"<html>\n<body>");

@@ -1,4 +1,4 @@
-//! [`Body`]: the body of a request, which can be withdrawn until the moment at which it leaves.
+//! [`Body`]: a request body that can be withdrawn until it is sent.
 
 use std::error::Error;
 use std::fmt;
@@ -8,13 +8,13 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 
-/// The whole body of a request. hyper asks for it once it has a connection: it is written at once from then on.
+/// The whole body of a request. hyper polls the body once it has a connection, and writes it at once.
 pub(super) struct Body {
     bytes: Option<Bytes>,
     is_wanted: Option<Box<dyn Fn() -> bool + Send + Sync>>,
 }
 
-/// Why a body has not left.
+/// The error of a body that was withdrawn.
 #[derive(Debug)]
 pub(super) struct Withdrawn;
 
@@ -23,7 +23,7 @@ impl Body {
         Self { bytes: Some(bytes).filter(|bytes| !bytes.is_empty()), is_wanted: None }
     }
 
-    /// Withdraws the request if it is not wanted at the moment at which it would leave.
+    /// Withdraws the request if `is_wanted` returns false when the body is about to be sent.
     pub(super) fn leave_only_if(&mut self, is_wanted: impl Fn() -> bool + Send + Sync + 'static) {
         self.is_wanted = Some(Box::new(is_wanted));
     }
@@ -58,7 +58,7 @@ impl fmt::Display for Withdrawn {
 
 impl Error for Withdrawn {}
 
-/// Whether a request failed because its body was withdrawn.
+/// Reports whether a request failed because its body was withdrawn.
 pub(super) fn was_withdrawn(error: &(dyn Error + 'static)) -> bool {
     error.is::<Withdrawn>() || error.source().is_some_and(was_withdrawn)
 }

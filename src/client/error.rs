@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -100,6 +101,11 @@ impl ClientError {
         matches!(self, Self::Refused { status, .. } if status.is_client_error())
     }
 
+    /// Whether the answer is no HTTP at all, like the alert of a port that speaks TLS.
+    fn is_no_http(&self) -> bool {
+        causes(self).any(|cause| cause.downcast_ref().is_some_and(hyper::Error::is_parse))
+    }
+
     /// The wait that the answer asks for.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -107,6 +113,24 @@ impl ClientError {
             _ => None,
         }
     }
+}
+
+/// Returns an error and its causes.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// Returns whether the peer has answered the first message of TLS with something else.
+fn is_without_tls(error: &(dyn Error + 'static)) -> bool {
+    matches!(tls_error(error), Some(rustls::Error::InvalidMessage(_)))
+}
+
+/// Finds the error of TLS. An `io::Error` does not count the error that it wraps among its causes.
+fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    if let Some(outer) = error.downcast_ref::<io::Error>() {
+        return tls_error(outer.get_ref()?);
+    }
+    error.downcast_ref().or_else(|| tls_error(error.source()?))
 }
 
 impl Retryable for ClientError {
@@ -122,7 +146,13 @@ impl Retryable for ClientError {
 impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Connect(error) if is_without_tls(error.as_ref()) => {
+                f.write_str("cannot connect: url is https, and the port seems to speak no TLS; try http")
+            }
             Self::Connect(_) => f.write_str("cannot connect"),
+            Self::Transport(_) | Self::Request(_) if self.is_no_http() => {
+                f.write_str("the answer is no HTTP: if url is http and the port speaks TLS, make it https")
+            }
             Self::Transport(_) | Self::Request(_) => f.write_str("the request failed"),
             Self::Answer(_) => f.write_str("the answer broke off"),
             Self::TimedOut(limit) => write!(f, "no answer within {}", humantime::format_duration(*limit)),

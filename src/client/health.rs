@@ -1,4 +1,4 @@
-//! [`Health`]: whether calls to a server fail, and the moment at which they succeed again.
+//! [`Health`]: whether calls to a server fail, and when they succeed again.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -9,27 +9,27 @@ use tokio::time::Instant;
 use super::ClientError;
 use crate::watch;
 
-/// The length of a disturbance whose end is a recovery. A single call that always fails among others that succeed is
-/// none, otherwise each success of the others would repeat it.
+/// The shortest disturbance whose end is a recovery. A single call that always fails among others that succeed is no disturbance,
+/// otherwise each success of the others would retry it.
 const DISTURBANCE: Duration = Duration::from_secs(1);
 
-/// The calls that have failed since the last success, and those who wait for the next one.
+/// The start of the present run of failed calls, and the waiters for a success.
 #[derive(Debug)]
 pub(crate) struct Health {
     failing_since: Mutex<Option<Instant>>,
     recoveries: watch::Sender<()>,
-    /// The turn of the one call that is tried while all others wait.
-    scout: Semaphore,
+    /// The turn of the one call that probes the server while all others wait.
+    probe: Semaphore,
 }
 
 impl Default for Health {
     fn default() -> Self {
-        Self { failing_since: Mutex::default(), recoveries: watch::Sender::default(), scout: Semaphore::new(1) }
+        Self { failing_since: Mutex::default(), recoveries: watch::Sender::default(), probe: Semaphore::new(1) }
     }
 }
 
 impl Health {
-    /// Notes how a call has ended, and passes its result on. A call that was withdrawn tells nothing.
+    /// Notes the result of a call, and returns it. A withdrawn call does not count.
     pub(super) fn observe<T>(&self, called: Result<T, ClientError>) -> Result<T, ClientError> {
         if matches!(called, Err(ClientError::Withdrawn)) {
             return called;
@@ -44,12 +44,12 @@ impl Health {
         called
     }
 
-    /// Whether the latest call failed.
+    /// Reports whether the latest call failed.
     pub(crate) fn is_failing(&self) -> bool {
         self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Notes that a take stream has been opened: if the latest call failed, the server is back.
+    /// Notes that a take stream has been opened. If the latest call failed, the server is back.
     pub(super) fn connected(&self) {
         let failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).take();
         if failing_since.is_some() {
@@ -59,15 +59,14 @@ impl Health {
 
     /// Waits until calls succeed again.
     pub(crate) async fn recovered(&self) {
-        // It fails only once the sender is gone, and `self` has it.
+        // The wait fails only once the sender is gone, and `self` holds the sender.
         let _ = self.recoveries.subscribe().changed().await;
     }
 
-    /// Waits for the turn of the one call that finds out whether the server is back: one at a time, each after `pause`, in
-    /// the order in which they have begun to wait.
-    pub(crate) async fn scouts_turn(&self, pause: Duration) {
+    /// Waits for the turn to probe the server: one call at a time, each after `pause`, in the order in which they began to wait.
+    pub(crate) async fn probe_turn(&self, pause: Duration) {
         // The semaphore is never closed.
-        let _turn = self.scout.acquire().await;
+        let _turn = self.probe.acquire().await;
         tokio::time::sleep(pause).await;
     }
 }
@@ -109,11 +108,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn scouts_take_turns() {
+    async fn probes_take_turns() {
         let (health, begun) = (Health::default(), Instant::now());
         let pause = Duration::from_secs(1);
         let turn = || async {
-            health.scouts_turn(pause).await;
+            health.probe_turn(pause).await;
             begun.elapsed().as_secs()
         };
         assert_eq!(tokio::join!(turn(), turn(), turn()), (1, 2, 3));

@@ -1,11 +1,11 @@
-//! [`Client`]: the calls of the Zizq HTTP API that a worker makes.
+//! [`Client`]: the calls to the Zizq HTTP API.
 
 mod answer;
 mod body;
 mod connector;
 mod error;
 mod health;
-mod skim;
+mod skimmer;
 mod stream_settings;
 pub(crate) mod tls;
 pub(crate) mod url;
@@ -41,27 +41,27 @@ pub(crate) use stream_settings::StreamSettings;
 pub use tls::Tls;
 pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 
-/// The type of a take stream.
+/// The content type of a take stream.
 const NDJSON: &str = "application/x-ndjson";
 
-/// How long the server may take to answer a request; the body of the take stream is not part of it.
+/// The time limit of an answer. The body of the take stream is not included.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often an HTTP/2 connection with requests under way is asked for a sign of life, and how long that may take: all
-/// reports share it, and would all time out on a dead one, again and again.
+/// The interval and the timeout of HTTP/2 pings while requests are in flight. All reports share the connection, and would all
+/// time out again and again on a dead one.
 const HTTP2_KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// The number of failures that are reported at once: enough to hide the round trip, few enough to spare the server.
-const MAX_FAILURES_UNDER_WAY: usize = 8;
+const MAX_FAILURES_IN_FLIGHT: usize = 8;
 
-/// What a path segment or query value may hold as it is (RFC 3986, unreserved).
+/// The characters that a path segment or query value leaves unescaped (RFC 3986, unreserved).
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// A client for one server, under one worker id. Reports share pooled connections; each take stream has its own.
 #[derive(Debug)]
 pub struct Client {
     url: ServerUrl,
-    /// The same, in front of a path.
+    /// The url as text, to which paths are appended.
     base: String,
     worker_id: WorkerId,
     connector: HttpsConnector<Dialer>,
@@ -70,36 +70,36 @@ pub struct Client {
     failure_slots: Semaphore,
 }
 
-/// What the server made of a report.
+/// The server's answer to a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acceptance {
-    /// It counts.
+    /// The report counts.
     Accepted,
-    /// The job was not in flight: reported before, or handed out again since.
+    /// The job was not in flight: it was reported before, or has been redelivered since.
     AlreadyHandled,
 }
 
-/// What the server says of a job, as far as a report depends on it.
+/// The state of a job on the server, as far as a report depends on it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct JobState {
     /// `scheduled`, `ready`, `in_flight`, `completed` or `dead`.
     pub status: String,
-    /// How many attempts have failed.
+    /// The number of failed attempts.
     pub attempts: u32,
 }
 
 impl JobState {
-    /// Whether it will not be tried again.
+    /// Reports whether the job is completed or dead.
     pub fn is_over(&self) -> bool {
         matches!(self.status.as_str(), "completed" | "dead")
     }
 
-    /// Whether it waits to be handed out.
+    /// Reports whether the job is ready to be delivered.
     pub fn is_ready(&self) -> bool {
         self.status == "ready"
     }
 
-    /// Whether it is being tried.
+    /// Reports whether the job is in flight.
     pub fn is_in_flight(&self) -> bool {
         self.status == "in_flight"
     }
@@ -111,7 +111,7 @@ struct Successes<'a> {
 }
 
 impl Client {
-    /// A client that has not connected yet.
+    /// Returns a client without a connection.
     pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls, connector: &Connector) -> Self {
         let dialer = connector.dialer(&url);
         let connector = HttpsConnector::from((dialer.clone(), tls.speaking(&["http/1.1"])));
@@ -120,27 +120,27 @@ impl Client {
         reports.timer(TokioTimer::new()).pool_timer(TokioTimer::new());
         reports.http2_keep_alive_interval(HTTP2_KEEPALIVE).http2_keep_alive_timeout(HTTP2_KEEPALIVE);
         let reports = reports.build(pooled);
-        let failure_slots = Semaphore::new(MAX_FAILURES_UNDER_WAY);
+        let failure_slots = Semaphore::new(MAX_FAILURES_IN_FLIGHT);
         Self { base: url.to_string(), url, worker_id, connector, reports, health: Health::default(), failure_slots }
     }
 
-    /// Where it connects to.
+    /// Returns the server's url.
     pub fn url(&self) -> &ServerUrl {
         &self.url
     }
 
-    /// The recent success and failure of calls to this server.
+    /// Returns the health of the calls to this server.
     pub(crate) fn health(&self) -> &Health {
         &self.health
     }
 
-    /// Waits until a failure may be reported. A report that waits for its next try holds no slot.
+    /// Waits for a slot to report a failure. A report that waits for its retry holds no slot.
     pub(crate) async fn failure_slot(&self) -> Option<SemaphorePermit<'_>> {
         // The semaphore is never closed.
         self.failure_slots.acquire().await.ok()
     }
 
-    /// Opens a take stream. At most `prefetch` unreported jobs are held over it; no queues means all queues.
+    /// Opens a take stream. The server holds at most `prefetch` unreported jobs over it. An empty list means all queues.
     ///
     /// # Errors
     /// When no connection can be made, or the server does not answer with a stream.
@@ -154,7 +154,7 @@ impl Client {
             let (mut sender, connection) =
                 http1::handshake(self.connect().await?).await.map_err(ClientError::Transport)?;
             let connection = AbortOnDropHandle::new(tokio::spawn(async {
-                // The body sees the end of the connection, good or bad.
+                // The body reports the end of the connection, good or bad.
                 let _ = connection.await;
             }));
             let sent = sender.send_request(self.take_request(queues, prefetch)?).await;
@@ -182,7 +182,7 @@ impl Client {
         let filter = if names.is_empty() { String::new() } else { format!("&queue={}", names.join(",")) };
         let mut request =
             self.request(Method::GET, &format!("/jobs/take?prefetch={prefetch}{filter}"), Bytes::new())?;
-        // A connection of our own wants what a pool would add: the host, and the path alone as the target.
+        // A connection outside the pool needs the host header, and the path alone as the target.
         let host = request.uri().authority().map(|authority| authority.as_str().to_owned()).unwrap_or_default();
         let target = request.uri().path_and_query().map(|target| target.as_str().to_owned()).unwrap_or_default();
         *request.uri_mut() = target.parse().map_err(invalid)?;
@@ -191,7 +191,7 @@ impl Client {
         Ok(request)
     }
 
-    /// Reports jobs as done, in one request. Returns those that were not in flight any more; all others count.
+    /// Reports jobs as done, in one request. Returns the jobs that were not in flight; all others count.
     ///
     /// # Errors
     /// When the request fails, or the server refuses it as a whole.
@@ -209,8 +209,7 @@ impl Client {
         self.failure_if(id, failure, || true).await
     }
 
-    /// Reports a job as failed, if that `is_wanted` at the moment at which the report leaves. It may have waited for a
-    /// connection until then.
+    /// Reports a job as failed, if `is_wanted` returns true when the report leaves, after any wait for a connection.
     ///
     /// # Errors
     /// When the report is not wanted, the request fails, or the server refuses it.
@@ -226,7 +225,7 @@ impl Client {
         self.health.observe(reported.await)
     }
 
-    /// Asks for the state of a job; nothing if the server does not have the job.
+    /// Asks for the state of a job. Returns none if the server does not have the job.
     ///
     /// # Errors
     /// When the request fails, or the server refuses it.
@@ -236,7 +235,7 @@ impl Client {
         self.health.observe(asked.await)
     }
 
-    /// The server's version.
+    /// Asks for the server's version.
     ///
     /// # Errors
     /// When the request fails, or the answer names no version.
@@ -307,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn queue_names_are_percent_encoded_and_the_commas_between_them_are_not() {
+    fn queue_names_are_percent_encoded_but_not_their_commas() {
         let (_, target) = take_target("http://h", &["a b/c", "ü&x"]);
         assert_eq!(target, "/jobs/take?prefetch=8&queue=a%20b%2Fc,%C3%BC%26x");
     }

@@ -1,4 +1,4 @@
-//! [`StreamSettings`]: the settings that a take stream is opened with.
+//! [`StreamSettings`]: the settings of a take stream.
 
 use std::sync::Arc;
 
@@ -7,7 +7,6 @@ use crate::config::WorkerConfig;
 use crate::job::Job;
 use crate::stream::{StreamLimits, TakeStream};
 
-/// The server, queues, prefetch and limits of a take stream.
 #[derive(Debug)]
 pub(crate) struct StreamSettings {
     pub(crate) client: Arc<Client>,
@@ -19,9 +18,9 @@ pub(crate) struct StreamSettings {
 }
 
 impl StreamSettings {
-    /// The settings in `config`. The client of the `previous` settings serves again if it leads to the same server.
+    /// Returns the settings in `config`. The client of the `previous` settings is reused if the server is the same.
     pub(crate) fn of(config: &WorkerConfig, previous: Option<&Self>) -> Self {
-        // More jobs than may be started would only be given back.
+        // Jobs beyond `max_jobs` would only be given back.
         let most = config.max_jobs.map_or(usize::MAX, |most| usize::try_from(most.get()).unwrap_or(usize::MAX));
         let same_server = |previous: &&Self| {
             *previous.client.url() == config.url && previous.tls == config.tls && previous.connector == config.connector
@@ -38,7 +37,7 @@ impl StreamSettings {
         }
     }
 
-    /// Whether a stream by these settings is as good as one by the others.
+    /// Reports whether these settings differ from `other` in nothing that a stream depends on.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         let Self { client, queues, prefetch, limits, tls, connector } = self;
         client.url() == other.client.url()
@@ -49,19 +48,19 @@ impl StreamSettings {
             && *connector == other.connector
     }
 
-    /// Whether a job that came by the `other` settings may be run by these.
+    /// Reports whether a job that was taken under the `other` settings may run under these.
     pub(crate) fn fits(&self, job: &Job, other: &Self) -> bool {
         self.client.url() == other.client.url() && (self.queues.is_empty() || self.queues.contains(&job.queue))
     }
 
-    /// Whether everything that came by the `other` settings is redelivered by these, too.
+    /// Reports whether a stream with these settings redelivers every job that was taken under the `other` settings.
     pub(crate) fn covers(&self, other: &Self) -> bool {
         let of_these = |queue: &String| self.queues.contains(queue);
         self.client.url() == other.client.url()
             && (self.queues.is_empty() || (!other.queues.is_empty() && other.queues.iter().all(of_these)))
     }
 
-    /// Opens a stream by these settings, over which at most `prefetch` unreported jobs are held.
+    /// Opens a stream over which the server holds at most `prefetch` unreported jobs.
     pub(crate) async fn open(&self, prefetch: usize) -> Result<TakeStream, ClientError> {
         self.client.take(&self.queues, prefetch, self.limits).await
     }

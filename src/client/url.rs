@@ -1,4 +1,4 @@
-//! [`ServerUrl`]: where the server is. [`WorkerId`]: what it calls this worker.
+//! [`ServerUrl`]: the address of the server. [`WorkerId`]: the name of this worker in the server's log.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,10 +6,10 @@ use std::str::FromStr;
 use hyper::Uri;
 use hyper::header::HeaderValue;
 
-/// Where a Zizq server listens unless told otherwise.
+/// The default address of a Zizq server.
 pub const DEFAULT_URL: &str = "http://localhost:7890";
 
-/// Where the server is: `http` or `https`, a host, and maybe a port and a path prefix.
+/// The address of the server: `http` or `https`, a host, and optionally a port and a path prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerUrl(Uri);
 
@@ -35,7 +35,7 @@ impl FromStr for ServerUrl {
             && !authority.as_str().contains('@')
             && uri.query().is_none()
             && !text.contains('#')
-            // Nobody can be reached at port 0, and an embedded server there would be at another one.
+            // No client can reach port 0, and an embedded server at port 0 would listen at another one.
             && authority.port_u16() != Some(0)
             && (authority.port_u16().is_some() || authority.as_str() == authority.host());
         if fits { Ok(Self(uri)) } else { Err(wanted()) }
@@ -53,28 +53,28 @@ impl ServerUrl {
         self.0.clone()
     }
 
-    /// The host name or address, without brackets.
+    /// Returns the host name or address, without brackets.
     pub fn host(&self) -> &str {
         self.0.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']')
     }
 
-    /// The port, by the scheme when none is written.
+    /// Returns the port, or the scheme's default.
     pub fn port(&self) -> u16 {
         self.0.port_u16().unwrap_or(if self.is_https() { 443 } else { 80 })
     }
 
-    /// Whether the connection is encrypted.
+    /// Reports whether the connection is encrypted.
     pub fn is_https(&self) -> bool {
         self.0.scheme_str() == Some("https")
     }
 
-    /// The part of each request's path that comes before the API's own.
+    /// Returns the path prefix of each request, before the API's own path.
     pub fn prefix(&self) -> &str {
         self.0.path().trim_end_matches('/')
     }
 }
 
-/// Returns a url without the parts that may be secret: the user, the password and the query.
+/// Returns a url without its secrets: the user, the password and the query.
 pub(crate) fn without_secrets(url: &str) -> String {
     let url = hide_user(url);
     match url.split_once('?') {
@@ -83,7 +83,7 @@ pub(crate) fn without_secrets(url: &str) -> String {
     }
 }
 
-/// Returns a text without the user and the password of a url in it.
+/// Returns a text without the user and password of a url in it.
 pub(crate) fn without_user(text: &str) -> String {
     if text.contains("://") { hide_user(text) } else { text.to_owned() }
 }
@@ -95,7 +95,7 @@ fn hide_user(text: &str) -> String {
     format!("{}…{}", &text[..start], &text[end..])
 }
 
-/// What the server calls a worker in its log: a legal header value. `HOSTNAME-PID` by default.
+/// The name of a worker in the server's log: a legal header value. `HOSTNAME-PID` by default.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerId(HeaderValue);
 

@@ -1,6 +1,7 @@
 //! [`AdminAddress`]: where the worker tells of itself.
 
 use std::fmt;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 
 use super::layers::Layers;
@@ -31,9 +32,17 @@ impl AdminAddress {
         Ok(found.map(|(address, source)| Self { address, source }))
     }
 
-    /// That nobody can listen there.
-    pub fn error(&self, error: &std::io::Error) -> ConfigError {
-        let problem = format!("cannot listen on {}: {error}; choose another address", self.address);
-        ConfigError::unusable(self.source.clone(), problem)
+    /// Makes the error of a worker that cannot listen there.
+    pub fn error(&self, error: &io::Error) -> ConfigError {
+        let advice = match error.kind() {
+            ErrorKind::AddrInUse => "another worker or program listens there now; if it stays, choose another address",
+            ErrorKind::AddrNotAvailable => {
+                "this machine does not have the address now; if it stays so, choose another one"
+            }
+            ErrorKind::PermissionDenied => "choose a port from 1024 up, or give the worker CAP_NET_BIND_SERVICE",
+            _ => "choose another address",
+        };
+        let problem = format!("cannot listen on {}: {error}; {advice}", self.address);
+        ConfigError::refused(self.source.clone(), error, problem)
     }
 }

@@ -1,7 +1,6 @@
 //! [`Declared`]: every setting, once. Flags and help, the keys of the file, `--check`, the reload, the man page, the table of settings
 //! and the commented file are made from this list.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -10,6 +9,7 @@ use signal_hook::low_level::signal_name;
 
 use super::Config;
 use super::handler::{MODE_NAMES, ModeName, OUTPUT_NAMES, STDIN_NAMES};
+use super::log::{LogFormat, LogLevel};
 use super::worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS};
 use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 use crate::client::DEFAULT_URL;
@@ -45,6 +45,8 @@ pub struct Flag {
     pub(crate) value_name: &'static str,
     pub(crate) heading: Heading,
     pub(crate) help: &'static str,
+    /// The words that the value may be, for the completions; empty if it may be others.
+    pub(crate) words: fn() -> Vec<&'static str>,
     pub(crate) is_repeatable: bool,
 }
 
@@ -88,6 +90,8 @@ pub(super) enum Shown {
     Warm(fn(&Pool) -> String),
     /// A setting of a handler that the admin server shows in another form, because the value may hold a secret.
     Private(fn(&Handler) -> String, fn(&Handler) -> String),
+    /// The names of a handler's variables, and the files that hold their values; to others, their number.
+    Variables,
     Never,
 }
 
@@ -111,7 +115,7 @@ impl Flag {
         heading: Heading,
         help: &'static str,
     ) -> Self {
-        Self { name, short: None, alias: None, value_name, heading, help, is_repeatable: false }
+        Self { name, short: None, alias: None, value_name, heading, help, words: Vec::new, is_repeatable: false }
     }
 }
 
@@ -318,7 +322,7 @@ declare! {
 
     MODE = Declared {
         key: "handler.mode",
-        flag: Some(Flag::new("mode", "MODE", Heading::Handler, "spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket")),
+        flag: Some(Flag { words: || words(&MODE_NAMES), ..Flag::new("mode", "MODE", Heading::Handler, "spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket") }),
         default: || "spawn".to_owned(),
         shown: Shown::Handler(|handler| name_in(&MODE_NAMES, &ModeName::of(&handler.mode))),
         reload: Reload::AtOnce,
@@ -370,9 +374,9 @@ declare! {
         key: "handler.env",
         flag: None,
         default: || "none".to_owned(),
-        shown: Shown::Private(|handler| list(names(handler)), |handler| format!("{} variables", names(handler).len())),
+        shown: Shown::Variables,
         reload: Reload::AtOnce,
-        comment: "",
+        comment: "A value is a string, or { file = \"PATH\" } for the contents of a file without the newline at the end, like a credential of systemd or a secret of Kubernetes. The file is read at the start and at each reload.",
         example: Example::Other("{ MAIL_HOST = \"smtp.example.org\" }"),
     };
 
@@ -518,17 +522,17 @@ declare! {
 
     LOG_LEVEL = Declared {
         key: "log.level",
-        flag: Some(Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace; RUST_LOG wins")),
+        flag: Some(Flag { words: || words(&LogLevel::NAMES), ..Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace, and others by target, like info,zizq_worker::jobs=warn; RUST_LOG wins") }),
         default: || "info".to_owned(),
         shown: Shown::Worker(|config| config.log.filter.clone().unwrap_or_else(|| config.log.level.to_string())),
         reload: Reload::AtOnce,
-        comment: "error, warn, info, debug or trace. The variable RUST_LOG wins, and may be a filter like zizq_worker=debug.",
+        comment: "error, warn, info, debug or trace, and others by target, like \"info,zizq_worker::jobs=warn\". The variable RUST_LOG wins, and may be a filter like zizq_worker=debug.",
         example: Example::Default("\"info\""),
     };
 
     LOG_FORMAT = Declared {
         key: "log.format",
-        flag: Some(Flag::new("log-format", "FORMAT", Heading::Logging, "pretty, compact or json, on stderr")),
+        flag: Some(Flag { words: || words(&LogFormat::NAMES), ..Flag::new("log-format", "FORMAT", Heading::Logging, "pretty, compact or json, on stderr") }),
         default: || "pretty on a terminal, else compact".to_owned(),
         shown: Shown::Worker(|config| or(config.log.format, &LOG_FORMAT)),
         reload: Reload::Restart,
@@ -552,7 +556,7 @@ fn size(bytes: u64) -> String {
     ByteSize(bytes).to_string()
 }
 
-fn list(values: impl IntoIterator<Item = impl ToString>) -> String {
+pub(super) fn list(values: impl IntoIterator<Item = impl ToString>) -> String {
     let values: Vec<String> = values.into_iter().map(|value| value.to_string()).collect();
     if values.is_empty() { NONE.to_owned() } else { values.join(", ") }
 }
@@ -561,9 +565,8 @@ fn queues(queues: &[String]) -> String {
     if queues.is_empty() { "all".to_owned() } else { list(queues) }
 }
 
-/// Returns the names of a handler's variables.
-fn names(handler: &Handler) -> BTreeSet<String> {
-    handler.env.iter().map(|(name, _)| name.to_string_lossy().into_owned()).collect()
+fn words<T>(names: &[(&'static str, T)]) -> Vec<&'static str> {
+    names.iter().map(|(name, _)| *name).collect()
 }
 
 fn name_in<T: PartialEq>(names: &[(&str, T)], value: &T) -> String {

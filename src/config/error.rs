@@ -1,6 +1,7 @@
 //! [`ConfigError`]: a mistake in a setting, in one line.
 
 use std::fmt::{self, Write};
+use std::io::{self, ErrorKind};
 
 use super::Source;
 use crate::chain::OneLine;
@@ -12,6 +13,9 @@ pub struct ConfigError {
     problem: String,
     status: u8,
 }
+
+/// Exit status for a failure that may pass: a service manager tries again.
+const STATUS_FAILURE: u8 = 1;
 
 /// Exit status for a mistake on the command line, as everywhere.
 const STATUS_USAGE: u8 = 2;
@@ -31,6 +35,28 @@ impl ConfigError {
         Self { source, problem: problem.into(), status: STATUS_CONFIG }
     }
 
+    /// Makes the error of a call that the system refuses, for a setting that may be right. A refusal that lasts until a person
+    /// changes something has the exit status of a mistake; any other is a failure that may pass.
+    pub(crate) fn refused(source: Source, error: &io::Error, problem: impl Into<String>) -> Self {
+        let status = if is_lasting(error) { STATUS_CONFIG } else { STATUS_FAILURE };
+        Self { source, problem: problem.into(), status }
+    }
+
+    /// Makes the error of a worker that cannot make its directory for result files.
+    pub(crate) fn no_room_for_results(error: &io::Error) -> Self {
+        let directory = std::env::temp_dir();
+        let problem = format!(
+            "cannot make a directory for result files in {}: {error}; name one that can be written and has space",
+            directory.display()
+        );
+        Self::refused(Source::Variable("TMPDIR".to_owned()), error, problem)
+    }
+
+    /// Returns whether the error may pass without a change of the settings.
+    pub(crate) fn may_pass(&self) -> bool {
+        self.status == STATUS_FAILURE
+    }
+
     /// The exit status that tells it apart.
     pub fn exit_status(&self) -> u8 {
         self.status
@@ -44,3 +70,36 @@ impl fmt::Display for ConfigError {
 }
 
 impl std::error::Error for ConfigError {}
+
+/// Returns whether the same call fails until a person changes something: a path, a permission, the kernel.
+fn is_lasting(error: &io::Error) -> bool {
+    let kinds = [
+        ErrorKind::NotFound,
+        ErrorKind::PermissionDenied,
+        ErrorKind::NotADirectory,
+        ErrorKind::ReadOnlyFilesystem,
+        ErrorKind::InvalidInput,
+        ErrorKind::InvalidFilename,
+        ErrorKind::Unsupported,
+        ErrorKind::Other,
+    ];
+    kinds.contains(&error.kind()) || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lasting_refusal_is_a_mistake() {
+        let status = |error: io::Error| ConfigError::refused(Source::Missing, &error, "refused").exit_status();
+        for lasting in [libc::EACCES, libc::EPERM, libc::EAFNOSUPPORT, libc::ENOENT, libc::ENOTDIR, libc::EROFS] {
+            assert_eq!(status(io::Error::from_raw_os_error(lasting)), STATUS_CONFIG, "{lasting}");
+        }
+        for passing in [libc::EADDRINUSE, libc::EADDRNOTAVAIL, libc::EMFILE, libc::ENOBUFS, libc::ENOSPC, libc::EDQUOT]
+        {
+            assert_eq!(status(io::Error::from_raw_os_error(passing)), STATUS_FAILURE, "{passing}");
+        }
+        assert_eq!(status(io::Error::other("the path is too long")), STATUS_CONFIG);
+    }
+}

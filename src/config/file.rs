@@ -127,6 +127,24 @@ impl ConfigFile {
         self.tables.handlers.iter().map(|(job_type, Table(keys))| (job_type, keys))
     }
 
+    /// Makes the error of a file without a handler, at the line where one belongs; nothing if no file was named.
+    pub(super) fn without_handler(&self) -> Option<ConfigError> {
+        if self.path.as_os_str().is_empty() {
+            return None;
+        }
+        let find = |is_wanted: fn(&str) -> bool| self.text.lines().position(is_wanted).map(|index| index + 1);
+        let commented = find(is_commented_exec).map(|line| (line, "take the # off this line and name"));
+        let table = || {
+            find(|line| line.trim() == "[handler]")
+                .map(|line| (line, "add exec = [\"CMD\", \"ARG\"] below this line for"))
+        };
+        let end = || (self.text.lines().count().max(1), "add [handler], and exec = [\"CMD\", \"ARG\"] below it, for");
+        let (line, advice) = commented.or_else(table).unwrap_or_else(end);
+        let problem =
+            format!("no handler given; {advice} the command to run for each job, or give it with --exec or ZIZQ_EXEC");
+        Some(ConfigError::new(Source::File(self.path.clone(), line), problem))
+    }
+
     /// Where that byte of this file stands.
     pub(super) fn source_at(&self, offset: usize) -> Source {
         Source::File(self.path.clone(), line_of(&self.text, offset))
@@ -151,6 +169,13 @@ fn one_of(keys: &[&str]) -> String {
         [one] => one.clone(),
         many => format!("one of {}", many.join(", ")),
     }
+}
+
+/// Returns whether the line is a commented out `exec = …`, as in the file of the package.
+fn is_commented_exec(line: &str) -> bool {
+    let setting = line.trim_start().strip_prefix('#').map(str::trim_start);
+    let value = setting.and_then(|setting| setting.strip_prefix("exec"));
+    value.is_some_and(|value| value.trim_start().starts_with('='))
 }
 
 /// Lines count from 1.

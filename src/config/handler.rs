@@ -12,6 +12,7 @@ use super::declared::{self, Declared};
 use super::file::{Keys, value_in};
 use super::layers::Layers;
 use super::value::Raw;
+use super::variable::variable_of;
 use super::{ConfigError, Source};
 use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Handlers, Mode, Pool, Stdin};
 use crate::process::{Output, Program, Signal};
@@ -60,7 +61,8 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
     let scope = Scope { layers, name: table_of(None), route: None, mode: &mode };
     handlers.default = command.map(|command| scope.handler(command)).transpose()?;
     if handlers.default.is_none() && handlers.routes.is_empty() {
-        return Err(ConfigError::new(Source::Missing, NO_HANDLER));
+        let in_file = layers.file.without_handler();
+        return Err(in_file.unwrap_or_else(|| ConfigError::new(Source::Missing, NO_HANDLER)));
     }
     Ok(handlers)
 }
@@ -229,7 +231,13 @@ impl Scope<'_> {
         for value in [self.layers.file.value(&declared::ENV), self.own_value(&declared::ENV)].into_iter().flatten() {
             let (added, source) = self.read(&declared::ENV, value, Raw::variables)?;
             self.note("env", &source);
-            env.extend(added);
+            for (name, variable) in added {
+                let value = variable.resolve();
+                let value =
+                    value.map_err(|problem| ConfigError::unusable(source.clone(), format!("env.{name}: {problem}")))?;
+                self.layers.note(&variable_of(&self.name, &name), &source, variable.path());
+                env.push((OsString::from(name), value));
+            }
         }
         Ok(env)
     }

@@ -1,21 +1,43 @@
 //! [`LogConfig`]: what is logged, and how.
 
+use std::ffi::OsString;
 use std::fmt;
 
 use super::layers::Layers;
+use super::value::Raw;
 use super::{ConfigError, declared};
+
+/// The target of the lines about the end of jobs.
+pub(crate) const JOBS_TARGET: &str = "zizq_worker::jobs";
+
+/// The target of the lines that handlers print.
+pub(crate) const OUTPUT_TARGET: &str = "zizq_worker::output";
+
+/// The targets that may have a level of their own.
+const TARGETS: [(&str, &str); 2] = [(JOBS_TARGET, JOBS_TARGET), (OUTPUT_TARGET, OUTPUT_TARGET)];
 
 /// The settings of the log.
 #[derive(Debug, Clone, Default)]
 pub struct LogConfig {
     /// From which severity on events are logged.
-    pub level: LogLevel,
+    pub level: LogLevels,
     /// How they are written; by whether stderr is a terminal when not given.
     pub format: Option<LogFormat>,
     /// `RUST_LOG`: a filter that wins over the level.
     pub filter: Option<String>,
     /// Whether the terminal's colours are left alone.
     pub no_color: bool,
+    /// `JOURNAL_STREAM`: the device and inode of a stream that systemd's journal reads.
+    pub journal_stream: Option<OsString>,
+}
+
+/// A severity, and those of targets that have one of their own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogLevels {
+    /// The severity of all other targets.
+    pub level: LogLevel,
+    /// Targets, each with its severity.
+    pub targets: Vec<(&'static str, LogLevel)>,
 }
 
 /// The severities of the log, by their names.
@@ -44,13 +66,51 @@ pub enum LogFormat {
 impl LogConfig {
     pub(super) fn resolve(layers: &Layers<'_>) -> Result<Self, ConfigError> {
         Ok(Self {
-            level: layers
-                .pick(&declared::LOG_LEVEL, |raw, name| raw.one_of(name, &LogLevel::NAMES))?
-                .unwrap_or_default(),
+            level: layers.pick(&declared::LOG_LEVEL, LogLevels::parse)?.unwrap_or_default(),
             format: layers.pick(&declared::LOG_FORMAT, |raw, name| raw.one_of(name, &LogFormat::NAMES))?,
             filter: layers.args.rust_log.clone(),
             no_color: layers.args.no_color,
+            journal_stream: layers.args.journal_stream.clone(),
         })
+    }
+}
+
+impl LogLevels {
+    /// Reads `info`, or `info,zizq_worker::jobs=warn`.
+    fn parse(raw: &Raw, setting: &str) -> Result<Self, String> {
+        let text = &raw.text(setting)?;
+        let mut general = None;
+        let mut targets = Vec::new();
+        for part in text.split(',').map(str::trim) {
+            if let Some((target, level)) = part.split_once('=') {
+                let problem = "log_level may have other levels for the targets";
+                let target = word(target, &TARGETS).ok_or_else(|| unknown(problem, &TARGETS, text))?;
+                targets.push((target, level_named(level, text)?));
+            } else if general.replace(level_named(part, text)?).is_some() {
+                return Err(format!("log_level must have one level without a target (got {text})"));
+            }
+        }
+        Ok(Self { level: general.unwrap_or_default(), targets })
+    }
+}
+
+fn level_named(name: &str, text: &str) -> Result<LogLevel, String> {
+    word(name, &LogLevel::NAMES).ok_or_else(|| unknown("log_level must be one of", &LogLevel::NAMES, text))
+}
+
+fn word<T: Copy>(text: &str, words: &[(&str, T)]) -> Option<T> {
+    words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text.trim())).map(|(_, value)| *value)
+}
+
+fn unknown<T>(problem: &str, words: &[(&str, T)], text: &str) -> String {
+    let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+    format!("{problem} {} (got {text})", words.join(", "))
+}
+
+impl fmt::Display for LogLevels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.level)?;
+        self.targets.iter().try_for_each(|(target, level)| write!(f, ",{target}={level}"))
     }
 }
 
@@ -72,7 +132,7 @@ fn name_in<T: PartialEq>(names: &[(&str, T)], value: &T, f: &mut fmt::Formatter<
 }
 
 impl LogLevel {
-    const NAMES: [(&'static str, Self); 5] = [
+    pub(super) const NAMES: [(&'static str, Self); 5] = [
         ("error", Self::Error),
         ("warn", Self::Warn),
         ("info", Self::Info),
@@ -82,6 +142,6 @@ impl LogLevel {
 }
 
 impl LogFormat {
-    const NAMES: [(&'static str, Self); 3] =
+    pub(super) const NAMES: [(&'static str, Self); 3] =
         [("pretty", Self::Pretty), ("compact", Self::Compact), ("json", Self::Json)];
 }

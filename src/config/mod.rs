@@ -1,7 +1,6 @@
 //! [`Config`]: every setting resolved and checked. A flag or variable wins over the file, the file over the `DEFAULT_*`.
 
 mod admin;
-mod deadlines;
 mod declared;
 #[cfg(feature = "embedded")]
 mod embedded;
@@ -15,6 +14,8 @@ mod settings;
 mod source;
 mod tls;
 mod value;
+mod variable;
+mod warning;
 mod worker;
 
 use crate::cli::Args;
@@ -31,9 +32,11 @@ pub use declared::{Declared, Example, Flag, Reload, SETTINGS};
 #[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
-pub use log::{LogConfig, LogFormat, LogLevel};
+pub(crate) use log::{JOBS_TARGET, OUTPUT_TARGET};
+pub use log::{LogConfig, LogFormat, LogLevel, LogLevels};
 pub use settings::Setting;
 pub use source::Source;
+pub use warning::Warning;
 pub use worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, WorkerConfig};
 
 /// Everything that the program needs to know.
@@ -51,6 +54,8 @@ pub struct Config {
     #[cfg(feature = "embedded")]
     pub embedded: Option<EmbeddedConfig>,
     sources: Sources,
+    /// The variables that are called like a setting's, and are none.
+    unknown_variables: Vec<Warning>,
 }
 
 impl Config {
@@ -76,6 +81,7 @@ impl Config {
             #[cfg(feature = "embedded")]
             embedded,
             sources: layers.into_sources(),
+            unknown_variables: args.unknown_variables(),
         })
     }
 }

@@ -1,7 +1,11 @@
 //! [`Setting`]: one setting as it is in force, and where it was written, for people.
 
-use super::declared::{Declared, Reload, SETTINGS, Shown};
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+
+use super::declared::{Declared, Reload, SETTINGS, Shown, list};
 use super::handler::table_of;
+use super::variable::variable_of;
 use super::{Config, Source};
 use crate::handler::{Handler, Mode};
 
@@ -48,12 +52,27 @@ impl Config {
                 (Shown::Handler(show), _) => (show(handler), None),
                 (Shown::Private(show, show_others), _) => (show(handler), Some(show_others(handler))),
                 (Shown::Warm(show), Mode::Warm(pool)) => (show(pool), None),
+                (Shown::Variables, _) => {
+                    let variables = self.variables(&table, handler);
+                    let public = format!("{} variables", variables.len());
+                    (list(variables), Some(public))
+                }
                 _ => return None,
             };
             let (_, key) = declared.table_and_key();
             Some(Setting { public_value, ..self.setting(declared, format!("{table}.{key}"), value) })
         });
         settings.collect()
+    }
+
+    /// Returns the name of each variable of a handler, with the file that holds its value.
+    fn variables(&self, table: &str, handler: &Handler) -> Vec<String> {
+        let names: BTreeSet<_> = handler.env.iter().map(|(name, _)| name.to_string_lossy()).collect();
+        let shown = |name: Cow<'_, str>| match self.sources.get(&variable_of(table, &name)) {
+            Some((_, path)) if !path.is_empty() => format!("{name} (from {path})"),
+            _ => name.into_owned(),
+        };
+        names.into_iter().map(shown).collect()
     }
 
     /// Returns the path that a setting names, as it was written.

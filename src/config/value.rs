@@ -10,6 +10,8 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use toml::Value;
 
+use super::variable::Variable;
+
 /// Longer is a slip of the pen, and the clock's arithmetic has an end.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
@@ -178,18 +180,19 @@ impl Raw {
         codes.ok_or_else(|| format!("{name} must be a list of numbers from 0 to 255 (got {self})"))
     }
 
-    /// A table of environment variables, in the file.
-    pub(super) fn variables(&self, name: &str) -> Result<Vec<(OsString, OsString)>, String> {
-        let is_name = |name: &str| !name.is_empty() && !name.contains(['=', '\0']);
-        let variable = |(name, value): (&String, &Value)| {
-            let value = value.as_str().filter(|value| is_name(name) && !value.contains('\0'))?;
-            Some((OsString::from(name), OsString::from(value)))
+    /// Reads a table of environment variables, in the file. A value may be a secret, so no message quotes one.
+    pub(super) fn variables(&self, name: &str) -> Result<Vec<(String, Variable)>, String> {
+        let table = match self {
+            Self::Toml(Value::Table(table)) => table,
+            Self::Toml(other) => {
+                let kind = other.type_str();
+                return Err(format!(
+                    "{name} must be a table of variable names and values (got a value of type {kind})"
+                ));
+            }
+            Self::Text(_) => return Err(format!("{name} must be a table of variable names and values")),
         };
-        let variables = match self {
-            Self::Toml(Value::Table(table)) => table.iter().map(variable).collect(),
-            _ => None,
-        };
-        variables.ok_or_else(|| format!("{name} must be a table of variable names and strings (got {self})"))
+        table.iter().map(|(variable, value)| Ok((variable.clone(), Variable::read(name, variable, value)?))).collect()
     }
 
     /// The words of a command: a string is split as a shell would, a list is taken as it is.

@@ -4,13 +4,13 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use humantime::format_duration;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::declared;
 use super::layers::Layers;
 use super::tls;
 use super::value::Raw;
-use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source};
+use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source, Warning};
 use crate::backoff::Backoff;
 use crate::client::url::without_secrets;
 use crate::client::{Connector, ServerUrl, Tls, WorkerId};
@@ -122,17 +122,9 @@ impl WorkerConfig {
     pub(crate) fn announce(&self) {
         let (threads, fibers, prefetch) = (self.threads.get(), self.fibers.get(), self.prefetch.get());
         let queues = if self.queues.is_empty() { "(all)".to_owned() } else { self.queues.join(",") };
-        info!(url = %self.url, queues, threads, fibers, prefetch, "worker starting");
-        let concurrency = self.concurrency().get();
-        if prefetch < concurrency {
-            let idle = concurrency - prefetch;
-            warn!(
-                prefetch,
-                concurrency,
-                idle,
-                "prefetch is below threads x fibers: the server never hands out enough jobs for every worker loop, so some stay idle; raise prefetch"
-            );
-        }
+        let (version, worker_id) = (env!("CARGO_PKG_VERSION"), &self.worker_id);
+        info!(version, %worker_id, url = %self.url, queues, threads, fibers, prefetch, "worker starting");
+        self.low_prefetch().iter().for_each(Warning::log);
     }
 }
 

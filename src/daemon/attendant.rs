@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 
 use super::inspector::Inspector;
 use crate::cli::Args;
-use crate::config::{Config, ConfigError, WorkerConfig};
+use crate::config::{Config, ConfigError, Warning, WorkerConfig};
 use crate::dispatch::HandlerProcess;
 use crate::lifecycle::{Lifecycle, Phase, Request};
 use crate::logging::Log;
@@ -34,6 +34,8 @@ pub(super) struct Attendant {
     pub(super) running: WorkerConfig,
     /// The longest that a killed job may take to end, by all settings that have been in force.
     pub(super) longest_grace: Duration,
+    /// The longest that a job may take by the settings in force; nothing if there is no limit.
+    pub(super) longest_job: Option<Duration>,
     pub(super) supervisor: Option<Supervisor>,
     /// The settings, while they are read again.
     pub(super) reading: Option<JoinHandle<Result<Config, ConfigError>>>,
@@ -50,12 +52,14 @@ impl Attendant {
         if let Some(supervisor) = &self.supervisor {
             supervisor.ready();
         }
+        let mut connection = self.inspector.controls.connection();
         loop {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => break,
                 Some(request) = requests.recv() => self.obey(request),
                 read = await_if_any(&mut self.reading) => self.finish_reload(read),
+                Ok(()) = connection.changed() => self.tell(),
                 () = ticks.next() => self.tell(),
             }
         }
@@ -168,14 +172,25 @@ impl Attendant {
         self.log.refilter(&config.log)?;
         let written = config.settings();
         config.take_over(&self.running);
-        config.warn_of_deadlines();
-        config.warn_of_pools();
+        // The environment of a process does not change.
+        let warnings =
+            config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::UnknownVariable { .. }));
+        warnings.for_each(|warning| warning.log());
         let new_stream = self.inspector.controls.reconnect(&config.worker);
         let needing_restart = self.inspector.renew(config.settings(), &written);
         self.longest_grace = self.longest_grace.max(config.handlers.longest_grace());
+        // The old stream has jobs of the handlers that were in force until now.
+        let longest_job = std::mem::replace(&mut self.longest_job, config.handlers.longest_job());
         self.inspector.controls.dispatcher().replace(config.handlers);
         self.running = config.worker;
         info!(new_stream, "configuration reloaded");
+        if new_stream {
+            let at_most = longest_job.map_or("no limit".to_owned(), |limit| format_duration(limit).to_string());
+            info!(
+                at_most,
+                "opening a new stream; the old one stays open until each job that runs now has ended and is reported"
+            );
+        }
         if !needing_restart.is_empty() {
             warn!(settings = needing_restart.join(", "), "some changed settings need a restart to take effect");
         }
@@ -242,10 +257,19 @@ fn log_status(status: &Status) {
     info!(state, connected, uptime, running, waiting, reports_waiting, succeeded, failed, interrupted, "status");
     for LoopStatus { name, job } in &status.loops {
         if let Some(RunningJob { id, r#type, queue, attempt, running_seconds, pid }) = job {
-            info!(worker = name, id, r#type, queue, attempt, running_seconds, pid, "job running");
+            info!(
+                worker = name,
+                running_seconds,
+                pid,
+                job.id = id,
+                "job.type" = r#type,
+                job.queue = queue,
+                job.attempt = attempt,
+                "job running"
+            );
         }
     }
     for HandlerProcess { handler, pid, state, jobs, age_seconds, memory_bytes, job } in &status.handler_processes {
-        info!(handler, pid, state, jobs, age_seconds, memory_bytes, job, "handler process");
+        info!(handler, pid, state, jobs, age_seconds, memory_bytes, job.id = job, "handler process");
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::admin::Inspected;
 use crate::config::{Reload, Setting};
@@ -11,6 +11,28 @@ use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::Lifecycle;
 use crate::version::VERSION;
 use crate::worker::{Controls, Status};
+
+/// The version of the answer of `/status`: greater once a field is gone or means something else. A new field does not change it.
+const FORMAT: u32 = 1;
+
+/// The answer of `/status`.
+#[derive(Serialize)]
+struct Answer<'a> {
+    format: u32,
+    version: &'static str,
+    worker_id: &'a str,
+    unready: Vec<String>,
+    #[serde(flatten)]
+    worker: Status,
+    settings: BTreeMap<String, Shown>,
+}
+
+/// A setting without its secrets.
+#[derive(Serialize)]
+struct Shown {
+    value: String,
+    source: String,
+}
 
 /// A worker, and the settings that are in force.
 #[derive(Debug)]
@@ -46,12 +68,12 @@ impl Inspector {
         differing
     }
 
-    fn settings(&self) -> BTreeMap<String, Value> {
+    fn settings(&self) -> BTreeMap<String, Shown> {
         let settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let shown = |setting: &Setting| {
-            let value = setting.public_value.as_ref().unwrap_or(&setting.value);
+            let value = setting.public_value.as_ref().unwrap_or(&setting.value).clone();
             let source = setting.source.as_ref().map_or("default".to_owned(), ToString::to_string);
-            (setting.name.clone(), json!({"value": value, "source": source}))
+            (setting.name.clone(), Shown { value, source })
         };
         settings.iter().map(shown).collect()
     }
@@ -62,12 +84,17 @@ impl Inspected for Inspector {
         self.controls.unready(&self.lifecycle).iter().map(ToString::to_string).collect()
     }
 
-    fn status(&self) -> Value {
-        let mut status = json!({"version": VERSION, "worker_id": self.worker_id, "settings": self.settings()});
-        if let (Some(all), Ok(Value::Object(worker))) = (status.as_object_mut(), serde_json::to_value(self.worker())) {
-            all.extend(worker);
-        }
-        status
+    fn status(&self) -> String {
+        let answer = Answer {
+            format: FORMAT,
+            version: VERSION,
+            worker_id: &self.worker_id,
+            unready: self.unready(),
+            worker: self.worker(),
+            settings: self.settings(),
+        };
+        // It fails for maps whose keys are no strings, and there are none.
+        serde_json::to_string(&answer).unwrap_or_default()
     }
 
     fn metrics(&self) -> String {

@@ -1,4 +1,4 @@
-//! [`Brake`]: keeps a handler that cannot be started from running through a queue.
+//! [`Brake`]: keeps a handler that cannot be started from failing every job of a queue.
 
 use std::io;
 use std::pin::pin;
@@ -11,56 +11,58 @@ use tokio::sync::{Mutex, MutexGuard, Notify};
 use tokio::time::Instant;
 use tracing::{error, info};
 
-/// How long one job waits for a fault that may pass: a deploy that replaces the file, a machine short of something.
+use super::BrakeStatus;
+
+/// The time that one job waits for a fault that may pass: a deploy that replaces the file, a machine short of resources.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The pauses in that time grow from this …
+/// The first pause between retries within that time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
-/// … up to this.
+/// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// After a start that failed for good, the pause before the next job's start grows from this …
+/// The first delay of the next job's start after a start has failed for good.
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 
-/// … up to this.
+/// The longest such delay.
 const LONGEST_DELAY: Duration = Duration::from_secs(30);
 
-/// Why a job was not started.
+/// The reason for which a job was not started.
 #[derive(Debug)]
 pub(super) enum NotStarted<C> {
-    /// The wait for a start was cut short, and why.
+    /// The wait for a start was cut short, for this reason.
     CutShort(C),
-    /// It cannot be.
+    /// The handler cannot be started.
     Failed(io::Error),
 }
 
-/// A start that may not have ended yet.
+/// A start that may still be in progress.
 pub(super) trait Begin {
     /// Waits until the program runs.
     ///
     /// # Errors
-    /// When it has turned out that the program could not be started.
+    /// When the program could not be started.
     fn begun(&self) -> impl Future<Output = io::Result<()>> + Send;
 
-    /// Waits until the job's time is up, running or not.
+    /// Waits until the job's timeout, running or not.
     fn overdue(&self) -> impl Future<Output = ()> + Send;
 }
 
-/// What shows that a handler works.
+/// The event that shows that a handler works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Proof {
-    /// That its program runs.
+pub(super) enum ProvenBy {
+    /// Its program runs.
     Start,
-    /// That a process of it has done a job: see [`Brake::release`].
+    /// A process of it has done a job: see [`Brake::release`].
     Job,
 }
 
-/// How the starts of one handler have gone. While they fail there is one at a time, and a pause between them.
+/// The recent starts of one handler. While starts fail, they run one at a time, with a pause between them.
 #[derive(Debug)]
 pub(super) struct Brake {
     name: String,
-    proof: Proof,
+    proof: ProvenBy,
     engaged: AtomicBool,
     turn: Mutex<()>,
     pace: sync::Mutex<Pace>,
@@ -72,14 +74,18 @@ pub(super) struct Brake {
 struct Pace {
     delay: Duration,
     not_before: Option<Instant>,
-    /// When the last failure was counted.
+    /// The time of the last counted failure.
     failed_at: Option<Instant>,
-    /// Whether processes of it run, and the failure is that they end without having done a job.
+    /// Whether processes start, and the failure is that they end without having done a job.
     runs: bool,
+    /// The number of failures since the handler last worked.
+    failures: u64,
+    /// The last failure.
+    error: String,
 }
 
 impl Brake {
-    pub(super) fn new(name: String, proof: Proof) -> Self {
+    pub(super) fn new(name: String, proof: ProvenBy) -> Self {
         let (pace, released) = (sync::Mutex::default(), Notify::new());
         Self { name, proof, engaged: AtomicBool::new(false), turn: Mutex::default(), pace, released }
     }
@@ -88,30 +94,43 @@ impl Brake {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the handler could not be started when that was last tried.
+    /// Reports whether the last start of the handler failed.
     pub(super) fn is_engaged(&self) -> bool {
         self.engaged.load(Ordering::Acquire)
     }
 
-    /// Whether no process of the handler could be started when that was last tried.
+    /// Reports whether the last start failed and no process runs.
     pub(super) fn holds_starts_that_fail(&self) -> bool {
         self.is_engaged() && !self.pace().runs
     }
 
-    /// When the pause after the last failed start ends. `None` while a start is under way.
+    /// Returns the end of the pause after the last failed start, or `None` while a start is in progress.
     pub(super) fn pause_end(&self) -> Option<Instant> {
         let _turn = self.turn.try_lock().ok()?;
         self.pace().not_before
     }
 
-    /// The handler's name.
+    /// Describes the failures in a row, if there are any.
+    pub(super) fn status(&self) -> Option<BrakeStatus> {
+        if !self.is_engaged() {
+            return None;
+        }
+        let pace = self.pace();
+        let pause = pace.not_before.map(|end| end.saturating_duration_since(Instant::now()));
+        Some(BrakeStatus {
+            failures: pace.failures,
+            error: pace.error.clone(),
+            pause_seconds: pause.unwrap_or_default().as_secs_f64(),
+        })
+    }
+
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Starts something, as soon as this handler may be started. `fault` is the error of the start before, if that failed. While
-    /// starts fail, a start holds up the next one until it has ended: until its program runs, or cannot, or its time is up.
-    /// `cut_short` ends every wait. A process that has been made by then is handed over all the same, since it may run already.
+    /// Runs `spawn` as soon as this handler may be started. `fault` is the error of the previous start, if it failed. While
+    /// starts fail, each holds up the next one until its program runs, cannot run, or its time is up. `cut_short` ends every
+    /// wait. A process that exists by then is returned all the same, since it may run already.
     pub(super) async fn start<T: Begin, C>(
         &self,
         fault: Option<io::Error>,
@@ -129,7 +148,7 @@ impl Brake {
             return Err(NotStarted::Failed(error));
         }
         let mut cut_short = pin!(cut_short);
-        // Many may find a fault at once. Each tries again when it is its turn: it counts once, and costs one job.
+        // Many jobs may find a fault at once. Each retries in its turn, so that the fault counts once and costs one job.
         let _turn = tokio::select! {
             biased;
             why = &mut cut_short => return Err(NotStarted::CutShort(why)),
@@ -153,22 +172,22 @@ impl Brake {
         turn
     }
 
-    /// Notes what has come of a turn.
-    fn settle<T, C>(&self, tried: Tried<T, C>) -> Result<T, NotStarted<C>> {
+    /// Notes the result of a turn.
+    fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<T, NotStarted<C>> {
         match tried {
-            Tried::Runs(started) => {
+            StartEnd::Runs(started) => {
                 match self.proof {
-                    Proof::Start => self.release(),
-                    Proof::Job => {
+                    ProvenBy::Start => self.release(),
+                    ProvenBy::Job => {
                         self.pace().runs = true;
                         self.pause();
                     }
                 }
                 Ok(started)
             }
-            Tried::MayRun(started) => Ok(started),
-            Tried::CutShort(why) => Err(NotStarted::CutShort(why)),
-            Tried::Failed(error) => {
+            StartEnd::MayRun(started) => Ok(started),
+            StartEnd::CutShort(why) => Err(NotStarted::CutShort(why)),
+            StartEnd::Failed(error) => {
                 if !is_the_jobs_own(&error) {
                     self.failed(&error);
                 }
@@ -179,26 +198,27 @@ impl Brake {
 
     /// Notes that the handler cannot be started.
     pub(super) fn failed(&self, error: &io::Error) {
-        if self.count_failure(false) {
+        if self.count_failure(false, error.to_string()) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
         }
     }
 
-    /// Notes that a process has ended before it has shown that the handler works. Of processes that ran side by side, the first
-    /// one counts: otherwise one crash of each would make the pause the longest.
+    /// Notes that a process has ended before it has shown that the handler works. Of processes that ran side by side, only the
+    /// first counts, otherwise their crashes together would make the pause the longest.
     pub(super) fn crashed(&self, started: Instant, error: &str) {
         let is_counted = self.pace().failed_at.is_some_and(|failed_at| started <= failed_at);
-        if !is_counted && self.count_failure(true) {
+        if !is_counted && self.count_failure(true, error.to_owned()) {
             error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
         }
     }
 
-    /// Returns whether this failure is the first one.
-    fn count_failure(&self, runs: bool) -> bool {
+    /// Counts a failure. Returns whether it is the first one.
+    fn count_failure(&self, runs: bool, error: String) -> bool {
         {
             let mut pace = self.pace();
             pace.delay = (pace.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
             (pace.failed_at, pace.runs) = (Some(Instant::now()), runs);
+            (pace.failures, pace.error) = (pace.failures + 1, error);
         }
         self.pause();
         !self.engaged.swap(true, Ordering::AcqRel)
@@ -219,20 +239,20 @@ impl Brake {
     }
 }
 
-/// What has come of the tries of one turn.
-enum Tried<T, C> {
+/// The end of one turn.
+enum StartEnd<T, C> {
     Runs(T),
-    /// A process was made, and the wait for the end of its start was cut short.
+    /// A process exists, and the wait for its program was cut short.
     MayRun(T),
     CutShort(C),
     Failed(io::Error),
 }
 
-/// Tries for as long as the fault is one that may pass.
+/// Retries while the fault may pass.
 async fn start_patiently<T: Begin, C>(
     spawn: impl Fn() -> io::Result<T>,
     mut cut_short: impl Future<Output = C> + Unpin,
-) -> Tried<T, C> {
+) -> StartEnd<T, C> {
     let give_up = Instant::now() + PATIENCE;
     let mut pause = FIRST_PAUSE;
     loop {
@@ -240,27 +260,27 @@ async fn start_patiently<T: Begin, C>(
             Ok(started) => tokio::select! {
                 biased;
                 begun = started.begun() => match begun {
-                    Ok(()) => return Tried::Runs(started),
+                    Ok(()) => return StartEnd::Runs(started),
                     Err(error) => error,
                 },
-                _ = &mut cut_short => return Tried::MayRun(started),
-                () = started.overdue() => return Tried::MayRun(started),
+                _ = &mut cut_short => return StartEnd::MayRun(started),
+                () = started.overdue() => return StartEnd::MayRun(started),
             },
             Err(error) => error,
         };
         if !may_pass(&error) || Instant::now() >= give_up {
-            return Tried::Failed(error);
+            return StartEnd::Failed(error);
         }
         tokio::select! {
             biased;
-            why = &mut cut_short => return Tried::CutShort(why),
+            why = &mut cut_short => return StartEnd::CutShort(why),
             () = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64() / 4.0)) => {}
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
-/// Whether another job might well be started: too long variables, or a zero byte in them, which no system call saw. Any other
+/// Reports whether the error concerns this job alone: too long variables, or a zero byte in them, which has no errno. Any other
 /// error is the handler's, or the machine's.
 fn is_the_jobs_own(error: &io::Error) -> bool {
     match Errno::from_io_error(error) {
@@ -269,7 +289,7 @@ fn is_the_jobs_own(error: &io::Error) -> bool {
     }
 }
 
-/// Whether a fault says more about this moment than about the handler: it was fine when the worker started.
+/// Reports whether a fault may pass: the handler worked when the worker started.
 fn may_pass(error: &io::Error) -> bool {
     use Errno as E;
     matches!(
@@ -285,7 +305,7 @@ mod tests {
 
     use super::*;
 
-    /// A start that ends, or does not, after that long.
+    /// A start that succeeds or fails after that long.
     #[derive(Debug, Clone, Copy)]
     struct Fake {
         takes: Duration,
@@ -309,15 +329,15 @@ mod tests {
     type Result<T> = std::result::Result<T, NotStarted<()>>;
 
     fn brake() -> Brake {
-        Brake::new("handle.sh".to_owned(), Proof::Start)
+        Brake::new("handle.sh".to_owned(), ProvenBy::Start)
     }
 
-    /// A process that is not made, for that reason.
+    /// Returns the error of a process that is not made.
     fn refused(errno: Errno) -> io::Result<Fake> {
         Err(errno.into())
     }
 
-    /// A process that cannot become its program, for that reason.
+    /// Returns a process that cannot execute its program.
     fn fails(errno: Errno) -> Fake {
         Fake { errno: Some(errno), ..WORKS }
     }
@@ -326,7 +346,7 @@ mod tests {
         brake.start(fault.map(Into::into), pending(), spawn).await
     }
 
-    /// Tries a start that goes wrong in that way, and says how long it took.
+    /// Makes a start that fails, and returns the time it took.
     async fn fail(brake: &Brake, errno: Errno) -> Duration {
         let begun = Instant::now();
         assert!(matches!(start(brake, None, || refused(errno)).await, Err(NotStarted::Failed(_))));
@@ -340,7 +360,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_fault_that_passes_in_time_is_none() {
+    async fn a_fault_that_passes_in_time_costs_no_job() {
         for errno in
             [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::TXTBSY, Errno::NOENT, Errno::ACCESS]
         {
@@ -357,14 +377,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_fault_that_does_not_pass_fails_the_job_after_five_seconds() {
+    async fn a_lasting_fault_fails_the_job_after_five_seconds() {
         let took = fail(&brake(), Errno::NOENT).await.as_secs_f64();
         assert!((5.0..5.7).contains(&took), "{took}");
         assert_eq!(fail(&brake(), Errno::NOEXEC).await, Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn failures_in_a_row_are_one_second_apart_and_then_up_to_thirty_until_a_start_works() {
+    async fn the_delay_grows_to_thirty_seconds_until_a_start_works() {
         let brake = brake();
         let mut pauses = Vec::new();
         for _ in 0..8 {
@@ -378,7 +398,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn jobs_that_come_at_once_fail_one_after_the_other() {
+    async fn simultaneous_jobs_fail_one_after_the_other() {
         let (brake, begun, tries) = (brake(), Instant::now(), Cell::new(0));
         let spawn = || {
             tries.set(tries.get() + 1);
@@ -393,7 +413,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_wrong_with_one_job_fails_it_at_once_and_slows_down_no_other() {
+    async fn an_error_of_one_job_fails_it_at_once_and_delays_no_other() {
         let brake = brake();
         assert_eq!(fail(&brake, Errno::TOOBIG).await, Duration::ZERO);
         let zero_byte = || Err(io::ErrorKind::InvalidInput.into());
@@ -428,7 +448,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn while_starts_fail_they_hang_one_at_a_time_until_their_time_is_up() {
+    async fn hanging_starts_run_one_at_a_time_until_their_timeout() {
         let (brake, begun, made) = (brake(), Instant::now(), Cell::new(0));
         fail(&brake, Errno::NOEXEC).await;
         let hangs = Fake { takes: Duration::MAX, time: Duration::from_secs(10), ..WORKS };
@@ -466,7 +486,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_process_whose_start_hangs_is_handed_over_when_the_wait_ends() {
+    async fn a_process_whose_start_hangs_is_kept_when_the_wait_ends() {
         let (brake, begun) = (brake(), Instant::now());
         let hangs = Fake { takes: Duration::MAX, ..WORKS };
         brake.start(Some(Errno::NOENT.into()), after_a_moment(), || Ok(hangs)).await.unwrap();

@@ -1,7 +1,7 @@
 //! [`Dispatcher`]: what a worker does with a job. [`ExecDispatcher`] runs a handler for it.
 
 mod brake;
-mod errands;
+mod file_threads;
 mod outcome;
 mod pids;
 mod result_file;
@@ -20,23 +20,32 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
+use crate::config::OUTPUT_TARGET;
 use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, HeadStart, Input, OpenFiles, Process, Resident, Start, Starter, Stops, Termination,
-    TooFewDescriptors, Trial, Usage, keep_exit_statuses,
+    Channel, Children, Input, OpenFiles, Process, ReadDelay, Resident, ResourceUsage, Start, Starter, Stops,
+    Termination, TooFewDescriptors, Trial, keep_exit_statuses,
 };
 use brake::{Begin, NotStarted};
 use outcome::Cause;
 use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
 use routes::{Route, Routes};
+pub(crate) use variables::is_about_a_job;
 use warm::{Busy, Pool, StartError};
 
 /// How long a worker that is being killed waits for a process that has outlived SIGKILL. The server hands the job out again as
 /// soon as the worker ends.
 const LAST_WAIT: Duration = Duration::from_secs(10);
+
+/// The error types of a handler with a process for each job.
+const SPAWNED_FAILURES: [&str; 4] = ["ExitStatus", "Signal", "Timeout", "SpawnError"];
+
+/// The error types of a warm handler.
+const WARM_FAILURES: [&str; 8] =
+    ["ExitStatus", "Signal", "Timeout", "SpawnError", "StartError", "HandlerError", "NoReply", "ProtocolError"];
 
 /// How a job ended, and what it took.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,12 +55,37 @@ pub struct Ended {
     /// How its process exited, if it had one that ended with it.
     pub exit: Option<ExitStatus>,
     /// What its process used for it, if it had one.
-    pub usage: Option<Usage>,
+    pub usage: Option<ResourceUsage>,
+    /// How long the work took.
+    pub took: Took,
+}
+
+/// How long the work of a job took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Took {
+    /// As long as the call of [`Dispatcher::dispatch`].
+    Dispatch,
+    /// That long. The rest of the call was a wait for the start.
+    Run(Duration),
+    /// The work was not started.
+    Nothing,
 }
 
 impl From<Outcome> for Ended {
     fn from(outcome: Outcome) -> Self {
-        Self { outcome, exit: None, usage: None }
+        Self { outcome, exit: None, usage: None, took: Took::Dispatch }
+    }
+}
+
+impl Ended {
+    /// Ends a job whose work was not started.
+    fn unstarted(outcome: Outcome) -> Self {
+        Self { took: Took::Nothing, ..outcome.into() }
+    }
+
+    /// Notes that the work began at that moment, and ends now.
+    fn since(self, began: Instant) -> Self {
+        Self { took: Took::Run(began.elapsed()), ..self }
     }
 }
 
@@ -63,10 +97,20 @@ pub trait Dispatcher: Send + Sync + 'static {
     /// Sees one job through to its end.
     fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> impl Future<Output = Ended> + Send;
 
-    /// Whether jobs of that type are counted by it in the metrics; all other types are counted together. There should be a
-    /// bounded number of types for which that is so.
+    /// Whether jobs of that type always have a label of their own in the metrics. Of the other types, the first hundred have one.
+    /// The number of types for which this is true should be bounded.
     fn is_counted_apart(&self, _job_type: &str) -> bool {
         false
+    }
+
+    /// The types for which [`is_counted_apart`](Self::is_counted_apart) is true. Their metrics exist before their first job.
+    fn types_counted_apart(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The error types that failures of such a job usually have. Their metrics exist before the first failure.
+    fn usual_failures(&self, _job_type: &str) -> &'static [&'static str] {
+        &[]
     }
 
     /// The process that runs for a job, if one does.
@@ -81,6 +125,11 @@ pub trait Dispatcher: Send + Sync + 'static {
 
     /// The processes that do one job after another.
     fn processes(&self) -> Vec<HandlerProcess> {
+        Vec::new()
+    }
+
+    /// The handlers that are configured.
+    fn handlers(&self) -> Vec<HandlerStatus> {
         Vec::new()
     }
 
@@ -114,6 +163,34 @@ pub struct HandlerProcess {
     pub job: Option<String>,
 }
 
+/// A handler that is configured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HandlerStatus {
+    /// The type of its jobs; none for the handler of all other types.
+    pub r#type: Option<String>,
+    /// The file name of its program.
+    pub handler: String,
+    /// `spawn` or `warm`.
+    pub mode: &'static str,
+    /// The number of starts since it was configured, failed ones included.
+    pub starts: u64,
+    /// The failures that slow its starts down, if there are any.
+    pub brake: Option<BrakeStatus>,
+    /// The processes that are kept between jobs.
+    pub pids: Vec<u32>,
+}
+
+/// The failures in a row of a handler that cannot be started, or that ends before it has done a job.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BrakeStatus {
+    /// The number of failures since the handler last worked.
+    pub failures: u64,
+    /// The last failure.
+    pub error: String,
+    /// The time until the next start.
+    pub pause_seconds: f64,
+}
+
 /// The states of such a process.
 pub(crate) const PROCESS_STATES: [&str; 4] = ["starting", "idle", "busy", "ending"];
 
@@ -137,7 +214,7 @@ pub struct ExecDispatcher {
     pids: Pids,
     children: Children,
     starter: Starter,
-    head_start: HeadStart,
+    read_delay: ReadDelay,
 }
 
 impl ExecDispatcher {
@@ -162,7 +239,7 @@ impl ExecDispatcher {
             pids: Pids::default(),
             children: Children::of_this_process(),
             starter: starter(concurrency),
-            head_start: HeadStart::default(),
+            read_delay: ReadDelay::default(),
         })
     }
 
@@ -208,6 +285,7 @@ impl ExecDispatcher {
 
     fn spawn(&self, route: &Route, job: &Job, result: &ResultFile<'_>) -> io::Result<Process> {
         let handler = &route.handler;
+        route.count_start();
         Process::spawn(Start {
             command: route.command()?,
             variables: &variables::of(job, handler, &self.worker_id, result),
@@ -218,7 +296,7 @@ impl ExecDispatcher {
             },
             output: handler.output,
             starter: &self.starter,
-            head_start: &self.head_start,
+            read_delay: &self.read_delay,
             children: &self.children,
         })
     }
@@ -244,11 +322,11 @@ impl Tried {
     async fn not_started(route: &Route, why: NotStarted<Cut>) -> Self {
         match why {
             NotStarted::CutShort(Cut::Replaced) => Self::Again(None),
-            NotStarted::CutShort(Cut::Stopping) => Self::Ended(Outcome::Interrupted.into()),
+            NotStarted::CutShort(Cut::Stopping) => Self::Ended(Ended::unstarted(Outcome::Interrupted)),
             NotStarted::Failed(error) => {
                 let error_type = if is_start_error(&error) { "StartError" } else { "SpawnError" };
                 let failure = Failure::new(error_type, why_not_started(route, &error).await);
-                Self::Ended(Outcome::Failure(failure).into())
+                Self::Ended(Ended::unstarted(Outcome::Failure(failure)))
             }
         }
     }
@@ -261,10 +339,13 @@ impl ExecDispatcher {
         let result = self.results.file();
         let start = || self.start(route, job, lifecycle, &result);
         match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
-            Ok(started) => match started.see_through(&result).await {
-                Ok(ended) => Tried::Ended(ended),
-                Err(error) => Tried::Again(Some(error)),
-            },
+            Ok(started) => {
+                let since = started.since;
+                match started.see_through(&result).await {
+                    Ok(ended) => Tried::Ended(ended.since(since)),
+                    Err(error) => Tried::Again(Some(error)),
+                }
+            }
             Err(why) => Tried::not_started(route, why).await,
         }
     }
@@ -276,7 +357,7 @@ impl ExecDispatcher {
             Err(tried) => return tried,
         };
         let _listed = self.pids.list(&task.job.id, busy.pid());
-        let started = busy.started();
+        let (started, since) = (busy.started(), Instant::now());
         let (ended, health) = busy.run(task.job, task.lifecycle).await;
         match health {
             warm::HandlerHealth::Works => route.brake.release(),
@@ -287,7 +368,7 @@ impl ExecDispatcher {
             }
             warm::HandlerHealth::JobUnread | warm::HandlerHealth::Unknown => {}
         }
-        Tried::Ended(ended)
+        Tried::Ended(ended.since(since))
     }
 
     /// Waits for a process that is idle, or starts one.
@@ -328,13 +409,14 @@ impl ExecDispatcher {
     }
 
     fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
+        route.count_start();
         Resident::spawn(Start {
             command: route.command()?,
             variables: &variables::of_warm(socket, &self.worker_id),
             input: Input::Nothing,
             output: route.handler.output,
             starter: &self.starter,
-            head_start: &self.head_start,
+            read_delay: &self.read_delay,
             children: &self.children,
         })
     }
@@ -355,7 +437,7 @@ impl Dispatcher for ExecDispatcher {
             let route = task.routes.borrow_and_update().find(&job.job_type).cloned();
             let Some(route) = route else {
                 let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
-                return Outcome::Failure(Failure::new("UnknownJobType", message)).into();
+                return Ended::unstarted(Outcome::Failure(Failure::new("UnknownJobType", message)));
             };
             // The fault of another handler says nothing of this one.
             let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
@@ -374,6 +456,18 @@ impl Dispatcher for ExecDispatcher {
         self.routes().has_own(job_type)
     }
 
+    fn types_counted_apart(&self) -> Vec<String> {
+        self.routes().own_types()
+    }
+
+    fn usual_failures(&self, job_type: &str) -> &'static [&'static str] {
+        match self.routes().find(job_type) {
+            Some(route) if route.pool.is_some() => &WARM_FAILURES,
+            Some(_) => &SPAWNED_FAILURES,
+            None => &["UnknownJobType"],
+        }
+    }
+
     fn pid(&self, id: &JobId) -> Option<u32> {
         self.pids.get(id)
     }
@@ -384,6 +478,10 @@ impl Dispatcher for ExecDispatcher {
 
     fn processes(&self) -> Vec<HandlerProcess> {
         self.routes().processes().list()
+    }
+
+    fn handlers(&self) -> Vec<HandlerStatus> {
+        self.routes().list()
     }
 
     fn process_starts(&self) -> Vec<ProcessStarts> {
@@ -543,7 +641,7 @@ async fn time_is_up(handler: &Handler, since: Instant) {
 /// Logs under the job's span. The line is a field: its control characters are escaped there, in every format.
 fn log_line(channel: Channel, line: &str) {
     match channel {
-        Channel::Stdout => info!(line, "stdout"),
-        Channel::Stderr => warn!(line, "stderr"),
+        Channel::Stdout => info!(target: OUTPUT_TARGET, line, "stdout"),
+        Channel::Stderr => warn!(target: OUTPUT_TARGET, line, "stderr"),
     }
 }

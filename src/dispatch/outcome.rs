@@ -5,8 +5,8 @@ use std::process::ExitStatus;
 
 use signal_hook::low_level::signal_name;
 
-use super::Ended;
 use super::result_file::Verdict;
+use super::{Ended, Took};
 use crate::handler::Handler;
 use crate::job::{Failure, Outcome};
 use crate::process::{Exit, Signal, Tail, Termination};
@@ -42,7 +42,7 @@ pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Futur
         }
     };
     let (exit, usage) = exit.ended.ok().unzip();
-    Ended { outcome, exit, usage }
+    Ended { outcome, exit, usage, took: Took::Dispatch }
 }
 
 /// A process that we stopped was cut short or too slow, whatever it made of it; only its own end can be a success.
@@ -110,7 +110,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::process::{Program, Usage};
+    use crate::process::{Program, ResourceUsage};
 
     fn handler() -> Handler {
         let program = Program::find(OsString::from("/bin/sh"), Vec::new(), None).unwrap();
@@ -124,7 +124,7 @@ mod tests {
     }
 
     fn exit(raw_status: i32) -> Exit<Cause> {
-        let usage = Usage { cpu: Duration::ZERO, max_rss: 0 };
+        let usage = ResourceUsage { cpu: Duration::ZERO, max_rss: 0 };
         let ended = Ok((ExitStatus::from_raw(raw_status), usage));
         Exit { ended, terminated: None, notified: false, stderr: Tail::default() }
     }

@@ -1,15 +1,14 @@
-//! [`Pids`]: which process runs for which job, for those who ask.
+//! [`Pids`]: the process of each running job, for the status.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::job::JobId;
 
-/// The processes of running jobs.
 #[derive(Debug, Default)]
 pub(super) struct Pids(Mutex<HashMap<JobId, u32>>);
 
-/// Held while the process is there.
+/// The entry of a process, removed when dropped.
 #[derive(Debug)]
 pub(super) struct Listed<'a> {
     pids: &'a Pids,

@@ -1,4 +1,4 @@
-//! [`ResultFile`]: where a handler that fails may say more than an exit status can.
+//! [`ResultFile`]: the file in which a handler that fails may say more than its exit status.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -16,35 +16,35 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tracing::warn;
 
-use super::errands::Errands;
+use super::file_threads::FileThreads;
 use crate::job::Failure;
 
-/// A handler has no reason to say more than this; all that it could say in earnest is a message and a backtrace.
+/// The most bytes of a result file: far more than a message and a backtrace need.
 const MAX_BYTES: u64 = 1024 * 1024;
 
-/// The end of the year 9999, in Unix milliseconds. A server may refuse a time beyond it, and with it the whole report.
+/// The end of the year 9999, in Unix milliseconds. A server may refuse a later time, and with it the whole report.
 const LAST_TIME: u64 = 253_402_300_799_999;
 
-/// A thousand years: more is a mistake.
+/// The longest `retry_in`: a thousand years. More is a mistake.
 const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
 
-/// How long a job waits for the reading of its result file. A file of 1 MiB on a disk takes milliseconds.
+/// The time limit for the read of a result file. A file of 1 MiB on a disk takes milliseconds.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the end of a worker waits for the removal of files that handlers have left.
+/// The time that the end of a worker waits for the removal of files that handlers have left.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A private directory for result files. It is removed with the dispatcher.
+/// A private directory for result files, removed with the dispatcher.
 #[derive(Debug)]
 pub(super) struct ResultDir {
     path: PathBuf,
-    /// Held open and locked: programs that tidy up temporary directories leave a locked one alone.
+    /// The lock: programs that tidy up temporary directories skip a locked one.
     _lock: File,
-    /// The file system that the directory is on.
+    /// The device of the directory's file system.
     device: (u32, u32),
     next: AtomicU64,
-    reads: Errands,
-    removals: Errands,
+    reads: FileThreads,
+    removals: FileThreads,
 }
 
 impl ResultDir {
@@ -55,28 +55,29 @@ impl ResultDir {
         flock(&lock, FlockOperation::LockShared)?;
         let about = statx(&lock, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
         let device = (about.stx_dev_major, about.stx_dev_minor);
-        let (reads, removals) = (Errands::with_threads(4), Errands::with_threads(1));
+        let (reads, removals) = (FileThreads::with_threads(4), FileThreads::with_threads(1));
         Ok(Self { path: dir.keep(), _lock: lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
-    /// Whether the system takes the paths of sockets here. They have 108 bytes at most, with the zero byte at the end (unix(7)).
+    /// Reports whether the directory's path is short enough for sockets: they have 108 bytes at most, with the zero byte at the
+    /// end (unix(7)).
     pub(super) fn has_room_for_sockets(&self) -> bool {
         self.path.as_os_str().len() + "/18446744073709551615.sock".len() < 108
     }
 
-    /// A path for a socket at which there is nothing yet.
+    /// Returns an unused path for a socket.
     pub(super) fn socket(&self) -> PathBuf {
         self.path.join(format!("{}.sock", self.next.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// A path for one job at which there is nothing yet. A number, since nothing of a job is ever made into a path.
+    /// Returns an unused path for one job. It is a number, because a path never contains data of a job.
     pub(super) fn file(&self) -> ResultFile<'_> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         ResultFile { dir: self, path: self.path.join(number.to_string()) }
     }
 }
 
-/// The path that one job's handler is given. Whatever is there in the end is removed with this.
+/// The path that one job's handler gets. Dropping this removes whatever is there.
 #[derive(Debug)]
 pub(super) struct ResultFile<'a> {
     dir: &'a ResultDir,
@@ -88,12 +89,12 @@ impl ResultFile<'_> {
         self.path.as_os_str()
     }
 
-    /// Reads what the handler wrote. What is no use is a warning, and counts as nothing.
+    /// Reads the handler's verdict. An unusable file logs a warning, and counts as none.
     pub(super) async fn read(&self) -> Option<Verdict> {
         let read = match self.find() {
-            Found::Nothing => return None,
-            Found::SmallFile => try_read(&self.path),
-            Found::Other => {
+            LeftBehind::Nothing => return None,
+            LeftBehind::SmallFile => try_read(&self.path),
+            LeftBehind::Other => {
                 let path = self.path.clone();
                 let read = self.dir.reads.ask(READ_TIMEOUT, move || try_read(&path)).await;
                 read.unwrap_or_else(|| Err("it cannot be read in time".to_owned()))
@@ -109,36 +110,36 @@ impl ResultFile<'_> {
     }
 }
 
-/// What a handler has left at its path.
+/// The kind of file that a handler has left at its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
+enum LeftBehind {
     Nothing,
-    /// A file of this worker's own directory, small enough for the thread of all jobs.
+    /// A small file in the worker's own directory, which the thread of all jobs may read.
     SmallFile,
-    /// A tree, a large file, or the file system that a handler has mounted there, and that may hang.
+    /// A tree, a large file, or a mounted file system, which may hang.
     Other,
 }
 
 impl ResultFile<'_> {
-    /// Looks without asking the file system for more than the kernel knows, which no mount can make hang (statx(2)).
-    fn find(&self) -> Found {
+    /// Looks with statx(2), and asks the file system for no more than the kernel knows, so that no mount can hang the look.
+    fn find(&self) -> LeftBehind {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         match statx(CWD, &self.path, flags, StatxFlags::TYPE | StatxFlags::SIZE) {
-            Err(Errno::NOENT) => Found::Nothing,
+            Err(Errno::NOENT) => LeftBehind::Nothing,
             Ok(about)
                 if FileType::from_raw_mode(about.stx_mode.into()) == FileType::RegularFile
                     && about.stx_size <= MAX_BYTES
                     && (about.stx_dev_major, about.stx_dev_minor) == self.dir.device =>
             {
-                Found::SmallFile
+                LeftBehind::SmallFile
             }
-            Ok(_) | Err(_) => Found::Other,
+            Ok(_) | Err(_) => LeftBehind::Other,
         }
     }
 }
 
 fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
-    // Neither a link nor a pipe that a handler put there may lead or hold us anywhere.
+    // Neither a symbolic link nor a named pipe at the path may mislead or block the worker.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = match OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -155,16 +156,16 @@ fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
     Verdict::parse(&bytes).map(Some)
 }
 
-/// Removes what the handler has left: a small file at once, and all else in a thread, because that may take minutes.
+/// Removes the file. A small file is removed at once, and anything else in a thread, because that may take minutes.
 impl Drop for ResultFile<'_> {
     fn drop(&mut self) {
         match self.find() {
-            Found::Nothing => {}
-            // The end of the directory removes what cannot be removed now.
-            Found::SmallFile => drop(fs::remove_file(&self.path)),
-            Found::Other => {
+            LeftBehind::Nothing => {}
+            // A file that cannot be removed now is removed with the directory.
+            LeftBehind::SmallFile => drop(fs::remove_file(&self.path)),
+            LeftBehind::Other => {
                 let path = std::mem::take(&mut self.path);
-                // What there is no room for stays until the end.
+                // If too many removals wait, this one is left to the end.
                 let _ = self.dir.removals.run(move || drop(remove(&path)));
             }
         }
@@ -178,7 +179,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the directory, after all trees whose removal has begun: they may be as deep as what was written too late.
+/// Removes the directory, after the removals that have begun. Files that were written late may be deep trees as well.
 impl Drop for ResultDir {
     fn drop(&mut self) {
         if fs::remove_dir(&self.path).is_ok() {
@@ -186,7 +187,7 @@ impl Drop for ResultDir {
         }
         let (top, (tell, removed)) = (self.path.clone(), mpsc::channel());
         let is_begun = self.removals.run(move || {
-            // The end may have come meanwhile.
+            // The send fails if the receiver has timed out.
             let _ = tell.send(remove_tree(&top));
         });
         if !is_begun || !matches!(removed.recv_timeout(REMOVAL_TIMEOUT), Ok(Ok(()))) {
@@ -195,8 +196,8 @@ impl Drop for ResultDir {
     }
 }
 
-/// Removes a directory of any depth, which `fs::remove_dir_all` does not: it takes a stack frame and a descriptor for each
-/// level, and a handler would end the worker with some ten thousand of them. What is below is moved up to the top first.
+/// Removes a directory of any depth. `fs::remove_dir_all` takes a stack frame and a descriptor for each level, and some ten
+/// thousand levels would crash the worker. Here each nested directory is first moved up to the top.
 fn remove_tree(top: &Path) -> io::Result<()> {
     loop {
         let mut is_flat = true;
@@ -215,13 +216,13 @@ fn remove_tree(top: &Path) -> io::Result<()> {
     }
 }
 
-/// Moves the directories in `dir` to `top`, removes what else is in it, and then itself.
+/// Moves the directories in `dir` to `top`, removes the files in `dir`, and then `dir`.
 fn empty_into(top: &Path, dir: &Path) -> io::Result<()> {
     fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            // Not even its own user may move a directory that is not writable.
+            // Not even its owner can move a directory that is not writable.
             fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o700))?;
             fs::rename(entry.path(), top.join(format!("{:032x}", fastrand::u128(..))))?;
         } else {
@@ -231,7 +232,7 @@ fn empty_into(top: &Path, dir: &Path) -> io::Result<()> {
     fs::remove_dir(dir)
 }
 
-/// What a handler says of its failure.
+/// A handler's own account of its failure.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Verdict {
     message: Option<String>,
@@ -248,7 +249,7 @@ enum Retry {
     At(u64),
 }
 
-/// The same, as it was written.
+/// The JSON form of a [`Verdict`].
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Written {
@@ -272,8 +273,10 @@ impl Verdict {
         Self::of(serde_json::from_slice(bytes).map_err(|error| error.to_string())?)
     }
 
+    /// Checks a verdict.
+    ///
     /// # Errors
-    /// When what was written contradicts itself, or is no time.
+    /// When `retry_in` and `retry_at` are both set, or one is no valid time.
     pub(super) fn of(written: Written) -> Result<Self, String> {
         let retry = match (written.retry_in, written.retry_at) {
             (Some(_), Some(_)) => return Err("it has both retry_in and retry_at".to_owned()),
@@ -290,10 +293,11 @@ impl Verdict {
         })
     }
 
-    /// The failure as the handler wants it reported. `retry_in` counts from now.
+    /// Returns the failure as the handler wants it reported. `retry_in` counts from now.
     pub(super) fn apply_to(self, failure: Failure) -> Failure {
         Failure {
             message: self.message.unwrap_or(failure.message),
+            is_named_by_handler: self.error_type.is_some(),
             error_type: self.error_type.or(failure.error_type),
             backtrace: self.backtrace.or(failure.backtrace),
             retry_at: self.retry.map(Retry::unix_millis),
@@ -372,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_not_the_right_shape_is_refused_with_the_reason() {
+    fn an_invalid_file_is_refused_with_the_reason() {
         for (text, reason) in [
             ("", "EOF"),
             ("[]", "invalid"),
@@ -392,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_handler_says_replaces_what_we_would_say_and_never_takes_a_kill_back() {
+    fn a_verdict_overrides_the_failure_and_takes_no_kill_back() {
         let ours = Failure { kill: true, ..Failure::new("ExitStatus", "ours").with_backtrace("trace".into()) };
         let reported = parse(r#"{"message":"theirs","kill":false,"retry_at":7}"#).unwrap().apply_to(ours);
         assert_eq!(reported.message, "theirs");

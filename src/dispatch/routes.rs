@@ -1,23 +1,25 @@
-//! [`Routes`]: which handler a job goes to, and how the starts of each have gone.
+//! [`Routes`]: the handler of each job type, and the recent starts of each handler.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::brake::{Brake, Proof};
-use super::errands::Errands;
+use super::HandlerStatus;
+use super::brake::{Brake, ProvenBy};
+use super::file_threads::FileThreads;
 use super::variables::is_about_a_job;
 use super::warm::{Pool, Processes};
 use crate::handler::{Handler, Handlers, Mode};
 use crate::process::Command;
 
-/// How long a failure waits for a look at the files that may explain it.
+/// The time that a failure waits for a look at the files that may explain it.
 const HINT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A handler, and how its starts have gone of late.
+/// A handler and its recent starts.
 #[derive(Debug)]
 pub(super) struct Route {
     pub(super) handler: Handler,
@@ -26,7 +28,8 @@ pub(super) struct Route {
     pub(super) pool: Option<Arc<Pool>>,
     command: OnceLock<Arc<Command>>,
     look: Arc<Mutex<Look>>,
-    files: Errands,
+    files: FileThreads,
+    starts: AtomicU64,
 }
 
 /// The latest look at a handler's file.
@@ -43,24 +46,25 @@ fn lock(look: &Mutex<Look>) -> MutexGuard<'_, Look> {
 
 impl Route {
     fn new(mut handler: Handler, before: Option<&Self>, shared: &Shared) -> Arc<Self> {
-        // Of what is there twice, the later counts. What is said of a job nobody else can say.
+        // A variable that occurs twice has the later value. Only the worker sets variables about the job.
         let env: BTreeMap<_, _> = handler.env.into_iter().filter(|(name, _)| !is_about_a_job(name)).collect();
         handler.env = env.into_iter().collect();
         let (pool, proof) = match &handler.mode {
-            Mode::Spawn => (None, Proof::Start),
+            Mode::Spawn => (None, ProvenBy::Start),
             Mode::Warm(settings) => {
                 let before = before.and_then(|before| before.pool.as_deref());
-                (Some(Pool::new(&handler, settings, shared.concurrency, &shared.processes, before)), Proof::Job)
+                (Some(Pool::new(&handler, settings, shared.concurrency, &shared.processes, before)), ProvenBy::Job)
             }
         };
         let (brake, files) = (Brake::new(handler.program.file_name(), proof), shared.files.clone());
-        Arc::new(Self { handler, brake, pool, command: OnceLock::new(), look: Arc::default(), files })
+        let (command, look, starts) = (OnceLock::new(), Arc::default(), AtomicU64::new(0));
+        Arc::new(Self { handler, brake, pool, command, look, files, starts })
     }
 
-    /// What is started for its jobs.
+    /// Returns the command that is started for each job.
     ///
     /// # Errors
-    /// When there is a zero byte in the handler's settings.
+    /// When the handler's settings contain a zero byte.
     pub(super) fn command(&self) -> io::Result<&Arc<Command>> {
         if let Some(command) = self.command.get() {
             return Ok(command);
@@ -71,14 +75,30 @@ impl Route {
         Ok(self.command.get_or_init(|| Arc::new(command)))
     }
 
-    /// Whether a start would fail, as far as that can be known without one. Never waits for a file: each call after the pause of
-    /// a failed start has the file looked at, and goes by the look before.
+    /// Counts a start, whether it fails or not.
+    pub(super) fn count_start(&self) {
+        self.starts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn status(&self, job_type: Option<&str>) -> HandlerStatus {
+        HandlerStatus {
+            r#type: job_type.map(str::to_owned),
+            handler: self.brake.name().to_owned(),
+            mode: if self.pool.is_some() { "warm" } else { "spawn" },
+            starts: self.starts.load(Ordering::Relaxed),
+            brake: self.brake.status(),
+            pids: self.pool.as_ref().map(|pool| pool.pids()).unwrap_or_default(),
+        }
+    }
+
+    /// Reports whether a start would fail, as far as that is known without one. Never blocks on a file: each call after the pause
+    /// of a failed start requests a look at the file, and uses the previous look.
     fn is_broken(&self) -> bool {
         if !self.brake.is_engaged() || self.pool.is_some() {
             return self.brake.holds_starts_that_fail();
         }
         let pause_end = self.brake.pause_end().filter(|end| *end <= Instant::now());
-        // Without an end of the pause, a start is under way, which will tell more than the file does.
+        // While a start is in progress there is no end of the pause, and the start tells more than the file.
         pause_end.is_none_or(|pause_end| !self.looks_fine_since(pause_end))
     }
 
@@ -94,8 +114,7 @@ impl Route {
         look.is_fine && look.begun.is_some_and(|begun| begun >= pause_end)
     }
 
-    /// Says why a start has failed. The system says the same whether the file is missing, the directory, or the program that its
-    /// first line names.
+    /// Returns the message of a failed start. The system's error does not tell a missing file, directory or interpreter apart.
     pub(super) async fn not_started(&self, error: &io::Error) -> String {
         let (program, cwd) = (self.handler.program.clone(), self.handler.cwd.clone());
         let (name, is_missing) = (program.file_name(), error.kind() == io::ErrorKind::NotFound);
@@ -117,30 +136,29 @@ pub(super) struct Routes {
     shared: Shared,
 }
 
-/// What all routes need, those of earlier configurations included.
+/// The state that all routes share, those of earlier configurations included.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
-    /// Looks at handlers' files.
-    files: Errands,
-    /// How many jobs there are at once.
+    /// The threads that look at handlers' files.
+    files: FileThreads,
+    /// The number of jobs that run at once.
     pub(super) concurrency: usize,
     pub(super) processes: Arc<Processes>,
 }
 
 impl Routes {
     pub(super) fn new(handlers: Handlers, concurrency: usize) -> Self {
-        let shared = Shared { files: Errands::with_threads(4), concurrency, processes: Arc::default() };
+        let shared = Shared { files: FileThreads::with_threads(4), concurrency, processes: Arc::default() };
         let none = Self { by_type: HashMap::new(), default: None, shared };
         none.renewed(handlers)
     }
 
-    /// The warm processes of this configuration and of earlier ones.
+    /// Returns the warm processes of this configuration and of earlier ones.
     pub(super) fn processes(&self) -> &Arc<Processes> {
         &self.shared.processes
     }
 
-    /// The routes of other handlers. Those that are as they were keep what is known of their starts. Every warm process ends as
-    /// soon as it is idle.
+    /// Returns the routes of new handlers. Unchanged ones keep the record of their starts. Every warm process ends once idle.
     pub(super) fn renewed(&self, handlers: Handlers) -> Self {
         let route = |handler: Handler, before: Option<&Arc<Route>>| {
             let new = Route::new(handler, before.map(|before| &**before), &self.shared);
@@ -156,22 +174,35 @@ impl Routes {
         Self { by_type, default, shared: self.shared.clone() }
     }
 
-    /// The type is looked up, and nothing else is ever made of it.
+    /// Returns the route of a job type, or the default one. The type is only ever a key.
     pub(super) fn find(&self, job_type: &str) -> Option<&Arc<Route>> {
         self.by_type.get(job_type).or(self.default.as_ref())
     }
 
-    /// All of them, that of no certain type last.
+    /// Returns all routes, the default one last.
     pub(super) fn all(&self) -> impl Iterator<Item = &Arc<Route>> {
         self.by_type.values().chain(&self.default)
     }
 
-    /// Whether jobs of that type have a handler of their own.
+    /// Describes each handler, in the order of the types, the handler of all other types last.
+    pub(super) fn list(&self) -> Vec<HandlerStatus> {
+        let mut by_type: Vec<_> = self.by_type.iter().collect();
+        by_type.sort_unstable_by_key(|(job_type, _)| *job_type);
+        let of_types = by_type.into_iter().map(|(job_type, route)| route.status(Some(job_type)));
+        of_types.chain(self.default.iter().map(|route| route.status(None))).collect()
+    }
+
+    /// Reports whether a job type has its own handler.
     pub(super) fn has_own(&self, job_type: &str) -> bool {
         self.by_type.contains_key(job_type)
     }
 
-    /// The names of the handlers that cannot be started, in order.
+    /// Returns the types that have a handler of their own.
+    pub(super) fn own_types(&self) -> Vec<String> {
+        self.by_type.keys().cloned().collect()
+    }
+
+    /// Returns the sorted names of the handlers that cannot be started.
     pub(super) fn broken(&self) -> Vec<String> {
         let mut names: Vec<String> =
             self.all().filter(|route| route.is_broken()).map(|route| route.brake.name().to_owned()).collect();

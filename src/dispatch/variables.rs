@@ -1,4 +1,4 @@
-//! [`Variables`]: what a handler is told about its job, in its environment.
+//! [`Variables`]: the environment variables that tell a handler about its job.
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
@@ -34,12 +34,11 @@ const ALL: [&str; 11] = [
     SOCKET,
 ];
 
-/// Whether a variable of that name is about a job: it has no other value than what is said of the job here.
-pub(super) fn is_about_a_job(name: &OsStr) -> bool {
+/// Reports whether a variable of this name is about a job. Only the worker sets these.
+pub(crate) fn is_about_a_job(name: &OsStr) -> bool {
     ALL.iter().any(|about_a_job| name == *about_a_job)
 }
 
-/// Names and values.
 pub(super) type Variables<'a> = Vec<(&'static str, Cow<'a, OsStr>)>;
 
 pub(super) fn of<'a>(job: &'a Job, handler: &Handler, worker_id: &'a str, result: &'a ResultFile) -> Variables<'a> {
@@ -60,7 +59,7 @@ pub(super) fn of<'a>(job: &'a Job, handler: &Handler, worker_id: &'a str, result
     variables
 }
 
-/// What a process is told that does one job after another.
+/// Returns the variables of a warm process.
 pub(super) fn of_warm<'a>(socket: &'a Path, worker_id: &'a str) -> Variables<'a> {
     vec![(SOCKET, Cow::Borrowed(socket.as_os_str())), (WORKER_ID, Cow::Borrowed(OsStr::new(worker_id)))]
 }

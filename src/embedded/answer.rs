@@ -1,8 +1,8 @@
-//! Answers: JSON bodies, and the ways in which a request is turned down.
+//! Answers: whole bodies and streams, and the ways in which a request is turned down.
 //!
 //! Statuses and error texts are the real server's, so that a client which logs or matches them
 //! sees the same from both. Where the real server falls back on its framework's plain text (a
-//! bad query on the take stream, an id that is not UTF-8), this one stays with JSON.
+//! bad query on the take stream, an id that is not UTF-8), this one stays with its formats.
 
 use std::convert::Infallible;
 
@@ -11,15 +11,14 @@ use futures_util::Stream;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use hyper::body::Frame;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 use serde_json::json;
 
+use super::format::{Format, StreamFormat};
 use super::order::OrderError;
-
-pub(super) const JSON: &str = "application/json";
-pub(super) const NDJSON: &str = "application/x-ndjson";
+use super::patch::PatchError;
 
 /// Whole or streamed; a body here cannot fail, it can only be cut off with its connection.
 pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -36,10 +35,12 @@ pub(super) enum Rejection {
     NotFound(&'static str),
     /// 405, with the methods that the path does know.
     WrongMethod(&'static str),
-    /// 406, with the one type that could be served.
-    NotAcceptable(&'static str),
-    /// 415: a body of a type other than JSON.
-    NotJson,
+    /// 406, with the types that could be served.
+    NotAcceptable(&'static [&'static str]),
+    /// 415, with the types that could be read.
+    UnsupportedMediaType(&'static [&'static str]),
+    /// 422: well-formed, but not to be done.
+    Unprocessable(String),
 }
 
 impl Rejection {
@@ -59,32 +60,44 @@ impl From<OrderError> for Rejection {
     }
 }
 
-impl From<Rejection> for Answer {
-    fn from(rejection: Rejection) -> Self {
-        match rejection {
-            Rejection::BadRequest(text) => error(StatusCode::BAD_REQUEST, &text),
-            Rejection::Forbidden(text) => error(StatusCode::FORBIDDEN, &text),
-            Rejection::NotFound(text) => error(StatusCode::NOT_FOUND, text),
-            Rejection::WrongMethod(allowed) => wrong_method(allowed),
-            Rejection::NotAcceptable(supported) => {
-                let body = json!({"error": "not acceptable", "supported": [supported]});
-                json(StatusCode::NOT_ACCEPTABLE, &body)
-            }
-            Rejection::NotJson => {
-                let body = json!({"error": "unsupported media type", "supported": [JSON]});
-                json(StatusCode::UNSUPPORTED_MEDIA_TYPE, &body)
+impl From<PatchError> for Rejection {
+    fn from(error: PatchError) -> Self {
+        match error {
+            PatchError::NoSuchJob => Self::NotFound("job not found"),
+            PatchError::Finished(id, status) => {
+                Self::Unprocessable(format!("cannot patch job {id} in {status} status"))
             }
         }
     }
 }
 
-/// A JSON body.
-pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
-    // Every value here has string keys and writes into memory, which cannot fail.
-    let bytes = serde_json::to_vec(value).unwrap_or_default();
-    let mut answer = Response::new(Full::new(bytes.into()).boxed_unsync());
+impl Rejection {
+    /// Writes the answer in the format that the client accepts.
+    pub(super) fn into_answer(self, format: Format) -> Answer {
+        let error = |status, text: &str| whole(format, status, &json!({"error": text}));
+        match self {
+            Self::BadRequest(text) => error(StatusCode::BAD_REQUEST, &text),
+            Self::Forbidden(text) => error(StatusCode::FORBIDDEN, &text),
+            Self::NotFound(text) => error(StatusCode::NOT_FOUND, text),
+            Self::WrongMethod(allowed) => wrong_method(allowed),
+            Self::NotAcceptable(supported) => {
+                let body = json!({"error": "not acceptable", "supported": supported});
+                whole(format, StatusCode::NOT_ACCEPTABLE, &body)
+            }
+            Self::UnsupportedMediaType(supported) => {
+                let body = json!({"error": "unsupported media type", "supported": supported});
+                whole(format, StatusCode::UNSUPPORTED_MEDIA_TYPE, &body)
+            }
+            Self::Unprocessable(text) => error(StatusCode::UNPROCESSABLE_ENTITY, &text),
+        }
+    }
+}
+
+/// Writes a whole body.
+pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) -> Answer {
+    let mut answer = Response::new(Full::new(format.write(value).into()).boxed_unsync());
     *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(JSON));
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(format.media_type()));
     answer
 }
 
@@ -93,19 +106,18 @@ pub(super) fn no_content() -> Answer {
     empty(StatusCode::NO_CONTENT)
 }
 
-/// An NDJSON body that goes on as long as `frames` does.
-pub(super) fn ndjson<S>(frames: S) -> Answer
+/// Writes a body that goes on as long as `frames` does.
+pub(super) fn streamed<S>(format: StreamFormat, frames: S) -> Answer
 where
     S: Stream<Item = Result<Frame<Bytes>, Infallible>> + Send + 'static,
 {
     let mut answer = Response::new(StreamBody::new(frames).boxed_unsync());
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(NDJSON));
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(format.media_type()));
+    if format == StreamFormat::Events {
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    }
     answer
-}
-
-/// The form of every error that has a text.
-fn error(status: StatusCode, text: &str) -> Answer {
-    json(status, &json!({"error": text}))
 }
 
 /// The one error without a text: the header says it all.

@@ -1,17 +1,17 @@
-//! A job as the store keeps it, and the JSON that clients see.
+//! A job as the store keeps it, and as clients see it.
 //!
-//! The two are apart because they change for different reasons: the JSON is the real server's and
-//! fixed, while the record is whatever makes the state machine simple.
+//! The two are apart because they change for different reasons: the fields of an answer are the
+//! real server's and fixed, while the record is whatever makes the state machine simple.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 
 use super::id::JobId;
 use super::options::Backoff;
+use super::payload::Payload;
 
 /// Where a job is in its life. The order is the order of that life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -30,6 +30,11 @@ pub enum Status {
 }
 
 impl Status {
+    /// Whether nothing more happens to the job.
+    pub(super) fn is_finished(self) -> bool {
+        matches!(self, Self::Completed | Self::Dead)
+    }
+
     /// The name on the wire, in answers and in filters alike.
     fn name(self) -> &'static str {
         match self {
@@ -58,16 +63,15 @@ impl FromStr for Status {
     }
 }
 
-/// What its producer asked for; never changes, so every copy of a job shares it.
-#[derive(Debug)]
+/// The producer's wishes. Every copy of a job shares them until a patch changes them.
+#[derive(Debug, Clone)]
 pub(super) struct Spec {
     /// `type` on the wire, which is a keyword here.
     pub(super) kind: String,
     pub(super) queue: String,
     /// 0 is the most urgent.
     pub(super) priority: u16,
-    /// The producer's own bytes: nothing here may reorder keys or round numbers.
-    pub(super) payload: Box<RawValue>,
+    pub(super) payload: Payload,
     // Where a job says nothing the server's options hold, as they are when the job fails.
     pub(super) retry_limit: Option<u32>,
     pub(super) backoff: Option<JobBackoff>,
@@ -163,7 +167,7 @@ impl FromStr for UniqueScope {
             "queued" => Ok(Self::Queued),
             "active" => Ok(Self::Active),
             "exists" => Ok(Self::Exists),
-            _ => Err(format!("unique_while {text:?} is none of queued, active, exists")),
+            _ => Err(format!("invalid unique_while: {text:?} (expected \"queued\", \"active\", or \"exists\")")),
         }
     }
 }
@@ -182,8 +186,8 @@ pub(super) struct ErrorRecord {
     pub(super) failed_at: u64,
 }
 
-/// A job in JSON, with the real server's field names, in its order. What a job does not have is
-/// absent rather than null, and official clients rely on that.
+/// A job in an answer, with the real server's field names, in its order. A field without a value
+/// is absent rather than null, and official clients rely on that.
 #[derive(Debug, Serialize)]
 pub(super) struct JobView<'a> {
     id: JobId,
@@ -193,7 +197,7 @@ pub(super) struct JobView<'a> {
     priority: u16,
     status: Status,
     #[serde(skip_serializing_if = "Option::is_none")]
-    payload: Option<&'a RawValue>,
+    payload: Option<&'a Payload>,
     ready_at: u64,
     attempts: u32,
     #[serde(skip_serializing_if = "Option::is_none")]

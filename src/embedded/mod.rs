@@ -9,21 +9,23 @@
 //!
 //! - [`Store`]: the lock, the clock and the wake-ups around `state`, which is the pure state
 //!   machine with its `ready` queue and its `lease`s;
-//! - `api`: one function per `route`, reading an `order`, a `report` or a `query` and its `page`,
-//!   and writing an `answer`;
+//! - `api`: one function per `route`, reading an `order` with its `payload`, a `patch`, a `report`
+//!   or a `query` and its `page`, and writing an `answer` in a `format`;
 //! - `take`: the stream.
 //!
-//! What a real server has and this one has not: MessagePack and server-sent events (406, 415),
-//! `PATCH`, crons, batched jobs (403) and jq filters (400).
+//! Only a real server has crons (404), batched jobs (403) and jq filters (400).
 
 mod answer;
 mod api;
+mod format;
 mod id;
 mod job;
 mod lease;
 mod options;
 mod order;
 mod page;
+mod patch;
+mod payload;
 mod query;
 mod ready;
 mod report;

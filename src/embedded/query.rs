@@ -4,7 +4,8 @@
 //! filter, `DELETE /jobs` would delete everything.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Display;
+use std::fmt::{self, Display};
+use std::num::ParseIntError;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
@@ -62,27 +63,50 @@ impl Fields {
         elements.map(parse).collect()
     }
 
-    /// A range of numbers; empty text is no range.
-    fn range(&mut self, name: &str) -> Result<Option<RangeInclusive<u64>>, String> {
+    /// Reads a range of numbers up to `max`; empty text is no range.
+    fn range(&mut self, name: &str, max: impl Into<u64>) -> Result<Option<Range>, String> {
         match self.text(name).filter(|text| !text.is_empty()) {
-            Some(text) => range(&text).map(Some).map_err(|error| format!("{name}: {error}")),
+            Some(text) => Range::parse(&text, max.into()).map(Some).map_err(|error| format!("{name}: {error}")),
             None => Ok(None),
         }
     }
 }
 
-/// `5`, `5..9`, `5..` or `..9`, with both ends in it.
-fn range(text: &str) -> Result<RangeInclusive<u64>, String> {
-    let number = |text: &str, default: u64| match text {
-        "" => Ok(default),
-        text => text.parse().map_err(|error: std::num::ParseIntError| error.to_string()),
-    };
-    let (low, high) = text.split_once("..").unwrap_or((text, text));
-    let range = number(low, u64::MIN)?..=number(high, u64::MAX)?;
-    if range.is_empty() {
-        return Err("range lower bound exceeds upper bound".to_owned());
+/// A range of numbers with both ends in it: `5`, `5..9`, `5..` or `..9`.
+#[derive(Debug, Clone, PartialEq)]
+struct Range {
+    numbers: RangeInclusive<u64>,
+    /// The largest number of the field's type, and the high end of an open range.
+    max: u64,
+}
+
+impl Range {
+    /// Reads a range of which no number may exceed `max`.
+    fn parse(text: &str, max: u64) -> Result<Self, String> {
+        let number = |text: &str, default: u64| {
+            let number = if text.is_empty() { Ok(default) } else { text.parse() };
+            let number = number.map_err(|error: ParseIntError| error.to_string())?;
+            (number <= max).then_some(number).ok_or_else(|| "number too large to fit in target type".to_owned())
+        };
+        let (low, high) = text.split_once("..").unwrap_or((text, text));
+        let numbers = number(low, u64::MIN)?..=number(high, max)?;
+        if numbers.is_empty() {
+            return Err("range lower bound exceeds upper bound".to_owned());
+        }
+        Ok(Self { numbers, max })
     }
-    Ok(range)
+}
+
+/// The shortest form, as in the real server's links.
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.numbers.clone().into_inner() {
+            (low, high) if low == high => write!(f, "{low}"),
+            (u64::MIN, high) => write!(f, "..{high}"),
+            (low, high) if high == self.max => write!(f, "{low}.."),
+            (low, high) => write!(f, "{low}..{high}"),
+        }
+    }
 }
 
 /// Form encoding, in which a plus is a space. Bad UTF-8 becomes a name that matches nothing.
@@ -101,10 +125,9 @@ pub(super) struct Filter {
     queues: BTreeSet<String>,
     /// `type` on the wire.
     kinds: BTreeSet<String>,
-    // All three are ranges of the widest type: a bound that no job can have is no mistake.
-    priority: Option<RangeInclusive<u64>>,
-    ready_at: Option<RangeInclusive<u64>>,
-    attempts: Option<RangeInclusive<u64>>,
+    priority: Option<Range>,
+    ready_at: Option<Range>,
+    attempts: Option<Range>,
 }
 
 impl Filter {
@@ -115,9 +138,9 @@ impl Filter {
             statuses: fields.list("status")?,
             queues: fields.list("queue")?,
             kinds: fields.list("type")?,
-            priority: fields.range("priority")?,
-            ready_at: fields.range("ready_at")?,
-            attempts: fields.range("attempts")?,
+            priority: fields.range("priority", u16::MAX)?,
+            ready_at: fields.range("ready_at", u64::MAX)?,
+            attempts: fields.range("attempts", u32::MAX)?,
         })
     }
 
@@ -129,10 +152,18 @@ impl Filter {
         }
     }
 
+    /// The text of the error for statuses of jobs that no patch changes.
+    pub(super) fn check_patchable(&self) -> Result<(), String> {
+        match self.statuses.iter().find(|status| status.is_finished()) {
+            Some(status) => Err(format!("cannot patch jobs in {status:?} status")),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a job passes.
     pub(super) fn matches(&self, job: &Job) -> bool {
         let within =
-            |range: &Option<RangeInclusive<u64>>, value: u64| range.as_ref().is_none_or(|range| range.contains(&value));
+            |range: &Option<Range>, value: u64| range.as_ref().is_none_or(|range| range.numbers.contains(&value));
         let among = |names: &BTreeSet<String>, name: &str| names.is_empty() || names.contains(name);
         (self.statuses.is_empty() || self.statuses.contains(&job.status))
             && among(&self.ids, job.id.as_str())
@@ -153,12 +184,7 @@ impl Filter {
         ];
         let ranges = [("priority", &self.priority), ("ready_at", &self.ready_at), ("attempts", &self.attempts)];
         let lists = lists.into_iter().filter(|(_, list)| !list.is_empty());
-        let ranges = ranges.into_iter().filter_map(|(name, range)| {
-            let (low, high) = range.as_ref()?.clone().into_inner();
-            // The open end stays open, for the eye; reading it back gives the same range.
-            let high = if high == u64::MAX { String::new() } else { high.to_string() };
-            Some((name, format!("{low}..{high}")))
-        });
+        let ranges = ranges.into_iter().filter_map(|(name, range)| Some((name, range.as_ref()?.to_string())));
         let field = |(name, value): (&str, String)| format!("&{name}={}", utf8_percent_encode(&value, ESCAPED));
         lists.chain(ranges).map(field).collect()
     }
@@ -195,12 +221,21 @@ mod tests {
 
     #[test]
     fn ranges_are_inclusive_and_may_be_open() {
+        let range = |text| Range::parse(text, 99).map(|range| range.numbers);
         assert_eq!(range("5"), Ok(5..=5));
         assert_eq!(range("5..9"), Ok(5..=9));
         assert_eq!(range("..9"), Ok(0..=9));
-        assert_eq!(range("5.."), Ok(5..=u64::MAX));
+        assert_eq!(range("5.."), Ok(5..=99));
         assert!(range("9..5").is_err());
+        assert!(range("100").is_err());
         assert!(range("a").is_err());
+    }
+
+    #[test]
+    fn a_range_is_written_as_it_was_read() {
+        for text in ["5", "5..9", "..9", "5.."] {
+            assert_eq!(Range::parse(text, 99).unwrap().to_string(), text);
+        }
     }
 
     #[test]

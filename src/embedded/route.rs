@@ -25,12 +25,16 @@ pub(super) enum Route {
     List,
     /// `GET /jobs/count`
     Count,
+    /// `PATCH /jobs`
+    PatchMatching,
     /// `DELETE /jobs`
     DeleteMatching,
     /// `GET /jobs/take`
     Take,
     /// `GET /jobs/{id}`
     Get(String),
+    /// `PATCH /jobs/{id}`
+    Patch(String),
     /// `DELETE /jobs/{id}`
     Delete(String),
     /// `POST /jobs/{id}/success`
@@ -78,13 +82,14 @@ impl Route {
         }
     }
 
-    /// `PATCH` is not here: a worker has no use for it.
+    /// The methods of `/jobs` itself.
     fn jobs(method: &Method) -> Result<Self, Rejection> {
         match *method {
             Method::GET => Ok(Self::List),
             Method::POST => Ok(Self::Enqueue),
+            Method::PATCH => Ok(Self::PatchMatching),
             Method::DELETE => Ok(Self::DeleteMatching),
-            _ => Err(Rejection::WrongMethod("GET,HEAD,POST,DELETE")),
+            _ => Err(Rejection::WrongMethod("GET,HEAD,POST,PATCH,DELETE")),
         }
     }
 
@@ -99,12 +104,13 @@ impl Route {
             ("success", &Method::POST) => Ok(Self::CompleteBulk),
             ("bulk" | "success", _) => Err(Rejection::WrongMethod("POST")),
             (id, &Method::GET) => Ok(Self::Get(decode(id)?)),
+            (id, &Method::PATCH) => Ok(Self::Patch(decode(id)?)),
             (id, &Method::DELETE) => Ok(Self::Delete(decode(id)?)),
-            _ => Err(Rejection::WrongMethod("GET,HEAD,DELETE")),
+            _ => Err(Rejection::WrongMethod("GET,HEAD,PATCH,DELETE")),
         }
     }
 
-    /// What there is below one job.
+    /// Paths below one job.
     fn of_job(method: &Method, id: &str, rest: &str) -> Result<Self, Rejection> {
         match (rest, method) {
             ("success", &Method::POST) => Ok(Self::Complete(decode(id)?)),

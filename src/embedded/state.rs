@@ -13,6 +13,7 @@ use super::lease::{LeaseId, Leases};
 use super::options::{Options, millis};
 use super::order::Order;
 use super::page::{Direction, PageRequest};
+use super::patch::{Patch, PatchError};
 use super::ready::ReadyQueue;
 use super::report::Failure;
 
@@ -251,6 +252,31 @@ impl State {
             Direction::Asc => Box::new(self.jobs.range((bound, Bound::Unbounded)).map(job_of)),
             Direction::Desc => Box::new(self.jobs.range((Bound::Unbounded, bound)).rev().map(job_of)),
         }
+    }
+
+    /// Changes a job that is not finished. A job in flight stays with the stream that holds it.
+    pub(super) fn patch(&mut self, now: u64, id: JobId, patch: &Patch) -> Result<Job, PatchError> {
+        let job = &mut self.jobs.get_mut(&id).ok_or(PatchError::NoSuchJob)?.job;
+        if job.status.is_finished() {
+            return Err(PatchError::Finished(id, job.status));
+        }
+        // Out of the indexes before the keys change under which they have the job.
+        self.ready.remove(job);
+        self.due.remove(&(job.ready_at, id));
+        patch.apply(job, now);
+        if job.status == Status::Scheduled {
+            self.due.insert((job.ready_at, id));
+        } else if job.status == Status::Ready {
+            self.ready.insert(job);
+            self.takers_should_look = true;
+        }
+        Ok(job.clone())
+    }
+
+    /// Changes the jobs that match, but for finished ones, and answers how many they were.
+    pub(super) fn patch_matching(&mut self, now: u64, patch: &Patch, matches: impl Fn(&Job) -> bool) -> usize {
+        let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
+        ids.iter().filter(|id| self.patch(now, **id, patch).is_ok()).count()
     }
 
     /// Forgets a job wherever it is; a stream that holds it gets its slot back.

@@ -1,4 +1,4 @@
-//! The take stream: jobs as they become ready, an empty line when there are none for a while.
+//! The take stream: jobs as they become ready, a heartbeat when there are none for a while.
 //!
 //! The stream is pulled, not pushed: hyper asks for the next chunk when the connection has room
 //! for it. So there is no task and no channel beside the connection, nothing is taken that could
@@ -13,18 +13,17 @@ use futures_util::{Stream, stream};
 use hyper::body::Frame;
 use tokio::sync::watch;
 
-use super::job::{Job, JobView};
+use super::format::StreamFormat;
+use super::job::Job;
 use super::lease::LeaseId;
 use super::store::Store;
 
 /// Several ready jobs share one chunk up to this size, so that a flood of small jobs does not
 /// cost a system call each; a larger job travels alone.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// About what a job's line has beside the payload; without it, a chunk would hold any number of
+/// About the size of a job without its payload; if it did not count, a chunk would hold any number of
 /// jobs with small payloads.
 const ENVELOPE_BYTES: usize = 256;
-/// An empty line. It tells a client that the server is alive, and the server that a client is not.
-const HEARTBEAT: &[u8] = b"\n";
 
 /// What a client asked for in `GET /jobs/take`.
 #[derive(Debug)]
@@ -76,6 +75,7 @@ impl Drop for Lease {
 #[derive(Debug)]
 struct Take {
     lease: Lease,
+    format: StreamFormat,
     look_again: watch::Receiver<()>,
     heartbeat_interval: Duration,
 }
@@ -92,14 +92,23 @@ impl Take {
             self.look_again.borrow_and_update();
             let jobs = self.lease.take();
             if !jobs.is_empty() {
-                return Some(lines(&jobs));
+                return Some(self.chunk(&jobs));
             }
             tokio::select! {
                 biased;
-                () = &mut silence => return Some(Bytes::from_static(HEARTBEAT)),
+                () = &mut silence => return Some(Bytes::from_static(self.format.heartbeat())),
                 changed = self.look_again.changed() => changed.ok()?,
             }
         }
+    }
+
+    /// Writes jobs, outside the store's lock.
+    fn chunk(&self, jobs: &[Job]) -> Bytes {
+        let mut chunk = Vec::new();
+        for job in jobs {
+            self.format.write(job, &mut chunk);
+        }
+        chunk.into()
     }
 }
 
@@ -107,8 +116,10 @@ impl Take {
 pub(super) fn frames(
     store: Store,
     request: TakeRequest,
+    format: StreamFormat,
 ) -> impl Stream<Item = Result<Frame<Bytes>, Infallible>> + Send + 'static {
     let take = Take {
+        format,
         look_again: store.watch_for_takers(),
         heartbeat_interval: store.heartbeat_interval(),
         lease: Lease::open(store, request),
@@ -117,16 +128,4 @@ pub(super) fn frames(
         let chunk = take.next_chunk().await?;
         Some((Ok(Frame::data(chunk)), take))
     })
-}
-
-/// NDJSON, written outside the store's lock.
-fn lines(jobs: &[Job]) -> Bytes {
-    let mut lines = Vec::new();
-    for job in jobs {
-        // Writing JSON into memory cannot fail: every key is a string.
-        if serde_json::to_writer(&mut lines, &JobView::full(job)).is_ok() {
-            lines.push(b'\n');
-        }
-    }
-    lines.into()
 }

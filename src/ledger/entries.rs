@@ -1,4 +1,4 @@
-//! [`Entries`]: the state of each job that is here, and how it changes.
+//! [`Entries`]: the state of each job here, and its changes.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -8,110 +8,108 @@ use tracing::error;
 use super::{Arrival, Attempt, Delivery, StreamId};
 use crate::client::{Client, StreamSettings};
 use crate::fate::Kind;
-use crate::job::{JobId, Outcome};
+use crate::job::{JobId, Report};
 
 #[derive(Debug)]
 pub(super) struct Entries {
-    pub(super) by_id: BTreeMap<JobId, Entry>,
-    /// The jobs that are parked or settled, oldest first.
+    pub(super) by_id: BTreeMap<JobId, LedgerEntry>,
+    /// The parked and settled jobs, oldest first.
     pub(super) kept: VecDeque<JobId>,
     pub(super) max_kept: usize,
     pub(super) deliveries: u64,
     pub(super) streams: u64,
     pub(super) open: BTreeSet<StreamId>,
-    /// How many streams are being opened.
+    /// The number of streams that are being opened.
     pub(super) coming: usize,
-    /// The server that jobs are taken from now.
+    /// The server from which jobs are taken now.
     pub(super) present_server: Option<Arc<Client>>,
-    /// The number of runs that may still begin, where that is limited.
+    /// The number of runs that may still begin, if limited.
     pub(super) runs_left: Option<u64>,
-    /// The places of each open stream that are lost to jobs whose reports were given up.
+    /// The places that each open stream has lost to jobs whose reports were dropped.
     pub(super) lost_places: BTreeMap<StreamId, usize>,
-    /// The parked outcomes that were forgotten for others.
+    /// The number of parked outcomes that were dropped for want of room.
     pub(super) evicted: usize,
 }
 
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct LedgerEntry {
     pub(super) attempts: Option<u32>,
     pub(super) delivery: Delivery,
     pub(super) stream: StreamId,
     pub(super) source: Arc<StreamSettings>,
-    /// Whether the server holds the job for us, over `stream`.
+    /// Whether the server holds the job for this worker, over `stream`.
     pub(super) is_held: bool,
-    pub(super) state: State,
+    pub(super) state: EntryState,
 }
 
 #[derive(Debug)]
-pub(super) enum State {
+pub(super) enum EntryState {
     Waiting,
     Running,
     Reporting(Kind),
-    Parked(Outcome),
+    Parked(Report),
     Settled(Kind),
 }
 
-pub(super) fn kind_of(outcome: &Outcome) -> Kind {
-    if matches!(outcome, Outcome::Failure(_)) { Kind::Failure } else { Kind::Success }
-}
-
-impl Entry {
-    /// Notes that its job has been redelivered.
+impl LedgerEntry {
+    /// Notes that the job has been redelivered.
     pub(super) fn redeliver(&mut self, new: Self) -> Arrival {
         let same = self.attempts == new.attempts;
         match &self.state {
-            // The one that waits is out of date: another worker has reported it meanwhile.
-            State::Waiting => {
+            // Another worker has reported the waiting attempt meanwhile, so the entry is stale.
+            EntryState::Waiting => {
                 *self = new;
                 Arrival::New
             }
-            // The failure that was, is being, or is to be reported has been counted already: this is the next attempt.
-            State::Settled(Kind::Failure) | State::Reporting(Kind::Failure) | State::Parked(Outcome::Failure(_))
+            // The failure of the earlier attempt counts already: this delivery is the next attempt.
+            EntryState::Settled(Kind::Failure)
+            | EntryState::Reporting(Kind::Failure)
+            | EntryState::Parked(Report::Failure(_))
                 if !same =>
             {
                 *self = new;
                 Arrival::New
             }
-            // Whatever attempt it is by now, the work is being done.
-            State::Running => {
-                *self = Self { state: State::Running, ..new };
+            // The run answers for the new attempt as well.
+            EntryState::Running => {
+                *self = Self { state: EntryState::Running, ..new };
                 Arrival::UnderWay
             }
-            // The report goes by the attempt that it was given, whatever attempt it is by now.
-            State::Reporting(kind) => {
-                *self = Self { state: State::Reporting(*kind), attempts: self.attempts, ..new };
+            // The report keeps the attempt number that it began with.
+            EntryState::Reporting(kind) => {
+                *self = Self { state: EntryState::Reporting(*kind), attempts: self.attempts, ..new };
                 Arrival::UnderWay
             }
-            // This line was sent before the report arrived: the server does not hold the job any more.
-            State::Settled(_) => Arrival::UnderWay,
-            State::Parked(outcome) => {
-                let outcome = outcome.clone();
-                *self = Self { state: State::Reporting(kind_of(&outcome)), ..new };
-                Arrival::Ended(outcome)
+            // The server sent this line before the report arrived, and does not hold the job any more.
+            EntryState::Settled(_) => Arrival::UnderWay,
+            EntryState::Parked(report) => {
+                let report = report.clone();
+                *self = Self { state: EntryState::Reporting(Kind::of(&report)), ..new };
+                Arrival::Ended(report)
             }
         }
     }
 
-    pub(super) fn park(&mut self, outcome: Outcome) {
+    pub(super) fn park(&mut self, report: Report) {
         debug_assert!(!self.is_held, "a job that is held over an open stream is not redelivered");
-        self.state = State::Parked(outcome);
+        self.state = EntryState::Parked(report);
     }
 
-    /// Whether it waits to be run since that delivery.
+    /// Reports whether the job still waits since that delivery.
     pub(super) fn waits_since(&self, delivery: Delivery) -> bool {
-        self.delivery == delivery && matches!(self.state, State::Waiting)
+        self.delivery == delivery && matches!(self.state, EntryState::Waiting)
     }
 
-    /// Whether it is an attempt that has ended here, and whose outcome is not settled.
+    /// Reports whether the attempt has ended here and its outcome is not settled.
     pub(super) fn is_unsettled(&self) -> bool {
-        matches!(self.state, State::Reporting(_) | State::Parked(_))
+        matches!(self.state, EntryState::Reporting(_) | EntryState::Parked(_))
     }
 }
 
 impl Entries {
-    /// The server that hears of a job: the one that it came from. A job that no stream holds any more may be at the present
-    /// one, by another url, if its own does not answer.
-    pub(super) fn server_of(&self, entry: &Entry) -> Arc<Client> {
+    /// Returns the server that a job is reported to: the one that it came from. If that one fails, and no stream holds the job,
+    /// the present server is asked instead: it may be the same server under another url.
+    pub(super) fn server_of(&self, entry: &LedgerEntry) -> Arc<Client> {
         let own = &entry.source.client;
         match &self.present_server {
             Some(present) if !entry.is_held && own.health().is_failing() => Arc::clone(present),
@@ -119,14 +117,14 @@ impl Entries {
         }
     }
 
-    pub(super) fn arrive(&mut self, id: &JobId, new: Entry) -> Arrival {
+    pub(super) fn arrive(&mut self, id: &JobId, new: LedgerEntry) -> Arrival {
         let Some(entry) = self.by_id.get_mut(id) else {
             self.by_id.insert(id.clone(), new);
             return Arrival::New;
         };
-        let was_kept = matches!(entry.state, State::Settled(_) | State::Parked(_));
+        let was_kept = matches!(entry.state, EntryState::Settled(_) | EntryState::Parked(_));
         let arrival = entry.redeliver(new);
-        if matches!(entry.state, State::Settled(_)) {
+        if matches!(entry.state, EntryState::Settled(_)) {
             self.by_id.remove(id);
         }
         if was_kept {
@@ -135,13 +133,13 @@ impl Entries {
         arrival
     }
 
-    /// An attempt that has ended here, and whose outcome is not settled. A job that waits or runs under its name is another
+    /// Returns the entry of an attempt that has ended here and is not settled. A waiting or running job of the same id is another
     /// attempt.
-    pub(super) fn ended(&mut self, attempt: &Attempt) -> Option<&mut Entry> {
+    pub(super) fn ended(&mut self, attempt: &Attempt) -> Option<&mut LedgerEntry> {
         self.by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts && entry.is_unsettled())
     }
 
-    /// Counts an entry to those that are kept, and forgets the oldest beyond the limit.
+    /// Adds an entry to the parked and settled ones, and evicts the oldest beyond the limit.
     pub(super) fn keep(&mut self, id: &JobId) {
         self.kept.retain(|kept| kept != id);
         self.kept.push_back(id.clone());
@@ -150,14 +148,16 @@ impl Entries {
         }
     }
 
-    /// Forgets the oldest entry that is settled, or else the oldest outcome that is parked.
+    /// Evicts the oldest settled entry, or else the oldest parked one.
     fn evict(&mut self) {
-        let is_settled = |id: &JobId| matches!(self.by_id.get(id), Some(Entry { state: State::Settled(_), .. }));
+        let is_settled =
+            |id: &JobId| matches!(self.by_id.get(id), Some(LedgerEntry { state: EntryState::Settled(_), .. }));
         let oldest = self.kept.iter().position(is_settled).unwrap_or_default();
         let Some(id) = self.kept.remove(oldest) else { return };
-        if let Some(Entry { state: State::Parked(_), .. }) = self.by_id.remove(&id) {
+        if let Some(LedgerEntry { state: EntryState::Parked(_), .. }) = self.by_id.remove(&id) {
             self.evicted += 1;
-            error!(ids = ?[id], error = "too many outcomes are kept until their jobs are redelivered", "report dropped");
+            let error = "too many outcomes are kept until their jobs are redelivered";
+            error!(job.id = id.as_str(), error, "report dropped");
         }
     }
 

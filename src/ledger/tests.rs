@@ -29,15 +29,15 @@ impl Here {
         self.ledger.arrive(attempt, self.stream.get(), &self.source)
     }
 
-    /// The stream is lost, and another one opened.
+    /// Loses the stream, and opens another one.
     fn lose_stream(&self) {
         self.ledger.lose_stream(self.stream.get());
         self.stream.set(self.ledger.open_stream());
     }
 
-    /// Whether nothing here may still have to be told to the server.
+    /// Reports whether all jobs here are settled.
     fn is_empty(&self) -> bool {
-        self.entries().by_id.values().all(|entry| matches!(entry.state, State::Settled(_)))
+        self.entries().by_id.values().all(|entry| matches!(entry.state, EntryState::Settled(_)))
     }
 
     fn parked(&self) -> Vec<(Attempt, Kind)> {
@@ -49,11 +49,11 @@ fn attempt(id: &str, attempts: u32) -> Attempt {
     Attempt { id: id.into(), attempts: Some(attempts) }
 }
 
-fn failure() -> Outcome {
-    Outcome::Failure(Failure::new("ExitStatus", "no"))
+fn failure() -> Report {
+    Report::Failure(Failure::new("ExitStatus", "no"))
 }
 
-/// A job that has arrived and is running.
+/// Delivers a job, and begins its run.
 fn running(ledger: &Here, attempt: &Attempt) {
     let (arrival, delivery) = ledger.arrive(attempt);
     assert_eq!(arrival, Arrival::New);
@@ -61,20 +61,20 @@ fn running(ledger: &Here, attempt: &Attempt) {
 }
 
 #[test]
-fn a_job_that_comes_again_while_it_runs_is_not_started_and_its_report_counts_again() {
+fn a_job_redelivered_while_it_runs_is_not_started_again() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
     ledger.lose_stream();
     assert_eq!(ledger.held(&job), None);
     assert_eq!(ledger.arrive(&job).0, Arrival::UnderWay);
-    assert_eq!(ledger.end(&job.id, &Outcome::Success), Some(job.clone()));
+    assert_eq!(ledger.end(&job.id, &Report::Success), Some(job.clone()));
     assert!(ledger.held(&job).is_some());
     ledger.forget(&job);
     assert!(ledger.is_empty());
 }
 
 #[test]
-fn a_run_answers_for_the_attempt_that_the_server_has_come_to() {
+fn a_run_answers_for_the_attempt_that_was_redelivered() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
     ledger.lose_stream();
@@ -83,7 +83,7 @@ fn a_run_answers_for_the_attempt_that_the_server_has_come_to() {
 }
 
 #[test]
-fn what_waits_when_the_stream_is_lost_is_not_started() {
+fn a_job_that_waits_when_its_stream_is_lost_is_not_started() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     let (_, old) = ledger.arrive(&job);
     ledger.lose_stream();
@@ -96,7 +96,7 @@ fn what_waits_when_the_stream_is_lost_is_not_started() {
 }
 
 #[test]
-fn an_outcome_that_could_not_be_reported_is_reported_when_its_job_comes_again() {
+fn a_parked_outcome_is_reported_when_its_job_is_redelivered() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
     let seen = ledger.held(&job);
@@ -107,20 +107,20 @@ fn an_outcome_that_could_not_be_reported_is_reported_when_its_job_comes_again() 
 }
 
 #[test]
-fn a_job_that_has_come_again_is_not_parked_unless_the_server_denied_that_very_delivery() {
+fn only_a_denied_delivery_is_parked_after_a_redelivery() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
     let seen = ledger.held(&job);
-    ledger.end(&job.id, &Outcome::Success);
+    ledger.end(&job.id, &Report::Success);
     ledger.lose_stream();
     ledger.arrive(&job);
-    assert_eq!(ledger.park(&job, seen, Outcome::Success), Some(Outcome::Success));
+    assert_eq!(ledger.park(&job, seen, Report::Success), Some(Report::Success));
     let seen = ledger.held(&job);
-    assert_eq!(ledger.park(&job, seen, Outcome::Success), None);
+    assert_eq!(ledger.park(&job, seen, Report::Success), None);
 }
 
 #[test]
-fn a_failure_that_was_counted_is_not_told_to_the_next_attempt() {
+fn a_counted_failure_is_not_reported_for_the_next_attempt() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
     ledger.end(&job.id, &failure());
@@ -133,32 +133,32 @@ fn a_failure_that_was_counted_is_not_told_to_the_next_attempt() {
 }
 
 #[test]
-fn work_that_is_done_is_done_whatever_attempt_comes_next() {
+fn a_success_answers_for_the_next_attempt_as_well() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
-    ledger.end(&job.id, &Outcome::Success);
+    ledger.end(&job.id, &Report::Success);
     ledger.lose_stream();
-    ledger.park(&job, None, Outcome::Success);
-    assert_eq!(ledger.arrive(&attempt("a", 3)).0, Arrival::Ended(Outcome::Success));
+    ledger.park(&job, None, Report::Success);
+    assert_eq!(ledger.arrive(&attempt("a", 3)).0, Arrival::Ended(Report::Success));
 }
 
 #[test]
-fn a_success_that_is_being_reported_is_kept_whatever_attempt_comes_meanwhile() {
+fn a_success_in_flight_answers_for_any_redelivered_attempt() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
-    ledger.end(&job.id, &Outcome::Success);
+    ledger.end(&job.id, &Report::Success);
     ledger.lose_stream();
     assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
     let seen = ledger.held(&job);
     assert!(seen.is_some());
-    assert_eq!(ledger.park(&job, seen, Outcome::Success), None);
-    assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::Ended(Outcome::Success));
+    assert_eq!(ledger.park(&job, seen, Report::Success), None);
+    assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::Ended(Report::Success));
     ledger.forget(&attempt("a", 1));
     assert!(ledger.is_empty());
 }
 
 #[test]
-fn a_job_that_comes_again_while_it_waits_is_started_once_as_what_it_has_become() {
+fn a_job_redelivered_while_it_waits_starts_once_as_the_new_one() {
     let ledger = Here::new(8);
     let (_, old) = ledger.arrive(&attempt("a", 0));
     let (arrival, new) = ledger.arrive(&attempt("a", 1));
@@ -170,16 +170,16 @@ fn a_job_that_comes_again_while_it_waits_is_started_once_as_what_it_has_become()
 }
 
 #[test]
-fn an_outcome_that_is_kept_again_and_again_takes_one_place() {
+fn an_outcome_that_is_parked_again_takes_one_place() {
     let ledger = Here::new(2);
     let keep = |name| {
         let job = attempt(name, 0);
         let (arrival, delivery) = ledger.arrive(&job);
         if arrival == Arrival::New {
             assert_eq!(ledger.begin(&job.id, delivery), Beginning::Begun { is_last: false });
-            ledger.end(&job.id, &Outcome::Success);
+            ledger.end(&job.id, &Report::Success);
         }
-        assert_eq!(ledger.park(&job, Some(delivery), Outcome::Success), None);
+        assert_eq!(ledger.park(&job, Some(delivery), Report::Success), None);
     };
     ["a", "a", "a", "b"].into_iter().for_each(keep);
     assert_eq!(ledger.parked(), [(attempt("a", 0), Kind::Success), (attempt("b", 0), Kind::Success)]);
@@ -188,12 +188,12 @@ fn an_outcome_that_is_kept_again_and_again_takes_one_place() {
 }
 
 #[test]
-fn a_line_that_was_sent_before_the_report_arrived_starts_nothing() {
-    for (outcome, next) in [(Outcome::Success, Arrival::UnderWay), (failure(), Arrival::New)] {
+fn a_stale_line_of_a_reported_job_starts_nothing() {
+    for (report, next) in [(Report::Success, Arrival::UnderWay), (failure(), Arrival::New)] {
         let (ledger, job) = (Here::new(8), attempt("a", 0));
         let settled = || {
             running(&ledger, &job);
-            ledger.end(&job.id, &outcome);
+            ledger.end(&job.id, &report);
             ledger.lose_stream();
             ledger.settle(&job);
             assert!(ledger.is_empty() && ledger.ended().is_empty());
@@ -210,26 +210,26 @@ fn a_line_that_was_sent_before_the_report_arrived_starts_nothing() {
 }
 
 #[test]
-fn nothing_is_remembered_of_a_job_that_was_held_when_its_report_arrived() {
+fn a_job_held_when_its_report_arrives_is_forgotten() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
-    ledger.end(&job.id, &Outcome::Success);
+    ledger.end(&job.id, &Report::Success);
     ledger.settle(&job);
     assert!(ledger.entries().by_id.is_empty() && ledger.entries().kept.is_empty());
 }
 
 #[test]
-fn what_is_remembered_is_bounded() {
+fn the_number_of_remembered_jobs_is_bounded() {
     let ledger = Here::new(2);
     for name in ["a", "b", "c"] {
         let job = attempt(name, 0);
         running(&ledger, &job);
-        ledger.end(&job.id, &Outcome::Success);
-        ledger.park(&job, ledger.held(&job), Outcome::Success);
+        ledger.end(&job.id, &Report::Success);
+        ledger.park(&job, ledger.held(&job), Report::Success);
     }
     ledger.lose_stream();
     assert_eq!(ledger.arrive(&attempt("a", 0)).0, Arrival::New);
-    assert_eq!(ledger.arrive(&attempt("b", 0)).0, Arrival::Ended(Outcome::Success));
+    assert_eq!(ledger.arrive(&attempt("b", 0)).0, Arrival::Ended(Report::Success));
 }
 
 #[test]
@@ -255,10 +255,10 @@ fn a_job_is_held_by_the_stream_that_brought_it_last() {
 }
 
 #[test]
-fn a_line_under_way_over_another_stream_is_expected_until_all_are_lost() {
+fn a_stale_line_is_expected_until_all_streams_are_lost() {
     let (here, job) = (Here::new(8), attempt("a", 0));
     running(&here, &job);
-    here.end(&job.id, &Outcome::Success);
+    here.end(&job.id, &Report::Success);
     let second = here.open_stream();
     here.lose_stream();
     here.settle(&job);
@@ -272,8 +272,8 @@ fn a_denied_delivery_is_held_no_more() {
     let (here, job) = (Here::new(8), attempt("a", 0));
     running(&here, &job);
     let seen = here.held(&job);
-    here.end(&job.id, &Outcome::Success);
-    assert_eq!(here.park(&job, seen, Outcome::Success), None);
+    here.end(&job.id, &Report::Success);
+    assert_eq!(here.park(&job, seen, Report::Success), None);
     assert_eq!((here.held(&job), here.under_way(here.stream.get(), None)), (None, 0));
     assert_eq!(here.unheld().len(), 1);
 }
@@ -304,12 +304,12 @@ fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
     assert_eq!(here.ended(), [job.id]);
 }
 
-/// The server has seen the end of the first stream, and has handed the job out over the second.
+/// The server has seen the end of the first stream, and has redelivered the job over the second.
 #[test]
-fn a_line_over_another_stream_is_expected_of_a_job_that_is_held() {
+fn a_stale_line_over_another_stream_is_expected_of_a_held_job() {
     let (here, job) = (Here::new(8), attempt("a", 0));
     running(&here, &job);
-    here.end(&job.id, &Outcome::Success);
+    here.end(&job.id, &Report::Success);
     let first = here.stream.replace(here.open_stream());
     here.settle(&job);
     assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
@@ -323,11 +323,11 @@ fn settled_entries_leave_before_parked_ones() {
     let end = |name| {
         let job = attempt(name, 0);
         running(&here, &job);
-        here.end(&job.id, &Outcome::Success);
+        here.end(&job.id, &Report::Success);
         job
     };
     let parked = end("parked");
-    here.park(&parked, here.held(&parked), Outcome::Success);
+    here.park(&parked, here.held(&parked), Report::Success);
     here.open_stream();
     for name in ["a", "b", "c"] {
         here.settle(&end(name));

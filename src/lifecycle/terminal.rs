@@ -1,4 +1,4 @@
-//! [`Terminal`]: the terminal from which a worker was started by hand, and the meaning of a SIGHUP there.
+//! [`Terminal`]: the terminal from which a worker was started, and the meaning of a SIGHUP there.
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -9,28 +9,28 @@ use crate::process::is_ignored;
 /// The meaning of a SIGHUP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum HangUp {
-    /// A process has sent it: read the settings again.
+    /// A process sent the signal: reload the settings.
     Reload,
-    /// The terminal is gone, or the shell that it belongs to.
+    /// The terminal is gone, or its shell is.
     Gone,
-    /// The terminal is gone, and the worker is to outlive it.
+    /// The terminal is gone, and the worker outlives it.
     Outlived,
 }
 
-/// The relation of this process to a terminal when it was started.
+/// The relation of this process to a terminal at its start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Terminal {
-    /// None: a service manager or cron has started this process, or setsid.
+    /// No terminal: a service manager, cron or setsid started this process.
     None,
-    /// The process is to outlive its terminal: nohup has started it.
+    /// A terminal that the process outlives: nohup started it.
     Outlived,
-    /// The process ends with its terminal.
+    /// A terminal with which the process ends.
     Controlling,
 }
 
 impl Terminal {
-    /// Looks for the controlling terminal, and whether SIGHUP is ignored, as nohup has it. To be called before SIGHUP is
-    /// handled.
+    /// Looks for the controlling terminal, and for an ignored SIGHUP, which nohup leaves. Call this before a handler for SIGHUP
+    /// is registered.
     pub(super) fn of_this_process() -> Self {
         match open_terminal() {
             Ok(()) if is_ignored(SIGHUP) => Self::Outlived,
@@ -39,9 +39,9 @@ impl Terminal {
         }
     }
 
-    /// Decides by the `si_code` of a SIGHUP. The kernel sends SIGHUP when the terminal is closed, and when the session's
-    /// leader ends: in the second case before the terminal is gone. A shell passes the kernel's SIGHUP on to its background
-    /// jobs, with the code of any process; by then the terminal is gone.
+    /// Decides by the `si_code` of a SIGHUP. The kernel sends SIGHUP when the terminal is closed, and when the session leader
+    /// ends: in the second case, before the terminal is gone. A shell passes the kernel's SIGHUP on to its background jobs with
+    /// the code of an ordinary process; by then the terminal is gone.
     pub(super) fn meaning_of(self, code: i32) -> HangUp {
         match self {
             Self::None => HangUp::Reload,
@@ -52,7 +52,7 @@ impl Terminal {
         }
     }
 
-    /// Returns whether the process had a terminal that it ends with, and has it no longer.
+    /// Reports whether the process ends with its terminal, and the terminal is gone.
     pub(super) fn is_gone(self) -> bool {
         self == Self::Controlling && matches!(open_terminal(), Err(Errno::NXIO | Errno::IO))
     }

@@ -1,4 +1,4 @@
-//! Which process groups are alive. A signal reaches zombies as well and so does not tell; only /proc does.
+//! [`Census`]: the process groups that are alive. A signal reaches zombies as well, so only /proc tells.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,10 +9,10 @@ use rustix::process::{Pid, test_kill_process_group};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-/// How old an answer may be. Looking takes milliseconds on a busy machine, and hundreds of jobs may ask at once.
+/// The longest reuse of an answer. A look takes milliseconds on a busy machine, and hundreds of jobs may ask at once.
 const MAX_AGE: Duration = Duration::from_millis(50);
 
-/// The latest look around. All groups are in one list, so one look is enough for all jobs that ask.
+/// The latest look at /proc. One look lists all groups, and serves all jobs that ask.
 static LATEST: Mutex<Census> =
     Mutex::const_new(Census { begun: None, groups: Groups { living: BTreeSet::new(), zombies: BTreeSet::new() } });
 
@@ -22,14 +22,14 @@ struct Census {
     groups: Groups,
 }
 
-/// The groups that have a process of that kind.
+/// The groups that have a living process, and those that have a zombie.
 #[derive(Debug, Default)]
 struct Groups {
     living: BTreeSet<i32>,
     zombies: BTreeSet<i32>,
 }
 
-/// Whether a process of the group has not ended, as seen later than `since`.
+/// Reports whether the group has a process that has not ended, by a look that began after `since`.
 async fn is_alive(group: Pid, since: Instant) -> bool {
     let mut latest = LATEST.lock().await;
     if latest.begun.is_none_or(|begun| begun < since) {
@@ -41,9 +41,9 @@ async fn is_alive(group: Pid, since: Instant) -> bool {
     living.contains(&number) || is_hidden()
 }
 
-/// Returns once every process of the group has ended, reaped or not.
+/// Waits until every process of the group has ended, reaped or not.
 pub(super) async fn died_out(group: Pid) {
-    // What was seen before may lack what has been started since.
+    // An earlier look may miss processes that started since.
     let mut since = Instant::now();
     while is_alive(group, since).await {
         tokio::time::sleep(MAX_AGE / 2).await;
@@ -63,13 +63,13 @@ fn groups() -> Groups {
     groups
 }
 
-/// The children of a process that have ended, and that nobody has waited for.
+/// Returns the zombie children of a process.
 pub(super) fn zombies_of(parent: Pid) -> impl Iterator<Item = Pid> {
     let is_zombie = move |stat: &str| zombies_parent(stat) == Some(parent.as_raw_nonzero().get());
     processes().filter(move |(_, stat)| is_zombie(stat)).filter_map(|(pid, _)| Pid::from_raw(pid))
 }
 
-/// All processes, each with its line in /proc.
+/// Returns all processes, each with its line in /proc.
 fn processes() -> impl Iterator<Item = (i32, String)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbered = entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry)));
@@ -81,12 +81,12 @@ fn zombies_parent(stat: &str) -> Option<i32> {
     rest.trim_start().strip_prefix('Z')?.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// Reads the group of a process from its line in /proc, and whether it is a zombie. Its name may contain anything, even `)`.
+/// Parses a process's group, and whether it is a zombie, from its line in /proc. The name may contain any character, even `)`.
 fn group_of(stat: &str) -> Option<(i32, bool)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let (state, group, threads) = (*fields.first()?, *fields.get(2)?, *fields.get(17)?);
-    // A process whose first thread has exited looks like a zombie while others of it still run.
+    // A process whose first thread has exited looks like a zombie while its other threads run.
     let is_zombie = state == "X" || (state == "Z" && threads == "1");
     Some((group.parse().ok()?, is_zombie))
 }

@@ -1,18 +1,18 @@
-//! The CPU clock of another process.
+//! Reads the CPU clock of another process.
 
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use rustix::process::Pid;
 
-/// The number that the kernel gives to the scheduler's clock of a process. `clock_getcpuclockid` returns the same, after one more
-/// system call.
+/// Returns the id of a process's CPU clock. `clock_getcpuclockid` returns the same, after one more system call.
 fn clock_of(process: Pid) -> libc::clockid_t {
     const SCHEDULER: libc::clockid_t = 2;
     (!process.as_raw_nonzero().get() << 3) | SCHEDULER
 }
 
-/// The CPU time that a process has used, its threads included. None once it has been reaped, or where another user owns it.
+/// Returns the CPU time that a process has used, its threads included. Returns none once the process is reaped, or if another
+/// user owns it.
 #[expect(unsafe_code, reason = "no safe wrapper reads the clock of another process")]
 pub(super) fn cpu_time_of(process: Pid) -> Option<Duration> {
     let mut time = MaybeUninit::<libc::timespec>::zeroed();
@@ -32,7 +32,7 @@ mod tests {
 
     #[test]
     #[expect(unsafe_code, reason = "the C library's word is compared")]
-    fn the_clock_of_a_process_is_the_one_of_the_c_library() {
+    fn the_clock_id_is_the_one_of_the_c_library() {
         let this = rustix::process::getpid();
         let mut clock = 0;
         // SAFETY: the pointer is to live memory of the right type.

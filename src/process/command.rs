@@ -1,4 +1,4 @@
-//! [`Command`]: a program and what each of its processes is given, as the system takes it: made once, and started many times.
+//! [`Command`]: a program and the arguments of `execve`, prepared once for many starts.
 
 use std::borrow::Cow;
 use std::ffi::{CString, OsStr};
@@ -10,23 +10,23 @@ use std::sync::atomic::AtomicBool;
 use super::cstrings::{CStrings, Strings};
 use super::program::Program;
 
-/// A program with its arguments, environment and working directory.
 #[derive(Debug)]
 pub(crate) struct Command {
     pub(super) path: CString,
     pub(super) arguments: CStrings,
     pub(super) environment: Arc<CStrings>,
-    /// This process's own, if there is none.
+    /// The working directory; this process's own by default.
     pub(super) cwd: Option<CString>,
-    /// Whether its last process has printed more than fits into a pipe: the next one may soon wait for somebody to read.
+    /// Whether the last process printed more than a pipe holds. The next one may soon block until its output is read.
     pub(super) prints_much: AtomicBool,
 }
 
 impl Command {
-    /// `env` is the whole environment, but for what a start adds. Each name should be there once.
+    /// Prepares a command. `env` is the whole environment, except for the variables of a single start. Each name should occur
+    /// once.
     ///
     /// # Errors
-    /// When there is a zero byte in any of it.
+    /// When an argument, a variable or a path contains a zero byte.
     pub(crate) fn new<'a>(
         program: &Program,
         env: impl IntoIterator<Item = (&'a OsStr, &'a OsStr)>,
@@ -45,7 +45,7 @@ impl Command {
         })
     }
 
-    /// The environment of one start.
+    /// Returns the environment of one start.
     pub(super) fn environment_and(&self, added: &[(&str, Cow<'_, OsStr>)]) -> io::Result<CStrings> {
         let added = added.iter().map(|(name, value)| (OsStr::new(name), &**value));
         variables(added).into_c_after(Arc::clone(&self.environment))

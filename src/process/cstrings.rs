@@ -1,11 +1,11 @@
-//! [`CStrings`]: a list of strings as the system takes it.
+//! [`CStrings`]: a list of strings in the form of `execve`.
 
 use std::io;
 use std::os::raw::c_char;
 use std::ptr;
 use std::sync::Arc;
 
-/// Pointers to strings with a zero byte at their end, and a null pointer at the end of the list.
+/// Pointers to strings with a zero byte at the end, and a null pointer at the end of the list.
 #[derive(Debug)]
 pub(super) struct CStrings {
     list: Vec<*const c_char>,
@@ -13,7 +13,7 @@ pub(super) struct CStrings {
     _before: Option<Arc<CStrings>>,
 }
 
-// SAFETY: the pointers are to memory that this owns or shares, and that nobody writes to.
+// SAFETY: the pointers are to memory that this owns or shares, and that is never written to.
 #[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
 unsafe impl Send for CStrings {}
 // SAFETY: as above.
@@ -21,7 +21,7 @@ unsafe impl Send for CStrings {}
 unsafe impl Sync for CStrings {}
 
 impl CStrings {
-    /// Valid for as long as this is.
+    /// Returns a pointer that is valid as long as `self` is.
     pub(super) fn as_ptr(&self) -> *const *const c_char {
         self.list.as_ptr()
     }
@@ -31,7 +31,7 @@ impl CStrings {
     }
 }
 
-/// Strings that are still being put together, in one piece of memory.
+/// Strings under construction, in one piece of memory.
 #[derive(Debug, Default)]
 pub(super) struct Strings {
     bytes: Vec<u8>,
@@ -39,23 +39,25 @@ pub(super) struct Strings {
 }
 
 impl Strings {
-    /// Adds one, made of these pieces.
+    /// Adds a string made of these pieces.
     pub(super) fn push(&mut self, pieces: &[&[u8]]) {
         self.starts.push(self.bytes.len());
         pieces.iter().for_each(|piece| self.bytes.extend_from_slice(piece));
         self.bytes.push(0);
     }
 
+    /// Ends the list.
+    ///
     /// # Errors
-    /// When there is a zero byte in one of them.
+    /// When a string contains a zero byte.
     pub(super) fn into_c(self) -> io::Result<CStrings> {
         self.into_list(None)
     }
 
-    /// The same, with these after those of another list.
+    /// Ends the list, and puts it after another one.
     ///
     /// # Errors
-    /// When there is a zero byte in one of them.
+    /// When a string contains a zero byte.
     pub(super) fn into_c_after(self, before: Arc<CStrings>) -> io::Result<CStrings> {
         self.into_list(Some(before))
     }
@@ -81,7 +83,7 @@ mod tests {
 
     #[test]
     #[expect(unsafe_code, reason = "only the system reads these")]
-    fn the_system_finds_each_string_and_the_end_of_the_list() {
+    fn each_string_and_the_end_of_the_list_are_found() {
         let strings = {
             let (mut before, mut after) = (Strings::default(), Strings::default());
             before.push(&[b"A", b"=", b"1"]);
@@ -99,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zero_byte_is_refused_as_what_no_system_call_saw() {
+    fn a_zero_byte_is_invalid_input_without_an_errno() {
         let mut strings = Strings::default();
         strings.push(&[b"A", b"=", b"b\0c"]);
         assert_eq!(strings.into_c().err().unwrap().kind(), io::ErrorKind::InvalidInput);

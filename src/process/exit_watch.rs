@@ -1,4 +1,4 @@
-//! [`ExitWatch`]: tells when a child has exited, and leaves it a zombie.
+//! [`ExitWatch`]: waits for the exit of a child, and leaves the child a zombie.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -8,35 +8,35 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
 
-/// The pause between two looks at a child grows from this …
+/// The first pause between two looks at a child.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// … up to this.
+/// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
-/// How the exit of a child is learned of.
+/// The source of the exit event of a child.
 #[derive(Debug)]
 pub(super) enum ExitWatch {
-    /// The reactor tells: a pidfd is readable from its process's exit on.
+    /// The reactor: a pidfd becomes readable at the exit of its process.
     Reactor(AsyncFd<OwnedFd>),
-    /// The kernel is asked at intervals: it gives no pidfd, or has no room for it in the reactor.
+    /// Polling, where the kernel gives no pidfd, or epoll has no room for it.
     Intervals { child: Pid, pidfd: Option<OwnedFd> },
 }
 
 impl ExitWatch {
-    /// Watches a child of this process that nothing else reaps.
+    /// Watches a child of this process. Nothing else may reap the child.
     #[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
     pub(super) fn of(child: Pid, pidfd: Option<OwnedFd>) -> Self {
         let Some(pidfd) = pidfd else { return Self::Intervals { child, pidfd: None } };
         // SAFETY: an `OwnedFd` stays open, under the same number, for as long as the `AsyncFd` owns it.
         match unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) } {
             Ok(pidfd) => Self::Reactor(pidfd),
-            // The child runs already: its job may not be ended for that.
+            // The child runs already, and its job must not be ended for that.
             Err(refused) => Self::Intervals { child, pidfd: Some(refused.into_parts().0) },
         }
     }
 
-    /// The child's pidfd, if the kernel has given one.
+    /// Returns the child's pidfd, if the kernel has given one.
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Reactor(pidfd) => Some(pidfd.get_ref().as_fd()),
@@ -47,7 +47,7 @@ impl ExitWatch {
     /// Waits until the child is a zombie.
     pub(super) async fn exited(&self) {
         match self {
-            // It fails only when the reactor is gone, and this task with it.
+            // The wait fails only when the reactor is gone, and this task with it.
             Self::Reactor(pidfd) => drop(pidfd.readable().await),
             Self::Intervals { child, .. } => {
                 let mut pause = FIRST_PAUSE;
@@ -60,7 +60,7 @@ impl ExitWatch {
     }
 }
 
-/// Whether a child is a zombie, or has been reaped by other code of this process.
+/// Reports whether a child is a zombie, or has been reaped by other code of this process.
 fn has_exited(child: Pid) -> bool {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     match waitid(WaitId::Pid(child), options) {

@@ -1,4 +1,4 @@
-//! [`Group`]: a child that leads a process group, and the group's end.
+//! [`Group`]: a child that leads a process group, and the end of the group.
 
 use std::io;
 use std::os::unix::process::ExitStatusExt;
@@ -14,62 +14,60 @@ use rustix::process::{
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
-use super::birth::Birth;
 use super::census;
+use super::child_setup::ChildSetup;
+use super::children::Children;
 use super::exit_watch::ExitWatch;
-use super::orphans::Children;
 use super::spawn::Child;
 
-/// How long a killed group may take to be gone. A process that is stuck in the kernel needs longer, and so does one that this
-/// process may not signal.
+/// The time for a killed group to disappear. A process that is stuck in the kernel, or another user's, takes longer.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pauses after which a killed group is most often gone, zombies included. After them /proc tells the living from the zombies: a
-/// process 1 that reaps late costs a job no more than that.
+/// Pauses between checks of whether a killed group is gone, zombies included. After them /proc tells the living from the zombies,
+/// so a process 1 that reaps late delays a job no longer than that.
 const PAUSES: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(2), Duration::from_millis(4)];
 
-/// The pause between two tries to reap a leader that has exited grows from this …
+/// The first pause between two tries to reap a leader that has exited.
 const FIRST_REAP_PAUSE: Duration = Duration::from_millis(1);
 
-/// … up to this.
+/// The longest such pause.
 const LONGEST_REAP_PAUSE: Duration = Duration::from_millis(50);
 
-/// What a process has used, from its birth to its end, children that it waited for included.
+/// The resources that a process has used from start to end, including children that it waited for.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Usage {
+pub struct ResourceUsage {
     /// CPU time, in user space and in the kernel.
     pub cpu: Duration,
-    /// The most memory that it had resident at once, in bytes. The kernel counts from the fork: not less than the
-    /// worker's own size.
+    /// The peak of resident memory, in bytes. The kernel counts from the fork, so this is at least the worker's own size.
     pub max_rss: u64,
 }
 
-/// The leader's status and what it used, if they could be had.
-pub(crate) type Ended = io::Result<(ExitStatus, Usage)>;
+/// The exit status and resource usage of a leader, or the error of the wait.
+pub(crate) type WaitResult = io::Result<(ExitStatus, ResourceUsage)>;
 
-/// A process group whose leader has not been reaped, so that its number is its own. Dropped before, it is killed.
+/// A process group whose leader is not reaped yet, so that no other process gets its number. Dropping it kills the group.
 #[derive(Debug)]
 pub(super) struct Group {
     leader: Pid,
     children: Children,
     exit: ExitWatch,
-    birth: Arc<Birth>,
+    setup: Arc<ChildSetup>,
     reaped: bool,
 }
 
 impl Group {
-    /// The group of a child that was started among `children` as a leader.
+    /// Returns the group of a leader that was started among `children`.
     pub(super) fn of(leader: Child, children: Children) -> Self {
-        let Child { id, pidfd, birth } = leader;
-        Self { leader: id, children, exit: ExitWatch::of(id, pidfd), birth, reaped: false }
+        let Child { id, pidfd, setup } = leader;
+        Self { leader: id, children, exit: ExitWatch::of(id, pidfd), setup, reaped: false }
     }
 
-    /// The leader's process id, which is the group's too.
+    /// Returns the process id of the leader, which is also the group's.
     pub(super) fn id(&self) -> Pid {
         self.leader
     }
 
-    /// Signals the whole group. A group that is gone is no error.
+    /// Signals the whole group. A group that is gone is not an error.
     fn signal_group(&self, signal: Signal) {
         let _ = kill_process_group(self.id(), signal);
     }
@@ -77,13 +75,12 @@ impl Group {
     /// Signals the whole group, and the leader if it has moved to another one.
     pub(super) fn signal(&self, signal: Signal) {
         self.signal_group(signal);
-        // Not twice: a handler that traps the signal would run its trap twice.
+        // One signal only: a handler's trap would run twice.
         if getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader) {
             self.signal_leader(signal);
         }
     }
 
-    /// Signals the leader alone.
     pub(super) fn signal_leader(&self, signal: Signal) {
         let _ = match self.exit.pidfd() {
             Some(pidfd) => pidfd_send_signal(pidfd, signal),
@@ -91,32 +88,32 @@ impl Group {
         };
     }
 
-    /// Whether the system lets this process signal the leader. A leader may become another user.
+    /// Reports whether this process may signal the leader, which may have become another user.
     pub(super) fn may_signal_leader(&self) -> bool {
         test_kill_process(self.leader) != Err(Errno::PERM)
     }
 
-    /// Signals the leader as soon as it is the program: before, a signal may be taken for one of the terminal's, and one that
-    /// dumps core would take this process along under Linux before 5.16.
+    /// Signals the leader once it has executed its program. Before that, the setup drops signals of the terminal, and a signal
+    /// that dumps core would kill this process too on Linux before 5.16.
     pub(super) async fn signal_program(&self, signal: Signal) {
-        self.birth.over().await;
+        self.setup.exec_done().await;
         self.signal_leader(signal);
     }
 
-    /// Waits until the leader has become its program.
+    /// Waits until the leader has executed its program.
     ///
     /// # Errors
-    /// When the leader cannot: why.
+    /// When the leader cannot execute its program.
     pub(super) async fn begun(&self) -> io::Result<()> {
         tokio::select! {
             biased;
             () = self.leader_exited() => {}
-            () = self.birth.over() => {}
+            () = self.setup.exec_done() => {}
         }
-        match self.birth.failure() {
+        match self.setup.failure() {
             None => Ok(()),
             Some(error) => {
-                // Reaping it then takes no time.
+                // A zombie is reaped without a wait.
                 self.leader_exited().await;
                 Err(error)
             }
@@ -134,8 +131,8 @@ impl Group {
         census::died_out(self.id()).await;
     }
 
-    /// Kills the group, and waits for the leader's end or for `give_up`, whose clock starts when the kernel has had its time.
-    /// Returns whether the leader has exited.
+    /// Kills the group, and waits for the leader's exit or for `give_up`, which is polled only after [`DEATH_TIMEOUT`]. Returns
+    /// whether the leader has exited.
     pub(super) async fn kill(&self, give_up: impl Future<Output = ()>) -> bool {
         self.signal(Signal::KILL);
         if timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_ok() {
@@ -149,54 +146,53 @@ impl Group {
         }
     }
 
-    /// Waits for the leader's end, and kills it again now and then: the system may let this process signal a leader that has
-    /// changed its user again.
+    /// Waits for the leader's exit, and kills the group again at intervals: a leader may have changed its user back, so that this
+    /// process may signal it again.
     async fn leader_killed(&self) {
         while timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_err() {
             self.signal(Signal::KILL);
         }
     }
 
-    /// Kills what is left of the group, reaps the leader, which has exited, and sees the rest dead. The zombie keeps the
-    /// group's number from being given to anyone else until the signal has been sent.
+    /// Kills the rest of the group, reaps the leader, which has exited, and waits until the rest is dead. The zombie keeps the
+    /// group's number until the signal has been sent.
     ///
     /// # Errors
-    /// When the leader never became its program: why it did not.
-    pub(super) async fn end(mut self) -> io::Result<Ended> {
+    /// When the leader never executed its program.
+    pub(super) async fn end(mut self) -> io::Result<WaitResult> {
         let id = self.id();
         self.signal_group(Signal::KILL);
         let Ok(ended) = timeout(DEATH_TIMEOUT, reap(id)).await else {
             let late = io::Error::new(io::ErrorKind::TimedOut, "another process traces it");
-            return self.birth.failure().map_or(Ok(Err(late)), Err);
+            return self.setup.failure().map_or(Ok(Err(late)), Err);
         };
         self.children.reaped(id);
         self.reaped = true;
         if timeout(DEATH_TIMEOUT, until_gone(id)).await.is_err() {
             warn_of_survivors(id, test_kill_process_group(id));
         }
-        self.birth.failure().map_or(Ok(ended), Err)
+        self.setup.failure().map_or(Ok(ended), Err)
     }
 }
 
-/// Dropped before its end, a group is killed. Its leader is reaped elsewhere: one that hangs in the kernel would hold up this
-/// thread.
+/// Kills the group. The leader is reaped in another thread, because a leader that hangs in the kernel would block this one.
 impl Drop for Group {
     fn drop(&mut self) {
         if !self.reaped {
             self.signal(Signal::KILL);
-            self.children.reap_killed(self.leader, Arc::clone(&self.birth) as _);
+            self.children.reap_killed(self.leader, Arc::clone(&self.setup) as _);
         }
     }
 }
 
-/// Logs that processes have outlived SIGKILL, and why if the system says so.
+/// Logs that processes have outlived SIGKILL, and the system's reason if there is one.
 fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
     let error = signalled.err().map(|errno| io::Error::from(errno).to_string());
     warn!(group = group.as_raw_nonzero().get(), error, "killed processes of the job are still there");
 }
 
-/// Reaps a child that has exited. A debugger that traces the child keeps it from its parent until the debugger has seen its end.
-async fn reap(pid: Pid) -> Ended {
+/// Reaps a child that has exited. A debugger that traces the child must see its exit first.
+async fn reap(pid: Pid) -> WaitResult {
     let mut pause = FIRST_REAP_PAUSE;
     loop {
         if let Some(ended) = try_reap(pid).transpose() {
@@ -207,22 +203,22 @@ async fn reap(pid: Pid) -> Ended {
     }
 }
 
-/// Reaps and accounts in one call, without waiting; the safe wrappers of wait leave the accounts out.
+/// Reaps a child and reads its resource usage in one call, without waiting. The safe wrappers of wait leave the usage out.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
-fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, Usage)>> {
+fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, ResourceUsage)>> {
     let mut status = 0;
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
     let reaped = unsafe { libc::wait4(pid.as_raw_nonzero().get(), &raw mut status, libc::WNOHANG, usage.as_mut_ptr()) };
     match reaped {
         0 => Ok(None),
-        // SAFETY: see above; the call has filled it in.
-        1.. => Ok(Some((ExitStatus::from_raw(status), Usage::from(unsafe { usage.assume_init() })))),
+        // SAFETY: the call has filled it in.
+        1.. => Ok(Some((ExitStatus::from_raw(status), ResourceUsage::from(unsafe { usage.assume_init() })))),
         ..0 => Err(io::Error::last_os_error()),
     }
 }
 
-impl From<libc::rusage> for Usage {
+impl From<libc::rusage> for ResourceUsage {
     fn from(usage: libc::rusage) -> Self {
         let seconds = |time: libc::timeval| {
             Duration::new(time.tv_sec.unsigned_abs(), 0) + Duration::from_micros(time.tv_usec.unsigned_abs())
@@ -231,7 +227,7 @@ impl From<libc::rusage> for Usage {
     }
 }
 
-/// Waits until no process of a killed group is left alive. Dying takes a moment, and no event tells of its end.
+/// Waits until no process of a killed group is alive. Dying takes a moment, and no event signals the end.
 async fn until_gone(group: Pid) {
     for pause in PAUSES {
         if is_gone(group) || (reap_orphans_of(group) && is_gone(group)) {
@@ -243,13 +239,13 @@ async fn until_gone(group: Pid) {
     reap_orphans_of(group);
 }
 
-/// Whether the group has no process, not even a zombie. A group of processes that this process may not signal is not gone.
+/// Reports whether the group has no process, not even a zombie. Processes that this process may not signal count.
 fn is_gone(group: Pid) -> bool {
     test_kill_process_group(group) == Err(Errno::SRCH)
 }
 
-/// Reaps the zombies of the group that were handed to this process, as process 1 or as a subreaper. Asked by group, the call
-/// takes no other job's status, and this job need not wait for the next look at all orphans. Returns whether there were any.
+/// Reaps zombies of the group that this process inherited as process 1 or as a subreaper. The call is limited to the group, so it
+/// takes no other job's status. Returns whether there were any.
 fn reap_orphans_of(group: Pid) -> bool {
     let mut count = 0;
     while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {
@@ -273,11 +269,11 @@ mod tests {
         let program = Program::find(program.into(), vec![argument.into()], Some(&"/bin:/usr/bin".into())).unwrap();
         let command = Arc::new(Command::new(&program, [], None).unwrap());
         let starter = Starter::new(Way::Sharing, OpenFiles::ensure(1, Way::Sharing).0);
-        let child = spawn(Birth::of(&starter, command, &[], [None; 3]).unwrap()).unwrap();
+        let child = spawn(ChildSetup::of(&starter, command, &[], [None; 3]).unwrap()).unwrap();
         Group::of(child, Children::of_this_process())
     }
 
-    /// A process that traces another one, and never waits for it. The tracee's parent cannot reap the tracee then.
+    /// Starts a process that traces another one and never waits for it. The tracee's parent cannot reap the tracee then.
     #[expect(clippy::disallowed_methods, reason = "a debugger is a process of its own")]
     fn debugger_of(id: Pid) -> Option<Debugger> {
         let (seize, ptrace) = (libc::PTRACE_SEIZE, libc::SYS_ptrace);
@@ -303,23 +299,23 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_group_does_not_hold_up_the_thread() {
         let group = group_of("sleep", "1000");
-        let (id, birth) = (group.id(), Arc::clone(&group.birth));
-        birth.over().await;
+        let (id, setup) = (group.id(), Arc::clone(&group.setup));
+        setup.exec_done().await;
         let Some(debugger) = debugger_of(id) else { return };
         drop(group);
-        assert!(Arc::strong_count(&birth) > 1, "the child is still there");
+        assert!(Arc::strong_count(&setup) > 1, "the child is still there");
         let_go(debugger);
         let begun = Instant::now();
-        while Arc::strong_count(&birth) > 1 {
+        while Arc::strong_count(&setup) > 1 {
             assert!(begun.elapsed() < Duration::from_secs(60));
             sleep(Duration::from_millis(1)).await;
         }
     }
 
     #[tokio::test]
-    async fn a_debugger_that_holds_a_dead_leader_holds_up_its_job_alone() {
+    async fn a_debugger_of_a_dead_leader_delays_its_job_alone() {
         let group = group_of("sleep", "1000");
-        group.birth.over().await;
+        group.setup.exec_done().await;
         let Some(debugger) = debugger_of(group.id()) else { return };
         // Any other signal would stop the tracee.
         group.signal(Signal::KILL);

@@ -1,17 +1,17 @@
-//! How much memory another process uses, as /proc tells.
+//! Reads the memory usage of another process from /proc.
 
 use std::fs;
 
 use rustix::process::Pid;
 
-/// Reads how much memory it has resident, in bytes.
+/// Returns the resident memory, in bytes.
 pub(super) fn resident(process: Pid) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{}/statm", process.as_raw_nonzero())).ok()?;
     let pages: u64 = text.split_ascii_whitespace().nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// Reads how much memory it has had resident at most, in bytes.
+/// Returns the peak of resident memory, in bytes.
 pub(super) fn peak(process: Pid) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{}/status", process.as_raw_nonzero())).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

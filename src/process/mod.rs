@@ -1,32 +1,32 @@
-//! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it.
-//! Knows neither jobs nor settings.
+//! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it. Knows neither jobs nor
+//! settings.
 //!
-//! A start goes through these states. `Birth` and `Stack` are memory of this process.
+//! A start goes through these states. `ChildSetup` and `Stack` are memory of this process.
 //!
-//! | state | begins with | `Birth` and `Stack` belong to | the process number belongs to |
+//! | state | begins with | `ChildSetup` and `Stack` belong to | the process number belongs to |
 //! | --- | --- | --- | --- |
-//! | made | `clone` | the child: this process keeps both alive, and only reads | the child |
-//! | running its program | `execve`: the kernel sets `is_here` to 0 | this process | the child |
-//! | zombie | the exit: the pidfd is readable, and the kernel has taken the memory away before | this process | the child |
-//! | reaped | `wait4` | none: `Birth` is dropped, `Stack` is kept for another child | the group, while that has members |
+//! | in setup | `clone` | the child: this process keeps both alive, and only reads | the child |
+//! | running its program | `execve`: the kernel sets `uses_our_memory` to 0 | this process | the child |
+//! | zombie | the exit: the pidfd is readable, and the kernel has released the memory before | this process | the child |
+//! | reaped | `wait4` | none: `ChildSetup` is dropped, `Stack` is kept for another child | the group, while that has members |
 //!
-//! Up to `wait4` a signal to the number, or to the group, reaches no other job. A child whose start fails goes from made to zombie,
-//! and `Birth::failure` says why. A child that has a copy of the memory (`Way::Copying`) tells both by a pipe.
-//! A child whose job is dropped is killed, and the [`reaper`] keeps its `Birth` and reaps it.
+//! Until `wait4`, a signal to the process number or to the group reaches no other job. A child whose setup fails becomes a zombie
+//! at once, and `ChildSetup::failure` has the error. A child with a copy of the memory (`Way::Copying`) reports both by a pipe. A
+//! child whose job is dropped is killed, and the [`reaper`] keeps its `ChildSetup` and reaps it.
 
-mod birth;
 mod census;
+mod child_setup;
+mod children;
 mod clock;
 mod command;
 mod cstrings;
 mod exit_watch;
 mod group;
-mod head_start;
-mod limits;
 mod memory;
-mod orphans;
+mod open_files;
 mod output;
 mod program;
+mod read_delay;
 mod reaper;
 mod resident;
 mod signals;
@@ -53,98 +53,98 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe::Sender;
 use tokio::time::{sleep, timeout};
 
-use birth::Birth;
+use child_setup::ChildSetup;
+pub(crate) use children::Children;
 pub(crate) use command::Command;
-pub(crate) use group::Ended;
 use group::Group;
-pub use group::Usage;
-pub(crate) use head_start::HeadStart;
-pub(crate) use limits::{OpenFiles, TooFewDescriptors, keep_exit_statuses};
-pub(crate) use orphans::Children;
+pub use group::ResourceUsage;
+pub(crate) use group::WaitResult;
+pub(crate) use open_files::{OpenFiles, TooFewDescriptors};
 pub(crate) use output::{Channel, Tail};
 pub use program::Program;
+pub(crate) use read_delay::ReadDelay;
 pub(crate) use resident::Resident;
 pub use rustix::process::Signal;
-pub(crate) use signals::{is_ignored, without_signals};
+pub(crate) use signals::{is_ignored, keep_exit_statuses, without_signals};
 pub(crate) use starter::{Starter, Trial};
 
-/// How long output is still read after the leader has exited, when a process that lives on holds a pipe open.
+/// The time for which output is still read after the leader has exited, when a process that lives on holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
 
-/// What comes on a child's stdin.
+/// The stdin of a child.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
-    /// These bytes, and then the end of file.
+    /// These bytes, and then end of file.
     Bytes(Bytes),
-    /// The end of file.
+    /// End of file.
     Nothing,
 }
 
-/// Where a child's output goes.
+/// The destination of a child's output.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Output {
-    /// It is read, line by line.
+    /// The log, line by line.
     #[default]
     Log,
-    /// To this process's own stdout and stderr.
+    /// This process's own stdout and stderr.
     Inherit,
-    /// Nowhere.
+    /// `/dev/null`.
     Null,
 }
 
-/// Everything that a start needs.
+/// The arguments of a start.
 #[derive(Debug)]
 pub(crate) struct Start<'a> {
     pub(crate) command: &'a Arc<Command>,
-    /// Added to the command's environment.
+    /// The variables that are added to the command's environment.
     pub(crate) variables: &'a [(&'a str, Cow<'a, OsStr>)],
     pub(crate) input: Input,
     pub(crate) output: Output,
     pub(crate) starter: &'a Starter,
-    pub(crate) head_start: &'a HeadStart,
+    pub(crate) read_delay: &'a ReadDelay,
     /// The children of this process.
     pub(crate) children: &'a Children,
 }
 
-/// When, and how, a running process is interfered with. Each future may never end.
+/// The ways to interfere with a running process. A future that never ends never interferes.
 #[derive(Debug)]
 pub(crate) struct Stops<C, F, G, H> {
-    /// Why to terminate it: SIGTERM to the group, and SIGKILL after `kill_grace`.
+    /// Ends with the cause to terminate the process: SIGTERM to the group, and SIGKILL after `kill_grace`.
     pub(crate) terminate: C,
     pub(crate) kill_grace: Duration,
-    /// When to cut that grace short.
+    /// Ends when the grace is to be cut short.
     pub(crate) skip_grace: G,
-    /// When to wait no longer for a leader that has outlived SIGKILL. Polled only then.
+    /// Ends when a leader that has outlived SIGKILL is to be given up. Polled only then.
     pub(crate) give_up: H,
-    /// A signal that only tells the leader something, and when it is sent.
+    /// A signal that only informs the leader, and a future that ends when it is to be sent.
     pub(crate) notify: Option<(Signal, F)>,
 }
 
-/// How a process has taken its termination.
+/// The result of a termination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Termination {
-    /// The process has ended, as far as can be known because of it.
+    /// The process has ended, presumably because of the termination.
     Stopped,
-    /// The process has ended by itself: the system does not let this process signal it.
+    /// The process has ended by itself, because this process may not signal it.
     Denied,
     /// The process lives on.
     GivenUp,
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug)]
 pub(crate) struct Exit<C> {
-    /// The leader's status and what it used, if they could be had.
-    pub(crate) ended: Ended,
-    /// Why it was terminated, if it was, and how it took that; its own end comes first when both happen at once.
+    /// The exit status and resource usage of the leader.
+    pub(crate) ended: WaitResult,
+    /// The cause and the result of the termination, if any. If the leader exits at the same moment, its own exit counts.
     pub(crate) terminated: Option<(C, Termination)>,
     /// Whether the notification was sent.
     pub(crate) notified: bool,
-    /// The beginning and the end of its stderr.
+    /// The beginning and the end of the stderr.
     pub(crate) stderr: Tail,
 }
 
-/// A running process and our ends of its pipes. Dropped before its end, it is killed with its group.
+/// A running process and our ends of its pipes. Dropping it kills the process and its group.
 #[derive(Debug)]
 pub(crate) struct Process {
     command: Arc<Command>,
@@ -152,11 +152,11 @@ pub(crate) struct Process {
     stdin: Option<(Sender, Bytes)>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
-    head_start: HeadStart,
+    read_delay: ReadDelay,
 }
 
 impl Process {
-    /// Starts a program in a process group of its own, and does not wait until it runs: see [`Process::begun`].
+    /// Starts a program in its own process group, and does not wait for `execve`: see [`Process::begun`].
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let (stdin, unread) = open_stdin(start.input)?;
         let prints_much = start.command.prints_much.load(Ordering::Relaxed);
@@ -164,31 +164,31 @@ impl Process {
         let (stderr, their_stderr) = open_output(start.output, false)?;
         let stdio =
             [Some(stdin.as_fd()), their_stdout.as_ref().map(AsFd::as_fd), their_stderr.as_ref().map(AsFd::as_fd)];
-        let birth = Birth::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
-        let leader = start.children.start(|| spawn::spawn(birth), |leader| leader.id)?;
+        let setup = ChildSetup::of(start.starter, Arc::clone(start.command), start.variables, stdio)?;
+        let leader = start.children.start(|| spawn::spawn(setup), |leader| leader.id)?;
         let group = Group::of(leader, start.children.clone());
-        let (command, head_start) = (Arc::clone(start.command), start.head_start.clone());
-        Ok(Self { command, group, stdin: unread, stdout, stderr, head_start })
+        let (command, read_delay) = (Arc::clone(start.command), start.read_delay.clone());
+        Ok(Self { command, group, stdin: unread, stdout, stderr, read_delay })
     }
 
-    /// The process id of the leader.
+    /// Returns the process id of the leader.
     pub(crate) fn id(&self) -> u32 {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Waits until the program runs. Most callers need not: [`Process::supervise`] has the same error.
+    /// Waits until the program runs. Most callers need not, because [`Process::supervise`] returns the same error.
     ///
     /// # Errors
-    /// When it has turned out that the program could not be started: the system's word for why.
+    /// When the program could not be started.
     pub(crate) async fn begun(&self) -> io::Result<()> {
         self.group.begun().await
     }
 
-    /// Sees the process through to its end. Whatever is left of its group when the leader exits by itself is killed; when
-    /// the group is terminated, it has the grace too.
+    /// Serves the pipes and waits for the end of the process. The rest of the group is killed when the leader exits by itself,
+    /// and has the grace as well when the group is terminated.
     ///
     /// # Errors
-    /// When it has turned out that the program could not be started: the system's word for why.
+    /// When the program could not be started.
     pub(crate) async fn supervise<C>(
         self,
         stops: Stops<
@@ -199,35 +199,29 @@ impl Process {
         >,
         on_line: impl Fn(Channel, &str),
     ) -> io::Result<Exit<C>> {
-        let Self { command, group, stdin, stdout, stderr, head_start } = self;
+        let delays_reads = self.may_delay_reads();
+        let Self { command, group, stdin, stdout, stderr, read_delay } = self;
         let Stops { terminate: cause, skip_grace, give_up, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
-        let may_be_read_later =
-            stdin.is_none() && (stdout.is_some() || stderr.is_some()) && !command.prints_much.load(Ordering::Relaxed);
         let terminated = {
-            let mut io = pin!(async {
-                let out = output::read_lines(stdout.as_ref(), &read, |line| on_line(Channel::Stdout, line), None);
-                let err =
-                    output::read_lines(stderr.as_ref(), &read, |line| on_line(Channel::Stderr, line), Some(&mut tail));
-                tokio::join!(feed(stdin), out, err);
-            });
-            let mut end = pin!(async {
-                let cause = until_told_to_end(&group, cause, notify, &mut notified).await?;
+            let mut serving = pin!(serve_pipes(stdin, [&stdout, &stderr], &read, on_line, &mut tail));
+            let mut ending = pin!(async {
+                let cause = until_exit_or_cause(&group, cause, notify, &mut notified).await?;
                 Some((cause, terminate(&group, kill_grace, skip_grace, give_up).await))
             });
             // All three pipes are served while waiting: a child blocked on any of them would never exit.
             tokio::select! {
                 biased;
-                terminated = &mut end => {
-                    read_the_rest(io, &group, &read, [&stdout, &stderr]).await;
+                terminated = &mut ending => {
+                    read_the_rest(serving, &group, &read, [&stdout, &stderr]).await;
                     terminated
                 }
                 () = async {
-                    if may_be_read_later {
-                        head_start.of_one_that_starts_now().await;
+                    if delays_reads {
+                        read_delay.for_new_child().await;
                     }
-                    io.as_mut().await;
-                } => end.await,
+                    serving.as_mut().await;
+                } => ending.await,
             }
         };
         command.prints_much.store(read.into_inner() > output::READ_BYTES as u64, Ordering::Relaxed);
@@ -238,24 +232,43 @@ impl Process {
         };
         Ok(Exit { ended, terminated, notified, stderr: tail })
     }
+
+    /// Reports whether the output can wait: the child has all its input, and its pipes are likely to hold its output.
+    fn may_delay_reads(&self) -> bool {
+        let has_output = self.stdout.is_some() || self.stderr.is_some();
+        self.stdin.is_none() && has_output && !self.command.prints_much.load(Ordering::Relaxed)
+    }
 }
 
-/// Reads what is in the pipes, and nothing later than the grace: that would be of a process that lives on. Only a worker
-/// too busy to have read what was there takes longer.
+/// Feeds stdin, and reads stdout and stderr to their ends.
+async fn serve_pipes(
+    stdin: Option<(Sender, Bytes)>,
+    [stdout, stderr]: [&Option<OwnedFd>; 2],
+    read: &AtomicU64,
+    on_line: impl Fn(Channel, &str),
+    tail: &mut Tail,
+) {
+    let out = output::read_lines(stdout.as_ref(), read, |line| on_line(Channel::Stdout, line), None);
+    let err = output::read_lines(stderr.as_ref(), read, |line| on_line(Channel::Stderr, line), Some(tail));
+    tokio::join!(feed(stdin), out, err);
+}
+
+/// Reads the bytes that are in the pipes, and ignores bytes after the grace, which belong to a process that lives on. Only a
+/// busy worker takes longer.
 async fn read_the_rest(
     mut io: Pin<&mut impl Future<Output = ()>>,
     group: &Group,
     read: &AtomicU64,
     pipes: [&Option<OwnedFd>; 2],
 ) {
-    // Most often nobody holds them any more, and that is all.
+    // Most often the pipes are at their ends.
     if poll_fn(|context| Poll::Ready(io.as_mut().poll(context).is_ready())).await {
         return;
     }
-    // What is left of the group holds the pipes no longer then. What has left the group may.
+    // The rest of the group would hold the pipes open. A process that has left the group still may.
     group.signal(Signal::KILL);
-    let there = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
-    let all = read.load(Ordering::Relaxed) + there.sum::<u64>();
+    let unread = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
+    let all = read.load(Ordering::Relaxed) + unread.sum::<u64>();
     loop {
         let before = read.load(Ordering::Relaxed);
         let ended = timeout(OUTPUT_GRACE, &mut io).await.is_ok();
@@ -266,8 +279,8 @@ async fn read_the_rest(
     }
 }
 
-/// Waits until the leader has exited by itself (`None`), or there is cause to terminate it.
-async fn until_told_to_end<C>(
+/// Waits until the leader has exited by itself (`None`), or there is a cause to terminate it. Sends the notification meanwhile.
+async fn until_exit_or_cause<C>(
     group: &Group,
     terminate: impl Future<Output = C>,
     notify: Option<(Signal, impl Future<Output = ()>)>,
@@ -293,8 +306,8 @@ async fn until_told_to_end<C>(
     }
 }
 
-/// Tells the group to end, gives it the grace, and kills it then. Not only the leader has that time: a shell dies of SIGTERM
-/// before the command that it runs.
+/// Sends the group SIGTERM, waits for the grace, and then kills the group. The grace is for the whole group, because a shell dies
+/// of SIGTERM before the command that it runs.
 async fn terminate(
     group: &Group,
     kill_grace: Duration,
@@ -316,18 +329,18 @@ async fn terminate(
     if group.kill(give_up).await { ended(may_signal) } else { Termination::GivenUp }
 }
 
-/// What a pipe takes at once that is not made smaller or larger (pipe(7)).
+/// The default capacity of a pipe (pipe(7)).
 const USUAL_PIPE: usize = 64 * 1024;
 
-/// What a pipe takes at once for large payloads and outputs. Beyond 64 MiB of pipes, a user without privileges is given tiny
-/// ones (`/proc/sys/fs/pipe-user-pages-soft`).
+/// The capacity of a pipe for large payloads and outputs. Beyond 64 MiB of pipes, an unprivileged user gets tiny ones
+/// (`/proc/sys/fs/pipe-user-pages-soft`).
 const LARGE_PIPE: usize = 256 * 1024;
 
-/// What every pipe takes at once: the kernel makes small ones for a user who has many.
+/// The least capacity of a pipe, which the kernel gives to a user with many pipes.
 const SMALLEST_PIPE: usize = 4096;
 
-/// What a child reads from, and what is still to be written to it. What fits into the pipe is written before there is a
-/// child: it needs no reactor, and for most jobs that is everything.
+/// Opens a child's stdin. Returns the child's end, and the rest of the input if the pipe cannot hold all of it. The first part is
+/// written before the child exists, which needs no reactor, and for most jobs is all.
 fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     let Input::Bytes(mut input) = input else {
         return Ok((open_null(OFlags::RDONLY)?, None));
@@ -344,12 +357,12 @@ fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     Ok((read_end, unread))
 }
 
-/// Lets a pipe take more at once, so that both sides wait for each other less often. A user who has many pipes keeps small ones.
+/// Enlarges a pipe, so that both sides wait for each other less often. A user with many pipes keeps small ones.
 fn enlarge(pipe: &OwnedFd) {
     let _ = fcntl_setpipe_size(pipe, LARGE_PIPE);
 }
 
-/// Our end of an output, if it is read, and what the child writes to, if that is not what this process writes to.
+/// Opens an output. Returns our end if the output is read, and the child's end unless the child inherits this process's own.
 fn open_output(output: Output, is_large: bool) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
     match output {
         Output::Log => {
@@ -369,7 +382,7 @@ fn open_null(flags: OFlags) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open("/dev/null", flags | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Writes what the pipe takes at once.
+/// Writes as much of the input as fits into the pipe.
 fn fill(pipe: &OwnedFd, input: &mut Bytes) -> io::Result<()> {
     while !input.is_empty() {
         match rustix::io::write(pipe.as_fd(), input) {
@@ -382,7 +395,7 @@ fn fill(pipe: &OwnedFd, input: &mut Bytes) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes the rest of the input. A child that does not read it is within its rights: that error is none.
+/// Writes the rest of the input. A child need not read it, so errors are ignored.
 async fn feed(stdin: Option<(Sender, Bytes)>) {
     if let Some((mut pipe, mut input)) = stdin {
         let _ = pipe.write_all_buf(&mut input).await;

@@ -1,4 +1,4 @@
-//! What a child prints: lines for the log, and the [`Tail`] that a failure report carries. Both are bounded.
+//! The output of a child: lines for the log, and the [`Tail`] that a failure report carries. Both are bounded.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -15,40 +15,39 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
 
-/// A longer line is cut here.
+/// The longest line that is kept whole.
 const MAX_LINE_BYTES: usize = 64 * 1024;
 
-/// How much is kept of the beginning of an output; the first error is often the telling one.
+/// The bytes kept of an output's beginning, because the first error often explains the rest.
 const HEAD_BYTES: usize = 4 * 1024;
 
-/// How much is kept of its end.
+/// The bytes kept of an output's end.
 const TAIL_BYTES: usize = 28 * 1024;
 
-/// How much is read at once at most: all that a pipe holds.
+/// The most bytes of one read: as many as a pipe holds.
 pub(super) const READ_BYTES: usize = 64 * 1024;
 
-/// How much is read at first, and at least. In between it is as much as takes about a [`TURN`], once that is known.
+/// The size of the first read. Later reads take as many bytes as one [`TURN`] allows, within the limits around.
 const FIRST_READ_BYTES: usize = 16 * 1024;
 const SMALLEST_READ_BYTES: usize = 1024;
 
-/// How long the lines of one read may take, with the log: whoever else has work for this thread waits.
+/// The time that one read and its lines may take, because all other work of this thread waits.
 const TURN: Duration = Duration::from_millis(1);
 
-/// How much memory a job keeps to put lines together in, beyond the line that needs it.
+/// The memory that a job keeps between long lines.
 const KEPT_FOR_LINES: usize = 16 * 1024;
 
-/// How often a pipe is read that the reactor does not take, because the system has no room for another descriptor in it. Its
-/// job runs already: it may not be ended for that.
+/// The poll interval of a pipe that epoll has no room for. The job runs already, and must not be ended for that.
 const PAUSE_WITHOUT_REACTOR: Duration = Duration::from_millis(10);
 
-/// Where a line was printed.
+/// The stream of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Channel {
     Stdout,
     Stderr,
 }
 
-/// Reads a pipe that does not block, if there is one, to its end, line by line. Counts in `read` the bytes of it.
+/// Reads a non-blocking pipe, if there is one, line by line to its end. Adds the number of bytes to `read`.
 pub(crate) async fn read_lines(
     pipe: Option<&OwnedFd>,
     read: &AtomicU64,
@@ -68,7 +67,7 @@ pub(crate) async fn read_lines(
     lines.finish(&on_line);
 }
 
-/// Reads a pipe that does not block to its end. `read` reads up to so many bytes of it.
+/// Reads a non-blocking pipe to its end. `read` reads up to that many bytes.
 async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize, Errno>) {
     let (mut watched, mut in_a_row, mut portion) = (None, 0, FIRST_READ_BYTES);
     loop {
@@ -82,13 +81,13 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
         }
         match count {
             Ok(0) => break,
-            // The pipe of a child that prints without pause is always readable: without this, whoever waits in the same
-            // task, for the stop above all, would not get their turn.
+            // The pipe of a child that prints without pause is always readable. Without this yield, other waits in the same task,
+            // above all the one for the stop, would starve.
             Ok(_) if in_a_row == 1 => {
                 in_a_row = 0;
                 tokio::task::yield_now().await;
             }
-            // A short job is read by one for what it has printed, and one for the end.
+            // A short job needs two reads: one for its output and one for the end.
             Ok(_) => in_a_row = 1,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
@@ -97,13 +96,12 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
             }
             Err(_) => break,
         }
-        // A child that prints as fast as it is read would keep this thread from all other work.
+        // A child that prints as fast as it is read would starve the other tasks of this thread.
         tokio::task::coop::consume_budget().await;
     }
 }
 
-/// The output of a process that does one task after another: it is read as it comes, and to its present end between two
-/// tasks.
+/// The output of a process that does one task after another: read as it arrives, and emptied between two tasks.
 #[derive(Debug)]
 pub(super) struct SharedOutput {
     pipe: OwnedFd,
@@ -111,7 +109,7 @@ pub(super) struct SharedOutput {
 }
 
 impl SharedOutput {
-    /// Of a pipe that does not block.
+    /// Returns the output of a non-blocking pipe.
     pub(super) fn of(pipe: OwnedFd) -> Self {
         Self { pipe, lines: Mutex::default() }
     }
@@ -120,10 +118,10 @@ impl SharedOutput {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads it to its end, line by line.
+    /// Reads the output line by line to its end.
     pub(super) async fn read(&self, on_line: impl Fn(&str)) {
         read_chunks(&self.pipe, |portion| {
-            // Locked before: what has been read, and is in no line yet, would be missed at the end of its task.
+            // Locked before the read: bytes that are read and in no line yet would be missed at the end of their task.
             let mut lines = self.lines();
             read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line))
         })
@@ -131,7 +129,7 @@ impl SharedOutput {
         self.lines().finish(&on_line);
     }
 
-    /// Reads what is in the pipe now, if it may be read. A line without an end ends here.
+    /// Reads the bytes that are in the pipe now, if it is readable. An unfinished line ends here.
     fn read_present(&self, is_readable: bool, on_line: impl Fn(&str)) {
         let mut left = if is_readable { ioctl_fionread(&self.pipe).unwrap_or_default() } else { 0 };
         let mut lines = self.lines();
@@ -148,10 +146,10 @@ impl SharedOutput {
     }
 }
 
-/// Reads what is in some pipes now. Mostly there is nothing, which one system call says of all of them.
+/// Reads the bytes that are in some pipes now. One system call finds the readable pipes; mostly there are none.
 pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N], on_line: impl Fn(Channel, &str)) {
     let mut looks = outputs.map(|(output, _)| PollFd::new(&output.pipe, PollFlags::IN));
-    // A look that has failed says nothing.
+    // After a failed poll, every pipe counts as readable.
     let is_known = poll(&mut looks, Some(&Timespec::default())).is_ok();
     let are_readable = looks.map(|look| !is_known || !look.revents().is_empty());
     for ((output, channel), is_readable) in outputs.into_iter().zip(are_readable) {
@@ -159,7 +157,7 @@ pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N
     }
 }
 
-/// A pipe in the reactor. Most jobs are over before there is need of one, and two system calls for each pipe are saved.
+/// A pipe registered with the reactor. Most jobs end before this is needed, which saves two system calls per pipe.
 type Watched<'a> = io::Result<AsyncFd<BorrowedFd<'a>>>;
 
 #[expect(unsafe_code, reason = "the reactor has no safe way in for a descriptor that is borrowed")]
@@ -168,12 +166,12 @@ fn watch(pipe: &OwnedFd) -> Watched<'_> {
     Ok(unsafe { AsyncFd::register_with_interest(pipe.as_fd(), Interest::READABLE) }?)
 }
 
-/// Waits until there may be something to read, after a read has found nothing.
+/// Waits until the pipe may be readable, after a read has found nothing.
 async fn readable(pipe: &Watched<'_>) {
     match pipe {
         Ok(pipe) => match pipe.readable().await {
             Ok(mut ready) => ready.clear_ready(),
-            // The reactor is gone, and this task with it.
+            // The reactor is gone, and drops this task.
             Err(_) => std::future::pending().await,
         },
         Err(_) => sleep(PAUSE_WITHOUT_REACTOR).await,
@@ -181,7 +179,7 @@ async fn readable(pipe: &Watched<'_>) {
 }
 
 thread_local! {
-    /// One for all children of a thread, since it is empty whenever a task waits.
+    /// The read buffer of a thread, shared by all children because it is empty whenever a task waits.
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
 }
 
@@ -193,7 +191,7 @@ fn read_some(pipe: &OwnedFd, portion: usize, take: impl FnOnce(&[u8])) -> Result
     })
 }
 
-/// Cuts bytes into lines. Invalid UTF-8 is replaced, and of a line that is too long only the beginning is kept.
+/// Splits bytes into lines. Invalid UTF-8 is replaced, and a line that is too long keeps only its beginning.
 #[derive(Debug, Default)]
 struct Lines {
     partial: Vec<u8>,
@@ -204,7 +202,7 @@ impl Lines {
     fn push(&mut self, mut chunk: &[u8], on_line: &impl Fn(&str)) {
         while let Some(end) = memchr::memchr(b'\n', chunk) {
             let (line, rest) = (&chunk[..end], &chunk[end + 1..]);
-            // Most lines come whole, and need not be put together.
+            // Most lines arrive whole, and need no copy.
             if self.partial.is_empty() && line.len() <= MAX_LINE_BYTES {
                 emit(line, 0, on_line);
             } else {
@@ -233,7 +231,7 @@ impl Lines {
         emit(&self.partial, self.left_out, on_line);
         self.left_out = 0;
         self.partial.clear();
-        // One long line should not cost its job that memory to the end.
+        // One long line must not occupy memory until its job ends.
         self.partial.shrink_to(KEPT_FOR_LINES);
     }
 }
@@ -246,7 +244,7 @@ fn emit(line: &[u8], left_out: usize, on_line: &impl Fn(&str)) {
     }
 }
 
-/// The beginning and the end of an output, however long it was.
+/// The beginning and the end of an output.
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
     head: Vec<u8>,
@@ -255,7 +253,7 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    /// Adds a line, which had an end.
+    /// Adds a line and its newline.
     pub(crate) fn push_line(&mut self, line: &str) {
         self.push(line.as_bytes());
         self.push(b"\n");
@@ -265,14 +263,14 @@ impl Tail {
         let (head, rest) = chunk.split_at(chunk.len().min(HEAD_BYTES - self.head.len()));
         self.head.extend_from_slice(head);
         let end = &rest[rest.len().saturating_sub(TAIL_BYTES)..];
-        // Room is made first, so that there is never more than what is kept.
+        // Space is freed first, so that the buffer never exceeds its limit.
         let surplus = (self.end.len() + end.len()).saturating_sub(TAIL_BYTES);
         self.end.drain(..surplus);
         self.end.extend(end);
         self.left_out += (surplus + rest.len() - end.len()) as u64;
     }
 
-    /// What was kept, with a count where something was left out.
+    /// Returns the kept text, with a count where bytes are left out.
     pub(crate) fn text(&self) -> String {
         let end: Vec<u8> = self.end.iter().copied().collect();
         if self.left_out == 0 {
@@ -282,7 +280,7 @@ impl Tail {
         format!("{head}\n[{} bytes left out]\n{end}", self.left_out)
     }
 
-    /// The last line with anything in it.
+    /// Returns the last line that is not blank.
     pub(crate) fn last_line(&self) -> Option<String> {
         let text = self.text();
         let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
@@ -313,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_end_at_newlines_wherever_the_chunks_were_cut() {
+    fn lines_end_at_newlines_for_any_chunking() {
         assert_eq!(lines(&[b"a\r\n\nb", b"c\n\xc3", b"\xa9"]), ["a", "", "bc", "é"]);
     }
 
@@ -323,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_line_is_cut_with_a_mark_and_the_next_line_is_whole() {
+    fn an_endless_line_is_cut_and_the_next_line_is_whole() {
         let seen = lines(&[&vec![b'x'; MAX_LINE_BYTES], b"12345\nnext\n"]);
         assert!(seen[0].ends_with("x… [5 bytes cut]"), "{}", &seen[0][MAX_LINE_BYTES - 5..]);
         assert_eq!(seen[1], "next");
@@ -339,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_long_output_the_beginning_and_the_end_are_kept_and_the_rest_is_counted() {
+    fn a_long_output_keeps_its_beginning_and_its_end() {
         let mut tail = Tail::default();
         tail.push(&vec![b'a'; HEAD_BYTES]);
         tail.push(&vec![b'b'; 1000]);
@@ -351,15 +349,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_pipe_that_the_reactor_does_not_take_is_read_all_the_same() {
+    async fn a_pipe_that_the_reactor_refuses_is_polled() {
         let (pipe, writer) = rustix::pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&pipe, true).unwrap();
-        // It takes no descriptor twice.
+        // The reactor takes no descriptor twice.
         let _watched = watch(&pipe).unwrap();
         assert!(watch(&pipe).is_err());
         let (lines, read) = (RefCell::new(Vec::new()), AtomicU64::default());
         let reading = read_lines(Some(&pipe), &read, |line| lines.borrow_mut().push(line.to_owned()), None);
-        // It begins when the reading has found nothing.
+        // The printing begins when a read has found nothing.
         let printing = async move { rustix::io::write(&writer, b"one\ntwo\n").unwrap() };
         tokio::join!(reading, printing);
         assert_eq!(lines.into_inner(), ["one", "two"]);
@@ -367,7 +365,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_child_that_prints_without_pause_leaves_the_others_their_turn() {
+    async fn a_child_that_prints_without_pause_starves_no_other() {
         let (pipe, writer) = rustix::pipe::pipe().unwrap();
         let print = || rustix::io::write(&writer, b"again\n").unwrap();
         let (lines, read) = (std::cell::Cell::new(0), AtomicU64::default());

@@ -10,34 +10,34 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-/// How much of a file the kernel looks at.
+/// The number of bytes that the kernel reads of a `#!` line.
 const MAX_FIRST_LINE: u64 = 256;
 
 /// An executable file and its fixed arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
-    /// What the process calls itself: the name as it was given.
+    /// The name as it was given, which becomes the first argument.
     pub(super) name: OsString,
-    /// The file that is run. Absolute, so that it is the same file in every working directory.
+    /// The absolute path of the file, so that it is the same file in every working directory.
     pub(super) path: PathBuf,
     pub(super) args: Vec<OsString>,
 }
 
-/// As it could be typed into a shell.
+/// Writes the command as for a shell.
 impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words = [self.path.as_os_str()].into_iter().chain(self.args.iter().map(OsString::as_os_str));
         let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
-        // Words with a zero byte cannot be typed, nor can they be arguments.
+        // Words with a zero byte can neither be typed nor be arguments.
         f.write_str(&shlex::try_join(words.iter().map(AsRef::as_ref)).unwrap_or_default())
     }
 }
 
 impl Program {
-    /// Finds `name` as a shell would: on the search path `path_list`, or as a path if it has a slash.
+    /// Finds `name` as a shell does: on the search path `path_list`, or as a path if it has a slash.
     ///
     /// # Errors
-    /// A sentence that says what is wrong with it, and what to do.
+    /// A sentence that says what is wrong, and what to do.
     pub fn find(name: OsString, args: Vec<OsString>, path_list: Option<&OsString>) -> Result<Self, String> {
         if name.is_empty() {
             return Err("the command is an empty word".to_owned());
@@ -49,7 +49,6 @@ impl Program {
         }
     }
 
-    /// Whether the file is there now.
     pub(crate) fn exists(&self) -> bool {
         self.path.exists()
     }
@@ -58,8 +57,8 @@ impl Program {
         self.problem().map_or(Ok(self), Err)
     }
 
-    /// Says what would keep the system from starting the file, as far as it can be seen: it must be a binary, or name its
-    /// interpreter in its first line. Waits for no writer of a named pipe, but for a file system that hangs.
+    /// Returns the reason for which the system would not start the file, as far as it shows: the file must be a binary, or name
+    /// its interpreter in its first line. Does not block on a named pipe, but may block on a file system that hangs.
     pub(crate) fn problem(&self) -> Option<String> {
         let shown = self.path.display();
         let mut beginning = Vec::new();
@@ -70,7 +69,7 @@ impl Program {
             return Some(format!("{shown} is no regular file"));
         }
         let Ok(file) = opened else {
-            // What may be run need not be readable: then only a start can tell.
+            // An executable file may be unreadable. Then only a start can tell.
             return (!self.path.exists()).then(|| format!("{shown} does not exist"));
         };
         file.take(MAX_FIRST_LINE).read_to_end(&mut beginning).ok()?;
@@ -79,7 +78,7 @@ impl Program {
                 .then(|| format!("{shown} is no program, and its first line names none (like #!/bin/sh)"));
         };
         let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        // Not the carriage return of a file from Windows: the kernel takes it for a part of the name.
+        // A carriage return stays in the name, because the kernel takes it for a part of the name.
         let mut words = line.split(|byte| matches!(byte, b' ' | b'\t')).filter(|word| !word.is_empty());
         let name = words.next().unwrap_or_default();
         let interpreter = String::from_utf8_lossy(name);
@@ -87,12 +86,12 @@ impl Program {
             .then(|| format!("{shown} names {interpreter:?} in its first line, which does not exist"))
     }
 
-    /// The file that is run.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The last part of its path, for messages.
+    /// Returns the file name, for messages.
     pub fn file_name(&self) -> String {
         let name = self.path.file_name().unwrap_or(self.name.as_os_str());
         name.to_string_lossy().into_owned()

@@ -1,4 +1,4 @@
-//! [`Reaper`]: reaps killed children whose job is over, in a thread that lives for as long as there are any.
+//! [`Reaper`]: reaps killed children whose jobs are over, in a thread that lives while there are any.
 
 use std::any::Any;
 use std::io;
@@ -8,42 +8,42 @@ use std::time::Duration;
 
 use rustix::process::{Pid, WaitOptions, waitpid};
 
-use super::orphans::Children;
+use super::children::Children;
 
-/// The pause between two looks at the killed grows from this …
+/// The first pause between two looks at the killed children.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// … up to this.
+/// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
-/// A child that has been killed, and not reaped.
+/// A child that is killed and not reaped yet.
 #[derive(Debug)]
 pub(super) struct Killed {
     pub(super) id: Pid,
-    /// Memory that the child may use until its end.
+    /// Memory that the child may use until it has ended.
     pub(super) _memory: Arc<dyn Any + Send + Sync>,
-    /// The list that the child is on until it has been reaped.
+    /// The list that the child is on until it is reaped.
     pub(super) children: Children,
 }
 
-/// The killed children that are still to be reaped; clones are of one list.
+/// The killed children that are not reaped yet. Clones share one list.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Reaper(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<ReaperState>,
     added: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ReaperState {
     killed: Vec<Killed>,
     has_thread: bool,
 }
 
 impl Reaper {
-    /// Reaps the child now if it has ended, and otherwise as soon as it has. Never waits.
+    /// Reaps the child if it has ended, or else as soon as it has. Never blocks.
     pub(super) fn take(&self, killed: Killed) {
         if killed.is_reaped() {
             return;
@@ -52,18 +52,18 @@ impl Reaper {
         state.killed.push(killed);
         if !state.has_thread {
             let reaper = self.clone();
-            // Without a thread, the list waits for the next child.
+            // If no thread starts, the list waits for the next killed child.
             let started: io::Result<_> = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run());
             state.has_thread = started.is_ok();
         }
         self.0.added.notify_one();
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, ReaperState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks at the killed until all have been reaped.
+    /// Polls the killed children until all are reaped.
     fn run(&self) {
         let mut pause = FIRST_PAUSE;
         let mut state = self.state();
@@ -81,7 +81,7 @@ impl Reaper {
 }
 
 impl Killed {
-    /// Reaps the child if it has ended.
+    /// Reaps the child if it has ended, and reports whether it has.
     fn is_reaped(&self) -> bool {
         if matches!(waitpid(Some(self.id), WaitOptions::NOHANG), Ok(None)) {
             return false;
@@ -102,12 +102,12 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "any child will do, and nothing else runs in this thread")]
-    fn a_killed_child_is_waited_for_in_another_thread() {
+    fn a_killed_child_is_reaped_in_another_thread() {
         let (reaper, memory) = (Reaper::default(), Arc::new(()));
         let children = Children::of_this_process();
         let ids = [(); 3].map(|()| Pid::from_child(&Command::new("sleep").arg("1000").spawn().unwrap()));
         for id in ids {
-            // The children live: a call that waited for one would not return.
+            // The children are alive, so a blocking wait would not return.
             let _memory = Arc::clone(&memory) as _;
             reaper.take(Killed { id, _memory, children: children.clone() });
         }

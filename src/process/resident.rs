@@ -1,16 +1,16 @@
-//! [`Resident`]: a child that does one task after another. Who has it says when it ends.
+//! [`Resident`]: a child that does one task after another. Its owner decides about its end.
 
 use std::io;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::group::{Ended, Group};
+use super::group::{Group, WaitResult};
 use super::memory;
 use super::output::{SharedOutput, read_present};
 use super::{Channel, OUTPUT_GRACE, Process, Signal, Start, Termination, clock, terminate};
 
-/// A running process and our ends of its output. Dropped before its end, it is killed with its group.
+/// A running process and our ends of its output pipes. Dropping it kills the process and its group.
 #[derive(Debug)]
 pub(crate) struct Resident {
     group: Group,
@@ -19,46 +19,44 @@ pub(crate) struct Resident {
 }
 
 impl Resident {
-    /// Starts a program in a process group of its own, and does not wait until it runs.
+    /// Starts a program in its own process group, and does not wait for `execve`.
     ///
     /// # Errors
-    /// When the system makes no process: its word for why.
+    /// When the system makes no process.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let Process { group, stdout, stderr, .. } = Process::spawn(start)?;
         Ok(Self { group, stdout: stdout.map(SharedOutput::of), stderr: stderr.map(SharedOutput::of) })
     }
 
-    /// The process id of the leader.
     pub(crate) fn id(&self) -> u32 {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// The CPU time that the leader has used so far, all its threads included; its children are not.
+    /// Returns the CPU time of the leader so far, with its threads and without its children.
     pub(crate) fn cpu_time(&self) -> Option<Duration> {
         clock::cpu_time_of(self.group.id())
     }
 
-    /// Waits until the leader has exited.
     pub(crate) async fn exited(&self) {
         self.group.leader_exited().await;
     }
 
-    /// Sends the leader a signal that only tells it something. It has to be its program.
+    /// Sends the leader a signal that only informs it. The leader must have executed its program.
     pub(crate) fn tell(&self, signal: Signal) {
         self.group.signal_leader(signal);
     }
 
-    /// The memory that the leader has resident, in bytes.
+    /// Returns the resident memory of the leader, in bytes.
     pub(crate) fn resident_memory(&self) -> Option<u64> {
         memory::resident(self.group.id())
     }
 
-    /// The most memory that the leader has had resident, in bytes.
+    /// Returns the peak of the leader's resident memory, in bytes.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
         memory::peak(self.group.id())
     }
 
-    /// Reads the output as it comes, to its end.
+    /// Reads the output as it arrives, to its end.
     pub(crate) async fn read_output(&self, on_line: impl Fn(Channel, &str)) {
         let read = async |output: &Option<SharedOutput>, channel| {
             if let Some(output) = output {
@@ -68,14 +66,14 @@ impl Resident {
         tokio::join!(read(&self.stdout, Channel::Stdout), read(&self.stderr, Channel::Stderr));
     }
 
-    /// Reads the output that is there now. A line without an end ends here.
+    /// Reads the output that has arrived. An unfinished line ends here.
     pub(crate) fn read_present_output(&self, on_line: impl Fn(Channel, &str)) {
         if let (Some(stdout), Some(stderr)) = (&self.stdout, &self.stderr) {
             read_present([(stdout, Channel::Stdout), (stderr, Channel::Stderr)], on_line);
         }
     }
 
-    /// Tells the group to end, gives it the grace, and kills it then.
+    /// Sends the group SIGTERM, waits for the grace, and then kills the group.
     pub(crate) async fn terminate(
         &self,
         grace: Duration,
@@ -85,7 +83,7 @@ impl Resident {
         terminate(&self.group, grace, skip_grace, give_up).await
     }
 
-    /// Kills the group, and waits for the leader's end or for `give_up`.
+    /// Kills the group, and waits for the leader's exit or for `give_up`.
     pub(crate) async fn kill(&self, give_up: impl Future<Output = ()>) -> Termination {
         let may_signal = self.group.may_signal_leader();
         match (self.group.kill(give_up).await, may_signal) {
@@ -95,13 +93,13 @@ impl Resident {
         }
     }
 
-    /// Reads the rest of the output, kills what is left of the group, and reaps the leader, which has exited.
+    /// Reads the rest of the output, kills the rest of the group, and reaps the leader, which has exited.
     ///
     /// # Errors
-    /// When the leader never became its program: why it did not.
-    pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<Ended> {
+    /// When the leader never executed its program.
+    pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<WaitResult> {
         let Self { group, stdout, stderr } = self;
-        // The rest of the group would hold the pipes open. A process that has left the group may still hold them.
+        // The rest of the group would hold the pipes open. A process that has left the group still may.
         group.signal(Signal::KILL);
         let read = async |output: &Option<SharedOutput>, channel| {
             if let Some(output) = output {
@@ -109,7 +107,7 @@ impl Resident {
             }
         };
         let rest = async { tokio::join!(read(&stdout, Channel::Stdout), read(&stderr, Channel::Stderr)) };
-        // Later output is of a process that lives on.
+        // Later output belongs to a process that lives on.
         let _ = timeout(OUTPUT_GRACE, rest).await;
         group.end().await
     }

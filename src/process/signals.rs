@@ -1,9 +1,9 @@
-//! The signals of this process: those that the parent had it ignore, and a moment in which none arrives.
+//! The signal settings of this process: ignored signals, blocked signals, and SIGCHLD.
 
 use std::mem::MaybeUninit;
 use std::ptr;
 
-/// Returns whether this process ignores that signal.
+/// Reports whether this process ignores a signal.
 #[expect(unsafe_code, reason = "no safe wrapper tells the action of a signal")]
 pub(crate) fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
@@ -15,21 +15,30 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
     }
 }
 
-/// Calls `register` while this thread receives no signal. A signal that arrives meanwhile is delivered afterwards.
+/// Calls `register` while this thread blocks all signals. A signal that arrives meanwhile is delivered afterwards.
 #[expect(unsafe_code, reason = "no safe wrapper changes the signal mask of a thread")]
 pub(crate) fn without_signals<T>(register: impl FnOnce() -> T) -> T {
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
-    // SAFETY: the sets may be uninitialised, and are initialised before they are read (signal(7), sigsetops(3)).
+    // SAFETY: both sets are initialised before they are read (signal(7), sigsetops(3)).
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
     }
     let registered = register();
-    // SAFETY: the call before has initialised the set.
+    // SAFETY: the call above has initialised the set.
     unsafe {
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
     }
     registered
+}
+
+/// Resets an inherited SIG_IGN for SIGCHLD, with which the kernel would discard the exit statuses of children.
+#[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
+pub(crate) fn keep_exit_statuses() {
+    if is_ignored(libc::SIGCHLD) {
+        // SAFETY: the default action of SIGCHLD runs no code, and replaces no handler of the embedding program.
+        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    }
 }
 
 #[cfg(test)]
@@ -43,7 +52,7 @@ mod tests {
         use std::sync::atomic::{AtomicBool, Ordering};
         let received = Arc::new(AtomicBool::new(false));
         without_signals(|| {
-            // SAFETY: no action of SIGUSR1 runs while it is held back.
+            // SAFETY: no action of SIGUSR1 runs while the signal is blocked.
             unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR1) };
             signal_hook::flag::register(libc::SIGUSR1, Arc::clone(&received)).unwrap();
             assert!(!received.load(Ordering::SeqCst));

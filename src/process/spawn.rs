@@ -1,9 +1,9 @@
-//! [`spawn`]: starts a program as the leader of a process group, and does not wait until it runs.
+//! [`spawn`]: starts a program as the leader of a process group, and does not wait for `execve`.
 //!
-//! As with `posix_spawn`, the child uses this process's memory until it has become the program, on a stack of its own.
-//! `posix_spawn` holds its caller until then: for 0.06 ms on an idle machine, for 0.5 ms and more where all processors are busy
-//! with children, and for good where `execve` hangs. Here, this process goes on. So a start that goes wrong in the child is learned
-//! of later, and the child's [`Birth`] is kept until the child has ended.
+//! As with `posix_spawn`, the child uses this process's memory until `execve`, on a stack of its own. `posix_spawn` blocks its
+//! caller until then: for 0.06 ms on an idle machine, for 0.5 ms and more where all processors are busy with children, and
+//! forever where `execve` hangs. Here, this process goes on. So an error in the child is known later, and the child's
+//! [`ChildSetup`] is kept until the child has ended.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -15,60 +15,59 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, setpgid, waitpid};
 
-use super::birth::{Birth, live};
+use super::child_setup::{ChildSetup, child_main};
 use super::stack::Stack;
 use super::starter::Way;
 
-/// A child that leads a group of its own.
+/// A child that leads its own process group.
 #[derive(Debug)]
 pub(super) struct Child {
     pub(super) id: Pid,
-    /// None where the system gives none.
+    /// The pidfd, if the system gives one.
     pub(super) pidfd: Option<OwnedFd>,
-    pub(super) birth: Arc<Birth>,
+    pub(super) setup: Arc<ChildSetup>,
 }
 
-/// Starts a child. An error is the system's word for why there is no process. [`Birth::failure`] tells later why a child has not
-/// become its program.
+/// Starts a child. An error is the system's reason for which there is no process. [`ChildSetup::failure`] has a later error.
 #[expect(unsafe_code, reason = "see `clone`")]
-pub(super) fn spawn(mut birth: Birth) -> io::Result<Child> {
-    // Closed once the child has its own: the pipe is at its end when the child has become its program.
-    let _their_end = birth.open_report()?;
-    let birth = Arc::new(birth);
-    // SAFETY: `birth` and its stack live until the child has ended: see `Child`. `live` is made for it.
-    let (id, pidfd) = unsafe { clone(birth.way(), live, Arc::as_ptr(&birth).cast_mut().cast(), birth.stack()) }?;
-    // The child does the same, but may be signalled before it has. When it was faster, this call fails without harm.
+pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
+    // Closed once the child has its own end, so that `execve` closes the pipe.
+    let _their_end = setup.open_error_pipe()?;
+    let setup = Arc::new(setup);
+    // SAFETY: `setup` and its stack live until the child has ended: see `Child`. `child_main` is made for `clone`.
+    let (id, pidfd) = unsafe { clone(setup.way(), child_main, Arc::as_ptr(&setup).cast_mut().cast(), setup.stack()) }?;
+    // The child does the same, but can be signalled before it has. If the child was faster, this call fails without harm.
     let _ = setpgid(Some(id), Some(id));
-    Ok(Child { id, pidfd, birth })
+    Ok(Child { id, pidfd, setup })
 }
 
-/// Makes a process that runs `live` on that stack.
+/// Makes a process that runs `child_main` on `stack`.
 ///
 /// # Safety
-/// Where the child shares this process's memory, `argument` and the stack have to live until the child has ended. `live` runs beside
-/// all threads of this process, with the thread-local data of this one: it must take no lock, allocate nothing, and leave `errno`
-/// alone.
+/// Where the child shares this process's memory, `argument` and the stack must live until the child has ended. `child_main` runs
+/// beside all threads of this process, with this thread's thread-local data. It must take no lock, allocate nothing, and leave
+/// `errno` alone.
 #[expect(unsafe_code, reason = "no safe wrapper starts a process that shares memory")]
 pub(super) unsafe fn clone(
     way: Way,
-    live: extern "C" fn(*mut c_void) -> c_int,
+    child_main: extern "C" fn(*mut c_void) -> c_int,
     argument: *mut c_void,
     stack: &Stack,
 ) -> io::Result<(Pid, Option<OwnedFd>)> {
     let flags = libc::SIGCHLD | if way == Way::Sharing { libc::CLONE_VM | libc::CLONE_PIDFD } else { 0 };
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     let mut pidfd = -1;
-    // SAFETY: the C library initialises both sets before they are anything else. The kernel starts the child with this thread's
-    // mask, so that no handler of this process runs in a child that shares its memory. The child's stack is its own, and the kernel
-    // gives it copies of the table of descriptors, of the working directory and of the signals' actions: it changes none of ours.
+    // SAFETY: the C library initialises both sets before they are read. The kernel starts the child with this thread's mask, so
+    // that no handler of this process runs in a child that shares its memory. The child's stack is its own. The kernel copies the
+    // table of descriptors, the working directory and the signal actions, so the child changes none of ours.
     let id = unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
-        let id = libc::clone(live, stack.top(), flags, argument, &raw mut pidfd);
+        let id = libc::clone(child_main, stack.top(), flags, argument, &raw mut pidfd);
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
         id
     };
-    // It is less than nothing when there is no child.
+    // The id is negative when there is no child.
     let Some(id) = u32::try_from(id).ok().and_then(|_| Pid::from_raw(id)) else {
         return Err(io::Error::last_os_error());
     };
@@ -76,12 +75,12 @@ pub(super) unsafe fn clone(
         // SAFETY: the kernel has just opened the descriptor, for this process alone.
         Way::Sharing if pidfd >= 0 => Ok((id, Some(unsafe { OwnedFd::from_raw_fd(pidfd) }))),
         Way::Sharing => {
-            // A kernel that does not know the flag ignores it. The memory may be freed only after the child has ended.
+            // An old kernel ignores the flag. The memory may be freed only after the child has ended.
             let _ = kill_process(id, Signal::KILL);
             while matches!(waitpid(Some(id), WaitOptions::empty()), Err(Errno::INTR)) {}
             Err(io::Error::other("the kernel gives no pidfd"))
         }
-        // The number is the child's until this process reaps it.
+        // The process id belongs to the child until this process reaps the child.
         Way::Copying => Ok((id, pidfd_open(id, PidfdFlags::empty()).ok())),
     }
 }
@@ -97,11 +96,11 @@ mod tests {
     use crate::process::starter::Starter;
     use crate::process::{Command, OpenFiles, Program};
 
-    fn birth_of(way: Way, program: &str, cwd: Option<&str>) -> Birth {
+    fn setup_of(way: Way, program: &str, cwd: Option<&str>) -> ChildSetup {
         let program = Program::find(program.into(), vec!["600".into()], Some(&"/bin:/usr/bin".into())).unwrap();
         let command = Command::new(&program, [], cwd.map(std::path::Path::new)).unwrap();
         let starter = Starter::new(way, OpenFiles::ensure(1, way).0);
-        Birth::of(&starter, Arc::new(command), &[], [None; 3]).unwrap()
+        ChildSetup::of(&starter, Arc::new(command), &[], [None; 3]).unwrap()
     }
 
     const WAYS: [Way; 2] = [Way::Sharing, Way::Copying];
@@ -112,10 +111,10 @@ mod tests {
     }
 
     #[test]
-    fn a_child_leads_its_group_from_the_moment_it_is_known() {
+    fn a_child_leads_its_group_as_soon_as_it_is_known() {
         for way in WAYS {
             for _ in 0..100 {
-                let child = spawn(birth_of(way, "sleep", None)).unwrap();
+                let child = spawn(setup_of(way, "sleep", None)).unwrap();
                 let found = test_kill_process_group(child.id);
                 end_of(&child);
                 assert_eq!(found, Ok(()));
@@ -124,27 +123,27 @@ mod tests {
     }
 
     #[test]
-    fn why_a_child_has_not_become_the_program_is_known_at_its_end() {
+    fn the_error_of_a_failed_setup_is_known_at_the_childs_end() {
         for way in WAYS {
-            let child = spawn(birth_of(way, "sleep", Some("/no/such/directory"))).unwrap();
+            let child = spawn(setup_of(way, "sleep", Some("/no/such/directory"))).unwrap();
             let pidfd = child.pidfd.as_ref().unwrap();
             let mut exit = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
             rustix::event::poll(&mut exit, None).unwrap();
-            assert_eq!(child.birth.failure().unwrap().kind(), io::ErrorKind::NotFound);
+            assert_eq!(child.setup.failure().unwrap().kind(), io::ErrorKind::NotFound);
             end_of(&child);
         }
     }
 
     #[tokio::test]
-    async fn it_is_known_when_a_child_has_become_the_program() {
+    async fn the_exec_of_a_child_is_noticed() {
         for way in WAYS {
             for _ in 0..20 {
-                let child = spawn(birth_of(way, "sleep", None)).unwrap();
-                tokio::time::timeout(Duration::from_secs(60), child.birth.over()).await.unwrap();
+                let child = spawn(setup_of(way, "sleep", None)).unwrap();
+                tokio::time::timeout(Duration::from_secs(60), child.setup.exec_done()).await.unwrap();
                 let program = std::fs::read_link(format!("/proc/{}/exe", child.id.as_raw_nonzero()));
                 end_of(&child);
                 assert_ne!(program.unwrap(), std::env::current_exe().unwrap());
-                assert!(child.birth.failure().is_none());
+                assert!(child.setup.failure().is_none());
             }
         }
     }
@@ -153,13 +152,13 @@ mod tests {
     #[expect(unsafe_code, reason = "nothing else looks at that memory")]
     async fn a_child_has_far_more_stack_than_it_uses() {
         for cwd in [None, Some("/no/such/directory")] {
-            let birth = birth_of(Way::Sharing, "sleep", cwd);
-            let bottom = birth.stack().bottom();
-            // SAFETY: that is the memory, and no child runs on it yet.
+            let setup = setup_of(Way::Sharing, "sleep", cwd);
+            let bottom = setup.stack().bottom();
+            // SAFETY: the range is the stack, and no child runs on it yet.
             unsafe { bottom.write_bytes(0xa5, SIZE) };
-            let child = spawn(birth).unwrap();
-            child.birth.over().await;
-            // SAFETY: the same, and no child runs on it any more.
+            let child = spawn(setup).unwrap();
+            child.setup.exec_done().await;
+            // SAFETY: the range is the stack, and no child runs on it any more.
             let stack = unsafe { std::slice::from_raw_parts(bottom, SIZE) };
             let unused = stack.iter().take_while(|byte| **byte == 0xa5).count();
             end_of(&child);

@@ -1,34 +1,34 @@
-//! [`Stack`]: memory that a child runs on until it has become the program.
+//! [`Stack`]: memory that a child runs on until `execve`.
 
 use std::io;
 use std::os::raw::c_void;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Many times the memory that a child uses: see the test of `spawn`. A multiple of every page size of Linux.
+/// The size of a stack: many times the memory that a child uses, see the test of `spawn`. A multiple of every page size of Linux.
 pub(super) const SIZE: usize = 64 * 1024;
 
-/// Memory below each stack that no process may touch: a child that needed more stack would end there, and change nothing.
+/// The size of the guard below each stack. A child that needs more stack crashes there, and changes nothing.
 const GUARD: usize = 64 * 1024;
 
-/// How many stacks are kept for the next children. To map one takes longer than all else that this process does for a start.
+/// The number of stacks that are kept for the next children. Mapping one takes longer than the rest of a start.
 const MOST_SPARE: usize = 64;
 
-/// How many stacks have a guard at once. Each makes two mappings, of which the kernel allows a process 65530 in all.
+/// The most stacks with a guard. Each makes two mappings, and the kernel allows a process 65530 in all.
 const MOST_GUARDED: usize = 8192;
 
-/// The stacks that no child uses; clones are of one list.
+/// The unused stacks. Clones share one list.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stacks(Arc<Mutex<Kept>>);
 
 #[derive(Debug, Default)]
 struct Kept {
     spare: Vec<Memory>,
-    /// How many stacks have a guard, in use or not.
+    /// The number of stacks with a guard, used or not.
     guarded: usize,
 }
 
-/// A stack that no other child runs on. It must not be dropped before its child has left it.
+/// A stack of one child. It must not be dropped before its child has left it.
 #[derive(Debug)]
 pub(super) struct Stack {
     memory: Option<Memory>,
@@ -36,6 +36,8 @@ pub(super) struct Stack {
 }
 
 impl Stacks {
+    /// Takes an unused stack, or maps another one.
+    ///
     /// # Errors
     /// When the system has no memory for another one.
     pub(super) fn take(&self) -> io::Result<Stack> {
@@ -57,7 +59,7 @@ impl Stacks {
 }
 
 impl Stack {
-    /// The end of the memory: a stack grows downwards.
+    /// Returns the end of the memory, because a stack grows downwards.
     pub(super) fn top(&self) -> *mut c_void {
         self.memory.as_ref().map_or(ptr::null_mut(), |memory| memory.start.as_ptr().wrapping_byte_add(GUARD + SIZE))
     }
@@ -116,8 +118,8 @@ impl Memory {
 #[expect(unsafe_code, reason = "see `map`")]
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map`, and its last user is gone: see `Stack`. Since a child that shares this memory
-        // leaves it before it is the program or has ended, the kernel unmaps nothing that a process runs on.
+        // SAFETY: the mapping was made by `map`, and its last user is gone: see `Stack`. A child that shares this memory leaves
+        // it at `execve` or at its end, so the kernel unmaps nothing that a process runs on.
         unsafe { libc::munmap(self.start.as_ptr(), GUARD + SIZE) };
     }
 }
@@ -126,7 +128,7 @@ impl Drop for Memory {
 mod tests {
     use super::*;
 
-    /// The permissions of the mapping that has this address, and its bounds, as the kernel shows them.
+    /// Returns the bounds and the permissions of the mapping of this address.
     fn mapping_of(address: usize) -> (usize, usize, String) {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let number = |text| usize::from_str_radix(text, 16).unwrap();
@@ -139,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn below_each_stack_is_memory_that_no_process_may_touch() {
+    fn a_guard_below_each_stack_allows_no_access() {
         let stacks = Stacks::default();
         let taken: Vec<Stack> = (0..3).map(|_| stacks.take().unwrap()).collect();
         for stack in taken {
@@ -152,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stack_is_used_again_and_a_few_are_kept() {
+    fn a_stack_is_reused_and_a_few_are_kept() {
         let stacks = Stacks::default();
         let top = stacks.take().unwrap().top();
         assert_eq!(stacks.take().unwrap().top(), top);
@@ -161,7 +163,7 @@ mod tests {
         assert_eq!((kept.spare.len(), kept.guarded), (MOST_SPARE, MOST_SPARE));
     }
     #[test]
-    fn there_is_a_stack_where_there_are_too_many_for_guards() {
+    fn a_stack_beyond_the_limit_of_guards_has_none() {
         let stacks = Stacks::default();
         stacks.kept().guarded = MOST_GUARDED;
         let stack = stacks.take().unwrap();

@@ -1,4 +1,4 @@
-//! [`Starter`]: how processes are started on this machine; [`Trial`]: a start that finds it out.
+//! [`Starter`]: the way to start processes on this machine. [`Trial`]: a start that finds the way.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,22 +11,23 @@ use rustix::io::Errno;
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
 use syscalls::{Sysno, syscall};
 
-use super::limits::OpenFiles;
+use super::open_files::OpenFiles;
 use super::spawn::clone;
 use super::stack::Stacks;
 
-/// How a child comes to its program.
+/// The memory of a child until `execve`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// It shares this process's memory until it is the program, and comes with a pidfd.
+    /// The child shares this process's memory, and comes with a pidfd.
     Sharing,
-    /// It has a copy of the memory, as by `fork`. That takes longer, and works where a sandbox or an emulator refuses the rest.
+    /// The child has a copy of the memory, as by `fork`. This is slower, and works where a sandbox or an emulator refuses the
+    /// other.
     Copying,
 }
 
 impl Way {
-    /// Open files of a running child: its stdin, stdout and stderr, and its pidfd; while it starts, also its ends; and by a copy,
-    /// the pipe over which it tells of a start that failed.
+    /// Returns the number of open files of one child: its stdin, stdout, stderr and pidfd, the child's ends while it starts, and
+    /// the error pipe of a copy.
     pub(super) fn descriptors(self) -> u64 {
         match self {
             Self::Sharing => 7,
@@ -35,7 +36,7 @@ impl Way {
     }
 }
 
-/// Everything that the starts of all handlers share.
+/// The state that the starts of all handlers share.
 #[derive(Debug)]
 pub(crate) struct Starter {
     pub(super) way: Way,
@@ -49,19 +50,19 @@ impl Starter {
     }
 }
 
-/// What came of a start of a process that ends at once.
+/// The result of starting a process that ends at once.
 #[derive(Debug)]
 pub(crate) enum Trial {
-    /// The usual way works.
+    /// [`Way::Sharing`] works.
     Usual,
-    /// Only the slower one does, and why not the usual one.
+    /// Only [`Way::Copying`] works; the error of the other.
     Slow(io::Error),
-    /// Neither does, or the machine is short of something.
+    /// Neither works, or the machine lacks a resource.
     Impossible(io::Error),
 }
 
 impl Trial {
-    /// Starts a process in each way, until one works. It takes well under a millisecond.
+    /// Starts a process in each way until one works. Takes well under a millisecond.
     pub(crate) fn of_this_machine() -> Self {
         match try_start(Way::Sharing) {
             Ok(()) => Self::Usual,
@@ -73,7 +74,7 @@ impl Trial {
         }
     }
 
-    /// The way to start processes from now on. A shortage may pass: until it does, each start says so itself.
+    /// Returns the way to start processes from now on. A shortage may pass; until then each start fails with its own error.
     pub(crate) fn way(&self) -> Way {
         match self {
             Self::Usual | Self::Impossible(_) => Way::Sharing,
@@ -82,28 +83,28 @@ impl Trial {
     }
 }
 
-/// Whether an error is for want of something, and not for the way of starting.
+/// Reports whether an error is a lack of resources, and not a refusal of the way.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE))
 }
 
-/// What the child of a trial leaves in memory that it shares.
+/// The memory that a trial's child writes to.
 #[derive(Debug, Default)]
 struct Trace {
-    /// Not 0 until the child has left, as in `Birth`.
-    is_here: AtomicU32,
-    was_here: AtomicBool,
+    /// Not 0 until the child has left the memory, as in `ChildSetup`.
+    uses_our_memory: AtomicU32,
+    was_shared: AtomicBool,
 }
 
-/// How long the exit of the trial's child may take to be told. Only a kernel that never tells takes longer than a moment.
+/// The longest wait for the event of the child's exit. Only a kernel that never sends the event takes this long.
 const LONGEST_EXIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 
-/// Starts a process that ends at once, and sees to it that all that a real start relies on works.
+/// Starts a process that ends at once, and checks everything that a real start relies on.
 #[expect(unsafe_code, reason = "see `clone`")]
 fn try_start(way: Way) -> io::Result<()> {
-    let trace = Trace { is_here: AtomicU32::new(1), ..Trace::default() };
+    let trace = Trace { uses_our_memory: AtomicU32::new(1), ..Trace::default() };
     let stack = Stacks::default().take()?;
-    // SAFETY: `trace` and the stack live until the child has been waited for, below. `leave` is made for it.
+    // SAFETY: `trace` and the stack live until the child is reaped, below. `leave` is made for `clone`.
     let (id, pidfd) = unsafe { clone(way, leave, ptr::from_ref(&trace).cast_mut().cast(), &stack) }?;
     let told = pidfd.is_some_and(|pidfd| tells_of_exit(&pidfd));
     if way == Way::Sharing && !told {
@@ -113,8 +114,8 @@ fn try_start(way: Way) -> io::Result<()> {
     let problem = match way {
         Way::Copying => None,
         Way::Sharing if !told => Some("the kernel does not tell when a child exits"),
-        Way::Sharing if !trace.was_here.load(Ordering::Acquire) => Some("a child does not share memory"),
-        Way::Sharing if trace.is_here.load(Ordering::Acquire) != 0 => {
+        Way::Sharing if !trace.was_shared.load(Ordering::Acquire) => Some("a child does not share memory"),
+        Way::Sharing if trace.uses_our_memory.load(Ordering::Acquire) != 0 => {
             Some("the kernel does not tell when a child has left the memory that it shares")
         }
         Way::Sharing => None,
@@ -132,15 +133,15 @@ fn tells_of_exit(pidfd: &OwnedFd) -> bool {
     }
 }
 
-/// The whole life of the trial's child.
+/// Runs in the trial's child.
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
 extern "C" fn leave(trace: *mut c_void) -> c_int {
-    // SAFETY: `trace` is what `clone` was given: it lives until this process has ended. The kernel writes to `is_here` once, when
-    // this process leaves the memory. `_exit` runs nothing of the process that the memory belongs to.
+    // SAFETY: `trace` is the argument of `clone`, and lives until the child has ended. The kernel writes to `uses_our_memory`
+    // once, when the child leaves the memory. `_exit` runs none of the parent's code.
     unsafe {
         let trace = &*trace.cast::<Trace>();
-        let _ = syscall!(Sysno::set_tid_address, trace.is_here.as_ptr());
-        trace.was_here.store(true, Ordering::Release);
+        let _ = syscall!(Sysno::set_tid_address, trace.uses_our_memory.as_ptr());
+        trace.was_shared.store(true, Ordering::Release);
         libc::_exit(0)
     }
 }

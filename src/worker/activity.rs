@@ -8,6 +8,7 @@ use humantime::format_duration;
 use tracing::info;
 
 use super::Summary;
+use super::history::{Failures, History};
 use crate::job::{Job, JobId, Outcome};
 use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -21,10 +22,14 @@ pub(super) struct Activity(Arc<Shared>);
 struct Shared {
     started: Instant,
     state: watch::Sender<State>,
+    /// The streams that are open. Changes far less often than the state.
+    connection: watch::Sender<Connection>,
     /// What each worker loop is at.
     loops: Vec<Slot>,
     running: AtomicUsize,
     ended: Tally,
+    history: History,
+    failures: Failures,
 }
 
 /// How many jobs have ended in which way.
@@ -72,6 +77,17 @@ pub(super) struct Current {
     pub(super) queue: String,
     pub(super) attempt: u32,
     pub(super) started: Instant,
+}
+
+/// The streams that are open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Connection {
+    /// Whether a stream takes jobs.
+    pub(super) is_taking: bool,
+    /// Whether any stream is open.
+    pub(super) is_open: bool,
+    /// The streams that finish their jobs while another one takes, or is to take.
+    pub(super) finishing: usize,
 }
 
 /// What decides whether the worker is idle.
@@ -130,22 +146,38 @@ impl Activity {
     /// Of a worker with so many threads of so many fibers.
     pub(super) fn new(threads: usize, fibers: usize) -> Self {
         let names = (0..threads).flat_map(|thread| (0..fibers).map(move |fiber| format!("{thread}:{fiber}")));
+        let started = Instant::now();
         Self(Arc::new(Shared {
-            started: Instant::now(),
+            started,
             state: watch::Sender::default(),
+            connection: watch::Sender::default(),
             loops: names.map(|name| Slot { name, current: Mutex::default() }).collect(),
             running: AtomicUsize::default(),
             ended: Tally::default(),
+            history: History::new(started),
+            failures: Failures::default(),
         }))
     }
 
-    /// Notes whether a stream takes jobs, and whether any stream is open.
-    pub(super) fn set_connected(&self, is_taking: bool, is_connected: bool) {
+    /// Notes which streams are open.
+    pub(super) fn set_connection(&self, connection: Connection) {
+        let Connection { is_taking, is_open, .. } = connection;
         self.0.state.send_if_modified(|state| {
-            let differs = (state.is_taking, state.is_connected) != (is_taking, is_connected);
-            (state.is_taking, state.is_connected) = (is_taking, is_connected);
+            let differs = (state.is_taking, state.is_connected) != (is_taking, is_open);
+            (state.is_taking, state.is_connected) = (is_taking, is_open);
             differs
         });
+        self.0.connection.send_if_modified(|before| std::mem::replace(before, connection) != connection);
+    }
+
+    /// Waits for changes of the streams that are open.
+    pub(super) fn connection(&self) -> watch::Receiver<Connection> {
+        self.0.connection.subscribe()
+    }
+
+    /// Returns the number of streams that finish their jobs while another one takes.
+    pub(super) fn finishing_streams(&self) -> usize {
+        self.0.connection.borrow().finishing
     }
 
     /// Whether a stream takes jobs.
@@ -183,6 +215,25 @@ impl Activity {
     /// What has ended since the worker was made, in all of its runs.
     pub(super) fn ended(&self) -> &Tally {
         &self.0.ended
+    }
+
+    /// Notes how a job has ended.
+    pub(super) fn note_end(&self, job: &Job, outcome: &Outcome) {
+        self.0.ended.count(outcome);
+        self.0.history.count(outcome);
+        if let Outcome::Failure(failure) = outcome {
+            self.0.failures.push(job, failure);
+        }
+    }
+
+    /// The jobs that have ended in the last minutes.
+    pub(super) fn history(&self) -> &History {
+        &self.0.history
+    }
+
+    /// The last failures.
+    pub(super) fn failures(&self) -> &Failures {
+        &self.0.failures
     }
 
     pub(super) fn counts(&self) -> Counts {

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Summary;
-use super::activity::{Activity, Counts, Current};
+use super::activity::{Activity, Connection, Counts, Current};
 use super::intake::Intake;
 use super::status::{LoopStatus, RunningJob, Status, Unready};
 use crate::config::WorkerConfig;
 use crate::dispatch::Dispatcher;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::metrics::{Gauges, Metrics};
+use crate::metrics::{Age, CountedType, Gauges, Metrics};
+use crate::watch;
 
 /// The handle by which a worker is watched and steered; to stop it is the [`Lifecycle`]'s.
 #[derive(Debug)]
@@ -61,6 +62,11 @@ impl<D: Dispatcher> Controls<D> {
         &self.metrics
     }
 
+    /// Waits for changes of the streams that are open.
+    pub(crate) fn connection(&self) -> watch::Receiver<Connection> {
+        self.activity.connection()
+    }
+
     /// What it is doing.
     pub fn status(&self, lifecycle: &Lifecycle) -> Status {
         let Counts { running, waiting } = self.activity.counts();
@@ -68,6 +74,7 @@ impl<D: Dispatcher> Controls<D> {
         Status {
             state: self.state(lifecycle),
             connected: self.activity.is_connected(),
+            finishing_streams: self.activity.finishing_streams(),
             uptime_seconds: seconds(self.activity.uptime()),
             running,
             waiting,
@@ -76,7 +83,10 @@ impl<D: Dispatcher> Controls<D> {
             failed,
             interrupted,
             loops: self.activity.loops().map(|(name, current)| self.loop_status(name, current)).collect(),
+            handlers: self.dispatcher.handlers(),
             handler_processes: self.dispatcher.processes(),
+            last_failures: self.activity.failures().list(),
+            history: self.activity.history().list(),
         }
     }
 
@@ -125,11 +135,30 @@ impl<D: Dispatcher> Controls<D> {
             loops,
             connected,
             state: self.state(lifecycle),
+            types: self.types(),
+            running_jobs: self.running_jobs(),
             processes: self.dispatcher.processes(),
             process_starts: self.dispatcher.process_starts(),
         };
         // It fails for names that Prometheus does not know; that there are none is held by a test.
         self.metrics.text(gauges).unwrap_or_default()
+    }
+}
+
+impl<D: Dispatcher> Controls<D> {
+    fn types(&self) -> Vec<CountedType> {
+        let types = self.dispatcher.types_counted_apart().into_iter();
+        types.map(|name| CountedType { failures: self.dispatcher.usual_failures(&name), name }).collect()
+    }
+
+    fn running_jobs(&self) -> Vec<Age> {
+        let running = self.activity.loops().filter_map(|(_, current)| current);
+        let age = |Current { job_type, started, .. }: Current| Age {
+            is_apart: self.dispatcher.is_counted_apart(&job_type),
+            job_type,
+            seconds: seconds(started.elapsed()),
+        };
+        running.map(age).collect()
     }
 }
 

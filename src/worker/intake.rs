@@ -1,4 +1,4 @@
-//! [`Intake`]: the settings that a worker takes jobs by, and whether it does. Both may change while the worker runs.
+//! [`Intake`]: whether a worker takes jobs, and its stream settings. Both may change while the worker runs.
 
 use std::sync::Arc;
 
@@ -6,23 +6,23 @@ use crate::client::StreamSettings;
 use crate::config::WorkerConfig;
 use crate::watch;
 
-/// Clones are of one intake.
+/// The intake of one worker. Clones share it.
 #[derive(Debug, Clone)]
-pub(super) struct Intake(watch::Sender<State>);
+pub(super) struct Intake(watch::Sender<IntakeState>);
 
-/// Whether jobs are taken, and by which settings.
+/// Whether jobs are taken, and with which settings.
 #[derive(Debug, Clone)]
-pub(super) struct State {
+pub(super) struct IntakeState {
     paused: bool,
     settings: Arc<StreamSettings>,
 }
 
 impl Intake {
     pub(super) fn new(config: &WorkerConfig) -> Self {
-        Self(watch::Sender::new(State { paused: false, settings: Arc::new(StreamSettings::of(config, None)) }))
+        Self(watch::Sender::new(IntakeState { paused: false, settings: Arc::new(StreamSettings::of(config, None)) }))
     }
 
-    /// Pauses or resumes. Returns whether that changes anything.
+    /// Pauses or resumes. Returns whether that changes the state.
     pub(super) fn set_paused(&self, paused: bool) -> bool {
         self.0.send_if_modified(|state| std::mem::replace(&mut state.paused, paused) != paused)
     }
@@ -31,7 +31,7 @@ impl Intake {
         self.0.borrow().paused
     }
 
-    /// Takes by the settings in `config` from now on. Returns whether that changes anything.
+    /// Changes the settings. Returns whether they differ from the present ones.
     pub(super) fn change_settings(&self, config: &WorkerConfig) -> bool {
         let settings = StreamSettings::of(config, Some(&self.settings()));
         self.0.send_if_modified(|state| {
@@ -43,13 +43,12 @@ impl Intake {
         })
     }
 
-    /// The settings to take by now, paused or not.
+    /// Returns the present settings, paused or not.
     pub(super) fn settings(&self) -> Arc<StreamSettings> {
         Arc::clone(&self.0.borrow().settings)
     }
 
-    /// Changes whenever something about it does.
-    pub(super) fn changes(&self) -> watch::Receiver<State> {
+    pub(super) fn changes(&self) -> watch::Receiver<IntakeState> {
         self.0.subscribe()
     }
 }

@@ -1,7 +1,8 @@
-//! [`Worker`]: the producer, the dispatch queue, the worker loops, and the order in which they are taken down.
+//! [`Worker`]: the producer, the dispatch queue, the worker loops, and the order of their end.
 
 mod activity;
 mod controls;
+mod history;
 mod intake;
 mod opening;
 mod producer;
@@ -35,34 +36,34 @@ use activity::{Activity, Counts, Tally, Unfinished};
 pub use controls::Controls;
 use intake::Intake;
 use producer::Producer;
-pub use status::{LoopStatus, RunningJob, Status, Unready};
+pub use status::{EndedJobs, LastFailure, LoopStatus, RunningJob, Status, Unready};
 use worker_loop::WorkerLoop;
 
-/// A job between the stream and its outcome.
+/// A job between its stream and its outcome.
 #[derive(Debug)]
 struct Taken {
     job: Job,
     stream: StreamId,
     delivery: Delivery,
-    /// Held for as long as it waits in the dispatch queue.
+    /// Held while the job waits in the dispatch queue.
     place: Option<OwnedSemaphorePermit>,
-    /// Held for as long as the job keeps the worker busy.
+    /// Held while the job keeps the worker busy.
     _unfinished: Unfinished,
 }
 
-/// What the parts of one run share.
+/// The state that the parts of one run share.
 #[derive(Debug, Clone)]
 struct Run {
     ledger: Arc<Ledger>,
     activity: Activity,
-    /// What has ended in this run.
+    /// The counts of ended jobs in this run.
     tally: Arc<Tally>,
     metrics: Metrics,
     lifecycle: Lifecycle,
     acks: AckQueue,
 }
 
-/// Takes jobs from a server, has a [`Dispatcher`] do them, and reports how they ended.
+/// A worker: takes jobs from a server, runs them through a [`Dispatcher`], and reports their outcomes.
 #[derive(Debug)]
 pub struct Worker<D> {
     config: WorkerConfig,
@@ -72,36 +73,36 @@ pub struct Worker<D> {
     metrics: Metrics,
 }
 
-/// How a run ended, when it ended as it was asked to.
+/// The summary of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Whether running jobs had to be stopped, by a second signal or by the deadline.
+    /// Whether running jobs were killed, by a second signal or by the deadline.
     pub killed: bool,
-    /// Jobs that succeeded.
+    /// The number of jobs that succeeded.
     pub succeeded: u64,
-    /// Jobs that failed.
+    /// The number of jobs that failed.
     pub failed: u64,
-    /// Jobs that were cut short, and go back to the server.
+    /// The number of interrupted jobs, which the server requeues.
     pub interrupted: u64,
-    /// Reports that were given up: the server refused them for good, or the worker was stopped first. Their jobs run again.
+    /// The number of dropped reports: the server refused them for good, or the worker was stopped first. Their jobs run again.
     pub reports_dropped: u64,
-    /// Whether the run came to its end by itself, by a bound like `max_jobs`, and not because it was asked to stop.
+    /// Whether the run ended by itself, by a bound like `max_jobs`, and was not asked to stop.
     pub ended_by_itself: bool,
 }
 
 impl Summary {
-    /// Whether everything that was taken has been finished and reported. A report that the server refused for good is no
-    /// fault of a run that is asked to stop, but a bounded run that leaves its job behind has not done its work.
+    /// Reports whether every job that was taken has been finished and reported. A report that the server refused for good does
+    /// not count against a run that was asked to stop, but it means that a bounded run has not done its work.
     pub fn is_clean(&self) -> bool {
         let left_behind = self.ended_by_itself && self.reports_dropped > 0;
         !(self.killed || left_behind)
     }
 }
 
-/// Why a run could not go on.
+/// The error that ends a run.
 #[derive(Debug)]
 pub enum WorkerError {
-    /// The server refused the very first take request, so a setting must be wrong.
+    /// The server refused the very first take request, so a setting is wrong.
     Refused(ClientError),
 }
 
@@ -118,7 +119,7 @@ impl fmt::Display for WorkerError {
 impl std::error::Error for WorkerError {}
 
 impl<D: Dispatcher> Worker<D> {
-    /// A worker that has not started.
+    /// Returns a worker that has not started.
     pub fn new(config: WorkerConfig, dispatcher: D) -> Self {
         let intake = Intake::new(&config);
         let activity = Activity::new(config.threads.get(), config.fibers.get());
@@ -126,7 +127,7 @@ impl<D: Dispatcher> Worker<D> {
         Self { config, dispatcher: Arc::new(dispatcher), intake, activity, metrics }
     }
 
-    /// The handle by which it is watched and steered.
+    /// Returns the handle by which the worker is watched and controlled.
     pub fn controls(&self) -> Controls<D> {
         let Self { dispatcher, intake, activity, metrics, .. } = self;
         Controls {
@@ -137,15 +138,15 @@ impl<D: Dispatcher> Worker<D> {
         }
     }
 
-    /// Works until `lifecycle` says stop and everything has been taken down. Each run takes a new lifecycle; all else
-    /// is made anew, so that it may be called again. Dropped before its end, it stops everything where it is.
+    /// Runs until `lifecycle` is stopped and everything has ended. Each run takes a new lifecycle and makes its other state anew,
+    /// so a worker can run again. Dropping the run stops everything at once.
     ///
     /// # Errors
     /// When the server refuses the worker's very first request.
     pub async fn run(&self, lifecycle: &Lifecycle) -> Result<Summary, WorkerError> {
         self.config.announce();
         let (acks, run) = self.start_acks(lifecycle);
-        // Bounded by the places of the stream.
+        // The places of the stream bound this queue.
         let (dispatch_queue, jobs) = async_channel::unbounded();
         let loops = self.start_loops(&jobs, &run);
         let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &jobs, &run).run()));
@@ -207,8 +208,8 @@ impl<D: Dispatcher> Worker<D> {
         loops
     }
 
-    /// The order of the end: no more jobs, then no more running jobs and processes, then no more reports, and only then no stream. The
-    /// server hands a job out again as soon as the stream is closed, so nothing of it may still be under way here.
+    /// Ends everything in order: no more jobs, then no more running jobs and processes, then no more reports, then no stream. The
+    /// stream closes last because the server requeues its jobs at that moment, and two runs of one job must not overlap.
     async fn tear_down(
         &self,
         jobs: async_channel::Receiver<Taken>,
@@ -227,7 +228,7 @@ impl<D: Dispatcher> Worker<D> {
         TornDown { killed, ended_by_itself, reports_dropped, producer }
     }
 
-    /// What ends a run by itself: the deadline of a drain, the end of its time, and idleness.
+    /// Starts the tasks that end a run by themselves: the deadline of a drain, `max_time`, and idleness.
     fn start_watches(&self, run: &Run) -> Vec<AbortOnDropHandle<()>> {
         let Run { activity, ledger, lifecycle, .. } = run.clone();
         let (deadline, draining) = (self.config.shutdown_deadline, lifecycle.clone());
@@ -247,10 +248,11 @@ impl<D: Dispatcher> Worker<D> {
     }
 }
 
-/// Enough for the jobs of several lost streams with a small prefetch. A failure takes up to 32 KiB.
+/// The least limit of parked and settled jobs: enough for several lost streams with a small prefetch. A failure takes up to 32
+/// KiB.
 const MIN_KEPT: usize = 100;
 
-/// The most ended jobs that are kept until they are redelivered.
+/// Returns the most parked and settled jobs that are kept.
 fn max_kept(ack_capacity: usize, concurrency: usize) -> usize {
     ack_capacity.max(2 * concurrency).max(MIN_KEPT)
 }

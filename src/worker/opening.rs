@@ -1,4 +1,4 @@
-//! [`open`]: opens the stream that takes, by as many tries as it takes.
+//! [`open`]: opens the stream that takes, with retries.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use crate::ledger::ComingStream;
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
-/// Why a stream cannot be opened.
+/// The reason for which a stream was not opened.
 pub(super) enum Unopened {
-    /// The server refused the very first request: trying again would not help.
+    /// The server refused the very first request, so a retry would not help.
     Refused(ClientError),
-    /// No stream can be had now.
+    /// No stream can be opened now.
     Unreachable(ClientError),
 }
 
@@ -37,8 +37,8 @@ impl Retryable for Unopened {
 /// A stream that is being opened.
 pub(super) type Opening = Pin<Box<dyn Future<Output = Result<(TakeStream, ComingStream), Unopened>> + Send>>;
 
-/// Opens a stream by these settings, after a wait. Gives up once the worker drains. `is_first`: no stream has been open yet,
-/// and the settings are those of the start, so that a refusal tells of a mistake in them.
+/// Opens a stream after a wait. Gives up once the worker drains. `is_first`: no stream has been open yet and the settings are the
+/// initial ones, so that a refusal means a mistake in them.
 pub(super) fn open(run: &Run, settings: Arc<StreamSettings>, is_first: bool, wait: Duration, waits: Waits) -> Opening {
     let (ledger, lifecycle, metrics) = (Arc::clone(&run.ledger), run.lifecycle.clone(), run.metrics.clone());
     Box::pin(async move {
@@ -80,7 +80,7 @@ fn log_unopened(unopened: &Unopened, wait: Duration) {
     }
 }
 
-/// A wait as the log has it.
+/// Formats a wait for the log.
 pub(super) fn seconds(wait: Duration) -> String {
     format!("{:.2}s", wait.as_secs_f64())
 }

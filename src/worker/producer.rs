@@ -1,4 +1,4 @@
-//! [`Producer`]: decides which take streams there are and what each of them is for, and keeps the one open that takes.
+//! [`Producer`]: decides which take streams exist and what each is for, and keeps the one that takes open.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,17 +7,18 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use super::intake::{self, Intake};
+use super::activity::Connection;
+use super::intake::{Intake, IntakeState};
 use super::opening::{Opening, Unopened, open, seconds};
-use super::search::{Found, Search};
-use super::session::{Closed, sleep_until_if};
-use super::streams::{Lost, Streams};
+use super::search::{Search, SearchStream};
+use super::session::{CloseReason, sleep_until_if};
+use super::streams::Streams;
 use super::{Run, Taken, WorkerError, max_kept};
 use crate::backoff::{Backoff, Waits};
 use crate::chain::Chain;
 use crate::client::StreamSettings;
 use crate::ledger::{ComingStream, StreamId};
-use crate::lifecycle::{self, Lifecycle, Phase};
+use crate::lifecycle::{Lifecycle, LifecycleState, Phase};
 use crate::stream::{StreamError, TakeStream};
 use crate::watch;
 
@@ -25,51 +26,50 @@ pub(super) struct Producer {
     pub(super) intake: Intake,
     pub(super) backoff: Backoff,
     pub(super) dispatch_queue: async_channel::Sender<Taken>,
-    /// Its other end, for jobs that are not to be started any more.
+    /// The receiving end of the queue, for jobs that must not be started any more.
     pub(super) waiting: async_channel::Receiver<Taken>,
     pub(super) run: Run,
     /// The number of jobs that run at once.
     pub(super) concurrency: usize,
 }
 
-type Searching = Pin<Box<dyn Future<Output = (Search, Option<Found>)> + Send>>;
+type Searching = Pin<Box<dyn Future<Output = (Search, Option<SearchStream>)> + Send>>;
 
-/// The streams of one run, and those that are being opened.
-struct State {
+/// The streams of one run, and the streams that are being opened.
+struct ProducerState {
     streams: Streams,
-    /// The stream that is to take, while it is being opened.
+    /// The stream that will take, while it is being opened.
     opening: Option<(Arc<StreamSettings>, Opening)>,
-    /// The wait before the next one is opened, after a loss, and the waits after that one.
+    /// After a loss, the wait before the next stream is opened, and the waits after that one.
     pause: Option<(Duration, Waits)>,
     search: Option<Search>,
     searching: Option<Searching>,
-    /// The settings at the start, until a stream has been open: a refusal of them is final.
+    /// The initial settings, until a stream has been open. A refusal of them is final.
     first: Option<Arc<StreamSettings>>,
-    /// The waits between streams that lose places of their prefetch.
+    /// The waits between replacements of streams that lose places of their prefetch.
     renewals: Waits,
-    /// The moment at which such a stream was last replaced.
+    /// The moment of the last replacement.
     renewed: Option<Instant>,
-    /// The moment at which the present one is to be.
+    /// The moment at which the present stream is to be replaced.
     renewal_due: Option<Instant>,
-    /// The prefetch that the ack queue has room for.
+    /// The prefetch for which the ack queue has room.
     prefetch: usize,
 }
 
-/// What has happened.
+/// An event of the producer.
 enum Event {
-    /// A phase, a setting, a job or a place: everything is to be decided anew.
+    /// A phase, a setting, a job or a place has changed, and the producer decides anew.
     Changed,
-    Closed(StreamId, Result<Closed, StreamError>),
+    CloseReason(StreamId, Result<CloseReason, StreamError>),
     Opened(Arc<StreamSettings>, Result<(TakeStream, ComingStream), Unopened>),
-    Searched(Search, Option<Found>),
+    Searched(Search, Option<SearchStream>),
 }
 
 impl Producer {
-    /// Runs until the lifecycle is stopped, through any number of streams. However it ends, it does not leave the worker
-    /// running without it.
+    /// Runs until the lifecycle is stopped, through any number of streams. Any end of this task stops the worker.
     pub(super) async fn run(self) -> Result<(), WorkerError> {
         let _stop = StopOnDrop(self.run.lifecycle.clone());
-        let mut state = State {
+        let mut state = ProducerState {
             streams: Streams::new(self.run.clone(), self.intake.clone(), self.dispatch_queue.clone()),
             opening: None,
             pause: None,
@@ -86,7 +86,7 @@ impl Producer {
             self.decide(&mut state);
             match next_event(&mut state, &mut changes).await {
                 Event::Changed => {}
-                Event::Closed(id, ended) => self.closed(&mut state, id, ended),
+                Event::CloseReason(id, ended) => self.closed(&mut state, id, ended),
                 Event::Opened(settings, opened) => self.opened(&mut state, settings, opened)?,
                 Event::Searched(search, found) => searched(&mut state, search, found),
             }
@@ -95,20 +95,22 @@ impl Producer {
         Ok(())
     }
 
-    /// Gives each stream its purpose, and sees to it that the one is being opened that is missing.
-    fn decide(&self, state: &mut State) {
+    /// Gives each stream its purpose, and opens the stream that is missing.
+    fn decide(&self, state: &mut ProducerState) {
         let settings = self.intake.settings();
         self.run.ledger.set_present_server(&settings.client);
         self.make_room(state, settings.prefetch);
         self.renew_if_due(state);
         let (phase, is_paused) = (self.run.lifecycle.phase(), self.intake.is_paused());
         let is_taking = state.streams.assign(phase, is_paused, &settings);
-        self.run.activity.set_connected(is_taking, state.streams.is_any_open());
         let takes = phase == Phase::Running && !is_paused;
+        let finishing = if takes { state.streams.count_finishing() } else { 0 };
+        let is_open = state.streams.is_any_open();
+        self.run.activity.set_connection(Connection { is_taking, is_open, finishing });
         if !takes || is_taking {
             state.opening = None;
         } else if state.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {
-            // The pause is for the server whose stream was lost, not for another one.
+            // The pause concerns the server whose stream was lost, not another one.
             let pause = state.pause.take().filter(|_| state.opening.is_none());
             let (wait, waits) = pause.unwrap_or_else(|| (Duration::ZERO, self.backoff.waits()));
             let is_first = state.first.as_ref().is_some_and(|first| Arc::ptr_eq(first, &settings));
@@ -118,8 +120,8 @@ impl Producer {
         self.search_if_needed(state, takes.then_some(&settings));
     }
 
-    /// Gives the ack queue and the ledger the size that the prefetch needs.
-    fn make_room(&self, state: &mut State, prefetch: usize) {
+    /// Sizes the ack queue and the ledger for the prefetch.
+    fn make_room(&self, state: &mut ProducerState, prefetch: usize) {
         if std::mem::replace(&mut state.prefetch, prefetch) != prefetch {
             let capacity = prefetch.saturating_mul(2);
             self.run.acks.resize(capacity);
@@ -127,9 +129,9 @@ impl Producer {
         }
     }
 
-    /// Replaces a stream that has lost places of its prefetch. The stream takes on with the places that are left until another
-    /// one is due: a job whose report is refused again and again would otherwise run without pause.
-    fn renew_if_due(&self, state: &mut State) {
+    /// Replaces a stream that has lost places of its prefetch. Until the replacement is due, the stream takes with the places
+    /// that are left, otherwise a job whose report is refused again and again would run without pause.
+    fn renew_if_due(&self, state: &mut ProducerState) {
         if !state.streams.is_taking_one_spent() {
             state.renewal_due = None;
             return;
@@ -144,7 +146,7 @@ impl Producer {
         }
     }
 
-    fn search_if_needed(&self, state: &mut State, taking: Option<&Arc<StreamSettings>>) {
+    fn search_if_needed(&self, state: &mut ProducerState, taking: Option<&Arc<StreamSettings>>) {
         if Search::wanted(&self.run, taking).is_empty() {
             (state.search, state.searching) = (None, None);
         } else if state.searching.is_none() && !state.streams.is_searching() {
@@ -159,7 +161,7 @@ impl Producer {
 
     fn opened(
         &self,
-        state: &mut State,
+        state: &mut ProducerState,
         settings: Arc<StreamSettings>,
         opened: Result<(TakeStream, ComingStream), Unopened>,
     ) -> Result<(), WorkerError> {
@@ -172,57 +174,60 @@ impl Producer {
                 Ok(())
             }
             Err(Unopened::Refused(error)) => Err(WorkerError::Refused(error)),
-            // The worker drains.
+            // The opening gives up only in a drain.
             Err(Unopened::Unreachable(_)) => Ok(()),
         }
     }
 
-    fn closed(&self, state: &mut State, id: StreamId, ended: Result<Closed, StreamError>) {
-        let lost = state.streams.remove(id);
+    fn closed(&self, state: &mut ProducerState, id: StreamId, ended: Result<CloseReason, StreamError>) {
+        let was_taking = state.streams.remove(id);
         self.drop_waiting(id);
-        match (ended, lost) {
-            (Ok(Closed::Finished), _) => info!("stream closed, everything taken over it has been reported"),
-            (Ok(Closed::NotFound { prefetch, is_full }), _) => {
+        match ended {
+            Ok(CloseReason::Finished) => info!("stream closed, everything taken over it has been reported"),
+            Ok(CloseReason::NotFound { prefetch, is_full }) => {
                 debug!(prefetch, is_full, "stream closed, it has brought none of the jobs that are here");
                 if let Some(search) = state.search.as_mut().filter(|_| is_full) {
                     search.missed(&self.run, prefetch);
                 }
             }
-            (Err(error), _) if self.run.lifecycle.phase() >= Phase::Killing => {
+            Err(error) if self.run.lifecycle.phase() >= Phase::Killing => {
                 warn!(error = %Chain(&error), "stream lost while killing, interrupted jobs may run elsewhere before they end here");
             }
-            (Err(error), Lost::WhileTaking) => {
+            Err(error) if was_taking => {
                 let mut waits = self.backoff.waits();
                 let wait = waits.next_wait();
                 state.pause = Some((wait, waits));
                 self.run.metrics.reconnecting();
                 log_lost(&error, wait);
             }
-            (Err(error), Lost::WhileFinishing) => {
+            Err(error) => {
                 warn!(error = %Chain(&error), "stream lost while its last jobs were finished");
             }
         }
     }
 
-    /// The stream is gone, and the server has its jobs again. Those that wait in the queue would be in the way of the others.
+    /// Drops the waiting jobs of a closed stream, because the server has requeued them and they would delay other jobs.
     fn drop_waiting(&self, stream: StreamId) {
-        // Nothing can be put back into a closed queue. The loops refuse the jobs of a lost stream by themselves.
+        // A closed queue takes no jobs back. The loops refuse the jobs of a lost stream themselves.
         if self.waiting.is_closed() {
             return;
         }
         let waiting: Vec<Taken> = std::iter::from_fn(|| self.waiting.try_recv().ok()).collect();
         for taken in waiting {
             if taken.stream == stream {
-                debug!(id = taken.job.id.as_str(), "job not started: its stream was lost, and the server has it again");
+                debug!(
+                    job.id = taken.job.id.as_str(),
+                    "job not started: its stream was lost, and the server has it again"
+                );
             } else {
-                // Once the queue is closed, the job goes back with its stream.
+                // If the queue has closed meanwhile, the job goes back with its stream.
                 let _ = self.dispatch_queue.try_send(taken);
             }
         }
     }
 }
 
-/// The first loss of a place is mended at once, and those that follow soon after each wait longer.
+/// Returns the moment of the next replacement: the first loss is repaired at once, and each that follows soon waits longer.
 fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backoff) -> Instant {
     match renewed {
         Some(renewed) if renewed.elapsed() <= backoff.max_wait() * 2 => renewed + renewals.next_wait(),
@@ -233,16 +238,16 @@ fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backof
     }
 }
 
-fn searched(state: &mut State, search: Search, found: Option<Found>) {
+fn searched(state: &mut ProducerState, search: Search, found: Option<SearchStream>) {
     (state.search, state.searching) = (Some(search), None);
-    if let Some(Found { settings, stream, coming: _coming, prefetch }) = found {
+    if let Some(SearchStream { settings, stream, coming: _coming, prefetch }) = found {
         state.streams.add_search(settings, stream, prefetch);
     }
 }
 
-/// Waits for the next thing that may change which streams there are to be.
-async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
-    let State { streams, opening, search, searching, renewal_due, .. } = state;
+/// Waits for the next event that may change which streams should exist.
+async fn next_event(state: &mut ProducerState, changes: &mut Changes) -> Event {
+    let ProducerState { streams, opening, search, searching, renewal_due, .. } = state;
     let with_movements = !streams.is_any_taking() || search.is_some() || searching.is_some();
     let opened = async {
         match opening {
@@ -259,17 +264,17 @@ async fn next_event(state: &mut State, changes: &mut Changes) -> Event {
     tokio::select! {
         biased;
         () = changes.next(with_movements) => Event::Changed,
-        (id, ended) = streams.next_closed() => Event::Closed(id, ended),
+        (id, ended) = streams.next_closed() => Event::CloseReason(id, ended),
         (settings, opened) = opened => Event::Opened(settings, opened),
         (search, found) = searched => Event::Searched(search, found),
         () = sleep_until_if(*renewal_due) => Event::Changed,
     }
 }
 
-/// Hears of everything that decides which streams there are.
+/// Receivers of all changes on which the streams depend.
 struct Changes {
-    lifecycle: watch::Receiver<lifecycle::State>,
-    intake: watch::Receiver<intake::State>,
+    lifecycle: watch::Receiver<LifecycleState>,
+    intake: watch::Receiver<IntakeState>,
     lost_places: watch::Receiver<()>,
     movements: watch::Receiver<()>,
 }
@@ -284,9 +289,9 @@ impl Changes {
         }
     }
 
-    /// Waits for the next change. The movements of jobs count only if asked for: otherwise each job would wake the producer.
+    /// Waits for the next change. Movements of jobs count only with `with_movements`, otherwise each job would wake the producer.
     async fn next(&mut self, with_movements: bool) {
-        // Each fails only once its sender is gone, and the producer has all of them.
+        // Each wait fails only once its sender is gone, and the producer holds all senders.
         tokio::select! {
             biased;
             _ = self.lifecycle.changed() => {}
@@ -300,7 +305,7 @@ impl Changes {
 fn log_lost(error: &StreamError, wait: Duration) {
     let reconnect_in = seconds(wait);
     match error {
-        // Neither a network nor a restart makes such a line, and the next stream may bring the same.
+        // Neither the network nor a restart causes such a line, and the next stream may bring it again.
         StreamError::NotAJob(_) => error!(error = %Chain(error), reconnect_in, "stream lost, reconnecting"),
         StreamError::Ended => warn!(reconnect_in, "server ended the stream, reconnecting"),
         StreamError::Broken(_) | StreamError::Silent(_) => {
@@ -309,7 +314,7 @@ fn log_lost(error: &StreamError, wait: Duration) {
     }
 }
 
-/// Without a producer no jobs are taken any more, and the worker must not wait for signals for ever.
+/// Stops the worker, which cannot take jobs without its producer.
 struct StopOnDrop(Lifecycle);
 
 impl Drop for StopOnDrop {

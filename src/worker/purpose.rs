@@ -5,29 +5,28 @@
 //! | phase | paused | the stream's settings | the stream is for |
 //! | --- | --- | --- | --- |
 //! | running | no | are in force | taking |
-//! | running | no | are not, or the stream has been replaced for lost places of its prefetch | finishing |
+//! | running | no | are not, or the stream was replaced for lost places of its prefetch | finishing |
 //! | running | yes | | finishing |
 //! | draining, killing, forcing | | | finishing |
 //! | stopped | | | nothing |
 //!
-//! A stream that takes is opened again when it is lost. A stream that finishes keeps the server from redelivering the jobs that
-//! came over it, and closes once all of them have been reported. For jobs whose stream is lost while none takes, see
-//! [`Search`](super::search::Search).
+//! A stream that takes is reopened when it is lost. A stream that finishes keeps the server from redelivering its jobs, and
+//! closes once all of them are reported. For jobs whose stream is lost while none takes, see [`Search`](super::search::Search).
 
 use crate::lifecycle::Phase;
 
 /// The use of a take stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// Jobs that come over it are started.
+    /// Jobs that arrive are started.
     Take,
-    /// Jobs that came over it are finished.
+    /// Jobs that have arrived are finished.
     Finish,
-    /// It closes now.
+    /// The stream closes now.
     Nothing,
 }
 
-/// The use of a stream, as the table says. `is_in_force`: its settings are, and it has not been replaced.
+/// Returns the use of a stream, as the table says. `is_in_force`: its settings are in force, and it has not been replaced.
 pub(super) fn purpose(phase: Phase, is_paused: bool, is_in_force: bool) -> Purpose {
     match phase {
         Phase::Running if !is_paused && is_in_force => Purpose::Take,
@@ -41,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_takes_only_while_nothing_speaks_against_it() {
+    fn only_a_stream_in_force_takes_while_running_and_unpaused() {
         let phases = [Phase::Running, Phase::Draining, Phase::Killing, Phase::Forcing, Phase::Stopped];
         for phase in phases {
             for (is_paused, is_in_force) in [(false, false), (false, true), (true, false), (true, true)] {

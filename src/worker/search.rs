@@ -1,12 +1,12 @@
-//! [`Search`]: brings back jobs that run here or have ended here, and whose stream is lost, while no stream takes.
+//! [`Search`]: brings back jobs that run or have ended here and whose stream is lost, while no stream takes.
 //!
-//! The server redelivers such a job to any worker. If that is this one, the job need not run a second time. The protocol has no
-//! way to ask for a certain job, only for the next few of some queues. A redelivered job keeps its place in the order, so it is
-//! among the first, behind jobs that are more urgent. Each round opens a stream with as little prefetch as the jobs need, and
-//! at once another one with twice as much if that brings other jobs alone. Such a stream closes at once, and its jobs are the
-//! server's again, with no attempt counted. A round of the greatest size is followed by a wait, because other workers cannot
-//! have its jobs meanwhile. From the second round on, only jobs that the server says to be ready are searched for: a job that
-//! another worker runs is not to be had.
+//! The server redelivers such a job to any worker. If this worker gets it, the job need not run a second time. The protocol
+//! cannot ask for a certain job, only for the next few of some queues. A redelivered job keeps its place in the order, so it is
+//! among the first, behind more urgent jobs. Each round opens a stream with the least prefetch that the jobs need. If the stream
+//! brings other jobs alone, the next round follows at once with twice the prefetch. The stream closes at once, and the server
+//! requeues its jobs with no attempt counted. After a round of the greatest size there is a wait, because other workers cannot
+//! have its jobs meanwhile. From the second round on, only jobs that are ready on the server are searched for, because a job that
+//! another worker runs is not available.
 
 use std::sync::Arc;
 
@@ -20,10 +20,10 @@ use crate::ledger::{ComingStream, Unheld};
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
-/// The most jobs that a search holds at once: half of the number that the server holds in flight for all workers by default.
+/// The most jobs that a search holds at once: half of the jobs that the server holds in flight for all workers by default.
 pub(super) const MAX_PREFETCH: usize = 512;
 
-/// From one job to the most.
+/// The number of doublings from one job to the most.
 const MAX_DOUBLINGS: u32 = MAX_PREFETCH.ilog2();
 
 /// The rounds of one search.
@@ -31,14 +31,14 @@ const MAX_DOUBLINGS: u32 = MAX_PREFETCH.ilog2();
 pub(super) struct Search {
     waits: Waits,
     round: u32,
-    /// Whether the next round follows at once.
+    /// Whether the next round needs no wait.
     is_urgent: bool,
-    /// The settings of the last round.
+    /// The settings of the previous round.
     last: Option<Arc<StreamSettings>>,
 }
 
-/// A stream that may bring jobs back.
-pub(super) struct Found {
+/// An open stream that may bring jobs back.
+pub(super) struct SearchStream {
     pub(super) settings: Arc<StreamSettings>,
     pub(super) stream: TakeStream,
     pub(super) coming: ComingStream,
@@ -50,7 +50,7 @@ impl Search {
         Self { waits: backoff.waits(), round: 0, is_urgent: false, last: None }
     }
 
-    /// The jobs that are to be searched for: those that no stream holds, and that the stream that takes will not bring.
+    /// Returns the jobs to search for: jobs that no stream holds, and that the taking stream will not bring.
     pub(super) fn wanted(run: &Run, taking: Option<&Arc<StreamSettings>>) -> Vec<Unheld> {
         if run.lifecycle.phase() > Phase::Draining {
             return Vec::new();
@@ -60,15 +60,14 @@ impl Search {
         unheld
     }
 
-    /// Notes that a round has brought as many jobs as it could, and none that is wanted. The next one follows at once if it
-    /// will be larger.
+    /// Notes that a round has brought its full prefetch and no wanted job. The next round needs no wait if it will be larger.
     pub(super) fn missed(&mut self, run: &Run, prefetch: usize) {
         let goes_deep = run.ledger.unheld().iter().any(|unheld| unheld.has_ended);
         self.is_urgent = goes_deep && prefetch < MAX_PREFETCH;
     }
 
-    /// Makes one round, after a wait if one is due. Returns nothing if there is no stream to be had, or no job to be searched for.
-    pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<Found> {
+    /// Makes one round, after a wait if one is due. Returns none if no stream can be opened, or no job is wanted.
+    pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<SearchStream> {
         let settings = self.next_settings(&Self::wanted(run, taking))?;
         if !std::mem::take(&mut self.is_urgent) {
             let mut parkings = run.ledger.parkings();
@@ -76,7 +75,7 @@ impl Search {
                 biased;
                 () = tokio::time::sleep(self.waits.next_wait()) => {}
                 () = settings.client.health().recovered() => self.waits.reset(),
-                // A job that has ended is searched for in earnest. It fails only once the ledger is gone, and `run` has it.
+                // A job that has ended makes the search urgent. The wait fails only once the ledger is gone, and `run` holds it.
                 _ = parkings.changed() => self.waits.reset(),
             }
         }
@@ -92,7 +91,7 @@ impl Search {
         match settings.open(prefetch).await {
             Ok(stream) => {
                 self.round += 1;
-                Some(Found { settings, stream, coming, prefetch })
+                Some(SearchStream { settings, stream, coming, prefetch })
             }
             Err(error) => {
                 debug!(error = %Chain(&error), "no stream for jobs that are here");
@@ -101,7 +100,7 @@ impl Search {
         }
     }
 
-    /// The settings of the next round. Jobs that came by different settings take turns.
+    /// Returns the settings of the next round. Jobs of different settings take turns.
     fn next_settings(&mut self, wanted: &[Unheld]) -> Option<Arc<StreamSettings>> {
         let mut all: Vec<&Arc<StreamSettings>> = Vec::new();
         for Unheld { source, .. } in wanted {
@@ -118,14 +117,14 @@ impl Search {
         self.last.clone()
     }
 
-    /// A search for ended jobs goes deep, because its stream closes as soon as they are reported. A stream for running jobs
-    /// stays open as long as they run, and other workers cannot have its other jobs.
+    /// Returns the prefetch of the next round. A search for ended jobs goes deep, because its stream closes as soon as they are
+    /// reported. A stream for running jobs stays open while they run, and other workers cannot have its other jobs.
     fn prefetch(&self, wanted: &[Unheld]) -> usize {
         let rounds = if wanted.iter().any(|unheld| unheld.has_ended) { self.round.min(MAX_DOUBLINGS) } else { 0 };
         wanted.len().saturating_mul(1 << rounds).min(MAX_PREFETCH.max(wanted.len()))
     }
 
-    /// The jobs that the server may hand out.
+    /// Returns the jobs that the server may deliver now.
     async fn to_be_had(&self, settings: &StreamSettings, wanted: Vec<Unheld>) -> Vec<Unheld> {
         if self.round == 0 {
             return wanted;
@@ -134,7 +133,7 @@ impl Search {
         for unheld in wanted {
             match settings.client.job(&unheld.id).await {
                 Ok(state) => to_be_had.extend(state.is_some_and(|state| state.is_ready()).then_some(unheld)),
-                // A proxy may let nobody look: then the job is searched for in vain at worst.
+                // A proxy may refuse the look. At worst the search for this job is in vain.
                 Err(error) if error.is_refusal() => to_be_had.push(unheld),
                 Err(error) => {
                     debug!(error = %Chain(&error), "cannot look at a job whose stream was lost");

@@ -1,4 +1,4 @@
-//! [`Session`]: one take stream, from its opening to its end.
+//! [`Session`]: one take stream, from its opening to its close.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,16 +11,16 @@ use super::intake::Intake;
 use super::purpose::Purpose;
 use super::{Run, Taken};
 use crate::client::StreamSettings;
-use crate::job::{Failure, Job, JobId, Outcome};
+use crate::job::{Failure, Job, JobId, Report};
 use crate::ledger::{Arrival, Attempt, Delivery, StreamId};
 use crate::lifecycle::Phase;
 use crate::stream::{Received, StreamError, TakeStream};
 use crate::watch;
 
-/// The time that a stream has to bring the jobs for which it was opened, beyond the first round trip.
+/// The time that a search stream has to bring its jobs, beyond the first round trip.
 const SEARCH_TIME: Duration = Duration::from_secs(1);
 
-/// An open stream, and where its jobs go.
+/// An open stream and the queue for its jobs.
 pub(super) struct Session {
     pub(super) run: Run,
     pub(super) intake: Intake,
@@ -29,34 +29,34 @@ pub(super) struct Session {
     pub(super) settings: Arc<StreamSettings>,
     pub(super) stream: TakeStream,
     pub(super) purpose: watch::Receiver<Purpose>,
-    /// Room in the dispatch queue: the server may hand out no more than it was asked for.
+    /// The places in the dispatch queue: as many as the prefetch, even if the server sends more jobs.
     places: Arc<Semaphore>,
-    /// Jobs that the server holds for us and that are not started; they go back when the stream closes.
+    /// The jobs that the server holds for this worker and that are not started. They go back when the stream closes.
     held_back: Vec<Job>,
-    /// Since it finishes, the last delivery before that.
+    /// While the stream finishes: the last delivery before that.
     finishing_since: Option<Delivery>,
-    search: Option<Sought>,
+    search: Option<SearchProgress>,
 }
 
-/// A stream that was opened for certain jobs.
-struct Sought {
-    /// The end of the time that it has to bring them.
+/// The progress of a search stream, which was opened for certain jobs.
+struct SearchProgress {
+    /// The end of the time to bring them.
     end: Instant,
     prefetch: usize,
-    /// The number of jobs that may still come over it.
+    /// The number of jobs that the stream may still bring.
     left: usize,
     has_found: bool,
 }
 
-/// Why a stream was closed here.
+/// The reason for which this worker closed a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Closed {
-    /// Everything that came over it has been reported, or the worker has stopped.
+pub(super) enum CloseReason {
+    /// Every job that came over the stream has been reported, or the worker has stopped.
     Finished,
-    /// It was opened for certain jobs, and has brought none of them.
+    /// A search stream has brought none of its jobs.
     NotFound {
         prefetch: usize,
-        /// Whether it has brought as many jobs as it could.
+        /// Whether the stream has brought as many jobs as its prefetch.
         is_full: bool,
     },
 }
@@ -87,21 +87,21 @@ impl Session {
         }
     }
 
-    /// Makes it a stream that was opened to bring back certain jobs, by a prefetch of its own.
+    /// Turns the session into one that searches for certain jobs, with its own prefetch.
     pub(super) fn searching(self, prefetch: usize) -> Self {
         let end = Instant::now() + SEARCH_TIME;
-        Self { search: Some(Sought { end, prefetch, left: prefetch, has_found: false }), ..self }
+        Self { search: Some(SearchProgress { end, prefetch, left: prefetch, has_found: false }), ..self }
     }
 
-    /// Follows the stream until it is lost, or of no use any more. Closes it then.
-    pub(super) async fn run(mut self) -> Result<Closed, StreamError> {
+    /// Follows the stream until it is lost or obsolete, and closes it.
+    pub(super) async fn run(mut self) -> Result<CloseReason, StreamError> {
         let ended = self.follow().await;
         self.run.ledger.lose_stream(self.id);
         self.stream.close().await;
         ended.map(|()| match self.search {
-            None => Closed::Finished,
-            Some(Sought { has_found: true, .. }) => Closed::Finished,
-            Some(Sought { left, prefetch, .. }) => Closed::NotFound { prefetch, is_full: left == 0 },
+            None => CloseReason::Finished,
+            Some(SearchProgress { has_found: true, .. }) => CloseReason::Finished,
+            Some(SearchProgress { left, prefetch, .. }) => CloseReason::NotFound { prefetch, is_full: left == 0 },
         })
     }
 
@@ -126,13 +126,13 @@ impl Session {
         }
     }
 
-    /// Whether nothing that came over the stream is under way, and nothing more is awaited.
+    /// Reports whether no job of the stream is under way, and none is awaited.
     fn is_finished(&self) -> bool {
         let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
         !is_awaited && (self.run.ledger.under_way(self.id, None) == 0 || self.is_superseded())
     }
 
-    /// Whether another stream takes, and nothing of this one has been started: then its jobs come over the other one.
+    /// Reports whether another stream takes and no job of this one has started: its jobs then come over the other stream.
     fn is_superseded(&self) -> bool {
         self.run.lifecycle.phase() == Phase::Running
             && !self.intake.is_paused()
@@ -172,8 +172,8 @@ impl Session {
         }
     }
 
-    /// Whether a job is started though the stream finishes: the worker takes jobs of this kind, over another stream, and
-    /// this one has to stay open anyway, for jobs that came before it was to finish.
+    /// Reports whether a job is started although the stream finishes. This requires that the worker takes jobs of this kind over
+    /// another stream, and that this stream must stay open for earlier jobs anyway.
     fn may_start(&self, job: &Job) -> bool {
         self.search.is_none()
             && !self.intake.is_paused()
@@ -181,31 +181,33 @@ impl Session {
             && self.finishing_since.is_some_and(|since| self.run.ledger.under_way(self.id, Some(since)) > 0)
     }
 
-    /// Finds out what has come: a job to be started, or an outcome to be reported, or nothing new.
+    /// Notes the arrival of a job. Returns the job if it is to be started, and reports its outcome if it has ended here.
     async fn arrive(&self, job: Job) -> Option<Taken> {
         let Run { ledger, acks, activity, .. } = &self.run;
         let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
         match ledger.arrive(&attempt, self.id, &self.settings) {
             (Arrival::New, delivery) => {
                 debug!(
-                    id = job.id.as_str(),
-                    r#type = job.job_type,
+                    job.id = job.id.as_str(),
+                    "job.type" = job.job_type,
                     waiting = self.dispatch_queue.len(),
                     "job received"
                 );
                 let unfinished = activity.take_job();
                 return Some(Taken { job, stream: self.id, delivery, place: None, _unfinished: unfinished });
             }
-            (Arrival::UnderWay, _) => info!(id = job.id.as_str(), "job received again while it is here, not started"),
-            (Arrival::Ended(outcome), _) => {
-                info!(id = job.id.as_str(), "job received again after it ended here, reported");
-                self.unless_stopped(acks.report_again(attempt, outcome)).await;
+            (Arrival::UnderWay, _) => {
+                info!(job.id = job.id.as_str(), "job received again while it is here, not started");
+            }
+            (Arrival::Ended(report), _) => {
+                info!(job.id = job.id.as_str(), "job received again after it ended here, reported");
+                self.unless_stopped(acks.report_again(attempt, report)).await;
             }
         }
         None
     }
 
-    /// Waits for room in the dispatch queue. Holds the job back if the stream gets another use meanwhile.
+    /// Queues a job, and waits for room. Holds the job back if the purpose of the stream changes meanwhile.
     async fn push(&mut self, mut taken: Taken, purpose: Purpose) {
         tokio::select! {
             biased;
@@ -223,29 +225,32 @@ impl Session {
     fn hold_back(&mut self, taken: Taken) {
         let Taken { job, delivery, .. } = taken;
         if self.run.lifecycle.phase() >= Phase::Draining {
-            debug!(id = job.id.as_str(), "job received while draining, it goes back to the server");
+            debug!(job.id = job.id.as_str(), "job received while draining, it goes back to the server");
         } else {
-            debug!(id = job.id.as_str(), "job held back, because nothing more is taken over this stream");
+            debug!(job.id = job.id.as_str(), "job held back, because nothing more is taken over this stream");
         }
         self.run.ledger.give_back(&job.id, delivery);
-        // It may be redelivered, when another worker has reported it.
+        // The same job may be redelivered after another worker has reported it.
         self.held_back.retain(|other| other.id != job.id);
         self.held_back.push(job);
     }
 
-    /// Reports as failed what is no job, but has an id: otherwise it would be redelivered again and again.
+    /// Reports a malformed job as failed, otherwise it would be redelivered again and again.
     async fn refuse(&self, id: JobId, reason: &str) {
-        error!(id = id.as_str(), reason, "malformed job, reported as failed");
+        error!(job.id = id.as_str(), reason, "malformed job, reported as failed");
         let attempt = Attempt { id, attempts: None };
         let failure =
-            Outcome::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
-        let outcome = match self.run.ledger.arrive(&attempt, self.id, &self.settings) {
-            (Arrival::New, _) => failure,
-            (Arrival::Ended(outcome), _) => outcome,
+            Report::Failure(Failure::new("MalformedJob", format!("the worker cannot read this job: {reason}")));
+        let report = match self.run.ledger.arrive(&attempt, self.id, &self.settings) {
+            (Arrival::New, _) => {
+                self.run.metrics.job_malformed();
+                failure
+            }
+            (Arrival::Ended(report), _) => report,
             (Arrival::UnderWay, _) => return,
         };
-        if let Some(attempt) = self.run.ledger.end(&attempt.id, &outcome) {
-            self.unless_stopped(self.run.acks.report(attempt, outcome)).await;
+        if let Some(attempt) = self.run.ledger.end(&attempt.id, &report) {
+            self.unless_stopped(self.run.acks.report(attempt, report)).await;
         }
     }
 
@@ -258,12 +263,12 @@ impl Session {
     }
 }
 
-/// Waits until the stream's use is another one, or is decided no more.
+/// Waits until the purpose of the stream changes, or its sender is gone.
 async fn until_other(purposes: &mut watch::Receiver<Purpose>, present: Purpose) {
     let _ = purposes.wait_for(|purpose| *purpose != present).await.is_ok();
 }
 
-/// Waits for a moment, if there is one.
+/// Sleeps until `end`, or forever without one.
 pub(super) async fn sleep_until_if(end: Option<Instant>) {
     match end {
         Some(end) => tokio::time::sleep_until(end).await,

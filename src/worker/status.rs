@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::dispatch::HandlerProcess;
+use crate::dispatch::{HandlerProcess, HandlerStatus};
 
 /// What a worker is doing, and has done since it started.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -13,6 +13,8 @@ pub struct Status {
     pub state: &'static str,
     /// Whether a take stream is open.
     pub connected: bool,
+    /// Streams from before a reload, which stay open until the jobs that came over them are reported.
+    pub finishing_streams: usize,
     /// For how long it has been there.
     pub uptime_seconds: f64,
     /// Jobs that run.
@@ -29,8 +31,46 @@ pub struct Status {
     pub interrupted: u64,
     /// What each worker loop is at.
     pub loops: Vec<LoopStatus>,
-    /// The processes of warm handlers.
+    /// The handlers that are configured.
+    pub handlers: Vec<HandlerStatus>,
+    /// The processes of warm handlers, those of replaced handlers included.
     pub handler_processes: Vec<HandlerProcess>,
+    /// The last failures, newest first.
+    pub last_failures: Vec<LastFailure>,
+    /// The jobs that have ended in the last minutes.
+    pub history: EndedJobs,
+}
+
+/// A job that has failed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LastFailure {
+    /// The server's name for the job.
+    pub id: String,
+    /// Its type.
+    pub r#type: String,
+    /// Its queue.
+    pub queue: String,
+    /// Which attempt failed, from 1.
+    pub attempt: u32,
+    /// The kind of failure, as it was reported.
+    pub error_type: Option<String>,
+    /// The message, as it was reported; cut if it is long.
+    pub message: String,
+    /// The time since the failure.
+    pub ago_seconds: f64,
+}
+
+/// The jobs that have ended in the last minutes, in buckets of equal width, oldest first.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EndedJobs {
+    /// The width of a bucket.
+    pub bucket_seconds: u64,
+    /// The part of the newest bucket that is over.
+    pub newest_bucket_seconds: f64,
+    /// The number of jobs that succeeded, by bucket.
+    pub succeeded: Vec<u32>,
+    /// The number of jobs that failed, by bucket.
+    pub failed: Vec<u32>,
 }
 
 /// What a worker loop is at.

@@ -9,7 +9,7 @@ use tracing::{debug, info, warn};
 
 use super::intake::Intake;
 use super::purpose::{Purpose, purpose};
-use super::session::{Closed, Session};
+use super::session::{CloseReason, Session};
 use super::{Run, Taken};
 use crate::chain::Chain;
 use crate::client::{Client, StreamSettings};
@@ -23,26 +23,19 @@ pub(super) struct Streams {
     run: Run,
     intake: Intake,
     dispatch_queue: async_channel::Sender<Taken>,
-    open: Vec<Open>,
-    sessions: JoinSet<(StreamId, Result<Closed, StreamError>)>,
-    /// The version of the server at the last connection.
+    open: Vec<OpenStream>,
+    sessions: JoinSet<(StreamId, Result<CloseReason, StreamError>)>,
+    /// The server's version at the last connection.
     seen_version: Arc<Mutex<Option<String>>>,
 }
 
-struct Open {
+struct OpenStream {
     id: StreamId,
     settings: Arc<StreamSettings>,
     purpose: watch::Sender<Purpose>,
-    /// Whether it never takes: it has lost places of its prefetch, or was opened for certain jobs.
+    /// Whether the stream never takes: it has lost places of its prefetch, or is a search stream.
     only_finishes: bool,
     is_search: bool,
-}
-
-/// The purpose of a stream when it closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Lost {
-    WhileTaking,
-    WhileFinishing,
 }
 
 impl Streams {
@@ -56,7 +49,7 @@ impl Streams {
         let (sender, receiver) = watch::channel(Purpose::Take);
         let session = self.session(&settings, stream, receiver);
         let (id, client, seen) = (session.id, Arc::clone(&settings.client), Arc::clone(&self.seen_version));
-        self.open.push(Open { id, settings, purpose: sender, only_finishes: false, is_search: false });
+        self.open.push(OpenStream { id, settings, purpose: sender, only_finishes: false, is_search: false });
         self.sessions.spawn(async move {
             tokio::select! {
                 biased;
@@ -66,12 +59,12 @@ impl Streams {
         });
     }
 
-    /// Adds a stream that was opened, with a prefetch of its own, to bring back certain jobs.
+    /// Adds a search stream with its own prefetch.
     pub(super) fn add_search(&mut self, settings: Arc<StreamSettings>, stream: TakeStream, prefetch: usize) {
         let (sender, receiver) = watch::channel(Purpose::Finish);
         let session = self.session(&settings, stream, receiver).searching(prefetch);
         let id = session.id;
-        self.open.push(Open { id, settings, purpose: sender, only_finishes: true, is_search: true });
+        self.open.push(OpenStream { id, settings, purpose: sender, only_finishes: true, is_search: true });
         self.sessions.spawn(async move { (id, session.run().await) });
     }
 
@@ -85,7 +78,7 @@ impl Streams {
         Session::new(run, intake, dispatch_queue, Arc::clone(settings), stream, purpose)
     }
 
-    /// Gives each stream its purpose. Returns whether one takes.
+    /// Gives each stream its purpose. Returns whether a stream takes.
     pub(super) fn assign(&mut self, phase: Phase, is_paused: bool, in_force: &StreamSettings) -> bool {
         let mut is_any_taking = false;
         for open in &self.open {
@@ -105,13 +98,13 @@ impl Streams {
         is_any_taking
     }
 
-    /// Whether the stream that takes has lost places of its prefetch.
+    /// Reports whether the stream that takes has lost places of its prefetch.
     pub(super) fn is_taking_one_spent(&self) -> bool {
         let mut taking = self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Take);
         taking.any(|open| self.run.ledger.has_lost_places(open.id))
     }
 
-    /// Lets streams that have lost places of their prefetch take no more.
+    /// Stops taking over streams that have lost places of their prefetch.
     pub(super) fn retire_spent(&mut self) {
         for open in &mut self.open {
             open.only_finishes |= self.run.ledger.has_lost_places(open.id);
@@ -122,31 +115,35 @@ impl Streams {
         self.open.iter().any(|open| *open.purpose.borrow() == Purpose::Take)
     }
 
+    /// Returns the number of streams that take no more, and finish the jobs that came over them.
+    pub(super) fn count_finishing(&self) -> usize {
+        self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Finish && !open.is_search).count()
+    }
+
     pub(super) fn is_any_open(&self) -> bool {
         !self.open.is_empty()
     }
 
-    /// Whether a stream that was opened for certain jobs has brought none of them yet.
+    /// Reports whether a search stream is open that has brought none of its jobs yet.
     pub(super) fn is_searching(&self) -> bool {
         self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
     }
 
-    /// Waits until a stream has closed.
-    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<Closed, StreamError>) {
+    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<CloseReason, StreamError>) {
         match self.sessions.join_next().await {
             Some(closed) => closed.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
             None => std::future::pending().await,
         }
     }
 
-    /// Forgets a stream that has closed.
-    pub(super) fn remove(&mut self, id: StreamId) -> Lost {
-        let took = self.open.iter().any(|open| open.id == id && *open.purpose.borrow() == Purpose::Take);
+    /// Forgets a stream that has closed. Returns whether it took jobs.
+    pub(super) fn remove(&mut self, id: StreamId) -> bool {
+        let was_taking = self.open.iter().any(|open| open.id == id && *open.purpose.borrow() == Purpose::Take);
         self.open.retain(|open| open.id != id);
-        if took { Lost::WhileTaking } else { Lost::WhileFinishing }
+        was_taking
     }
 
-    /// Closes all of them, and returns once they are closed.
+    /// Closes all streams, and waits until they are closed.
     pub(super) async fn close_all(mut self) {
         for open in &self.open {
             open.purpose.send_replace(Purpose::Nothing);
@@ -155,7 +152,7 @@ impl Streams {
     }
 }
 
-/// Warns once of each version of the server that does not fit.
+/// Warns once of each server version that does not fit this worker. Never ends.
 async fn warn_of_version(client: &Client, seen: &Mutex<Option<String>>) -> Infallible {
     match client.version().await {
         Ok(version) => {
@@ -165,7 +162,7 @@ async fn warn_of_version(client: &Client, seen: &Mutex<Option<String>>) -> Infal
                 warn!(version, misfit, "the server's version does not fit this worker's");
             }
         }
-        // A proxy may let nothing through but the requests that a worker cannot do without.
+        // A proxy may block all requests but those that a worker needs.
         Err(error) => debug!(error = %Chain(&error), "the server does not tell its version"),
     }
     std::future::pending().await

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use tracing::{Instrument, Span, debug, error, info, info_span};
+use tracing::{Instrument, Span, debug, error, error_span, info};
 
 use super::controls::seconds;
 use super::{Run, Taken};
-use crate::dispatch::{Dispatcher, Ended};
-use crate::job::{Failure, Job, Outcome};
+use crate::config::JOBS_TARGET;
+use crate::dispatch::{Dispatcher, Ended, Took};
+use crate::job::{Failure, Job, Outcome, Report};
 use crate::ledger::{Beginning, Delivery};
 use crate::lifecycle::Phase;
-use crate::process::Usage;
+use crate::process::ResourceUsage;
 
 /// One of the threads × fibers loops: it runs one job at a time, and hands its outcome on before it takes the next.
 pub(super) struct WorkerLoop<D> {
@@ -49,19 +50,21 @@ impl<D: Dispatcher> WorkerLoop<D> {
             return;
         }
         let _running = activity.start_job(self.slot, &job);
-        metrics.job_started(job.ready_at);
+        let is_apart = self.dispatcher.is_counted_apart(&job.job_type);
+        metrics.job_started(&job, is_apart, || self.dispatcher.usual_failures(&job.job_type));
         let started = Instant::now();
         let ended = self.dispatch(&job).await;
-        let elapsed = started.elapsed();
-        metrics.job_ended(&job, self.dispatcher.is_counted_apart(&job.job_type), &ended, elapsed);
+        let times = Times::of(ended.took, started.elapsed());
+        metrics.job_ended(&job, is_apart, &ended, times.ran);
         let Ended { outcome, usage, .. } = ended;
-        log_ended(&outcome, usage, elapsed);
-        activity.ended().count(&outcome);
+        log_ended(&outcome, usage, times);
+        activity.note_end(&job, &outcome);
         tally.count(&outcome);
         // Its payload is not held while the report waits for a place.
         let id = job.id;
-        if let Some(attempt) = ledger.end(&id, &outcome) {
-            acks.report(attempt, outcome).await;
+        let Some(report) = Report::of(outcome) else { return ledger.interrupt(&id) };
+        if let Some(attempt) = ledger.end(&id, &report) {
+            acks.report(attempt, report).await;
         }
     }
 
@@ -92,9 +95,32 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 }
 
-/// `attempt` counts from 1, as in the server's list of errors.
+/// The shortest wait for a start that is worth a field in the log.
+const NOTABLE_WAIT: Duration = Duration::from_millis(1);
+
+/// How long a job ran, if its work was started, and how long it waited for the start.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    ran: Option<Duration>,
+    waited: Duration,
+}
+
+impl Times {
+    fn of(took: Took, dispatch: Duration) -> Self {
+        let ran = match took {
+            Took::Dispatch => Some(dispatch),
+            Took::Run(ran) => Some(ran),
+            Took::Nothing => None,
+        };
+        Self { ran, waited: dispatch.saturating_sub(ran.unwrap_or_default()) }
+    }
+}
+
+/// Opens the span that names the job in each line about it. `attempt` counts from 1, as in the server's list of errors.
 fn job_span(job: &Job) -> Span {
-    info_span!(
+    // At a lower level, a filter for errors alone would take the job's id from them.
+    error_span!(
+        target: JOBS_TARGET,
         "job",
         id = job.id.as_str(),
         r#type = job.job_type,
@@ -103,18 +129,32 @@ fn job_span(job: &Job) -> Span {
     )
 }
 
-fn log_ended(outcome: &Outcome, usage: Option<Usage>, elapsed: Duration) {
-    let seconds = seconds(elapsed);
+fn log_ended(outcome: &Outcome, usage: Option<ResourceUsage>, times: Times) {
+    let waited_seconds = Some(times.waited).filter(|waited| *waited >= NOTABLE_WAIT).map(seconds);
+    let seconds = times.ran.map(seconds);
     let cpu_seconds = usage.map(|usage| usage.cpu.as_secs_f64());
     let peak_memory_bytes = usage.map(|usage| usage.max_rss);
     match outcome {
-        Outcome::Success => debug!(seconds, cpu_seconds, peak_memory_bytes, "job completed"),
+        Outcome::Success => {
+            info!(target: JOBS_TARGET, seconds, waited_seconds, cpu_seconds, peak_memory_bytes, "job completed");
+        }
         Outcome::Failure(failure) => {
             let error_type = failure.error_type.as_deref().unwrap_or_default();
-            error!(seconds, cpu_seconds, peak_memory_bytes, error_type, error = failure.message, "job failed");
+            let error = failure.message.as_str();
+            error!(
+                target: JOBS_TARGET,
+                seconds, waited_seconds, cpu_seconds, peak_memory_bytes, error_type, error, "job failed"
+            );
         }
         Outcome::Interrupted => {
-            info!(seconds, cpu_seconds, peak_memory_bytes, "job interrupted, it goes back to the server");
+            info!(
+                target: JOBS_TARGET,
+                seconds,
+                waited_seconds,
+                cpu_seconds,
+                peak_memory_bytes,
+                "job interrupted, it goes back to the server"
+            );
         }
     }
 }

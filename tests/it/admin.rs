@@ -1,5 +1,6 @@
 //! The admin server tells the truth about the worker, to whoever watches it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Admin, Daemon, HungFileSystem, PATIENCE, Proxy, Running, Server, UNTIL_GO, eventually, jobs, unused_address,
+    warm_handler,
 };
 
 const ADMIN: [&str; 2] = ["--admin-listen", "127.0.0.1:0"];
@@ -88,6 +90,77 @@ fn a_broken_handler_makes_the_worker_not_ready() {
     std::fs::rename(&aside, &handler).unwrap();
     server.enqueue("q", "t", json!(null));
     admin.wait_until_ready(true);
+}
+
+/// Collects the paths of all values: `loops[].job.id`. The settings' names are the user's.
+fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let name = if path == "settings" { "*" } else { name };
+                paths(value, format!("{path}.{name}").trim_start_matches('.'), found);
+            }
+        }
+        Value::Array(values) => values.iter().for_each(|value| paths(value, &format!("{path}[]"), found)),
+        _ => drop(found.insert(path.to_owned())),
+    }
+}
+
+#[test]
+fn each_field_of_the_status_is_documented() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).threads(4).args(ADMIN);
+    daemon.executable("warm.py", &warm_handler(""));
+    let (gone, _) = (daemon.script("gone.sh", "true"), daemon.script("slow.sh", UNTIL_GO));
+    let running = daemon
+        .handlers("[handlers.warm]\nexec = ['$DIR/warm.py']\nmode = 'warm'\n[handlers.gone]\nexec = ['$DIR/gone.sh']\n[handler]\nexec = ['$DIR/slow.sh']")
+        .start();
+    let admin = Admin::of(&running);
+    fs::remove_file(gone).unwrap();
+    for job_type in ["warm", "gone", "slow"] {
+        server.enqueue("q", job_type, json!(null));
+    }
+    let status = admin.wait_for_status("one of everything", |status| {
+        let is_braked = status["handlers"].as_array().unwrap().iter().any(|handler| !handler["brake"].is_null());
+        is_braked && status["unready"][0].is_string() && status["succeeded"] == 1 && status["running"] == 1
+    });
+    assert_eq!(status["format"], 1);
+    let mut found = BTreeSet::new();
+    paths(&status, "", &mut found);
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operations.md")).unwrap();
+    let (_, section) = text.split_once("\n### Status\n").unwrap();
+    let rows = section
+        .lines()
+        .skip_while(|line| !line.starts_with("| field"))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let fields = rows.flat_map(|row| row.split('|').nth(1).unwrap().split('`').skip(1).step_by(2));
+    let documented: BTreeSet<String> = fields.map(str::to_owned).collect();
+    let (new, old): (Vec<_>, Vec<_>) =
+        (found.difference(&documented).collect(), documented.difference(&found).collect());
+    // They are `null` in some elements, and objects in others.
+    let of_both = ["handlers[].brake", "loops[].job"];
+    assert!(new.is_empty() && old.iter().all(|path| of_both.contains(&path.as_str())), "{new:?} {old:?}\n{status:#}");
+    let handlers: Vec<_> = status["handlers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|handler| [&handler["type"], &handler["mode"], &handler["handler"]])
+        .collect();
+    assert_eq!(
+        json!(handlers),
+        json!([["gone", "spawn", "gone.sh"], ["warm", "warm", "warm.py"], [null, "spawn", "slow.sh"]])
+    );
+    let starts: Vec<u64> =
+        status["handlers"].as_array().unwrap().iter().filter_map(|handler| handler["starts"].as_u64()).collect();
+    assert!(starts[0] >= 2 && starts[1..] == [1, 1], "a start that fails is tried again: {starts:?}");
+    let failure = &status["last_failures"][0];
+    assert_eq!((&failure["type"], &failure["error_type"]), (&json!("gone"), &json!("SpawnError")));
+    assert_eq!(
+        status["history"]["failed"].as_array().unwrap().iter().filter_map(Value::as_u64).sum::<u64>(),
+        status["failed"].as_u64().unwrap()
+    );
+    running.go();
 }
 
 /// Has a job fail for want of its handler's file, in a directory of its own, and replaces the directory's content.
@@ -193,10 +266,14 @@ fn the_metrics_count_by_queue_type_and_outcome() {
         (r#"jobs_total{outcome="succeeded",queue="mail",type="good"}"#, "1"),
         (r#"jobs_total{outcome="succeeded",queue="bills",type="good"}"#, "1"),
         (r#"jobs_total{outcome="failed",queue="mail",type="bad"}"#, "1"),
-        (r#"jobs_total{outcome="failed",queue="mail",type="(other)"}"#, "2"),
+        (r#"jobs_total{outcome="failed",queue="mail",type="one"}"#, "1"),
+        (r#"jobs_total{outcome="failed",queue="mail",type="two"}"#, "1"),
+        (r#"jobs_total{outcome="succeeded",queue="mail",type="bad"}"#, "0"),
+        (r#"job_failures_total{kind="ExitStatus",type="bad"}"#, "1"),
+        (r#"job_failures_total{kind="Signal",type="one"}"#, "1"),
         (r#"handler_exits_total{code="0",type="good"}"#, "2"),
         (r#"handler_exits_total{code="3",type="bad"}"#, "1"),
-        (r#"handler_exits_total{code="signal",type="(other)"}"#, "2"),
+        (r#"handler_exits_total{code="signal",type="one"}"#, "1"),
         (r#"handler_seconds_count{type="good"}"#, "2"),
         ("job_wait_seconds_count", "5"),
         ("jobs_running", "0"),
@@ -217,6 +294,89 @@ fn the_metrics_count_by_queue_type_and_outcome() {
     assert!(number(r#"handler_cpu_seconds_total{type="good"}"#) > 0.0);
     assert!(number(r#"handler_peak_memory_bytes{type="good"}"#) > 100_000.0);
     assert!(number("start_time_seconds") > 1.7e9);
+}
+
+#[test]
+fn each_cause_of_a_failure_is_counted_apart() {
+    let server = Server::start();
+    let running = Daemon::of(&server).args(ADMIN).handlers(
+        "[handlers.slow]\nexec = ['sleep', '1000']\ntimeout = '10ms'\nkill_grace = '10ms'
+[handlers.named]\nexec = ['sh', '-c', 'echo \"{\\\"error_type\\\": \\\"BankBusy\\\"}\" > $ZIZQ_RESULT_FILE; exit 1']
+[handlers.lazy]\nmode = 'warm'\nexec = ['true']",
+    );
+    let running = running.start();
+    let admin = Admin::of(&running);
+    let types = ["slow", "named", "lazy", "unheard-of"];
+    types.iter().for_each(|of| drop(server.wait_for_error(&server.enqueue("q", of, json!(null)), 1)));
+    for (kind, job_type) in
+        [("Timeout", "slow"), ("(other)", "named"), ("StartError", "lazy"), ("UnknownJobType", "unheard-of")]
+    {
+        admin.wait_for_metric(&format!(r#"job_failures_total{{kind="{kind}",type="{job_type}"}}"#), "1");
+    }
+    // A job that was not started has not run.
+    let text = admin.metrics();
+    assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="slow"} 1"#), "{text}");
+    assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="unheard-of"} 0"#), "{text}");
+}
+
+#[test]
+fn the_series_of_configured_types_begin_with_0() {
+    let server = Server::start();
+    let running = Daemon::of(&server)
+        .args(ADMIN)
+        .handlers("[worker]\nqueues = ['mail', 'bills']\n[handlers.send]\nexec = ['true']\n[handlers.warm]\nmode = 'warm'\nexec = ['true']")
+        .start();
+    let text = Admin::of(&running).metrics();
+    for line in [
+        r#"jobs_total{outcome="failed",queue="mail",type="send"}"#,
+        r#"jobs_total{outcome="succeeded",queue="bills",type="warm"}"#,
+        r#"job_failures_total{kind="ExitStatus",type="send"}"#,
+        r#"job_failures_total{kind="Signal",type="send"}"#,
+        r#"job_failures_total{kind="Timeout",type="send"}"#,
+        r#"job_failures_total{kind="SpawnError",type="send"}"#,
+        r#"job_failures_total{kind="(other)",type="send"}"#,
+        r#"job_failures_total{kind="ProtocolError",type="warm"}"#,
+        r#"job_failures_total{kind="MalformedJob",type="(other)"}"#,
+        r#"handler_seconds_count{type="send"}"#,
+        r#"oldest_running_job_seconds{type="send"}"#,
+    ] {
+        let line = format!("zizq_worker_{line} 0");
+        assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+    }
+}
+
+#[test]
+fn the_oldest_running_job_of_a_type_has_an_age() {
+    let server = Server::start();
+    server.enqueue("q", "slow", json!(null));
+    let (running, admin) = start(&server, UNTIL_GO);
+    running.wait_for_lines(1, "started");
+    let age = || -> f64 {
+        let text = admin.metrics();
+        let name = r#"zizq_worker_oldest_running_job_seconds{type="slow"} "#;
+        text.lines().find_map(|line| line.strip_prefix(name)).unwrap().parse().unwrap()
+    };
+    let first = age();
+    assert!(first > 0.0);
+    eventually("a greater age", || (age() > first).then_some(()));
+    running.go();
+    admin.wait_for_metric(r#"oldest_running_job_seconds{type="slow"}"#, "0");
+}
+
+#[test]
+fn the_process_of_the_worker_has_its_usual_metrics() {
+    let server = Server::start();
+    let (running, admin) = start(&server, "true");
+    let text = admin.metrics();
+    let number = |name: &str| -> f64 {
+        let value = text.lines().find_map(|line| line.strip_prefix(&format!("process_{name} ")));
+        value.unwrap_or_else(|| panic!("{name} in\n{text}")).parse().unwrap()
+    };
+    for name in ["cpu_seconds_total", "max_fds", "virtual_memory_bytes", "start_time_seconds", "threads"] {
+        assert!(number(name) >= 0.0);
+    }
+    assert!(number("resident_memory_bytes") > 1e6);
+    assert!((5.0..1000.0).contains(&number("open_fds")), "{}", running.descriptors());
 }
 
 #[test]
@@ -253,7 +413,7 @@ fn the_metrics_count_reports_and_reconnects_that_went_wrong() {
 fn what_the_admin_server_does_not_know_is_refused() {
     let server = Server::start();
     let (_running, admin) = start(&server, "true");
-    assert_eq!(admin.call("GET", "/").0, 404);
+    assert_eq!(admin.call("GET", "/page.js").0, 404);
     assert_eq!(admin.call("GET", "/live/").0, 404);
     assert_eq!(admin.call("POST", "/live").0, 405);
     assert_eq!(admin.call("HEAD", "/live").0, 200);
@@ -282,7 +442,7 @@ fn clients_of_the_admin_server_that_say_nothing_cost_no_job() {
 fn an_address_that_is_taken_ends_the_daemon_before_it_connects() {
     let (server, taken) = (Server::start(), std::net::TcpListener::bind("127.0.0.1:0").unwrap());
     let address = taken.local_addr().unwrap().to_string();
-    let finished = Daemon::of(&server).args(["--admin-listen", &address, "--", "true"]).run().assert_exit(78);
+    let finished = Daemon::of(&server).args(["--admin-listen", &address, "--", "true"]).run().assert_exit(1);
     let line = finished.log.last().unwrap();
     assert!(line.starts_with(&format!("zizq-worker: --admin-listen: cannot listen on {address}: ")), "{line}");
     assert!(!finished.has("connecting"));
@@ -300,4 +460,14 @@ fn a_paused_worker_is_not_ready_and_says_so() {
     assert_eq!(admin.status()["state"], "paused");
     running.signal(Signal::CONT);
     admin.wait_until_ready(true);
+}
+
+#[test]
+fn an_address_that_may_appear_later_is_exit_status_1() {
+    // The network of examples (RFC 5737): no machine has it.
+    let address = "192.0.2.1:9290";
+    let finished =
+        Daemon::at("http://127.0.0.1:1").args(["--admin-listen", address, "--", "true"]).run().assert_exit(1);
+    let line = finished.log.last().unwrap();
+    assert!(line.contains(&format!("cannot listen on {address}: Cannot assign requested address")), "{line}");
 }

@@ -142,3 +142,76 @@ fn the_embedded_server_need_not_be_asked() {
     let finished = Daemon::bare().args(["--embedded", "--check", "--", "true"]).run().assert_exit(0);
     assert!(finished.stdout.ends_with("server: the embedded one\n"), "{}", finished.stdout);
 }
+
+/// A file with everything that a start warns of.
+const DOUBTFUL: &str = "worker = { threads = 4, prefetch = 1, shutdown_deadline = '10s' }\n[handler]\nexec = ['true']\n\
+     timeout = '11s'\nkill_grace = '12s'\nmode = 'warm'\nmax_processes = 2";
+
+#[test]
+fn an_offline_check_says_all_that_a_start_warns_of() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let daemon =
+        Daemon::at("http://127.0.0.1:1").config(DOUBTFUL).env("ZIZQ_TREADS", "4").env("ZIZQ_ADMIN_LISTEN", &address);
+    let finished = daemon.args(["--check", "--offline"]).run().assert_exit(0);
+    let warnings: Vec<&str> = finished.stdout.lines().filter_map(|line| line.strip_prefix("warning: ")).collect();
+    for wanted in [
+        "variable is no setting and has no effect",
+        "prefetch is below threads x fibers",
+        "timeout is longer than the shutdown deadline",
+        "kill_grace is longer than the shutdown deadline",
+        "max_processes is below threads x fibers",
+        &format!("ZIZQ_ADMIN_LISTEN: cannot listen on {address}: Address already in use"),
+    ] {
+        assert!(warnings.iter().any(|warning| warning.starts_with(wanted)), "{wanted} in {warnings:#?}");
+    }
+    assert_eq!(warnings.len(), 6, "{warnings:#?}");
+    assert!(warnings[0].ends_with("(ZIZQ_TREADS; the nearest setting is ZIZQ_THREADS)"), "{warnings:#?}");
+    assert!(finished.stdout.ends_with("server: not asked\n"), "{}", finished.stdout);
+}
+
+#[test]
+fn a_full_check_says_the_same_warnings() {
+    let server = Server::start();
+    let file = DOUBTFUL.replace("mode = 'warm'\nmax_processes = 2", "");
+    let finished = Daemon::of(&server).config(&file).env("ZIZQ_TREADS", "4").args(["--check"]).run().assert_exit(0);
+    assert_eq!(finished.stdout.lines().filter(|line| line.starts_with("warning: ")).count(), 4, "{}", finished.stdout);
+}
+
+#[test]
+fn an_offline_check_starts_nothing_and_asks_nothing() {
+    let server = RawServer::start();
+    let daemon = Daemon::at(&server.url()).args(["--mode", "warm", "--check", "--offline"]).sh("echo > $DIR/ran");
+    let finished = daemon.run().assert_exit(0);
+    assert!(server.is_quiet());
+    assert_eq!(finished.read("ran"), "");
+}
+
+#[test]
+fn an_offline_check_finds_mistakes() {
+    let daemon = || Daemon::bare().args(["--check", "--offline"]);
+    daemon().config("worker.threads = 0").args(["--", "true"]).run().assert_exit(78);
+    daemon().args(["--", "/does/not/exist"]).run().assert_exit(78);
+    daemon().args(["--threads", "0", "--", "true"]).run().assert_exit(2);
+    daemon().env("TMPDIR", "/does/not/exist").args(["--", "true"]).run().assert_exit(78);
+    Daemon::bare().args(["--offline", "--", "true"]).run().assert_exit(2);
+}
+
+#[test]
+fn a_reader_that_has_gone_is_no_problem() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_zizq-worker"));
+    let ended = command.args(["--check", "--offline", "--", "true"]).stdout(writer).output().unwrap();
+    assert_eq!((ended.status.code(), String::from_utf8_lossy(&ended.stderr).as_ref()), (Some(0), ""));
+}
+
+#[test]
+fn the_files_of_secrets_are_shown_and_their_contents_are_not() {
+    let daemon = Daemon::bare();
+    let path = daemon.file("token", "s3cret\n").display().to_string();
+    let daemon = daemon.handlers("[handler]\nexec = ['true']\nenv = { TOKEN = { file = '$DIR/token' } }");
+    let finished = daemon.args(["--check", "--offline"]).run().assert_exit(0);
+    assert!(finished.stdout.contains(&format!("TOKEN (from {path})")), "{}", finished.stdout);
+    assert!(!finished.stdout.contains("s3cret"), "{}", finished.stdout);
+}

@@ -92,7 +92,8 @@ fn every_query_of_the_dashboard_is_for_the_chosen_instances() {
     let panels = dashboard["panels"].as_array().unwrap();
     let targets = panels.iter().filter_map(|panel| panel["targets"].as_array()).flatten();
     for query in targets.map(|target| target["expr"].as_str().unwrap()) {
-        let metrics = query.matches(PREFIX).count();
+        let metrics =
+            query.matches(PREFIX).count() + query.matches("process_").count() - query.matches("_process_").count();
         assert_eq!(query.matches(r#"{job=~"$job", instance=~"$instance""#).count(), metrics, "{query}");
         let windows = query.matches("rate(").count() + query.matches("increase(").count();
         assert_eq!(query.matches("[$__rate_interval]").count(), windows, "{query}");

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -41,11 +42,18 @@ fn load(toml: &str) -> Config {
     Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
 }
 
-/// The lines `key=value` of the unit that are not commented out.
-fn unit_settings() -> Vec<(String, String)> {
-    let text = text("config/zizq-worker.service");
+/// The units: of one worker, and of several.
+const UNITS: [&str; 2] = ["config/zizq-worker.service", "config/zizq-worker@.service"];
+
+/// The lines `key=value` of a unit that are not commented out.
+fn settings_of(unit: &str) -> Vec<(String, String)> {
+    let text = text(unit);
     let settings = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('='));
     settings.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
+
+fn unit_settings() -> Vec<(String, String)> {
+    settings_of(UNITS[0])
 }
 
 #[track_caller]
@@ -57,23 +65,137 @@ fn unit_setting(key: &str) -> String {
 }
 
 #[test]
-fn systemd_accepts_the_unit() {
-    let dir = TempDir::new().unwrap();
-    let unit = dir.path().join("zizq-worker.service");
-    // It asks whether the program exists, too, and the manual page.
-    let installed = text("config/zizq-worker.service")
-        .replace("ExecStart=/usr/bin/zizq-worker", concat!("ExecStart=", env!("CARGO_BIN_EXE_zizq-worker")));
-    assert!(installed.contains(env!("CARGO_BIN_EXE_zizq-worker")));
-    fs::write(&unit, installed).unwrap();
-    let verify = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit).output();
-    let Ok(verdict) = verify else {
-        assert!(std::env::var_os("CI").is_none(), "systemd-analyze is needed: apt-get install systemd");
-        eprintln!("left out: it needs systemd-analyze");
-        return;
+fn systemd_accepts_the_units() {
+    for (unit, name) in UNITS.into_iter().zip(["zizq-worker.service", "zizq-worker@mail.service"]) {
+        let dir = TempDir::new().unwrap();
+        // It asks whether the program exists, too, and the manual page.
+        let installed = text(unit).replace("=/usr/bin/zizq-worker", concat!("=", env!("CARGO_BIN_EXE_zizq-worker")));
+        assert!(installed.contains(env!("CARGO_BIN_EXE_zizq-worker")));
+        let path = dir.path().join(name);
+        fs::write(&path, installed).unwrap();
+        let verify = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&path).output();
+        let Ok(verdict) = verify else {
+            assert!(std::env::var_os("CI").is_none(), "systemd-analyze is needed: apt-get install systemd");
+            eprintln!("left out: it needs systemd-analyze");
+            return;
+        };
+        let complaints = String::from_utf8_lossy(&verdict.stderr);
+        let ours: Vec<&str> = complaints.lines().filter(|line| line.contains("zizq-worker")).collect();
+        assert!(verdict.status.success() && ours.is_empty(), "{unit}: {}\n{complaints}", verdict.status);
+    }
+}
+
+#[test]
+fn the_unit_for_several_workers_differs_in_its_files_alone() {
+    let [one, several] = UNITS.map(settings_of);
+    let file = |(key, value): (String, String)| {
+        (key, value.replace("/etc/zizq-worker/%i.toml", "/etc/zizq-worker.toml").replace("worker %i:", "worker:"))
     };
-    let complaints = String::from_utf8_lossy(&verdict.stderr);
-    let ours: Vec<&str> = complaints.lines().filter(|line| line.contains("zizq-worker")).collect();
-    assert!(verdict.status.success() && ours.is_empty(), "{}\n{complaints}", verdict.status);
+    let (environment, rest): (Vec<_>, Vec<_>) = several.into_iter().partition(|(key, _)| key == "EnvironmentFile");
+    assert_eq!(environment, [("EnvironmentFile".to_owned(), "-/etc/zizq-worker/%i.env".to_owned())]);
+    assert_eq!(rest.into_iter().map(file).collect::<Vec<_>>(), one);
+}
+
+/// Runs the first command of `ExecReload`, with this file in the place of the package's.
+fn check_before_reload(file: &Path, admin: &str) -> (i32, String, String) {
+    let commands: Vec<String> =
+        unit_settings().into_iter().filter(|(key, _)| key == "ExecReload").map(|(_, value)| value).collect();
+    let [check, signal] = &commands[..] else { panic!("{commands:?}") };
+    assert_eq!(signal, "/bin/kill -HUP $MAINPID");
+    let words = shlex::split(check).unwrap();
+    let script = words[2].replace("/usr/bin/zizq-worker", env!("CARGO_BIN_EXE_zizq-worker"));
+    let script = script.replace("/etc/zizq-worker.toml", file.to_str().unwrap());
+    let ended = Command::new(&words[0]).args([&words[1], &script]).env("ZIZQ_ADMIN_LISTEN", admin).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (ended.status.code().unwrap(), text(ended.stdout), text(ended.stderr))
+}
+
+#[test]
+fn a_reload_with_a_mistake_fails_before_the_signal() {
+    let server = Server::start();
+    let address = unused_address().to_string();
+    let running = Daemon::of(&server).args(["--admin-listen", &address]).config("[handler]\nexec = ['true']").start();
+    running.wait_for_message("admin server listening");
+    let file = running.dir().join("zizq-worker.toml");
+    // The port of the admin server is the worker's own.
+    assert_eq!(check_before_reload(&file, &address), (0, String::new(), String::new()));
+    fs::write(&file, "[handler]\nexec = ['true']\nthreads = 3").unwrap();
+    let (status, stdout, stderr) = check_before_reload(&file, &address);
+    assert_eq!((status, stdout.as_str()), (78, ""));
+    assert!(stderr.contains("zizq-worker.toml:3: unknown key `threads`"), "{stderr}");
+    running.stop();
+}
+
+/// Runs a maintainer script with programs that only log their arguments, in a root directory of its own.
+fn maintain(script: &str, root: &Path, args: &[&str], overridden: &str) -> String {
+    let bin = root.join("bin");
+    fs::create_dir_all(&bin).unwrap();
+    let log = root.join("log");
+    for name in ["adduser", "deluser", "chown", "chmod", "deb-systemd-invoke", "dpkg-statoverride"] {
+        let status = if name == "dpkg-statoverride" { "[ \"$2\" = \"$OVERRIDDEN\" ]" } else { ":" };
+        let path = bin.join(name);
+        fs::write(&path, format!("#!/bin/sh\necho {name} \"$@\" >> {}\n{status}\n", log.display())).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let etc = root.join("etc").display().to_string();
+    let text = text(&format!("config/debian/{script}")).replace("/etc/", &format!("{etc}/"));
+    let path = std::env::var("PATH").unwrap();
+    let ended = Command::new("sh")
+        .args(["-c", &text, script])
+        .args(args)
+        .env("PATH", format!("{}:{path}", bin.display()))
+        .env("OVERRIDDEN", overridden.replace("/etc/", &format!("{etc}/")))
+        .output()
+        .unwrap();
+    assert!(ended.status.success(), "{script}: {}", String::from_utf8_lossy(&ended.stderr));
+    fs::read_to_string(log).unwrap_or_default().replace(&etc, "/etc")
+}
+
+#[test]
+fn the_package_keeps_its_settings_from_other_users() {
+    let dir = TempDir::new().unwrap();
+    fs::create_dir(dir.path().join("etc")).unwrap();
+    fs::write(dir.path().join("etc/zizq-worker.toml"), "").unwrap();
+    let done = maintain("postinst", dir.path(), &["configure", ""], "/etc/zizq-worker");
+    assert!(done.contains("adduser --quiet --system --group"), "{done}");
+    assert!(
+        done.contains("chown root:zizq-worker /etc/zizq-worker.toml\nchmod 0640 /etc/zizq-worker.toml\n"),
+        "{done}"
+    );
+    assert!(!done.contains("0750"), "the administrator has decided: {done}");
+    assert!(dir.path().join("etc/zizq-worker").is_dir());
+}
+
+#[test]
+fn a_purge_leaves_the_user_and_foreign_files() {
+    let dir = TempDir::new().unwrap();
+    let etc = dir.path().join("etc/zizq-worker");
+    fs::create_dir_all(&etc).unwrap();
+    fs::write(etc.join("mail.toml"), "").unwrap();
+    assert_eq!(maintain("postrm", dir.path(), &["purge"], ""), "");
+    assert!(etc.join("mail.toml").exists());
+    fs::remove_file(etc.join("mail.toml")).unwrap();
+    maintain("postrm", dir.path(), &["purge"], "");
+    assert!(!etc.exists());
+}
+
+#[test]
+fn signals_by_systemctl_are_shown_for_the_worker_alone() {
+    for file in [UNITS[0], UNITS[1], "config/man/zizq-worker.1", "docs/operations.md"] {
+        let text = text(file).replace("\\-", "-");
+        let commands = text.lines().filter(|line| line.contains("systemctl kill")).collect::<Vec<_>>();
+        assert!(!commands.is_empty(), "{file}");
+        assert!(commands.iter().all(|line| line.contains("--kill-whom=main")), "{file}: {commands:?}");
+    }
+}
+
+#[test]
+fn the_image_says_what_it_is() {
+    let dockerfile = text("Dockerfile");
+    assert!(dockerfile.contains(concat!("ARG VERSION=", env!("CARGO_PKG_VERSION"), "\n")));
+    for label in ["title", "description", "version", "revision", "licenses"] {
+        assert!(dockerfile.contains(&format!("org.opencontainers.image.{label}=")), "{label}");
+    }
 }
 
 #[test]
@@ -91,7 +213,6 @@ fn the_unit_leaves_the_jobs_to_the_worker_and_watches_it() {
         ("OOMPolicy", "continue"),
         ("Restart", "on-failure"),
         ("RestartPreventExitStatus", "78 2"),
-        ("ExecReload", "/bin/kill -HUP $MAINPID"),
     ] {
         assert_eq!(unit_setting(key), value, "{key}");
     }

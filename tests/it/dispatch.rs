@@ -17,12 +17,9 @@ fn a_job_whose_command_exits_0_is_acknowledged_and_gone() {
     daemon.sigterm();
     let finished = daemon.assert_exit(0);
     let completed = finished.event("job completed");
-    assert_eq!(completed["level"], "DEBUG");
+    assert_eq!(completed["level"], "INFO");
     assert!(completed["seconds"].as_f64().unwrap() > 0.0);
-    assert_eq!(
-        completed["span"],
-        json!({"name": "job", "id": id, "type": "send_email", "queue": "mail", "attempt": 1})
-    );
+    assert_eq!(completed["job"], json!({"id": id, "type": "send_email", "queue": "mail", "attempt": 1}));
 }
 
 #[test]
@@ -91,7 +88,7 @@ fn attempts_count_the_failures_before() {
     server.wait_until_done(&id);
     assert_eq!(daemon.wait_for_file("attempts"), "0\n1\n");
     let failed = daemon.wait_for("the first failure", |event| event["message"] == "job failed");
-    assert_eq!(failed["span"]["attempt"], 1);
+    assert_eq!(failed["job"]["attempt"], 1);
 }
 
 #[test]
@@ -132,7 +129,7 @@ fn another_exit_status_is_a_failure_with_the_end_of_stderr() {
     let failed = daemon.wait_for_message("job failed");
     assert_eq!((&failed["level"], &failed["error"]), (&json!("ERROR"), &error["message"]));
     assert!(failed["seconds"].as_f64().unwrap() > 0.0);
-    assert_eq!(failed["span"]["id"], id.as_str());
+    assert_eq!(failed["job"]["id"], id.as_str());
 }
 
 #[test]
@@ -193,7 +190,7 @@ fn output_lines_are_logged_with_their_job() {
     for (message, level, line) in [("stdout", "INFO", "hello"), ("stderr", "WARN", "no newline")] {
         let event = daemon.wait_for(line, |event| event["message"] == message);
         assert_eq!((&event["level"], &event["line"]), (&json!(level), &json!(line)));
-        assert_eq!(event["span"]["id"], id.as_str());
+        assert_eq!(event["job"]["id"], id.as_str());
     }
 }
 

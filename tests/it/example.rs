@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use zizq_worker::cli::Args;
 use zizq_worker::config::{
     DEFAULT_FIBERS, DEFAULT_MAX_JOB_SIZE, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
-    DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL, LogFormat, LogLevel,
+    DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL, LogFormat, LogLevels,
 };
 use zizq_worker::handler::{DEFAULT_KILL_GRACE, Stdin};
 use zizq_worker::{Backoff, Config, Output};
@@ -54,7 +54,7 @@ fn every_value_in_the_example_is_the_default() {
     assert_eq!(worker.shutdown_deadline, DEFAULT_SHUTDOWN_DEADLINE);
     assert_eq!(worker.stream_limits.idle_timeout, DEFAULT_STREAM_IDLE_TIMEOUT);
     assert_eq!(worker.stream_limits.max_job_size, DEFAULT_MAX_JOB_SIZE);
-    assert_eq!(log.level, LogLevel::default());
+    assert_eq!(log.level, LogLevels::default());
     assert_eq!((log.format, worker.exit_when_idle), (None, None));
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::support::{
-    BodyFault, Call, Daemon, Fault, Proxy, RawServer, Recorder, Running, Server, eventually, runtime,
+    Admin, BodyFault, Call, Daemon, Fault, Proxy, RawServer, Recorder, Running, Server, eventually, runtime,
 };
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
@@ -199,7 +199,7 @@ fn an_unaccepted_connection_is_given_up_after_ten_seconds() {
 fn a_malformed_job_with_an_id_is_reported_as_failed() {
     for line in [r#"{"id":"1","type":7,"queue":"q"}"#, r#"{"type":"t","id":"1"}"#, r#"{"id":"1","#] {
         let server = RawServer::start();
-        let daemon = Daemon::at(&server.url()).args(QUICK).sh("true").start();
+        let daemon = Daemon::at(&server.url()).args(QUICK).args(["--admin-listen", "127.0.0.1:0"]).sh("true").start();
         let mut stream = server.take();
         stream.chunk(&format!("{line}\n")).job("2");
         let (mut reported, mut done) = (None, false);
@@ -215,7 +215,9 @@ fn a_malformed_job_with_an_id_is_reported_as_failed() {
         assert_eq!((&*request, &failure["error_type"]), ("POST /jobs/1/failure HTTP/1.1", &json!("MalformedJob")));
         let message = failure["message"].as_str().unwrap();
         assert!(message.starts_with("the worker cannot read this job: "), "{message}");
-        assert_eq!(daemon.wait_for_message("malformed job, reported as failed")["level"], "ERROR");
+        let malformed = daemon.wait_for_message("malformed job, reported as failed");
+        assert_eq!((&malformed["level"], &malformed["job"]), (&json!("ERROR"), &json!({"id": "1"})));
+        Admin::of(&daemon).wait_for_metric(r#"job_failures_total{kind="MalformedJob",type="(other)"}"#, "1");
         daemon.sigterm();
         stream.wait_until_closed();
         daemon.assert_exit(0);
@@ -327,7 +329,7 @@ fn draining_in_vain(job_type: &str) {
     daemon.sigterm();
     let finished = daemon.assert_exit(1);
     let dropped = finished.event("report dropped");
-    assert!(dropped["ids"].as_str().unwrap().contains(&id) && dropped["level"] == "ERROR", "{dropped}");
+    assert!(dropped["job"]["id"] == id && dropped["level"] == "ERROR", "{dropped}");
     assert!(finished.has("shutdown deadline reached: killing what still runs"));
     server.resume();
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);

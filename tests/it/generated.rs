@@ -274,6 +274,13 @@ const SIGNALS: &[Part] = &[
          give its jobs to others, and the worker waits.",
     ),
     Item("SIGCONT", "Takes jobs again after SIGUSR2."),
+    Text(
+        "Under systemd, signal the worker alone: without --kill-whom=main (--kill-who=main before systemd 252), every handler gets the \
+         signal too, and dies of it.",
+    ),
+    Example(
+        "systemctl kill --kill-whom=main --signal=USR2 zizq-worker\nsystemctl kill --kill-whom=main --signal=CONT zizq-worker\nsystemctl reload zizq-worker",
+    ),
     Text("Once the worker stops, all of these but SIGTERM, SIGINT and SIGUSR1 are ignored."),
 ];
 
@@ -291,7 +298,11 @@ const EXIT_STATUS: &[Part] = &[
         "Stopped as asked, by a signal or by --max-jobs, --max-time or --exit-when-idle. All jobs that were started are \
          finished and reported.",
     ),
-    Item("1", "Jobs had to be stopped or could not be reported, or the server refused the worker's first request."),
+    Item(
+        "1",
+        "Jobs had to be stopped or could not be reported, the server refused the worker's first request, or the \
+         address of the admin server is taken or not there yet.",
+    ),
     Item("2", "A mistake on the command line or in a variable."),
     Item("78", "A mistake in the configuration file, or a handler or certificate that cannot be used."),
 ];
@@ -333,6 +344,8 @@ const EXAMPLES: &[Part] = &[
     Example("zizq-worker --url http://queue.example.org:7890 --queues mail,billing --threads 4 --exec ./handle.sh"),
     Text("Say what every setting is and where it was written, and whether it would work:"),
     Example("zizq-worker --config /etc/zizq-worker.toml --check"),
+    Text("Check the same without a server, as systemctl reload does before the worker reads its file again:"),
+    Example("zizq-worker --config /etc/zizq-worker.toml --check --offline"),
     Text("Try a handler without a server:"),
     Example("zizq-worker --embedded --jobs jobs.ndjson --exec ./handle.sh --exit-when-idle 1s"),
 ];
@@ -355,5 +368,17 @@ fn every_generated_file_is_in_the_package() {
             let path = file.strip_prefix(root).unwrap().to_str().unwrap();
             assert!(sources.contains(&path), "{path} in {sources:?}");
         }
+    }
+}
+
+#[test]
+fn the_completions_have_the_words_of_a_setting() {
+    for file in ["zizq-worker.bash", "_zizq-worker", "zizq-worker.fish"] {
+        let text =
+            fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/completions").join(file)).unwrap();
+        let lists = |words: [&str; 3]| {
+            text.contains(&words.join(" ")) || words.iter().all(|word| text.contains(&format!("{word}\\t''")))
+        };
+        assert!(lists(["error", "warn", "info"]) && lists(["pretty", "compact", "json"]), "{file}");
     }
 }

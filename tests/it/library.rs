@@ -1,6 +1,9 @@
 //! The library: a worker of one's own, without any process.
 
+use std::fs;
 use std::num::NonZeroUsize;
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -12,6 +15,7 @@ use zizq_worker::{
 };
 
 use crate::support::{Api, Call, PATIENCE, Proxy, RawServer, Server, eventually, runtime};
+use crate::warm_handlers::built_example;
 
 /// Does what the job's type says, and remembers the payloads.
 #[derive(Debug, Clone, Default)]
@@ -102,6 +106,8 @@ fn a_worker_goes_over_connections_that_the_program_supplies() {
     let config = WorkerConfig { url: "http://nowhere.invalid".parse().unwrap(), connector, ..WorkerConfig::default() };
     let lifecycle = Lifecycle::new();
     let running = run(&Arc::new(Worker::new(config, Obedient::default())), &lifecycle);
+    // The look at the server's version opens the connection of the reports. A report beside that look would open one more.
+    eventually("both connections", || (made.load(Ordering::Relaxed) == 2).then_some(()));
     let id = server.enqueue("q", "succeed", json!(null));
     server.wait_until_done(&id);
     lifecycle.stop();
@@ -209,4 +215,33 @@ fn a_run_that_is_dropped_gives_its_jobs_back() {
     running.abort();
     let job: Value = server.wait_for_status(&id, "ready");
     assert_eq!(job["attempts"], 0);
+}
+
+#[test]
+fn the_example_runs_its_own_jobs_and_those_of_a_server() {
+    let run = |argument: Option<&str>| {
+        let output = Command::new(built_example("library_worker")).args(argument).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(run(None), "sent to ann@example.org\n1 succeeded, 2 failed\n");
+    let server = Server::start();
+    let id = server.enqueue("mail", "send_email", json!({"to": "bob@example.org"}));
+    assert_eq!(run(Some(&server.url)), "sent to bob@example.org\n1 succeeded, 0 failed\n");
+    server.wait_until_done(&id);
+}
+
+/// Each Rust block of the page is a part of the example, or of a doc comment that the doc tests compile.
+#[test]
+fn the_page_shows_code_that_compiles() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let tested =
+        read("examples/library_worker.rs") + &read("src/client/connector.rs").replace("/// ", "").replace("///", "");
+    let page = read("docs/library.md");
+    let blocks: Vec<&str> = page.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(blocks.len() >= 3, "{blocks:?}");
+    for block in blocks {
+        assert!(tested.contains(block), "not in the example:\n{block}");
+    }
 }

@@ -1,8 +1,9 @@
 //! The log in its three forms, and that nothing which a job brings along can forge or garble a line of it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
 use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use serde_json::{Value, json};
@@ -82,13 +83,124 @@ fn every_json_line_has_time_level_and_message() {
     let events: Vec<Value> = finished.log.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert!(events.iter().all(|event| is_stamp(event["timestamp"].as_str().unwrap())), "{events:#?}");
     assert!(events.iter().all(|event| event["level"].is_string() && event["message"].is_string()), "{events:#?}");
-    let job = json!({"name": "job", "id": id, "type": "send_email", "queue": "mail", "attempt": 1});
+    let job = json!({"id": id, "type": "send_email", "queue": "mail", "attempt": 1});
     for (message, line) in [("stdout", "to stdout"), ("stderr", "to stderr")] {
         assert_eq!(finished.event(message)["line"], line);
-        assert_eq!(finished.event(message)["span"], job);
+        assert_eq!(finished.event(message)["job"], job);
     }
-    assert_eq!(finished.event("job failed")["span"], job);
+    assert_eq!(finished.event("job failed")["job"], job);
     assert_eq!(finished.event("job failed")["error_type"], "ExitStatus");
+}
+
+#[test]
+fn every_json_line_about_a_job_has_its_id_in_one_place() {
+    let (id, finished) = run(Daemon::bare().args(["--log-format", "json"]), "send_email", FAILING);
+    let events: Vec<Value> = finished.log.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let is_about_it = |event: &&Value| event.to_string().contains(&id);
+    let about_it: Vec<&Value> = events.iter().filter(is_about_it).collect();
+    assert!(about_it.iter().all(|event| event["job"]["id"] == *id), "{about_it:#?}");
+    assert!(events.iter().all(|event| event["span"].is_null()), "{events:#?}");
+    let messages: Vec<&str> = about_it.iter().map(|event| event["message"].as_str().unwrap()).collect();
+    for message in ["job received", "stdout", "stderr", "job failed"] {
+        assert!(messages.contains(&message), "{messages:?}");
+    }
+}
+
+#[test]
+fn errors_have_their_job_even_if_nothing_else_is_logged() {
+    let server = Server::start();
+    let id = server.enqueue("mail", "t", json!(null));
+    let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", "json", "--log-level", "error"]);
+    let running = daemon.sh("exit 3").start();
+    server.wait_for_error(&id, 1);
+    let finished = running.stop();
+    assert_eq!(finished.event("job failed")["job"]["id"], id);
+    assert!(finished.events().iter().all(|event| event["level"] == "ERROR"));
+}
+
+#[test]
+fn the_first_line_names_the_version_and_the_worker() {
+    let daemon = Daemon::at("http://127.0.0.1:1").args(["--worker-id", "w-1"]).sh("true").start();
+    let starting = daemon.wait_for_message("worker starting");
+    assert_eq!((&starting["version"], &starting["worker_id"]), (&json!(env!("CARGO_PKG_VERSION")), &json!("w-1")));
+    daemon.stop();
+}
+
+/// Runs a job that succeeds and one that fails, and returns the messages of the log.
+fn messages_at(level: &str) -> Vec<String> {
+    let server = Server::start();
+    let good = server.enqueue("q", "good", json!(null));
+    let bad = server.enqueue("q", "bad", json!(null));
+    let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", "json", "--log-level", level]);
+    let running = daemon.sh("echo out; [ $ZIZQ_JOB_TYPE = good ]").start();
+    server.wait_until_done(&good);
+    server.wait_for_error(&bad, 1);
+    let finished = running.stop();
+    finished.events().iter().map(|event| event["message"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn successes_can_be_turned_down_without_losing_the_rest() {
+    let has = |messages: &[String], message: &str| messages.iter().any(|found| found == message);
+    let all = messages_at("info");
+    let [rest, silent] = ["info,zizq_worker::jobs=warn", "zizq_worker::output=error,info"].map(messages_at);
+    for message in ["worker starting", "stdout", "job completed", "job failed", "worker stopped"] {
+        assert!(has(&all, message), "{message}: {all:?}");
+        assert_eq!(has(&rest, message), message != "job completed", "{message}: {rest:?}");
+        assert_eq!(has(&silent, message), message != "stdout", "{message}: {silent:?}");
+    }
+}
+
+/// The value of `JOURNAL_STREAM` for a file.
+fn stream_of(path: &Path) -> String {
+    let file = fs::metadata(path).unwrap();
+    format!("{}:{}", file.dev(), file.ino())
+}
+
+/// Runs a job that fails with its log in a file, which `JOURNAL_STREAM` names or not. Returns the file's lines.
+fn lines_in_the_journal(format: &str, is_journal: bool) -> Vec<String> {
+    let server = Server::start();
+    let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", format, "--log-level", "debug"]);
+    let log = daemon.file("log", "");
+    let stream = if is_journal { stream_of(&log) } else { "1:1".to_owned() };
+    let id = server.enqueue("mail", "t", json!(null));
+    let running = daemon.sh(FAILING).env("JOURNAL_STREAM", stream).after("exec 2> $DIR/log").start();
+    server.wait_for_error(&id, 1);
+    let finished = running.stop();
+    finished.read("log").lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn lines_in_the_journal_carry_their_priority() {
+    for format in ["compact", "json", "pretty"] {
+        let lines = lines_in_the_journal(format, true);
+        for line in &lines {
+            let levels = [("ERROR", "<3>"), ("WARN", "<4>"), ("INFO", "<6>"), ("DEBUG", "<7>")];
+            let first = levels.iter().find(|(level, _)| line.split(['"', ' ']).any(|word| word == *level));
+            let (_, priority) = first.unwrap_or_else(|| panic!("no level: {line}"));
+            assert!(line.starts_with(priority) && !line[3..].starts_with('<'), "{line}");
+        }
+        for wanted in ["<3>", "<4>", "<6>", "<7>"] {
+            assert!(lines.iter().any(|line| line.starts_with(wanted)), "{wanted}: {lines:#?}");
+        }
+    }
+}
+
+#[test]
+fn lines_elsewhere_carry_no_priority() {
+    let lines = lines_in_the_journal("compact", false);
+    assert!(!lines.is_empty() && lines.iter().all(|line| is_event(line)), "{lines:#?}");
+}
+
+#[test]
+fn a_mistake_is_an_error_in_the_journal() {
+    for args in [["--threads", "none"], ["--no-such-flag", "x"]] {
+        let daemon = Daemon::bare().args(args);
+        let stream = stream_of(&daemon.file("log", ""));
+        let running = daemon.env("JOURNAL_STREAM", stream).after("exec 2> $DIR/log").start();
+        let text = running.finish().read("log");
+        assert!(text.starts_with("<3>zizq-worker: ") && text.lines().count() == 1, "{text}");
+    }
 }
 
 #[test]
@@ -135,9 +247,9 @@ fn a_hostile_job_cannot_forge_a_json_line() {
     for line in &finished.log {
         let event: Value = serde_json::from_str(line).unwrap();
         assert!(!line.chars().any(|char| char.is_control() || char == '\u{202e}'), "raw in the log: {line:?}");
-        assert!(!line.contains("forged") || event["span"]["id"] == *id || event["id"] == *id, "whose is it: {line:?}");
+        assert!(!line.contains("forged") || event["job"]["id"] == *id, "whose is it: {line:?}");
     }
-    assert_eq!(finished.event("job failed")["span"]["type"], HOSTILE_TYPE);
+    assert_eq!(finished.event("job failed")["job"]["type"], HOSTILE_TYPE);
 }
 
 const HOSTILE_ANSWER: &str = "no: forged\r\u{1b}[2J\u{9b}2J\n2026-11-24T00:00:00.000000Z  INFO forged";

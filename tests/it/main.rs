@@ -10,6 +10,7 @@
 mod support;
 
 mod admin;
+mod alerts;
 mod bounds;
 mod check;
 mod contract;
@@ -21,6 +22,7 @@ mod docs;
 mod embedded;
 mod example;
 mod faults;
+mod formats;
 mod generated;
 mod groups;
 mod handlers;
@@ -35,6 +37,7 @@ mod official_client;
 mod once;
 mod orphans;
 mod output;
+mod page;
 mod producer;
 mod protocol;
 mod quiet;

@@ -195,6 +195,16 @@ fn the_worker_id_must_be_a_legal_header_value() {
 fn log_level_and_format_must_be_known() {
     let problem = "log_level must be one of error, warn, info, debug, trace (got loud)";
     refuse_everywhere("--log-level", "loud", "log.level = 'loud'", problem);
+    for bad in ["info,zizq_worker::jobs=loud", "info,loud"] {
+        let problem = format!("log_level must be one of error, warn, info, debug, trace (got {bad})");
+        refuse_everywhere("--log-level", bad, &format!("log.level = '{bad}'"), &problem);
+    }
+    let targets = "zizq_worker::jobs, zizq_worker::output";
+    let problem = format!("log_level may have other levels for the targets {targets} (got info,zizq_worker::job=warn)");
+    let bad = "info,zizq_worker::job=warn";
+    refuse_everywhere("--log-level", bad, &format!("log.level = '{bad}'"), &problem);
+    let problem = "log_level must have one level without a target (got info,warn)";
+    refuse_everywhere("--log-level", "info,warn", "log.level = 'info,warn'", problem);
     let problem = "log_format must be one of pretty, compact, json (got xml)";
     refuse_everywhere("--log-format", "xml", "log.format = 'xml'", problem);
 }
@@ -203,7 +213,7 @@ fn log_level_and_format_must_be_known() {
 fn rust_log_must_be_a_filter() {
     let finished = Daemon::bare().env("RUST_LOG", "zizq_worker=loud").args(["--", "true"]).run().assert_exit(USAGE);
     assert_eq!(finished.log.len(), 1);
-    let wanted = "zizq-worker: RUST_LOG: must be a filter like zizq_worker=debug (got zizq_worker=loud: ";
+    let wanted = "zizq-worker: RUST_LOG: must be a level, or a filter like zizq_worker=debug (got zizq_worker=loud: ";
     assert!(finished.log[0].starts_with(wanted), "{}", finished.log[0]);
 }
 
@@ -298,10 +308,7 @@ fn no_setting_of_a_handler_has_a_zero_byte() {
         ("exec = ['true', \"a\\u0000b\"]", "2: exec must not have a zero byte"),
         ("exec = \"true a\\u0000b\"", "2: exec must not have a zero byte"),
         ("exec = 'true'\ncwd = \"/\\u0000\"", "3: cwd must be a directory that exists (got /\\u{0})"),
-        (
-            "exec = 'true'\nenv.A = \"\\u0000\"",
-            "3: env must be a table of variable names and strings (got { A = \"\\u0000\" })",
-        ),
+        ("exec = 'true'\nenv.A = \"\\u0000\"", "3: env.A must not have a zero byte"),
     ] {
         for check in [&[][..], &["--check"]] {
             let daemon = check.iter().fold(Daemon::bare(), |daemon, flag| daemon.args([flag]));
@@ -412,4 +419,78 @@ fn a_prefetch_that_leaves_loops_idle_is_warned_of() {
     assert!(warning["message"].as_str().unwrap().starts_with("prefetch is below threads x fibers: "), "{warning}");
     assert_eq!((&warning["prefetch"], &warning["concurrency"], &warning["idle"]), (&3.into(), &4.into(), &1.into()));
     assert!(run("4").events().iter().all(|event| event["level"] == "INFO"));
+}
+
+#[test]
+fn a_file_without_a_handler_is_shown_with_the_line_for_one() {
+    let shipped = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/config/zizq-worker.toml")).unwrap();
+    let line = shipped.lines().position(|line| line.starts_with("#exec = ")).unwrap() + 1;
+    let rest = "the command to run for each job, or give it with --exec or ZIZQ_EXEC";
+    let add = "exec = [\"CMD\", \"ARG\"] below";
+    for (file, line, advice) in [
+        (shipped.as_str(), line, "take the # off this line and name".to_owned()),
+        ("\n[handler]\nstdin = 'job'\n", 2, format!("add {add} this line for")),
+        ("url = 'http://127.0.0.1:1'\n", 1, format!("add [handler], and {add} it, for")),
+        ("", 1, format!("add [handler], and {add} it, for")),
+    ] {
+        complains(
+            Daemon::bare().config(file),
+            CONFIG,
+            &format!("DIR/zizq-worker.toml:{line}: no handler given; {advice} {rest}"),
+        );
+    }
+}
+
+#[test]
+fn a_filter_that_would_silence_the_worker_is_a_mistake() {
+    for (filter, suggested) in
+        [("loud", "loud,info"), ("hyper=debug", "hyper=debug,info"), ("zizq-worker=debug", "zizq-worker=debug,info")]
+    {
+        let problem = format!("the worker would log nothing; add a level, like {suggested}");
+        let line = format!("RUST_LOG: must be a level, or a filter like zizq_worker=debug (got {filter}: {problem})");
+        refuse(Daemon::bare().env("RUST_LOG", filter).args(["--", "true"]), USAGE, &line);
+    }
+    for good in ["off", "debug", "zizq_worker::ack=debug", "zizq_worker=off", "myapp=debug,info"] {
+        Daemon::bare().env("RUST_LOG", good).args(["--check", "--offline", "--", "true"]).run().assert_exit(0);
+    }
+}
+
+#[test]
+fn an_unknown_variable_is_warned_of_and_stops_nothing() {
+    let server = Recorder::answering(400, "no");
+    let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", "json", "--", "true"]);
+    let daemon =
+        ["ZIZQ_JOB_ID", "ZIZQ_RESULT_FILE", "ZIZQ_SOCKET"].iter().fold(daemon, |daemon, name| daemon.env(name, "x"));
+    let daemon = daemon.env("ZIZQ_TREADS", "4").env("ZIZQ_XYLOPHONE", "s3cret").env("ZIZQ_EMPTY", "");
+    let finished = daemon.run().assert_exit(1);
+    let warnings: Vec<_> = finished.events().into_iter().filter(|event| event["level"] == "WARN").collect();
+    let [one, other] = &warnings[..] else { panic!("{warnings:#?}") };
+    assert!(one["message"].as_str().unwrap().starts_with("variable is no setting and has no effect"), "{one}");
+    assert_eq!((&one["variable"], &one["nearest"]), (&"ZIZQ_TREADS".into(), &"ZIZQ_THREADS".into()));
+    assert_eq!((&other["variable"], other.get("nearest")), (&"ZIZQ_XYLOPHONE".into(), None));
+    assert!(!finished.log.concat().contains("s3cret"));
+}
+
+#[test]
+fn a_secret_in_a_file_must_be_readable_and_short() {
+    let refused = |daemon: Daemon, problem: &str| {
+        let daemon = daemon.handlers("[handler]\nexec = ['true']\nenv = { TOKEN = { file = '$DIR/token' } }");
+        refuse(daemon, CONFIG, &format!("DIR/zizq-worker.toml:3: env.TOKEN: {problem}"));
+    };
+    refused(Daemon::bare(), "cannot read DIR/token: No such file or directory (os error 2)");
+    let daemon = Daemon::bare();
+    fs::create_dir(daemon.dir().join("token")).unwrap();
+    refused(daemon, "cannot read DIR/token: it is not a regular file");
+    for (contents, problem) in [("x".repeat(65 * 1024), "has more than 64 KiB"), ("a\0b".to_owned(), "has a zero byte")]
+    {
+        let daemon = Daemon::bare();
+        daemon.file("token", &contents);
+        refused(daemon, &format!("DIR/token {problem}"));
+    }
+    for bad in ["3", "{ path = 's3cret' }", "{ file = 3 }", "{ file = 's3cret', other = 1 }"] {
+        let daemon = Daemon::bare().config(&format!("[handler]\nexec = ['true']\nenv = {{ TOKEN = {bad} }}"));
+        let kind = if bad == "3" { "integer" } else { "table" };
+        let problem = format!("env.TOKEN must be a string, or {{ file = \"PATH\" }} (got a value of type {kind})");
+        refuse(daemon, CONFIG, &format!("DIR/zizq-worker.toml:3: {problem}"));
+    }
 }

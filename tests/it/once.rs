@@ -28,7 +28,7 @@ const ENDED: &str = "job received again after it ended here, reported";
 const NOT_STARTED: &str = "job not started: its stream was lost, and the server has it again";
 const DENIED_SUCCESS: &str = "success was already handled, or its job was handed out again";
 const DENIED_FAILURE: &str = "failure was already handled, or its job was handed out again";
-const KEPT: &str = "failure kept until its job comes again";
+const KEPT: &str = "failure parked until its job is redelivered";
 
 fn go(daemon: &Running) {
     fs::write(daemon.dir().join("go"), "").unwrap();
@@ -71,7 +71,7 @@ fn jobs_that_wait_are_redelivered_after_a_lost_stream() {
     let gate = proxy.hold(Call::Take);
     proxy.cut_streams();
     let dropped = daemon.wait_for_messages(2, NOT_STARTED);
-    assert_eq!(dropped.iter().map(|event| event["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
+    assert_eq!(dropped.iter().map(|event| event["job"]["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
     // The loop is free again, and no job is waiting.
     go(&daemon);
     daemon.wait_for_message(DENIED_SUCCESS);
@@ -301,7 +301,7 @@ fn a_kill_does_not_wait_for_a_look_at_a_job() {
     let killed = Instant::now();
     daemon.sigterm();
     let dropped = daemon.assert_exit(1).event("report dropped");
-    assert!(dropped["ids"].as_str().unwrap().contains(&id), "{dropped}");
+    assert!(dropped["job"]["id"] == id, "{dropped}");
     assert!(killed.elapsed() < Duration::from_secs(15), "{:?}", killed.elapsed());
 }
 
@@ -514,6 +514,6 @@ fn a_drain_does_not_wait_for_jobs_finished_elsewhere() {
 fn an_outcome_dropped_at_the_deadline_is_logged_with_its_id() {
     let (server, _proxy, daemon, id, _gate) = draining_with_a_kept_failure("300ms");
     let finished = daemon.assert_exit(1);
-    assert!(finished.event("report dropped")["ids"].as_str().unwrap().contains(&id));
+    assert!(finished.event("report dropped")["job"]["id"] == id);
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
 }

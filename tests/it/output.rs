@@ -26,7 +26,7 @@ fn logged_output_is_an_event_a_line_with_its_job() {
     let (stdout, stderr) = (finished.event("stdout"), finished.event("stderr"));
     assert_eq!((&stdout["level"], &stdout["line"]), (&json!("INFO"), &json!("to stdout")));
     assert_eq!((&stderr["level"], &stderr["line"]), (&json!("WARN"), &json!("to stderr")));
-    assert_eq!((&stdout["span"]["type"], &stdout["span"]["queue"]), (&json!("t"), &json!("q")));
+    assert_eq!((&stdout["job"]["type"], &stdout["job"]["queue"]), (&json!("t"), &json!("q")));
     assert_eq!(finished.stdout, "");
 }
 

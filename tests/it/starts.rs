@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, RawServer, Running, Server, UNTIL_GO, eventually, jobs};
+use crate::support::{Admin, Daemon, RawServer, Running, Server, UNTIL_GO, eventually, jobs};
 
 /// Replaces the handler's script atomically, as a careful deploy does.
 fn deploy(daemon: &Running, script: &str) {
@@ -168,9 +168,40 @@ fn a_missing_handler_fails_its_job_after_five_seconds() {
     assert!(hints[0].ends_with("/cwd is missing)"), "{hints:?}");
     assert!(hints[1].ends_with("(the file is there; what its #! line names is not)"), "{hints:?}");
     let finished = running.stop();
-    let took = finished.event("job failed")["seconds"].as_f64().unwrap();
+    let failed = finished.event("job failed");
+    assert_eq!(failed["seconds"], json!(null), "it has not run");
+    let took = failed["waited_seconds"].as_f64().unwrap();
     assert!((5.0..20.0).contains(&took), "{took}");
     assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 3);
+}
+
+/// Jobs that arrive together wait for the pauses after earlier failed starts: one second, then two, then four.
+#[test]
+fn the_wait_for_a_broken_handler_is_no_run_time() {
+    let server = Server::start();
+    let daemon = Daemon::of(&server).threads(8).args(["--prefetch", "8", "--admin-listen", "127.0.0.1:0"]);
+    let running = daemon.sh("true").start();
+    let admin = Admin::of(&running);
+    running.wait_for_message("connected, listening for jobs");
+    deploy(&running, "\0\0 not a program");
+    server.enqueue_all(jobs(8));
+    running.wait_for_messages(2, "job failed");
+    deploy(&running, GOOD);
+    let completed = running.wait_for("a job that waited", |event| event["message"] == "job completed");
+    let waited = completed["waited_seconds"].as_f64().unwrap_or_else(|| panic!("{completed}"));
+    assert!(waited > 1.0, "{completed}");
+    // Jobs whose start failed are retried. The time of failed starts does not count as run time.
+    eventually("the time of all runs", || {
+        let completed = running.log().iter().filter(|line| line.contains(r#""message":"job completed""#)).count();
+        let text = admin.metrics();
+        let sum = |name: &str| -> f64 {
+            let name = format!("zizq_worker_handler_seconds_{name}{{type=\"t\"}} ");
+            text.lines().find_map(|line| line.strip_prefix(&name)).unwrap().parse().unwrap()
+        };
+        (completed >= 6 && sum("count") as usize >= 6).then_some(())
+    });
+    let finished = running.stop();
+    assert!(finished.all("job failed").iter().all(|failed| failed["seconds"].is_null()), "{:?}", finished.log);
 }
 
 /// ENOEXEC is not temporary, so a job fails at once. Then the brake holds the others back.

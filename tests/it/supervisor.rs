@@ -198,3 +198,20 @@ fn a_socket_that_is_not_there_harms_nothing_but_the_log() {
     server.wait_until_done(&server.enqueue("q", "t", json!(null)));
     running.stop();
 }
+
+#[test]
+fn the_status_tells_of_an_old_stream_after_a_reload() {
+    let server = Server::start();
+    let (manager, daemon) = Manager::of(Daemon::of(&server).handler(UNTIL_GO, "[worker]\nprefetch = 3"));
+    let running = daemon.start();
+    server.enqueue("q", "t", json!(null));
+    running.wait_for_lines(1, "started");
+    let file = running.dir().join("zizq-worker.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("prefetch = 3", "prefetch = 4")).unwrap();
+    running.signal(Signal::HUP);
+    manager.wait_for("STATUS=1 running, 0 done, 0 failed; reloaded, the old stream finishes its jobs");
+    running.go();
+    manager.wait_for_one(|line| line.starts_with("STATUS=") && !line.contains("reloaded"));
+    running.stop();
+}

@@ -114,7 +114,11 @@ fn a_certificate_that_has_expired_is_refused() {
 fn a_server_without_tls_is_refused() {
     let server = Server::start();
     let daemon = daemon(&at(server.address().port()), &Authority::new().pem());
-    assert_refuses(&server, daemon, "cannot connect");
+    assert_refuses(
+        &server,
+        daemon,
+        "cannot connect: url is https, and the port seems to speak no TLS; try http: received corrupt message of type InvalidContentType",
+    );
 }
 
 #[test]
@@ -291,4 +295,16 @@ fn each_setting_has_its_flag_its_variable_and_its_key() {
     let in_file = daemon(&at(port), "");
     let lines = files.map(|(name, text)| format!("{name} = {}\n", Value::from(written(&in_file, name, text))));
     assert_works(&server, in_file.config(&format!("[tls]\n{}", lines.concat())));
+}
+
+#[test]
+fn http_to_a_port_with_tls_is_explained() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let (port, _guard) = server.with_tls(authority.issue(&["localhost"]).server(&BOTH, None));
+    let daemon = daemon(&format!("http://localhost:{port}"), "");
+    assert_refuses(
+        &server,
+        daemon,
+        "if url is http and the port speaks TLS, make it https: invalid HTTP version parsed",
+    );
 }

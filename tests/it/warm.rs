@@ -170,7 +170,7 @@ fn what_was_printed_before_a_reply_belongs_to_its_job() {
         assert_eq!(printed.len(), 200, "{channel}");
         for event in printed {
             let (id, text) = event["line"].as_str().unwrap().split_once(' ').unwrap();
-            assert_eq!(event["span"]["id"], id, "{event}");
+            assert_eq!(event["job"]["id"], id, "{event}");
             assert!(["begins", "has no end"].contains(&text), "{event}");
         }
     }
@@ -185,7 +185,7 @@ fn output_is_logged_before_the_end_of_its_job() {
     for id in &ids {
         let of_job: Vec<&str> = events
             .iter()
-            .filter(|event| event["span"]["id"] == **id)
+            .filter(|event| event["job"]["id"] == **id)
             .filter_map(|event| event["message"].as_str())
             .filter(|message| ["stdout", "job completed"].contains(message))
             .collect();
@@ -200,7 +200,7 @@ fn what_is_printed_between_jobs_belongs_to_the_process() {
     warm.running.wait_for_message("job completed");
     warm.running.go();
     let event = warm.running.wait_for("the line", |event| event["line"] == "afterwards");
-    assert_eq!((&event["span"]["pid"].to_string(), &event["span"]["id"]), (&process, &Value::Null));
+    assert_eq!((&event["pid"].to_string(), &event["job"]["id"]), (&process, &Value::Null));
     warm.stop();
 }
 

@@ -128,20 +128,25 @@ fn the_warm_one_in_php() {
 
 #[test]
 fn the_warm_one_in_rust() {
-    let deps = std::env::current_exe().unwrap();
-    let profile = deps.parent().unwrap().parent().unwrap();
-    let (root, built) = (Path::new(env!("CARGO_MANIFEST_DIR")), profile.join("examples/warm_handler"));
-    let changed = |path: &Path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-    // `cargo test` builds the example with all tests, but not with selected ones.
-    if changed(&built) < changed(&root.join("examples/warm_handler.rs")) {
-        build_example(root, profile);
-    }
-    Example::of(built, "HandleError").runs_both_ways();
+    Example::of(built_example("warm_handler"), "HandleError").runs_both_ways();
 }
 
-fn build_example(root: &Path, profile: &Path) {
+/// Returns the path of a program in `examples`, and builds it if needed, because `cargo test` does so only with all
+/// tests selected.
+pub fn built_example(name: &str) -> PathBuf {
+    let deps = std::env::current_exe().unwrap();
+    let profile = deps.parent().unwrap().parent().unwrap();
+    let (root, built) = (Path::new(env!("CARGO_MANIFEST_DIR")), profile.join("examples").join(name));
+    let changed = |path: &Path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    if changed(&built) < changed(&root.join(format!("examples/{name}.rs"))) {
+        build_example(name, root, profile);
+    }
+    built
+}
+
+fn build_example(name: &str, root: &Path, profile: &Path) {
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--offline", "--quiet", "--example", "warm_handler", "--target-dir"]);
+    cargo.args(["build", "--offline", "--quiet", "--example", name, "--target-dir"]);
     cargo.arg(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()).current_dir(root);
     if profile.ends_with("release") {
         cargo.arg("--release");

@@ -13,11 +13,11 @@ use super::wire::{NoReply, Reply, Wire};
 use super::{HANG_UP, Idle, Pool};
 use crate::dispatch::outcome::{self, Cause};
 use crate::dispatch::result_file::Verdict;
-use crate::dispatch::{Ended, time_is_up};
+use crate::dispatch::{Ended, Took, time_is_up};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
-use crate::process::{Signal, Tail, Termination, Usage};
+use crate::process::{ResourceUsage, Signal, Tail, Termination};
 
 /// Time limit for a process to exit after it has closed its connection during a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
@@ -126,7 +126,7 @@ impl Busy {
     fn finish_with_reply(&mut self, wire: Wire, reply: Reply, cpu_before: Option<Duration>) -> Ended {
         let stderr = self.member.finish();
         let used = self.member.cpu_time_after_job().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
-        let usage = used.map(|cpu| Usage { cpu, max_rss: self.member.peak_memory().unwrap_or_default() });
+        let usage = used.map(|cpu| ResourceUsage { cpu, max_rss: self.member.peak_memory().unwrap_or_default() });
         let outcome = match reply.failure {
             None => {
                 *self.pool.last_success() = Some(Instant::now());
@@ -145,7 +145,7 @@ impl Busy {
                 self.pool.returned.notify_one();
             }
         }
-        Ended { outcome, exit: None, usage }
+        Ended { outcome, exit: None, usage, took: Took::Dispatch }
     }
 
     fn failure_of(&self, verdict: Verdict, stderr: &Tail) -> Failure {
@@ -193,7 +193,8 @@ impl Busy {
         drop(wire);
         let stderr = self.member.finish();
         let (status, used) = end.status.as_ref().ok().copied().unzip();
-        let usage = used.map(|used| Usage { cpu: used.cpu.saturating_sub(cpu_before.unwrap_or_default()), ..used });
+        let usage =
+            used.map(|used| ResourceUsage { cpu: used.cpu.saturating_sub(cpu_before.unwrap_or_default()), ..used });
         let failed = |error_type: &str, what: &str, kill: bool| {
             let message = outcome::message(&self.pool.name, what, &stderr);
             Outcome::Failure(Failure { kill, ..Failure::new(error_type, message).with_backtrace(stderr.text()) })
@@ -219,7 +220,7 @@ impl Busy {
             },
             (None, None, None) => failed("WaitError", "ended, but its exit status could not be read", false),
         };
-        Ended { outcome, exit: status, usage }
+        Ended { outcome, exit: status, usage, took: Took::Dispatch }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::dispatch::{PROCESS_STATES, last_wait, log_line};
 use crate::job::JobId;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
-use crate::process::{Channel, Resident, Signal, Tail, Termination, Usage};
+use crate::process::{Channel, Resident, ResourceUsage, Signal, Tail, Termination};
 use crate::watch;
 
 /// Longest interval between two checks of an idle process: its connection, its age and its idle time.
@@ -56,7 +56,7 @@ impl ProcessState {
 #[derive(Debug)]
 pub(super) struct End {
     /// The exit status and the resource usage, or the error if the exec failed or SIGKILL had no effect in time.
-    pub(super) status: io::Result<(ExitStatus, Usage)>,
+    pub(super) status: io::Result<(ExitStatus, ResourceUsage)>,
     pub(super) never_ran: bool,
     /// The result of the termination, if the process was terminated.
     pub(super) termination: Option<Termination>,

@@ -235,6 +235,13 @@ impl Pool {
         }
     }
 
+    /// Returns the pids of the processes.
+    pub(super) fn pids(&self) -> Vec<u32> {
+        let members = self.processes.members();
+        let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
+        own.map(|(_, member)| member.pid).collect()
+    }
+
     /// Counts the processes that are not ending.
     fn remaining(&self) -> usize {
         let members = self.processes.members();

@@ -2,6 +2,7 @@
 
 mod admin;
 mod authority;
+mod browser;
 mod daemon;
 mod hung;
 mod lease;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 pub use admin::Admin;
 pub use authority::{Authority, Identity};
+pub use browser::Browser;
 use serde_json::{Value, json};
 
 pub use daemon::{Daemon, Finished, Running};

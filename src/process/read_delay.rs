@@ -1,4 +1,4 @@
-//! [`HeadStart`]: a short time that many children are given, by few timers.
+//! [`ReadDelay`]: a short delay before a child's output is first read, with few timers.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,17 +7,17 @@ use std::time::Duration;
 use futures_util::future::{FutureExt, Shared};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// How long a child that has all its input runs at least before its output is read. Most are over by then, and all that they
-/// have printed is read at once. On a busy machine, a command of a millisecond takes some.
+/// The least time that a child with all its input runs before its output is read. Most children end within it, and their whole
+/// output is read at once. On a busy machine, a command of a millisecond takes several.
 const LEAST: Duration = Duration::from_millis(5);
 
-/// How long it may be. The children that are started in the time between share a timer: one for each would cost more than
-/// to read their outputs.
+/// The longest delay. Children that start within the difference share a timer, because a timer for each would cost more than to
+/// read their outputs.
 const MOST: Duration = Duration::from_millis(10);
 
-/// Given to all children alike; clones are of one.
+/// The delay of all children. Clones share one.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct HeadStart(Arc<Mutex<Option<Latest>>>);
+pub(crate) struct ReadDelay(Arc<Mutex<Option<Latest>>>);
 
 #[derive(Debug)]
 struct Latest {
@@ -25,9 +25,9 @@ struct Latest {
     over: Shared<Pin<Box<Sleep>>>,
 }
 
-impl HeadStart {
-    /// Waits until a child that starts now has had it.
-    pub(super) fn of_one_that_starts_now(&self) -> impl Future<Output = ()> + use<> {
+impl ReadDelay {
+    /// Waits until the delay of a child that starts now is over.
+    pub(super) fn for_new_child(&self) -> impl Future<Output = ()> + use<> {
         let now = Instant::now();
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &*latest {
@@ -47,17 +47,17 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn it_is_five_to_ten_milliseconds_for_whoever_comes_when() {
-        let head_start = HeadStart::default();
+    async fn a_delay_is_five_to_ten_milliseconds() {
+        let read_delay = ReadDelay::default();
         let mut passed = Vec::new();
         for number in 0..20 {
-            let (start, over) = (Instant::now(), head_start.of_one_that_starts_now());
+            let (start, over) = (Instant::now(), read_delay.for_new_child());
             let child = tokio::spawn(async move {
                 over.await;
                 start.elapsed()
             });
             match number {
-                // One that ends before its time holds up nobody.
+                // A child that ends early holds up no other.
                 0 => child.abort(),
                 _ => passed.push(child),
             }
@@ -65,18 +65,18 @@ mod tests {
         }
         for child in passed {
             let passed = child.await.unwrap();
-            // The runtime's timers have a millisecond's resolution.
+            // The runtime's timers have a resolution of a millisecond.
             assert!((LEAST..=MOST + Duration::from_millis(1)).contains(&passed), "{passed:?}");
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn children_that_are_started_together_share_a_timer() {
-        let head_start = HeadStart::default();
+        let read_delay = ReadDelay::default();
         let ends: Vec<_> = (0..10)
             .map(|_| {
-                drop(head_start.of_one_that_starts_now());
-                head_start.0.lock().unwrap().as_ref().unwrap().end
+                drop(read_delay.for_new_child());
+                read_delay.0.lock().unwrap().as_ref().unwrap().end
             })
             .collect();
         assert!(ends.iter().all(|end| *end == ends[0]));

@@ -1,26 +1,26 @@
-//! [`Skimmer`]: what is at the top of a JSON object, without what makes it long. A job comes with its payload, of any size.
+//! [`Skimmer`]: the top level of a JSON object without its long parts. A job comes with a payload of any size.
 
-/// Longer strings are of no interest here.
+/// The longest string that is kept.
 const MAX_STRING_BYTES: usize = 256;
 
-/// Passes an object's own names, numbers and short strings on; long strings become empty, and all that is nested is left
-/// out but for its brackets. What is no JSON does not become any.
+/// Keeps an object's own names, numbers and short strings. Long strings become empty, and nested values lose all but their
+/// brackets. Invalid JSON does not become valid.
 #[derive(Debug, Default)]
 pub(super) struct Skimmer {
     depth: usize,
-    /// Where the string that is being read began in what was kept.
+    /// The start of the present string in `kept`.
     string: Option<usize>,
     is_escaped: bool,
     kept: Vec<u8>,
 }
 
 impl Skimmer {
-    /// Reads on.
+    /// Reads the next piece.
     pub(super) fn push(&mut self, piece: &[u8]) {
         piece.iter().for_each(|byte| self.push_byte(*byte));
     }
 
-    /// What was kept.
+    /// Returns the kept text.
     pub(super) fn kept(&self) -> &[u8] {
         &self.kept
     }
@@ -54,7 +54,7 @@ impl Skimmer {
         if is_end {
             self.string = None;
         } else if self.kept.len() > start + MAX_STRING_BYTES {
-            // Nothing more of it is kept from here on, so the place is told by its quote alone.
+            // No more of the string is kept, so only its opening quote marks the place.
             self.kept.truncate(start + 1);
             self.string = Some(usize::MAX - MAX_STRING_BYTES);
             return;
@@ -77,25 +77,25 @@ mod tests {
 
     fn skimmed(text: &str) -> String {
         let mut skimmer = Skimmer::default();
-        // However it is cut.
+        // Any chunking gives the same.
         text.as_bytes().chunks(3).for_each(|piece| skimmer.push(piece));
         String::from_utf8(skimmer.kept().to_vec()).unwrap()
     }
 
     #[test]
-    fn what_is_short_and_on_top_is_kept() {
+    fn short_values_on_the_top_level_are_kept() {
         let text = r#"{"id":"a\"}\\","n":-1.5e3,"ok":true,"x":null}"#;
         assert_eq!(skimmed(text), text);
     }
 
     #[test]
-    fn what_is_nested_is_left_out() {
+    fn nested_values_are_left_out() {
         let text = r#"{"a":{"status":"x","b":[1,{"c":"}"}]},"l":["]",[]],"status":"ready"}"#;
         assert_eq!(skimmed(text), r#"{"a":{},"l":[],"status":"ready"}"#);
     }
 
     #[test]
-    fn long_strings_become_empty_and_what_follows_is_kept() {
+    fn long_strings_become_empty_and_the_rest_is_kept() {
         let long = r#"ü\"\\\u00e9"#.repeat(100_000);
         let mut skimmer = Skimmer::default();
         skimmer.push(format!(r#"{{"payload":"{long}","attempts":3,"p":{{"x":"{long}"}}}}"#).as_bytes());

@@ -1,6 +1,6 @@
-//! [`Children`]: which processes a job here waits for. The kernel hands orphans to process 1 of a container, or to a subreaper
-//! (`PR_SET_CHILD_SUBREAPER`). If this process is one of the two, orphans stay zombies until it reaps them; but to reap a child
-//! that a job waits for would take its exit status away.
+//! [`Children`]: the processes that jobs here wait for. The kernel gives orphans to process 1 of a container, or to a subreaper
+//! (`PR_SET_CHILD_SUBREAPER`). If this process is one of the two, orphans stay zombies until it reaps them. But to reap a child
+//! that a job waits for would take the child's exit status away.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -17,32 +17,32 @@ use tokio::time::sleep;
 use super::census::zombies_of;
 use super::reaper::{Killed, Reaper};
 
-/// A zombie does no harm meanwhile, and every child that ends makes this process look.
+/// The pause between two looks for orphans. A zombie does no harm meanwhile, and every child that ends triggers a look.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The children of this process; clones are of one list.
+/// The children of this process. Clones share one list.
 #[derive(Debug, Clone)]
 pub(crate) struct Children {
-    /// Those that are waited for, if orphans are handed to this process.
+    /// The children that jobs wait for, if this process inherits orphans.
     waited: Option<Arc<Waited>>,
     reaper: Reaper,
 }
 
 #[derive(Debug, Default)]
 struct Waited {
-    /// Shared by those that start children, until these are on the list.
+    /// Locked for reading from the start of a child until the child is on the list.
     starting: RwLock<()>,
-    /// A number may be given anew before its last holder is off the list.
+    /// The count of each process id: an id may be reused before its last holder is off the list.
     pids: Mutex<HashMap<Pid, usize>>,
 }
 
 impl Children {
-    /// Makes the list of this process.
+    /// Returns the list of this process.
     pub(crate) fn of_this_process() -> Self {
         Self { waited: inherits_orphans().then(Arc::default), reaper: Reaper::default() }
     }
 
-    /// Starts a child that will be waited for.
+    /// Starts a child that a job waits for.
     pub(super) fn start<C>(&self, spawn: impl FnOnce() -> io::Result<C>, id: impl Fn(&C) -> Pid) -> io::Result<C> {
         let Some(waited) = &self.waited else { return spawn() };
         let _starting = waited.starting.read().unwrap_or_else(PoisonError::into_inner);
@@ -51,13 +51,12 @@ impl Children {
         Ok(child)
     }
 
-    /// Reaps a child that has been killed, and that no job waits for. Never waits itself.
-    /// `memory` is kept for the child until its end.
+    /// Reaps a killed child that no job waits for, without blocking. `memory` is kept until the child has ended.
     pub(super) fn reap_killed(&self, id: Pid, memory: Arc<dyn Any + Send + Sync>) {
         self.reaper.take(Killed { id, _memory: memory, children: self.clone() });
     }
 
-    /// Notes that a child has been reaped by its job.
+    /// Notes that the child of a job has been reaped.
     pub(super) fn reaped(&self, pid: Pid) {
         let Some(waited) = &self.waited else { return };
         let mut pids = waited.pids();
@@ -69,7 +68,7 @@ impl Children {
         }
     }
 
-    /// Reaps what is handed to this process, for as long as it is polled. Ends at once where nothing is.
+    /// Reaps inherited orphans while it is polled. Ends at once if this process inherits none.
     ///
     /// # Errors
     /// When the operating system refuses the signal handler.
@@ -86,8 +85,7 @@ impl Children {
     }
 }
 
-/// Whether the kernel hands orphans to this process: as process 1, or as a subreaper. A process stays a subreaper when it becomes
-/// another program.
+/// Reports whether this process inherits orphans: as process 1, or as a subreaper. A process stays a subreaper after `execve`.
 fn inherits_orphans() -> bool {
     getpid() == Pid::INIT || child_subreaper().is_ok_and(|subreaper| subreaper.is_some())
 }
@@ -98,10 +96,10 @@ impl Waited {
     }
 
     fn reap_others(&self) {
-        // Nobody is between its start and the list now.
+        // No child is between its start and the list now.
         let _none_starts = self.starting.write().unwrap_or_else(PoisonError::into_inner);
         for pid in zombies_of(getpid()).filter(|pid| !self.pids().contains_key(pid)) {
-            // Whoever knows the group may have been faster.
+            // The job of the group may have been faster.
             let _ = waitpid(Some(pid), WaitOptions::NOHANG);
         }
     }
@@ -117,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn no_orphan_is_looked_for_between_a_start_and_its_note() {
+    fn no_orphan_is_reaped_between_a_start_and_its_note() {
         let (waited, children) = kept();
         let start = || {
             assert!(waited.starting.try_write().is_err());
@@ -128,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_on_the_list_until_the_last_child_that_had_it_is_off() {
+    fn a_reused_id_stays_listed_until_its_last_child_is_reaped() {
         let (waited, children) = kept();
         for _ in 0..2 {
             children.start(|| Ok(Pid::INIT), |pid| *pid).unwrap();

@@ -1,4 +1,4 @@
-//! [`Birth`]: a child's life until it is its program, as the child lives it and as this process sees it.
+//! [`ChildSetup`]: a child between `clone` and `execve`, as the child runs it and as this process watches it.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -19,23 +19,22 @@ use tokio::time::sleep;
 
 use super::command::Command;
 use super::cstrings::CStrings;
-use super::limits::OpenFiles;
+use super::open_files::OpenFiles;
 use super::stack::Stack;
 use super::starter::{Starter, Way};
 
-/// The pause between two looks at a child that becomes its program grows from this …
+/// The first pause between two looks at a child that has not executed its program.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// … up to this.
+/// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
-/// The first descriptor that is not one of the standard ones.
+/// The first descriptor after the standard ones.
 const FIRST_OTHER: RawFd = 3;
 
-/// What a child is made of until it has become its program. A child that shares our memory reads it there: it is to be kept until
-/// the child has ended.
+/// The memory that a child uses until `execve`. A child may share our memory, so this is kept until the child has ended.
 #[derive(Debug)]
-pub(super) struct Birth {
+pub(super) struct ChildSetup {
     command: Arc<Command>,
     environment: CStrings,
     stdio: [Option<RawFd>; 3],
@@ -43,23 +42,24 @@ pub(super) struct Birth {
     open_files: OpenFiles,
     stack: Stack,
     way: Way,
-    /// The pipe by which a child tells that has a copy of the memory.
-    report: Option<Report>,
-    /// Not 0 while the child uses our memory: the kernel sets it to 0 when the child has become its program.
-    is_here: AtomicU32,
-    /// The errno for which it has not become its program, or 0.
+    /// The pipe on which a child with a copy of the memory reports an error.
+    error_pipe: Option<ErrorPipe>,
+    /// Not 0 while the child uses our memory. The kernel sets it to 0 at `execve`.
+    uses_our_memory: AtomicU32,
+    /// The errno of a failed setup, or 0.
     failure: AtomicI32,
 }
 
-/// A pipe that brings an errno, or its end when the child has become its program.
+/// A pipe that carries an errno, or closes at `execve`.
 #[derive(Debug)]
-struct Report {
+struct ErrorPipe {
     ours: OwnedFd,
     theirs: RawFd,
 }
 
-impl Birth {
-    /// `variables` are added to the command's. `stdio` is its stdin, stdout and stderr, where they are not those of this process.
+impl ChildSetup {
+    /// Prepares a child. `variables` are added to the command's. `stdio` is the child's stdin, stdout and stderr, where they
+    /// differ from those of this process.
     ///
     /// # Errors
     /// When there is a zero byte in a variable, or the system has no memory.
@@ -77,8 +77,8 @@ impl Birth {
             open_files: starter.open_files,
             stack: starter.stacks.take()?,
             way: starter.way,
-            report: None,
-            is_here: AtomicU32::new(1),
+            error_pipe: None,
+            uses_our_memory: AtomicU32::new(1),
             failure: AtomicI32::new(0),
         })
     }
@@ -91,77 +91,76 @@ impl Birth {
         &self.stack
     }
 
-    /// Makes the pipe of a child that needs one, and returns the child's end. The kernel closes it by `execve`.
+    /// Opens the error pipe of a child that needs one, and returns the child's end. `execve` closes that end.
     ///
     /// # Errors
     /// When the system has no descriptors left.
-    pub(super) fn open_report(&mut self) -> io::Result<Option<OwnedFd>> {
+    pub(super) fn open_error_pipe(&mut self) -> io::Result<Option<OwnedFd>> {
         if self.way == Way::Sharing {
             return Ok(None);
         }
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         ioctl_fionbio(&ours, true)?;
-        self.report = Some(Report { ours, theirs: theirs.as_raw_fd() });
+        self.error_pipe = Some(ErrorPipe { ours, theirs: theirs.as_raw_fd() });
         Ok(Some(theirs))
     }
 
-    /// Waits until the child has become its program, or cannot. No event tells of it that could be waited for without a thread. The
-    /// caller watches for the child's exit as well: the kernel leaves `is_here` alone for a child that dumps core.
-    pub(super) async fn over(&self) {
+    /// Waits until the child has executed its program, or cannot. No event signals this without a thread. The caller watches for
+    /// the child's exit as well, because the kernel leaves `uses_our_memory` alone for a child that dumps core.
+    pub(super) async fn exec_done(&self) {
         let mut pause = FIRST_PAUSE;
-        while self.is_under_way() {
+        while self.is_before_exec() {
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
-    /// Why the child has not become its program, if that is known.
+    /// Returns the error for which the child has not executed its program, if known.
     pub(super) fn failure(&self) -> Option<io::Error> {
-        self.is_under_way();
+        self.is_before_exec();
         match self.failure.load(Ordering::Acquire) {
             0 => None,
             errno => Some(io::Error::from_raw_os_error(errno)),
         }
     }
 
-    fn is_under_way(&self) -> bool {
-        if self.is_here.load(Ordering::Acquire) == 0 {
+    fn is_before_exec(&self) -> bool {
+        if self.uses_our_memory.load(Ordering::Acquire) == 0 {
             return false;
         }
-        let Some(report) = &self.report else { return true };
+        let Some(pipe) = &self.error_pipe else { return true };
         let mut errno = [0; size_of::<c_int>()];
-        match rustix::io::read(&report.ours, &mut errno) {
+        match rustix::io::read(&pipe.ours, &mut errno) {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return true,
-            // A pipe takes so few bytes whole.
+            // So few bytes are never split in a pipe.
             Ok(count) if count == errno.len() => self.failure.store(c_int::from_ne_bytes(errno), Ordering::Release),
             Ok(_) | Err(_) => {}
         }
-        self.is_here.store(0, Ordering::Release);
+        self.uses_our_memory.store(0, Ordering::Release);
         false
     }
 
-    /// Runs in the child, beside all that runs here: it may take no lock, allocate nothing, and not touch the `errno` of the
-    /// thread that it comes from. So what can fail is called without the C library. Files of this process are closed before
-    /// anything that may hang: another job waits for the end of a pipe.
+    /// Turns the child into its program. The child runs beside this process's threads: it may take no lock, allocate nothing, and
+    /// not touch the `errno` of the thread that made it. So calls that can fail bypass the C library. This process's files are
+    /// closed before any call that may hang, because another job waits for the end of its pipe.
     ///
     /// # Safety
-    /// This process must be a child that `clone` has made for this.
+    /// The caller must be a child that `clone` has made for this.
     #[expect(unsafe_code, reason = "there is no safe way to be a process like that")]
     unsafe fn become_program(&self) -> Result<Infallible, Errno> {
         let command = &self.command;
-        // SAFETY: every pointer is to live memory of the right type, with a zero byte or a null pointer at the end where there has
-        // to be one, and the files are open. The kernel has given this process its own table of descriptors, its own working
-        // directory, its own limits and its own actions of signals, so that nothing here changes those of the other. These calls
-        // of the C library do not fail for what they are given.
+        // SAFETY: every pointer is to live memory of the right type, with a zero byte or a null pointer at the end where one is
+        // needed, and the files are open. The kernel has given the child its own table of descriptors, working directory, limits
+        // and signal actions, so nothing here changes those of the parent. The C library's calls do not fail for these arguments.
         unsafe {
-            // The kernel writes to `is_here` once, when this process leaves the memory. The C library's `clone` could ask for the
-            // same, but not everyone's does.
-            let _ = syscall!(Sysno::set_tid_address, self.is_here.as_ptr());
+            // The kernel writes to `uses_our_memory` once, when the child leaves the memory. Not every C library's `clone` can
+            // ask for this.
+            let _ = syscall!(Sysno::set_tid_address, self.uses_our_memory.as_ptr());
             let _ = syscall!(Sysno::setpgid, 0, 0);
             set_signals_back(self.handled_signals);
             for (number, file) in (0..).zip(self.stdio) {
                 if let Some(file) = file {
-                    // It is not that number itself: std sees to it that 0, 1 and 2 are taken.
+                    // `file` never equals `number`, because std keeps 0, 1 and 2 taken.
                     syscall!(Sysno::dup3, file, number, 0)?;
                 }
             }
@@ -181,24 +180,24 @@ impl Birth {
         }
     }
 
-    /// Closes every file but the standard ones, and the pipe of the report, which becomes the first of the others.
+    /// Closes every file but the standard ones and the error pipe, which becomes the first of the others.
     ///
     /// # Safety
     /// As for `become_program`.
     #[expect(unsafe_code, reason = "see `become_program`")]
     unsafe fn close_others(&self) -> Result<(), Errno> {
         let mut first = FIRST_OTHER;
-        // SAFETY: the kernel has given this process its own table of descriptors: nothing else uses a file of it.
+        // SAFETY: the kernel has given the child its own table of descriptors, so nothing else uses a file of it.
         unsafe {
-            if let Some(report) = &self.report {
-                if report.theirs != FIRST_OTHER {
-                    syscall!(Sysno::dup3, report.theirs, FIRST_OTHER, libc::O_CLOEXEC)?;
+            if let Some(pipe) = &self.error_pipe {
+                if pipe.theirs != FIRST_OTHER {
+                    syscall!(Sysno::dup3, pipe.theirs, FIRST_OTHER, libc::O_CLOEXEC)?;
                 }
                 first += 1;
             }
             if syscall!(Sysno::close_range, first, c_int::MAX, 0).is_err() {
-                // Linux before 5.9, or a sandbox that does not know the call. `execve` closes those beyond that this process
-                // has opened itself.
+                // Linux before 5.9, or a sandbox, does not know the call. `execve` closes files beyond `bound` that this process
+                // has opened.
                 for file in first.cast_unsigned()..self.open_files.bound {
                     let _ = syscall!(Sysno::close, file);
                 }
@@ -207,46 +206,47 @@ impl Birth {
         Ok(())
     }
 
-    /// Runs in a child that cannot become its program.
+    /// Records the error of a child that cannot execute its program. Runs in the child.
     #[expect(unsafe_code, reason = "see `become_program`")]
-    fn tell(&self, error: Errno) {
+    fn record_failure(&self, error: Errno) {
         let errno = error.into_raw();
         self.failure.store(errno, Ordering::Release);
-        if self.report.is_some() {
+        if self.error_pipe.is_some() {
             // SAFETY: the kernel reads as many bytes as the number has.
             let _ = unsafe { syscall!(Sysno::write, FIRST_OTHER, &raw const errno, size_of::<c_int>()) };
         }
     }
 }
 
-/// The child's life until it is its program, or cannot be.
+/// Runs in the child: executes its program, or exits.
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
-pub(super) extern "C" fn live(birth: *mut c_void) -> c_int {
-    // SAFETY: `birth` is the argument of `clone`, and is kept until this process has ended. The kernel runs this process on a stack
-    // and with registers of its own.
-    let (birth, Err(error)) = unsafe {
-        let birth = &*birth.cast::<Birth>();
-        (birth, birth.become_program())
+pub(super) extern "C" fn child_main(setup: *mut c_void) -> c_int {
+    // SAFETY: `setup` is the argument of `clone`, and lives until the child has ended. The kernel runs the child on a stack and
+    // with registers of its own.
+    let (setup, Err(error)) = unsafe {
+        let setup = &*setup.cast::<ChildSetup>();
+        (setup, setup.become_program())
     };
-    birth.tell(error);
-    // SAFETY: `_exit` runs nothing of the process that the memory belongs to, and the kernel ends this process alone: a process
-    // that shares memory is no thread.
+    setup.record_failure(error);
+    // SAFETY: `_exit` runs none of the parent's code, and the kernel ends the child alone: a process that shares memory is no
+    // thread.
     unsafe { libc::_exit(127) }
 }
 
-/// What a terminal sends to all of a group. Until it leads its own, a child is in ours.
+/// The signals that a terminal sends to a whole group. A child is in this process's group until it leads its own.
 const SIGNALS_OF_TERMINALS: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP];
 
-/// Runs in the child, while it holds all signals back. What this process handles gets its default action, before a handler of
-/// ours could run there; and what a terminal has sent to us meanwhile is forgotten: the job is not meant.
+/// Restores default actions in the child, while it blocks all signals. Handled signals get their default action before a handler
+/// of this process could run in the child. A pending signal of the terminal is dropped, because the terminal meant this process
+/// and not the job.
 #[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
 fn set_signals_back(handled: &[c_int]) {
     let set = |signal, action| {
-        // SAFETY: neither of both actions runs any code, and the kernel has given this process actions of its own.
+        // SAFETY: neither action runs code, and the kernel has given the child its own actions.
         unsafe { libc::signal(signal, action) }
     };
     for signal in SIGNALS_OF_TERMINALS {
-        // One that is pending is dropped by that.
+        // This drops a pending signal.
         if set(signal, libc::SIG_IGN) != libc::SIG_IGN {
             set(signal, libc::SIG_DFL);
         }
@@ -256,16 +256,16 @@ fn set_signals_back(handled: &[c_int]) {
     });
 }
 
-/// Asked once, when the first child is started: by then all handlers are there.
+/// The result of [`handled_signals`] at the first start, when all handlers are registered.
 static HANDLED_SIGNALS: OnceLock<Vec<c_int>> = OnceLock::new();
 
-/// Which signals are handled by this process, or ignored by it alone: std does that with SIGPIPE. What else is ignored it was
-/// handed down so, and hands down.
+/// Returns the signals that this process handles, or ignores by itself: std ignores SIGPIPE. Any other ignored signal was
+/// inherited that way, and children inherit it too.
 #[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal")]
 fn handled_signals() -> Vec<c_int> {
     let action_of = |signal: c_int| {
         let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-        // SAFETY: the kernel writes one `sigaction` to the pointer, of which all zeroes is a valid value, and reads none.
+        // SAFETY: the kernel writes one `sigaction` to the pointer and reads none, and all zeroes is a valid value.
         unsafe {
             libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
             action.assume_init().sa_sigaction
@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_handled_here_is_set_back_and_what_is_not_is_left_alone() {
+    fn only_handled_signals_are_set_back() {
         let handled = handled_signals();
         assert!(handled.contains(&libc::SIGPIPE) && handled.contains(&libc::SIGSEGV), "{handled:?}");
         assert!(!handled.contains(&libc::SIGKILL) && !handled.contains(&libc::SIGURG), "{handled:?}");

@@ -1,4 +1,4 @@
-//! Looks at parked outcomes from time to time: another worker may have the job, or may have finished it.
+//! Looks at parked outcomes from time to time, because another worker may run the job or may have finished it.
 
 use std::collections::BTreeSet;
 
@@ -13,19 +13,19 @@ use crate::lifecycle::Phase;
 
 impl Reporter {
     /// Looks at parked outcomes, with growing waits, until the queue closes or the worker is killed.
-    pub(super) async fn keep(self, closing: CancellationToken) {
+    pub(super) async fn watch_parked(self, closing: CancellationToken) {
         tokio::select! {
             biased;
             () = closing.cancelled() => {}
             () = self.lifecycle.reached(Phase::Killing) => {}
-            () = self.look_for_ever() => {}
+            () = self.look_repeatedly() => {}
         }
     }
 
-    async fn look_for_ever(&self) {
+    async fn look_repeatedly(&self) {
         let mut parkings = self.ledger.parkings();
         loop {
-            // It fails only once the ledger is gone, and `self` has it.
+            // The wait fails only once the ledger is gone, and `self` holds the ledger.
             let _ = parkings.changed().await;
             let (mut waits, mut elsewhere) = (self.backoff.waits(), BTreeSet::new());
             while !self.ledger.parked().is_empty() {
@@ -35,7 +35,7 @@ impl Reporter {
         }
     }
 
-    /// Waits for long while jobs are taken: then most are redelivered before.
+    /// Waits longest while jobs are taken, because most parked jobs are redelivered before the next look.
     async fn wait_for_next_look(&self, waits: &mut Waits) {
         if self.lifecycle.phase() < Phase::Draining {
             let (_, longest, _) = self.backoff.parts();
@@ -48,8 +48,8 @@ impl Reporter {
         tokio::time::sleep(waits.next_wait()).await;
     }
 
-    /// Looks at each parked outcome once. `elsewhere` are the jobs that the look before has found in flight; returns those
-    /// that this one has.
+    /// Looks at each parked outcome once. `elsewhere` are the jobs that the look before found in flight. Returns the jobs that
+    /// this look finds in flight.
     async fn look_at_all(&self, elsewhere: &BTreeSet<JobId>) -> BTreeSet<JobId> {
         let (mut in_flight, mut unreachable) = (BTreeSet::new(), Vec::new());
         for parked in self.ledger.parked() {

@@ -1,0 +1,89 @@
+//! [`Variable`]: the value of a handler's environment variable, as it is written or in a file.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use toml::Value;
+
+/// The most bytes that a file may have. The kernel takes 128 KiB for a variable with its name (execve(2)), and a token or a
+/// certificate has a few.
+const MAX_BYTES: u64 = 64 * 1024;
+
+/// The value of an environment variable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Variable {
+    /// The value itself.
+    Text(String),
+    /// The file that holds the value.
+    File(PathBuf),
+}
+
+/// Returns the key under which the place of a variable is noted.
+pub(super) fn variable_of(table: &str, name: &str) -> String {
+    format!("{table}.env.{name}")
+}
+
+impl Variable {
+    /// Reads the variable of that name in the table `env`.
+    pub(super) fn read(env: &str, name: &str, value: &Value) -> Result<Self, String> {
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return Err(format!("{env} has a name that no variable can have ({name:?})"));
+        }
+        match value {
+            Value::String(text) if text.contains('\0') => Err(format!("{env}.{name} must not have a zero byte")),
+            Value::String(text) => Ok(Self::Text(text.clone())),
+            Value::Table(table) if table.len() == 1 => match table.get("file") {
+                Some(Value::String(path)) => Ok(Self::File(PathBuf::from(path))),
+                _ => Err(wanted(env, name, value)),
+            },
+            _ => Err(wanted(env, name, value)),
+        }
+    }
+
+    /// Returns the value.
+    ///
+    /// # Errors
+    /// When the file cannot be read: a sentence without its subject.
+    pub(super) fn resolve(&self) -> Result<OsString, String> {
+        match self {
+            Self::Text(text) => Ok(OsString::from(text)),
+            Self::File(path) => contents(path),
+        }
+    }
+
+    /// Returns the path of the file, or an empty text.
+    pub(super) fn path(&self) -> String {
+        match self {
+            Self::Text(_) => String::new(),
+            Self::File(path) => path.display().to_string(),
+        }
+    }
+}
+
+fn wanted(env: &str, name: &str, value: &Value) -> String {
+    format!("{env}.{name} must be a string, or {{ file = \"PATH\" }} (got a value of type {})", value.type_str())
+}
+
+/// Returns the contents of a file without the newline at the end.
+fn contents(path: &Path) -> Result<OsString, String> {
+    let name = path.display();
+    let bytes = read(path).map_err(|error| format!("cannot read {name}: {error}"))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(format!("{name} has more than {} KiB", MAX_BYTES / 1024));
+    }
+    let value = bytes.strip_suffix(b"\r\n").or_else(|| bytes.strip_suffix(b"\n")).unwrap_or(&bytes);
+    if value.contains(&0) { Err(format!("{name} has a zero byte")) } else { Ok(OsString::from_vec(value.to_vec())) }
+}
+
+/// Reads one byte more than allowed. A pipe or a device might never end.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

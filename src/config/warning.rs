@@ -1,0 +1,161 @@
+//! [`Warning`]: a setting that is allowed, and hardly meant.
+
+use std::fmt;
+use std::time::Duration;
+
+use humantime::format_duration;
+use tracing::warn;
+
+use super::handler::table_of;
+use super::{Config, WorkerConfig};
+use crate::handler::{Handler, Mode};
+
+/// A setting that is allowed, and hardly meant. A start logs it, and a check prints it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Warning {
+    /// A variable that is called like a setting's, and is none.
+    UnknownVariable {
+        /// The name of the variable.
+        variable: String,
+        /// The variable of a setting whose name is nearest.
+        nearest: Option<String>,
+    },
+    /// Fewer unreported jobs than worker loops.
+    LowPrefetch {
+        /// The number of unreported jobs.
+        prefetch: usize,
+        /// The number of worker loops.
+        concurrency: usize,
+    },
+    /// A warm handler that may have fewer processes than there are worker loops.
+    FewProcesses {
+        /// The table of the handler.
+        handler: String,
+        /// The number of processes.
+        max_processes: usize,
+        /// The number of worker loops.
+        concurrency: usize,
+    },
+    /// A handler whose time limit is longer than a shutdown may take.
+    LongTimeout {
+        /// The table of the handler.
+        handler: String,
+        /// The time limit.
+        timeout: Duration,
+        /// The limit of a shutdown.
+        shutdown_deadline: Duration,
+    },
+    /// A handler whose end may take longer than a shutdown.
+    LongGrace {
+        /// The table of the handler.
+        handler: String,
+        /// The limit of the end.
+        kill_grace: Duration,
+        /// The limit of a shutdown.
+        shutdown_deadline: Duration,
+    },
+}
+
+const UNKNOWN_VARIABLE: &str =
+    "variable is no setting and has no effect; correct its name, unless another program has it";
+
+const LOW_PREFETCH: &str = "prefetch is below threads x fibers: the server never hands out enough jobs for every worker loop, so some stay idle; raise prefetch";
+
+const FEW_PROCESSES: &str = "max_processes is below threads x fibers: jobs beyond it wait in their worker loops, and jobs of other types wait behind them; raise max_processes, or lower threads or fibers";
+
+const LONG_TIMEOUT: &str = "timeout is longer than the shutdown deadline: a job that takes its time is stopped at a shutdown and runs again; raise shutdown_deadline, or lower timeout";
+
+const LONG_GRACE: &str = "kill_grace is longer than the shutdown deadline: a stopped job may take longer to end than all others to finish; lower kill_grace, or raise shutdown_deadline";
+
+impl Warning {
+    /// Writes it to the log.
+    pub fn log(&self) {
+        match self {
+            Self::UnknownVariable { variable, nearest } => {
+                warn!(variable, nearest = nearest.as_deref(), "{UNKNOWN_VARIABLE}");
+            }
+            Self::LowPrefetch { prefetch, concurrency } => {
+                warn!(prefetch, concurrency, idle = concurrency - prefetch, "{LOW_PREFETCH}");
+            }
+            Self::FewProcesses { handler, max_processes, concurrency } => {
+                warn!(handler, max_processes, concurrency, "{FEW_PROCESSES}");
+            }
+            Self::LongTimeout { handler, timeout, shutdown_deadline } => {
+                let (timeout, shutdown_deadline) = (duration(*timeout), duration(*shutdown_deadline));
+                warn!(handler, timeout, shutdown_deadline, "{LONG_TIMEOUT}");
+            }
+            Self::LongGrace { handler, kill_grace, shutdown_deadline } => {
+                let (kill_grace, shutdown_deadline) = (duration(*kill_grace), duration(*shutdown_deadline));
+                warn!(handler, kill_grace, shutdown_deadline, "{LONG_GRACE}");
+            }
+        }
+    }
+}
+
+/// The message, and the values that it is about.
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UnknownVariable { variable, nearest: None } => write!(f, "{UNKNOWN_VARIABLE} ({variable})"),
+            Self::UnknownVariable { variable, nearest: Some(nearest) } => {
+                write!(f, "{UNKNOWN_VARIABLE} ({variable}; the nearest setting is {nearest})")
+            }
+            Self::LowPrefetch { prefetch, concurrency } => {
+                write!(f, "{LOW_PREFETCH} (prefetch {prefetch}, threads x fibers {concurrency})")
+            }
+            Self::FewProcesses { handler, max_processes, concurrency } => {
+                write!(f, "{FEW_PROCESSES} ({handler}.max_processes {max_processes}, threads x fibers {concurrency})")
+            }
+            Self::LongTimeout { handler, timeout, shutdown_deadline } => {
+                let (timeout, deadline) = (duration(*timeout), duration(*shutdown_deadline));
+                write!(f, "{LONG_TIMEOUT} ({handler}.timeout {timeout}, shutdown_deadline {deadline})")
+            }
+            Self::LongGrace { handler, kill_grace, shutdown_deadline } => {
+                let (grace, deadline) = (duration(*kill_grace), duration(*shutdown_deadline));
+                write!(f, "{LONG_GRACE} ({handler}.kill_grace {grace}, shutdown_deadline {deadline})")
+            }
+        }
+    }
+}
+
+fn duration(value: Duration) -> String {
+    format_duration(value).to_string()
+}
+
+impl Config {
+    /// Returns everything that a start warns of.
+    pub fn warnings(&self) -> Vec<Warning> {
+        let handlers = self.handlers.by_type().flat_map(|(job_type, handler)| {
+            let table = table_of(job_type);
+            self.pool_warning(&table, handler).into_iter().chain(self.deadline_warnings(&table, handler))
+        });
+        let mut handlers: Vec<Warning> = handlers.collect();
+        handlers.sort_by_key(ToString::to_string);
+        self.unknown_variables.iter().cloned().chain(self.worker.low_prefetch()).chain(handlers).collect()
+    }
+
+    fn pool_warning(&self, table: &str, handler: &Handler) -> Option<Warning> {
+        let concurrency = self.worker.concurrency().get();
+        let Mode::Warm(pool) = &handler.mode else { return None };
+        let max = pool.max_processes.filter(|max| max.get() < concurrency)?;
+        Some(Warning::FewProcesses { handler: table.to_owned(), max_processes: max.get(), concurrency })
+    }
+
+    fn deadline_warnings(&self, table: &str, handler: &Handler) -> impl Iterator<Item = Warning> + use<> {
+        let (shutdown_deadline, kill_grace) = (self.worker.shutdown_deadline, handler.kill_grace);
+        let name = || table.to_owned();
+        let long = handler.timeout.filter(|timeout| *timeout > shutdown_deadline);
+        let timeout = long.map(|timeout| Warning::LongTimeout { handler: name(), timeout, shutdown_deadline });
+        let is_long = kill_grace > shutdown_deadline;
+        let grace = is_long.then(|| Warning::LongGrace { handler: name(), kill_grace, shutdown_deadline });
+        timeout.into_iter().chain(grace)
+    }
+}
+
+impl WorkerConfig {
+    /// Warns of a prefetch that leaves worker loops idle.
+    pub(crate) fn low_prefetch(&self) -> Option<Warning> {
+        let (prefetch, concurrency) = (self.prefetch.get(), self.concurrency().get());
+        (prefetch < concurrency).then_some(Warning::LowPrefetch { prefetch, concurrency })
+    }
+}

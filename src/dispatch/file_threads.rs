@@ -1,0 +1,145 @@
+//! [`FileThreads`]: threads for file work that may hang, because a handler may be on a network file system.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+/// The most tasks that wait for a thread.
+const MAX_WAITING: usize = 1024;
+
+type Task = Box<dyn FnOnce() + Send>;
+
+/// Threads that start when there is a task and end when there is none. Clones share one set.
+#[derive(Debug, Clone)]
+pub(super) struct FileThreads(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    max_threads: usize,
+    queue: Mutex<Queue>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Task>,
+    threads: usize,
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue").field("waiting", &self.waiting.len()).field("threads", &self.threads).finish()
+    }
+}
+
+impl FileThreads {
+    /// Returns a set that runs up to `max_threads` tasks at once.
+    pub(super) fn with_threads(max_threads: usize) -> Self {
+        Self(Arc::new(Shared { max_threads, queue: Mutex::default() }))
+    }
+
+    /// Queues a task. Returns false if too many tasks wait, or if the system has no thread left.
+    pub(super) fn run(&self, task: impl FnOnce() + Send + 'static) -> bool {
+        let mut queue = self.queue();
+        if queue.waiting.len() >= MAX_WAITING {
+            return false;
+        }
+        if queue.threads < self.0.max_threads {
+            let threads = self.clone();
+            let started = Builder::new().name("files".to_owned()).spawn(move || threads.work());
+            queue.threads += usize::from(started.is_ok());
+        }
+        if queue.threads > 0 {
+            queue.waiting.push_back(Box::new(task));
+        }
+        queue.threads > 0
+    }
+
+    /// Runs `question` in a thread, and waits for the answer no longer than `patience`.
+    pub(super) async fn ask<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        question: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let (tell, answer) = oneshot::channel();
+        let is_asked = self.run(move || {
+            if !tell.is_closed() {
+                // The send fails when the patience ends meanwhile.
+                let _ = tell.send(question());
+            }
+        });
+        if !is_asked {
+            return None;
+        }
+        timeout(patience, answer).await.ok()?.ok()
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs tasks until none waits.
+    fn work(&self) {
+        while let Some(task) = self.next() {
+            // A panic costs one task, and no thread.
+            let _ = catch_unwind(AssertUnwindSafe(task));
+        }
+    }
+
+    /// Takes the next task. Without one, the thread counts as ended.
+    fn next(&self) -> Option<Task> {
+        let mut queue = self.queue();
+        let next = queue.waiting.pop_front();
+        queue.threads -= usize::from(next.is_none());
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_hanging_task_costs_patience_and_one_thread() {
+        let (threads, (go, gone)) = (FileThreads::with_threads(2), mpsc::channel::<()>());
+        let hung = threads.ask(Duration::from_millis(10), move || gone.recv());
+        assert!(hung.await.is_none());
+        assert_eq!(threads.ask(LONG, || 7).await, Some(7));
+        drop(go);
+    }
+
+    #[tokio::test]
+    async fn tasks_wait_for_a_thread_up_to_a_limit() {
+        let (threads, (go, gone)) = (FileThreads::with_threads(1), mpsc::channel::<()>());
+        let (begin, begun) = mpsc::channel();
+        assert!(threads.run(move || {
+            begin.send(()).unwrap();
+            let _ = gone.recv();
+        }));
+        begun.recv_timeout(LONG).unwrap();
+        assert!((0..MAX_WAITING).all(|_| threads.run(|| {})));
+        assert!(!threads.run(|| {}));
+        assert_eq!(threads.queue().threads, 1);
+        drop(go);
+        while threads.queue().threads > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(threads.ask(LONG, || 7).await, Some(7));
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_ends_no_thread() {
+        let threads = FileThreads::with_threads(1);
+        assert_eq!(threads.ask(LONG, || panic!("on purpose")).await, None::<()>);
+        assert_eq!(threads.ask(LONG, || 7).await, Some(7));
+    }
+}

@@ -1,0 +1,164 @@
+//! Patches: the fields that `PATCH` changes in jobs that are not finished.
+//!
+//! In a body, an absent field keeps its value, and a null field returns to the server's default.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Deserializer};
+
+use super::id::JobId;
+use super::job::{Job, JobBackoff, Retention, Spec, Status};
+use super::order::check_name;
+
+/// The body of `PATCH /jobs` and `PATCH /jobs/{id}`. Unknown fields are ignored, as the real
+/// server does: a type and a payload never change.
+#[derive(Debug, Deserialize)]
+pub(super) struct PatchRequest {
+    #[serde(default, deserialize_with = "present")]
+    queue: Option<Option<String>>,
+    #[serde(default, deserialize_with = "present")]
+    priority: Option<Option<u16>>,
+    #[serde(default, deserialize_with = "present")]
+    ready_at: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    retry_limit: Option<Option<u32>>,
+    #[serde(default, deserialize_with = "present")]
+    backoff: Option<Option<JobBackoff>>,
+    #[serde(default, deserialize_with = "present")]
+    retention: Option<Option<RetentionPatch>>,
+}
+
+/// A patch within a patch: a retention's fields are kept and cleared one by one.
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct RetentionPatch {
+    #[serde(default, deserialize_with = "present")]
+    completed_ms: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    dead_ms: Option<Option<u64>>,
+}
+
+/// A patch, checked. Where there are two levels of `Option`, the inner `None` clears the field.
+#[derive(Debug)]
+pub(super) struct Patch {
+    queue: Option<String>,
+    priority: Option<u16>,
+    ready_at: Option<Option<u64>>,
+    retry_limit: Option<Option<u32>>,
+    backoff: Option<Option<JobBackoff>>,
+    retention: Option<Option<RetentionPatch>>,
+}
+
+/// The reason why a job is not patched.
+#[derive(Debug, PartialEq)]
+pub(super) enum PatchError {
+    NoSuchJob,
+    /// The job is completed or dead.
+    Finished(JobId, Status),
+}
+
+/// Reads a field that is there, null or not; serde's default is for one that is absent.
+fn present<'de, T, D>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    Option::deserialize(deserializer).map(Some)
+}
+
+impl PatchRequest {
+    /// Checks the request; the error is the text of a 422.
+    pub(super) fn into_patch(self) -> Result<Patch, String> {
+        let Self { queue, priority, ready_at, retry_limit, backoff, retention } = self;
+        let queue = set("queue", queue)?;
+        if let Some(queue) = &queue {
+            check_name("queue", queue)?;
+        }
+        let priority = set("priority", priority)?;
+        Ok(Patch { queue, priority, ready_at, retry_limit, backoff, retention })
+    }
+}
+
+/// Unwraps a field that has no default to return to.
+fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, String> {
+    match field {
+        Some(None) => Err(format!("{name} cannot be null")),
+        field => Ok(field.flatten()),
+    }
+}
+
+impl Patch {
+    /// Changes a job that is not finished; its place in the indexes is up to the caller.
+    pub(super) fn apply(&self, job: &mut Job, now: u64) {
+        self.apply_to_spec(Arc::make_mut(&mut job.spec));
+        match self.ready_at {
+            None => {}
+            // Clearing means "now", which only a scheduled job can become.
+            Some(None) if job.status == Status::Scheduled => {
+                job.ready_at = now;
+                job.status = Status::Ready;
+            }
+            Some(None) => {}
+            Some(Some(time)) => {
+                job.ready_at = time;
+                // A job in flight stays there; the time counts for nothing until it is shown.
+                if job.status != Status::InFlight {
+                    job.status = if time > now { Status::Scheduled } else { Status::Ready };
+                }
+            }
+        }
+    }
+
+    /// Changes the fields that the producer has chosen.
+    fn apply_to_spec(&self, spec: &mut Spec) {
+        if let Some(queue) = &self.queue {
+            spec.queue.clone_from(queue);
+        }
+        spec.priority = self.priority.unwrap_or(spec.priority);
+        spec.retry_limit = self.retry_limit.unwrap_or(spec.retry_limit);
+        spec.backoff = self.backoff.unwrap_or(spec.backoff);
+        if let Some(retention) = self.retention {
+            spec.retention = retention.and_then(|patch| patch.apply(spec.retention));
+        }
+    }
+}
+
+impl RetentionPatch {
+    /// Merges into a retention; one without any field is none at all.
+    fn apply(self, retention: Option<Retention>) -> Option<Retention> {
+        let old = retention.unwrap_or(Retention { completed_ms: None, dead_ms: None });
+        let new = Retention {
+            completed_ms: self.completed_ms.unwrap_or(old.completed_ms),
+            dead_ms: self.dead_ms.unwrap_or(old.dead_ms),
+        };
+        (new.completed_ms.is_some() || new.dead_ms.is_some()).then_some(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn patch(json: &str) -> Result<Patch, String> {
+        serde_json::from_str::<PatchRequest>(json).unwrap().into_patch()
+    }
+
+    #[test]
+    fn a_queue_and_a_priority_cannot_be_cleared() {
+        assert_eq!(patch(r#"{"queue":null}"#).unwrap_err(), "queue cannot be null");
+        assert_eq!(patch(r#"{"queue":"a,b"}"#).unwrap_err(), "queue must not contain ','");
+        assert_eq!(patch(r#"{"priority":null}"#).unwrap_err(), "priority cannot be null");
+    }
+
+    #[test]
+    fn a_retention_is_merged_field_by_field() {
+        let retention = |json: &str, old: Option<Retention>| {
+            let patch = patch(json).unwrap().retention.flatten().and_then(|patch| patch.apply(old));
+            patch.map(|new| (new.completed_ms, new.dead_ms))
+        };
+        let old = Some(Retention { completed_ms: Some(1), dead_ms: Some(2) });
+        assert_eq!(retention(r#"{"retention":{"dead_ms":null}}"#, old), Some((Some(1), None)));
+        assert_eq!(retention(r#"{"retention":{"dead_ms":5}}"#, None), Some((None, Some(5))));
+        assert_eq!(retention(r#"{"retention":{"dead_ms":null,"completed_ms":null}}"#, old), None);
+        assert_eq!(retention(r#"{"retention":null}"#, old), None);
+    }
+}

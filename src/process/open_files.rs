@@ -1,0 +1,63 @@
+//! [`OpenFiles`]: the limit of open files of this process and its children.
+
+use std::sync::OnceLock;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::starter::Way;
+
+/// The open files besides those of children: the runtime, the log, connections.
+const OTHER_DESCRIPTORS: u64 = 64;
+
+/// The least number of descriptors that a child closes one by one, where the kernel cannot close all at once.
+const LEAST_BOUND: u64 = 1024;
+
+/// The soft limit that this process inherited. A second dispatcher of the same process finds a raised limit.
+static HANDED_DOWN: OnceLock<Option<u64>> = OnceLock::new();
+
+/// The open files as a child inherits them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OpenFiles {
+    /// The soft and hard limit that a child gets back, in the kernel's form, if this process has raised its own. A program that
+    /// uses `select` writes beyond its arrays with more than 1024 descriptors.
+    pub(super) limit: Option<[u64; 2]>,
+    /// A number above the descriptors of this process.
+    pub(super) bound: u32,
+}
+
+impl OpenFiles {
+    /// Raises the soft limit of open files so that `processes` children can run at once. Returns an error beside if the hard
+    /// limit is too low.
+    pub(crate) fn ensure(processes: usize, way: Way) -> (Self, Result<(), TooFewDescriptors>) {
+        let needed = way.descriptors() * processes as u64 + OTHER_DESCRIPTORS;
+        let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+        let handed_down = *HANDED_DOWN.get_or_init(|| current);
+        let raised = match current {
+            Some(soft) if soft < needed => {
+                let raised = Some(maximum.map_or(needed, |hard| hard.min(needed)));
+                let set = setrlimit(Resource::Nofile, Rlimit { current: raised, maximum });
+                if set.is_ok() { raised } else { current }
+            }
+            current => current,
+        };
+        let limit = raised.unwrap_or(u64::MAX);
+        let to_restore = (raised != handed_down).then(|| [handed_down, maximum].map(|limit| limit.unwrap_or(u64::MAX)));
+        let bound = u32::try_from(limit.min(needed.max(LEAST_BOUND))).unwrap_or(u32::MAX).max(beyond_present());
+        let enough = if limit < needed { Err(TooFewDescriptors { limit, needed }) } else { Ok(()) };
+        (Self { limit: to_restore, bound }, enough)
+    }
+}
+
+/// Returns a number above all present descriptors, inherited ones included.
+fn beyond_present() -> u32 {
+    let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    numbers.max().map_or(0, |highest| highest.saturating_add(1))
+}
+
+/// The error of a limit of open files that is too low.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TooFewDescriptors {
+    pub(crate) limit: u64,
+    pub(crate) needed: u64,
+}
