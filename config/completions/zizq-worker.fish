@@ -21,7 +21,7 @@ complete -c zizq-worker -l retry-min-wait -d 'The first wait before reconnecting
 complete -c zizq-worker -l retry-max-wait -d 'The longest such wait [default: 30s]' -r
 complete -c zizq-worker -l retry-multiplier -d 'How much longer each wait is than the last [default: 2]' -r
 complete -c zizq-worker -l admin-listen -d 'Serve /live, /ready, /status and /metrics over HTTP there, like 127.0.0.1:9290 [default: off]' -r
-complete -c zizq-worker -l log-level -d 'error, warn, info, debug or trace; RUST_LOG wins [default: info]' -r -f -a "error\t''
+complete -c zizq-worker -l log-level -d 'error, warn, info, debug or trace, and others by target, like info,zizq_worker::jobs=warn; RUST_LOG wins [default: info]' -r -f -a "error\t''
 warn\t''
 info\t''
 debug\t''
