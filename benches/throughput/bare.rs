@@ -1,5 +1,5 @@
-//! The bare loop: threads that start a process with three pipes, write its input, read both outputs and wait. This is the
-//! plainest way that std has, and it starts processes by `posix_spawn`; nothing is left out that a job needs of the kernel.
+//! The bare loop: threads that start a process with three pipes, write its input, read both outputs and wait. This is
+//! std's simplest way, which uses `posix_spawn`. The kernel's work for a job is complete.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -11,7 +11,7 @@ use crate::{Result, meter, server};
 
 pub(crate) const ROLE: &str = "contender:bare";
 
-/// Words: how many at once, how many jobs, bytes of payload, and the handler.
+/// Runs the loop. The arguments are the concurrency, the number of jobs, the bytes of payload, and the handler.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [at_once, jobs, bytes, handler @ ..] = words else { return Err("too few words".into()) };
     let (at_once, jobs): (usize, usize) = (at_once.parse()?, jobs.parse()?);
@@ -39,7 +39,7 @@ pub(crate) fn one(payload: &str, handler: &[&str]) -> Result<()> {
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        // Who does not read it is within its rights.
+        // A handler need not read its input.
         let _ = stdin.write_all(payload.as_bytes());
     }
     let output = child.wait_with_output()?;

@@ -1,5 +1,5 @@
-//! The baseline: what one writes in an afternoon, with the official client and `tokio::process`. All else is as the client has
-//! it by default, so that it is handed a job only when it has reported one; this worker asks for twice as many as it runs.
+//! The baseline: a worker written in an afternoon, with the official client and `tokio::process`. It uses the client's
+//! defaults, so it receives a job only when it has reported one. zizq-worker prefetches twice as many jobs as it runs.
 
 use std::io;
 use std::process::Stdio;
@@ -14,7 +14,7 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "contender:baseline";
 
-/// Words: url, queue, how many at once, and the handler.
+/// Runs the worker. The arguments are the url, the queue, the concurrency, and the handler.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
     let handler: Arc<[String]> = handler.iter().map(|word| (*word).to_owned()).collect();
@@ -44,7 +44,7 @@ async fn one(job: Job, handler: Arc<[String]>) -> io::Result<()> {
     command.args(&handler[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        // Who does not read it is within its rights.
+        // A handler need not read its input.
         let _ = stdin.write_all(&payload).await;
     }
     let output = child.wait_with_output().await?;

@@ -1,4 +1,4 @@
-//! [`Bench`]: what all parts share: the executables, the server, the handlers.
+//! [`Bench`]: the executables, the server and the handlers, which all parts share.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,19 +13,19 @@ use crate::plan::Plan;
 use crate::server::Server;
 
 pub(crate) struct Bench {
-    /// This executable, which plays every part but this worker's.
+    /// This executable, which runs every process except zizq-worker.
     pub(crate) exe: String,
     pub(crate) server: Server,
     pub(crate) plan: Plan,
     dir: TempDir,
 }
 
-/// Something that runs for each job.
+/// A command to run for each job.
 #[derive(Debug, Clone)]
 pub(crate) struct Handler {
     pub(crate) name: &'static str,
     pub(crate) command: Vec<String>,
-    /// How many jobs make a run of a second or two.
+    /// The number of jobs for a run of a second or two.
     pub(crate) jobs: usize,
 }
 
@@ -38,7 +38,7 @@ impl Bench {
         Ok(Self { exe, server, plan: plan.clone(), dir })
     }
 
-    /// A full run's count, or less in a quick one.
+    /// Returns the count for a full run, or a tenth of it for a quick run.
     pub(crate) fn scaled(&self, count: usize) -> usize {
         if self.plan.quick { count.div_ceil(10) } else { count }
     }
@@ -47,7 +47,7 @@ impl Bench {
         self.dir.path()
     }
 
-    /// This worker, and the other build of it if there is one.
+    /// Returns this build of the worker, and the other build, if there is one.
     pub(crate) fn workers(&self) -> Vec<Contender> {
         let this = Contender::Worker { name: "worker", path: env!("CARGO_BIN_EXE_zizq-worker").into(), options: &[] };
         let other = self.plan.against.iter().map(|path| Contender::Worker {
@@ -58,7 +58,7 @@ impl Bench {
         std::iter::once(this).chain(other).collect()
     }
 
-    /// The handlers of the throughput runs. Without Python, there is none in it.
+    /// Returns the handlers of the throughput runs. Without Python, the Python handler is left out.
     pub(crate) fn handlers(&self) -> Result<Vec<Handler>> {
         let shell = self.script("line.sh", "#!/bin/sh\nread -r payload; echo \"${#payload} bytes\"\n")?;
         let mut handlers = vec![
@@ -67,7 +67,7 @@ impl Bench {
         ];
         match interpreter() {
             Some(python) => {
-                // Under xargs there is no payload.
+                // xargs passes no payload.
                 let text =
                     format!("#!{python}\nimport json, sys\njson.loads(sys.stdin.read() or '0')\nprint('done')\n");
                 let command = vec![self.script("load.py", &text)?];
@@ -86,11 +86,10 @@ impl Bench {
     }
 }
 
-/// What `cargo bench` has built of the worker has the features of the tests' libraries in it. This is what is shipped, and it
-/// is put at the same place.
+/// Builds the worker as shipped. It replaces the binary of `cargo bench`, which has features of the tests' libraries.
 fn build_release() -> Result<()> {
     let mut command = Command::new(std::env::var("CARGO").unwrap_or("cargo".to_owned()));
-    // Cargo tells a benchmark where and what it is; libraries would be built anew because of it.
+    // Cargo sets variables for a benchmark that would make it rebuild some libraries.
     for name in std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("CARGO_")) {
         if name != "CARGO_HOME" && !name.starts_with("CARGO_TARGET") && !name.starts_with("CARGO_BUILD") {
             command.env_remove(name);
@@ -100,7 +99,7 @@ fn build_release() -> Result<()> {
     if status.success() { Ok(()) } else { Err("the worker cannot be built".into()) }
 }
 
-/// Python itself: what is on the path may be a script that looks for it.
+/// Returns the real Python interpreter, because the one on the path may be a wrapper script.
 pub(crate) fn interpreter() -> Option<String> {
     let output = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output().ok()?;
     let path = String::from_utf8(output.stdout).ok()?;

@@ -24,7 +24,7 @@ const COLOURS: [RGBColor; 5] = [
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// What one panel shows: a line for each contender.
+/// The content of one panel, with a line for each contender.
 struct Panel<'a> {
     title: &'static str,
     labels: Vec<String>,
@@ -41,7 +41,7 @@ pub(crate) fn draw(path: &Path, parts: &[(Part, &[Row])]) -> Result<()> {
     Ok(root.present()?)
 }
 
-/// Says whether the parts have a row for every panel.
+/// Reports whether the parts have a row for every panel.
 pub(crate) fn is_complete(parts: &[(Part, &[Row])]) -> bool {
     panels(parts).len() == 4
 }
@@ -100,7 +100,7 @@ fn draw_panel(area: &Area<'_>, panel: &Panel<'_>) -> Result<()> {
     let widths = 0..i32::try_from(panel.labels.len())? - 1;
     let mut builder = ChartBuilder::on(area);
     builder.caption(panel.title, ("sans-serif", 17)).margin(14).x_label_area_size(28).y_label_area_size(52);
-    // What spans more than a factor of twenty is told apart on a logarithmic scale only.
+    // Values that span more than a factor of twenty need a logarithmic scale.
     if panel.most() > 20.0 * panel.least() {
         let heights = (panel.least() * 0.7..panel.most() * 1.5).log_scale();
         draw_lines(builder.build_cartesian_2d(widths, heights)?, panel)

@@ -1,4 +1,4 @@
-//! The official client in process: a worker on it whose handler parses the payload, and starts no process.
+//! The official client in process: a worker whose handler parses the payload, and starts no process.
 
 use std::sync::Arc;
 
@@ -9,7 +9,8 @@ use crate::{Result, stamp, warm_handler};
 
 pub(crate) const ROLE: &str = "contender:client";
 
-/// Words: url, queue, how many at once, and the handler. Of that, only the socket for stamps counts.
+/// Runs the worker. The arguments are the url, the queue, the concurrency, and the handler. Only the handler's socket
+/// for stamps is used.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
     let stamps = match handler {
@@ -36,7 +37,7 @@ async fn work(url: &str, queue: &str, at_once: usize, stamps: Option<Arc<str>>) 
     Ok(())
 }
 
-/// The client has parsed the payload.
+/// Runs a job, whose payload the client has already parsed.
 fn one(job: Job, stamps: Option<&str>) -> Result<()> {
     if let Some(socket) = stamps {
         stamp::send(socket, stamp::now())?;

@@ -1,4 +1,4 @@
-//! [`Contender`]: who runs the jobs; [`Contest`]: what there is to be run.
+//! [`Contender`]: a worker to compare; [`Contest`]: the jobs that each contender runs.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -17,7 +17,7 @@ pub(crate) enum Contender {
     Bare,
     Xargs,
     Baseline,
-    /// This worker with a dispatcher that starts nothing.
+    /// This worker, with a dispatcher that starts no process.
     Protocol,
     /// A build of this worker.
     Worker {
@@ -25,11 +25,11 @@ pub(crate) enum Contender {
         path: PathBuf,
         options: &'static [&'static str],
     },
-    /// A worker on the official client that starts no process.
+    /// A worker with the official client that starts no process.
     Client,
 }
 
-/// Jobs for a handler, and how many of them at once.
+/// Jobs for a handler, with their number and concurrency.
 #[derive(Debug, Clone)]
 pub(crate) struct Contest {
     pub(crate) handler: Vec<String>,
@@ -38,7 +38,7 @@ pub(crate) struct Contest {
     pub(crate) payload_bytes: usize,
 }
 
-/// What the bare loop says of itself.
+/// The output of the bare loop.
 #[derive(Deserialize)]
 struct Told {
     seconds: f64,
@@ -58,7 +58,7 @@ impl Contender {
         }
     }
 
-    /// One run, from its start to the last report, or to its end.
+    /// Measures one run, from its start to the last report, or to its end.
     pub(crate) fn run(&self, bench: &Bench, contest: &Contest) -> Result<Sample> {
         match self {
             Self::Bare => run_bare(bench, contest),
@@ -83,12 +83,12 @@ impl Contender {
         })
     }
 
-    /// Starts a worker of either kind on the jobs of the bench, this one with further options.
+    /// Starts a worker on the jobs of the bench. The options are for zizq-worker only.
     pub(crate) fn start(&self, bench: &Bench, at_once: usize, handler: &[String], options: &[&str]) -> Result<Running> {
         self.start_at(&bench.server.url, bench, at_once, handler, options)
     }
 
-    /// The same, with the server behind something else.
+    /// Starts a worker that reaches the server at another url.
     pub(crate) fn start_at(
         &self,
         url: &str,
@@ -101,7 +101,7 @@ impl Contender {
         let mut command = match self {
             Self::Worker { path, options: own, .. } => {
                 let mut command = Command::new(path);
-                // What handlers print would be logged; the baseline drops it.
+                // Do not log the handlers' output, because the baseline drops it.
                 command.args(["--url", url, "--queues", queue, "--threads", &at_once, "--log-level", "error"]);
                 command.args(*own).args(options).arg("--");
                 command
@@ -140,14 +140,14 @@ fn run_bare(bench: &Bench, contest: &Contest) -> Result<Sample> {
     })
 }
 
-/// `xargs` gives nobody an input, and reads no output: it is there for its speed alone.
+/// Runs the jobs with `xargs`, which gives handlers no input and reads no output. It only shows a speed limit.
 fn run_xargs(contest: &Contest) -> Result<Sample> {
     let started = Instant::now();
     let (reader, mut writer) = std::io::pipe()?;
     let mut command = Command::new("xargs");
     command.args(["-n", "1", "-P", &contest.at_once.to_string()]).args(&contest.handler);
     let child = command.stdin(reader).stdout(Stdio::null()).spawn()?;
-    // The command holds the other end of the pipe.
+    // The command holds the read end of the pipe.
     drop(command);
     let mut running = Running(Some(child));
     let words: String = (1..=contest.jobs).map(|number| format!("{number}\n")).collect();
@@ -163,7 +163,7 @@ fn run_xargs(contest: &Contest) -> Result<Sample> {
     })
 }
 
-/// A process that is ended with this.
+/// A process, killed on drop.
 pub(crate) struct Running(Option<Child>);
 
 impl Running {
@@ -175,7 +175,7 @@ impl Running {
         Ok(self.0.as_ref().map(Pid::from_child).ok_or("it has been waited for")?)
     }
 
-    /// Asks it to end, and waits. Says what CPU time it and its children have used.
+    /// Sends SIGTERM, and waits for the end. Returns the CPU time of the process and its children.
     pub(crate) fn stop(mut self) -> Result<std::time::Duration> {
         kill_process(self.pid()?, Signal::TERM)?;
         self.reap()
@@ -187,7 +187,7 @@ impl Running {
         if status == 0 { Ok(cpu) } else { Err(format!("a contender ended with the wait status {status}").into()) }
     }
 
-    /// The dead keep their accounts until they are waited for. Those of threads that have ended are not among them.
+    /// Reads the CPU time of the process between its exit and its reaping. Threads that ended earlier are not included.
     fn own_cpu_at_its_end(&self) -> Result<std::time::Duration> {
         waitid(WaitId::Pid(self.pid()?), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
         self.process().own_cpu()

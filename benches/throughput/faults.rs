@@ -1,4 +1,4 @@
-//! A minute in which reports fail for ten seconds, against a minute in which they do not.
+//! A minute in which reports fail for ten seconds, compared with a minute without faults.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -16,11 +16,11 @@ const AFTER: Duration = Duration::from_secs(30);
 
 const AT_ONCE: usize = 8;
 
-/// Each job takes a fifth of a second, so that a minute has at most 2,400.
+/// Enough jobs: each takes a fifth of a second, so a minute has at most 2,400.
 const HANDLER: [&str; 2] = ["sleep", "0.2"];
 const JOBS: usize = 3000;
 
-/// The server lets no more be unreported at once by default: over all that time, no worker can do more jobs.
+/// The server's default limit of unreported jobs. While reports fail, no worker can run more jobs.
 const DEEP_PREFETCH: &str = "1024";
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
@@ -41,7 +41,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, vec![Target::at_least(about, 0.95, Some(ratio(deep)))]))
 }
 
-/// How many jobs were done and reported in the minute.
+/// Returns the number of jobs reported in the minute.
 fn minute(bench: &Bench, contender: &Contender, options: &[&str], failing: bool) -> Result<u64> {
     let proxy = Proxy::start(&bench.server.url)?;
     bench.server.enqueue(JOBS, &server::payload(PAYLOAD_BYTES))?;
@@ -55,7 +55,7 @@ fn minute(bench: &Bench, contender: &Contender, options: &[&str], failing: bool)
     proxy.mend_reports();
     sleep(AFTER);
     let done = JOBS as u64 - bench.server.pending()?;
-    // A drain would see the rest through.
+    // Killed, because a drain would finish the rest.
     drop(worker);
     bench.server.clear()?;
     Ok(done)

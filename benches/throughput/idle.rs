@@ -1,4 +1,4 @@
-//! What a connected worker without jobs costs, beside the server's heartbeats.
+//! The cost of a connected worker without jobs, including the server's heartbeats.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::report::{Line, Section, Target};
 
 const FOR: Duration = Duration::from_secs(12);
 
-/// Connecting is over by then.
+/// A wait that is longer than the connect.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {

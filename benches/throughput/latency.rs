@@ -1,4 +1,4 @@
-//! From enqueue to the handler's first instruction, on an idle worker; and the same for a bare spawn.
+//! The time from enqueue to the handler's first instruction, on an idle worker, compared with a bare spawn.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::{Result, bare, server};
 
 const JOBS: usize = 200;
 
-/// After it, everybody sleeps again.
+/// A pause after which all processes sleep again.
 const GAP: Duration = Duration::from_millis(20);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
@@ -46,7 +46,7 @@ fn one_round(bench: &Bench, contender: &Contender, stamps: &Stamps) -> Result<Ve
         return (0..jobs).map(|_| timed(stamps, || bare::one(&payload, &words))).collect();
     }
     let worker = contender.start(bench, 4, &handler, &[])?;
-    // The first makes the connections.
+    // The first job makes the connections.
     bench.server.enqueue_one(&payload)?;
     stamps.receive()?;
     let times = (0..jobs).map(|_| timed(stamps, || bench.server.enqueue_one(&payload))).collect();

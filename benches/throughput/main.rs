@@ -1,5 +1,5 @@
-//! What a job costs: this worker beside a bare loop, `xargs -P` and a plain worker on the official client. Whole runs, in
-//! turn, each contender as a process of its own. `cargo bench -- --help` says what can be chosen.
+//! The cost of a job: this worker beside a bare loop, `xargs -P` and a plain worker with the official client. The
+//! contenders run in turn, each as a separate process. `cargo bench -- --help` lists the options.
 
 #![expect(clippy::disallowed_methods, reason = "a benchmark starts processes, waits, and reads its environment")]
 
@@ -34,9 +34,9 @@ use report::Report;
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
 
-/// Whatever runs beside the measuring process is this executable once more, told so by its first word.
+/// Runs the benchmark. Its other processes are this executable as well, with a role as the first argument.
 fn main() -> Result<()> {
-    // The handler of the latency runs: what it does before its stamp would count.
+    // First, because the handler of the latency runs must take its stamp before any other work.
     let began = stamp::now();
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {

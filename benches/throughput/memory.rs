@@ -25,7 +25,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, targets))
 }
 
-/// All run at once: the last has started long before the first ends.
+/// Returns the peak memory with all jobs running at once. Each job outlasts the start of the last one.
 fn peak(bench: &Bench, contender: &Contender, at_once: usize) -> Result<u64> {
     let handler = vec!["sleep".to_owned(), "6".to_owned()];
     let contest = Contest { handler, at_once, jobs: at_once, payload_bytes: PAYLOAD_BYTES };
@@ -33,7 +33,7 @@ fn peak(bench: &Bench, contender: &Contender, at_once: usize) -> Result<u64> {
     Ok(sample.peak_memory.unwrap_or_default())
 }
 
-/// Jobs after which the memory is looked at for the first time, and for the last.
+/// The numbers of jobs before the first and before the last measurement of the memory.
 const FEW_JOBS: usize = 2000;
 const MANY_JOBS: usize = 200_000;
 
@@ -58,7 +58,7 @@ fn many_jobs(bench: &Bench) -> usize {
 fn growth(bench: &Bench, contender: &Contender) -> Result<(u64, u64)> {
     let worker = contender.start(bench, 8, &["/bin/true".to_owned()], &[])?;
     let mut early = 0;
-    // In portions, so that the server's own size does not come into it.
+    // In portions, so that the size of the server has no influence.
     for done in (0..many_jobs(bench)).step_by(FEW_JOBS) {
         bench.server.enqueue(FEW_JOBS, &server::payload(PAYLOAD_BYTES))?;
         bench.server.wait_until_done()?;

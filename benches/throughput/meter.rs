@@ -1,4 +1,4 @@
-//! What the kernel says of a process.
+//! The kernel's figures of a process.
 
 use std::fs;
 use std::mem::MaybeUninit;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::Result;
 
-/// A process, by its number.
+/// A process, by its pid.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Process(pub(crate) u32);
 
@@ -15,23 +15,23 @@ impl Process {
         Self(std::process::id())
     }
 
-    /// The CPU time of its living threads, to the nanosecond, and without any child.
+    /// Returns the CPU time of the living threads, to the nanosecond, without children.
     pub(crate) fn own_cpu(self) -> Result<Duration> {
         let times = self.of_threads("schedstat", |text| text.split(' ').next()?.parse().ok())?;
         Ok(Duration::from_nanos(times))
     }
 
-    /// How often its threads went to sleep, and so had to be woken.
+    /// Returns how often threads of the process went to sleep.
     pub(crate) fn sleeps(self) -> Result<u64> {
         self.of_threads("status", |text| number_after(text, "voluntary_ctxt_switches:"))
     }
 
-    /// The most memory that it had at once, in bytes.
+    /// Returns the peak memory in bytes.
     pub(crate) fn peak_memory(self) -> Result<u64> {
         self.memory("VmHWM:")
     }
 
-    /// The memory that it has now, in bytes.
+    /// Returns the present memory in bytes.
     pub(crate) fn memory_now(self) -> Result<u64> {
         self.memory("VmRSS:")
     }
@@ -44,7 +44,7 @@ impl Process {
     fn of_threads(self, file: &str, read: impl Fn(&str) -> Option<u64>) -> Result<u64> {
         let mut sum = 0;
         for thread in fs::read_dir(format!("/proc/{}/task", self.0))? {
-            // A thread may end meanwhile.
+            // A thread may have ended since the listing.
             let text = fs::read_to_string(thread?.path().join(file)).unwrap_or_default();
             sum += read(&text).unwrap_or_default();
         }
@@ -57,7 +57,7 @@ fn number_after(status: &str, name: &str) -> Option<u64> {
     line.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// The CPU time of this process so far, threads that have ended included.
+/// Returns the CPU time of this process so far, including threads that have ended.
 #[expect(unsafe_code, reason = "no safe wrapper of getrusage is at hand")]
 pub(crate) fn own_cpu_so_far() -> Duration {
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
@@ -69,7 +69,7 @@ pub(crate) fn own_cpu_so_far() -> Duration {
     cpu(&usage)
 }
 
-/// Waits for a child, and says what it and all that it waited for have used.
+/// Waits for a child. Returns its wait status and CPU time, including the children that it waited for.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
 pub(crate) fn reap(child: Process) -> Result<(i32, Duration)> {
     let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::zeroed());

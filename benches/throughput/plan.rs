@@ -1,4 +1,4 @@
-//! [`Plan`]: which parts are measured, and how long.
+//! [`Plan`]: the parts to measure, and the length of the runs.
 
 use crate::Result;
 use crate::bench::Bench;
@@ -20,7 +20,7 @@ cargo bench -- --save          the figures also into docs/performance.md, and th
 
 ZIZQ_URL measures against that server instead of the embedded one.";
 
-/// One thing that is measured.
+/// One measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     Throughput,
@@ -104,7 +104,7 @@ impl Part {
     }
 }
 
-/// What was asked for.
+/// The choice of parts and options on the command line.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Plan {
     pub(crate) help: bool,
@@ -124,7 +124,7 @@ impl Plan {
         let mut options = options.iter();
         while let Some(option) = options.next() {
             match *option {
-                // Cargo says this to every benchmark.
+                // Cargo passes this option to every benchmark.
                 "--bench" => {}
                 "--help" => plan.help = true,
                 "--quick" => (plan.quick, plan.rounds) = (true, 1),
@@ -145,10 +145,7 @@ impl Plan {
     }
 
     fn includes(&self, part: Part) -> bool {
-        match self.chosen.is_empty() {
-            true => self.long || !part.takes_minutes(),
-            false => self.chosen.contains(&part),
-        }
+        if self.chosen.is_empty() { self.long || !part.takes_minutes() } else { self.chosen.contains(&part) }
     }
 }
 

@@ -1,5 +1,5 @@
-//! The protocol alone: this worker with a dispatcher that starts nothing. Jobs come and reports leave many at a time then: that
-//! is what the protocol costs at the least.
+//! The protocol alone: this worker with a dispatcher that starts no process. Jobs then arrive and reports leave in
+//! large batches, so this is the least cost of the protocol.
 
 use tokio::signal::unix::{SignalKind, signal};
 use zizq_worker::{Dispatcher, Ended, Job, Lifecycle, Outcome, Worker, WorkerConfig};
@@ -26,7 +26,7 @@ impl Dispatcher for DoesNothing {
     }
 }
 
-/// Words: url, queue, and how many at once.
+/// Runs the worker. The arguments are the url, the queue, and the concurrency.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once] = words else { return Err("not three words".into()) };
     let threads: std::num::NonZeroUsize = at_once.parse()?;
@@ -67,7 +67,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::new(rows, targets))
 }
 
-/// What own CPU would be if nothing were to be done for a job but what the bare loop does.
+/// Returns the least possible own CPU: that of the protocol plus that of the bare loop.
 fn floor(rows: &[Row]) -> Option<Target> {
     let [bare, protocol] = rows else { return None };
     let about = format!("(own CPU of the bare loop and of the protocol alone / bare loop), {} at once", bare.at_once);

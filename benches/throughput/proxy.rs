@@ -1,4 +1,4 @@
-//! [`Proxy`]: passes connections on to the server, and for a while no reports.
+//! [`Proxy`]: forwards connections to the server, and can block reports for a time.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -8,7 +8,7 @@ use std::thread::spawn;
 
 use crate::Result;
 
-/// How a take stream begins; every other connection is for reports.
+/// The first bytes of a take stream. All other connections are for reports.
 const TAKE: &[u8] = b"GET /jobs/take";
 
 pub(crate) struct Proxy {
@@ -32,21 +32,21 @@ impl Proxy {
         spawn(move || {
             for connection in listener.incoming().flatten() {
                 let (server, reports) = (server.clone(), Arc::clone(&shared));
-                // A connection that ends, ends.
+                // An error only ends this connection.
                 spawn(move || pass_on(connection, &server, &reports));
             }
         });
         Ok(Self { url, reports })
     }
 
-    /// From here on reports fail.
+    /// Makes reports fail from now on.
     pub(crate) fn cut_reports(&self) {
         self.reports.cut.store(true, Ordering::SeqCst);
         let mut connections = self.reports.connections.lock().unwrap_or_else(PoisonError::into_inner);
         connections.drain(..).for_each(|connection| drop(connection.shutdown(Shutdown::Both)));
     }
 
-    /// From here on they arrive.
+    /// Lets reports pass from now on.
     pub(crate) fn mend_reports(&self) {
         self.reports.cut.store(false, Ordering::SeqCst);
     }

@@ -1,4 +1,4 @@
-//! [`Report`]: what was measured, as tables, as JSON and as a chart, and whether the targets are met.
+//! [`Report`]: the results as tables, JSON and a chart, and the check of the targets.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,11 +14,11 @@ use crate::chart;
 use crate::plan::{PARTS, Part, Plan};
 use crate::sample::{Sample, Spread};
 
-/// The committed page with the figures, and the chart that the page shows.
+/// The committed page with the figures, and its chart.
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.md");
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.svg");
 
-/// Marks around the figures in the page, which the last saved run of each part has written.
+/// The marks around the figures in the page. The last saved run of each part has written them.
 const BEGIN: &str = "<!-- figures -->";
 const END: &str = "<!-- end of figures -->";
 
@@ -40,7 +40,7 @@ impl Row {
         Spread::of(self.samples.iter().filter_map(of))
     }
 
-    /// The median of the rounds' ratios: the two ran right after each other in each.
+    /// Returns the median of the ratios of all rounds. In each round, the two ran right after each other.
     pub(crate) fn ratio_to(&self, other: &Self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         let pairs = self.samples.iter().zip(&other.samples);
         let ratios = pairs.filter_map(|(this, other)| Some(of(this)? / of(other)?));
@@ -48,7 +48,7 @@ impl Row {
     }
 }
 
-/// A finding that fits no table.
+/// A result outside the tables.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Line {
     contender: String,
@@ -61,7 +61,7 @@ impl Line {
     }
 }
 
-/// What a figure should be.
+/// The target of a figure.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Target {
     about: String,
@@ -79,13 +79,13 @@ impl Target {
         Self { about, wanted: format!("≤ {limit}"), value, met: value.map(|value| value <= limit) }
     }
 
-    /// For comparison.
+    /// A figure for comparison only.
     pub(crate) fn figure(about: String, value: Option<f64>) -> Self {
         Self { about, wanted: String::new(), value, met: None }
     }
 }
 
-/// What a part has found.
+/// The results of a part.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Section {
     pub(crate) rows: Vec<Row>,
@@ -107,7 +107,7 @@ impl Section {
     }
 }
 
-/// All that was measured, by the name of the part and of the server.
+/// All results, by the name of the part and of the server.
 type Sections = BTreeMap<String, Section>;
 
 pub(crate) struct Report {
@@ -116,7 +116,7 @@ pub(crate) struct Report {
     sections: Sections,
 }
 
-/// The servers, and how they are named behind the parts.
+/// The servers, with their suffixes to the names of the parts.
 const EMBEDDED: &str = "";
 const GIVEN: &str = ", real server";
 
@@ -126,7 +126,7 @@ impl Report {
         Self { server, rounds: plan.rounds, sections: Sections::new() }
     }
 
-    /// Shows a part as soon as it is measured.
+    /// Prints a part as soon as it is measured.
     pub(crate) fn add(&mut self, part: Part, section: Section) {
         let name = format!("{}{}", part.name(), self.server);
         println!("\n{}", text(&name, part, &section));
@@ -136,7 +136,7 @@ impl Report {
         self.sections.insert(name, section);
     }
 
-    /// Prints the parts that were not run, writes the files beside the worker, and saves them into the page if asked.
+    /// Prints the parts that were not run, writes the files beside the worker, and on request saves them into the page.
     pub(crate) fn write(&self, plan: &Plan) -> Result<()> {
         println!("{}", not_run(&self.sections));
         let dir = beside_the_worker();
@@ -151,7 +151,7 @@ impl Report {
         Ok(())
     }
 
-    /// Replaces the parts of this run in the page, and the chart if this run has measured all of it.
+    /// Replaces the parts of this run in the page, and the chart if this run has measured all of its parts.
     fn save(&self) -> Result<()> {
         let page = fs::read_to_string(PAGE)?;
         let missing = "the page has no place for the figures";
@@ -222,7 +222,7 @@ fn targets(targets: &[Target]) -> String {
     text
 }
 
-/// In the target directory.
+/// Returns the directory of the written files, in the target directory.
 fn beside_the_worker() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_zizq-worker")).with_file_name("performance")
 }
@@ -262,7 +262,7 @@ fn memory(rows: &[Row]) -> String {
     })
 }
 
-/// A line for each handler and width, and a column for each contender.
+/// Returns a table with a line for each handler and width, and a column for each contender.
 fn table(rows: &[Row], title: &str, cell: impl Fn(&Row) -> Option<String>) -> String {
     let mut contenders: Vec<&str> = Vec::new();
     for row in rows {

@@ -1,22 +1,22 @@
-//! [`Sample`]: what one run has shown; [`Spread`]: what several have.
+//! [`Sample`]: the figures of one run; [`Spread`]: the spread over several runs.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-/// One run of one contender. What cannot be told of a contender is not there.
+/// The figures of one run of one contender. A figure that cannot be measured is `None`.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Sample {
     pub(crate) jobs_per_second: f64,
-    /// CPU per job, children included, in milliseconds.
+    /// CPU per job including children, in milliseconds.
     pub(crate) cpu: f64,
     /// CPU per job of the contender's process alone, in milliseconds.
     pub(crate) own_cpu: Option<f64>,
-    /// In bytes.
+    /// The peak memory in bytes.
     pub(crate) peak_memory: Option<u64>,
 }
 
-/// The middle and the ends of some values.
+/// The median, the least and the greatest of some values.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
@@ -38,7 +38,7 @@ pub(crate) fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
     values
 }
 
-/// The value below which that part of the sorted values is.
+/// Returns the quantile of the sorted values.
 pub(crate) fn percentile(sorted: &[f64], part: f64) -> f64 {
     let last = sorted.len().saturating_sub(1);
     sorted.get((last as f64 * part).round() as usize).copied().unwrap_or(f64::NAN)

@@ -1,4 +1,4 @@
-//! What a job costs by the size of its payload, and by the size of its output.
+//! The cost of a job by the size of its payload, and by the size of its output.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use crate::contender::{Contender, Contest};
 use crate::report::{Row, Section};
 use crate::throughput::{PAYLOAD_BYTES, compete_among};
 
-/// A size, and how many jobs with it make a run of about a second.
+/// The sizes, each with the number of jobs for a run of about a second.
 const SIZES: [(&str, usize, usize); 4] =
     [("1 KB", 1_000, 1000), ("64 KB", 64_000, 800), ("1 MB", 1_000_000, 200), ("10 MB", 10_000_000, 24)];
 
@@ -23,7 +23,7 @@ pub(crate) fn measure_payload(bench: &Bench) -> Result<Section> {
 
 pub(crate) fn measure_output(bench: &Bench) -> Result<Section> {
     measure(bench, |name, bytes, jobs| {
-        // Lines of a hundred bytes, as logs have them.
+        // Lines of a hundred bytes, as in typical logs.
         let text = bench.dir().join(format!("output-{bytes}"));
         fs::write(&text, format!("{}\n", "x".repeat(99)).repeat(bytes / 100))?;
         let script = bench.script(

@@ -1,4 +1,4 @@
-//! [`Server`]: the embedded server in a process of its own, or the one at `ZIZQ_URL`; and how jobs come into it.
+//! [`Server`]: the embedded server in a separate process, or the one at `ZIZQ_URL`, and the enqueuing of jobs.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
@@ -14,21 +14,21 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "server";
 
-/// How often it is asked whether all is done: rarely enough not to be in the way, and near the end often enough to be exact.
+/// The intervals of polling for the end: long at first so as not to disturb, and short near the end to be exact.
 const LOOK_EVERY: Duration = Duration::from_millis(30);
 const LOOK_CLOSELY_EVERY: Duration = Duration::from_millis(2);
 const NEAR_THE_END: u64 = 100;
 
-/// No run of a single contender takes longer, unless it hangs.
+/// The time limit of a single run. A longer run hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Bodies are kept below what servers accept, and below what takes long to read.
+/// The size limit of a request, below the server's limit and quick to read.
 const MAX_BULK_BYTES: usize = 4_000_000;
 const MAX_BULK_JOBS: usize = 500;
 
-/// Serves until nobody holds its stdin any more.
+/// Runs the server until stdin is closed.
 pub(crate) fn run() -> Result<()> {
-    // One thread leaves the other core to the contenders, as a server on another machine would leave both.
+    // Only one thread, so that one core of two is free for the contenders. A server elsewhere would leave both.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let server = runtime.block_on(EmbeddedServer::bind("127.0.0.1:0", Store::new(Options::default())))?;
     println!("http://{}", server.local_addr());
@@ -37,14 +37,14 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// A JSON string of so many bytes.
+/// Returns a JSON string of this many bytes.
 pub(crate) fn payload(bytes: usize) -> String {
     format!("\"{}\"", "x".repeat(bytes.saturating_sub(2)))
 }
 
 pub(crate) struct Server {
     pub(crate) url: String,
-    /// Nobody else's jobs are in it.
+    /// A queue for this benchmark alone.
     pub(crate) queue: String,
     runtime: Runtime,
     http: reqwest::Client,
@@ -79,7 +79,7 @@ impl Server {
         self.send(self.post("/jobs", self.job(payload))).map(drop)
     }
 
-    /// How many jobs are not done.
+    /// Returns the number of unfinished jobs.
     pub(crate) fn pending(&self) -> Result<u64> {
         let answer = self.send(self.http.get(format!("{}/jobs/count?queue={}", self.url, self.queue)))?;
         answer["count"].as_u64().ok_or_else(|| format!("no count in {answer}").into())
@@ -118,7 +118,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         if let Some(process) = &mut self.process {
             drop(process.stdin.take());
-            // It is told to end by that; if it could not be waited for, it ends all the same.
+            // The closed stdin ends the server, even if the wait fails.
             let _ = process.wait();
         }
     }

@@ -1,4 +1,4 @@
-//! The handler that says when it began, on a clock that all processes share.
+//! The handler that sends the time of its start, on a clock that all processes share.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "handler:stamp";
 
-/// Longer than any job waits here, so that a lost one ends the run.
+/// The time limit for a stamp, longer than any job waits. A lost job ends the run.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Time since the machine was started.
+/// Returns the monotonic time.
 pub(crate) fn now() -> Duration {
     let time = clock_gettime(ClockId::Monotonic);
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default())
@@ -24,7 +24,7 @@ pub(crate) fn send(socket: &str, began: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Where stamps arrive.
+/// The receiver of stamps.
 pub(crate) struct Stamps {
     socket: UnixDatagram,
     path: PathBuf,
@@ -39,7 +39,7 @@ impl Stamps {
         Ok(Self { socket, path })
     }
 
-    /// The handler that sends them.
+    /// Returns the command of the handler that sends stamps.
     pub(crate) fn handler(&self, exe: &str) -> Vec<String> {
         vec![exe.to_owned(), ROLE.to_owned(), self.path()]
     }
@@ -48,7 +48,7 @@ impl Stamps {
         self.path.to_string_lossy().into_owned()
     }
 
-    /// When the next handler began.
+    /// Waits for the next stamp. Returns the start time of the handler.
     pub(crate) fn receive(&self) -> Result<Duration> {
         let mut bytes = [0; size_of::<u128>()];
         self.socket.recv(&mut bytes)?;

@@ -1,4 +1,5 @@
-//! From the worker's start to its first job's first instruction, and from SIGTERM to its exit; and the size of its file.
+//! The time from the worker's start to the first job's first instruction, the time from SIGTERM to the exit, and the
+//! size of the binary.
 
 use std::fs;
 use std::thread::sleep;
@@ -15,7 +16,7 @@ use crate::{Result, server};
 
 const STARTS: usize = 20;
 
-/// After its first job it is idle.
+/// A pause after which the worker is idle.
 const REST: Duration = Duration::from_millis(100);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
@@ -35,7 +36,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, targets))
 }
 
-/// Medians, in milliseconds.
+/// Returns the medians in milliseconds.
 fn start_and_stop(bench: &Bench, contender: &Contender) -> Result<(f64, f64)> {
     let stamps = Stamps::listen(bench.dir())?;
     let (mut starts, mut stops) = (Vec::new(), Vec::new());

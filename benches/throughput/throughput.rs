@@ -1,4 +1,4 @@
-//! Jobs a second and CPU per job, for each handler and width.
+//! Jobs per second and CPU per job, for each handler and width.
 
 use crate::Result;
 use crate::bench::{Bench, Handler};
@@ -8,7 +8,7 @@ use crate::report::{Row, Section, Target};
 
 pub(crate) const AT_ONCE: [usize; 5] = [1, 2, 4, 8, 16];
 
-/// About what a small job carries.
+/// The payload size of a small job.
 pub(crate) const PAYLOAD_BYTES: usize = 80;
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
@@ -30,7 +30,7 @@ fn contest(handler: &Handler, at_once: usize) -> Contest {
     Contest { handler: handler.command.clone(), at_once, jobs: handler.jobs, payload_bytes: PAYLOAD_BYTES }
 }
 
-/// All contenders in turn, round after round: what disturbs the machine for a while disturbs them all.
+/// Runs all contenders in turn, round after round, so that a disturbance of the machine affects all of them.
 pub(crate) fn compete(bench: &Bench, contest: &Contest, about: &str) -> Result<Vec<Row>> {
     let mut contenders = vec![Contender::Bare, Contender::Xargs, Contender::Baseline];
     contenders.extend(bench.workers());

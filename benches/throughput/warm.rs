@@ -1,4 +1,4 @@
-//! Warm handlers: beside the same handler started for each job, and the official client in process.
+//! Warm handlers, compared with the same handler in spawn mode and with the official client in process.
 
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -15,14 +15,14 @@ use crate::{Result, server, warm_handler};
 
 const AT_ONCE: [usize; 2] = [4, 8];
 
-/// How many jobs make a run of a few seconds, if no process is started for them; and how many if one is.
+/// The numbers of jobs for a run of a few seconds, without and with a process for each job.
 const WARM_JOBS: usize = 20_000;
 const SPAWNED_COMPILED_JOBS: usize = 1500;
 const SPAWNED_PYTHON_JOBS: usize = 150;
 
 const LATENCY_JOBS: usize = 200;
 
-/// After it, everybody sleeps again.
+/// A pause after which all processes sleep again.
 const GAP: Duration = Duration::from_millis(20);
 
 const FEW: usize = 4;
@@ -30,7 +30,7 @@ const MANY: usize = 200;
 
 const WARM: &[&str] = &["--mode", "warm"];
 
-/// Reads its job from the worker's socket, or from stdin if there is none.
+/// A handler that reads jobs from the worker's socket, or one job from stdin if there is no socket.
 const PYTHON: &str = r#"
 import json, os, sys
 if "ZIZQ_SOCKET" not in os.environ:
@@ -97,7 +97,7 @@ fn warm() -> Contender {
     worker("warm", WARM)
 }
 
-/// All contenders in turn, round after round, each with as many jobs as make a run of seconds.
+/// Runs all contenders in turn, round after round, each with enough jobs for a run of seconds.
 fn compete(bench: &Bench, handler: &Handler, at_once: usize) -> Result<Vec<Row>> {
     let entrants =
         [(worker("spawned", &[]), handler.spawned_jobs), (warm(), WARM_JOBS), (Contender::Client, WARM_JOBS)];
@@ -135,7 +135,7 @@ fn speed_targets(rows: &[Row]) -> Vec<Target> {
     targets
 }
 
-/// Jobs of `/bin/true`, with one process for each, by this build and by the one before.
+/// Measures jobs of `/bin/true`, one process each, with this build and with the other build.
 fn before_and_after(bench: &Bench) -> Result<Vec<Row>> {
     let workers = bench.workers();
     if workers.len() < 2 {
@@ -163,7 +163,7 @@ fn spawned_targets(rows: &[Row]) -> Vec<Target> {
     ]
 }
 
-/// From enqueue until the handler has the job, on an idle worker.
+/// Measures the time from enqueue until the handler has the job, on an idle worker.
 fn latency(bench: &Bench) -> Result<(Vec<Line>, Target)> {
     let stamps = Stamps::listen(bench.dir())?;
     let handler = compiled(bench, &[warm_handler::STAMP, &stamps.path()]);
@@ -188,7 +188,7 @@ fn latency(bench: &Bench) -> Result<(Vec<Line>, Target)> {
 fn one_round(bench: &Bench, contender: &Contender, handler: &[String], stamps: &Stamps) -> Result<Vec<f64>> {
     let payload = server::payload(PAYLOAD_BYTES);
     let running = contender.start(bench, FEW, handler, &[])?;
-    // The first makes the connections, and starts the process.
+    // The first job makes the connections and starts the process.
     bench.server.enqueue_one(&payload)?;
     stamps.receive()?;
     let times = (0..bench.scaled(LATENCY_JOBS)).map(|_| {
@@ -203,7 +203,7 @@ fn one_round(bench: &Bench, contender: &Contender, handler: &[String], stamps: &
     times
 }
 
-/// The worker's memory for each process more, all of which have a job at once.
+/// Measures the worker's memory per additional process, with a job in each process at once.
 fn memory(bench: &Bench) -> Result<(Vec<Line>, Target)> {
     let peak = |at_once| {
         let handler = compiled(bench, &[warm_handler::PAUSE]);

@@ -1,4 +1,4 @@
-//! The compiled handler of the warm runs, which also runs as one process per job.
+//! The compiled handler of the warm runs, which also runs in spawn mode.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -12,11 +12,11 @@ use crate::{Result, stamp};
 
 pub(crate) const ROLE: &str = "handler:warm";
 
-/// Words behind the role: send a stamp to that socket when a job has come, or take a while for each job.
+/// The options after the role: a socket for a stamp when a job arrives, or a duration of each job.
 pub(crate) const STAMP: &str = "stamp";
 pub(crate) const PAUSE: &str = "pause";
 
-/// Longer than a worker takes to start all processes.
+/// The duration of a job, longer than the start of all processes.
 const A_WHILE: Duration = Duration::from_secs(4);
 
 #[derive(Deserialize)]
@@ -25,7 +25,7 @@ struct Job {
     payload: Value,
 }
 
-/// Takes one job after the other from the worker's socket, or one from stdin.
+/// Runs jobs one after another from the worker's socket, or one job from stdin.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let Ok(socket) = std::env::var("ZIZQ_SOCKET") else {
         return handle(&serde_json::from_reader(std::io::stdin().lock())?, words);

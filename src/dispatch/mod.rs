@@ -358,13 +358,15 @@ impl ExecDispatcher {
         };
         let _listed = self.pids.list(&task.job.id, busy.pid());
         let (started, since) = (busy.started(), Instant::now());
-        let (ended, proof) = busy.run(task.job, task.lifecycle).await;
-        match proof {
-            warm::Proof::Works => route.brake.release(),
-            warm::Proof::Crashed(why) => route.brake.crashed(started, &why),
+        let (ended, health) = busy.run(task.job, task.lifecycle).await;
+        match health {
+            warm::HandlerHealth::Works => route.brake.release(),
+            warm::HandlerHealth::Crashed(why) => route.brake.crashed(started, &why),
             // A job that ends its readers is not handed out for ever.
-            warm::Proof::Unread if !std::mem::replace(&mut task.was_unread, true) => return Tried::Again(None),
-            warm::Proof::Unread | warm::Proof::None => {}
+            warm::HandlerHealth::JobUnread if !std::mem::replace(&mut task.was_unread, true) => {
+                return Tried::Again(None);
+            }
+            warm::HandlerHealth::JobUnread | warm::HandlerHealth::Unknown => {}
         }
         Tried::Ended(ended.since(since))
     }

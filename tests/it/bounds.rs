@@ -1,4 +1,4 @@
-//! Runs with an end of their own: after so many jobs, after so long, after so long without a job.
+//! Bounded runs: after a number of jobs, after a time, or after a time without jobs.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::support::{Daemon, Server, UNTIL_GO, eventually, jobs};
 
-/// Runs it with these bounds over so many jobs, and returns what its last line says.
+/// Runs a daemon with these bounds over `count` jobs. Returns the last line of its log.
 fn run(count: usize, daemon: impl FnOnce(Daemon) -> Daemon) -> (Server, serde_json::Value) {
     let server = Server::start();
     server.enqueue_all(jobs(count));
@@ -59,9 +59,9 @@ fn a_run_that_ends_by_itself_has_no_deadline() {
     let daemon = Daemon::of(&server).args(["--max-jobs", "1", "--shutdown-deadline", "300ms"]);
     let running = daemon.handler(&script, "drain_signal = 'USR1'").start();
     running.wait_for_message("max_jobs have been started: draining");
-    // Three times the deadline, in which nothing may happen: there is no event to wait for.
+    // Three times the deadline. There is no event to wait for, because the drain signal must not be sent.
     std::thread::sleep(Duration::from_secs(1));
-    assert!(!running.dir().join("told").exists(), "nobody is in a hurry");
+    assert!(!running.dir().join("told").exists(), "the drain signal was sent without a deadline");
     running.sigterm();
     running.wait_for_lines(1, "told");
     let finished = running.assert_exit(1);

@@ -1,10 +1,10 @@
-//! What a handler gets: its stdin, its environment, its directory; and what its exit status says.
+//! The handler's interface: stdin, environment, directory and exit status.
 
 use serde_json::json;
 
 use crate::support::{Daemon, Finished, RawServer, Server};
 
-/// Runs one job, and returns what is left.
+/// Runs one job, and stops.
 fn run(daemon: impl FnOnce(Daemon) -> Daemon) -> Finished {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!({"secret": "s3cr3t"}));
@@ -13,7 +13,7 @@ fn run(daemon: impl FnOnce(Daemon) -> Daemon) -> Finished {
     running.stop()
 }
 
-/// The environment of a job's process.
+/// Returns the environment of a job's process.
 fn env(daemon: impl FnOnce(Daemon) -> Daemon) -> Vec<String> {
     let finished = run(daemon);
     let mut env: Vec<String> = finished.read("env").split('\0').map(str::to_owned).collect();
@@ -22,7 +22,8 @@ fn env(daemon: impl FnOnce(Daemon) -> Daemon) -> Vec<String> {
     env
 }
 
-/// A shell adds variables of its own; the kernel knows what the process was given. `$DIR` may not be there.
+/// Sets a handler that saves its environment from the kernel, because a shell adds variables of its own. The script
+/// does not use `$DIR`, which the settings may remove.
 fn show_env(daemon: Daemon, settings: &str) -> Daemon {
     let path = daemon.dir().join("env");
     daemon.handler(&format!("/bin/cat /proc/$$/environ > {}", path.display()), settings)
@@ -119,7 +120,7 @@ fn cwd_is_where_it_runs() {
     assert_eq!(run(|daemon| daemon.handler("pwd > $DIR/pwd", "cwd = '/'")).read("pwd"), "/\n");
 }
 
-/// The file that was found at start is run, and not another one of that name in the handler's directory.
+/// The worker runs the file found at its start, not another one of the same name in the handler's directory.
 #[test]
 fn a_relative_command_is_found_from_the_workers_directory() {
     let finished = run(|daemon| {

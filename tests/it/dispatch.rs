@@ -1,4 +1,4 @@
-//! A job becomes a process, and its exit becomes a report.
+//! The way of a job from its process to its report.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -211,7 +211,7 @@ fn threads_times_fibers_jobs_run_at_once() {
     }
 }
 
-/// Kills a process, and the daemon that it has started, when the test is over.
+/// A process and the daemon that it has started, both killed on drop.
 struct Negligent(Child, tempfile::TempDir);
 
 impl Drop for Negligent {
@@ -225,7 +225,7 @@ impl Drop for Negligent {
     }
 }
 
-/// A daemon below a process that orphans are handed to, and that never reaps one, as in a container without an init.
+/// Starts a daemon below a subreaper that never reaps an orphan, as in a container without an init.
 #[expect(unsafe_code, reason = "nothing else makes another process a subreaper")]
 fn start_below_a_process_that_does_not_reap(server: &Server, script: &str) -> Negligent {
     let dir = tempfile::tempdir().unwrap();
@@ -242,7 +242,7 @@ fn start_below_a_process_that_does_not_reap(server: &Server, script: &str) -> Ne
 fn the_next_job_does_not_wait_until_leftovers_are_reaped() {
     let server = Server::start();
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 20]);
-    // At five seconds for each of them it would take longer than is waited here.
+    // A wait of five seconds for each job would exceed the time limit of this test.
     let _daemon = start_below_a_process_that_does_not_reap(&server, "echo $PPID > $DIR/worker; sleep 600 & exit 0");
     eventually("all jobs done", || (server.count("ready,in_flight") == 0).then_some(()));
 }

@@ -1,4 +1,4 @@
-//! What networks and servers do on bad days, and what the daemon makes of it.
+//! Faults of networks and servers, and the daemon's reaction.
 
 use std::fs;
 use std::net::TcpStream;
@@ -12,22 +12,22 @@ use crate::support::{
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// Leaves its id, attempt and payload.
+/// A script that records the job's id, attempt and payload.
 const NOTES: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS $(cat) >> $DIR/ran";
 
-/// Runs until the test's directory has a file `go`. Fails if the job's type says so.
+/// A script that runs until the test's directory has a file `go`. It succeeds for the type `good`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started
 until [ -e $DIR/go ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
 
-/// The text of each job: characters of one to four bytes.
+/// The text of each job, with characters of one to four bytes.
 const TEXT: &str = "aß€😀";
 
 fn go(daemon: &Running) {
     fs::write(daemon.dir().join("go"), "").unwrap();
 }
 
-/// So many jobs are all done, each run once and with its own payload, in spite of faults on the stream.
+/// Asserts that `count` jobs all succeed, each after one run with its own payload, despite faults on the stream.
 fn jobs_arrive_in_spite_of(count: usize, lay: impl Fn(&Proxy)) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -89,7 +89,7 @@ fn requests_that_are_reset_or_refused_are_made_again() {
     });
 }
 
-/// The connection stays open, and nothing comes over it any more.
+/// The connection stays open, but nothing more arrives over it.
 #[test]
 fn a_stream_that_falls_silent_is_opened_again() {
     let server = Server::start();
@@ -133,7 +133,7 @@ fn a_stream_that_opens_and_ends_at_once_is_no_hot_loop() {
     assert_waits(&daemon.wait_for_messages(6, "server ended the stream, reconnecting"), 100.0);
 }
 
-/// Each wait is that long, and up to a quarter longer by chance.
+/// Asserts that each wait is this long, plus a jitter of up to a quarter.
 #[track_caller]
 fn assert_waits(events: &[Value], millis: f64) {
     let wait = |event: &Value| event["reconnect_in"].as_str().unwrap().trim_end_matches('s').parse::<f64>().unwrap();
@@ -142,7 +142,7 @@ fn assert_waits(events: &[Value], millis: f64) {
     assert!(waits.iter().all(|wait| possible.contains(wait)), "{waits:?}");
 }
 
-/// With waits that cannot grow, only chance makes them differ.
+/// The waits cannot grow, so only the jitter makes them differ.
 #[test]
 fn the_first_wait_and_the_capped_ones_have_their_jitter() {
     let server = RawServer::start();
@@ -153,10 +153,10 @@ fn the_first_wait_and_the_capped_ones_have_their_jitter() {
     }
     let events = daemon.wait_for_messages(6, "server unreachable, reconnecting");
     assert_waits(&events, 300.0);
-    assert!(events.iter().any(|event| event["reconnect_in"] != events[0]["reconnect_in"]), "no chance in {events:?}");
+    assert!(events.iter().any(|event| event["reconnect_in"] != events[0]["reconnect_in"]), "no jitter in {events:?}");
 }
 
-/// The limits are fixed: 10 s for a connection, 30 s for an answer.
+/// The limits are fixed at 10 s for a connect and 30 s for an answer.
 #[test]
 fn an_unanswered_report_is_sent_again_after_thirty_seconds() {
     let server = RawServer::start();
@@ -183,7 +183,7 @@ fn an_unaccepted_connection_is_given_up_after_ten_seconds() {
         socket.listen(0).unwrap()
     });
     let address = full.local_addr().unwrap();
-    // The kernel accepts into the backlog, until that is full.
+    // The kernel accepts connections until the backlog is full.
     let mut queued = Vec::new();
     while let Ok(connection) = TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
         queued.push(connection);
@@ -287,7 +287,7 @@ fn successes_wait_out_a_5xx_and_leave_together() {
     let daemon = Daemon::of(&proxy).args(QUICK).args(["--prefetch", "20"]).sh("true").start();
     let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 12]);
     daemon.wait_for_messages(12, "job completed");
-    // One more try, so that all of them have been handed over.
+    // Two more tries, because only the second one is sure to include all outcomes.
     let tries = daemon.wait_for_messages(1, "report failed, trying again").len();
     daemon.wait_for_messages(tries + 2, "report failed, trying again");
     proxy.heal();
@@ -316,7 +316,7 @@ fn successes_wait_while_the_server_is_down_and_leave_together() {
     assert_eq!(daemon.wait_for_lines(6, "started").len(), 6);
 }
 
-/// A drain while nothing can be reported ends at its deadline.
+/// Asserts that a drain without successful reports ends at its deadline.
 fn draining_in_vain(job_type: &str) {
     let mut server = Server::start();
     let id = server.enqueue("q", job_type, json!(null));
@@ -398,7 +398,7 @@ fn redirects_are_not_followed() {
     assert!(elsewhere.requests().is_empty());
 }
 
-/// 12 failures of which each is as large as a failure gets, and no place for more: the worker holds back, and stays small.
+/// 12 failures of the maximum size fill all places, so that the worker stops taking jobs and its memory stays small.
 #[test]
 fn memory_stays_bounded_while_large_failures_cannot_be_reported() {
     let server = Server::start();
@@ -407,7 +407,7 @@ fn memory_stays_bounded_while_large_failures_cannot_be_reported() {
     let script = "echo $ZIZQ_JOB_ID >> $DIR/started; head -c 3000000 /dev/zero | tr '\\0' 'x' >&2; exit 1";
     let daemon = Daemon::of(&proxy).args(QUICK).args(["--prefetch", "6"]).sh(script).start();
     let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 40]);
-    // The server hands out no more than it gets reports for.
+    // The server sends no more jobs than the prefetch until reports arrive.
     daemon.wait_for_lines(6, "started");
     let held = eventually("the failures", || Some(daemon.resident_kib()).filter(|_| server.count("in_flight") == 6));
     assert!(held < 64 * 1024, "{held} KiB");

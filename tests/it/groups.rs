@@ -1,4 +1,4 @@
-//! A job is its process group: how it is told to stop, what is killed with it, and what is not waited for.
+//! The process group of a job: its termination, the processes killed with it, and those left alone.
 
 use std::time::{Duration, Instant};
 
@@ -7,17 +7,17 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Running, Server, UNTIL_GO, eventually, is_alive, jobs};
 
-/// Far more than anything here takes that is not waited for, far less than the waits that would hold it up.
+/// A time limit far above the duration of any step without a wait, and far below any wrong wait.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// A tree of three that hears no SIGTERM. It says who it is, and that it heard.
+/// A script with three processes that ignore SIGTERM. It records their pids, and each SIGTERM.
 const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
 sh -c 'trap \"\" TERM; sh -c \"echo \\$\\$ >> $DIR/pids; while :; do sleep 0.05; done\" & echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
 echo started >&2
 echo $$ >> $DIR/pids
 while :; do sleep 0.05; done";
 
-/// Runs one job to its failure, and stops.
+/// Runs one job that fails, and stops.
 fn fail(script: &str, settings: &str) -> (Value, Finished) {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
@@ -26,7 +26,7 @@ fn fail(script: &str, settings: &str) -> (Value, Finished) {
     (error, running.stop())
 }
 
-/// Runs one job to its success, and stops.
+/// Runs one job that succeeds, and stops.
 fn succeed(script: &str, settings: &str) -> Finished {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
@@ -64,7 +64,7 @@ fn a_job_that_exits_0_after_its_timeout_has_failed() {
     let script = "trap 'echo bye >&2; exit 0' TERM; while :; do sleep 0.02; done";
     let (error, _) = fail(script, "timeout = '1s'");
     assert_eq!(error["error_type"], "Timeout");
-    // A shell may say that its command was terminated.
+    // The shell may print that its command was terminated.
     assert!(error["backtrace"].as_str().unwrap().ends_with("bye\n"), "{error}");
 }
 
@@ -98,7 +98,7 @@ fn a_stopped_handler_that_hears_nothing_is_killed() {
     assert_dead(&finished.read("pid"));
 }
 
-/// The handler's child does not hold its output, so only the group tells that it lives.
+/// The handler's child does not hold its output, so only the process group shows that the child lives.
 #[test]
 fn what_outlives_its_leader_has_the_grace_too_whatever_it_holds() {
     for output in ["log", "null", "inherit"] {
@@ -136,7 +136,7 @@ fn a_grandchild_that_holds_the_pipes_delays_nothing() {
     assert_eq!(finished.event("stderr")["line"], "last");
 }
 
-/// It starts a process of another session that holds all three pipes.
+/// A script that starts a process in another session, which holds all three pipes.
 const DETACHED: &str = "echo before; setsid sleep 1000 <&0 & echo $! > $DIR/detached
 until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep 0.01; done";
 
@@ -169,7 +169,7 @@ open my $pid, q(>), qq($ENV{DIR}/child); print $pid $child; close $pid;
 select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
     let (error, finished) = fail(script, "timeout = '1s'\nkill_grace = '100ms'");
     assert_eq!(error["error_type"], "Timeout");
-    // The group that it went to is none of the job's.
+    // The process has moved to a group that is not the job's.
     kill(&finished.read("child"));
 }
 
@@ -183,10 +183,10 @@ select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
     assert_eq!(finished.read("heard"), "heard\n");
 }
 
-/// The message about processes that have outlived SIGKILL.
+/// The log message about processes that survive SIGKILL.
 const STILL_THERE: &str = "killed processes of the job are still there";
 
-/// Becomes root, whom the worker may not signal, and sleeps for so many seconds.
+/// Returns a script that becomes root, which the worker cannot signal, and sleeps for `seconds`.
 fn as_root(seconds: u32) -> String {
     format!("echo $$ > $DIR/pid; exec $DIR/setpriv --reuid=0 sleep {seconds}")
 }
@@ -221,7 +221,7 @@ fn a_process_of_another_user_is_not_taken_for_gone() {
     assert!(running.stop().has(STILL_THERE));
 }
 
-/// Kills a worker whose job outlives SIGKILL, with so many signals, and returns how long it takes to exit.
+/// Stops a worker whose job survives SIGKILL, with this many signals. Returns the time until the exit.
 fn kill_with_survivor(signals: usize) -> Option<Duration> {
     let server = Server::start();
     let daemon = Daemon::of(&server).handler(&as_root(200), "kill_grace = '0s'");
@@ -259,7 +259,7 @@ fn a_third_signal_shortens_the_wait_for_what_outlives_sigkill() {
     assert!((5.0..14.0).contains(&took.as_secs_f64()), "{took:?}");
 }
 
-/// Several jobs that hear nothing, all of them up.
+/// Starts a worker with `count` running jobs that ignore SIGTERM.
 fn stubborn(server: &Server, count: usize, kill_grace: &str) -> (Running, Vec<String>) {
     server.enqueue_all(jobs(count));
     let settings = format!("kill_grace = '{kill_grace}'");
@@ -276,7 +276,7 @@ fn a_second_signal_ends_all_groups_before_the_worker_exits() {
     let killed = Instant::now();
     running.sigterm();
     let finished = running.assert_exit(1);
-    // One after the other they would take twelve seconds.
+    // One after another, the jobs would take twelve seconds.
     assert!((2.0..10.0).contains(&killed.elapsed().as_secs_f64()), "{:?}", killed.elapsed());
     assert_eq!(finished.read("heard").lines().count(), 6);
     assert_dead(&pids.join("\n"));
@@ -395,7 +395,7 @@ fn children(running: &Running) -> String {
     String::from_utf8(shown.stdout).unwrap()
 }
 
-/// Of every kind of end: a success, a failure, a death, a timeout, a leftover, a refusal to read.
+/// Covers each kind of end: a success, a failure, a signal, a timeout, a leftover process, unread input.
 #[test]
 fn no_job_leaves_a_descriptor_or_a_zombie_in_the_worker() {
     let server = Server::start();
@@ -416,7 +416,7 @@ fn no_job_leaves_a_descriptor_or_a_zombie_in_the_worker() {
     };
     let after_one = round();
     let after_three = [round(), round()];
-    // Connections to the server come and go.
+    // The number of connections to the server varies.
     assert!(after_three[1] <= after_one + 4, "{after_one} and then {after_three:?}");
     running.stop();
 }

@@ -1,4 +1,4 @@
-//! The handlers in `config/handlers` do what the docs say that they do.
+//! The handlers in `config/handlers`, compared with the docs.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, RawServer, Server, unused_address};
 
-/// Whether there is such a program here; says so if not. In CI, every program is there.
+/// Reports whether a program is installed. Otherwise prints a message, or panics in CI, where each must be.
 pub fn has(program: &str) -> bool {
     let mut version = Command::new(program);
     version.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -20,7 +20,7 @@ pub fn has(program: &str) -> bool {
     found
 }
 
-/// A handler and the server of its jobs.
+/// A handler and its server.
 struct Example {
     server: Server,
     path: String,
@@ -43,7 +43,7 @@ impl Example {
         running.stop()
     }
 
-    /// The job as the server keeps it, and the error.
+    /// Runs a job that fails. Returns the job on the server, and the error.
     fn fail(&self, payload: Value) -> (Value, Value) {
         let id = self.server.enqueue("q", "t", payload);
         let running = self.daemon().start();
@@ -53,7 +53,7 @@ impl Example {
     }
 }
 
-/// How long after its failure a job is tried again.
+/// Returns the milliseconds from a failure to the retry.
 fn wait(job: &Value, error: &Value) -> i64 {
     job["ready_at"].as_i64().unwrap() - error["failed_at"].as_i64().unwrap()
 }
@@ -69,7 +69,7 @@ fn the_docs_show_them_as_they_are() {
         let (name, text) = (path.file_name().unwrap().to_str().unwrap(), fs::read_to_string(&path).unwrap());
         let is_shown = docs.contains(&format!("\n{text}```\n"));
         let is_linked = docs.contains(&format!("(../config/handlers/{name})"));
-        // One warm handler is shown, and the others do the same in other languages.
+        // The docs show one warm handler. The others are the same in other languages.
         assert!(is_linked && (is_shown || (name.starts_with("warm.") && name != "warm.py")), "{name}");
     }
 }

@@ -1,4 +1,4 @@
-//! Starts that hang in `execve`, as on a network file system whose server is gone. A lease on the handler's file does the same.
+//! Starts that hang in `execve`, as on a network file system whose server is gone, caused by a lease on the file.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::support::{Admin, Daemon, Lease, Running, Server, UNTIL_GO, eventually};
 
-/// A worker with a handler for jobs of type `hung` in `hung.sh`, and one of type `other`.
+/// Starts a worker with the handler `hung.sh` for jobs of type `hung`, and another handler for jobs of type `other`.
 fn start(server: &Server, settings: &str) -> Running {
     let daemon = Daemon::of(server).threads(4).args(["--admin-listen", "127.0.0.1:0"]);
     write(&daemon.dir().join("hung.sh"));
@@ -24,14 +24,14 @@ fn write(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// Lets a job find no handler, and then one on which `execve` hangs. Returns the job and the lease that holds it back.
+/// Runs a job whose handler is first missing, and then hangs in `execve`. Returns the job and the lease on it.
 fn hang_after_a_fault(running: &Running, server: &Server) -> (String, Lease) {
     let (path, aside) = (running.dir().join("hung.sh"), running.dir().join("aside"));
     fs::remove_file(&path).unwrap();
     let id = server.enqueue("q", "hung", json!(null));
     eventually("a job that waits for its handler", || (server.job(&id)?["status"] == "in_flight").then_some(()));
     running.wait_for("the job", |event| event["message"] == "job received" && event["job"]["id"] == id.as_str());
-    // The first start finds nothing within that time, and so do some more.
+    // In this time, the first start and some retries fail.
     std::thread::sleep(std::time::Duration::from_millis(300));
     write(&aside);
     let lease = Lease::on(&aside);
@@ -93,7 +93,7 @@ fn a_start_that_hangs_holds_no_other_jobs_pipe() {
     write(&hung);
     let reads = format!("{UNTIL_GO}; cat > $DIR/read; echo >> $DIR/ended");
     let running = daemon.handler(&reads, "[handlers.hung]\nexec = '$DIR/hung.sh'").start();
-    // More than a pipe holds: the worker still has its end when the other job is started.
+    // More than the capacity of a pipe, so the worker still has its end when the other job starts.
     let large = server.enqueue("q", "large", json!("x".repeat(300_000)));
     running.wait_for_lines(1, "started");
     let lease = Lease::on(&hung);

@@ -1,4 +1,4 @@
-//! How the worker stops: drained by the first signal, killed by the second or by the deadline, and the stream last.
+//! The stop of a worker. The first signal drains, the second signal or the deadline kills, and the stream closes last.
 
 use std::time::{Duration, Instant};
 
@@ -9,19 +9,19 @@ use crate::support::{
     Call, Daemon, Event, Fault, Proxy, RawServer, Running, Server, UNTIL_GO, is_alive, jobs, unused_address,
 };
 
-/// Waits so short that no test has to wait for them.
+/// Waits too short to slow a test down.
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// Runs until it is killed, and hears no SIGTERM, nor does its child.
+/// A script that runs until it is killed. It ignores SIGTERM, and so does its child.
 const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
 sh -c 'trap \"\" TERM; echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
 echo $$ >> $DIR/pids
 while :; do sleep 0.05; done";
 
-/// Far less than any limit that would end a wait by itself, far more than obeying takes.
+/// A time limit far below any deadline that would end a wait, and far above an immediate stop.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// The job waits for the next worker as if it had never been taken.
+/// Asserts that the job is ready again, without a failed attempt.
 #[track_caller]
 fn assert_given_back(server: &Server, id: &str) {
     let job = server.wait_for_status(id, "ready");
@@ -38,7 +38,7 @@ fn drains_on(signal: Signal) {
     daemon.signal(signal);
     let draining = daemon.wait_for_message("shutting down, waiting for workers to finish");
     assert_eq!((&draining["running"], &draining["waiting"]), (&json!(1), &json!(2)));
-    // Each report frees a place, and the server fills it; one from elsewhere does it while nothing here can end.
+    // Each report frees a place, which the server fills. Here a report from elsewhere frees it, because no job can end.
     assert_eq!(server.call("POST", &format!("/jobs/{}/success", ids[2]), None).0, 204);
     daemon.wait_for_message("job received while draining, it goes back to the server");
     daemon.go();
@@ -83,7 +83,7 @@ fn a_drain_flushes_the_reports_and_only_then_closes_the_stream() {
     assert_closed_after_reports(&proxy, take, 2);
 }
 
-/// Every report arrived before the stream was closed.
+/// Asserts that all reports arrived before the stream was closed.
 #[track_caller]
 fn assert_closed_after_reports(proxy: &Proxy, take: usize, reports: usize) {
     let events = proxy.events().into_iter();
@@ -123,7 +123,7 @@ fn a_second_signal_kills_the_group_before_the_stream_closes() {
     assert!(!pids.iter().any(|pid| is_alive(pid)), "the stream closed before {pids:?} were dead");
     assert!(killed.elapsed() >= Duration::from_secs(5), "{:?}", killed.elapsed());
     let finished = daemon.assert_exit(1);
-    assert_eq!(finished.read("pids").lines().count(), 2, "what waited was started");
+    assert_eq!(finished.read("pids").lines().count(), 2, "a waiting job was started");
     assert!(server.is_quiet(), "a killed job was reported");
 }
 
@@ -144,7 +144,7 @@ fn a_killed_job_goes_back_with_its_attempts_unchanged() {
     assert!(!finished.has("job failed"));
 }
 
-/// A shell dies of SIGTERM at once, its child takes its time.
+/// The shell dies of SIGTERM at once, but its child takes longer.
 #[test]
 fn what_a_killed_handler_has_started_has_the_five_seconds_too() {
     let server = Server::start();
@@ -164,7 +164,7 @@ echo not reached >&2";
 fn handlers_that_print_without_pause_do_not_delay_a_stop() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(4));
-    // Their output is read, but not kept in this test's memory.
+    // The output is read, but not kept in this test's memory.
     let daemon = Daemon::of(&server).threads(4).env("RUST_LOG", "warn,zizq_worker::lifecycle=info");
     let daemon = daemon.sh("echo >> $DIR/started; exec yes").start();
     daemon.wait_for_lines(4, "started");
@@ -199,7 +199,7 @@ fn the_deadline_kills_like_a_second_signal() {
     assert!(finished.has("job interrupted, it goes back to the server"));
 }
 
-/// A job whose report the server has refused for now, and one that runs.
+/// Starts a worker with two jobs: the server has temporarily refused the report of one, and the other one is running.
 fn one_reported_in_vain_and_one_running(server: &Server, proxy: &Proxy) -> (Running, Vec<String>) {
     proxy.fault(Call::Successes, Fault::Answer(503, ""));
     let script = format!("[ $ZIZQ_JOB_TYPE = quick ] || {{ {UNTIL_GO}; }}");
@@ -245,7 +245,7 @@ fn the_last_tries_end_if_the_server_does_not_answer() {
     let proxy = Proxy::before(&server);
     let gates = [proxy.hold(Call::Failure), proxy.hold(Call::Successes)];
     let daemon = Daemon::of(&proxy).args(["--prefetch", "30"]).sh("[ $ZIZQ_JOB_TYPE = good ]").start();
-    // Several times as many as are under way at once.
+    // Several times the number of reports in flight at once.
     let bad = vec![json!({"queue": "q", "type": "bad", "payload": null}); 24];
     let good = vec![json!({"queue": "q", "type": "good", "payload": null}); 2];
     let ids = server.enqueue_all([good, bad].concat());
@@ -290,7 +290,7 @@ fn a_signal_while_a_server_does_not_answer_is_obeyed_at_once() {
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
 
-/// A name server that does not answer, as the C library sees it.
+/// A replacement of the C library's name lookup that hangs, as with an unresponsive name server.
 const SLOW_LOOKUP: &str = "#include <unistd.h>
 int getaddrinfo(const char *node, const char *service, const void *hints, void **result) { sleep(600); return -3; }";
 
@@ -305,7 +305,7 @@ fn a_signal_during_the_lookup_of_the_server_is_obeyed() {
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
 
-/// Until the worker listens to signals they end it as they end any process: that is obedience, too.
+/// Before the worker installs its signal handlers, a signal kills it like any process. This is also correct.
 #[test]
 fn a_signal_during_start_up_is_obeyed_at_once() {
     let server = RawServer::start();
@@ -368,7 +368,7 @@ fn each_worker_loop_logs_its_start_and_its_end() {
     }
 }
 
-/// The job that still runs comes again over the new stream, and is reported over it.
+/// The running job is redelivered over the new stream, and then reported.
 #[test]
 fn a_stream_lost_while_draining_is_opened_again_for_its_jobs() {
     let server = Server::start();
@@ -397,7 +397,7 @@ fn a_stream_lost_while_draining_stays_closed_without_jobs() {
     let daemon = Daemon::of(&proxy).args(["--retry-min-wait", "1h", "--retry-max-wait", "1h"]).sh("true").start();
     gate.wait_for(1);
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    // The server has the job again, but nothing of it is under way any more once the report has been answered.
+    // The job is done on the server. Once the report is answered, no job needs a stream.
     let (status, _) = server.call("POST", &format!("/jobs/{id}/success"), None);
     assert_eq!(status, 204);
     proxy.cut_streams();

@@ -1,4 +1,4 @@
-//! And then it goes on: whatever has failed, jobs are taken, reported and finished again once the fault is over.
+//! Recovery: once a fault is over, jobs are taken, finished and reported again.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -12,10 +12,10 @@ use crate::support::{
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// The second wait would outlast any test.
+/// A backoff whose second wait is longer than any test.
 const STEEP: [&str; 6] = ["--retry-min-wait", "100ms", "--retry-max-wait", "1h", "--retry-multiplier", "10000"];
 
-/// Notes its start, and fails by its type.
+/// A script that records its start, and fails for the type `bad`.
 const BY_TYPE: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; [ $ZIZQ_JOB_TYPE != bad ]";
 
 fn job(job_type: &str) -> Value {
@@ -26,13 +26,13 @@ fn urgent() -> Value {
     json!({"queue": "q", "type": "urgent", "payload": null, "priority": 0})
 }
 
-/// Runs until `go`, and fails by its type.
+/// Returns a script that runs until `go`, and fails by the job's type.
 fn until_go() -> String {
     format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE != bad ]")
 }
 
-/// A bounded run that drains, whose one job has failed while no stream could be opened. Streams can be opened again, and
-/// other jobs come first over them.
+/// Starts a bounded run that drains, and whose only job has failed while no stream could be opened. Then streams can be
+/// opened again, but first deliver other jobs.
 fn draining_with_a_parked_failure(others: usize) -> (Server, Proxy, Running, String) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -57,7 +57,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     let finished = running.assert_exit(0);
     assert_eq!(finished.read("started"), format!("{id}\n"));
     eventually("the others are ready", || (server.count("ready") == 100).then_some(()));
-    // Eight rounds, with a wait before the first one alone.
+    // Eight rounds, with a wait only before the first one.
     let rounds = finished.all("opening a stream for jobs that are here, and whose stream was lost");
     let prefetch: Vec<u64> = rounds.iter().map(|round| round["prefetch"].as_u64().unwrap()).collect();
     assert_eq!(prefetch, [1, 2, 4, 8, 16, 32, 64, 128]);
@@ -72,7 +72,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     assert!(took < Duration::from_secs(20), "{took}");
 }
 
-/// Other workers go on meanwhile, and the server has places left for them.
+/// The limit leaves room on the server for other workers.
 #[test]
 fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     let server = RawServer::start();
@@ -109,7 +109,7 @@ fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     assert!(full[2] - full[0] >= Duration::from_millis(600), "{:?}", full[2] - full[0]);
 }
 
-/// A stream for a job that runs stays open for long, and other workers cannot have its other jobs.
+/// The stream for a running job stays open for long, and would keep any other job on it from other workers.
 #[test]
 fn a_search_for_a_running_job_holds_no_other_job() {
     let server = RawServer::start();
@@ -183,7 +183,7 @@ fn a_parked_outcome_ends_no_later_than_the_deadline() {
 fn a_404_that_is_not_the_servers_settles_no_failure() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
-    // As many as the prefetch.
+    // As many faults as the prefetch.
     proxy.fault_times(2, Call::Failure, Fault::Answer(404, "<html>no backend</html>"));
     let running = Daemon::of(&proxy).args(QUICK).sh(BY_TYPE).start();
     let ids = server.enqueue_all(vec![job("bad"); 6]);
@@ -262,13 +262,13 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     running.wait_for_lines(1, "started");
     let ids = server.enqueue_all((0..20).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
     running.wait_for_messages(6, "report dropped");
-    // Their own jobs run again once the stream closes that holds them, and that is open for the long one.
+    // The other jobs run again when their stream closes. It is still open for the long job.
     running.wait_for_message("opening another stream: the server still holds jobs whose reports were dropped");
     eventually("all others", || {
         let is_done = |id: &&String| server.job(id).is_none_or(|job| job["attempts"] == 1);
         (ids.iter().filter(is_done).count() >= 14).then_some(())
     });
-    assert_eq!(server.job(&long).unwrap()["status"], "in_flight", "the long job is held all the time");
+    assert_eq!(server.job(&long).unwrap()["status"], "in_flight", "the long job was released");
     running.go();
     server.wait_until_done(&long);
     ids.iter().skip(1).step_by(2).for_each(|id| server.wait_until_done(id));
@@ -277,7 +277,7 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     assert_eq!(finished.read("started").lines().filter(|line| *line == long).count(), 1);
 }
 
-/// Its job comes first again over each new stream.
+/// Each new stream first redelivers this job.
 #[test]
 fn a_report_that_is_always_refused_does_not_stop_the_others() {
     let server = RawServer::start();
@@ -327,7 +327,7 @@ fn a_worker_with_reports_that_wait_is_not_idle() {
     proxy.fault(Call::Successes, Fault::Answer(503, ""));
     let ids = server.enqueue_all(jobs(20));
     let running = Daemon::of(&proxy).args(QUICK).args(["--exit-when-idle", "200ms"]).sh("true").start();
-    // For more than twice the limit.
+    // Longer than twice the limit.
     let failed = running.wait_for_messages(2, "report failed, trying again").len();
     running.wait_for_messages(failed + 12, "report failed, trying again");
     proxy.heal();
@@ -384,7 +384,7 @@ fn a_paused_worker_keeps_its_job_when_the_stream_is_lost() {
     let later = server.enqueue_with(job("t"));
     proxy.cut_streams();
     running.wait_for_message("job received again while it is here, not started");
-    // The search for the one job holds no other.
+    // The search for the one job holds no other job.
     assert_eq!(server.wait_for_status(&later, "ready")["attempts"], 0);
     let other = Daemon::of(&server).args(QUICK).sh("echo $ZIZQ_JOB_ID >> $DIR/started").start();
     server.wait_until_done(&later);
@@ -404,7 +404,7 @@ fn reports_leave_soon_after_the_server_is_back() {
     }
     let running = Daemon::of(&proxy).args(STEEP).args(["--prefetch", "4"]).sh(BY_TYPE).start();
     let ids = server.enqueue_all((0..4).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // Longer than this test waits for anything.
+    // Longer than any wait in this test.
     running.wait_for("a long wait", |event| {
         let wait = event["retry_in"].as_str().and_then(|wait| wait.strip_suffix('s')?.parse::<f64>().ok());
         wait.is_some_and(|wait| wait >= 900.0)
@@ -428,14 +428,14 @@ fn failures_that_always_fail_block_no_other_failure() {
         if request.line().contains("/good/failure") {
             return request.answer("204 No Content", "");
         }
-        // A look finds the job in flight, and the failure is sent again.
+        // Answer that the job is in flight, so that the worker sends the failure again.
         if request.line().starts_with("GET") {
             request.answer("200 OK", r#"{"status":"in_flight","attempts":0}"#);
         } else {
             request.answer("500 Internal Server Error", "");
         }
     }
-    panic!("the failure of the good job has not come in a thousand requests");
+    panic!("the failure of the good job is not among a thousand requests");
 }
 
 #[test]
@@ -456,7 +456,7 @@ fn more_prefetch_makes_the_ack_queue_longer() {
     running.wait_for_messages(2, "connected, listening for jobs");
     let gate = proxy.hold(Call::Successes);
     let ids = server.enqueue_all(jobs(15));
-    // The old queue had room for four.
+    // The old queue had room for four outcomes.
     running.wait_for_messages(15, "job completed");
     gate.release();
     ids.iter().for_each(|id| server.wait_until_done(id));

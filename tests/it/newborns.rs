@@ -1,4 +1,4 @@
-//! What reaches a child before it is the program, while it still uses the worker's memory.
+//! Signals to a child between its start and its exec, while it still uses the worker's memory.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -12,8 +12,8 @@ fn pid_of(running: &crate::support::Running) -> Pid {
     Pid::from_raw(running.pid().try_into().unwrap()).unwrap()
 }
 
-/// Ctrl-Z, and `fg`: a job that is only being started still has the worker's process group, but it is not meant. A job
-/// that was stopped by it would not be continued.
+/// A starting job is still in the worker's process group, so Ctrl-Z reaches the job as well. The signal must not stop
+/// the job, because `fg` would not continue it.
 #[test]
 fn a_terminal_that_stops_the_worker_stops_no_job() {
     let server = Server::start();
@@ -29,8 +29,8 @@ fn a_terminal_that_stops_the_worker_stops_no_job() {
     running.stop();
 }
 
-/// It has the worker's handlers until it has set them back, and the worker's memory for longer: by them, the worker itself
-/// would hear the signal.
+/// The child has the worker's signal handlers until it resets them, and the worker's memory until its exec. Through a
+/// handler that runs in the child, the worker itself would receive the signal.
 #[test]
 fn a_signal_to_a_job_at_its_start_spares_the_worker() {
     let server = Server::start();
@@ -53,7 +53,7 @@ fn a_signal_to_a_job_at_its_start_spares_the_worker() {
     assert_eq!(finished.status.into_raw(), 0);
 }
 
-/// It is sent when there is a program that can hear it, and not before: then it would be taken for one of the terminal's.
+/// The drain signal is sent only after the exec. Before, the child would treat it as a signal from the terminal.
 #[test]
 fn a_drain_signal_right_after_a_start_is_not_lost() {
     for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! One run per attempt, whatever happens to the connections: what waits is dropped, what runs goes on, what has ended is
+//! One run per attempt, despite lost connections. Waiting jobs are dropped, running jobs go on, ended jobs are
 //! reported, and a failure costs one attempt.
 
 use std::fs;
@@ -10,15 +10,15 @@ use crate::support::{Call, Daemon, Fault, Gate, Proxy, RawServer, Restartable, R
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// Parked outcomes are looked at after the longest wait, so never here.
+/// Waits with which parked outcomes are never checked during a test, because the check follows the longest wait.
 const NO_LOOKS: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "1h"];
 
-/// Runs until the test's directory has a file `go`. Fails if the job's type says so.
+/// A script that runs until the test's directory has a file `go`. It succeeds for the type `good`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 until [ -e $DIR/go ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
 
-/// Its first attempt fails at once, the next one runs until `go`.
+/// A script whose first attempt fails at once, and whose next attempt runs until `go`.
 const FAILS_FIRST: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 [ $ZIZQ_JOB_ATTEMPTS != 0 ] || exit 1
 until [ -e $DIR/go ]; do sleep 0.01; done";
@@ -34,13 +34,13 @@ fn go(daemon: &Running) {
     fs::write(daemon.dir().join("go"), "").unwrap();
 }
 
-/// A job whose next attempt is due at once.
+/// Returns a job whose retry is due at once.
 fn quick_job(job_type: &str) -> Value {
     let backoff = json!({"base_ms": 1, "exponent": 0.0, "jitter_ms": 0});
     json!({"queue": "q", "type": job_type, "payload": null, "backoff": backoff})
 }
 
-/// A daemon behind a proxy, with one job that runs until `go`.
+/// Starts a daemon behind a proxy, with one job that runs until `go`.
 fn with_a_running_job(job_type: &str) -> (Server, Proxy, Running, String) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -50,7 +50,7 @@ fn with_a_running_job(job_type: &str) -> (Server, Proxy, Running, String) {
     (server, proxy, daemon, id)
 }
 
-/// The job is gone, or has failed that often.
+/// Asserts that the job has succeeded, or failed this many times.
 #[track_caller]
 fn assert_settled(server: &Server, id: &str, failures: usize) {
     match failures {
@@ -72,7 +72,7 @@ fn jobs_that_wait_are_redelivered_after_a_lost_stream() {
     proxy.cut_streams();
     let dropped = daemon.wait_for_messages(2, NOT_STARTED);
     assert_eq!(dropped.iter().map(|event| event["job"]["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
-    // The loop is free again, and nothing is left for it.
+    // The loop is free again, and no job is waiting.
     go(&daemon);
     daemon.wait_for_message(DENIED_SUCCESS);
     assert_eq!(daemon.wait_for_lines(1, "started").len(), 1);
@@ -81,7 +81,7 @@ fn jobs_that_wait_are_redelivered_after_a_lost_stream() {
     assert_eq!(daemon.wait_for_lines(3, "started"), first_attempts(&ids));
 }
 
-/// The lines that the first attempts of those jobs leave.
+/// Returns the lines that the first attempts of these jobs record.
 fn first_attempts(ids: &[String]) -> Vec<String> {
     ids.iter().map(|id| format!("{id} 0")).collect()
 }
@@ -108,7 +108,7 @@ fn a_running_job_outlives_its_stream_and_fails_once() {
     a_running_job_goes_on("bad", 1);
 }
 
-/// Half of the jobs fail, and have no second attempt.
+/// Asserts that each job runs once. Half of the jobs fail, without a retry.
 fn jobs_run_once_over_restarts(server: &mut Restartable) {
     let job = |number: usize| {
         let mut job = server.order(if number.is_multiple_of(2) { "good" } else { "bad" }, json!(null));
@@ -120,7 +120,7 @@ fn jobs_run_once_over_restarts(server: &mut Restartable) {
     daemon.wait_for_lines(4, "started");
     for restart in 1..=2 {
         server.restart(Duration::from_millis(200));
-        // What runs comes first again, and is not started.
+        // The running jobs are redelivered first, and not started.
         daemon.wait_for_messages(4 * restart, AGAIN);
     }
     server.restart(Duration::from_millis(200));
@@ -176,7 +176,7 @@ fn real_server_a_drain_outlives_a_restart_of_the_server() {
     }
 }
 
-/// It ends while there is no stream, so the server denies its report, and hands the job out again later.
+/// Ends a job while there is no stream. The server denies the report, and redelivers the job later.
 fn an_ended_job_is_reported_when_it_comes_again(job_type: &str, kept: &str, failures: usize) {
     let (server, proxy, daemon, id) = with_a_running_job(job_type);
     let gate = proxy.hold(Call::Take);
@@ -202,7 +202,7 @@ fn a_parked_failure_is_reported_on_redelivery() {
     an_ended_job_is_reported_when_it_comes_again("bad", KEPT, 1);
 }
 
-/// The server has seen the end of the stream before the worker has: what the worker believes to hold is denied.
+/// The server has seen the end of the stream before the worker, so it denies reports of jobs on that stream.
 #[test]
 fn a_denied_report_waits_for_the_redelivery() {
     for job_type in ["good", "bad"] {
@@ -212,7 +212,7 @@ fn a_denied_report_waits_for_the_redelivery() {
         go(&daemon);
         for id in ["1", "2"] {
             stream.typed_job(id, job_type);
-            // Were the last report sent in a loop, it would come before this one.
+            // If the last report were sent in a loop, it would arrive before this one.
             let report = server.request();
             assert!(report.line().contains(&format!("/{id}/failure")) || report.body.contains(id), "{}", report.line());
             match job_type {
@@ -239,7 +239,7 @@ fn a_denied_report_waits_for_the_redelivery() {
     }
 }
 
-/// The failure has arrived, its answer has not, and the next attempt is under way by the time that it is sent again.
+/// Loses the answer to a failure. When the failure is sent again, the next attempt is already in flight.
 fn a_failure_whose_answer_is_lost_costs_one_attempt(fault: Fault) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -273,7 +273,7 @@ fn a_failure_that_a_proxy_answers_with_504_costs_one_attempt() {
     a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(504));
 }
 
-/// A look at a job brings its payload with it.
+/// The answer to a `GET` of the job contains its large payload.
 #[test]
 fn a_failure_in_doubt_of_a_large_job_is_settled() {
     let server = Server::start();
@@ -330,7 +330,7 @@ fn a_failure_in_doubt_spares_the_next_attempt_elsewhere() {
     let script = format!("[ $ZIZQ_JOB_ID != {blocker} ] || exec sh -c 'until [ -e $DIR/go ]; do sleep 0.01; done'");
     let first =
         Daemon::of(&proxy).args(QUICK).args(["--prefetch", "1"]).sh(&format!("{script}\n{FAILS_FIRST}")).start();
-    // The failure has made room for the blocker, which leaves no room for the next attempt.
+    // The failure has made room for the blocker, so there is no room for the next attempt.
     first.wait_for_lines(1, "started");
     look.wait_for(1);
     server.wait_for_status(&blocker, "in_flight");
@@ -357,7 +357,7 @@ fn a_success_whose_answer_is_lost_is_sent_again() {
     assert_eq!(daemon.assert_exit(0).read("started"), format!("{id}\n"));
 }
 
-/// The report is under way when the worker cannot find out what became of one of its jobs.
+/// The worker cannot ask for the state of one job in a denied bulk report.
 #[test]
 fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     let server = RawServer::start();
@@ -366,7 +366,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     stream.job("0");
     let first = server.request();
     stream.job("1").job("2").job("3");
-    // When the third has ended, the second has been handed over.
+    // When the third job has ended, the outcome of the second one is in the ack queue.
     daemon.wait_for_messages(4, "job completed");
     first.answer("204 No Content", "");
     let all = server.request();
@@ -380,7 +380,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     again.answer("422 Unprocessable", r#"{"not_found":["1"]}"#);
     let look = server.request();
     assert_eq!(look.line(), "GET /jobs/1 HTTP/1.1");
-    // Whatever stands before the server does not let anyone look: then the success is kept.
+    // A proxy refuses the `GET` of the job, so the success is kept.
     look.answer("403 Forbidden", "");
     daemon.wait_for_message("cannot look at a job whose report was denied");
     stream.end();
@@ -388,7 +388,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     daemon.wait_for_message(ENDED);
 }
 
-/// The next attempt arrives while the report of this one is still under way.
+/// The next attempt arrives while the report of the present attempt is in flight.
 #[test]
 fn a_later_attempt_starts_while_the_failure_is_in_doubt() {
     let server = RawServer::start();
@@ -407,7 +407,7 @@ fn a_later_attempt_starts_while_the_failure_is_in_doubt() {
     daemon.assert_exit(0);
 }
 
-/// Somebody else has failed the job while it waited here, so it comes again as its next attempt.
+/// Another client has reported the waiting job as failed, so the job is redelivered as its next attempt.
 #[test]
 fn a_job_that_comes_again_while_it_waits_runs_once() {
     let server = RawServer::start();
@@ -420,7 +420,7 @@ fn a_job_that_comes_again_while_it_waits_runs_once() {
     drop(stream);
 }
 
-/// A success counts for whatever attempt the server has come to meanwhile.
+/// A success is valid for any attempt.
 #[test]
 fn a_success_counts_though_a_later_attempt_comes_meanwhile() {
     let server = RawServer::start();
@@ -439,7 +439,7 @@ fn a_success_counts_though_a_later_attempt_comes_meanwhile() {
     assert_eq!(daemon.wait_for_lines(1, "started"), ["1 0"]);
 }
 
-/// The server has handed the job out over a new stream, and takes its report before that line has been read.
+/// The server has redelivered the job over a new stream, and accepts its report before the worker reads that line.
 #[test]
 fn a_line_that_a_report_has_overtaken_starts_nothing() {
     for job_type in ["good", "bad"] {
@@ -448,7 +448,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
         let mut stream = server.take();
         stream.typed_job("1", job_type);
         daemon.wait_for_lines(1, "started");
-        // A failure is sent only while the job is held, so it is under way when the stream ends.
+        // A failure is sent only while the job is held, so it must be in flight when the stream ends.
         let report = if job_type == "good" {
             stream.end();
             stream = server.take();
@@ -462,7 +462,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
             report
         };
         report.answer("204 No Content", "");
-        // The next report comes when this one has been settled.
+        // The next report follows only when this one is settled.
         stream.typed_job("2", "good");
         server.request().answer("204 No Content", "");
         stream.typed_job("1", job_type);
@@ -476,7 +476,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
     }
 }
 
-/// The daemon drains with an outcome that it keeps for its job to come again.
+/// Starts a drain with an outcome that is parked until its job is redelivered.
 fn draining_with_a_kept_failure(deadline: &str) -> (Server, Proxy, Running, String, Gate) {
     let server = Server::start();
     let proxy = Proxy::before(&server);

@@ -1,4 +1,4 @@
-//! As process 1 of a container without an init, the worker reaps what handlers leave behind, and takes no handler's status.
+//! The worker as process 1 of a container without an init. It reaps orphans, and does not take any handler's status.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::support::{Daemon, Server, eventually, jobs};
 
-/// The processes below `parent` that have ended and were not reaped.
+/// Counts the zombies below `parent`.
 fn zombies_below(parent: u32) -> usize {
     let stats = fs::read_dir("/proc").unwrap().flatten();
     let stats = stats.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
@@ -18,7 +18,7 @@ fn zombies_below(parent: u32) -> usize {
     stats.filter(is_zombie).count()
 }
 
-/// The worker itself, as it is called outside of its namespace.
+/// Returns the worker's pid outside its namespace.
 fn inside(pid: u32) -> u32 {
     eventually("the worker in its namespace", || {
         let children = fs::read_dir("/proc").unwrap().flatten();
@@ -38,7 +38,7 @@ fn inside(pid: u32) -> u32 {
 #[test]
 fn processes_that_left_their_group_are_reaped() {
     let server = Server::start();
-    // Each handler leaves a process in a session of its own, which ends when the handler has long been reported.
+    // Each handler leaves a process in a session of its own, which ends long after the handler's report.
     let script = "setsid sh -c 'echo > $DIR/$ZIZQ_JOB_ID; sleep 0.3; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null &\n\
         until [ -e $DIR/$ZIZQ_JOB_ID ]; do sleep 0.01; done; exit $(cat)";
     let running = Daemon::of(&server).threads(8).sh(script).in_pid_namespace().start();
@@ -75,7 +75,7 @@ fn a_subreaper_reaps_what_has_left_its_group() {
     let server = Server::start();
     let script = "setsid sh -c 'echo > $DIR/$ZIZQ_JOB_ID; sleep 0.2; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null &\n\
         until [ -e $DIR/$ZIZQ_JOB_ID ]; do sleep 0.01; done";
-    // A process stays a subreaper when it becomes another program.
+    // A process stays a subreaper after an exec.
     let become_subreaper = format!(
         "exec perl -e 'syscall({}, {}, 1) == 0 or die; exec @ARGV' \"$@\"",
         libc::SYS_prctl,
@@ -89,7 +89,7 @@ fn a_subreaper_reaps_what_has_left_its_group() {
     running.stop();
 }
 
-/// A process 1 that waits for the worker alone, and leaves all orphans zombies.
+/// A process 1 that waits only for the worker, and leaves all orphans as zombies.
 const LAZY_INIT: &str = "exec perl -e 'my $worker = fork; exec @ARGV if !$worker; waitpid($worker, 0)' \"$@\"";
 
 #[test]

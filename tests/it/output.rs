@@ -1,5 +1,5 @@
-//! What a handler prints, and what it does not read: it costs the handler, and never the worker.
-//! That no output forges a line of the log is held in `logs`.
+//! The output and the unread input of handlers, which must never harm the worker.
+//! The tests in `logs` check that no output forges a line of the log.
 
 use std::fs::File;
 use std::io::Write;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Server, eventually, jobs};
 
-/// Runs one job to its success, and stops.
+/// Runs one job that succeeds, and stops.
 fn succeed(payload: Value, script: &str, settings: &str) -> Finished {
     let server = Server::start();
     let id = server.enqueue("q", "t", payload);
@@ -87,7 +87,7 @@ fn the_first_4_and_last_28_kib_of_stderr_are_reported() {
     running.stop();
 }
 
-/// 10 MB; more would not be taken.
+/// Returns a payload of 10 MB, close to the server's limit.
 fn large() -> Value {
     json!("x".repeat(9_900_000))
 }
@@ -115,7 +115,7 @@ fn a_gigabyte_on_stderr_does_not_make_the_worker_grow() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let line = "x".repeat(60_000);
-    // Lines of 60 kB, which are logged, and an endless one, which is not.
+    // Lines of 60 kB, which are logged, and an endless line, which is not.
     let script = format!("yes {line} | head -c 100000000 >&2; head -c 900000000 /dev/zero >&2; exit 1");
     let running = Daemon::of(&server).without_output().sh(&script).start();
     let error = server.wait_for_error(&id, 1);
@@ -126,7 +126,7 @@ fn a_gigabyte_on_stderr_does_not_make_the_worker_grow() {
     running.stop();
 }
 
-/// The output of two keeps both threads of a small machine busy; a third job, the signals and the end come through.
+/// The output of two jobs keeps both cores of a small machine busy. A third job, signals and the stop still work.
 #[test]
 fn handlers_that_print_without_end_hold_up_nobody() {
     let server = Server::start();

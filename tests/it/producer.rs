@@ -1,20 +1,20 @@
-//! The producer keeps one take stream open, through whatever becomes of it.
+//! The producer, which keeps one take stream open despite faults.
 
 use hyper::Version;
 use serde_json::{Value, json};
 
 use crate::support::{Call, Daemon, Fault, Proxy, RawServer, Running, Server, unused_address};
 
-/// Waits so short that no test has to wait for them, and far enough apart to be told from each other.
+/// Waits too short to slow a test down, and far enough apart to be distinguished.
 const QUICK: [&str; 6] = ["--retry-min-wait", "100ms", "--retry-max-wait", "10s", "--retry-multiplier", "3"];
 
-/// How long the worker said that it would wait, in seconds.
+/// Returns the announced wait in seconds.
 fn wait_of(event: &Value) -> f64 {
     let text = event["reconnect_in"].as_str().unwrap_or_else(|| panic!("no reconnect_in: {event}"));
     text.strip_suffix('s').unwrap().parse().unwrap()
 }
 
-/// The wait with that number, with its jitter of up to a quarter and two decimals.
+/// Asserts the length of the wait with this number, plus a jitter of up to a quarter, rounded to two decimals.
 #[track_caller]
 fn assert_wait(event: &Value, number: i32) {
     let (wait, least) = (wait_of(event), 0.1 * 3f64.powi(number));
@@ -146,7 +146,7 @@ fn a_server_that_restarts_is_found_again() {
     server.wait_until_done(&id);
 }
 
-/// Exit 1, and one line that says what the server said.
+/// Asserts an exit with status 1, and one line with the server's message.
 fn assert_refused(daemon: Running, said: &str) {
     let finished = daemon.assert_exit(1);
     let complaint = finished.log.last().unwrap();

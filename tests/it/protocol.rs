@@ -1,4 +1,4 @@
-//! The embedded server over real sockets, rule by rule of the protocol.
+//! The rules of the protocol, tested on the embedded server over real sockets.
 
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use zizq_worker::embedded::{Backoff, EmbeddedServer, Options, Status, Store};
 
-/// Generous: a test waits for an event, and only a failing one waits this long.
+/// The time limit of each wait for an event. Only a failing test waits this long.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 type Body = Full<Bytes>;
@@ -61,7 +61,7 @@ impl Server {
         self.store.enqueue_line(&line).unwrap()
     }
 
-    /// One request over a connection of its own.
+    /// Sends one request over a separate connection.
     async fn call(&self, method: Method, path: &str, body: &str) -> (u16, Value) {
         let mut connection = Connection::http1(self.address).await;
         let answer = connection.send(method, path, body).await;
@@ -99,7 +99,7 @@ impl Server {
 }
 
 async fn soon<T>(event: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, event).await.expect("the event did not come in time")
+    tokio::time::timeout(DEADLINE, event).await.expect("the event did not happen in time")
 }
 
 #[expect(clippy::disallowed_methods, reason = "the protocol's times are wall times")]
@@ -112,7 +112,7 @@ enum Sender {
     Http2(http2::SendRequest<Body>),
 }
 
-/// Runs a connection's tasks until it is dropped: hyper's HTTP/2 client has several.
+/// An executor of a connection's tasks, which end on drop. hyper's HTTP/2 client has several tasks.
 #[derive(Clone)]
 struct Tasks(CancellationToken);
 
@@ -160,7 +160,7 @@ impl Connection {
         Stream { body, buffer: BytesMut::new(), scanned: 0, _connection: Some(self) }
     }
 
-    /// A stream that can end without its connection.
+    /// Opens a stream that can end without its connection.
     async fn take_on(&mut self, query: &str) -> Stream {
         let body = self.open(query).await;
         Stream { body, buffer: BytesMut::new(), scanned: 0, _connection: None }
@@ -178,13 +178,13 @@ impl Connection {
 struct Stream {
     body: Incoming,
     buffer: BytesMut,
-    /// How much of the buffer is known to hold no line break.
+    /// The number of bytes in the buffer known to contain no line break.
     scanned: usize,
     _connection: Option<Connection>,
 }
 
 impl Stream {
-    /// The next line, empty for a heartbeat; `None` once the stream has ended or broken.
+    /// Returns the next line, which is empty for a heartbeat, or `None` when the stream has ended or broken.
     async fn line(&mut self) -> Option<String> {
         loop {
             let fresh = &self.buffer[self.scanned..];
@@ -301,7 +301,7 @@ async fn a_closed_connection_returns_its_jobs_with_attempts_unchanged() {
     server.count_is(Status::Ready, 3).await;
     let job = server.store.job(&ids[0]).unwrap();
     assert_eq!((&job["attempts"], &job["status"]), (&json!(0), &json!("ready")));
-    // It keeps its place before younger jobs.
+    // The job keeps its place before younger jobs.
     assert_eq!(server.take("").await.id().await, ids[0]);
 }
 
@@ -433,7 +433,7 @@ async fn the_in_flight_limit_spans_all_connections() {
     assert_eq!([first.id().await, first.id().await], [ids[0].clone(), ids[1].clone()]);
     let mut second = server.take("?prefetch=0").await;
     server.succeed(&ids[0]).await;
-    // Either stream may get it, but only now.
+    // Either stream may receive the job, but only from now on.
     tokio::select! {
         id = first.id() => assert_eq!(id, ids[2]),
         id = second.id() => assert_eq!(id, ids[2]),
@@ -450,7 +450,7 @@ async fn an_unlimited_stream_takes_no_more_than_its_client_reads() {
     }
     let mut stream = server.take("?prefetch=0").await;
     stream.id().await;
-    // The server has every chance to run ahead.
+    // The server has time to send more jobs.
     for _ in 0..50 {
         server.get("/health").await;
     }

@@ -1,4 +1,4 @@
-//! Reports: successes in bulk and at once, failures one by one, and each of them seen through.
+//! Reports: successes in bulk and without delay, failures one by one, and retries until each is settled.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use crate::support::{Call, Daemon, Fault, Proxy, RawServer, Server};
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// Succeeds or fails by the job's type.
+/// A script that succeeds or fails by the job's type.
 const BY_TYPE: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; [ $ZIZQ_JOB_TYPE = good ]";
 
 fn jobs(count: usize, job_type: &str) -> Vec<Value> {
@@ -22,7 +22,7 @@ fn successes_that_wait_for_a_request_leave_in_one() {
     let first = server.enqueue("q", "good", json!(null));
     gate.wait_for(1);
     let ids = server.enqueue_all(jobs(5, "good"));
-    // The one loop takes the next job only after it has handed on the success before it.
+    // The only loop takes the next job after it has pushed the success of the last one.
     let bad = server.enqueue("q", "bad", json!(null));
     server.wait_for_error(&bad, 1);
     gate.release();
@@ -67,7 +67,7 @@ fn successes_do_not_wait_behind_failures() {
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Failure);
     let _daemon = Daemon::of(&proxy).args(["--prefetch", "20"]).sh(BY_TYPE).start();
-    // More than the failures that are under way at once.
+    // More than the failures in flight at once.
     server.enqueue_all(jobs(12, "bad"));
     gate.wait_for(8);
     let good = server.enqueue("q", "good", json!(null));
@@ -177,7 +177,7 @@ fn any_other_4xx_is_logged_and_the_report_is_dropped() {
         assert!(event["error"].as_str().unwrap().contains(said), "{event}");
         assert_eq!(event["level"], "ERROR");
     }
-    // Each job runs again once its stream is closed.
+    // Each job runs again when its stream is closed.
     server.wait_until_done(&good);
     server.wait_for_error(&bad, 1);
     assert_eq!((proxy.calls(Call::Successes).len(), proxy.calls(Call::Failure).len()), (2, 2));
@@ -185,7 +185,7 @@ fn any_other_4xx_is_logged_and_the_report_is_dropped() {
     daemon.assert_exit(0);
 }
 
-/// A server that holds to no prefetch and answers no report: the ack queue takes 2 × prefetch, the loop one more.
+/// The server ignores the prefetch and answers no report. The ack queue takes 2 × prefetch outcomes, the loop one more.
 #[test]
 fn a_full_ack_queue_holds_back_the_loops() {
     let server = RawServer::start();
@@ -196,7 +196,7 @@ fn a_full_ack_queue_holds_back_the_loops() {
     for number in 2..=8 {
         stream.job(&number.to_string());
     }
-    // The loop holds job 5 and waits for a place, so 6 and 7 wait in the dispatch queue, and the producer has 8.
+    // The loop holds job 5 and waits for a place. Jobs 6 and 7 wait in the dispatch queue, and the producer has job 8.
     daemon.wait_for_messages(5, "job completed");
     daemon.wait_for_messages(8, "job received");
     assert_eq!(daemon.wait_for_lines(5, "started"), ["1", "2", "3", "4", "5"]);

@@ -1,4 +1,4 @@
-//! What a handler that fails says in its result file, and that nothing which it leaves there does any harm.
+//! The result file of a handler that fails, and files that must do no harm.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -6,14 +6,14 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, HungFileSystem, Server, UNTIL_GO, eventually};
 
-/// A job that failed: how the server keeps it, the report, and what the worker left.
+/// A failed job: the job on the server, the reported error, and the worker's log and files.
 struct Failed {
     job: Value,
     error: Value,
     finished: Finished,
 }
 
-/// Runs a handler that fails after this script, in which `say` writes a result file.
+/// Runs a handler that executes this script and fails. In the script, `say` writes the result file.
 fn fail(script: &str, settings: &str) -> Failed {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
@@ -145,7 +145,7 @@ fn the_directory_is_gone_after_a_kill_too() {
     assert!(!std::path::Path::new(path.trim()).parent().unwrap().exists());
 }
 
-/// A warning says why, and the failure is reported as if there were no file.
+/// Asserts that the file is ignored with a warning, and that the failure is reported as without a file.
 #[track_caller]
 fn assert_ignored(script: &str, reason: &str) {
     let failed = fail(script, "");
@@ -192,7 +192,7 @@ fn what_is_no_regular_file_is_ignored_and_holds_up_nothing() {
     assert_ignored("ln -s $ZIZQ_RESULT_FILE $ZIZQ_RESULT_FILE", "cannot be opened");
 }
 
-/// Deeper than a stack is high, or descriptors are many.
+/// The depth exceeds the stack and the number of descriptors.
 #[test]
 fn a_directory_of_any_depth_is_removed() {
     if !crate::handlers::has("python3") {
@@ -209,7 +209,7 @@ os.chmod(".", 0)"#;
     let id = server.enqueue("q", "t", json!(null));
     server.wait_until_done(&id);
     let results = std::fs::read_dir(temp_dir.path()).unwrap().next().unwrap().unwrap().path();
-    // The job is reported before its files are gone.
+    // The files are removed after the report.
     eventually("no file", || (std::fs::read_dir(&results).unwrap().count() == 0).then_some(()));
     daemon.stop();
     assert_eq!(std::fs::read_dir(temp_dir.path()).unwrap().count(), 0);
@@ -239,7 +239,7 @@ fn files_that_hang_hold_up_neither_reports_nor_the_exit() {
 
 #[test]
 fn what_cannot_be_read_is_ignored() {
-    // Whoever may read everything, like root, reads this too.
+    // Root can read a file with any mode.
     let readable = std::process::Command::new("id").arg("-u").output().is_ok_and(|id| id.stdout == b"0\n");
     if readable {
         assert_eq!(fail("say '{\"message\":\"read\"}'; chmod 0 $ZIZQ_RESULT_FILE", "").error["message"], "read");

@@ -1,10 +1,10 @@
-//! Which handler a job gets: by its type, exactly, and what a handler does not set it has from the default one.
+//! The choice of a job's handler by the exact type, and settings inherited from the default handler.
 
 use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Server};
 
-/// A daemon with those handlers, each a script that says which one it is.
+/// Returns a daemon with these handlers. Each is a script that records its own name.
 fn daemon(server: &Server, toml: &str) -> Daemon {
     let daemon = Daemon::of(server);
     for name in ["default", "one", "two"] {
@@ -17,7 +17,7 @@ fn job(job_type: &str) -> Value {
     json!({"queue": "q", "type": job_type, "payload": "p"})
 }
 
-/// What ran for jobs of those types, in that order.
+/// Runs jobs of these types in order. Returns the lines of their handlers.
 fn ran(toml: &str, job_types: &[&str]) -> String {
     let server = Server::start();
     let ids = server.enqueue_all(job_types.iter().map(|job_type| job(job_type)));
@@ -52,7 +52,7 @@ fn the_default_may_come_from_the_command_line() {
     assert_eq!(running.stop().read("ran"), "one mail\ndefault else\n");
 }
 
-/// What each handler has for every setting, shown by what it does.
+/// A script that shows each setting of its handler.
 const SHOW: &str = "echo $ZIZQ_JOB_TYPE: $ZIZQ_JOB_TIMEOUT $(cat) $PWD $ONE $TWO >> $DIR/ran; echo said >&2
 [ $ZIZQ_JOB_TYPE = bare ] && exit 99; exit 98";
 

@@ -1,18 +1,18 @@
-//! Machines and sandboxes that refuse the usual way to start a process.
+//! Systems and sandboxes that refuse the usual way to start a process.
 
 use rustix::io::Errno;
 use serde_json::json;
 
 use crate::support::{Daemon, Finished, Refused, Server, jobs};
 
-/// The log's line about it.
+/// The log message about the slower way.
 const SLOW: &str = "processes are started in a slower way, the system refuses the usual one";
 
 fn no_shared_memory() -> Refused {
     Refused::clone(libc::CLONE_VM, Errno::INVAL)
 }
 
-/// Runs jobs of all kinds, and checks how each of them ends.
+/// Runs jobs of all kinds, and checks the end of each.
 fn run_all_kinds(server: &Server, daemon: Daemon) -> Finished {
     let handlers = "[handlers.plain]\nexec = 'true'\n[handlers.large]\nexec = '/usr/bin/wc -c'\n[handlers.slow]
 exec = 'sleep 600'\ntimeout = '1s'\n[handlers.fails]\nexec = 'false'\n[handlers.broken]\nexec = '$DIR/broken.sh'";
@@ -52,7 +52,7 @@ fn jobs_run_where_there_are_no_pidfds() {
     assert!(run_all_kinds(&server, Daemon::of(&server).in_sandbox(refused)).has(SLOW));
 }
 
-/// A kernel that knows no such flag.
+/// A replacement of `clone` like that of a kernel without CLONE_PIDFD.
 const NO_PIDFD: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 int clone(int (*run)(void *), void *stack, int flags, void *argument, int *pidfd) {
@@ -106,7 +106,7 @@ fn a_machine_that_starts_no_process_fails_few_jobs() {
     let no_process = Refused { with: 0, ..Refused::clone(0, Errno::PERM) };
     let running = Daemon::of(&server).threads(4).args(["--", "true"]).in_sandbox([no_process]).start();
     running.wait_for_message("handler cannot be started, its jobs are slowed down");
-    // One at once, one a second later, and one two seconds later.
+    // One job fails at once, one a second later, and one two seconds after that.
     std::thread::sleep(std::time::Duration::from_millis(1500));
     let finished = running.stop();
     assert!((1..=3).contains(&finished.all("job failed").len()), "{:?}", finished.log);
@@ -125,7 +125,7 @@ fn no_file_is_left_open_where_close_range_is_unknown() {
     assert_eq!(open.lines().filter(|line| line.contains("->")).count(), 4, "{open}");
 }
 
-/// Takes no pidfd into an epoll set.
+/// A replacement of `epoll_ctl` that refuses pidfds.
 const NO_ROOM_IN_EPOLL: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -1,5 +1,5 @@
-//! Thousands of jobs through a seeded schedule of faults: at the end all are done, each attempt ran once, and the daemon is
-//! as small as it was.
+//! Thousands of jobs through a seeded schedule of faults. At the end all jobs are done, each attempt has run once, and
+//! the daemon's memory has not grown.
 //!
 //! `ZIZQ_SOAK_SECONDS=300 ZIZQ_SOAK_SEED=7 cargo test --release -- --ignored soak --nocapture`
 
@@ -14,19 +14,20 @@ use crate::support::{BodyFault, Call, Daemon, Fault, Proxy, Restartable, Running
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "300ms"];
 
-/// Fails as often as the payload says; those of type slow are still running when the next fault comes.
+/// A script that fails as often as the payload says. Jobs of type `slow` are still running at the next fault.
 const SCRIPT: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/ran
 read -r failures
 [ $ZIZQ_JOB_TYPE = quick ] || sleep 0.4
 [ $ZIZQ_JOB_ATTEMPTS -ge $failures ]";
 
-/// How many jobs the server has at most while the faults go on.
+/// The maximum number of unfinished jobs during the faults.
 const BACKLOG: u64 = 200;
 
-/// More than allocators and logs take, far less than anything that is kept for each job.
+/// The allowed growth of memory. It is more than allocators and logs need, and far less than a leak per job.
 const MEMORY_KIB: u64 = 24 * 1024;
 
-/// The pool keeps as many connections as there were reports and looks at once; far less than there were faults.
+/// The allowed growth of open descriptors. The pool keeps a connection for each concurrent request. A leak per fault
+/// would be far more.
 const DESCRIPTORS: usize = 24;
 
 #[test]
@@ -62,9 +63,9 @@ struct Soak {
     daemon: Running,
     random: fastrand::Rng,
     time: Duration,
-    /// How often each job fails.
+    /// The number of failures of each job.
     jobs: BTreeMap<String, u32>,
-    /// How often each fault was laid.
+    /// The number of injections of each fault.
     faults: BTreeMap<&'static str, usize>,
 }
 
@@ -83,7 +84,7 @@ impl Soak {
     fn run(mut self) {
         self.daemon.wait_for_message("connected, listening for jobs");
         let (started, idle) = (Instant::now(), self.daemon.descriptors());
-        // By then it has met everything, and is as large as it should get.
+        // By then the daemon has met all faults, and its memory has reached its full size.
         self.lay_faults_until(started + self.time / 4);
         let before = (self.daemon.resident_kib(), idle);
         self.lay_faults_until(started + self.time);
@@ -112,7 +113,7 @@ impl Soak {
         }
     }
 
-    /// Enqueues jobs; the server does so directly, not through the proxy.
+    /// Enqueues jobs directly at the server, not through the proxy.
     fn refill(&mut self) {
         let missing = BACKLOG.saturating_sub(self.server.unfinished());
         let kinds: Vec<(u32, Value)> = (0..missing).map(|_| self.kind()).collect();
@@ -128,7 +129,7 @@ impl Soak {
         let job_type = if self.random.u8(..) < 25 { "slow" } else { "quick" };
         let mut job = self.server.order(job_type, json!(failures));
         job["backoff"] = json!({"base_ms": 10, "exponent": 0.0, "jitter_ms": 0});
-        // Kept, so that it can be looked at in the end.
+        // Retained for the checks at the end.
         job["retention"] = json!({"completed_ms": 3_600_000});
         (failures, job)
     }
@@ -168,14 +169,14 @@ impl Soak {
 
     fn wait_until_done(&self) {
         let mut last = u64::MAX;
-        // As long as it goes on, it may take its time.
+        // No limit for the whole, as long as there is progress.
         while last > 0 {
             let left = eventually("progress", || Some(self.server.unfinished()).filter(|left| *left < last));
             last = left;
         }
     }
 
-    /// Each attempt of each job ran, and none ran twice.
+    /// Checks that each attempt of each job ran exactly once.
     fn check_runs(&self) -> usize {
         let text = fs::read_to_string(self.daemon.dir().join("ran")).unwrap();
         let mut ran = BTreeSet::new();
@@ -186,11 +187,11 @@ impl Soak {
             (0..=*failures).map(move |attempt| format!("{id} {attempt}"))
         };
         let expected: BTreeSet<String> = self.jobs.iter().flat_map(attempts).collect();
-        assert!(ran.iter().copied().eq(expected.iter().map(String::as_str)), "not the attempts that there are");
+        assert!(ran.iter().copied().eq(expected.iter().map(String::as_str)), "attempts are missing or unexpected");
         ran.len()
     }
 
-    /// Each job is done, and has cost as many attempts as it had failures.
+    /// Checks that each job is done, with as many failed attempts as the payload says.
     fn check_jobs(&self) {
         for (id, failures) in &self.jobs {
             let job = self.server.job(id).unwrap();
@@ -200,7 +201,7 @@ impl Soak {
     }
 }
 
-/// The first worker dies with all its loops busy; the second one has to run those jobs again, and no others.
+/// Kills a worker with all loops busy. A second worker must run exactly these jobs again.
 fn only_what_ran_when_a_worker_was_killed_runs_again(server: &Restartable) {
     let script = "echo $ZIZQ_JOB_ID >> $DIR/ran
 [ $ZIZQ_JOB_TYPE = quick ] || until [ -e $DIR/go ]; do sleep 0.01; done";

@@ -1,4 +1,4 @@
-//! Handlers that cannot be started: for a moment, for longer, for one job, or for want of something.
+//! Handlers that cannot be started: briefly, for longer, for one job, or for lack of a resource.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Admin, Daemon, RawServer, Running, Server, UNTIL_GO, eventually, jobs};
 
-/// Puts a script where a handler is, as a deploy does that knows what it is doing.
+/// Replaces the handler's script atomically, as a careful deploy does.
 fn deploy(daemon: &Running, script: &str) {
     let (new, path) = (daemon.dir().join("new"), daemon.dir().join("handle.sh"));
     fs::write(&new, script).unwrap();
@@ -17,7 +17,7 @@ fn deploy(daemon: &Running, script: &str) {
     fs::rename(new, path).unwrap();
 }
 
-/// Passes the time that something takes which nobody tells of.
+/// Sleeps for the duration of a step that has no event.
 fn meanwhile(milliseconds: u64) {
     std::thread::sleep(Duration::from_millis(milliseconds));
 }
@@ -45,7 +45,7 @@ fn a_handler_that_is_missing_for_a_moment_fails_no_job() {
     assert!(!finished.has("job failed") && !finished.has("handler cannot be started, its jobs are slowed down"));
 }
 
-/// Starts no process, and notes it, for as long as there is an errno in the test's directory.
+/// A replacement of `clone` that fails, and records the call, while a file in the test's directory has an errno.
 const FAULTY_CLONE: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -175,7 +175,7 @@ fn a_missing_handler_fails_its_job_after_five_seconds() {
     assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 3);
 }
 
-/// Jobs that arrive together wait for the pauses after the starts that fail before theirs: one second, then two, then four.
+/// Jobs that arrive together wait for the pauses after earlier failed starts: one second, then two, then four.
 #[test]
 fn the_wait_for_a_broken_handler_is_no_run_time() {
     let server = Server::start();
@@ -190,7 +190,7 @@ fn the_wait_for_a_broken_handler_is_no_run_time() {
     let completed = running.wait_for("a job that waited", |event| event["message"] == "job completed");
     let waited = completed["waited_seconds"].as_f64().unwrap_or_else(|| panic!("{completed}"));
     assert!(waited > 1.0, "{completed}");
-    // Jobs that failed for want of a start are tried again, and none of them counts for the time of the starts that failed.
+    // Jobs whose start failed are retried. The time of failed starts does not count as run time.
     eventually("the time of all runs", || {
         let completed = running.log().iter().filter(|line| line.contains(r#""message":"job completed""#)).count();
         let text = admin.metrics();
@@ -204,7 +204,7 @@ fn the_wait_for_a_broken_handler_is_no_run_time() {
     assert!(finished.all("job failed").iter().all(|failed| failed["seconds"].is_null()), "{:?}", finished.log);
 }
 
-/// ENOEXEC does not pass by itself, so a job fails at once, and then the brake holds the others.
+/// ENOEXEC is not temporary, so a job fails at once. Then the brake holds the others back.
 #[test]
 fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     let server = Server::start();
@@ -215,14 +215,14 @@ fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     let broken = Instant::now();
     let ids = server.enqueue_all(jobs(60));
     let failed = eventually("a second failure", || Some(errors(&server, &ids)).filter(|errors| errors.len() >= 2));
-    // One at once, and one a second later: not one for each of the four loops.
+    // One job fails at once and one a second later, instead of one in each of the four loops.
     assert!(broken.elapsed() >= Duration::from_millis(900), "{:?}", broken.elapsed());
     assert!(failed.iter().all(|error| error["error_type"] == "SpawnError"), "{failed:?}");
     assert!(failed[0]["message"].as_str().unwrap().contains("Exec format error"), "{failed:?}");
     deploy(&running, GOOD);
     let mended = Instant::now();
     running.wait_for_lines(8 + 60 - failed.len() - 1, "ran");
-    // Two seconds of the third pause at most, and then without any.
+    // At most the two seconds of the third pause, and then no more pauses.
     assert!(mended.elapsed() < Duration::from_secs(15), "{:?}", mended.elapsed());
     running.wait_for_message("handler can be started again");
     let finished = running.stop();
@@ -298,7 +298,7 @@ fn a_low_hard_limit_of_open_files_is_warned_of() {
 fn an_ignored_sigchld_that_was_handed_down_does_no_harm() {
     let server = Server::start();
     let ids = ["0", "3"].map(|code| server.enqueue("q", code, json!(null)));
-    // Not every shell can do it.
+    // Perl, because not every shell can ignore SIGCHLD.
     let ignore = r#"exec perl -e '$SIG{CHLD} = "IGNORE"; exec @ARGV' "$@""#;
     let running = Daemon::of(&server).sh("/bin/true; exit $ZIZQ_JOB_TYPE").after(ignore).start();
     server.wait_until_done(&ids[0]);
@@ -314,6 +314,6 @@ fn a_handler_inherits_no_open_file_of_the_worker() {
     let running = daemon.start();
     server.wait_until_done(&id);
     let open = running.stop().read("open");
-    // The standard ones, and the directory that is listed.
+    // The three standard streams, and the directory that `ls` lists.
     assert_eq!(open.lines().filter(|line| line.contains("->")).count(), 4, "{open}");
 }

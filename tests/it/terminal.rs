@@ -1,4 +1,4 @@
-//! What somebody sees who runs the worker by hand.
+//! The worker on a terminal.
 
 use std::fs;
 
@@ -7,10 +7,10 @@ use serde_json::json;
 
 use crate::support::{Daemon, Running, Server, UNTIL_GO, eventually};
 
-/// The log's word when the terminal has been closed.
+/// The log message after the terminal was closed.
 const GONE: &str = "draining: the terminal is gone; finishing what was taken";
 
-/// A worker on a terminal, with one job that runs until it is told.
+/// Starts a worker on a terminal, with one job that runs until `go`.
 fn watched(daemon: Daemon, server: &Server) -> Running {
     server.enqueue("q", "t", json!(null));
     let running = daemon.on_terminal().args(["--url", &server.url]).sh(UNTIL_GO).start();
@@ -18,7 +18,7 @@ fn watched(daemon: Daemon, server: &Server) -> Running {
     running
 }
 
-/// Waits until the terminal has shown that text.
+/// Waits until the terminal shows this text.
 fn wait_for_text(running: &Running, text: &str) {
     eventually(text, || running.screen().contains(text).then_some(()));
 }
@@ -27,12 +27,12 @@ fn wait_for_text(running: &Running, text: &str) {
 fn a_drain_shows_what_still_runs_and_how_long_it_may() {
     let server = Server::start();
     let running = watched(Daemon::bare().args(["--shutdown-deadline", "60s"]), &server);
-    assert!(!running.screen().contains("\x1b[K"), "nothing is shown before");
+    assert!(!running.screen().contains("\x1b[K"), "the status line was shown before the drain");
     running.sigint();
     eventually("a time that runs out", || {
         let screen = running.screen();
         let lines = screen.split("\x1b[Kdraining: 1 running, ").skip(1);
-        // The last one may not have come to its end.
+        // The last line may be incomplete.
         let left = lines.filter_map(|line| Some(line.split_once("s left; press Ctrl-C again to kill")?.0));
         let left: Vec<u64> = left.map(|seconds| seconds.parse().unwrap()).collect();
         assert!(left.is_sorted_by(|before, after| before >= after) && left.iter().all(|left| *left < 60), "{left:?}");
@@ -41,7 +41,7 @@ fn a_drain_shows_what_still_runs_and_how_long_it_may() {
     running.go();
     let screen = running.assert_exit(0).screen;
     let end = screen.rfind("draining: 1 running").unwrap();
-    assert!(screen[end..].contains("\r\x1b[K"), "the line is taken away: {:?}", &screen[end..]);
+    assert!(screen[end..].contains("\r\x1b[K"), "the status line was not removed: {:?}", &screen[end..]);
     let left: Vec<&str> = screen.lines().filter(|line| line.contains("worker stopped")).collect();
     assert_eq!(left.len(), 1, "{screen}");
 }
@@ -63,7 +63,7 @@ fn events_are_written_above_the_line_and_leave_nothing_of_it() {
     let cleared = before.rfind("\r\x1b[K").unwrap();
     assert!(!before[cleared..].contains("draining: 1 running"), "{:?}", &before[cleared..]);
     let after = &screen[screen.find("line=\"printed\"").unwrap()..];
-    assert!(after.contains("draining: 1 running"), "the line is there again: {after:?}");
+    assert!(after.contains("draining: 1 running"), "the status line was not shown again: {after:?}");
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn a_worker_drains_when_its_terminal_is_closed() {
     running.go();
     running.assert_exit(0);
     server.wait_until_done(&ids[0]);
-    assert_eq!(server.job(&ids[1]).unwrap()["status"], "ready", "nothing was taken without a terminal");
+    assert_eq!(server.job(&ids[1]).unwrap()["status"], "ready", "the job was taken after the terminal was closed");
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn a_worker_whose_log_is_elsewhere_drains_too() {
     assert_eq!((&stopped["reason"], &stopped["succeeded"]), (&json!("the terminal is gone"), &json!(1)));
 }
 
-/// The terminal is still there when the kernel sends SIGHUP.
+/// The kernel sends SIGHUP before the terminal is closed.
 #[test]
 fn a_worker_drains_when_its_shell_is_killed() {
     let server = Server::start();
@@ -167,7 +167,7 @@ fn a_worker_drains_when_its_shell_is_killed() {
     assert_eq!(finished.event("worker stopped")["succeeded"], 1);
 }
 
-/// A shell with job control passes SIGHUP on. Here it does so twice.
+/// A shell with job control forwards SIGHUP, here twice.
 #[test]
 fn a_hang_up_that_a_shell_passes_on_drains_and_never_kills() {
     let server = Server::start();
@@ -183,7 +183,7 @@ fn a_hang_up_that_a_shell_passes_on_drains_and_never_kills() {
     assert_eq!(finished.all(GONE).len(), 1);
 }
 
-/// So does zsh, and bash with `huponexit`: the terminal is still there when the shell sends SIGHUP.
+/// The shell sends SIGHUP before the terminal is closed, like zsh, and like bash with `huponexit`.
 #[test]
 fn a_worker_drains_when_its_shell_ends_after_sighup() {
     let server = Server::start();

@@ -1,4 +1,4 @@
-//! A server whose version does not fit is warned of whenever a worker meets it.
+//! The warning about an incompatible server, at each connect.
 
 use crate::support::{Daemon, RawServer};
 

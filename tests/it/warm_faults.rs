@@ -1,4 +1,4 @@
-//! Warm handlers that die, hang, talk nonsense or cannot be started. Each costs its own job at most.
+//! Warm handlers that die, hang, break the protocol or cannot be started. Each costs at most its own job.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Warm, assert_none_failed, eventually, is_alive, replace, wait_until_dead, warm_handler};
 
-/// Has a job fail between two that succeed. The failure costs the process, which is dead before it is reported.
+/// Runs a job that fails between two that succeed, and returns the error. Checks that the failure ends the process
+/// before the report.
 #[track_caller]
 fn fail_between(warm: &Warm, code: &str) -> Value {
     let before = warm.succeed("");
@@ -30,7 +31,7 @@ fn a_process_that_dies_in_a_job_costs_that_job_an_attempt() {
     assert_eq!(error["error_type"], "ExitStatus");
     assert_eq!(error["message"], "handle.py exited with status 3: no such account");
     assert_eq!(error["backtrace"], "no such account\n");
-    // Success is explicit.
+    // No exit status is a success, because a warm handler must reply.
     for (code, dead) in [(99, 0), (100, 1)] {
         assert_eq!(fail_between(&warm, &format!("os._exit({code})"))["error_type"], "ExitStatus");
         assert_eq!(warm.server.count("dead"), dead, "{code}");
@@ -64,7 +65,7 @@ fn a_process_that_dies_between_jobs_harms_none() {
     assert_eq!(finished.read("ran").lines().count(), 20);
 }
 
-/// A stopped process is handed a job, which waits in its socket.
+/// The job is sent to a stopped process, and waits in its socket.
 #[test]
 fn a_job_that_its_process_never_read_goes_to_another() {
     let warm = Warm::start("");
@@ -122,7 +123,7 @@ fn the_timeout_counts_for_each_job_anew() {
     warm.stop();
 }
 
-/// Replies that are none, and a part of what the failure says of each.
+/// Invalid replies, each with a part of its error message.
 const NONSENSE: [(&str, &str); 12] = [
     ("send(2 * (json.dumps({'id': job['id'], 'ok': True}) + '\\n'))", "more than one reply"),
     ("send(json.dumps({'id': job['id'], 'ok': True}) + '\\nmore'); time.sleep(1000)", "more than one reply: more"),
@@ -156,7 +157,7 @@ fn half_a_reply_and_then_death_is_its_death() {
     let half = "send(json.dumps({'id': job['id'], 'ok': True})[:-1])";
     assert_eq!(fail_between(&warm, &format!("{half}; os._exit(3)"))["error_type"], "ExitStatus");
     assert_eq!(fail_between(&warm, &format!("{half}; os._exit(0)"))["error_type"], "NoReply");
-    // The end of the file ends no line.
+    // The end of the stream does not complete a line.
     assert_eq!(fail_between(&warm, &format!("{half}; send('}}'); os._exit(0)"))["error_type"], "NoReply");
     warm.stop();
 }
@@ -193,7 +194,7 @@ fn a_process_connects_once() {
     assert_eq!(warm.stop().read("refused").lines().count(), 1);
 }
 
-/// It waits for jobs on the connection that the worker does not use.
+/// The process waits for jobs on the second connection, which the worker does not use.
 #[test]
 fn a_process_that_connects_twice_costs_one_job() {
     let warm = Warm::before("if is_first(): spare = connect()", "kill_grace = '300ms'");
@@ -212,12 +213,13 @@ fn the_timeout_holds_for_a_process_that_never_reads() {
     warm.stop();
 }
 
-/// Does nothing but fail until the test's directory has a file `good`.
+/// Returns code that runs `code` until the test's directory has a file `good`.
 fn bad(code: &str) -> String {
     format!("if not os.path.exists(DIR + '/good'): {code}")
 }
 
-/// Of a thousand jobs, a handler that is broken at first fails no more than that many. The others are done once it is good.
+/// Asserts that a broken handler fails at most `few` of a thousand jobs, and that the others succeed once it is
+/// repaired. Returns the first error.
 fn burns_at_most(few: u64, before: &str, code: &str, error_type: &str, log: &str) -> Value {
     let warm = Warm::with(before, "", |daemon| daemon.threads(4));
     let ids = warm.enqueue_many(1000, code);
@@ -264,7 +266,7 @@ fn a_reload_does_not_interrupt_a_start() {
     assert_eq!(finished.all("handler process started").len(), 1);
 }
 
-/// Each worker loop starts a process before the first of them crashes.
+/// Each worker loop starts a process before the first process crashes.
 #[test]
 fn processes_that_crash_at_once_count_once_for_the_pause() {
     let warm = Warm::with("", "", |daemon| daemon.threads(8));
@@ -294,7 +296,7 @@ fn a_handler_that_hangs_before_it_connects_is_killed() {
     warm.stop();
 }
 
-/// The first try counts as none: a fault is one when it is there twice.
+/// A start has to fail twice before it fails a job.
 #[test]
 fn one_start_that_fails_burns_no_attempt() {
     let warm = Warm::before("if is_first(): sys.exit(1)", "");

@@ -1,4 +1,4 @@
-//! The warm handlers in `config/handlers` and `examples` run both ways, each with its real interpreter.
+//! The warm handlers in `config/handlers` and `examples`, run both warm and spawned, with their real interpreters.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use crate::handlers::has;
 use crate::support::{Admin, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// A card in letters that some locales lack. The last one ends a line for Node's readline.
+/// A card in characters that some locales lack. Node's readline splits lines at the last one.
 const CARD: &str = "ä€😀\u{2028}";
 
 struct Example {
     server: Server,
     path: PathBuf,
-    /// How the handler's language calls a declined card.
+    /// The error type of a declined card in the handler's language.
     error_type: &'static str,
 }
 
@@ -71,7 +71,7 @@ impl Example {
         assert_eq!(finished.all("stderr"), [Value::Null; 0]);
     }
 
-    /// The process dies, no job is harmed, and another process does the next job.
+    /// Checks that a process dies of SIGTERM between jobs, that no job fails, and that another process takes over.
     fn ends_by_sigterm_between_jobs(&self) {
         let running = self.start("warm");
         self.server.wait_until_done(&self.charge("4242"));
@@ -131,8 +131,8 @@ fn the_warm_one_in_rust() {
     Example::of(built_example("warm_handler"), "HandleError").runs_both_ways();
 }
 
-/// Returns the path of a program in `examples`. `cargo test` builds it together with all tests, but not together with
-/// chosen ones.
+/// Returns the path of a program in `examples`, and builds it if needed, because `cargo test` does so only with all
+/// tests selected.
 pub fn built_example(name: &str) -> PathBuf {
     let deps = std::env::current_exe().unwrap();
     let profile = deps.parent().unwrap().parent().unwrap();
@@ -151,7 +151,7 @@ fn build_example(name: &str, root: &Path, profile: &Path) {
     if profile.ends_with("release") {
         cargo.arg("--release");
     }
-    // Build scripts that read Cargo's variables would run again, and the next build would run them once more.
+    // With Cargo's variables set, build scripts that read them would run now, and again in the next build.
     let of_this_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_"];
     for (name, _) in std::env::vars_os() {
         if of_this_package.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
@@ -161,7 +161,7 @@ fn build_example(name: &str, root: &Path, profile: &Path) {
     assert!(cargo.status().unwrap().success());
 }
 
-/// Longer scripts are no examples to start from.
+/// Longer scripts are unsuitable as examples.
 #[test]
 fn each_warm_script_has_at_most_30_lines() {
     for name in ["warm.py", "warm.rb", "warm.mjs", "warm.php"] {

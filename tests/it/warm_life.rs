@@ -1,4 +1,4 @@
-//! How long warm processes live, how many there are, and what ends them between jobs.
+//! The lifetime and number of warm processes, and the reasons for ending them between jobs.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::support::{
     warm_handler,
 };
 
-/// Notes how many processes of the handler there are, this one included.
+/// Code that records the number of the handler's processes, including this one.
 const CROWD: &str = r#"
 def lives(pid):
     try:
@@ -25,7 +25,7 @@ open(f"{DIR}/alive/{os.getpid()}", "w").close()
 note("crowd", sum(lives(pid) for pid in os.listdir(DIR + "/alive")))
 "#;
 
-/// A warm handler that starts in a millisecond.
+/// The source of a warm handler that starts in a millisecond.
 const QUICK: &str = r#"
 #include <stdio.h>
 #include <stdlib.h>
@@ -49,13 +49,13 @@ int main(void) {
 }
 "#;
 
-/// Whether any process runs that program.
+/// Reports whether any process runs this program.
 fn is_executed(program: &Path) -> bool {
     let mut processes = fs::read_dir("/proc").unwrap().flatten();
     processes.any(|process| fs::read_link(process.path().join("exe")).is_ok_and(|exe| exe == program))
 }
 
-/// The ends of processes in the log that have this reason.
+/// Returns the log events of ended processes with this reason.
 fn ended(finished: &Finished, reason: &str) -> Vec<Value> {
     finished.all("handler process is ended").into_iter().filter(|event| event["reason"] == reason).collect()
 }
@@ -120,7 +120,7 @@ fn processes_are_recycled_after_up_to_a_quarter_more_jobs() {
     let finished = warm.stop();
     let jobs: Vec<u64> = ended(&finished, "max_jobs").iter().map(|event| event["jobs"].as_u64().unwrap()).collect();
     assert!(jobs.len() >= 18 && jobs.iter().all(|jobs| (20..=25).contains(jobs)), "{jobs:?}");
-    assert!(jobs.iter().any(|count| count != &jobs[0]), "no chance in {jobs:?}");
+    assert!(jobs.iter().any(|count| count != &jobs[0]), "no jitter in {jobs:?}");
     assert_none_failed(&finished);
 }
 
@@ -135,7 +135,7 @@ fn a_process_that_is_too_old_is_ended_when_it_is_idle() {
     let finished = warm.stop();
     assert!(ended(&finished, "max_age").len() >= 2);
     assert_none_failed(&finished);
-    // Its first job took longer than it may live.
+    // The first job of the second process took longer than `max_age`.
     assert_eq!(warnings(&finished), 1);
 }
 

@@ -1,4 +1,4 @@
-//! How a worker stops that has warm processes, whatever each of them is at.
+//! The stop of a worker with warm processes in each state.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -15,13 +15,13 @@ use crate::support::{
     warm_handler,
 };
 
-/// Far less than any limit that would end a wait by itself, far more than obeying takes.
+/// A time limit far below any deadline that would end a wait, and far above an immediate stop.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// A state of a process, in which it hears no SIGTERM and has a child that hears none.
+/// A state of a process that ignores SIGTERM and has a child that ignores it.
 struct State {
     name: &'static str,
-    /// Runs before the process connects.
+    /// Code that runs before the process connects.
     before: &'static str,
     code: &'static str,
     /// Whether the job has ended in this state.
@@ -55,7 +55,7 @@ const STATES: [State; 4] = [
     },
 ];
 
-/// A worker with a process in that state, told to drain, and its job.
+/// Starts a worker, brings a process to this state, and starts a drain. Returns the worker and the job's id.
 fn draining(state: &State, settings: &str) -> (Warm, String) {
     let warm = Warm::before(state.before, settings);
     let id = warm.enqueue(state.code);
@@ -67,7 +67,7 @@ fn draining(state: &State, settings: &str) -> (Warm, String) {
     (warm, id)
 }
 
-/// The worker has ended, and no process is left. The job is done, or waits as if it had never been taken.
+/// Asserts that the worker and all processes end. The job is done, or ready again without a failed attempt.
 #[track_caller]
 fn assert_given_back(warm: Warm, state: &State, id: &str) -> Finished {
     let Warm { server, running } = warm;
@@ -99,7 +99,7 @@ fn a_second_signal_ends_every_process_after_its_grace() {
         let (warm, id) = draining(state, "kill_grace = '1s'");
         warm.running.sigterm();
         let finished = assert_given_back(warm, state, &id);
-        // A process that has not connected is killed at once.
+        // A process that has not connected gets SIGKILL at once.
         let heard = usize::from(state.name != "starting");
         assert_eq!(finished.read("heard").lines().count(), heard, "{}", state.name);
     }
@@ -210,13 +210,13 @@ fn warm_handlers_of_a_killed_worker_end_by_themselves() {
     let [idle, busy] = ids.map(|id| warm.process_of(&id));
     warm.running.signal(Signal::KILL);
     wait_until_dead(&idle);
-    assert!(is_alive(&busy), "a job that runs is not cut short");
+    assert!(is_alive(&busy), "the running job was cut short");
     warm.running.go();
     wait_until_dead(&busy);
     assert_eq!(warm.lines("ended")[0], idle);
 }
 
-/// The embedding program drops the worker: nothing of it may be left, and the server hands the job out again.
+/// The embedding program drops the worker. No process may be left, and the job is redelivered.
 #[test]
 fn a_worker_dropped_in_a_warm_job_leaves_no_process() {
     let (server, dir) = (Server::start(), TempDir::new().unwrap());

@@ -1,4 +1,4 @@
-//! [`Busy`]: a process that has a job, and what comes of the job.
+//! [`Busy`]: a process that runs a job, until the job's outcome.
 
 use std::os::unix::process::ExitStatusExt;
 use std::pin::pin;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::member::{Doing, Member, Stop};
+use super::member::{Member, ProcessState, Stop};
 use super::wire::{NoReply, Reply, Wire};
 use super::{HANG_UP, Idle, Pool};
 use crate::dispatch::outcome::{self, Cause};
@@ -19,10 +19,10 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
 use crate::process::{ResourceUsage, Signal, Tail, Termination};
 
-/// How long a process may take to exit after it has closed its connection in the middle of a job.
+/// Time limit for a process to exit after it has closed its connection during a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
 
-/// A process that has a job.
+/// A process with a job.
 pub(in crate::dispatch) struct Busy {
     pub(super) pool: Arc<Pool>,
     pub(super) member: Arc<Member>,
@@ -30,23 +30,24 @@ pub(in crate::dispatch) struct Busy {
     pub(super) _place: Place,
 }
 
-/// How an exchange with a process has ended.
-enum Came {
+/// The end of an exchange with a process.
+enum ExchangeEnd {
     Replied(Reply),
-    Broke(NoReply),
+    NoReply(NoReply),
     Stopped(Cause),
-    Ended,
+    Exited,
 }
 
-/// Whether a job has shown that the handler works.
-pub(in crate::dispatch) enum Proof {
+/// The evidence that a job gives on whether the handler works.
+pub(in crate::dispatch) enum HandlerHealth {
     /// The handler works.
     Works,
-    /// It has ended without having done any job.
+    /// The job failed without a reply, and no job of the handler has succeeded since the process started.
     Crashed(String),
-    /// A process that was idle has ended before it has read the job, which has not begun.
-    Unread,
-    None,
+    /// An idle process ended before it read the job. The job has not begun.
+    JobUnread,
+    /// No evidence.
+    Unknown,
 }
 
 impl Busy {
@@ -58,27 +59,27 @@ impl Busy {
         self.member.started
     }
 
-    /// Has the process do a job.
-    pub(in crate::dispatch) async fn run(mut self, job: &Job, lifecycle: &Lifecycle) -> (Ended, Proof) {
+    /// Runs a job in the process.
+    pub(in crate::dispatch) async fn run(mut self, job: &Job, lifecycle: &Lifecycle) -> (Ended, HandlerHealth) {
         let since = Instant::now();
         let (was_stopping, cpu_before) = (lifecycle.is_awaited(), self.member.cpu_time_before_job());
         self.member.begin(&job.id);
-        let Some(mut wire) = self.wire.take() else { return (Outcome::Interrupted.into(), Proof::None) };
-        let (came, notified) = self.exchange(&mut wire, job, lifecycle, since, was_stopping).await;
-        if let Came::Replied(reply) = came {
-            return (self.replied(wire, reply, cpu_before), Proof::Works);
+        let Some(mut wire) = self.wire.take() else { return (Outcome::Interrupted.into(), HandlerHealth::Unknown) };
+        let (end, sent) = self.exchange(&mut wire, job, lifecycle, since, was_stopping).await;
+        if let ExchangeEnd::Replied(reply) = end {
+            return (self.finish_with_reply(wire, reply, cpu_before), HandlerHealth::Works);
         }
-        let is_unread = matches!(came, Came::Broke(NoReply::Unread)) && self.member.work().jobs > 0;
-        let ended = self.failed(wire, came, notified, cpu_before, lifecycle).await;
+        let is_unread = matches!(end, ExchangeEnd::NoReply(NoReply::Unread)) && self.member.work().jobs > 0;
+        let ended = self.finish_without_reply(wire, end, sent, cpu_before, lifecycle).await;
         if is_unread && ended.outcome != Outcome::Interrupted {
-            return (ended, Proof::Unread);
+            return (ended, HandlerHealth::JobUnread);
         }
         let is_crash = !self.pool.has_worked_since(&self.member) && matches!(ended.outcome, Outcome::Failure(_));
-        let proof = match &ended.outcome {
-            Outcome::Failure(failure) if is_crash => Proof::Crashed(failure.message.clone()),
-            _ => Proof::None,
+        let health = match &ended.outcome {
+            Outcome::Failure(failure) if is_crash => HandlerHealth::Crashed(failure.message.clone()),
+            _ => HandlerHealth::Unknown,
         };
-        (ended, proof)
+        (ended, health)
     }
 
     async fn exchange(
@@ -88,41 +89,41 @@ impl Busy {
         lifecycle: &Lifecycle,
         since: Instant,
         was_stopping: bool,
-    ) -> (Came, Option<Signal>) {
+    ) -> (ExchangeEnd, Option<Signal>) {
         let handler = &self.pool.handler;
         let mut exchange = pin!(wire.exchange(job));
-        let mut to_tell = handler.drain_signal.filter(|_| !was_stopping);
-        let mut told = None;
-        let came = loop {
-            let telling = async {
-                match to_tell {
+        let mut to_send = handler.drain_signal.filter(|_| !was_stopping);
+        let mut sent = None;
+        let end = loop {
+            let drain_requested = async {
+                match to_send {
                     Some(_) => lifecycle.awaited().await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 biased;
-                reply = &mut exchange => break reply.map_or_else(Came::Broke, Came::Replied),
-                () = lifecycle.reached(Phase::Killing) => break Came::Stopped(Cause::Killing),
-                () = time_is_up(handler, since) => break Came::Stopped(Cause::Timeout),
+                reply = &mut exchange => break reply.map_or_else(ExchangeEnd::NoReply, ExchangeEnd::Replied),
+                () = lifecycle.reached(Phase::Killing) => break ExchangeEnd::Stopped(Cause::Killing),
+                () = time_is_up(handler, since) => break ExchangeEnd::Stopped(Cause::Timeout),
                 _ = self.member.ended() => {
-                    // Its reply may have come just before.
+                    // The reply may have arrived before the exit.
                     let reply = exchange.as_mut().now_or_never().and_then(Result::ok);
-                    break reply.map_or(Came::Ended, Came::Replied);
+                    break reply.map_or(ExchangeEnd::Exited, ExchangeEnd::Replied);
                 }
-                () = telling => {
-                    if let Some(signal) = to_tell.take() {
-                        self.member.tell(signal);
-                        told = Some(signal);
+                () = drain_requested => {
+                    if let Some(signal) = to_send.take() {
+                        self.member.send_drain_signal(signal);
+                        sent = Some(signal);
                     }
                 }
             }
         };
-        (came, told)
+        (end, sent)
     }
 
-    /// Ends a job with a reply, and keeps the process for the next one.
-    fn replied(&mut self, wire: Wire, reply: Reply, cpu_before: Option<Duration>) -> Ended {
+    /// Returns the outcome in a reply. The process becomes idle, or is retired.
+    fn finish_with_reply(&mut self, wire: Wire, reply: Reply, cpu_before: Option<Duration>) -> Ended {
         let stderr = self.member.finish();
         let used = self.member.cpu_time_after_job().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
         let usage = used.map(|cpu| ResourceUsage { cpu, max_rss: self.member.peak_memory().unwrap_or_default() });
@@ -137,9 +138,9 @@ impl Busy {
             Some(reason) => self.pool.retire(&self.member, reason, Stop::Retire),
             None => {
                 self.pool.idle().push(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
-                // It may have ended since its reply, and then no keeper takes it from there.
+                // The process may have ended since its reply. Its keeper then no longer removes it from the idle list.
                 if self.member.has_ended() {
-                    self.pool.forget_idle(&self.member);
+                    self.pool.remove_idle(&self.member);
                 }
                 self.pool.returned.notify_one();
             }
@@ -152,17 +153,17 @@ impl Busy {
         verdict.apply_to(Failure::new("HandlerError", message).with_backtrace(stderr.text()))
     }
 
-    /// Ends a job without a reply, and the process with it.
-    async fn failed(
+    /// Ends the process, which sent no reply, and returns the job's outcome.
+    async fn finish_without_reply(
         &mut self,
         wire: Wire,
-        came: Came,
-        told: Option<Signal>,
+        end: ExchangeEnd,
+        sent: Option<Signal>,
         cpu_before: Option<Duration>,
         lifecycle: &Lifecycle,
     ) -> Ended {
-        let (cause, nonsense) = match came {
-            Came::Stopped(cause) => {
+        let (cause, violation) = match end {
+            ExchangeEnd::Stopped(cause) => {
                 self.pool.retire(
                     &self.member,
                     if cause == Cause::Timeout { "timeout" } else { "kill" },
@@ -170,11 +171,11 @@ impl Busy {
                 );
                 (Some(cause), None)
             }
-            Came::Broke(NoReply::Nonsense(what)) => {
+            ExchangeEnd::NoReply(NoReply::Invalid(what)) => {
                 self.pool.retire(&self.member, "protocol", Stop::Kill);
                 (None, Some(what))
             }
-            Came::Broke(NoReply::Closed | NoReply::Unread) => {
+            ExchangeEnd::NoReply(NoReply::Closed | NoReply::Unread) => {
                 let exited = tokio::time::timeout(EXIT_GRACE, self.member.ended());
                 let exited = tokio::select! {
                     biased;
@@ -186,7 +187,7 @@ impl Busy {
                 }
                 (None, (!exited).then(|| "it has closed its connection without a reply".to_owned()))
             }
-            Came::Ended | Came::Replied(_) => (None, None),
+            ExchangeEnd::Exited | ExchangeEnd::Replied(_) => (None, None),
         };
         let end = self.member.ended().await;
         drop(wire);
@@ -199,7 +200,7 @@ impl Busy {
             Outcome::Failure(Failure { kill, ..Failure::new(error_type, message).with_backtrace(stderr.text()) })
         };
         let is_given_up = end.termination == Some(Termination::GivenUp);
-        let outcome = match (cause, nonsense, status) {
+        let outcome = match (cause, violation, status) {
             (Some(Cause::Killing), ..) => Outcome::Interrupted,
             _ if is_given_up => Outcome::Interrupted,
             (_, Some(_), _) if lifecycle.phase() >= Phase::Killing => Outcome::Interrupted,
@@ -213,8 +214,8 @@ impl Busy {
                     let kill = u8::try_from(code).is_ok_and(|code| self.pool.handler.kill_exit_codes.contains(&code));
                     failed("ExitStatus", &outcome::in_words(status), kill)
                 }
-                // It did not know the signal that was to tell it of the drain, and died of it.
-                (None, signal) if told.is_some() && signal == told.map(Signal::as_raw) => Outcome::Interrupted,
+                // The process has no handler for the drain signal, and the signal killed it.
+                (None, signal) if sent.is_some() && signal == sent.map(Signal::as_raw) => Outcome::Interrupted,
                 (None, _) => failed("Signal", &outcome::in_words(status), false),
             },
             (None, None, None) => failed("WaitError", "ended, but its exit status could not be read", false),
@@ -223,10 +224,10 @@ impl Busy {
     }
 }
 
-/// Dropped in the middle of a job, it is killed.
+/// Kills the process if dropped during a job.
 impl Drop for Busy {
     fn drop(&mut self) {
-        if self.wire.is_some() || self.member.work().doing == Doing::Busy {
+        if self.wire.is_some() || self.member.work().state == ProcessState::Busy {
             self.member.stop(Stop::Kill);
         }
     }

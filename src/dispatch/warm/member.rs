@@ -1,4 +1,4 @@
-//! [`Member`]: one process of a pool, and the task that keeps it from its start to its end.
+//! [`Member`]: one process of a pool, and its keeper, the task that supervises it from start to end.
 
 use std::io;
 use std::process::ExitStatus;
@@ -16,49 +16,49 @@ use crate::places::Place;
 use crate::process::{Channel, Resident, ResourceUsage, Signal, Tail, Termination};
 use crate::watch;
 
-/// How often an idle process is looked at, at most: whether it is still connected, too old, or idle for too long.
-const LOOK: Duration = Duration::from_secs(1);
+/// Longest interval between two checks of an idle process: its connection, its age and its idle time.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How soon after a job the CPU time that was read at its end is taken for that at the begin of the next one.
+/// Maximum age of the CPU time read after a job for it to count as the CPU time before the next job.
 const CPU_AGE: Duration = Duration::from_millis(1);
 
-/// How old the peak of a process's memory may be in the log: to read it costs more than to run a job.
+/// Maximum age of the memory peak in the log. Reading the peak costs more than running a job.
 const PEAK_AGE: Duration = Duration::from_secs(1);
 
-/// The end that a process is asked for. Later values are greater, and no request is taken back.
+/// The stop requested of a process, in order of severity. A request is never withdrawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Stop {
-    Keep,
-    /// To end by itself, which its connection tells it; by SIGTERM after the grace, and by SIGKILL after it once more.
+    NotRequested,
+    /// The connection closes, so that the process exits. SIGTERM follows after the grace, SIGKILL after another grace.
     Retire,
-    /// To end by SIGTERM, and by SIGKILL after the grace.
+    /// SIGTERM at once, and SIGKILL after the grace.
     Terminate,
-    /// To end by SIGKILL.
+    /// SIGKILL at once.
     Kill,
 }
 
 /// The state of a process, in the order of [`PROCESS_STATES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Doing {
+pub(super) enum ProcessState {
     Starting,
     Idle,
     Busy,
     Ending,
 }
 
-impl Doing {
+impl ProcessState {
     pub(super) fn name(self) -> &'static str {
         PROCESS_STATES[self as usize]
     }
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug)]
 pub(super) struct End {
-    /// Its status and what it used, if they could be had; or why it never became its program.
+    /// The exit status and the resource usage, or the error if the exec failed or SIGKILL had no effect in time.
     pub(super) status: io::Result<(ExitStatus, ResourceUsage)>,
     pub(super) never_ran: bool,
-    /// How it took its termination, if it was terminated.
+    /// The result of the termination, if the process was terminated.
     pub(super) termination: Option<Termination>,
 }
 
@@ -68,14 +68,14 @@ pub(super) struct Member {
     pub(super) number: u64,
     pub(super) pid: u32,
     pub(super) started: Instant,
-    /// The reload before which it was started.
+    /// The number of reloads before the start of the process.
     pub(super) generation: u64,
-    /// After how many jobs, and at what age, another one takes its place.
+    /// The limits at which another process replaces this one.
     pub(super) max_jobs: Option<u64>,
     pub(super) max_age: Option<Duration>,
-    /// Where its output is logged between jobs.
+    /// The span of output between jobs.
     span: Span,
-    /// Alive until the keeper ends the process.
+    /// The process handle, which the keeper drops when it ends the process.
     resident: Weak<Resident>,
     work: Mutex<Work>,
     stop: watch::Sender<Stop>,
@@ -84,11 +84,11 @@ pub(super) struct Member {
 
 #[derive(Debug)]
 pub(super) struct Work {
-    pub(super) doing: Doing,
+    pub(super) state: ProcessState,
     pub(super) job: Option<JobId>,
-    /// Where its output is logged.
+    /// The span of output now.
     span: Span,
-    /// The stderr of its job.
+    /// The end of the job's stderr.
     tail: Tail,
     pub(super) jobs: u64,
     cpu: Option<(Instant, Duration)>,
@@ -100,21 +100,21 @@ impl Member {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks it to end, or to end sooner than it was asked before.
+    /// Requests a stop. A less severe request than an earlier one has no effect.
     pub(super) fn stop(&self, stop: Stop) {
         self.stop.send_if_modified(|present| {
             let before = *present;
             *present = stop.max(before);
             *present != before
         });
-        self.work().doing = Doing::Ending;
+        self.work().state = ProcessState::Ending;
     }
 
     pub(super) fn is_asked_to_end(&self) -> bool {
-        *self.stop.borrow() != Stop::Keep
+        *self.stop.borrow() != Stop::NotRequested
     }
 
-    /// Waits until it has ended, and what is left of its group with it.
+    /// Waits until the process and the rest of its group have ended.
     pub(super) async fn ended(&self) -> Arc<End> {
         let mut ends = self.end.subscribe();
         loop {
@@ -122,7 +122,7 @@ impl Member {
                 return Arc::clone(end);
             }
             if ends.changed().await.is_err() {
-                // `self` is a sender.
+                // Unreachable, because `self` holds a sender.
                 std::future::pending::<()>().await;
             }
         }
@@ -132,50 +132,50 @@ impl Member {
         self.end.borrow().is_some()
     }
 
-    /// Notes that it begins a job, whose span its output is logged under.
+    /// Records that a job begins. Output is logged in the job's span, which is the current one.
     pub(super) fn begin(&self, job: &JobId) {
         let mut work = self.work();
-        (work.doing, work.job, work.tail) = (Doing::Busy, Some(job.clone()), Tail::default());
+        (work.state, work.job, work.tail) = (ProcessState::Busy, Some(job.clone()), Tail::default());
         work.span = Span::current();
     }
 
-    /// Notes that its job has ended, and returns what the job has printed to stderr. What is in the pipes belongs to the job.
+    /// Records that the job has ended, and returns the end of the job's stderr. Output still in the pipes is the job's.
     pub(super) fn finish(&self) -> Tail {
         if let Some(resident) = self.resident.upgrade() {
             resident.read_present_output(|channel, line| self.print(channel, line));
         }
         let mut work = self.work();
         work.jobs += 1;
-        (work.doing, work.job, work.span) = (Doing::Idle, None, self.span.clone());
+        (work.state, work.job, work.span) = (ProcessState::Idle, None, self.span.clone());
         std::mem::take(&mut work.tail)
     }
 
-    /// Sends it a signal that only tells it something.
-    pub(super) fn tell(&self, signal: Signal) {
+    /// Sends the signal that announces a drain.
+    pub(super) fn send_drain_signal(&self, signal: Signal) {
         if let Some(resident) = self.resident.upgrade() {
             resident.tell(signal);
         }
     }
 
-    /// The CPU time that it has used before its next job, in nearly all cases without a system call if one job follows another.
+    /// Returns the CPU time used before the next job. A job that follows at once needs no system call for it.
     pub(super) fn cpu_time_before_job(&self) -> Option<Duration> {
         let known = self.work().cpu.filter(|(read, _)| read.elapsed() < CPU_AGE);
         known.map(|(_, cpu)| cpu).or_else(|| self.resident.upgrade()?.cpu_time())
     }
 
-    /// The CPU time that it has used after a job.
+    /// Reads the CPU time used until the end of a job.
     pub(super) fn cpu_time_after_job(&self) -> Option<Duration> {
         let cpu = self.resident.upgrade()?.cpu_time()?;
         self.work().cpu = Some((Instant::now(), cpu));
         Some(cpu)
     }
 
-    /// The memory that it has resident, in bytes.
+    /// Returns the resident memory in bytes.
     pub(super) fn memory(&self) -> Option<u64> {
         self.resident.upgrade()?.resident_memory()
     }
 
-    /// The most memory that it had resident, as it was a moment ago, in bytes.
+    /// Returns the peak of the resident memory in bytes, at most [`PEAK_AGE`] old.
     pub(super) fn peak_memory(&self) -> Option<u64> {
         let known = self.work().peak.filter(|(read, _)| read.elapsed() < PEAK_AGE);
         let peak = known.map(|(_, peak)| peak).or_else(|| self.resident.upgrade()?.peak_memory())?;
@@ -185,7 +185,7 @@ impl Member {
         Some(peak)
     }
 
-    /// The end of what it has printed to stderr since its job began, or since its start.
+    /// Returns the last line of stderr since the job began, or since the start of the process.
     pub(super) fn last_line(&self) -> Option<String> {
         self.work().tail.last_line()
     }
@@ -202,25 +202,30 @@ impl Member {
     }
 }
 
-/// The number, the limits and the slot of a new process.
-pub(super) struct Newborn {
+/// The number, generation, limits and slot of a new process.
+pub(super) struct MemberConfig {
     pub(super) number: u64,
     pub(super) generation: u64,
     pub(super) max_jobs: Option<u64>,
     pub(super) max_age: Option<Duration>,
-    /// Given back when the process has ended.
+    /// The process's slot, free again when the process has ended.
     pub(super) slot: Arc<Place>,
 }
 
-/// Keeps a process from now on, in a task of its own.
-pub(super) fn keep(pool: &Arc<Pool>, resident: Resident, newborn: Newborn, lifecycle: &Lifecycle) -> Arc<Member> {
-    let Newborn { number, generation, max_jobs, max_age, slot } = newborn;
+/// Spawns the keeper of a process.
+pub(super) fn spawn_keeper(
+    pool: &Arc<Pool>,
+    resident: Resident,
+    config: MemberConfig,
+    lifecycle: &Lifecycle,
+) -> Arc<Member> {
+    let MemberConfig { number, generation, max_jobs, max_age, slot } = config;
     let resident = Arc::new(resident);
     let pid = resident.id();
-    // Not below the span of the job that the process is started for: others follow.
+    // No parent, because the process outlives the job that it is started for.
     let span = info_span!(parent: None, "handler", pid);
     let work = Work {
-        doing: Doing::Starting,
+        state: ProcessState::Starting,
         job: None,
         span: span.clone(),
         tail: Tail::default(),
@@ -238,7 +243,7 @@ pub(super) fn keep(pool: &Arc<Pool>, resident: Resident, newborn: Newborn, lifec
         span,
         resident: Arc::downgrade(&resident),
         work: Mutex::new(work),
-        stop: watch::Sender::new(Stop::Keep),
+        stop: watch::Sender::new(Stop::NotRequested),
         end: watch::Sender::new(None),
     });
     let keeper = Keeper { pool: Arc::clone(pool), member: Arc::clone(&member), lifecycle: lifecycle.clone() };
@@ -264,17 +269,17 @@ impl Keeper {
             };
             tokio::select! {
                 biased;
-                termination = self.until_ended(&resident) => termination,
-                () = self.look_after() => None,
+                termination = self.wait_for_exit(&resident) => termination,
+                () = self.check_while_idle() => None,
                 () = reading => None,
             }
         };
-        let was_starting = std::mem::replace(&mut member.work().doing, Doing::Ending) == Doing::Starting;
-        pool.forget_idle(member);
+        let was_starting = std::mem::replace(&mut member.work().state, ProcessState::Ending) == ProcessState::Starting;
+        pool.remove_idle(member);
         let end = if termination == Some(Termination::GivenUp) {
             End { status: Err(io::ErrorKind::TimedOut.into()), never_ran: false, termination }
         } else {
-            match alone(resident).await.end(print).await {
+            match sole_owner(resident).await.end(print).await {
                 Ok(status) => End { status, never_ran: false, termination },
                 Err(error) => End { status: Err(error), never_ran: true, termination },
             }
@@ -282,26 +287,26 @@ impl Keeper {
         pool.ended(member, &end, was_starting);
         drop(slot);
         member.end.send_replace(Some(Arc::new(end)));
-        // Its last reply may have been taken in meanwhile.
-        pool.forget_idle(member);
+        // A reply just before the end may have put the process back among the idle ones.
+        pool.remove_idle(member);
     }
 
-    /// Waits until the leader has exited, by itself (`None`) or because it was asked to.
-    async fn until_ended(&self, resident: &Resident) -> Option<Termination> {
+    /// Waits until the leader has exited. Returns `None` if it exited by itself.
+    async fn wait_for_exit(&self, resident: &Resident) -> Option<Termination> {
         let mut stops = self.member.stop.subscribe();
         let grace = self.pool.handler.kill_grace;
-        let mut patience = None;
+        let mut grace_timer = None;
         loop {
             let stop = *stops.borrow_and_update();
             match stop {
-                Stop::Keep => {}
-                Stop::Retire => drop(patience.get_or_insert_with(|| Box::pin(sleep(grace)))),
+                Stop::NotRequested => {}
+                Stop::Retire => drop(grace_timer.get_or_insert_with(|| Box::pin(sleep(grace)))),
                 Stop::Terminate => return self.terminate(resident, grace).await,
                 Stop::Kill => return Some(resident.kill(last_wait(&self.lifecycle)).await),
             }
-            let impatient = async {
-                match &mut patience {
-                    Some(patience) => patience.await,
+            let grace_over = async {
+                match &mut grace_timer {
+                    Some(grace_timer) => grace_timer.await,
                     None => std::future::pending().await,
                 }
             };
@@ -309,7 +314,7 @@ impl Keeper {
                 biased;
                 () = resident.exited() => return None,
                 _ = stops.changed() => {}
-                () = impatient => return self.terminate(resident, grace).await,
+                () = grace_over => return self.terminate(resident, grace).await,
             }
         }
     }
@@ -326,24 +331,24 @@ impl Keeper {
         Some(resident.terminate(grace, skip_grace, last_wait(&self.lifecycle)).await)
     }
 
-    /// Looks after it while it is idle. Never ends.
-    async fn look_after(&self) {
+    /// Checks the process periodically for as long as it lives.
+    async fn check_while_idle(&self) {
         let period = self
             .pool
             .settings
             .idle_timeout
-            .map_or(LOOK, |timeout| (timeout / 4).clamp(Duration::from_millis(10), LOOK));
-        let mut looks = interval(period);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            .map_or(CHECK_INTERVAL, |timeout| (timeout / 4).clamp(Duration::from_millis(10), CHECK_INTERVAL));
+        let mut checks = interval(period);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            looks.tick().await;
-            self.pool.look_at(&self.member, &self.lifecycle);
+            checks.tick().await;
+            self.pool.check_idle(&self.member, &self.lifecycle);
         }
     }
 }
 
-/// Others look at it for moments only.
-async fn alone(mut resident: Arc<Resident>) -> Resident {
+/// Waits until this is the only reference. Other references are held only briefly.
+async fn sole_owner(mut resident: Arc<Resident>) -> Resident {
     loop {
         match Arc::try_unwrap(resident) {
             Ok(resident) => return resident,

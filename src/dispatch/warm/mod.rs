@@ -1,14 +1,13 @@
-//! [`Pool`]: the processes of a warm handler. Each is started once, connects to a socket of its own, and does one job after
-//! another.
+//! [`Pool`]: the processes of a warm handler. Each connects to a socket of its own and runs one job after another.
 //!
-//! A job that wants to run has one of as many places as there may be processes. Then it takes the process that was used last,
-//! or starts one. A process keeps its slot until it is seen dead, so that there are never more than there may be.
+//! There are as many places for jobs as processes are allowed. A job waits for a place. Then it takes the most recently
+//! used idle process, or starts one. A process keeps its slot until it is seen dead, so the limit is never exceeded.
 //!
 //! | a process is | from | until |
 //! | --- | --- | --- |
-//! | starting | its start | it connects; it is killed if it does not in time |
+//! | starting | its start | it connects; it is killed if it does not connect in time |
 //! | idle | it connects, or replies | a job takes it, or it is retired |
-//! | busy | a job takes it | its reply, or its end: then the job has failed |
+//! | busy | a job takes it | its reply or its end; without a reply, the job has failed |
 //! | ending | it is retired, terminated or killed; or it exits | it is reaped, and the rest of its group has ended |
 
 mod busy;
@@ -33,17 +32,17 @@ use crate::handler::{self, Handler};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::{Place, Places};
 use crate::process::Resident;
-pub(super) use busy::{Busy, Proof};
-use member::{Doing, End, Member, Newborn, Stop, keep};
+pub(super) use busy::{Busy, HandlerHealth};
+use member::{End, Member, MemberConfig, ProcessState, Stop, spawn_keeper};
 pub(super) use processes::Processes;
 use starting::Socket;
 pub(super) use starting::{StartError, Starting};
 use wire::Wire;
 
-/// How long an idle process is kept in a drain, in which jobs that were taken before are still started.
+/// Idle time after which a process is retired in a drain. A drain still starts the jobs taken before it.
 const IDLE_IN_DRAIN: Duration = Duration::from_secs(1);
 
-/// Why a process ends that has closed its connection, or sends something without a job.
+/// The reason for ending a process that closed its connection or sent a line without a job.
 const HANG_UP: &str = "hang-up";
 
 /// The processes of one handler.
@@ -53,19 +52,19 @@ pub(super) struct Pool {
     handler: Handler,
     settings: handler::Pool,
     processes: Arc<Processes>,
-    /// One for each job that has a process or may start one.
+    /// The places for jobs: each has a process, or may start one.
     jobs: Places,
-    /// One for each process that is there.
+    /// The slots for processes, each held until its process has ended.
     slots: Places,
     idle: Mutex<Vec<Idle>>,
-    /// Notified when a process becomes idle.
+    /// A notification for each process that becomes idle.
     returned: Notify,
-    /// Counts the reloads.
+    /// The number of reloads.
     generation: AtomicU64,
-    /// Why the processes ended whose places have not been taken by others.
+    /// The reasons of ended processes that have no replacement yet. Each becomes the reason of a start.
     vacancies: Mutex<VecDeque<&'static str>>,
     has_warned: AtomicBool,
-    /// When a job last succeeded.
+    /// The time of the last success.
     last_success: Mutex<Option<Instant>>,
 }
 
@@ -77,8 +76,8 @@ struct Idle {
 }
 
 impl Pool {
-    /// Of a handler, which has up to `concurrency` jobs at once unless it says otherwise. The processes of `before`, which it
-    /// replaces, count to those that there may be.
+    /// Returns the pool of a handler. Without `max_processes`, the limit is `concurrency`. The pool replaces
+    /// `before`, whose remaining processes count towards the limit.
     pub(super) fn new(
         handler: &Handler,
         settings: &handler::Pool,
@@ -113,12 +112,12 @@ impl Pool {
         self.last_success.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a process of the handler has done a job since that one was started.
+    /// Reports whether a job of the handler has succeeded since the start of a process.
     fn has_worked_since(&self, member: &Member) -> bool {
         self.last_success().is_some_and(|success| success >= member.started)
     }
 
-    /// Waits for a place among the jobs that may have a process.
+    /// Waits for a place for a job.
     pub(super) async fn place(&self) -> Place {
         self.jobs.take().await
     }
@@ -128,7 +127,7 @@ impl Pool {
         Arc::new(self.slots.take().await)
     }
 
-    /// Waits for a process that is idle, or for a slot to start one in.
+    /// Waits for an idle process, or for a slot to start one in.
     pub(super) async fn process_or_slot(self: &Arc<Self>, place: Place) -> Result<Busy, (Place, Arc<Place>)> {
         loop {
             let returned = self.returned.notified();
@@ -143,7 +142,7 @@ impl Pool {
         }
     }
 
-    /// The process that was used last, so that few are busy where there is little to do.
+    /// Takes the most recently used idle process, so that under a light load the others reach their idle timeout.
     fn take_idle(&self) -> Option<Idle> {
         loop {
             let mut idle = self.idle().pop()?;
@@ -153,12 +152,12 @@ impl Pool {
             if idle.wire.is_idle() {
                 return Some(idle);
             }
-            self.no_use(&idle.member);
+            self.retire_hung_up(&idle.member);
         }
     }
 
-    /// Kills an idle process that has closed its connection, or sends something without a job. No job is harmed.
-    fn no_use(&self, member: &Member) {
+    /// Ends an idle process that closed its connection or sent a line without a job. No job is affected.
+    fn retire_hung_up(&self, member: &Member) {
         warn!(
             handler = self.name,
             pid = member.pid,
@@ -167,62 +166,63 @@ impl Pool {
         self.retire(member, HANG_UP, Stop::Terminate);
     }
 
-    /// Takes a process from the idle ones, if it is one.
-    fn forget_idle(&self, member: &Member) -> Option<Idle> {
+    /// Removes a process from the idle ones. Returns `None` if it is not idle.
+    fn remove_idle(&self, member: &Member) -> Option<Idle> {
         let mut idle = self.idle();
         let at = idle.iter().position(|idle| idle.member.number == member.number)?;
         Some(idle.remove(at))
     }
 
-    /// Asks a process to end, after which its place may be taken by another one, for that reason.
+    /// Ends a process. The reason is also recorded for the start of its replacement.
     fn retire(&self, member: &Member, reason: &'static str, stop: Stop) {
         let jobs = member.work().jobs;
         info!(handler = self.name, pid = member.pid, reason, jobs, "handler process is ended");
-        self.vacant(reason);
+        self.record_vacancy(reason);
         member.stop(stop);
     }
 
-    fn vacant(&self, reason: &'static str) {
+    /// Records why a process ended, as the reason for a later start.
+    fn record_vacancy(&self, reason: &'static str) {
         let mut vacancies = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner);
         vacancies.push_back(reason);
         vacancies.truncate(self.slots.capacity());
     }
 
-    /// Ends each process as soon as it is idle. The processes after it run the handler's new code.
+    /// Ends each process as soon as it is idle. Their replacements run the handler's new code.
     pub(super) fn renew(&self) {
         self.generation.fetch_add(1, Ordering::Relaxed);
         let idle = std::mem::take(&mut *self.idle());
         idle.iter().for_each(|idle| self.retire(&idle.member, "reload", Stop::Retire));
     }
 
-    /// Looks at a process that may be idle. An idle one that is kept stays where it is among the others.
-    fn look_at(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
+    /// Ends a process if it is idle and has a reason to end. Otherwise its position among the idle ones stays.
+    fn check_idle(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
         let reason = {
             let mut all = self.idle();
             let Some(at) = all.iter().position(|idle| idle.member.number == member.number) else { return };
             let reason = self.reason_to_end(&mut all[at], lifecycle);
             if reason.is_some() {
                 all.remove(at);
-                // Before another one is looked at, which counts those that remain.
-                member.work().doing = Doing::Ending;
+                // Set under the lock, because the check of the next process counts the remaining ones.
+                member.work().state = ProcessState::Ending;
             }
             reason
         };
         match reason {
             None => {}
-            Some(HANG_UP) => self.no_use(member),
+            Some(HANG_UP) => self.retire_hung_up(member),
             Some(reason) => self.retire(member, reason, Stop::Retire),
         }
     }
 
-    /// Why an idle process is to end.
+    /// Returns the reason to end an idle process, if there is one.
     fn reason_to_end(&self, idle: &mut Idle, lifecycle: &Lifecycle) -> Option<&'static str> {
         let Idle { member, wire, since } = idle;
         let is_superfluous = || self.remaining() > self.settings.min_processes;
         if !wire.is_idle() {
             Some(HANG_UP)
         } else if member.generation != self.generation.load(Ordering::Relaxed) {
-            // It became idle while a reload ended the idle ones.
+            // The process became idle while a reload ended the idle ones.
             Some("reload")
         } else if lifecycle.phase() >= Phase::Draining && since.elapsed() >= IDLE_IN_DRAIN {
             Some("drain")
@@ -235,33 +235,33 @@ impl Pool {
         }
     }
 
-    /// Lists the processes.
+    /// Returns the pids of the processes.
     pub(super) fn pids(&self) -> Vec<u32> {
         let members = self.processes.members();
         let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
         own.map(|(_, member)| member.pid).collect()
     }
 
-    /// The number of processes that have not been asked to end.
+    /// Counts the processes that are not ending.
     fn remaining(&self) -> usize {
         let members = self.processes.members();
         let is_here = |(pool, member): &&(Arc<Self>, Arc<Member>)| {
-            std::ptr::eq(&**pool, self) && member.work().doing != Doing::Ending
+            std::ptr::eq(&**pool, self) && member.work().state != ProcessState::Ending
         };
         members.values().filter(is_here).count()
     }
 
-    /// Notes that a process has ended. The start of one that has not connected has failed, and that is told elsewhere.
+    /// Records the end of a process. If it had not connected, the failed start is logged by its caller.
     fn ended(&self, member: &Member, end: &End, was_starting: bool) {
         self.processes.members().remove(&member.number);
         if !was_starting && !member.is_asked_to_end() {
             let status = end.status.as_ref().map_or_else(ToString::to_string, |(status, _)| status.to_string());
             warn!(handler = self.name, pid = member.pid, %status, "handler process has ended by itself");
-            self.vacant("exit");
+            self.record_vacancy("exit");
         }
     }
 
-    /// Why a process that has just replied takes no more jobs.
+    /// Returns the reason to recycle a process after its reply, if there is one.
     fn reason_to_recycle(&self, member: &Member, is_last: bool) -> Option<&'static str> {
         let jobs = member.work().jobs;
         let reason = if is_last {
@@ -288,10 +288,11 @@ impl Pool {
         Some(reason)
     }
 
-    /// Up to a quarter more, by chance, so that not all processes end at once.
-    fn newborn(&self, slot: Arc<Place>) -> Newborn {
+    /// Returns the parameters of a new process. Each limit is up to a quarter larger, by chance, so that processes
+    /// do not all end at once.
+    fn member_config(&self, slot: Arc<Place>) -> MemberConfig {
         let more = |whole: f64| whole * (1.0 + fastrand::f64() / 4.0);
-        Newborn {
+        MemberConfig {
             number: self.processes.next.fetch_add(1, Ordering::Relaxed),
             generation: self.generation.load(Ordering::Relaxed),
             max_jobs: self.settings.max_jobs.map(|max| more(max.get() as f64) as u64),
@@ -300,7 +301,7 @@ impl Pool {
         }
     }
 
-    /// Starts a process. `spawn` is given the path of the socket that it connects to.
+    /// Starts a process. `spawn` receives the path of the socket to connect to.
     pub(super) fn start(
         self: &Arc<Self>,
         socket: PathBuf,
@@ -310,7 +311,7 @@ impl Pool {
     ) -> io::Result<Starting> {
         let listener = UnixListener::bind(&socket).map_err(|error| match error.raw_os_error() {
             Some(_) => error,
-            // A path that is too long would be taken for a fault of the job.
+            // A path that is too long has no errno, and must not count as a fault of the job.
             None => io::Error::other(format!("its socket: {error}")),
         })?;
         let socket = Socket(socket);
@@ -318,7 +319,7 @@ impl Pool {
         let vacancy = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let reason = vacancy.unwrap_or("demand");
         self.processes.count_start(&self.name, reason);
-        let member = keep(self, resident, self.newborn(Arc::clone(slot)), lifecycle);
+        let member = spawn_keeper(self, resident, self.member_config(Arc::clone(slot)), lifecycle);
         debug!(handler = self.name, pid = member.pid, reason, "handler process started");
         Ok(Starting { pool: Arc::clone(self), member, listener, _socket: socket, wire: Mutex::new(None) })
     }

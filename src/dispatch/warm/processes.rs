@@ -1,4 +1,4 @@
-//! [`Processes`]: all warm processes of one dispatcher, whatever their pools.
+//! [`Processes`]: all warm processes of one dispatcher, across its pools.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -12,7 +12,7 @@ use super::member::{Member, Stop};
 use crate::dispatch::{HandlerProcess, ProcessStarts};
 use crate::lifecycle::{Lifecycle, Phase};
 
-/// Processes and their pools, by number.
+/// Processes with their pools, by process number.
 pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
 
 /// All warm processes of one dispatcher.
@@ -20,7 +20,7 @@ pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
 pub(in crate::dispatch) struct Processes {
     members: Mutex<Members>,
     pub(super) next: AtomicU64,
-    /// The keepers. All of them have ended once all processes have.
+    /// The keepers. The last one ends with the last process.
     pub(super) tasks: TaskTracker,
     starts: Mutex<BTreeMap<(String, &'static str), u64>>,
 }
@@ -39,7 +39,7 @@ impl Processes {
         *starts.entry((handler.to_owned(), reason)).or_default() += 1;
     }
 
-    /// Ends all processes, and waits until they and their groups are gone. No job runs any more.
+    /// Ends all processes, and waits for the end of their groups. No job may be running.
     pub(in crate::dispatch) async fn finish(&self, lifecycle: &Lifecycle) {
         self.stop_all(Stop::Retire);
         self.tasks.close();
@@ -55,12 +55,12 @@ impl Processes {
     pub(super) fn stop_all(&self, stop: Stop) {
         let all: Vec<_> = self.members().values().cloned().collect();
         for (pool, member) in all {
-            pool.forget_idle(&member);
+            pool.remove_idle(&member);
             member.stop(stop);
         }
     }
 
-    /// Kills all of them, and waits for none.
+    /// Kills all processes without waiting for their end.
     pub(in crate::dispatch) fn kill(&self) {
         self.stop_all(Stop::Kill);
     }
@@ -74,7 +74,7 @@ impl Processes {
             HandlerProcess {
                 handler: pool.name.clone(),
                 pid: member.pid,
-                state: work.doing.name(),
+                state: work.state.name(),
                 jobs: work.jobs,
                 age_seconds: member.started.elapsed().as_secs_f64(),
                 memory_bytes,
@@ -84,7 +84,7 @@ impl Processes {
         described.collect()
     }
 
-    /// How many processes were started, by handler and reason.
+    /// Returns the number of started processes, by handler and reason.
     pub(in crate::dispatch) fn starts(&self) -> Vec<ProcessStarts> {
         let starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
         let count = |((handler, reason), count): (&(String, &'static str), &u64)| ProcessStarts {

@@ -1,4 +1,4 @@
-//! [`Starting`]: a process that has been started, until it connects.
+//! [`Starting`]: a started process, until it connects.
 
 use std::fmt;
 use std::io;
@@ -8,24 +8,24 @@ use std::time::Duration;
 
 use tokio::net::UnixListener;
 
-use super::member::{Doing, End, Member, Stop};
+use super::member::{End, Member, ProcessState, Stop};
 use super::wire::Wire;
 use super::{Busy, Pool};
 use crate::dispatch::brake::Begin;
 use crate::dispatch::outcome;
 use crate::places::Place;
 
-/// The path of a socket, which is removed with this: a process connects once.
+/// The path of a socket, removed on drop. A process connects only once.
 pub(super) struct Socket(pub(super) PathBuf);
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // The end of the directory removes what cannot be removed now.
+        // If this fails, the socket goes with its directory.
         let _ = std::fs::remove_file(&self.0);
     }
 }
 
-/// A process that has been started, and is to connect. Dropped before, it is killed.
+/// A started process that has yet to connect. Dropped before a job takes it, it is killed.
 pub(in crate::dispatch) struct Starting {
     pub(super) pool: Arc<Pool>,
     pub(super) member: Arc<Member>,
@@ -35,7 +35,7 @@ pub(in crate::dispatch) struct Starting {
 }
 
 impl Starting {
-    /// The process, which has connected.
+    /// Hands the process to a job. Returns `None` if it has not connected.
     pub(in crate::dispatch) fn busy(self, place: Place) -> Option<Busy> {
         let wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         Some(Busy { pool: Arc::clone(&self.pool), member: Arc::clone(&self.member), wire: Some(wire), _place: place })
@@ -43,7 +43,7 @@ impl Starting {
 }
 
 impl Starting {
-    /// Ends the process, which has connected. Returns how long it took from its start until now.
+    /// Ends the connected process. Returns the time from its start until now.
     pub(in crate::dispatch) async fn end(self) -> Duration {
         let took = self.member.started.elapsed();
         drop(self.wire.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -55,15 +55,15 @@ impl Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        // It has been taken if the process has a job.
-        if self.wire.get_mut().is_ok_and(|wire| wire.is_some()) || self.member.work().doing == Doing::Starting {
+        // The wire is gone if a job has taken the process.
+        if self.wire.get_mut().is_ok_and(|wire| wire.is_some()) || self.member.work().state == ProcessState::Starting {
             self.member.stop(Stop::Kill);
         }
     }
 }
 
 impl Begin for Starting {
-    /// Waits until it connects.
+    /// Waits until the process connects.
     async fn begun(&self) -> io::Result<()> {
         if self.wire.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
             return Ok(());
@@ -73,7 +73,7 @@ impl Begin for Starting {
             biased;
             connected = self.listener.accept() => {
                 *self.wire.lock().unwrap_or_else(PoisonError::into_inner) = Some(Wire::new(connected?.0));
-                self.member.work().doing = Doing::Idle;
+                self.member.work().state = ProcessState::Idle;
                 Ok(())
             }
             end = self.member.ended() => Err(self.not_connected(&end)),
@@ -94,7 +94,7 @@ impl Begin for Starting {
 impl Starting {
     fn not_connected(&self, end: &End) -> io::Error {
         let what = match &end.status {
-            // The brake tells by the error whether it may pass.
+            // The brake decides by the errno whether the fault may be temporary.
             Err(error) if end.never_ran => match error.raw_os_error() {
                 Some(errno) => return io::Error::from_raw_os_error(errno),
                 None => format!("could not be started: {error}"),
@@ -106,7 +106,7 @@ impl Starting {
     }
 }
 
-/// Why a process has not connected.
+/// The reason why a process did not connect.
 #[derive(Debug)]
 pub(in crate::dispatch) struct StartError(String);
 

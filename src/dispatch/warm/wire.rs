@@ -1,4 +1,4 @@
-//! [`Wire`]: the connection to a warm process. A job goes out as one line of JSON, and its reply comes back as one.
+//! [`Wire`]: the connection to a warm process. A job is one line of JSON, and so is its reply.
 
 use std::io;
 use std::io::IoSlice;
@@ -12,36 +12,36 @@ use tokio::net::UnixStream;
 use crate::dispatch::result_file::{NumberOrText, Verdict, Written};
 use crate::job::{Job, JobId};
 
-/// A reply has no reason to be longer.
+/// Maximum size of a reply.
 const MAX_REPLY_BYTES: usize = 1024 * 1024;
 
-/// How much memory an idle connection keeps for replies.
+/// Buffer size that an idle connection keeps for replies.
 const KEPT_BYTES: usize = 4096;
 
-/// How much is read at once.
+/// Size of one read.
 const READ_BYTES: usize = 4096;
 
-/// U+2028 and U+2029 in UTF-8, but for the last byte. Node's readline takes them for the ends of lines.
+/// The first two bytes of U+2028 and U+2029 in UTF-8. Node's readline splits lines at these characters.
 const SEPARATOR: &[u8] = b"\xe2\x80";
 
-/// A process's word on its job.
+/// A process's reply to its job.
 #[derive(Debug, PartialEq)]
 pub(super) struct Reply {
-    /// Nothing if the job is done.
+    /// The failure, or `None` for a success.
     pub(super) failure: Option<Verdict>,
     /// Whether the process takes no more jobs.
     pub(super) is_last: bool,
 }
 
-/// Why there is no reply.
+/// The reason for a missing reply.
 #[derive(Debug)]
 pub(super) enum NoReply {
     /// The process has closed the connection.
     Closed,
-    /// It has closed the connection, or ended, before it has read its job to the end.
+    /// The process has closed the connection, or ended, before it read the whole job.
     Unread,
-    /// It has sent something that is no reply to its job.
-    Nonsense(String),
+    /// The process has sent something other than a reply to its job.
+    Invalid(String),
 }
 
 #[derive(Deserialize)]
@@ -59,12 +59,12 @@ struct Line {
     kill: Option<bool>,
 }
 
-/// The connection, and what has come over it.
+/// The connection, and the bytes received over it.
 #[derive(Debug)]
 pub(super) struct Wire {
     stream: UnixStream,
     received: Vec<u8>,
-    /// How much of that has no line end in it.
+    /// The number of received bytes known to contain no line end.
     searched: usize,
 }
 
@@ -73,27 +73,27 @@ impl Wire {
         Self { stream, received: Vec::new(), searched: 0 }
     }
 
-    /// Hands a job over, and waits for the reply. Dropped before its end, it leaves the connection of no use.
+    /// Sends a job, and waits for the reply. If dropped before the reply, the connection must not be used again.
     pub(super) async fn exchange(&mut self, job: &Job) -> Result<Reply, NoReply> {
         let mut line = JobLine::of(job);
         loop {
             self.send(&mut line)?;
             if let Some(end) = self.receive()? {
                 if line.has_remaining() {
-                    return Err(NoReply::Nonsense("it replied before it had read its job".to_owned()));
+                    return Err(NoReply::Invalid("it replied before it had read its job".to_owned()));
                 }
-                let reply = parse(&self.received[..end], &job.id).map_err(NoReply::Nonsense)?;
-                self.forget(end);
+                let reply = parse(&self.received[..end], &job.id).map_err(NoReply::Invalid)?;
+                self.remove_line(end);
                 return if self.is_silent() { Ok(reply) } else { Err(self.second_reply()) };
             }
             let wanted =
                 if line.has_remaining() { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
-            // It fails only when the reactor is gone, and this task with it.
+            // Fails only if the reactor is gone, and then this task is gone, too.
             self.stream.ready(wanted).await.map_err(|_| NoReply::Closed)?;
         }
     }
 
-    /// Whether nothing has come since the last reply, and the process is still connected.
+    /// Reports whether the process is still connected and has sent nothing since its last reply.
     pub(super) fn is_idle(&mut self) -> bool {
         self.receive().is_ok_and(|line| line.is_none()) && self.is_silent()
     }
@@ -103,39 +103,39 @@ impl Wire {
     }
 
     fn second_reply(&self) -> NoReply {
-        NoReply::Nonsense(format!("it sent more than one reply: {}", excerpt(&self.received)))
+        NoReply::Invalid(format!("it sent more than one reply: {}", excerpt(&self.received)))
     }
 
-    /// Writes what the socket takes now.
+    /// Writes as much as the socket takes without waiting.
     fn send(&self, line: &mut JobLine) -> Result<(), NoReply> {
         while line.has_remaining() {
             match self.stream.try_write_vectored(&line.slices()) {
                 Ok(written) => line.advance(written),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Its line has no end yet.
+                // The line is incomplete, so the process cannot have begun the job.
                 Err(_) => return Err(NoReply::Unread),
             }
         }
         Ok(())
     }
 
-    /// Removes the line that ends there.
-    fn forget(&mut self, end: usize) {
+    /// Removes the first line, which ends at `end`.
+    fn remove_line(&mut self, end: usize) {
         self.received.drain(..end);
         self.searched = 0;
     }
 
-    /// Reads what has come, to the end of the first line. Returns where that is, if it has come.
+    /// Reads until the socket is empty or a line is complete. Returns the end of the line.
     fn receive(&mut self) -> Result<Option<usize>, NoReply> {
         loop {
             if let Some(end) = memchr::memchr(b'\n', &self.received[self.searched..]) {
-                // Most replies end what has been read, and the next read would find nothing more: that is seen by the caller.
+                // Return without another read, which rarely finds more. The caller checks for further bytes.
                 return Ok(Some(self.searched + end + 1));
             }
             self.searched = self.received.len();
             if self.searched > MAX_REPLY_BYTES {
-                return Err(NoReply::Nonsense(format!("it sent a reply of more than {MAX_REPLY_BYTES} bytes")));
+                return Err(NoReply::Invalid(format!("it sent a reply of more than {MAX_REPLY_BYTES} bytes")));
             }
             self.received.reserve(READ_BYTES);
             match self.stream.try_read_buf(&mut self.received) {
@@ -146,7 +146,7 @@ impl Wire {
                     return Ok(None);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // A Unix socket that is closed with something in it to be read says so to the other end.
+                // The kernel resets a Unix socket that its peer closes with unread data.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(NoReply::Unread),
                 Err(_) => return Err(NoReply::Closed),
             }
@@ -154,7 +154,7 @@ impl Wire {
     }
 }
 
-/// A job as one line. The job's bytes are not copied, unless something in them has to be escaped.
+/// A job as one line. The job's bytes are copied only if a character in them has to be escaped.
 struct JobLine {
     job: Bytes,
     end: &'static [u8],
@@ -180,7 +180,7 @@ impl JobLine {
     }
 }
 
-/// In JSON they can only be in strings, where an escape means the same.
+/// Escapes U+2028 and U+2029. JSON allows them only in strings, where the escape has the same meaning.
 fn escape_separators(json: &Bytes) -> Bytes {
     let mut found =
         memmem::find_iter(json, SEPARATOR).filter(|at| matches!(json.get(at + 2), Some(0xa8 | 0xa9))).peekable();
@@ -212,7 +212,7 @@ fn parse(line: &[u8], id: &JobId) -> Result<Reply, String> {
     Ok(Reply { failure, is_last: last })
 }
 
-/// The beginning of something that is no reply, for people.
+/// Returns the beginning of an invalid reply, for messages.
 fn excerpt(bytes: &[u8]) -> String {
     const CHARS: usize = 200;
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(4 * CHARS)]);
@@ -235,13 +235,13 @@ mod tests {
     fn a_reply_needs_the_jobs_id_and_ok() {
         assert_eq!(reply(r#"{"id":"a","ok":true}"#), Ok(Reply { failure: None, is_last: false }));
         assert!(reply(r#"{"id":"a","ok":true,"last":true}"#).unwrap().is_last);
-        for nonsense in ["", "null", "[]", "hello", r#"{"id":"a"}"#, r#"{"ok":true}"#, r#"{"id":"b","ok":true}"#] {
-            assert!(reply(nonsense).is_err(), "{nonsense}");
+        for invalid in ["", "null", "[]", "hello", r#"{"id":"a"}"#, r#"{"ok":true}"#, r#"{"id":"b","ok":true}"#] {
+            assert!(reply(invalid).is_err(), "{invalid}");
         }
     }
 
     #[test]
-    fn a_failure_says_what_a_result_file_says() {
+    fn a_failure_has_the_fields_of_a_result_file() {
         let failed =
             r#"{"id":"a","ok":false,"message":"bank busy","error_type":"BankBusy","retry_in":"5m","kill":false}"#;
         assert!(reply(failed).unwrap().failure.is_some());
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_end_of_a_line_in_json_is_none_on_the_wire() {
+    fn line_separators_in_a_job_are_escaped() {
         let json = Bytes::from("{\"a\":\"one\u{2028}two\u{2029}, … and — dashes\"}");
         assert_eq!(escape_separators(&json), "{\"a\":\"one\\u2028two\\u2029, … and — dashes\"}");
         let plain = Bytes::from("{\"a\":\"… —\"}");
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_sent_from_where_the_socket_has_stopped() {
+    fn a_line_partly_sent_is_continued() {
         let mut line = JobLine { job: Bytes::from("abc"), end: b"\n" };
         line.advance(2);
         assert!(line.has_remaining());

@@ -1,4 +1,4 @@
-//! The HTTP face of the model: requests, faults, answers.
+//! The HTTP API of the model server: requests, faults, answers.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -25,12 +25,12 @@ use super::network::Link;
 use super::server::{Disconnect, Reporter, Server};
 use super::weather::{Answer, Call, Fault};
 
-/// How often an idle stream has an empty line.
+/// Interval of the heartbeats, which are empty lines on an idle stream.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 
 type Answered = Response<Either<Full<Bytes>, Lines>>;
 
-/// Breaks the connection in place of an answer.
+/// The error that breaks the connection instead of an answer.
 #[derive(Debug)]
 struct Broken;
 
@@ -42,7 +42,7 @@ impl fmt::Display for Broken {
 
 impl std::error::Error for Broken {}
 
-/// A request, as far as the server goes by it.
+/// The parts of a request that the server uses.
 struct Asked {
     call: Call,
     method: Method,
@@ -71,7 +71,7 @@ impl Asked {
         self.query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
     }
 
-    /// The jobs that it is about.
+    /// Returns the ids of the jobs in the request.
     fn ids(&self) -> BTreeSet<String> {
         match self.call {
             Call::Successes => {
@@ -91,7 +91,7 @@ impl Server {
         tokio::spawn(async move {
             let answering = service_fn(|request| server.answer(request, &link));
             let mut http = http1::Builder::new();
-            // An error is the end of the connection, which the network has noted.
+            // An error ends the connection, and the network has already recorded that.
             let _ = http.auto_date_header(false).serve_connection(TokioIo::new(stream), answering).await;
         });
     }

@@ -1,4 +1,4 @@
-//! [`Book`]: each run and each report as they happen, and what must hold of them at every moment.
+//! [`Book`]: the record of all runs and reports, with the checks that must hold at each of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -11,10 +11,10 @@ use super::network::{Link, MAX_LATENCY};
 use super::trace::Trace;
 use super::weather::Call;
 
-/// How the message begins by which a worker reports a line that is no job.
+/// The beginning of a worker's report of a malformed job.
 const MALFORMED: &str = "the worker cannot read this job";
 
-/// The book of one world; clones are of one.
+/// The book of one world. Clones share it.
 #[derive(Clone)]
 pub struct Book {
     pages: Arc<Mutex<Pages>>,
@@ -33,76 +33,76 @@ struct Pages {
     violations: Vec<String>,
 }
 
-/// All that is written down of one worker.
+/// The record of one worker.
 #[derive(Default)]
 struct Page {
-    /// The runs that go on, by their numbers.
+    /// The numbers of the present runs.
     running: BTreeSet<usize>,
-    /// The runs of each job, by their numbers.
+    /// The numbers of the runs of each job.
     runs: BTreeMap<String, Vec<usize>>,
-    /// How often each job was handed over.
+    /// The number of times that the server sent each job.
     deliveries: BTreeMap<String, Vec<Delivery>>,
-    /// The runs that have ended, and of which the server has counted nothing.
+    /// The runs that have ended, and whose reports the server has not accepted.
     untold: BTreeSet<usize>,
-    /// How many runs have begun or ended.
+    /// The number of begins and ends of runs.
     progress: usize,
-    /// Since when nothing may be started that is handed over later.
+    /// The time after which received jobs must not be started.
     quiet: Option<Instant>,
-    /// Whether it has vanished.
+    /// Whether the worker has vanished.
     has_crashed: bool,
-    /// Whether it was told to go to another server, where its jobs are unknown.
+    /// Whether the worker was moved to another server, which does not know its jobs.
     has_moved: bool,
-    /// Whether a take of it was answered by a 4xx.
+    /// Whether a take of the worker was answered with a 4xx.
     was_turned_away: bool,
-    /// Jobs of which a report was refused for good. The worker may drop them: then they stay in flight for as long as their
-    /// stream is open, and their runs may be repeated.
+    /// The jobs with a report that was refused for good. The worker may drop such a report. The job then stays in
+    /// flight until its stream closes, and can run again.
     exempt: BTreeSet<String>,
-    /// When it was last told what the server knows of a job, and when it last reported a failure of it.
+    /// The times of the last answer about a job, and of the last reported failure of the job.
     looks: BTreeMap<String, Instant>,
     failures: BTreeMap<String, Instant>,
     talk: Talk,
 }
 
-/// How a worker and the servers talk.
+/// The traffic between a worker and the servers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Talk {
-    /// Connections that are being made, and requests that have no answer yet.
+    /// The number of connects in progress and of requests without an answer.
     pub under_way: usize,
-    /// When there were none of them for the last time.
+    /// The last time at which this number was 0.
     pub silent_since: Option<Instant>,
-    /// When a request had the answer that it asked for, for the first time since [`Book::listen_anew`].
+    /// The time of the first proper answer since [`Book::listen_anew`].
     pub heard: Option<Instant>,
-    /// When the last report came.
+    /// The time of the last report.
     pub reported: Option<Instant>,
 }
 
 /// One run of a job.
 #[derive(Debug, Clone)]
 pub struct Run {
-    /// The worker in which it is.
+    /// The worker of the run.
     pub worker: String,
     /// The job.
     pub id: String,
-    /// How many attempts had failed before.
+    /// The number of failed attempts before the run.
     pub attempts: u32,
-    /// When it began.
+    /// The time of the run's begin.
     pub begun: Instant,
-    /// How long it takes if nothing ends it.
+    /// The duration of the run if nothing ends it earlier.
     pub lasts: Duration,
-    /// When and how it ended.
+    /// The time and kind of the run's end.
     pub ended: Option<(Instant, Ending)>,
 }
 
-/// How a run ended.
+/// The end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// With success.
+    /// The run succeeded.
     Good,
-    /// With a failure.
+    /// The run failed.
     Bad,
-    /// By the worker's stop.
+    /// The worker's stop interrupted the run.
     Interrupted,
-    /// With the worker.
+    /// The run vanished with its worker.
     Vanished,
 }
 
@@ -112,16 +112,16 @@ struct Delivery {
     at: Instant,
 }
 
-/// A run that goes on. Dropped before its end, it has vanished.
+/// A run in progress. If dropped before its end, the run has vanished.
 pub struct Running {
     book: Book,
-    /// Its number.
+    /// The number of the run.
     pub number: usize,
     has_ended: bool,
 }
 
 impl Running {
-    /// Writes down that it has ended.
+    /// Records the end of the run.
     pub fn end(&mut self, ending: Ending) {
         self.has_ended = true;
         let mut pages = self.book.pages();
@@ -146,7 +146,7 @@ impl Drop for Running {
     }
 }
 
-/// Something that a worker waits for. It is over when it is dropped.
+/// A wait of a worker, from creation to drop.
 pub struct UnderWay(Book, String);
 
 impl Drop for UnderWay {
@@ -159,7 +159,7 @@ impl Drop for UnderWay {
 }
 
 impl Book {
-    /// Makes an empty book.
+    /// Returns an empty book.
     pub fn new(trace: Trace) -> Self {
         Self { pages: Arc::default(), violated: Arc::default(), trace }
     }
@@ -176,21 +176,21 @@ impl Book {
         look(pages.workers.get_mut(worker).unwrap())
     }
 
-    /// Writes down that something is not as it must be.
+    /// Records a violation.
     pub fn violation(&self, text: String) {
         self.trace.note("VIOLATION", format_args!("{text}"));
         self.pages().violations.push(text);
         self.violated.notify_one();
     }
 
-    /// Waits until something is not as it must be.
+    /// Waits for a violation.
     pub async fn violated(&self) {
         while self.pages().violations.is_empty() {
             self.violated.notified().await;
         }
     }
 
-    /// Returns all that is not as it must be.
+    /// Returns all violations.
     pub fn violations(&self) -> Vec<String> {
         self.pages().violations.clone()
     }
@@ -200,12 +200,12 @@ impl Book {
         *self.pages().faults.entry(name).or_default() += 1;
     }
 
-    /// Returns how many faults of each kind there were.
+    /// Returns the number of faults of each kind.
     pub fn faults(&self) -> BTreeMap<&'static str, u64> {
         self.pages().faults.clone()
     }
 
-    /// Returns how many jobs were put in, how many runs began, and how many requests came.
+    /// Returns the numbers of enqueued jobs, of runs and of requests.
     pub fn counts(&self) -> (usize, usize, u64) {
         let pages = self.pages();
         (pages.jobs, pages.runs.len(), pages.requests)
@@ -217,31 +217,31 @@ impl Book {
         pages.runs.iter().filter(|run| run.worker == worker).cloned().collect()
     }
 
-    /// Returns the runs of a worker that have ended, and of which the server has counted nothing.
+    /// Returns the ended runs of a worker whose reports the server has not accepted.
     pub fn untold_by(&self, worker: &str) -> Vec<Run> {
         let pages = self.pages();
         let untold = pages.workers.get(worker).map(|page| &page.untold);
         untold.into_iter().flatten().map(|number| pages.runs[*number].clone()).collect()
     }
 
-    /// Returns the runs that go on in a worker.
+    /// Returns the present runs of a worker.
     pub fn running_in(&self, worker: &str) -> Vec<Run> {
         let pages = self.pages();
         let running = pages.workers.get(worker).map(|page| &page.running);
         running.into_iter().flatten().map(|number| pages.runs[*number].clone()).collect()
     }
 
-    /// Returns how many runs go on in a worker, and how many have begun or ended, which grows as long as it gets on.
+    /// Returns the number of present runs of a worker, and its number of begins and ends, which grows with progress.
     pub fn progress_of(&self, worker: &str) -> (usize, usize) {
         self.page(worker, |page| (page.running.len(), page.progress))
     }
 
-    /// Whether a worker may have dropped its report of a job, because it was refused for good.
+    /// Reports whether a worker may have dropped its report of a job after a refusal for good.
     pub fn is_exempt(&self, worker: &str, id: &str) -> bool {
         self.page(worker, |page| page.exempt.contains(id))
     }
 
-    /// Returns how many jobs are on their way to a worker, or wait in it, over streams that it has not closed.
+    /// Returns the number of jobs on their way to a worker or waiting in it, from streams still open for it.
     pub fn waiting_in(&self, worker: &str) -> usize {
         let pages = self.pages();
         let Some(page) = pages.workers.get(worker) else { return 0 };
@@ -253,14 +253,14 @@ impl Book {
         page.deliveries.iter().filter(waits).count()
     }
 
-    /// Whether a job runs in a worker.
+    /// Reports whether a job runs in a worker.
     pub fn is_running(&self, worker: &str, id: &str) -> bool {
         let pages = self.pages();
         let running = pages.workers.get(worker).map(|page| &page.running);
         running.into_iter().flatten().any(|number| pages.runs[*number].id == id)
     }
 
-    /// Writes down that a job was put in.
+    /// Records that a job was enqueued.
     pub fn enqueued(&self, id: &str, is_malformed: bool) {
         let mut pages = self.pages();
         pages.jobs += 1;
@@ -269,39 +269,39 @@ impl Book {
         }
     }
 
-    /// Writes down that the server has handed a job over.
+    /// Records that the server has sent a job.
     pub fn delivered(&self, link: &Arc<Link>, id: &str, attempts: u32) {
         let delivery = Delivery { link: Arc::clone(link), attempts, at: Instant::now() };
         self.page(&link.worker, |page| page.deliveries.entry(id.to_owned()).or_default().push(delivery));
     }
 
-    /// Writes down that a worker may start nothing that is handed over from now on.
+    /// Records that a worker must not start jobs that it receives from now on.
     pub fn quiet(&self, worker: &str) {
         self.page(worker, |page| _ = page.quiet.get_or_insert_with(Instant::now));
     }
 
-    /// Takes that back.
+    /// Allows a worker to start received jobs again.
     pub fn loud(&self, worker: &str) {
         self.page(worker, |page| page.quiet = None);
     }
 
-    /// Writes down that a worker goes to another server.
+    /// Records that a worker moves to another server.
     pub fn moved(&self, worker: &str) {
         self.page(worker, |page| page.has_moved = true);
     }
 
-    /// Writes down that a worker vanishes.
+    /// Records that a worker vanishes.
     pub fn crashed(&self, worker: &str) {
         self.page(worker, |page| page.has_crashed = true);
     }
 
-    /// Writes down that a worker waits for something.
+    /// Records that a worker waits for a connection or an answer.
     pub fn under_way(&self, worker: &str) -> UnderWay {
         self.page(worker, |page| page.talk.under_way += 1);
         UnderWay(self.clone(), worker.to_owned())
     }
 
-    /// Writes down that a request has come.
+    /// Records a request.
     pub fn asked(&self, worker: &str, call: Call) {
         self.pages().requests += 1;
         if matches!(call, Call::Successes | Call::Failure | Call::Look) {
@@ -309,43 +309,43 @@ impl Book {
         }
     }
 
-    /// Writes down that a request had the answer that it asked for.
+    /// Records a proper answer to a request.
     pub fn heard(&self, worker: &str) {
         self.page(worker, |page| _ = page.talk.heard.get_or_insert_with(Instant::now));
     }
 
-    /// Forgets which workers have heard from a server.
+    /// Forgets which workers have had a proper answer.
     pub fn listen_anew(&self) {
         self.pages().workers.values_mut().for_each(|page| page.talk.heard = None);
     }
 
-    /// Returns how a worker and the servers talk.
+    /// Returns the traffic between a worker and the servers.
     pub fn talk_of(&self, worker: &str) -> Talk {
         self.page(worker, |page| page.talk)
     }
 
-    /// Writes down that a worker was told what the server knows of a job.
+    /// Records an answer to a worker about a job.
     pub fn looked(&self, worker: &str, id: &str) {
         self.page(worker, |page| page.looks.insert(id.to_owned(), Instant::now()));
     }
 
-    /// Writes down that a report of those jobs was answered by a final refusal.
+    /// Records that a report of these jobs was refused for good.
     pub fn refused_for_good(&self, worker: &str, ids: &BTreeSet<String>) {
         self.page(worker, |page| page.exempt.extend(ids.iter().cloned()));
     }
 
-    /// Writes down that a take was answered by a 4xx.
+    /// Records that a take was answered with a 4xx.
     pub fn turned_away(&self, worker: &str) {
         self.page(worker, |page| page.was_turned_away = true);
     }
 
-    /// Whether a take of that worker was answered by a 4xx.
+    /// Reports whether a take of this worker was answered with a 4xx.
     pub fn was_turned_away(&self, worker: &str) -> bool {
         self.page(worker, |page| page.was_turned_away)
     }
 
-    /// Checks that a worker has not closed a sound stream under a run: the server hands the job out again, and the two
-    /// runs overlap.
+    /// Checks that a worker has not closed a sound stream during a run. The server would redeliver the job, and the two
+    /// runs would overlap.
     pub fn stream_ended(&self, link: &Link, held: &BTreeSet<String>) {
         let Some(closed) = link.closed().filter(|_| !link.is_faulted()) else { return };
         if self.page(&link.worker, |page| page.has_crashed) {
@@ -357,7 +357,7 @@ impl Book {
         }
     }
 
-    /// Writes down that a run begins, and checks that it may.
+    /// Records the begin of a run, and checks that it is allowed.
     pub fn begin(&self, worker: &str, id: &str, attempts: u32, lasts: Duration) -> Running {
         let mut pages = self.pages();
         let number = pages.runs.len();
@@ -378,7 +378,7 @@ impl Book {
         Running { book: self.clone(), number, has_ended: false }
     }
 
-    /// Checks that a success which the server counts has happened.
+    /// Checks that a success accepted by the server has happened.
     pub fn success_counted(&self, link: &Link, id: &str) {
         let has_happened = {
             let mut pages = self.pages();
@@ -394,7 +394,7 @@ impl Book {
         }
     }
 
-    /// Checks that a failure which the server counts is of that attempt, and counted for the first time.
+    /// Checks that a failure accepted by the server is of this attempt, and is accepted only once.
     pub fn failure_counted(&self, link: &Link, id: &str, attempts: u32, message: &str) {
         let problem = self.pages().problem_of_failure(link, id, attempts, message);
         if let Some(problem) = problem {
@@ -404,7 +404,7 @@ impl Book {
 }
 
 impl Pages {
-    /// Returns a job that was running when a worker closed the stream that held it, if the worker could know about both.
+    /// Returns a job that was running when the worker closed the job's stream, if the worker could know of both.
     fn run_under(&self, link: &Link, held: &BTreeSet<String>, closed: Instant) -> Option<String> {
         let page = self.workers.get(&link.worker)?;
         let has_come = |id: &str| {
@@ -431,15 +431,15 @@ impl Pages {
         if !page.exempt.contains(id) && !page.has_moved && earlier.clone().any(is_same) {
             return Some("it has run already");
         }
-        let Some(deliveries) = page.deliveries.get(id) else { return Some("nobody has handed it over") };
-        // The worker may not know yet that the stream is lost over which the job came before.
+        let Some(deliveries) = page.deliveries.get(id) else { return Some("no stream has delivered it") };
+        // The worker may not know yet that the job's earlier stream is lost.
         let came_in_time = |quiet| {
             let mut known = deliveries.iter().filter(|delivery| delivery.attempts == attempts);
             known.any(|delivery| delivery.at <= quiet && delivery.link.closed().is_none())
         };
         match (deliveries.last(), page.quiet) {
             (Some(last), Some(quiet)) if last.at > quiet && !came_in_time(quiet) => {
-                Some("it came after the drain or pause")
+                Some("it arrived after the drain or pause")
             }
             _ => None,
         }
@@ -448,7 +448,7 @@ impl Pages {
     fn problem_of_failure(&mut self, link: &Link, id: &str, attempts: u32, message: &str) -> Option<String> {
         let page = self.workers.get_mut(&link.worker)?;
         let reported_before = page.failures.insert(id.to_owned(), Instant::now());
-        // What the worker gave up long ago has arrived after all: no worker can prevent that.
+        // A report that the worker had given up has arrived late. No worker can prevent this.
         if link.closed().is_some() {
             return None;
         }
@@ -465,9 +465,9 @@ impl Pages {
         }
         let ran_as = run.attempts;
         let deliveries = page.deliveries.get(id).map_or(&[][..], Vec::as_slice);
-        // The job was handed over anew, as that attempt, while the run went on.
+        // The job was redelivered, as this attempt, during the run.
         let became_this = deliveries.iter().any(|delivery| delivery.attempts == attempts && delivery.at <= ended);
-        // For all that the worker could know when it sent the report, the server still held the attempt for it.
+        // When the worker sent the report, it could not know that it no longer held the attempt.
         let sent = link.sent().unwrap_or_else(Instant::now);
         let of_run = deliveries.iter().rev().find(|delivery| delivery.attempts == ran_as);
         let seemed_held = of_run.is_some_and(|held| held.link.closed().is_none_or(|closed| closed >= sent));

@@ -1,21 +1,21 @@
-//! Draws from a generator.
+//! Random draws from a generator.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use fastrand::Rng;
 
-/// Says yes as often as that.
+/// Returns true with this probability.
 pub fn chance(rng: &mut Rng, probability: f64) -> bool {
     rng.f64() < probability
 }
 
-/// Draws so many milliseconds.
+/// Draws a number of milliseconds.
 pub fn millis(rng: &mut Rng, range: Range<u64>) -> Duration {
     Duration::from_millis(rng.u64(range))
 }
 
-/// Draws one of some.
+/// Draws one of the items.
 pub fn one_of<T: Copy>(rng: &mut Rng, some: &[T]) -> T {
     some[rng.usize(..some.len())]
 }

@@ -1,4 +1,4 @@
-//! [`Life`]: one run of a worker, from its start to its end, and what is asked of it.
+//! [`Life`]: one worker from its start to its end, with the requests to it.
 
 use std::time::Duration;
 
@@ -11,21 +11,21 @@ use super::checks::{Ending, Run};
 use super::player::Player;
 use super::world::World;
 
-/// A worker that runs.
+/// A running worker.
 pub struct Life {
-    /// Its name, which no other has.
+    /// The unique name of the worker.
     pub name: String,
-    /// Its settings, as they are by now.
+    /// The present settings.
     pub config: WorkerConfig,
-    /// Whether it has been paused.
+    /// Whether the worker is paused.
     pub is_paused: bool,
-    /// How it ended.
+    /// The result of the worker's run.
     pub summary: Option<Summary>,
     grace: Duration,
     lifecycle: Lifecycle,
     controls: Controls<Player>,
     task: JoinHandle<Result<Summary, WorkerError>>,
-    /// By when it must have ended, and why.
+    /// The deadline of the worker's end, with its reason.
     due: Option<(Instant, &'static str)>,
     world: World,
 }
@@ -60,23 +60,23 @@ impl Life {
         self.world.trace.note(&self.name, line);
     }
 
-    /// Whether it is on its way to its end.
+    /// Reports whether the worker is stopping.
     pub fn is_ending(&self) -> bool {
         self.lifecycle.phase() > Phase::Running
     }
 
-    /// Whether somebody waits for its end.
+    /// Reports whether the worker's end has a deadline.
     pub fn is_awaited(&self) -> bool {
         self.due.is_some()
     }
 
-    /// Whether its end is by itself, sooner or later.
+    /// Reports whether the worker ends by itself.
     pub fn is_bounded(&self) -> bool {
         let WorkerConfig { max_jobs, max_time, exit_when_idle, .. } = &self.config;
         max_jobs.is_some() || max_time.is_some() || exit_when_idle.is_some()
     }
 
-    /// The runs that go on in it.
+    /// Returns the present runs of the worker.
     pub fn running(&self) -> Vec<Run> {
         self.world.book.running_in(&self.name)
     }
@@ -88,7 +88,7 @@ impl Life {
         }
     }
 
-    /// Asks it to drain.
+    /// Starts a drain.
     pub fn stop(&mut self) {
         self.note(format_args!("is asked to drain"));
         self.world.book.quiet(&self.name);
@@ -96,7 +96,7 @@ impl Life {
         self.must_end_within(bounds::drain(&self.config, self.grace), "drain");
     }
 
-    /// Tells it to stop its runs.
+    /// Kills the runs.
     pub fn kill(&mut self) {
         self.note(format_args!("is killed"));
         self.world.book.quiet(&self.name);
@@ -104,7 +104,7 @@ impl Life {
         self.must_end_within(bounds::kill(self.grace), "kill");
     }
 
-    /// Tells it to stop without grace.
+    /// Stops the worker without grace.
     pub fn force(&mut self) {
         self.note(format_args!("is killed without grace"));
         self.world.book.quiet(&self.name);
@@ -112,7 +112,7 @@ impl Life {
         self.must_end_within(bounds::force(), "stop without grace");
     }
 
-    /// Tells it to take nothing more.
+    /// Pauses the worker, so that it takes no more jobs.
     pub fn pause(&mut self) {
         self.note(format_args!("is paused"));
         self.is_paused = true;
@@ -120,7 +120,7 @@ impl Life {
         self.controls.pause();
     }
 
-    /// Tells it to take again.
+    /// Resumes the worker.
     pub fn resume(&mut self) {
         self.note(format_args!("is resumed"));
         self.is_paused = false;
@@ -130,7 +130,7 @@ impl Life {
         self.controls.resume();
     }
 
-    /// Gives it other settings.
+    /// Reloads the worker with changed settings.
     pub fn reload(&mut self, change: impl FnOnce(&mut WorkerConfig)) {
         let host = self.config.url.host().to_owned();
         change(&mut self.config);
@@ -141,7 +141,7 @@ impl Life {
         self.controls.reconnect(&self.config);
     }
 
-    /// Lets it vanish with all its connections.
+    /// Makes the worker vanish with all its connections.
     pub async fn crash(self) {
         self.note(format_args!("crashes"));
         self.world.book.crashed(&self.name);
@@ -151,7 +151,7 @@ impl Life {
         self.world.network.cut_worker(&self.name);
     }
 
-    /// Waits for its end, and judges it. It is a violation if it does not come in time.
+    /// Waits for the worker's end, and checks it. An end after the deadline is a violation.
     pub async fn ended(&mut self) {
         let result = match self.due {
             Some((due, why)) => match tokio::time::timeout_at(due, &mut self.task).await {
@@ -169,7 +169,7 @@ impl Life {
         }
     }
 
-    /// Waits for its end, which must come within a bound that starts now.
+    /// Waits for the worker's end, which must follow within a time limit from now.
     pub async fn ends_within(&mut self, bound: Duration, why: &'static str) {
         self.must_end_within(bound, why);
         self.ended().await;

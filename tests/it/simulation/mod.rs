@@ -1,12 +1,12 @@
-//! The simulation: whole workers, with the real client and codec, against a model of the server, on virtual time and a
-//! network in memory. All that happens is drawn from one seed, and the same seed gives the same trace, byte for byte.
+//! The simulation: whole workers with the real client and codec, against a model of the server, on virtual time and an
+//! in-memory network. One seed determines all events, so the same seed gives the same trace, byte for byte.
 //!
-//! Time is Tokio's paused clock: it stands while anything can run, and jumps to the next timer when nothing can, so that
-//! minutes cost milliseconds. (turmoil steps all hosts in ticks of a millisecond, whether anything happens in them or not.)
+//! Time is Tokio's paused clock. It stands still while a task can run, and otherwise jumps to the next timer, so that
+//! minutes cost milliseconds. (turmoil instead steps all hosts in ticks of a millisecond.)
 //!
 //! `cargo test simulation` runs some hundreds of seeds. `cargo test --release -- --ignored simulation` runs
-//! `ZIZQ_SIM_SEEDS` of them, from `ZIZQ_SIM_FIRST` on. For a seed that fails it prints the trace; `ZIZQ_SIM_SEED` runs that
-//! one alone. A seed that has failed becomes a test with `seed(…)`.
+//! `ZIZQ_SIM_SEEDS` seeds, from `ZIZQ_SIM_FIRST` on. It prints the trace of a seed that fails. `ZIZQ_SIM_SEED` runs one
+//! seed alone. A seed that has failed becomes a test with `seed(…)`.
 
 mod api;
 mod bounds;
@@ -33,10 +33,10 @@ use tokio::runtime::Builder;
 use trace::Trace;
 use world::{World, live, until_violated};
 
-/// How many seeds an ordinary run of the tests lives through.
+/// The number of seeds in an ordinary test run.
 const SEEDS: u64 = 200;
 
-/// What came of one seed.
+/// The result of one seed.
 struct Lived {
     violations: Vec<String>,
     jobs: usize,
@@ -47,13 +47,13 @@ struct Lived {
     trace: Vec<String>,
 }
 
-/// Runs a future on a clock that jumps from event to event. The worker's own draws follow from the seed.
+/// Runs a future on a clock that jumps from event to event. The seed also determines the worker's random draws.
 fn in_virtual_time<T>(seed: u64, living: impl Future<Output = T>) -> T {
     fastrand::seed(seed);
     Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(living)
 }
 
-/// Lives through a seed.
+/// Runs a seed.
 fn run(seed: u64, is_traced: bool) -> Lived {
     in_virtual_time(seed, async {
         let trace = if is_traced { Trace::on() } else { Trace::off() };
@@ -74,13 +74,13 @@ fn run(seed: u64, is_traced: bool) -> Lived {
     })
 }
 
-/// Fails with the trace if something is not as it must be.
+/// Panics with the trace if there are violations.
 #[track_caller]
 fn judge(trace: &[String], violations: &[String]) {
     assert!(violations.is_empty(), "{}\n{violations:#?}", trace.join("\n"));
 }
 
-/// Lives through one seed, and fails with its trace.
+/// Runs one seed, and panics with its trace if it fails.
 #[track_caller]
 fn seed(seed: u64) {
     println!("seed {seed}, alone: ZIZQ_SIM_SEED={seed} cargo test simulation::everything");
@@ -91,7 +91,7 @@ fn seed(seed: u64) {
     judge(&lived.trace, &lived.violations);
 }
 
-/// What came of many seeds.
+/// The result of many seeds.
 #[derive(Default)]
 struct Tally {
     failed: Vec<(u64, String)>,
@@ -114,7 +114,7 @@ impl Tally {
     }
 }
 
-/// Lives through that many seeds, on all cores.
+/// Runs this many seeds, on all cores.
 fn run_all(first: u64, count: u64) -> Tally {
     let (next, tally) = (AtomicU64::new(first), Mutex::new(Tally::default()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -146,7 +146,7 @@ fn report(tally: &Tally, seeds: u64, took: Duration) {
     failed.iter().for_each(|(seed, violation)| println!("  seed {seed}: {violation}"));
 }
 
-/// Lives through seeds, and fails with the trace of the first that does.
+/// Runs seeds, and panics with the trace of the first one that fails.
 fn check_all(first: u64, count: u64) {
     let began = Instant::now();
     let tally = run_all(first, count);

@@ -1,4 +1,4 @@
-//! [`Network`]: connections in memory, with latency, splitting, and all that can befall a connection.
+//! [`Network`]: in-memory connections with latency, splitting and faults.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,19 +19,19 @@ use super::draw::{chance, millis, one_of};
 use super::server::Server;
 use super::trace::Trace;
 
-/// The longest latency of a link in one direction, splitting included.
+/// The longest latency of a link in one direction, including splitting.
 pub const MAX_LATENCY: Duration = Duration::from_millis(150);
 
-/// Bytes in flight in one direction.
+/// The maximum of bytes in flight in one direction.
 const CAPACITY: usize = 16 * 1024;
 
-/// Makes connections between workers and servers; clones are of one network.
+/// A network between workers and servers. Clones share it.
 #[derive(Clone)]
 pub struct Network(Arc<Inner>);
 
 struct Inner {
     state: Mutex<State>,
-    /// Cancelled when faults stop: connections that do not work are reset then.
+    /// Cancelled when faults stop. Broken connections are then reset.
     calm: CancellationToken,
     book: Book,
     trace: Trace,
@@ -42,17 +42,17 @@ struct State {
     hosts: BTreeMap<&'static str, Server>,
     links: Vec<Arc<Link>>,
     made: u64,
-    /// The latency of the next connections, if it is not drawn.
+    /// The latency of the next connections. `None` draws it.
     latency: Option<Duration>,
-    /// How long the next connections take to be made, if that is not drawn.
+    /// The duration of the next connects. `None` draws it.
     opening: Option<Duration>,
-    /// How likely a connection meets a fault.
+    /// The probability of a fault on a connection.
     trouble: f64,
 }
 
 /// One connection.
 pub struct Link {
-    /// Its number.
+    /// The number of the connection.
     pub id: u64,
     /// The worker that made it.
     pub worker: String,
@@ -60,40 +60,40 @@ pub struct Link {
     latency: Duration,
     pieces: bool,
     fate: Mutex<Fate>,
-    /// Lets fate strike at once.
+    /// A notification that triggers the connection's fault at once.
     struck: Notify,
     end: CancellationToken,
     seen: Mutex<Seen>,
     rng: Mutex<Rng>,
 }
 
-/// How a connection is seen from the worker's end.
+/// A connection as seen by the worker.
 #[derive(Clone, Copy, Default)]
 struct Seen {
-    /// When the worker last wrote.
+    /// The time of the worker's last write.
     sent: Option<Instant>,
-    /// When the worker closed the connection.
+    /// The time at which the worker closed the connection.
     closed: Option<Instant>,
-    /// Whether a fault has befallen the connection.
+    /// Whether the connection has met a fault.
     faulted: bool,
 }
 
-/// All that can befall a connection.
+/// The fault of a connection.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
-    /// Nothing.
+    /// No fault.
     Sound,
-    /// Both ends see the connection end.
+    /// A cut that both ends see.
     Cut { after: Duration },
-    /// The same, in the middle of what the server sends.
+    /// A cut that both ends see, in the middle of bytes from the server.
     CutWithin { bytes: usize },
-    /// Nothing moves for a while, and then goes on.
+    /// A stall that passes.
     Stall { after: Duration, lasting: Duration },
-    /// Both ends believe that the connection lives, and nothing arrives.
+    /// A silent loss. No bytes arrive, and neither end notices.
     Silent { after: Duration, lasting: Duration },
-    /// The server sees the end, the worker does not.
+    /// A loss that only the server sees.
     LostByServer { after: Duration, lasting: Duration },
-    /// The worker sees the end, the server does not.
+    /// A loss that only the worker sees.
     LostByWorker { after: Duration, lasting: Duration },
 }
 
@@ -134,7 +134,7 @@ impl Fate {
     }
 }
 
-/// How an attempt to connect goes.
+/// The course of a connect.
 enum Opening {
     At(Duration),
     Refused,
@@ -142,7 +142,7 @@ enum Opening {
 }
 
 impl Network {
-    /// Makes a network without trouble.
+    /// Returns a network without faults.
     pub fn new(rng: Rng, book: Book, trace: Trace) -> Self {
         let state = State {
             rng,
@@ -156,32 +156,32 @@ impl Network {
         Self(Arc::new(Inner { state: Mutex::new(state), calm: CancellationToken::new(), book, trace }))
     }
 
-    /// Lets that host name lead to a server.
+    /// Resolves this host name to a server.
     pub fn name(&self, host: &'static str, server: &Server) {
         self.0.state.lock().unwrap().hosts.insert(host, server.clone());
     }
 
-    /// Returns the server that a host name leads to.
+    /// Returns the server behind a host name.
     pub fn server(&self, host: &str) -> Server {
         self.0.state.lock().unwrap().hosts[host].clone()
     }
 
-    /// Lets that share of the connections from now on meet a fault.
+    /// Sets the share of further connections that meet a fault.
     pub fn set_trouble(&self, trouble: f64) {
         self.0.state.lock().unwrap().trouble = trouble;
     }
 
-    /// Gives all connections from now on that latency.
+    /// Sets the latency of further connections.
     pub fn set_latency(&self, latency: Duration) {
         self.0.state.lock().unwrap().latency = Some(latency);
     }
 
-    /// Lets connections from now on take that long to be made.
+    /// Sets the duration of further connects.
     pub fn set_opening(&self, opening: Option<Duration>) {
         self.0.state.lock().unwrap().opening = opening;
     }
 
-    /// Ends all faults. What does not work is reset.
+    /// Ends all faults. Broken connections are reset.
     pub fn calm(&self) {
         self.set_trouble(0.0);
         self.0.calm.cancel();
@@ -198,7 +198,7 @@ impl Network {
         self.cut("all connections to a server cut", |link| hosts[link.host.as_str()].is(server));
     }
 
-    /// Lets the server lose a connection without the worker's knowledge.
+    /// Makes the server lose a connection without the worker's knowledge.
     pub fn lose_at_server(&self, number: u64) {
         self.strike(number, Fate::LostByServer { after: Duration::ZERO, lasting: Duration::from_secs(60) });
     }
@@ -227,7 +227,7 @@ impl Network {
         }
     }
 
-    /// Makes the connector of a worker.
+    /// Returns the connector of a worker.
     pub fn connector(&self, worker: &str) -> Connector {
         let (network, worker) = (self.clone(), worker.to_owned());
         Connector::new(move |url| network.clone().connect(worker.clone(), url.host().to_owned()))
@@ -266,13 +266,14 @@ impl Network {
         let fate = if chance(rng, *trouble) { Fate::draw(rng) } else { Fate::Sound };
         let drawn = one_of(rng, &[Duration::ZERO, Duration::from_millis(1), MAX_LATENCY / 10, MAX_LATENCY / 2]);
         let latency = latency.unwrap_or(drawn);
-        let opening = match chance(rng, *trouble) {
-            false => Opening::At(opening.unwrap_or(latency)),
-            true => match rng.u8(0..5) {
+        let opening = if chance(rng, *trouble) {
+            match rng.u8(0..5) {
                 0 | 1 => Opening::Refused,
                 2 | 3 => Opening::At(millis(rng, 200..20_000)),
                 _ => Opening::Never,
-            },
+            }
+        } else {
+            Opening::At(opening.unwrap_or(latency))
         };
         self.0.book.fault(match opening {
             Opening::Refused => "connect refused",
@@ -295,7 +296,7 @@ impl Network {
         (Arc::new(link), opening, server)
     }
 
-    /// Carries bytes between the ends until one of them closes, or fate strikes.
+    /// Relays bytes between the ends until an end closes or the fault happens.
     async fn relay(self, link: Arc<Link>, mut near: DuplexStream, mut far: DuplexStream) {
         let gone = {
             let mut carrying = pin!(link.carry(&mut near, &mut far));
@@ -341,7 +342,7 @@ impl Network {
         self.hold(&link, lasting).await;
     }
 
-    /// Waits while nothing moves.
+    /// Holds all bytes for a time.
     async fn hold(&self, link: &Link, lasting: Duration) {
         tokio::select! {
             biased;
@@ -353,22 +354,22 @@ impl Network {
 }
 
 impl Link {
-    /// When the worker last wrote.
+    /// Returns the time of the worker's last write.
     pub fn sent(&self) -> Option<Instant> {
         self.seen.lock().unwrap().sent
     }
 
-    /// When the worker closed the connection.
+    /// Returns the time at which the worker closed the connection.
     pub fn closed(&self) -> Option<Instant> {
         self.seen.lock().unwrap().closed
     }
 
-    /// Whether a fault has befallen the connection.
+    /// Reports whether the connection has met a fault.
     pub fn is_faulted(&self) -> bool {
         self.seen.lock().unwrap().faulted
     }
 
-    /// Notes that the connection does not work as it should.
+    /// Records that the connection has met a fault.
     pub fn fault(&self) {
         self.seen.lock().unwrap().faulted = true;
     }

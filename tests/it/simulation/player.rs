@@ -9,15 +9,15 @@ use super::checks::{Book, Ending};
 use super::script::{End, Script};
 use super::server::EPOCH_MS;
 
-/// Plays the jobs of one worker, and writes down each run.
+/// A dispatcher for one worker that plays its jobs, and records each run.
 pub struct Player {
     /// The worker's name.
     pub worker: String,
-    /// Where the runs are written down.
+    /// The book that records the runs.
     pub book: Book,
-    /// How long a run goes on after it was told to stop, as processes do.
+    /// The time that a run goes on after a stop, like a process.
     pub grace: Duration,
-    /// When the world began.
+    /// The time of the world's begin.
     pub start: Instant,
 }
 
@@ -39,7 +39,7 @@ impl Dispatcher for Player {
 }
 
 impl Player {
-    /// Waits until a run must have ended: its grace is over, or there is none.
+    /// Waits until a stopped run must end, after its grace or without one.
     async fn stopped(&self, lifecycle: &Lifecycle) {
         lifecycle.reached(Phase::Killing).await;
         tokio::select! {
@@ -61,7 +61,7 @@ impl From<End> for Ending {
 }
 
 fn outcome(ending: Ending, end: End, run: usize, now_ms: u64) -> Outcome {
-    // By its number, the server's side of the book knows which run is reported.
+    // The number tells the server's side of the book which run is reported.
     let mut failure = Failure::new("Played", format!("run {run}"));
     match (ending, end) {
         (Ending::Interrupted | Ending::Vanished, _) => return Outcome::Interrupted,

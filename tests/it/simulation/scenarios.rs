@@ -1,4 +1,4 @@
-//! Scripted scenes over the same model: states that were once found by hand, and failing seeds that got a name.
+//! Scripted scenes on the same model: states found by hand, and named scenes from seeds that failed.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::weather::{Answer, Call, Fault};
 use super::world::{World, until_violated};
 use super::{in_virtual_time, judge, seed};
 
-/// Plays a scene in fair weather, and fails with its trace if something is not as it must be.
+/// Plays a scene in fair weather, and panics with its trace if there are violations.
 #[track_caller]
 fn scene(play: impl AsyncFnOnce(&World)) {
     let (trace, violations) = in_virtual_time(0, async {
@@ -29,7 +29,7 @@ fn scene(play: impl AsyncFnOnce(&World)) {
     judge(&trace, &violations);
 }
 
-/// One loop, a prefetch of two, and waits from 1 s to 30 s.
+/// Returns settings with one loop, a prefetch of two, and waits from 1 s to 30 s.
 fn settings() -> WorkerConfig {
     WorkerConfig { url: "http://a".parse().unwrap(), ..WorkerConfig::default() }
 }
@@ -44,7 +44,7 @@ fn start(world: &World, config: WorkerConfig) -> Life {
 }
 
 impl World {
-    /// Puts a job in at the first server.
+    /// Enqueues a job at the first server.
     fn put(&self, priority: u32, script: Script) -> String {
         let job = NewJob { queue: "q0".to_owned(), priority, retry_limit: 9, malformed: None, script };
         self.servers[0].enqueue(job)
@@ -75,7 +75,7 @@ impl World {
         ids.iter().all(|id| self.is_completed(id))
     }
 
-    /// Waits until something is so, which must be within a while.
+    /// Waits until a condition holds, which must be within a time limit.
     async fn within(&self, seconds: u64, what: &str, is_so: impl Fn() -> bool) {
         let due = Instant::now() + Duration::from_secs(seconds);
         while !is_so() {
@@ -95,7 +95,7 @@ fn bad(ms: u64) -> Script {
     Script(vec![Step { ms, end: End::Bad }, Step { ms: 0, end: End::Good }])
 }
 
-/// Has a job run while its stream is lost, and puts more urgent ones in front of it.
+/// Starts a job whose stream is then lost, and enqueues more urgent jobs.
 async fn run_one_that_does_not_come_again(world: &World, life: &Life) -> String {
     let id = world.put(1, Script::good(5000));
     world.within(1, "its start", || !life.running().is_empty()).await;
@@ -239,12 +239,12 @@ fn all_reports_leave_soon_after_a_recovery() {
         sleep(seconds(20)).await;
         world.weather.clear();
         world.network.cut_worker(&life.name);
-        // One first wait of the stream, and one of the reports at most.
+        // At most one first wait of the stream and one of the reports.
         world.within(3, "the reports", || ids.iter().all(|id| world.has_failed(id))).await;
     });
 }
 
-/// Reloads a worker of which one loop is busy for long. The others go on at once.
+/// Reloads a worker with one loop in a long job. The other loops go on at once.
 #[track_caller]
 fn reload_stalls_nothing(change: impl FnOnce(&mut WorkerConfig)) {
     scene(async |world| {
@@ -302,7 +302,7 @@ fn a_job_that_another_stream_brings_after_its_report_runs_once() {
         world.within(1, "its start", || !life.running().is_empty()).await;
         world.network.set_latency(MAX_LATENCY / 2);
         life.reload(|config| config.url = "http://b".parse().unwrap());
-        // Shortly before the run's end: the line of the other stream is on the way when the report arrives.
+        // Shortly before the run's end, so that the line of the other stream is in flight when the report arrives.
         sleep_until(life.running()[0].begun + Duration::from_millis(4980)).await;
         world.network.lose_at_server(world.servers[0].streams_of(&life.name)[0]);
         sleep(seconds(5)).await;
@@ -323,7 +323,7 @@ fn a_smaller_prefetch_forgets_no_outcome() {
     });
 }
 
-/// The connections that a worker makes first.
+/// Returns the first connections of a worker.
 const FIRST_STREAM: u64 = 1;
 const FIRST_OF_REPORTS: u64 = 2;
 
@@ -353,7 +353,7 @@ fn a_failure_denied_after_the_redelivery_is_sent_again() {
         let id = world.put(0, bad(9000));
         let life = start(world, settings());
         world.within(30, "the run's end", || !world.book.untold_by(&life.name).is_empty()).await;
-        // The report arrives while no stream is open, and its answer after the job has come again.
+        // The report arrives while no stream is open. Its answer arrives after the job is redelivered.
         world.network.set_latency(Duration::ZERO);
         world.network.set_opening(Some(Duration::from_millis(2500)));
         world.network.cut_connection(FIRST_STREAM);

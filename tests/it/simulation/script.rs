@@ -1,4 +1,4 @@
-//! [`Script`]: how the runs of a job go, attempt by attempt. It is the job's payload.
+//! [`Script`]: the course of a job's runs, attempt by attempt. The script is the job's payload.
 
 use std::time::Duration;
 
@@ -7,46 +7,46 @@ use serde::{Deserialize, Serialize};
 
 use super::draw::{chance, millis};
 
-/// One step for each attempt; the last is for all further ones.
+/// One step for each attempt. The last step repeats for all further attempts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Script(pub Vec<Step>);
 
-/// How one run goes.
+/// The course of one run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// How long it takes.
+    /// The duration of the run.
     pub ms: u64,
-    /// How it ends.
+    /// The end of the run.
     pub end: End,
 }
 
-/// How a run ends.
+/// The end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
-    /// The work is done.
+    /// A success.
     Good,
-    /// The work failed; the server decides when it is tried again.
+    /// A failure. The server decides the time of the retry.
     Bad,
-    /// The work is to be tried again after so many milliseconds.
+    /// A failure with a retry after this many milliseconds.
     Snooze(u64),
-    /// The work is not to be tried again.
+    /// A failure without a retry.
     Kill,
 }
 
 impl Step {
-    /// How long it takes.
+    /// Returns the duration of the run.
     pub fn lasts(self) -> Duration {
         Duration::from_millis(self.ms)
     }
 }
 
 impl Script {
-    /// Succeeds after so many milliseconds.
+    /// Returns a script that succeeds after this many milliseconds.
     pub fn good(ms: u64) -> Self {
         Self(vec![Step { ms, end: End::Good }])
     }
 
-    /// Draws one.
+    /// Draws a script.
     pub fn draw(rng: &mut Rng) -> Self {
         let step = |rng: &mut Rng, end| Step { ms: lasting(rng), end };
         let (end, times) = match rng.u8(0..20) {
@@ -67,14 +67,14 @@ impl Script {
         }
     }
 
-    /// The step of the attempt after so many failed ones.
+    /// Returns the step of the attempt after this many failed attempts.
     pub fn step(&self, attempts: u32) -> Step {
         let at = usize::try_from(attempts).unwrap_or(usize::MAX).min(self.0.len() - 1);
         self.0[at]
     }
 }
 
-/// Most jobs are short, and some hang until their handler's time limit.
+/// Draws the duration of a run. Most runs are short, and some hang until their handler's timeout.
 fn lasting(rng: &mut Rng) -> u64 {
     let range = match rng.u8(0..100) {
         0..30 => return 0,

@@ -1,4 +1,4 @@
-//! [`Server`]: a model of the Zizq server, written from its public API: jobs, take streams, and who holds which job.
+//! [`Server`]: a model of the Zizq server, written from its public API, with jobs, take streams and the jobs they hold.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,15 +19,15 @@ use super::weather::Weather;
 /// The model's Unix time at its start, in milliseconds.
 pub const EPOCH_MS: u64 = 1_800_000_000_000;
 
-/// Below which priority number a job of the model is.
+/// The upper limit of priority numbers in the model.
 pub const PRIORITIES: u32 = 3;
 
-/// The greatest wait before the server hands a failed job out again, for the number of failures so far.
+/// Returns the longest backoff of the server for a job with this many failures.
 pub fn longest_backoff(attempts: u32) -> Duration {
     Duration::from_millis(500 + 500 * u64::from(attempts).pow(2) + 1000 * u64::from(attempts))
 }
 
-/// One server; clones are of one.
+/// One server. Clones share it.
 #[derive(Clone)]
 pub struct Server(Arc<Shared>);
 
@@ -47,61 +47,61 @@ struct State {
     /// Whether completed jobs are kept.
     keeps_completed: bool,
     jobs: BTreeMap<String, Record>,
-    /// What can be taken: by priority, then in the order of their ids.
+    /// The ready jobs, by priority and then by id.
     ready: BTreeSet<(u32, String)>,
-    /// What is not over.
+    /// The jobs that are not finished.
     open: BTreeSet<String>,
     streams: BTreeMap<u64, Stream>,
 }
 
-/// A job that is put in.
+/// A job to enqueue.
 #[derive(Debug, Clone)]
 pub struct NewJob {
-    /// Its queue.
+    /// The job's queue.
     pub queue: String,
-    /// 0 is the most urgent.
+    /// The priority. 0 is the most urgent.
     pub priority: u32,
-    /// After how many failed attempts it is dead.
+    /// The number of failed attempts after which the job is dead.
     pub retry_limit: u32,
-    /// The way in which its line is no job, for a job that is none.
+    /// The defect of the job's line, for a malformed job.
     pub malformed: Option<Malformed>,
-    /// How its runs go.
+    /// The course of the job's runs.
     pub script: Script,
 }
 
-/// The ways in which a line is no job.
+/// The defect of a malformed job's line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Malformed {
     /// A field has the wrong type.
     Field,
-    /// The line is longer than workers accept.
+    /// The line is longer than `max_job_size`.
     TooLong,
 }
 
-/// A job at the server.
+/// A job on the server.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// What was put in.
+    /// The enqueued job.
     pub job: NewJob,
-    /// Where it is.
+    /// The state of the job.
     pub status: Status,
-    /// How many attempts have failed.
+    /// The number of failed attempts.
     pub attempts: u32,
     ready_at: Instant,
 }
 
-/// Where a job is.
+/// The state of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// It waits for its time.
+    /// The job waits for its time.
     Scheduled,
-    /// It can be taken.
+    /// The job can be taken.
     Ready,
-    /// It is held over that stream.
+    /// The job is in flight on this stream.
     InFlight(u64),
-    /// It is done.
+    /// The job has succeeded.
     Completed,
-    /// It is given up.
+    /// The job has failed for good.
     Dead,
 }
 
@@ -125,14 +125,14 @@ struct Stream {
     lines: mpsc::UnboundedSender<Bytes>,
 }
 
-/// Who sends a report.
+/// The sender of a report.
 pub struct Reporter<'a> {
-    /// Over which connection.
+    /// The connection of the report.
     pub link: &'a Link,
 }
 
 impl Server {
-    /// Makes a server without jobs.
+    /// Returns a server without jobs.
     pub fn new(name: &'static str, rng: Rng, weather: Weather, book: Book, trace: Trace) -> Self {
         let mut rng = rng;
         let state = State {
@@ -150,7 +150,7 @@ impl Server {
         server
     }
 
-    /// Whether the two are one.
+    /// Reports whether both are the same server.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -171,7 +171,7 @@ impl Server {
         self.0.trace.note(self.0.name, line);
     }
 
-    /// Puts a job in. Returns its id.
+    /// Enqueues a job. Returns its id.
     pub fn enqueue(&self, job: NewJob) -> String {
         let mut state = self.state();
         let id = format!("{}{:04}", self.0.name, state.jobs.len());
@@ -185,47 +185,48 @@ impl Server {
         id
     }
 
-    /// Returns what is known of all jobs.
+    /// Returns the records of all jobs.
     pub fn jobs(&self) -> BTreeMap<String, Record> {
         self.state().jobs.clone()
     }
 
-    /// Returns what is known of a job.
+    /// Returns the record of a job.
     pub fn job(&self, id: &str) -> Option<Record> {
         self.state().jobs.get(id).cloned()
     }
 
-    /// Returns the ids of the jobs that a worker holds.
+    /// Returns the ids of a worker's jobs in flight.
     pub fn held_by(&self, worker: &str) -> Vec<String> {
         let state = self.state();
         let of_worker = state.streams.values().filter(|stream| stream.link.worker == worker);
         of_worker.flat_map(|stream| stream.held.iter().cloned()).collect()
     }
 
-    /// Returns the connections over which a worker takes, oldest first.
+    /// Returns the connections of a worker's take streams, oldest first.
     pub fn streams_of(&self, worker: &str) -> Vec<u64> {
         let state = self.state();
         state.streams.values().filter(|stream| stream.link.worker == worker).map(|stream| stream.link.id).collect()
     }
 
-    /// Whether a job can be taken from those queues; none means all.
+    /// Reports whether a job of these queues is ready. No queue means all queues.
     pub fn has_ready(&self, queues: &[String]) -> bool {
         let state = self.state();
         state.ready.iter().any(|(_, id)| queues.is_empty() || queues.contains(&state.jobs[id].job.queue))
     }
 
-    /// Returns the ids of the jobs that are not over.
+    /// Returns the ids of the unfinished jobs.
     pub fn open_jobs(&self) -> Vec<String> {
         self.state().open.iter().cloned().collect()
     }
 
-    /// Whether some of those are not merely held by a worker that was refused their reports for good.
+    /// Reports whether an unfinished job can still end. A job cannot if only a worker holds it whose report of the job
+    /// was refused for good.
     pub fn has_open(&self) -> bool {
         let state = self.state();
         state.open.iter().any(|id| !self.is_stranded(&state, id))
     }
 
-    /// Returns those.
+    /// Returns the records of the unfinished jobs that can still end.
     pub fn open_records(&self) -> Vec<Record> {
         let state = self.state();
         let open = state.open.iter().filter(|id| !self.is_stranded(&state, id));
@@ -238,12 +239,12 @@ impl Server {
         self.0.book.is_exempt(worker, id) && !self.0.book.is_running(worker, id)
     }
 
-    /// Whether connections are accepted.
+    /// Reports whether the server accepts connections.
     pub fn is_up(&self) -> bool {
         self.state().is_up
     }
 
-    /// Stops the server: it has all its jobs again. The network resets the connections.
+    /// Stops the server. Jobs in flight become ready, and the network resets the connections.
     pub fn go_down(&self) {
         self.note(format_args!("down"));
         let mut state = self.state();
@@ -252,13 +253,13 @@ impl Server {
         streams.into_iter().for_each(|stream| self.requeue(&mut state, stream));
     }
 
-    /// Starts it again.
+    /// Starts the server again.
     pub fn come_up(&self) {
         self.note(format_args!("up"));
         self.state().is_up = true;
     }
 
-    /// Opens a take stream. Returns its lines.
+    /// Opens a take stream. Returns the lines of the stream.
     pub(super) fn take(
         &self,
         link: &Arc<Link>,
@@ -273,7 +274,7 @@ impl Server {
         (Disconnect { server: self.clone(), stream: link.id }, received)
     }
 
-    /// Takes the jobs of a stream back.
+    /// Requeues the jobs of a stream.
     fn requeue(&self, state: &mut State, stream: u64) {
         let Some(Stream { held, link, .. }) = state.streams.remove(&stream) else { return };
         self.note(format_args!("stream {stream} of {} has ended, it held {held:?}", link.worker));
@@ -287,7 +288,7 @@ impl Server {
         self.fill(state);
     }
 
-    /// Hands ready jobs to streams with free places. Which stream is first is left to chance, as between real ones.
+    /// Sends ready jobs to streams with room in their prefetch. The streams' order is random, as on a real server.
     fn fill(&self, state: &mut State) {
         let State { rng, jobs, ready, streams, .. } = state;
         let mut order: Vec<u64> = streams.keys().copied().collect();
@@ -304,7 +305,7 @@ impl Server {
                 record.status = Status::InFlight(number);
                 self.note(format_args!("{id} attempt {} to {} by {number}", record.attempts, stream.link.worker));
                 self.0.book.delivered(&stream.link, &id, record.attempts);
-                // It fails if the connection is gone, of which the server will hear.
+                // Fails if the connection is gone, which the server notices later.
                 let _ = stream.lines.send(self.line(&id, record));
                 stream.held.insert(id);
             }
@@ -330,7 +331,7 @@ impl Server {
         EPOCH_MS + u64::try_from(time.saturating_duration_since(self.0.start).as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Takes a report of successes. Returns the ids that were not in flight.
+    /// Accepts a report of successes. Returns the ids that were not in flight.
     pub(super) fn succeed(&self, reporter: &Reporter<'_>, ids: &BTreeSet<String>) -> Vec<String> {
         let mut state = self.state();
         let mut not_found = Vec::new();
@@ -351,7 +352,7 @@ impl Server {
         not_found
     }
 
-    /// Takes a report of a failure. Returns whether the job was in flight.
+    /// Accepts a report of a failure. Reports whether the job was in flight.
     pub(super) fn fail(&self, reporter: &Reporter<'_>, id: &str, report: &Value) -> bool {
         let mut state = self.state();
         let State { rng, jobs, open, streams, .. } = &mut *state;
@@ -378,7 +379,7 @@ impl Server {
         true
     }
 
-    /// Says what a client is told of a job.
+    /// Returns a job as the API describes it.
     pub(super) fn show(&self, id: &str) -> Option<Value> {
         let state = self.state();
         let record = state.jobs.get(id)?;
@@ -391,7 +392,7 @@ impl Server {
         }))
     }
 
-    /// Makes scheduled jobs ready when their time has come.
+    /// Makes scheduled jobs ready at their time.
     async fn keep_time(self) {
         loop {
             let next = {
@@ -424,10 +425,10 @@ impl Server {
     }
 }
 
-/// How long a line may be for the workers of the model.
+/// The `max_job_size` of the model's workers.
 pub const MAX_JOB_SIZE: usize = 4000;
 
-/// Ends a stream when it is dropped: its connection has ended.
+/// Ends a stream on drop, when its connection has ended.
 pub struct Disconnect {
     server: Server,
     stream: u64,

@@ -1,4 +1,4 @@
-//! [`Trace`]: who said what when, in virtual time. The worker's own log lines are part of it.
+//! [`Trace`]: all events in virtual time, including the worker's log lines.
 
 use std::fmt::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -9,10 +9,10 @@ use tracing::{Event, Subscriber, span};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Fields that are measured in real time, so that no two runs agree on them.
+/// Log fields measured in real time, which differ from run to run.
 const REAL_TIME: [&str; 3] = ["seconds", "cpu_seconds", "peak_memory_bytes"];
 
-/// The lines of one run; clones share them. A trace that is off keeps nothing, and costs next to nothing.
+/// The lines of one run. Clones share them. A trace that is off records nothing.
 #[derive(Clone)]
 pub struct Trace(Option<Arc<Lines>>);
 
@@ -22,17 +22,17 @@ struct Lines {
 }
 
 impl Trace {
-    /// Makes a trace that keeps nothing.
+    /// Returns a trace that records nothing.
     pub fn off() -> Self {
         Self(None)
     }
 
-    /// Makes a trace that begins now. It must be made inside the runtime, because the time is the runtime's.
+    /// Returns a trace that begins now. Must be called inside the runtime, whose clock the trace uses.
     pub fn on() -> Self {
         Self(Some(Arc::new(Lines { start: Instant::now(), lines: Mutex::default() })))
     }
 
-    /// Notes a line.
+    /// Records a line.
     pub fn note(&self, who: &str, line: fmt::Arguments<'_>) {
         if let Some(lines) = &self.0 {
             let time = lines.start.elapsed().as_secs_f64();
@@ -40,7 +40,7 @@ impl Trace {
         }
     }
 
-    /// Has the log lines of everything in this thread noted, until the guard is dropped.
+    /// Records the log lines of this thread until the guard is dropped.
     pub fn listen(&self) -> Option<tracing::subscriber::DefaultGuard> {
         let layer = LogLines(self.clone());
         self.0.as_ref().map(|_| tracing::subscriber::set_default(tracing_subscriber::registry().with(layer)))
@@ -52,7 +52,7 @@ impl Trace {
     }
 }
 
-/// Notes the log lines of the worker, with the job of their span.
+/// A layer that records the worker's log lines, with the job of their span.
 struct LogLines(Trace);
 
 /// Fields as text.

@@ -1,4 +1,4 @@
-//! [`Weather`]: what befalls a request at the server, or in front of it.
+//! [`Weather`]: the faults of requests, at the server or in front of it.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::checks::Book;
 use super::draw::{chance, millis, one_of};
 
-/// What a request asks for.
+/// The kind of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Call {
     /// `GET /jobs/take`.
@@ -25,74 +25,74 @@ pub enum Call {
     Other,
 }
 
-/// What befalls one request.
+/// The fault of one request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
-    /// The answer comes late.
+    /// The answer is late.
     Late(Duration),
-    /// The request has its effect, and the connection breaks before the answer.
+    /// The request takes effect, and the connection breaks before the answer.
     AnswerLost,
-    /// No answer comes, whether the request has its effect or not.
+    /// No answer arrives.
     Unanswered {
-        /// Whether it has.
+        /// Whether the request takes effect.
         with_effect: bool,
     },
-    /// Something else answers, or the server answers something else.
+    /// A wrong answer, from the server or from a proxy.
     Instead(Answer),
 }
 
-/// An answer that is not the one that was asked for.
+/// A wrong answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Answer {
-    /// The status.
+    /// The status code.
     pub status: u16,
-    /// Whether the body is the JSON of the server, or a page.
+    /// Whether the body is the server's JSON. Otherwise the body is a page.
     pub is_servers: bool,
-    /// `Retry-After`, in seconds.
+    /// The `Retry-After`, in seconds.
     pub retry_after: Option<u64>,
-    /// Whether the request has its effect all the same.
+    /// Whether the request takes effect nevertheless.
     pub with_effect: bool,
 }
 
 impl Answer {
-    /// Makes an answer of the server, without effect.
+    /// Returns a wrong answer of the server, without effect.
     pub fn of(status: u16) -> Self {
         Self { status, is_servers: true, retry_after: None, with_effect: false }
     }
 
-    /// Makes a page, as proxies show them.
+    /// Returns a page of a proxy.
     pub fn page(status: u16) -> Self {
         Self { is_servers: false, ..Self::of(status) }
     }
 
-    /// Whether the worker may drop a report for it.
+    /// Reports whether the worker may drop a report after this answer.
     pub fn is_final(self) -> bool {
         matches!(self.status, 400 | 406 | 413 | 415 | 422)
     }
 }
 
-/// The kinds of faults. Each seed draws those that it has: a fault that never comes cannot hide another.
+/// The kinds of faults. Each seed draws its own set of kinds, so that no kind always hides another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// 500, 502, 503, with or without effect.
+    /// Statuses 500, 502, 503, with or without effect.
     ServerErrors,
-    /// 401, 403, 407, 408, 421, 425, 429: passing refusals.
+    /// Statuses 401, 403, 407, 408, 421, 425, 429: temporary refusals.
     Refusals,
-    /// 400, 413, 422: final refusals.
+    /// Statuses 400, 413, 422: final refusals.
     Finals,
-    /// 404 of something else than the server.
+    /// Status 404 that is not from the server.
     ForeignNotFound,
     /// A page with status 200.
     Pages,
-    /// Answers that are late.
+    /// Late answers.
     Late,
-    /// Answers that are lost after the effect.
+    /// Answers lost after the effect.
     Lost,
     /// Requests without an answer.
     Unanswered,
 }
 
-/// All of them.
+/// All kinds.
 pub const KINDS: [Kind; 8] = [
     Kind::ServerErrors,
     Kind::Refusals,
@@ -104,22 +104,22 @@ pub const KINDS: [Kind; 8] = [
     Kind::Unanswered,
 ];
 
-/// What requests meet; clones are of one weather.
+/// The faults that requests meet. Clones share them.
 #[derive(Clone)]
 pub struct Weather(Arc<Mutex<State>>, Book);
 
 struct State {
     rng: Rng,
     kinds: Vec<Kind>,
-    /// How likely a request meets a fault.
+    /// The probability of a fault.
     level: f64,
-    /// Faults that are laid for certain requests.
+    /// Faults scheduled for certain requests.
     laid: Vec<Laid>,
-    /// Until when a `Retry-After` may keep a worker waiting.
+    /// The end of the longest `Retry-After`.
     retry_after: Option<Instant>,
 }
 
-/// A fault for the next so many requests of a kind, about one job or any.
+/// A fault for the next requests of a kind, for one job or for any.
 struct Laid {
     call: Call,
     id: Option<String>,
@@ -134,40 +134,40 @@ impl Laid {
 }
 
 impl Weather {
-    /// Makes fair weather in which those faults are possible.
+    /// Returns fair weather in which these kinds of faults are possible.
     pub fn new(rng: Rng, kinds: Vec<Kind>, book: Book) -> Self {
         let state = State { rng, kinds, level: 0.0, laid: Vec::new(), retry_after: None };
         Self(Arc::new(Mutex::new(state)), book)
     }
 
-    /// Lets that share of the requests meet a fault from now on.
+    /// Sets the share of further requests that meet a fault.
     pub fn set_level(&self, level: f64) {
         self.0.lock().unwrap().level = level;
     }
 
-    /// Lets the next so many requests of a kind meet a fault.
+    /// Schedules a fault for the next requests of a kind.
     pub fn lay(&self, call: Call, times: u32, fault: Fault) {
         self.0.lock().unwrap().laid.push(Laid { call, id: None, times, fault });
     }
 
-    /// Lets all requests of a kind about one job meet a fault.
+    /// Schedules a fault for all requests of a kind about one job.
     pub fn lay_for(&self, id: &str, call: Call, fault: Fault) {
         self.0.lock().unwrap().laid.push(Laid { call, id: Some(id.to_owned()), times: u32::MAX, fault });
     }
 
-    /// Takes away what was laid, and the level.
+    /// Removes all scheduled and random faults.
     pub fn clear(&self) {
         let mut state = self.0.lock().unwrap();
         state.level = 0.0;
         state.laid.clear();
     }
 
-    /// Until when the longest `Retry-After` so far lasts.
+    /// Returns the end of the longest `Retry-After` so far.
     pub fn retry_after(&self) -> Option<Instant> {
         self.0.lock().unwrap().retry_after
     }
 
-    /// Draws what befalls a request.
+    /// Draws the fault of a request.
     pub fn draw(&self, call: Call, ids: &BTreeSet<String>) -> Option<Fault> {
         let mut state = self.0.lock().unwrap();
         let State { rng, kinds, level, laid, .. } = &mut *state;
@@ -202,7 +202,7 @@ fn draw_fault(kind: Kind, rng: &mut Rng) -> Fault {
             429 => instead(429, rng.bool(), retry_after, false),
             status => instead(status, rng.bool(), None, false),
         },
-        // Rare even where they are possible: each may cost a report.
+        // Rare, because each final refusal can cost a report.
         Kind::Finals if chance(rng, 0.7) => Fault::Late(millis(rng, 0..300)),
         Kind::Finals => instead(one_of(rng, &[400, 413, 422]), rng.bool(), None, false),
         Kind::ForeignNotFound => instead(404, false, None, false),

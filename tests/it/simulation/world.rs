@@ -1,5 +1,5 @@
-//! [`World`]: one seed's servers, network, workers and jobs; the troubled time, and the calm after it, in which everything
-//! that can end has to.
+//! [`World`]: one seed's servers, network, workers and jobs. Each world has a time of faults, and then a calm in which
+//! all jobs and workers that can end must end.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -26,30 +26,30 @@ use super::weather::{KINDS, Weather};
 /// The queues of a world.
 const QUEUES: [&str; 3] = ["q0", "q1", "q2"];
 
-/// How often the calm is looked at.
+/// Interval of the checks during the calm.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// All that the parts of a world share.
+/// The shared parts of a world.
 #[derive(Clone)]
 pub struct World {
-    /// Its network.
+    /// The network.
     pub network: Network,
     /// The server at the hosts `a` and `b`, and the one at `c`.
     pub servers: [Server; 2],
-    /// What befalls requests.
+    /// The faults of requests.
     pub weather: Weather,
-    /// What happened.
+    /// The record of runs and reports.
     pub book: Book,
-    /// The same, for people.
+    /// The trace, for people.
     pub trace: Trace,
-    /// When it began.
+    /// The time of the world's begin.
     pub start: Instant,
     calm: CancellationToken,
     workers: Arc<AtomicUsize>,
 }
 
 impl World {
-    /// Makes a world in fair weather.
+    /// Returns a world in fair weather.
     pub fn new(rng: &mut Rng, trace: Trace) -> Self {
         let book = Book::new(trace.clone());
         let kinds = KINDS.into_iter().filter(|_| rng.bool()).collect();
@@ -65,12 +65,12 @@ impl World {
         Self { network, servers, weather, book, trace, start: Instant::now(), calm, workers }
     }
 
-    /// Returns a name that no worker has had.
+    /// Returns an unused name for a worker.
     pub fn next_name(&self) -> String {
         format!("w{}", self.workers.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The server that a worker takes from.
+    /// Returns the server of a worker.
     fn server_of(&self, life: &Life) -> Server {
         self.network.server(life.config.url.host())
     }
@@ -79,13 +79,13 @@ impl World {
         self.servers.iter().flat_map(Server::jobs)
     }
 
-    /// Whether jobs are left that can end.
+    /// Reports whether there are unfinished jobs that can end.
     fn is_open(&self) -> bool {
         self.servers.iter().any(Server::has_open)
     }
 }
 
-/// Lives through one seed. What is not as it must be is in the book.
+/// Runs one seed. The book has the violations.
 pub async fn live(world: &World, mut rng: Rng) {
     let lasting = millis(&mut rng, 30_000..150_000);
     let mut acting = JoinSet::new();
@@ -111,12 +111,12 @@ pub async fn live(world: &World, mut rng: Rng) {
     calm(world, &mut rng, left).await;
 }
 
-/// Draws jobs, and puts them in one by one.
+/// Draws jobs, and enqueues them one by one.
 async fn put_in(world: World, mut rng: Rng, lasting: Duration) {
     let has_second = chance(&mut rng, 0.25);
     let mut times: Vec<Duration> = (0..rng.usize(90..160)).map(|_| lasting.mul_f64(rng.f64() * 0.9)).collect();
     if rng.bool() {
-        // All at once, so that there is a backlog.
+        // All at once, for a backlog.
         times.iter_mut().for_each(|time| *time = Duration::ZERO);
     }
     times.sort();
@@ -138,7 +138,7 @@ fn draw_job(rng: &mut Rng) -> NewJob {
     }
 }
 
-/// Changes the weather now and then, and restarts servers.
+/// Changes the weather and restarts servers at random times.
 async fn make_trouble(world: World, mut rng: Rng) {
     loop {
         world.weather.set_level(one_of(&mut rng, &[0.0, 0.0, 0.05, 0.2, 0.5, 1.0]));
@@ -195,7 +195,7 @@ fn draw_bounds(rng: &mut Rng, config: &mut WorkerConfig) {
     }
 }
 
-/// Starts one worker after another, and asks this and that of each. Returns the one that runs when the calm comes.
+/// Starts one worker after another, with random requests to each. Returns the worker at the start of the calm.
 async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     loop {
         let mut config = draw_settings(&mut rng);
@@ -223,7 +223,7 @@ async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     }
 }
 
-/// Asks something of a worker. Returns it, unless it has vanished.
+/// Sends a random request to a worker. Returns the worker, unless it has vanished.
 async fn act(mut life: Life, rng: &mut Rng) -> Option<Life> {
     match rng.u8(0..20) {
         0..4 if life.is_paused => life.resume(),
@@ -250,7 +250,7 @@ fn reload(config: &mut WorkerConfig, rng: &mut Rng) {
     }
 }
 
-/// Changes the prefetch, or the name by which the same server is reached.
+/// Changes the prefetch, or the host name of the same server.
 fn reload_in_place(config: &mut WorkerConfig, rng: &mut Rng) {
     match config.url.host() {
         "a" if rng.bool() => config.url = "http://b".parse().unwrap(),
@@ -259,7 +259,7 @@ fn reload_in_place(config: &mut WorkerConfig, rng: &mut Rng) {
     }
 }
 
-/// The time after the faults. What is on its way to its end gets there, what waits is reported, and then all jobs end.
+/// Runs the calm after the faults. Stopping workers end, waiting outcomes are reported, and then all jobs end.
 async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     leave_with_a_cut(world, rng, &mut lives).await;
     let (ending, mut lives): (Vec<_>, Vec<_>) = lives.into_iter().partition(Life::is_ending);
@@ -278,9 +278,9 @@ async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     let recovery = lives.iter().map(|life| bounds::recovery(&life.config, &world.weather)).max().unwrap_or_default();
     let recovered = Instant::now() + recovery;
     finish_all(world, rng, &mut lives, recovered).await;
-    // What was under way when the faults stopped has failed by then, and was tried again.
+    // Requests in flight at the end of the faults have failed by now, and were retried.
     sleep_until(recovered).await;
-    // A job may be over elsewhere while a run of it goes on.
+    // A job may be finished elsewhere during a run of it.
     while lives.iter().any(|life| !life.running().is_empty()) {
         sleep(LOOK).await;
     }
@@ -295,7 +295,7 @@ async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     }
 }
 
-/// Asks some workers to drain or to pause, and cuts their connections while they do: the last faults of all.
+/// Drains or pauses some workers, and cuts their connections meanwhile, as the last faults.
 async fn leave_with_a_cut(world: &World, rng: &mut Rng, lives: &mut [Life]) {
     for life in lives.iter_mut() {
         match rng.u8(0..4) {
@@ -317,7 +317,7 @@ fn held_by(world: &World, life: &Life) -> Vec<Record> {
     held.filter_map(|id| world.servers.iter().find_map(|server| server.job(&id))).collect()
 }
 
-/// Makes sure that each server has a worker that takes from all queues, and does not end by itself.
+/// Ensures that each server has a worker that takes from all queues and does not end by itself.
 fn employ_the_healthy(world: &World, lives: &mut Vec<Life>) {
     for url in ["http://a", "http://c"] {
         let is_healthy = |life: &Life| {
@@ -338,14 +338,14 @@ fn employ_the_healthy(world: &World, lives: &mut Vec<Life>) {
     }
 }
 
-/// Waits until paused workers have told what they have to tell. They take nothing new, but what they have done counts.
+/// Waits until paused workers have reported their outcomes. They take no jobs, but must report.
 async fn hear_the_paused(world: &World, lives: &[Life]) {
     for life in lives.iter().filter(|life| life.is_paused) {
         let running = life.running().iter().map(|run| run.lasts).max().unwrap_or_default();
         let bound = Instant::now() + bounds::recovery(&life.config, &world.weather) + running + bounds::SLACK;
         while let Some(withheld) = withheld_by(world, life) {
             if Instant::now() > bound {
-                let text = format!("{} is paused, and does not tell how {withheld} ended", life.name);
+                let text = format!("{} is paused, and does not report how {withheld} ended", life.name);
                 return world.book.violation(text);
             }
             sleep(LOOK).await;
@@ -353,7 +353,7 @@ async fn hear_the_paused(world: &World, lives: &[Life]) {
     }
 }
 
-/// Returns a job that the server would hand to that worker if it asked, and which has ended there, or runs.
+/// Returns a job that the server would send to this worker, and that runs or has ended in this worker.
 fn withheld_by(world: &World, life: &Life) -> Option<String> {
     let server = world.server_of(life);
     let is_withheld = |run: &&Run| {
@@ -368,7 +368,7 @@ fn withheld_by(world: &World, life: &Life) -> Option<String> {
     here.iter().find(is_withheld).map(|run| run.id.clone())
 }
 
-/// Waits until all jobs are over, and watches that no worker idles meanwhile.
+/// Waits until all jobs are finished, and checks that no worker is idle meanwhile.
 async fn finish_all(world: &World, rng: &mut Rng, lives: &mut [Life], recovered: Instant) {
     let bound = recovered + bounds::work(&world.servers.iter().flat_map(Server::open_records).collect::<Vec<_>>());
     let mut idle_since: Vec<(usize, Instant)> = lives.iter().map(|_| (0, recovered)).collect();
@@ -389,7 +389,7 @@ async fn finish_all(world: &World, rng: &mut Rng, lives: &mut [Life], recovered:
     }
 }
 
-/// Checks that a worker which has a free loop and could take a job does so within some round trips.
+/// Checks that a worker with a free loop takes a ready job within a few round trips.
 fn check_that_it_works(world: &World, life: &Life, (progress, since): &mut (usize, Instant)) {
     let now = Instant::now();
     let concurrency = life.config.threads.get() * life.config.fibers.get();
@@ -404,14 +404,13 @@ fn check_that_it_works(world: &World, life: &Life, (progress, since): &mut (usiz
     }
 }
 
-/// Checks that a worker which has heard from the server again, and has something to tell it, does so after its first wait.
+/// Checks that a worker with unreported outcomes sends them within its first wait after a proper answer of the server.
 fn check_that_it_reports(world: &World, life: &Life) {
     let Talk { under_way, silent_since, heard, reported } = world.book.talk_of(&life.name);
     let (Some(heard), Some(silent_since), 0) = (heard, silent_since, under_way) else { return };
     let from = [Some(heard), Some(silent_since), reported, world.weather.retry_after()].into_iter().flatten().max();
     let due = from.unwrap_or(heard) + bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
-    // A worker reads no further while as many jobs wait in it as it has asked for. Some of them may be over at the server, which
-    // then sends more.
+    // A worker stops reading at a full prefetch. The server may count some of these jobs as finished, and send more.
     let reads = world.book.waiting_in(&life.name) < life.config.prefetch.get();
     if Instant::now() <= due || !reads {
         return;
@@ -427,11 +426,11 @@ fn check_that_it_reports(world: &World, life: &Life) {
     };
     if let Some(run) = world.book.untold_by(&life.name).iter().find(is_due) {
         let (name, id) = (&life.name, &run.id);
-        world.book.violation(format!("{name} has heard from the server, and does not tell how {id} ended"));
+        world.book.violation(format!("{name} has had a proper answer, but does not report how {id} ended"));
     }
 }
 
-/// Gives each worker jobs that no other takes: no place of a prefetch may be lost.
+/// Gives each worker jobs that only it takes, to check that no place in its prefetch is lost.
 async fn probe_each(world: &World, lives: &mut [Life]) {
     const LASTS: Duration = Duration::from_millis(100);
     for at in 0..lives.len() {
@@ -440,7 +439,7 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let (server, config) = (world.server_of(&lives[at]), &lives[at].config);
         let count = if lives[at].is_bounded() { 0 } else { 2 * config.prefetch.get() };
         let queue = config.queues.first().map_or(QUEUES[0], String::as_str).to_owned();
-        // A job whose report was refused for good comes back when the stream that held it is closed.
+        // A job whose report was refused for good becomes ready again when its stream is closed.
         let others: Vec<Record> = server.open_jobs().iter().filter_map(|id| server.job(id)).collect();
         let probes: Vec<String> = (0..count)
             .map(|_| {
@@ -452,7 +451,7 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let is_open = |id: &String| server.job(id).is_some_and(|probe| probe.status != Status::Completed);
         while probes.iter().any(is_open) {
             if Instant::now() > bound {
-                return world.book.violation(format!("{} does not do what it alone can do", lives[at].name));
+                return world.book.violation(format!("{} does not run the jobs that only it can take", lives[at].name));
             }
             sleep(LASTS).await;
         }
@@ -460,7 +459,7 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
     }
 }
 
-/// Waits for the end of a world, or for the first thing that is not as it must be.
+/// Waits for the end of a world, or for the first violation.
 pub async fn until_violated(world: &World, living: impl Future<Output = ()>) {
     tokio::select! {
         biased;

@@ -1,4 +1,4 @@
-//! What a daemon tells of itself over HTTP.
+//! A client of the admin server.
 
 use serde_json::Value;
 
@@ -8,7 +8,7 @@ use super::{Api, Running, eventually, runtime};
 pub struct Admin(Api);
 
 impl Admin {
-    /// That of a daemon which was started with `--admin-listen`.
+    /// Returns the admin server of a daemon started with `--admin-listen`.
     pub fn of(running: &Running) -> Self {
         let listening = running.wait_for_message("admin server listening");
         Self(Api::new(format!("http://{}", listening["address"].as_str().unwrap())))
@@ -28,7 +28,7 @@ impl Admin {
         body
     }
 
-    /// Waits until it is ready, or not.
+    /// Waits until `GET /ready` says that the daemon is ready, or not ready.
     pub fn wait_until_ready(&self, ready: bool) -> Vec<String> {
         eventually(&format!("ready: {ready}"), || {
             let (status, body) = self.call("GET", "/ready");
@@ -40,12 +40,12 @@ impl Admin {
         })
     }
 
-    /// Waits until the status is as it should be.
+    /// Waits until the status matches `wanted`.
     pub fn wait_for_status(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         eventually(what, || Some(self.status()).filter(|status| wanted(status)))
     }
 
-    /// The metrics, as they are written.
+    /// Returns the metrics as text.
     pub fn metrics(&self) -> String {
         runtime().block_on(async {
             let answer = reqwest::get(format!("{}/metrics", self.0.url)).await.unwrap();
@@ -55,7 +55,7 @@ impl Admin {
         })
     }
 
-    /// Waits until a metric has that value. `name` has its labels with it, in the order of the alphabet.
+    /// Waits until a metric has this value. `name` includes the labels, in alphabetical order.
     pub fn wait_for_metric(&self, name: &str, value: &str) {
         let line = format!("zizq_worker_{name} {value}");
         eventually(&line, || self.metrics().lines().any(|found| found == line).then_some(()));

@@ -1,4 +1,4 @@
-//! A real Chromium without a window, steered over a pipe by the DevTools protocol: JSON messages that end with a zero byte.
+//! A headless Chromium, controlled over pipes with the DevTools protocol: JSON messages that end with a zero byte.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -15,10 +15,10 @@ use tempfile::TempDir;
 
 use super::{PATIENCE, eventually};
 
-/// The names under which distributions install it.
+/// The names of Chromium in distributions.
 const NAMES: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
 
-/// Nothing but the page is asked for, and no rights are needed.
+/// Flags with which the browser requests only the page, and needs no privileges.
 const FLAGS: [&str; 13] = [
     "--headless",
     "--no-sandbox",
@@ -35,7 +35,7 @@ const FLAGS: [&str; 13] = [
     "--remote-debugging-pipe",
 ];
 
-/// Held by the one browser that runs: several at once are slow to start, or do not start where memory is short.
+/// The lock of the only running browser. Several browsers at once start slowly, or not at all if memory is short.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// A browser with one page.
@@ -46,12 +46,12 @@ pub struct Browser {
     messages: Receiver<Value>,
     session: Option<String>,
     next: u64,
-    /// Everything that the page has caused so far.
+    /// All events of the page so far.
     events: Vec<Value>,
     profile: TempDir,
 }
 
-/// Finds a browser. Only CI must have one.
+/// Finds a browser. Panics in CI if there is none.
 fn find() -> Option<PathBuf> {
     let found = NAMES.iter().find_map(|name| which::which(name).ok());
     if found.is_none() {
@@ -82,7 +82,7 @@ impl Browser {
     fn start(program: &Path) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let profile = TempDir::with_prefix("zizq-worker-browser-").unwrap();
-        // It reads its commands from descriptor 3 and writes its messages to 4.
+        // The browser reads commands from descriptor 3, and writes messages to descriptor 4.
         let mut shell = Command::new("sh");
         shell.args(["-c", "exec 3<&0 4>&1 0</dev/null 1>&2; exec \"$@\"", "sh"]).arg(program).args(FLAGS);
         shell.arg(format!("--user-data-dir={}", profile.path().display()));
@@ -98,7 +98,7 @@ impl Browser {
         Self { _turn: turn, child, commands, messages, session: None, next: 1, events: Vec::new(), profile }
     }
 
-    /// Has the browser do something, and returns its answer.
+    /// Sends a command to the browser, and returns the answer.
     fn call(&mut self, method: &str, params: Value) -> Value {
         let id = self.next;
         self.next += 1;
@@ -129,12 +129,12 @@ impl Browser {
         answer["result"]["value"].clone()
     }
 
-    /// The text of the page, as a reader sees it.
+    /// Returns the visible text of the page.
     pub fn text(&mut self) -> String {
         self.evaluate("document.body.innerText").as_str().unwrap().to_owned()
     }
 
-    /// Waits until the page's text is as it should be.
+    /// Waits until the page's text matches `wanted`.
     pub fn wait_for_text(&mut self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
         let mut text = String::new();
         eventually(what, || {
@@ -144,7 +144,7 @@ impl Browser {
         text
     }
 
-    /// Shows the page in a window of that size, dark or light.
+    /// Shows the page in a window of this size, in this color scheme.
     pub fn resize(&mut self, width: u32, height: u32, scheme: &str) {
         let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": false});
         self.call("Emulation.setDeviceMetricsOverride", size);
@@ -152,7 +152,7 @@ impl Browser {
         self.call("Emulation.setEmulatedMedia", features);
     }
 
-    /// A picture of the window, as PNG.
+    /// Returns a picture of the window, as PNG.
     pub fn screenshot(&mut self) -> Vec<u8> {
         let answer = self.call("Page.captureScreenshot", json!({"format": "png", "optimizeForSpeed": false}));
         BASE64_STANDARD.decode(answer["data"].as_str().unwrap()).unwrap()
@@ -162,14 +162,14 @@ impl Browser {
         self.events.iter().filter(move |event| event["method"] == method).map(|event| &event["params"])
     }
 
-    /// The urls that the page has asked for so far.
+    /// Returns the urls that the page has requested so far.
     pub fn requests(&mut self) -> Vec<String> {
         self.evaluate("0");
         let requests = self.of("Network.requestWillBeSent");
         requests.map(|request| request["request"]["url"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// What the console has shown so far: errors of the script, violations of the policy, and dialogs.
+    /// Returns the complaints so far: script errors, policy violations, and dialogs.
     pub fn complaints(&mut self) -> Vec<String> {
         self.evaluate("0");
         let methods =

@@ -1,4 +1,4 @@
-//! The daemon as its users run it: a process with arguments, an environment, signals, a log and an exit status.
+//! The daemon as a process, with arguments, an environment, signals, a log and an exit status.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -19,10 +19,10 @@ use tempfile::TempDir;
 
 use super::{Api, Refused, eventually, seccomp, terminal};
 
-/// The arguments by which setpriv starts a command as a user without rights.
+/// The arguments of setpriv that start a command as an unprivileged user.
 const AS_NOBODY: [&str; 4] = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
 
-/// A daemon that has not started: `Daemon::of(&server).threads(4).sh("exit 3").start()`.
+/// A builder for a daemon: `Daemon::of(&server).threads(4).sh("exit 3").start()`.
 pub struct Daemon {
     command: Command,
     terminal: Option<File>,
@@ -32,17 +32,17 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon for that server, with its log as JSON at level debug.
+    /// Returns a daemon for this server, which logs JSON at level debug.
     pub fn of(server: &Api) -> Self {
         Self::at(&server.url)
     }
 
-    /// A daemon for whatever is at that url.
+    /// Returns a daemon for the server at this url.
     pub fn at(url: &str) -> Self {
         Self::bare().args(["--url", url, "--log-format", "json", "--log-level", "debug"])
     }
 
-    /// A daemon without any argument or `ZIZQ_*` variable.
+    /// Returns a daemon without arguments and without `ZIZQ_*` variables.
     pub fn bare() -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_zizq-worker"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_remove("RUST_LOG");
@@ -73,7 +73,7 @@ impl Daemon {
         self
     }
 
-    /// The log goes to a terminal, as it does when somebody is watching.
+    /// Sends the log to a terminal.
     pub fn on_terminal(mut self) -> Self {
         let (ours, theirs) = terminal::open();
         self.command.stderr(theirs);
@@ -81,14 +81,15 @@ impl Daemon {
         self
     }
 
-    /// The same with a terminal of so many columns.
+    /// Sends the log to a terminal with this many columns.
     pub fn on_terminal_of(self, columns: u16) -> Self {
         let daemon = self.on_terminal();
         terminal::resize(daemon.terminal.as_ref().unwrap(), columns);
         daemon
     }
 
-    /// Starts it by `leader`, the leader of a session whose controlling terminal is stdin; the log goes elsewhere.
+    /// Starts the daemon from `leader`, the leader of a session whose controlling terminal is stdin. The log does not
+    /// go to the terminal.
     pub fn in_session_of<const N: usize>(self, leader: [&str; N]) -> Self {
         let mut setsid = Command::new("setsid");
         setsid.arg("-c").args(leader);
@@ -99,7 +100,7 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it as the leader of a session, with its log on the controlling terminal.
+    /// Starts the daemon as the leader of a session, with its log on the controlling terminal.
     pub fn on_controlling_terminal(self) -> Self {
         let mut daemon = self.in_session_of([]);
         let (ours, theirs) = terminal::open();
@@ -108,7 +109,7 @@ impl Daemon {
         daemon
     }
 
-    /// As a shell with job control starts it.
+    /// Starts the daemon in a process group of its own, like a shell with job control.
     pub fn in_a_group_of_its_own(mut self) -> Self {
         self.command.process_group(0);
         self
@@ -119,7 +120,7 @@ impl Daemon {
         self
     }
 
-    /// A shell script as the handler. `$DIR` is the test's own directory.
+    /// Sets a shell script as the handler. `$DIR` is the test's directory.
     pub fn sh(self, script: &str) -> Self {
         let path = self.script("handle.sh", script);
         self.args(["--exec", path.to_str().unwrap()])
@@ -150,19 +151,19 @@ impl Daemon {
         self.args(["--config", path.to_str().unwrap()])
     }
 
-    /// The same, with `$DIR` in it for the test's directory.
+    /// Writes a configuration file in which `$DIR` is the test's directory.
     pub fn handlers(self, toml: &str) -> Self {
         let toml = toml.replace("$DIR", self.dir.path().to_str().unwrap());
         self.config(&toml)
     }
 
-    /// One shell script for all jobs, with these settings.
+    /// Sets one shell script for all jobs, with these settings.
     pub fn handler(self, script: &str, settings: &str) -> Self {
         self.script("handle.sh", script);
         self.handlers(&format!("[handler]\nexec = ['$DIR/handle.sh']\n{settings}"))
     }
 
-    /// Puts functions of the C library's out of order, by others in C that come before them.
+    /// Replaces functions of the C library by these functions in C, with LD_PRELOAD.
     pub fn preload(self, source: &str) -> Self {
         let (source, library) = (self.file("preload.c", source), self.dir().join("preload.so"));
         let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status().unwrap();
@@ -174,23 +175,24 @@ impl Daemon {
         self.dir.path()
     }
 
-    /// Starts it from a shell that first does `what`: to limits and signals, which are handed down.
+    /// Starts the daemon from a shell that first runs `what`, which can change inherited limits and signals.
     pub fn after(self, what: &str) -> Self {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("{what}; exec \"$@\""), "sh"]);
         self.wrap(shell)
     }
 
-    /// Starts it in a sandbox that refuses these calls to it and to all that it starts. Last, as what wraps it is refused them too.
+    /// Starts the daemon in a sandbox that refuses these system calls to the daemon and to its children. Must be called
+    /// last, because the sandbox also applies to the commands that wrap the daemon.
     pub fn in_sandbox<const N: usize>(mut self, refused: [Refused; N]) -> Self {
         seccomp::refuse(&mut self.command, &refused);
         self
     }
 
-    /// Starts it as process 1 of a namespace, as in a container without an init.
+    /// Starts the daemon as process 1 of a namespace, as in a container without an init.
     pub fn in_pid_namespace(self) -> Self {
         let mut unshare = Command::new("unshare");
-        // Who is not root becomes it in a namespace of users.
+        // In a user namespace, any user becomes root.
         if !rustix::process::getuid().is_root() {
             unshare.args(["--user", "--map-root-user"]);
         }
@@ -198,9 +200,9 @@ impl Daemon {
         self.wrap(unshare)
     }
 
-    /// Starts it as a user without rights. Only root can do that.
+    /// Starts the daemon as an unprivileged user. Needs root.
     pub fn without_rights(self) -> Self {
-        // The build may be where this user may not look.
+        // The build directory may be inaccessible to this user.
         let copy = self.dir().join("zizq-worker");
         fs::copy(env!("CARGO_BIN_EXE_zizq-worker"), &copy).unwrap();
         fs::set_permissions(self.dir(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -209,7 +211,7 @@ impl Daemon {
         self.wrap_program(setpriv, copy.as_os_str().to_owned())
     }
 
-    /// Puts a `setpriv` into the test's directory by which every user becomes root. Returns whether that works here.
+    /// Puts a setuid `setpriv` into the test's directory. Reports whether this system lets it become root.
     pub fn has_way_to_root(&self) -> bool {
         let (found, copy) =
             (Command::new("sh").args(["-c", "command -v setpriv"]).output().unwrap(), self.dir().join("setpriv"));
@@ -228,7 +230,7 @@ impl Daemon {
         works
     }
 
-    /// Has another command start it.
+    /// Starts the daemon from another command.
     fn wrap(self, shell: Command) -> Self {
         let program = self.command.get_program().to_owned();
         self.wrap_program(shell, program)
@@ -247,13 +249,13 @@ impl Daemon {
         self
     }
 
-    /// What its handlers print is read from the log, but not kept.
+    /// Drops the events of the handlers' stderr from the recorded log.
     pub fn without_output(mut self) -> Self {
         self.keep_output = false;
         self
     }
 
-    /// Starts it.
+    /// Starts the daemon.
     pub fn start(mut self) -> Running {
         let mut child = self.command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -267,7 +269,7 @@ impl Daemon {
         let lines = Arc::clone(&log);
         let keep = move |line: &String| self.keep_output || !line.contains(r#""message":"stderr""#);
         let reading = std::thread::spawn(move || {
-            // A terminal ends with an error.
+            // A read from a closed terminal returns an error.
             let all = BufReader::new(stderr).split(b'\n').map_while(Result::ok);
             for line in all.map(|line| String::from_utf8_lossy(&line).into_owned()).filter(keep) {
                 lines.lock().unwrap().push(line);
@@ -284,20 +286,20 @@ impl Daemon {
         Running { child, command, log, screen, reading, output, terminal, dir: self.dir, exited: false }
     }
 
-    /// Starts it and waits for its end.
+    /// Starts the daemon and waits for its end.
     pub fn run(self) -> Finished {
         self.start().finish()
     }
 }
 
-/// Everything that has come to a terminal.
+/// All text that a terminal has received.
 type Screen = Arc<Mutex<Vec<u8>>>;
 
-/// A terminal that somebody watches: they see more than whole lines.
+/// A terminal. Unlike the log, it also shows incomplete lines.
 struct Watched {
     terminal: File,
     screen: Screen,
-    /// At its end when the watching is over.
+    /// The end of a pipe whose other end closes when the terminal hangs up.
     hung_up: PipeReader,
 }
 
@@ -316,7 +318,7 @@ impl Read for Watched {
     }
 }
 
-/// A daemon that runs. Dropped before its end it is killed, and when a test fails it shows what it did.
+/// A running daemon. Dropped before its end, it is killed. When a test fails, it prints its command, log and output.
 pub struct Running {
     child: Child,
     command: String,
@@ -324,18 +326,18 @@ pub struct Running {
     screen: Screen,
     reading: Option<JoinHandle<()>>,
     output: Option<JoinHandle<String>>,
-    /// Closed, it closes our end of a terminal.
+    /// The end of a pipe, or of the controlling terminal. Closing it hangs the terminal up.
     terminal: Option<OwnedFd>,
     dir: TempDir,
     exited: bool,
 }
 
-/// What a daemon has left: its log, its output, and how it ended.
+/// A daemon that has ended: its log, its output and its exit status.
 pub struct Finished {
     pub status: ExitStatus,
     pub log: Vec<String>,
     pub stdout: String,
-    /// What a terminal has shown.
+    /// The text on the terminal.
     pub screen: String,
     dir: TempDir,
 }
@@ -354,7 +356,7 @@ impl Running {
         self
     }
 
-    /// Signals another process of it.
+    /// Signals another process of the daemon.
     pub fn signal_process(&self, pid: u32, signal: Signal) {
         kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), signal).unwrap();
     }
@@ -367,7 +369,7 @@ impl Running {
         self.signal(Signal::INT)
     }
 
-    /// Closes the terminal, as when its window is closed.
+    /// Closes the terminal, as closing its window does.
     pub fn hang_up(&mut self) {
         self.terminal = None;
         if !self.screen().is_empty() {
@@ -375,12 +377,12 @@ impl Running {
         }
     }
 
-    /// The log so far.
+    /// Returns the log so far.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
     }
 
-    /// What the terminal has shown so far, its last line included.
+    /// Returns the text on the terminal so far, including an incomplete last line.
     pub fn screen(&self) -> String {
         String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
     }
@@ -392,14 +394,14 @@ impl Running {
         })
     }
 
-    /// Waits for an event with that message.
+    /// Waits for an event with this message.
     pub fn wait_for_message(&self, message: &str) -> Value {
         self.wait_for(&format!("log: {message}"), |event| {
             event["message"].as_str().is_some_and(|text| text.contains(message))
         })
     }
 
-    /// Waits until there are that many events with that message, and returns all of them.
+    /// Waits until there are this many events with this message, and returns all of them.
     pub fn wait_for_messages(&self, count: usize, message: &str) -> Vec<Value> {
         eventually(&format!("log: {count} × {message}"), || {
             let events = self.log().into_iter().filter_map(|line| serde_json::from_str::<Value>(&line).ok());
@@ -408,7 +410,7 @@ impl Running {
         })
     }
 
-    /// Waits until handlers have written that many lines into a file in the test's directory, and returns them.
+    /// Waits until handlers have written this many lines to a file in the test's directory, and returns the lines.
     pub fn wait_for_lines(&self, count: usize, name: &str) -> Vec<String> {
         let path = self.dir.path().join(name);
         eventually(&format!("{count} lines in {name}"), || {
@@ -418,19 +420,19 @@ impl Running {
         })
     }
 
-    /// Its memory, as the kernel counts it.
+    /// Returns the resident memory in KiB.
     pub fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim_end_matches("kB").trim().parse().unwrap()
     }
 
-    /// How many descriptors it has open.
+    /// Returns the number of open descriptors.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
-    /// Waits until one of its threads reads from its stdin, as the kernel sees it.
+    /// Waits until a thread of the daemon is in a read of stdin.
     pub fn wait_for_blocked_read(&self) {
         let tasks = Path::new("/proc").join(self.pid().to_string()).join("task");
         eventually("a read from stdin", || {
@@ -442,25 +444,25 @@ impl Running {
         });
     }
 
-    /// Waits until a handler has made a file in the test's directory, and returns what is in it.
+    /// Waits until a handler has created a file in the test's directory, and returns its content.
     pub fn wait_for_file(&self, name: &str) -> String {
         let path = self.dir.path().join(name);
         eventually(&format!("file {name}"), || fs::read_to_string(&path).ok().filter(|text| text.ends_with('\n')))
     }
 
-    /// The most memory that it has had resident so far, in KiB.
+    /// Returns the peak of the resident memory so far, in KiB.
     pub fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
         peak.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Tells handlers that wait for a file `go` in the test's directory.
+    /// Releases the handlers that wait for a file `go` in the test's directory.
     pub fn go(&self) {
         fs::write(self.dir().join("go"), "").unwrap();
     }
 
-    /// Stops it, and waits for its end.
+    /// Stops the daemon, and waits for its end.
     pub fn stop(self) -> Finished {
         self.sigterm();
         self.assert_exit(0)
@@ -491,31 +493,31 @@ impl Finished {
         self
     }
 
-    /// Ended as asked, or by the signal itself if it came before anyone listened.
+    /// Asserts an exit with status 0, or a death by the signal if it arrived before the daemon installed its handlers.
     #[track_caller]
     pub fn assert_obeyed(self) {
         let obeyed = self.status.code() == Some(0) || self.status.signal() == Some(Signal::TERM.as_raw());
         assert!(obeyed, "{}, log:\n{}", self.status, self.log.join("\n"));
     }
 
-    /// The events of a JSON log.
+    /// Returns the events of a JSON log.
     pub fn events(&self) -> Vec<Value> {
         self.log.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// The one event with that message.
+    /// Returns the only event with this message.
     #[track_caller]
     pub fn event(&self, message: &str) -> Value {
         let found = self.events().into_iter().find(|event| event["message"] == message);
         found.unwrap_or_else(|| panic!("no {message:?} in the log:\n{}", self.log.join("\n")))
     }
 
-    /// All events with that message.
+    /// Returns all events with this message.
     pub fn all(&self, message: &str) -> Vec<Value> {
         self.events().into_iter().filter(|event| event["message"] == message).collect()
     }
 
-    /// Whether the log has an event with that message.
+    /// Reports whether the log has an event with this message.
     pub fn has(&self, message: &str) -> bool {
         self.events().iter().any(|event| event["message"] == message)
     }
@@ -524,7 +526,7 @@ impl Finished {
         self.dir.path()
     }
 
-    /// What a handler wrote into the test's directory; nothing when it wrote no such file.
+    /// Returns the content of a file in the test's directory, or an empty string if there is no such file.
     pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.dir.path().join(name)).unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! A file system that hangs, as that of a network does whose server is gone.
+//! A file system that hangs, like a network file system whose server is gone.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-/// A file system of which each file is waited for until the process is killed. Dropped, it is taken away.
+/// A file system on which every access waits until the process is killed. Unmounted on drop.
 pub struct HungFileSystem {
     mount_point: PathBuf,
-    /// The kernel asks here, and is not answered.
+    /// The FUSE device. The kernel's requests on it are never answered.
     _device: File,
 }
 
 impl HungFileSystem {
-    /// Mounts it over a directory. Returns nothing, and says so, where this process may not do that.
+    /// Mounts the file system over a directory. Returns `None`, with a message, if this process may not mount.
     pub fn mount(at: &Path) -> Option<Self> {
         let mounted = File::options().read(true).write(true).open("/dev/fuse").and_then(|device| {
             let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());

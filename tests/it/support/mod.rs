@@ -1,4 +1,4 @@
-//! What the tests are made of: a server, the daemon as a real process, and handlers as real scripts.
+//! The tests' building blocks: servers, the daemon as a real process, and handlers as real scripts.
 
 mod admin;
 mod authority;
@@ -37,10 +37,10 @@ pub use warm::{
     Warm, assert_dead, assert_none_failed, enqueue_many, handler as warm_handler, replace, wait_until_dead,
 };
 
-/// How long a test waits for something that must happen: far longer than it ever takes.
+/// The time limit of each wait for an event, far longer than any event takes.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Looks until `look` finds something. Panics with `what` when it never does.
+/// Polls `look` until it returns a value. Panics with `what` after [`PATIENCE`].
 pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
@@ -52,15 +52,15 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Runs until the test's directory has a file `go`.
+/// A script that runs until the test's directory has a file `go`.
 pub const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go ]; do sleep 0.01; done";
 
-/// Jobs that differ in nothing.
+/// Returns `count` equal jobs.
 pub fn jobs(count: usize) -> Vec<Value> {
     vec![json!({"queue": "q", "type": "t", "payload": null}); count]
 }
 
-/// Whether a process runs; a zombie does not.
+/// Reports whether a process runs. A zombie does not run.
 pub fn is_alive(pid: &str) -> bool {
     let stat = fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z") && !rest.starts_with(" X"))

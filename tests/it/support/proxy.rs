@@ -1,4 +1,4 @@
-//! A proxy in front of a server: it records what passes, and does to it what networks and servers do on bad days.
+//! A proxy in front of a server. It records the requests, and injects the faults of networks and servers.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -30,58 +30,58 @@ use tokio_util::task::AbortOnDropHandle;
 use super::server::{Server, runtime};
 use super::{Api, eventually};
 
-/// A running proxy; its API is the server's, through it.
+/// A running proxy. Its API is the server's, through the proxy.
 pub struct Proxy {
     api: Api,
     shared: Arc<Shared>,
     _stop: DropGuard,
 }
 
-/// The calls that a fault can be laid on.
+/// The kinds of calls that can meet a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
     Take,
     Successes,
     Failure,
-    /// A look at a job.
+    /// `GET` of a job.
     Job,
 }
 
-/// What happens to a call instead of its passing.
+/// A fault of a call.
 #[derive(Debug, Clone)]
 pub enum Fault {
-    /// It is answered here, with this status and body; the server does not hear of it.
+    /// The proxy answers with this status and body. The server does not receive the call.
     Answer(u16, &'static str),
-    /// It waits at the gate, and passes when the gate is released.
+    /// The call waits at the gate, and passes when the gate is released.
     Hold(Gate),
-    /// Its connection is cut before the server hears of it.
+    /// The connection is cut before the server receives the call.
     Cut,
-    /// Its connection is reset before the server hears of it.
+    /// The connection is reset before the server receives the call.
     Reset,
-    /// The server carries it out, but its connection is cut before the answer arrives.
+    /// The server executes the call, but the connection is cut before the answer arrives.
     Swallow,
-    /// The server carries it out, but the answer is lost, and another one is given with this status.
+    /// The server executes the call, but the proxy replaces the answer by one with this status.
     Lose(u16),
-    /// It passes after a while.
+    /// The call passes after a delay.
     Delay(Duration),
-    /// It passes, but this befalls the body of its answer.
+    /// The call passes, but the body of its answer meets this fault.
     Body(BodyFault),
 }
 
-/// What happens to the body of an answer, which for a take stream is the stream.
+/// A fault of an answer's body, which for a take stream is the stream.
 #[derive(Debug, Clone, Copy)]
 pub enum BodyFault {
-    /// Its connection is cut after so many bytes …
+    /// The connection is cut after this many bytes.
     CutAfterBytes(usize),
-    /// … or after so many jobs.
+    /// The connection is cut after this many jobs.
     CutAfterJobs(usize),
-    /// It comes byte by byte.
+    /// The body arrives byte by byte.
     Drip,
-    /// After so many jobs nothing more comes, not even an end.
+    /// Nothing arrives after this many jobs, not even the end.
     StallAfterJobs(usize),
 }
 
-/// Holds calls back until it is released.
+/// A gate that holds calls back until it is released.
 #[derive(Debug, Clone)]
 pub struct Gate(watch::Sender<Held>);
 
@@ -91,15 +91,15 @@ struct Held {
     released: bool,
 }
 
-/// What the proxy has seen, in order.
+/// An event at the proxy.
 #[derive(Debug, Clone)]
 pub enum Event {
     Request(Seen),
-    /// The connection with that number has ended, whoever ended it.
+    /// The connection with this number has ended, from either side.
     Closed(usize),
 }
 
-/// A request as it arrived.
+/// A request that arrived.
 #[derive(Debug, Clone)]
 pub struct Seen {
     /// The number of its connection.
@@ -115,7 +115,7 @@ struct Shared {
     upstream: SocketAddr,
     rules: Mutex<Vec<Rule>>,
     events: Mutex<Vec<Event>>,
-    /// The connections that carry a take stream.
+    /// The connections with a take stream.
     streams: Mutex<Vec<Connection>>,
     tls: Option<Arc<ServerConfig>>,
     http1_only: bool,
@@ -137,17 +137,17 @@ impl std::ops::Deref for Proxy {
 }
 
 impl Proxy {
-    /// A proxy without faults, which speaks HTTP/1.1 only, as many reverse proxies do.
+    /// Starts a proxy without faults. It speaks only HTTP/1.1, like many reverse proxies.
     pub fn before(server: &Server) -> Self {
         Self::start(server.address(), None, true)
     }
 
-    /// The same before any server.
+    /// Starts a proxy in front of any server.
     pub fn before_address(server: SocketAddr) -> Self {
         Self::start(server, None, true)
     }
 
-    /// One that ends TLS.
+    /// Starts a proxy that terminates TLS.
     pub fn with_tls(server: &Server, tls: Arc<ServerConfig>, http1_only: bool) -> Self {
         Self::start(server.address(), Some(tls), http1_only)
     }
@@ -169,41 +169,41 @@ impl Proxy {
         Self { api, shared, _stop: stop.drop_guard() }
     }
 
-    /// Lays a fault on every such call from now on.
+    /// Injects a fault into every further call of this kind.
     pub fn fault(&self, call: Call, fault: Fault) -> &Self {
         self.fault_times(usize::MAX, call, fault)
     }
 
-    /// Lays a fault on the next `times` such calls. Faults on the same call take turns in the order of their laying.
+    /// Injects a fault into the next `times` calls of this kind. Several faults apply in the order of their injection.
     pub fn fault_times(&self, times: usize, call: Call, fault: Fault) -> &Self {
         self.shared.rules.lock().unwrap().push(Rule { call, fault, times });
         self
     }
 
-    /// Holds such calls back until the gate is released.
+    /// Holds further calls of this kind back until the gate is released.
     pub fn hold(&self, call: Call) -> Gate {
         let gate = Gate(watch::Sender::default());
         self.fault(call, Fault::Hold(gate.clone()));
         gate
     }
 
-    /// Takes all faults away; what is held stays held.
+    /// Removes all faults. Calls that are held stay held.
     pub fn heal(&self) -> &Self {
         self.shared.rules.lock().unwrap().clear();
         self
     }
 
-    /// Cuts the connections of all take streams, without a word.
+    /// Cuts the connections of all take streams.
     pub fn cut_streams(&self) {
         self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.cut.cancel());
     }
 
-    /// Resets the connections of all take streams: what was under way is lost.
+    /// Resets the connections of all take streams. Bytes in flight are lost.
     pub fn reset_streams(&self) {
         self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.reset());
     }
 
-    /// From now on nothing more comes over the take streams that are open, not even their end.
+    /// Silences all open take streams. Nothing more arrives over them, not even their end.
     pub fn stall_streams(&self) {
         self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.stall.cancel());
     }
@@ -212,7 +212,7 @@ impl Proxy {
         self.shared.events.lock().unwrap().clone()
     }
 
-    /// The calls of one kind so far.
+    /// Returns the calls of one kind so far.
     pub fn calls(&self, call: Call) -> Vec<Seen> {
         let requests = self.events().into_iter().filter_map(|event| match event {
             Event::Request(seen) => Some(seen),
@@ -221,12 +221,12 @@ impl Proxy {
         requests.filter(|seen| seen.call == Some(call)).collect()
     }
 
-    /// Waits until there have been at least that many calls of one kind, and returns them.
+    /// Waits until there have been at least this many calls of one kind, and returns them.
     pub fn wait_for_calls(&self, call: Call, count: usize) -> Vec<Seen> {
         eventually(&format!("{count} × {call:?}"), || Some(self.calls(call)).filter(|calls| calls.len() >= count))
     }
 
-    /// Whether a connection has ended.
+    /// Reports whether a connection has ended.
     pub fn has_closed(&self, connection: usize) -> bool {
         self.events().iter().any(|event| matches!(event, Event::Closed(closed) if *closed == connection))
     }
@@ -238,25 +238,25 @@ impl Proxy {
 }
 
 impl Gate {
-    /// Lets everything pass, from now on as well.
+    /// Releases all held calls, and lets further calls pass.
     pub fn release(&self) {
         self.0.send_modify(|held| held.released = true);
     }
 
-    /// Waits until that many calls have come to the gate.
+    /// Waits until this many calls have reached the gate.
     pub fn wait_for(&self, count: usize) {
         eventually(&format!("{count} calls held back"), || (self.0.borrow().count >= count).then_some(()));
     }
 
     async fn pass(&self) {
         self.0.send_modify(|held| held.count += 1);
-        // It fails only once every sender is gone, and `self` is one.
+        // Cannot fail while a sender exists, and `self` is a sender.
         let _ = self.0.subscribe().wait_for(|held| held.released).await;
     }
 }
 
 impl Seen {
-    /// The ids that a bulk report names.
+    /// Returns the ids in a bulk report.
     pub fn ids(&self) -> Vec<String> {
         let body: Value = serde_json::from_slice(&self.body).unwrap();
         body["ids"].as_array().unwrap().iter().map(|id| id.as_str().unwrap().to_owned()).collect()
@@ -268,7 +268,7 @@ impl Shared {
         self.events.lock().unwrap().push(event);
     }
 
-    /// The fault that is next for such a call.
+    /// Returns the next fault for a call of this kind.
     fn next_fault(&self, call: Call) -> Option<Fault> {
         let mut rules = self.rules.lock().unwrap();
         let rule = rules.iter_mut().find(|rule| rule.call == call && rule.times > 0)?;
@@ -286,11 +286,11 @@ struct Connection {
     shared: Arc<Shared>,
     cut: CancellationToken,
     stall: CancellationToken,
-    /// Whether it ends with a reset.
+    /// Whether the connection ends with a reset.
     is_reset: Arc<AtomicBool>,
 }
 
-/// All that belongs to the proxy ends with this.
+/// Ends all tasks of the proxy on drop.
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = tokio::task::JoinSet::new();
     for number in 0.. {
@@ -332,7 +332,7 @@ impl Connection {
         if self.shared.http1_only {
             builder = builder.http1_only();
         }
-        // Cut: dropped as it stands, whatever was under way.
+        // To cut a connection is to drop it, with all bytes in flight.
         let _ = self.cut.run_until_cancelled(builder.serve_connection(TokioIo::new(stream), service)).await;
     }
 
@@ -370,9 +370,9 @@ impl Connection {
         }
     }
 
-    /// Notes what is asked for.
+    /// Records the request.
     fn record(&self, request: &Request<Bytes>) -> Option<Call> {
-        // A worker asks for it whenever it has connected, and nothing waits for that.
+        // Not recorded: a worker asks for the version after each connect, and waits for no answer.
         if request.uri().path() == "/version" {
             return None;
         }
@@ -390,21 +390,21 @@ impl Connection {
         call
     }
 
-    /// Has the server do what was asked. Its answer goes nowhere.
+    /// Passes the request to the server and drops the answer.
     async fn carry_out(&self, request: Request<Bytes>) {
-        // Read to its end: by then it is done.
+        // The end of the answer shows that the server has executed the call.
         if let Ok(answer) = self.forward(request, None).await {
             let _ = answer.into_body().collect().await;
         }
     }
 
-    /// Cuts this connection; there is no answer.
+    /// Cuts this connection without an answer.
     async fn hang_up(&self) -> Result<Response<Body>, Infallible> {
         self.cut.cancel();
         pending().await
     }
 
-    /// Passes a request on, over a connection of its own, which ends with the answer's body.
+    /// Forwards a request over a separate connection, which ends with the answer's body.
     async fn forward(&self, request: Request<Bytes>, fault: Option<BodyFault>) -> io::Result<Response<Body>> {
         let stream = TcpStream::connect(self.shared.upstream).await?;
         let (mut sender, upstream) = client::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
@@ -420,7 +420,7 @@ impl Connection {
     }
 }
 
-/// A request of HTTP/2 has its host in its target.
+/// Converts a request to HTTP/1.1, where the host is in a header and not in the target.
 fn for_http1(mut request: Request<Bytes>) -> Request<Bytes> {
     if let Some(host) = request.uri().authority().map(|authority| authority.as_str().parse().unwrap()) {
         request.headers_mut().insert(hyper::header::HOST, host);
@@ -430,14 +430,14 @@ fn for_http1(mut request: Request<Bytes>) -> Request<Bytes> {
     request
 }
 
-/// An answer's body as it passes.
+/// An answer's body on its way through the proxy.
 struct Passing {
     body: Incoming,
     fault: Option<BodyFault>,
     connection: Connection,
-    /// How many bytes or jobs have passed, whichever count.
+    /// The number of bytes or jobs that have passed, as the fault counts them.
     passed: usize,
-    /// What has arrived and not passed.
+    /// Bytes that have arrived and not yet passed.
     rest: Bytes,
     _upstream: AbortOnDropHandle<()>,
 }
@@ -470,7 +470,7 @@ impl Passing {
     }
 
     async fn end<T>(self) -> T {
-        // hyper writes what it was given when it asks for more and has to wait.
+        // hyper flushes a frame only when it polls for the next one and has to wait.
         tokio::time::sleep(Duration::from_millis(20)).await;
         if !matches!(self.fault, Some(BodyFault::StallAfterJobs(_))) {
             self.connection.cut.cancel();
@@ -478,13 +478,13 @@ impl Passing {
         pending().await
     }
 
-    /// What passes next of what has arrived.
+    /// Returns the next part to pass of the bytes that have arrived.
     async fn next(&mut self) -> Bytes {
         let all = self.rest.len();
         let length = match self.fault {
             None => all,
             Some(BodyFault::Drip) => {
-                // So that each byte is seen by itself.
+                // A pause after each byte, so that the reader sees it alone.
                 tokio::time::sleep(Duration::from_micros(200)).await;
                 1
             }
@@ -496,7 +496,7 @@ impl Passing {
         let data = self.rest.split_to(length);
         self.passed += match self.fault {
             Some(BodyFault::CutAfterBytes(_)) => length,
-            // A heartbeat is no job.
+            // A heartbeat does not count as a job.
             _ => usize::from(length > 1 && data.ends_with(b"\n")),
         };
         data

@@ -1,4 +1,4 @@
-//! A server that does only what a test tells it, byte by byte: for all that a real one never does.
+//! A server under byte-by-byte control of a test, for behaviour that a real server never shows.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -6,27 +6,27 @@ use std::time::Duration;
 
 use super::{PATIENCE, eventually};
 
-/// A listener; each connection and each answer is made by the test.
+/// A listener. The test accepts each connection and sends each answer.
 pub struct RawServer {
     listener: TcpListener,
     address: SocketAddr,
 }
 
-/// One request, and the connection on which it came.
+/// One request, and its connection.
 pub struct RawRequest {
-    /// The request line and the headers, names in lower case as hyper sends them.
+    /// The request line and the headers, with names in lower case as hyper sends them.
     pub head: String,
     pub body: String,
     stream: TcpStream,
 }
 
 impl RawServer {
-    /// Listens on a port of its own.
+    /// Listens on a free port.
     pub fn start() -> Self {
         Self::at("127.0.0.1:0".parse().unwrap())
     }
 
-    /// Listens on a port that was free a moment ago.
+    /// Listens on this port.
     pub fn at(address: SocketAddr) -> Self {
         let listener = TcpListener::bind(address).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -38,8 +38,8 @@ impl RawServer {
         format!("http://{}", self.address)
     }
 
-    /// Waits for the next connection and the first request on it. What asks for the version is answered here: a worker
-    /// asks whenever it has connected, waits for nothing of it, and may give it up before it has asked.
+    /// Waits for the next connection and its first request. Requests for the version are answered here, because a
+    /// worker sends one after each connect, does not wait for the answer, and may cancel the request before it is sent.
     pub fn request(&self) -> RawRequest {
         loop {
             match RawRequest::read(self.connection()) {
@@ -50,19 +50,19 @@ impl RawServer {
         }
     }
 
-    /// Answers the next request, whatever it asks for.
+    /// Answers the next request of any kind.
     pub fn answer_next(&self, status: &str, body: &str) {
         let request = RawRequest::read(self.connection());
         request.expect("a request").answer(status, body);
     }
 
-    /// Waits for the next connection, and reads nothing.
+    /// Waits for the next connection, without reading from it.
     pub fn connection(&self) -> TcpStream {
         let (stream, _) = eventually("a connection", || self.listener.accept().ok());
         patient(stream)
     }
 
-    /// Whether nobody waits for an answer.
+    /// Reports whether no request is waiting for an answer.
     pub fn is_quiet(&self) -> bool {
         while let Ok((stream, _)) = self.listener.accept() {
             match RawRequest::read(patient(stream)) {
@@ -74,7 +74,7 @@ impl RawServer {
         true
     }
 
-    /// Waits for the next request for the take stream and opens it.
+    /// Waits for the next request for a take stream, and opens the stream.
     pub fn take(&self) -> RawRequest {
         self.request().open()
     }
@@ -95,7 +95,7 @@ impl RawRequest {
         self.answer("200 OK", &format!(r#"{{"version":"{}"}}"#, env!("CARGO_PKG_VERSION")));
     }
 
-    /// Nothing when the connection ends before there is a request.
+    /// Reads a request. Returns `None` if the connection ends first.
     fn read(mut stream: TcpStream) -> Option<Self> {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -118,13 +118,13 @@ impl RawRequest {
         self.head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
     }
 
-    /// Answers with a status and a body, and closes.
+    /// Answers with a status and a body, and closes the connection.
     pub fn answer(mut self, status: &str, body: &str) {
         let length = body.len();
         self.write(&format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"));
     }
 
-    /// Answers with a stream that has not ended.
+    /// Answers with a stream, which stays open.
     pub fn open(mut self) -> Self {
         self.write("HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n");
         self
@@ -134,22 +134,22 @@ impl RawRequest {
         self.chunk("\n")
     }
 
-    /// Sends a job with that id.
+    /// Sends a job with this id.
     pub fn job(&mut self, id: &str) -> &mut Self {
         self.attempt(id, 0)
     }
 
-    /// Sends a job that has failed so many times.
+    /// Sends a job with this many failed attempts.
     pub fn attempt(&mut self, id: &str, attempts: u32) -> &mut Self {
         self.typed_attempt(id, "t", attempts)
     }
 
-    /// Sends a job of that type.
+    /// Sends a job of this type.
     pub fn typed_job(&mut self, id: &str, job_type: &str) -> &mut Self {
         self.typed_attempt(id, job_type, 0)
     }
 
-    /// Sends a job of that type that has failed so many times.
+    /// Sends a job of this type with this many failed attempts.
     pub fn typed_attempt(&mut self, id: &str, job_type: &str, attempts: u32) -> &mut Self {
         let fields = r#""queue":"q","priority":32768,"status":"in_flight","payload":null,"ready_at":1,"dequeued_at":1"#;
         self.chunk(&format!("{{\"id\":\"{id}\",\"type\":\"{job_type}\",{fields},\"attempts\":{attempts}}}\n"))
@@ -160,18 +160,18 @@ impl RawRequest {
         self
     }
 
-    /// Ends the stream as a server does that shuts down in good order.
+    /// Ends the stream like a server that shuts down gracefully.
     pub fn end(mut self) {
         self.write("0\r\n\r\n");
     }
 
     /// Waits until the client has closed the connection.
     pub fn wait_until_closed(mut self) {
-        // A reset is an end as well.
+        // A reset also counts as closed.
         let _ = self.stream.read_to_end(&mut Vec::new());
     }
 
-    /// Whether the client still holds the connection open.
+    /// Reports whether the client still holds the connection open.
     pub fn is_open(&self) -> bool {
         self.stream.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
         let open = matches!(self.stream.peek(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock);

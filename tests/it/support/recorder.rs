@@ -1,4 +1,4 @@
-//! A server that does nothing but to listen: it keeps what it is asked, and always gives the same answer.
+//! A server that records all requests, and always gives the same answer.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,13 +10,13 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Answers everything with that status and text.
+    /// Starts a server that answers each request with this status and text.
     pub fn answering(status: u16, body: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&requests);
-        // It ends with the process.
+        // The thread ends with the process.
         std::thread::spawn(move || {
             for connection in listener.incoming() {
                 let connection = connection.unwrap();
@@ -31,12 +31,12 @@ impl Recorder {
         Self { url, requests }
     }
 
-    /// The heads of all requests so far; an empty one for a connection without a request.
+    /// Returns the heads of all requests so far. A connection without a request has an empty head.
     pub fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap().clone()
     }
 
-    /// The value of a header in the first request.
+    /// Returns the value of a header in the first request.
     pub fn header(&self, name: &str) -> Option<String> {
         let head = self.requests().into_iter().next()?;
         let headers = head.lines().filter_map(|line| line.split_once(": "));

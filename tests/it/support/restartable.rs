@@ -1,4 +1,4 @@
-//! A server that a test can restart: the embedded one, or a real one by a command that is given for it.
+//! A server that a test can restart: the embedded one, or a real one with a restart command.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::Command;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Api, Server, eventually};
 
-/// A server, and a queue in it that nobody else uses.
+/// A server, and a queue on it for this test alone.
 pub struct Restartable {
     api: Api,
     embedded: Option<Server>,
@@ -29,7 +29,7 @@ impl Restartable {
         Self { api: Api::new(&*server.url), embedded: Some(server), queue: "q".to_owned() }
     }
 
-    /// The server at `ZIZQ_URL`, if `ZIZQ_RESTART_CMD` is given as well.
+    /// Returns the server at `ZIZQ_URL`, if `ZIZQ_RESTART_CMD` is set as well.
     pub fn real() -> Option<Self> {
         let url = std::env::var("ZIZQ_URL").ok().filter(|_| std::env::var_os("ZIZQ_RESTART_CMD").is_some());
         if url.is_none() {
@@ -44,12 +44,12 @@ impl Restartable {
         authority.to_socket_addrs().unwrap().next().unwrap()
     }
 
-    /// The body that enqueues a job.
+    /// Returns the body of a request that enqueues a job.
     pub fn order(&self, job_type: &str, payload: Value) -> Value {
         json!({"queue": self.queue, "type": job_type, "payload": payload})
     }
 
-    /// Ends the server as a crash would, and starts it again after `pause`, or when the command does.
+    /// Crashes and restarts the server. The embedded one restarts after `pause`, a real one by the command.
     pub fn restart(&mut self, pause: Duration) {
         match &mut self.embedded {
             Some(server) => {
@@ -65,7 +65,7 @@ impl Restartable {
         }
     }
 
-    /// How many of the queue's jobs are not done.
+    /// Returns the number of unfinished jobs in the queue.
     pub fn unfinished(&self) -> u64 {
         let path = format!("/jobs/count?queue={}&status=scheduled,ready,in_flight", self.queue);
         self.call("GET", &path, None).1["count"].as_u64().unwrap()

@@ -1,4 +1,4 @@
-//! System calls that a sandbox refuses, by a filter that each process below inherits.
+//! A sandbox that refuses system calls with a seccomp filter, which all child processes inherit.
 
 #![expect(unsafe_code, reason = "no safe wrapper installs a filter, and it has to be done between fork and exec")]
 
@@ -12,25 +12,25 @@ use rustix::io::Errno;
 #[derive(Debug, Clone, Copy)]
 pub struct Refused {
     pub call: libc::c_long,
-    /// Its first argument has one of these bits, unless this is 0 …
+    /// Bits of which the first argument must have at least one. 0 means any argument.
     pub with: libc::c_int,
-    /// … and none of these.
+    /// Bits of which the first argument must have none.
     pub without: libc::c_int,
     pub errno: Errno,
 }
 
 impl Refused {
-    /// That call, whatever its arguments.
+    /// Returns the refusal of a call with any arguments.
     pub fn call(call: libc::c_long, errno: Errno) -> Self {
         Self { call, with: 0, without: 0, errno }
     }
 
-    /// A `clone` with one of these flags that starts a process, and no thread.
+    /// Returns the refusal of a `clone` with one of these flags that starts a process. Threads can still be started.
     pub fn clone(flags: libc::c_int, errno: Errno) -> Self {
         Self { call: libc::SYS_clone, with: flags, without: libc::CLONE_THREAD, errno }
     }
 
-    /// Loads the call's number, and its first argument if the number is the call's.
+    /// Returns the part of the filter for this call: it compares the call's number, and then the first argument.
     fn filter(self) -> Vec<libc::sock_filter> {
         let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
         let equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
@@ -51,7 +51,7 @@ impl Refused {
     }
 }
 
-/// Has the command start in a sandbox that refuses these calls.
+/// Starts the command in a sandbox that refuses these calls.
 pub fn refuse(command: &mut Command, refused: &[Refused]) {
     let mut filter: Vec<libc::sock_filter> = refused.iter().flat_map(|refused| refused.filter()).collect();
     let code = (libc::BPF_RET | libc::BPF_K) as u16;

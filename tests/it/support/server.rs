@@ -1,4 +1,4 @@
-//! A Zizq server and its HTTP API, as a test sees them.
+//! A Zizq server, and a client of its HTTP API.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -18,7 +18,7 @@ pub fn runtime() -> &'static Runtime {
     RUNTIME.get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap())
 }
 
-/// The API of a server at some address.
+/// The API of a server.
 #[derive(Clone)]
 pub struct Api {
     pub url: String,
@@ -35,14 +35,14 @@ impl Api {
         self.enqueue_with(json!({"queue": queue, "type": job_type, "payload": payload}))
     }
 
-    /// Enqueues a job given as the body of the request.
+    /// Enqueues a job from the body of a request.
     pub fn enqueue_with(&self, job: Value) -> String {
         let (status, job) = self.call("POST", "/jobs", Some(job));
         assert_eq!(status, 201, "{job}");
         job["id"].as_str().unwrap().to_owned()
     }
 
-    /// Enqueues jobs at once and returns their ids.
+    /// Enqueues jobs in one request and returns their ids.
     pub fn enqueue_all(&self, jobs: impl IntoIterator<Item = Value>) -> Vec<String> {
         let jobs: Vec<Value> = jobs.into_iter().collect();
         let (status, answer) = self.call("POST", "/jobs/bulk", Some(json!({ "jobs": jobs })));
@@ -50,13 +50,13 @@ impl Api {
         answer["jobs"].as_array().unwrap().iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// The job, if the server still has it.
+    /// Returns a job, if the server still has it.
     pub fn job(&self, id: &str) -> Option<Value> {
         let (status, job) = self.call("GET", &format!("/jobs/{id}"), None);
         (status == 200).then_some(job)
     }
 
-    /// The errors reported for a job, in the order of its attempts.
+    /// Returns the errors reported for a job, in the order of its attempts.
     pub fn errors(&self, id: &str) -> Vec<Value> {
         let (_, answer) = self.call("GET", &format!("/jobs/{id}/errors?order=asc"), None);
         answer["errors"].as_array().cloned().unwrap_or_default()
@@ -66,7 +66,7 @@ impl Api {
         self.call("GET", &format!("/jobs/count?status={status}"), None).1["count"].as_u64().unwrap()
     }
 
-    /// Any call; an answer without a body is null.
+    /// Sends a call. An answer without a body is null.
     pub fn call(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
         runtime().block_on(async {
             let mut request = self.http.request(method.parse().unwrap(), format!("{}{path}", self.url));
@@ -79,13 +79,13 @@ impl Api {
         })
     }
 
-    /// Any call without a body, and the status of its answer, if there is one.
+    /// Sends a call without a body, and returns the status of the answer, if there is one.
     pub fn try_call(&self, method: &str, path: &str) -> Option<u16> {
         let request = self.http.request(method.parse().unwrap(), format!("{}{path}", self.url));
         runtime().block_on(async { Some(request.send().await.ok()?.status().as_u16()) })
     }
 
-    /// Waits until the job is gone, as a job is that succeeded.
+    /// Waits until the job is gone, which means that it has succeeded.
     pub fn wait_until_done(&self, id: &str) {
         eventually(&format!("job {id} done"), || self.job(id).is_none().then_some(()));
     }
@@ -95,13 +95,13 @@ impl Api {
         eventually(&format!("job {id} {status}"), || self.job(id).filter(|job| job["status"] == status))
     }
 
-    /// Waits until the job has failed that often, and returns the last error.
+    /// Waits until the job has failed this many times, and returns the last error.
     pub fn wait_for_error(&self, id: &str, attempt: usize) -> Value {
         eventually(&format!("error {attempt} of job {id}"), || self.errors(id).get(attempt - 1).cloned())
     }
 }
 
-/// The embedded server, in this process. It can be stopped and started again with the jobs that it had.
+/// The embedded server in this process. It can be stopped and restarted with the same jobs.
 pub struct Server {
     api: Api,
     address: SocketAddr,
@@ -118,7 +118,7 @@ impl std::ops::Deref for Server {
 }
 
 impl Server {
-    /// A server on a port of its own.
+    /// Starts a server on a free port.
     pub fn start() -> Self {
         Self::with(Options::default())
     }
@@ -127,7 +127,7 @@ impl Server {
         Self::bind(SocketAddr::from(([127, 0, 0, 1], 0)), options)
     }
 
-    /// A server on a port that was free a moment ago.
+    /// Starts a server on this port.
     pub fn at(address: SocketAddr) -> Self {
         Self::bind(address, Options::default())
     }
@@ -139,7 +139,7 @@ impl Server {
         Self { api: Api::new(format!("http://{address}")), address, store, running: Some(serve(server)) }
     }
 
-    /// Stops as if by `kill -9`: connections break, and jobs in flight become ready.
+    /// Stops the server as by `kill -9`: connections break, and jobs in flight become ready.
     pub fn stop(&mut self) {
         if let Some((stop, serving)) = self.running.take() {
             stop.cancel();
@@ -147,7 +147,7 @@ impl Server {
         }
     }
 
-    /// Starts again, on the same port and with the same jobs.
+    /// Restarts the server on the same port and with the same jobs.
     pub fn resume(&mut self) {
         let bind = || runtime().block_on(EmbeddedServer::bind(self.address, self.store.clone())).ok();
         self.running = Some(serve(eventually("the port is free again", bind)));
@@ -157,7 +157,7 @@ impl Server {
         self.address
     }
 
-    /// A second server over the same jobs, which speaks TLS. Returns its port.
+    /// Starts a second server, with TLS, over the same jobs. Returns its port.
     pub fn with_tls(&self, config: Arc<ServerConfig>) -> (u16, DropGuard) {
         let server = runtime().block_on(EmbeddedServer::bind("127.0.0.1:0", self.store.clone())).unwrap();
         let (port, stop) = (server.local_addr().port(), CancellationToken::new());
@@ -179,7 +179,7 @@ fn serve(server: EmbeddedServer) -> (CancellationToken, JoinHandle<()>) {
     (stop.clone(), runtime().spawn(server.run(stop)))
 }
 
-/// A port on which nobody listens.
+/// Returns a free port.
 pub fn unused_address() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-/// Our end, from which is read what the other end prints, and the other end.
+/// Opens a pseudo-terminal. Returns the test's end and the end for the process.
 pub fn open() -> (File, File) {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&ours).unwrap();
@@ -15,7 +15,7 @@ pub fn open() -> (File, File) {
     (ours.into(), theirs)
 }
 
-/// Gives it so many columns.
+/// Sets the number of columns.
 pub fn resize(terminal: &File, columns: u16) {
     tcsetwinsize(terminal, Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
 }

@@ -1,4 +1,4 @@
-//! A warm handler in Python that does with each job what the job's payload says.
+//! A warm handler in Python that runs the code in each job's payload.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Api, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// What the handler's code may use, before it connects and after.
+/// The prelude of the handler, with functions for the code before and after the connect.
 const PRELUDE: &str = r#"#!/usr/bin/env -S python3 -S
 import json, os, signal, socket, sys, time
 DIR = os.environ["DIR"]
@@ -67,13 +67,13 @@ for line in wire:
 note("ended", os.getpid())
 "#;
 
-/// The text of a handler that runs `before` before it connects.
+/// Returns the source of a handler that runs `before` before it connects.
 pub fn handler(before: &str) -> String {
     format!("{PRELUDE}\n{before}\n{LOOP}")
 }
 
 impl Daemon {
-    /// A warm handler with these settings. Each of its processes runs `before` before it connects.
+    /// Sets a warm handler with these settings. Each process runs `before` before it connects.
     pub fn warm(self, before: &str, settings: &str) -> Self {
         self.executable("handle.py", &handler(before));
         self.handlers(&format!("[handler]\nexec = ['$DIR/handle.py']\nmode = 'warm'\n{settings}"))
@@ -87,7 +87,7 @@ pub struct Warm {
 }
 
 impl Warm {
-    /// Starts a worker whose handler has these settings.
+    /// Starts a worker with these settings of its handler.
     pub fn start(settings: &str) -> Self {
         Self::with("", settings, |daemon| daemon)
     }
@@ -112,20 +112,20 @@ impl Warm {
         enqueue_many(&self.server, count, code)
     }
 
-    /// Runs a job to its success. Returns the process that did it.
+    /// Runs a job that succeeds. Returns its process.
     pub fn succeed(&self, code: &str) -> String {
         let id = self.enqueue(code);
         self.server.wait_until_done(&id);
         self.process_of(&id)
     }
 
-    /// Runs a job to its failure. Returns the error.
+    /// Runs a job that fails. Returns the error.
     pub fn fail(&self, code: &str) -> Value {
         let id = self.enqueue(code);
         self.server.wait_for_error(&id, 1)
     }
 
-    /// The process that was handed a job last.
+    /// Returns the process of the job's last attempt.
     pub fn process_of(&self, id: &str) -> String {
         eventually(&format!("a process with job {id}"), || {
             let ran = self.lines("ran");
@@ -134,25 +134,25 @@ impl Warm {
         })
     }
 
-    /// The lines that handlers have noted under that name so far.
+    /// Returns the lines that handlers have written to a file so far.
     pub fn lines(&self, name: &str) -> Vec<String> {
         let text = fs::read_to_string(self.running.dir().join(name)).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
 
-    /// Writes a file into the test's directory that code in a handler waits for.
+    /// Writes a file for which code in a handler waits.
     pub fn allow(&self, name: &str) {
         fs::write(self.running.dir().join(name), "").unwrap();
     }
 
-    /// Stops the worker. Each process that was started is dead then.
+    /// Stops the worker, and asserts that each started process is dead.
     pub fn stop(self) -> Finished {
         let finished = self.running.stop();
         assert_dead(&finished);
         finished
     }
 
-    /// Waits for the end of a worker that drains.
+    /// Waits for the end of a draining worker, and asserts that each started process is dead.
     pub fn stop_after_drain(self) -> Finished {
         let finished = self.running.assert_exit(0);
         assert_dead(&finished);
@@ -164,7 +164,7 @@ pub fn enqueue_many(server: &Api, count: usize, code: &str) -> Vec<String> {
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": code}); count])
 }
 
-/// Each process that a worker has started is dead, and so is each child that a handler has noted.
+/// Asserts that each process of a worker is dead, and each child that a handler has recorded.
 #[track_caller]
 pub fn assert_dead(finished: &Finished) {
     let pids = finished.read("started") + &finished.read("children");
@@ -172,7 +172,7 @@ pub fn assert_dead(finished: &Finished) {
     assert!(alive.is_empty() && !pids.is_empty(), "{alive:?} of {pids:?} are alive");
 }
 
-/// No job has failed.
+/// Asserts that no job has failed.
 #[track_caller]
 pub fn assert_none_failed(finished: &Finished) {
     let failed = finished.all("job failed");
@@ -184,7 +184,7 @@ pub fn wait_until_dead(pid: &str) {
     eventually(&format!("the end of process {pid}"), || (!is_alive(pid)).then_some(()));
 }
 
-/// Replaces a file as a deploy does, in one step.
+/// Replaces a file atomically, as a deploy does.
 pub fn replace(dir: &Path, name: &str, text: &str) {
     use std::os::unix::fs::PermissionsExt;
     let next = dir.join(format!("{name}.next"));
