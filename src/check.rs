@@ -138,11 +138,11 @@ async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), Check
     Ok(())
 }
 
-/// Columns of names, values and origins.
+/// Formats the settings as columns of names, values and origins.
 fn table(settings: &[Setting]) -> String {
     let longest = |length: fn(&Setting) -> usize| settings.iter().map(length).max().unwrap_or_default();
     let names = longest(|setting| setting.name.chars().count());
-    // One long value should not push all origins out of sight.
+    // Cap the column, because one long value would push all origins off the screen.
     let values = longest(|setting| setting.value.chars().count()).min(40);
     let mut text = String::new();
     for Setting { name, value, source, .. } in settings {
@@ -153,7 +153,7 @@ fn table(settings: &[Setting]) -> String {
     text
 }
 
-/// Writes until the reader has gone, as `head` does, and drops the rest.
+/// Writes until the reader closes the pipe, as `head` does, and drops the rest.
 struct UntilClosed<W>(W);
 
 impl<W: Write> Write for UntilClosed<W> {
