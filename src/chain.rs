@@ -31,11 +31,7 @@ impl<W: Write> Write for OneLine<W> {
     }
 
     fn write_char(&mut self, char: char) -> fmt::Result {
-        if is_unruly(char) {
-            write!(self.0, "{}", char.escape_default())
-        } else {
-            self.0.write_char(char)
-        }
+        if is_unruly(char) { write!(self.0, "{}", char.escape_default()) } else { self.0.write_char(char) }
     }
 }
 

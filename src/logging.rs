@@ -393,9 +393,10 @@ impl<W: Write> Write for JsonWriter<W> {
             Ok(text) if text.contains(is_foreign) => {
                 let mut escaped = String::with_capacity(text.len());
                 for char in text.chars() {
-                    match is_foreign(char) {
-                        true => _ = write!(escaped, "\\u{:04x}", u32::from(char)),
-                        false => escaped.push(char),
+                    if is_foreign(char) {
+                        let _ = write!(escaped, "\\u{:04x}", u32::from(char));
+                    } else {
+                        escaped.push(char);
                     }
                 }
                 self.0.write_all(escaped.as_bytes())?;

@@ -29,7 +29,7 @@ pub struct Declared {
     pub comment: &'static str,
     /// The value in the commented file.
     pub example: Example,
-    /// The effect of a changed value on a worker that runs.
+    /// The effect of a changed value on a running worker.
     pub reload: Reload,
     /// The value in force, for people.
     pub(super) shown: Shown,
@@ -70,7 +70,7 @@ pub enum Example {
     Other(&'static str),
 }
 
-/// The effect of a changed value on a worker that runs.
+/// The effect of a changed value on a running worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reload {
     /// The next job or log line obeys the new value.
@@ -543,7 +543,7 @@ declare! {
 
 const NONE: &str = "none";
 
-/// Returns the value, or the default's words.
+/// Returns the value, or the text of the default.
 fn or(value: Option<impl ToString>, declared: &Declared) -> String {
     value.map_or_else(declared.default, |value| value.to_string())
 }

@@ -208,8 +208,8 @@ impl Scope<'_> {
         self.layers.note(&format!("{}.{name}", self.name), source, "");
     }
 
-    /// Returns the environment of a handler. `pass_env` selects the inherited variables, by default all except the worker's own
-    /// settings. `env` adds to them, each key from the route or else from the default handler.
+    /// Returns the environment of a handler. It inherits all variables except the worker's own settings, or only those in
+    /// `pass_env` with `env_clear`. `env` adds to them, each key from the route or else from the default handler.
     fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
         let clear = self.pick(&declared::ENV_CLEAR, Raw::boolean)?.unwrap_or_default();
         let pass = self.locate(&declared::PASS_ENV, Raw::strings)?;
