@@ -1,4 +1,4 @@
-//! SIGUSR2 is quiet: nothing more is taken, what was taken is finished, and no job is held back. SIGCONT takes again.
+//! SIGUSR2 pauses a worker. It finishes the jobs that it has, takes no more, and holds none back. SIGCONT resumes it.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ fn a_quiet_worker_finishes_its_jobs_and_closes_the_stream() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let ids = server.enqueue_all(jobs(2));
-    // The second one waits behind the first.
+    // The second job waits behind the first.
     let running = Daemon::of(&proxy).args(["--prefetch", "2"]).sh(UNTIL_GO).start();
     running.wait_for_lines(1, "started");
     eventually("both in flight", || (server.count("in_flight") == 2).then_some(()));
@@ -24,7 +24,7 @@ fn a_quiet_worker_finishes_its_jobs_and_closes_the_stream() {
     running.go();
     ids.iter().for_each(|id| server.wait_until_done(id));
     proxy.wait_until_closed(take);
-    // What came over the stream meanwhile is free for others, untouched.
+    // The job that came over the stream meanwhile is ready for other workers, without an attempt.
     let job = server.wait_for_status(&later, "ready");
     assert_eq!(job["attempts"], 0);
     assert_eq!(running.wait_for_lines(2, "started").len(), 2);
@@ -83,7 +83,7 @@ fn a_redelivery_in_the_quiet_keeps_the_stream_of_another_job() {
     running.wait_for_lines(1, "started");
     running.signal(Signal::USR2);
     running.wait_for_message("paused");
-    // Somebody else has reported it as failed meanwhile.
+    // Another worker has reported the job as failed meanwhile.
     stream.attempt("held", 0).attempt("held", 1);
     running.wait_for_messages(3, "job received");
     assert!(stream.is_open(), "the stream was closed over a running job");
@@ -142,7 +142,7 @@ fn a_quiet_worker_is_not_idle() {
     running.wait_for_message("paused");
     running.go();
     running.wait_for_message("stream closed, everything taken over it has been reported");
-    // Three times the limit, in which nothing may happen: there is no event to wait for.
+    // Wait for three times the limit, because there is no event to wait for.
     std::thread::sleep(Duration::from_secs(1));
     running.signal(Signal::CONT);
     running.wait_for_message("resumed");
@@ -159,7 +159,7 @@ fn sigusr1_logs_what_the_worker_does() {
     let running = Daemon::of(&server).sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
     let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
     running.wait_for_lines(1, "started");
-    // A handler may run before the worker has noted which process it is.
+    // A handler can run before the worker has recorded its process.
     eventually("the job's process", || {
         running.signal(Signal::USR1);
         running.log().iter().any(|line| line.contains(&format!("\"pid\":{pid}"))).then_some(())
