@@ -420,7 +420,7 @@ impl ExecDispatcher {
     }
 }
 
-/// Kills the processes that are kept between jobs.
+/// If dropped before [`finish`](Dispatcher::finish), kills the processes that are kept between jobs.
 impl Drop for ExecDispatcher {
     fn drop(&mut self) {
         self.routes().processes().kill();

@@ -99,7 +99,7 @@ struct State {
 }
 
 impl State {
-    /// Reports whether the worker is idle. Without a stream it is not, because the server may have jobs.
+    /// Reports whether the worker is idle. Without a stream it is not, because the server can have waiting jobs.
     fn is_idle(&self) -> bool {
         self.is_taking && self.unfinished == 0
     }

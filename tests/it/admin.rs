@@ -410,7 +410,7 @@ fn the_metrics_count_reports_and_reconnects_that_went_wrong() {
 }
 
 #[test]
-fn what_the_admin_server_does_not_know_is_refused() {
+fn the_admin_server_refuses_unknown_requests() {
     let server = Server::start();
     let (_running, admin) = start(&server, "true");
     assert_eq!(admin.call("GET", "/page.js").0, 404);

@@ -104,7 +104,7 @@ fn a_server_that_is_not_there_is_exit_status_1() {
 }
 
 #[test]
-fn what_answers_and_is_no_zizq_server_is_exit_status_1() {
+fn a_server_that_is_not_zizq_is_exit_status_1() {
     let server = RawServer::start();
     let running = Daemon::at(&server.url()).args(["--check", "--", "true"]).start();
     server.answer_next("404 Not Found", "<html>");

@@ -68,7 +68,7 @@ fn unit_setting(key: &str) -> String {
 fn systemd_accepts_the_units() {
     for (unit, name) in UNITS.into_iter().zip(["zizq-worker.service", "zizq-worker@mail.service"]) {
         let dir = TempDir::new().unwrap();
-        // systemd-analyze also checks that the program exists.
+        // systemd-analyze also checks that the program exists and, without --man=no, the manual page.
         let installed = text(unit).replace("=/usr/bin/zizq-worker", concat!("=", env!("CARGO_BIN_EXE_zizq-worker")));
         assert!(installed.contains(env!("CARGO_BIN_EXE_zizq-worker")));
         let path = dir.path().join(name);

@@ -59,7 +59,7 @@ fn every_value_in_the_example_is_the_default() {
 }
 
 #[test]
-fn what_is_commented_out_is_accepted_when_it_no_longer_is() {
+fn commented_out_settings_are_accepted_when_uncommented() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("zizq-worker.toml");
     // These certificates do not exist here, and the url is http.

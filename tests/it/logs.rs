@@ -255,7 +255,7 @@ fn a_hostile_job_cannot_forge_a_json_line() {
 const HOSTILE_ANSWER: &str = "no: forged\r\u{1b}[2J\u{9b}2J\n2026-11-24T00:00:00.000000Z  INFO forged";
 
 #[test]
-fn what_the_server_says_cannot_forge_a_line_of_the_log() {
+fn text_of_the_server_cannot_forge_a_line_of_the_log() {
     let server = Recorder::answering(503, HOSTILE_ANSWER);
     let running = Daemon::bare().args(["--url", &server.url, "--", "true"]).start();
     let unreachable = |line: &String| line.contains("server unreachable");

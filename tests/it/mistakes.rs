@@ -1,4 +1,4 @@
-//! A mistake in a setting ends the daemon before it connects, with one line that says where it is and what would be right.
+//! A mistake in a setting ends the daemon before it connects, with one line that names the source and the remedy.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};

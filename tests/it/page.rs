@@ -95,7 +95,7 @@ fn the_page_says_that_the_worker_is_lost_and_recovers() {
 }
 
 #[test]
-fn a_page_that_nobody_looks_at_asks_seldom() {
+fn a_hidden_page_refreshes_seldom() {
     let (server, script) = (Server::start(), include_str!("../../src/admin/page/page.js"));
     let running = Daemon::of(&server).args(ADMIN).sh("true").start();
     let admin = Admin::of(&running);

@@ -97,7 +97,7 @@ fn the_watchdog_is_fed_for_as_long_as_the_worker_lives() {
 }
 
 #[test]
-fn a_watchdog_that_nobody_wants_is_not_fed() {
+fn a_watchdog_that_is_off_gets_no_messages() {
     let (manager, daemon) = Manager::of(Daemon::at("http://127.0.0.1:1").sh("true"));
     let running = daemon.start();
     manager.wait_for("STATUS=0 running, 0 done, 0 failed; not connected to the server");

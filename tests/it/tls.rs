@@ -135,7 +135,7 @@ fn a_worker_without_a_client_certificate_is_turned_away() {
     let (port, _guard) = server.with_tls(authority.issue(&["localhost"]).server(&BOTH, Some(&clients)));
     let daemon = || daemon(&at(port), "").pem("--tls-ca", &authority.pem());
     assert_refuses(&server, daemon(), "CertificateRequired");
-    // The server may give no further reason.
+    // The server need not give a more precise reason.
     assert_refuses(&server, daemon().identity(&Authority::new().issue(&["worker"])), "received fatal alert");
 }
 
@@ -260,7 +260,7 @@ fn certificates_are_of_no_use_with_http() {
 }
 
 #[test]
-fn a_system_that_trusts_nobody_needs_a_file() {
+fn a_system_without_trusted_certificates_needs_a_file() {
     let problem = "url is https, and this system has no trusted certificates; install ca-certificates, or name a file \
                    with --tls-ca, ZIZQ_TLS_CA, or ca in the file's [tls]";
     let url = "https://localhost:1";
