@@ -1,4 +1,4 @@
-//! [`AdminServer`]: tells over HTTP how the worker does, to programs and, with a page, to people.
+//! [`AdminServer`]: serves the worker's health, status and metrics over HTTP, and a page for people.
 
 mod page;
 
@@ -22,22 +22,21 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-/// How many may ask at once. Whoever comes on top waits: watching must not cost the worker its descriptors.
+/// Limit of open connections. Further clients wait, because probes must not use up the worker's descriptors.
 const MAX_CONNECTIONS: usize = 64;
 
-/// How long a connection may take, from its beginning to its end: it is for one question. Whoever holds a place should
-/// not do so for longer than a probe is patient.
+/// Time limit of a connection, which serves one request. A silent client must not hold a place for longer than a probe waits.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// After a failed accept (out of descriptors, mostly) trying again at once would only spin.
+/// Pause after a failed accept. Most accepts fail for lack of descriptors, and a retry at once would only spin.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// The type that Prometheus asks for.
+/// Content type that Prometheus asks for.
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 const JSON: &str = "application/json";
 
-/// Headers of every answer. No page of another site may read an answer, or have it taken for a script.
+/// Headers of every response. They keep other sites' pages from reading a response or running it as a script.
 const HEADERS: [(HeaderName, &str); 4] = [
     (CACHE_CONTROL, "no-store"),
     (X_CONTENT_TYPE_OPTIONS, "nosniff"),
@@ -45,32 +44,32 @@ const HEADERS: [(HeaderName, &str); 4] = [
     (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
 ];
 
-/// What there is to be told.
+/// The worker behind an admin server.
 pub(crate) trait Inspected: Send + Sync + 'static {
-    /// Why it cannot work now; nothing when it can.
+    /// Returns the reasons why the worker cannot run jobs now. Empty if it can.
     fn unready(&self) -> Vec<String>;
 
-    /// What it is and does, as JSON.
+    /// Returns the worker's status, as JSON.
     fn status(&self) -> String;
 
-    /// What it has counted, in the text format of Prometheus.
+    /// Returns the metrics, in the text format of Prometheus.
     fn metrics(&self) -> String;
 }
 
-/// A server that is bound, and not yet serving.
+/// An admin server that listens and does not serve yet.
 #[derive(Debug)]
 pub(crate) struct AdminServer(TcpListener);
 
 impl AdminServer {
-    /// Listens on that address.
+    /// Listens on an address.
     ///
     /// # Errors
-    /// When that cannot be done.
+    /// If the address cannot be bound.
     pub(crate) async fn bind(address: SocketAddr) -> io::Result<Self> {
         TcpListener::bind(address).await.map(Self)
     }
 
-    /// Returns the address of the page, as this machine's browsers reach it.
+    /// Returns the page's URL for browsers on this machine.
     pub(crate) fn page_url(&self) -> io::Result<String> {
         let mut address = self.0.local_addr()?;
         if address.ip().is_unspecified() {
@@ -79,7 +78,7 @@ impl AdminServer {
         Ok(format!("http://{address}/"))
     }
 
-    /// Answers for as long as it is polled.
+    /// Serves requests until the future is dropped.
     pub(crate) async fn serve(self, inspected: Arc<dyn Inspected>) {
         if let Ok(address) = self.0.local_addr() {
             info!(%address, "admin server listening");

@@ -1,9 +1,9 @@
-//! [`Chain`]: an error with its causes, on one line, for people. [`OneLine`] keeps it there, whatever it quotes.
+//! [`Chain`]: an error with its causes, on one line. [`OneLine`] escapes all that would break the line.
 
 use std::error::Error;
 use std::fmt::{self, Write};
 
-/// Displays an error and, after colons, what caused it.
+/// Displays an error and its causes, separated by colons.
 #[derive(Debug, Clone, Copy)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
@@ -20,8 +20,8 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// Passes text on with everything escaped that could end the line, or move, colour or hide what is on it: errors quote
-/// servers, files and arguments.
+/// Writes text and escapes the characters that could end the line, or move, colour or hide its text. Errors quote servers,
+/// files and arguments, which can contain such characters.
 #[derive(Debug)]
 pub struct OneLine<W>(pub W);
 
@@ -31,14 +31,11 @@ impl<W: Write> Write for OneLine<W> {
     }
 
     fn write_char(&mut self, char: char) -> fmt::Result {
-        match is_unruly(char) {
-            true => write!(self.0, "{}", char.escape_default()),
-            false => self.0.write_char(char),
-        }
+        if is_unruly(char) { write!(self.0, "{}", char.escape_default()) } else { self.0.write_char(char) }
     }
 }
 
-/// Control characters, and the separators and directions that Unicode has for the same ends.
+/// Reports whether a character is a control character, or one of Unicode's line separators or direction marks.
 pub(crate) fn is_unruly(char: char) -> bool {
     char.is_control() || matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

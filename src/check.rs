@@ -1,4 +1,4 @@
-//! `--check`: every setting with its origin, everything that a start would say, and the server's version.
+//! `--check`: prints every setting with its origin, the warnings of a start, and the server's version.
 
 use std::fmt::{Display, Write as _};
 #[cfg(feature = "embedded")]
@@ -19,20 +19,20 @@ use crate::dispatch::ExecDispatcher;
 use crate::process::Trial;
 use crate::version::misfit;
 
-/// Why the check did not get to its end.
+/// The reason why a check failed.
 #[derive(Debug)]
 pub enum CheckError {
-    /// A start would end with this mistake.
+    /// A mistake in the settings. A start fails with the same one.
     Mistake(ConfigError),
-    /// The jobs of the embedded server cannot be read, in a sentence.
+    /// A sentence that says why the jobs of the embedded server cannot be read.
     Jobs(String),
-    /// The server, in a sentence.
+    /// A sentence that says why the server cannot be asked.
     Server(String),
     /// No process can be started.
     Process(io::Error),
-    /// A warm handler does not connect, in a sentence.
+    /// A sentence that says why a warm handler does not connect.
     Handler(String),
-    /// There is nobody to tell.
+    /// The output cannot be written.
     Output(io::Error),
 }
 
@@ -42,17 +42,17 @@ impl From<io::Error> for CheckError {
     }
 }
 
-/// Prints every setting in force and where it was written, and everything that a start would warn of. Unless it is to stay offline,
-/// starts a process that ends at once and one of each warm handler, and asks the server for its version.
+/// Prints every setting in force with its origin, and every warning of a start. Unless offline, also starts a process that
+/// ends at once and one process of each warm handler, and asks the server for its version.
 ///
-/// A reader that has gone ends the output, and not the check.
+/// If the output's reader is gone, the check continues without output.
 ///
 /// # Errors
-/// When a start would fail, or the server cannot be reached.
+/// If a start would fail, or the server cannot be reached.
 pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
     let out = &mut UntilClosed(out);
     out.write_all(table(&config.settings()).as_bytes())?;
-    // Or there would be no such configuration.
+    // A handler that cannot be run fails the parse of the configuration.
     writeln!(out, "\nhandlers: their files can be run")?;
     for warning in config.warnings() {
         writeln!(out, "{}", warning_line(&warning))?;
@@ -83,7 +83,8 @@ fn warning_line(warning: &impl Display) -> String {
     line
 }
 
-/// An address that is taken may be taken by the worker that this check is for: that is a warning.
+/// Checks that the admin server can listen. An address in use is only a warning, because the worker with these settings
+/// may already be running.
 async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     let Some(admin) = &config.admin else { return Ok(()) };
     match AdminServer::bind(admin.address).await.map_err(|error| admin.error(&error)) {
@@ -94,7 +95,7 @@ async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<()
     Ok(())
 }
 
-/// Makes a dispatcher as a start does, with its directory for result files.
+/// Returns a dispatcher like that of a start, with its directory for result files.
 fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
     let worker_id = config.worker.worker_id.to_string();
     let made = ExecDispatcher::new(config.handlers.clone(), 1, worker_id, &std::env::temp_dir());
@@ -137,11 +138,11 @@ async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), Check
     Ok(())
 }
 
-/// Columns of names, values and origins.
+/// Formats the settings as columns of names, values and origins.
 fn table(settings: &[Setting]) -> String {
     let longest = |length: fn(&Setting) -> usize| settings.iter().map(length).max().unwrap_or_default();
     let names = longest(|setting| setting.name.chars().count());
-    // One long value should not push all origins out of sight.
+    // Cap the column, because one long value would push all origins off the screen.
     let values = longest(|setting| setting.value.chars().count()).min(40);
     let mut text = String::new();
     for Setting { name, value, source, .. } in settings {
@@ -152,7 +153,7 @@ fn table(settings: &[Setting]) -> String {
     text
 }
 
-/// Writes until the reader has gone, as `head` does, and drops the rest.
+/// Writes until the reader closes the pipe, as `head` does, and drops the rest.
 struct UntilClosed<W>(W);
 
 impl<W: Write> Write for UntilClosed<W> {

@@ -1,4 +1,4 @@
-//! [`Args`]: what was typed or set in the environment, not yet resolved. The only room that knows clap.
+//! [`Args`]: the command line and the environment, not yet resolved. The only module that uses clap.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Write as _};
@@ -15,7 +15,7 @@ use crate::client::url::{without_secrets, without_user};
 use crate::config::{ConfigError, Flag, Heading, SETTINGS, Source, Warning};
 use crate::dispatch::is_about_a_job;
 
-/// A paragraph is one line: clap breaks lines where the terminal ends.
+/// The end of the long help. Each paragraph is one line, because clap wraps lines at the terminal's width.
 const AFTER_HELP: &str = "\
 Each setting is taken from its flag, else its environment variable, else the configuration file, else its default. \
 Durations are written like 500ms or \"1m 30s\"; a bare number is seconds.
@@ -39,14 +39,14 @@ cannot be used.
 Try it without a server:
   zizq-worker --embedded --jobs config/demo-jobs.ndjson --config config/demo.toml --exit-when-idle 1s";
 
-/// What was given for one setting, and where.
+/// The values given for one setting, and their source.
 #[derive(Debug, Clone)]
 pub(crate) struct Given {
     pub(crate) values: Vec<String>,
     pub(crate) source: Source,
 }
 
-/// The things that a check tries.
+/// The extent of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
     /// Everything, the server included.
@@ -63,7 +63,7 @@ pub struct Args {
     pub(crate) rust_log: Option<String>,
     /// `PATH`, on which handlers are looked up.
     pub(crate) path_list: Option<OsString>,
-    /// Everything that handlers may inherit.
+    /// The whole environment, from which handlers inherit.
     pub(crate) environment: Vec<(OsString, OsString)>,
     /// `NO_COLOR` (<https://no-color.org>).
     pub(crate) no_color: bool,
@@ -77,23 +77,24 @@ pub fn journal_stream() -> Option<OsString> {
     std::env::var_os("JOURNAL_STREAM")
 }
 
-/// A command line that asks for something else than work: for help, or for another try. Says so when printed.
+/// A command line that does not run the worker: it asks for help or the version, or has a mistake.
 #[derive(Debug)]
 pub struct Usage(clap::Error);
 
 impl Usage {
-    /// Prints it where it belongs, a mistake after `prefix`, and says how the process should end.
+    /// Prints help to stdout, or the mistake to stderr after `prefix`, and returns the exit code.
     pub fn report(&self, prefix: &str) -> ExitCode {
-        // Nobody is left to tell when even this cannot be printed.
-        let _ = match self.0.use_stderr() {
-            true => writeln!(std::io::stderr(), "{prefix}zizq-worker: {self}"),
-            false => self.0.print(),
+        // Ignore a failed write, because there is no other place to report it.
+        let _ = if self.0.use_stderr() {
+            writeln!(std::io::stderr(), "{prefix}zizq-worker: {self}")
+        } else {
+            self.0.print()
         };
         u8::try_from(self.0.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
     }
 }
 
-/// A mistake takes one line, like every other; what was asked for takes as many as it has.
+/// Displays a mistake on one line, and help on as many as it has.
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.0.use_stderr() {
@@ -101,7 +102,7 @@ impl fmt::Display for Usage {
         }
         let text = self.0.to_string();
         let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
-        // A word that is no flag is hardly meant as the handler.
+        // Drop clap's tip about `--`, because a mistyped flag is hardly meant as the handler.
         let idle = ["For more information", "tip: to pass"];
         let telling: Vec<&str> =
             lines.filter(|line| !line.is_empty() && !idle.iter().any(|start| line.starts_with(start))).collect();
@@ -111,10 +112,10 @@ impl fmt::Display for Usage {
 }
 
 impl Args {
-    /// Reads a command line, program name first, and the environment.
+    /// Parses a command line, program name first, and reads the environment.
     ///
     /// # Errors
-    /// When it does not fit, or asks for help or the version.
+    /// If the command line has a mistake, or asks for help or the version.
     #[expect(clippy::disallowed_methods, reason = "this is the room that reads the environment")]
     pub fn try_parse_from(argv: impl IntoIterator<Item = OsString>) -> Result<Self, Usage> {
         let matches = command().try_get_matches_from(argv).map_err(Usage)?;
@@ -124,10 +125,10 @@ impl Args {
         Ok(Self { matches, rust_log, path_list, environment, no_color, journal_stream: journal_stream() })
     }
 
-    /// What was given for the setting of that name. An empty variable counts as not set.
+    /// Returns the values given for a setting. An empty variable counts as not set.
     ///
     /// # Errors
-    /// When it is no text.
+    /// If a value is not UTF-8.
     pub(crate) fn given(&self, name: &'static str) -> Result<Option<Given>, ConfigError> {
         let Some(values) = self.matches.get_many::<OsString>(name) else { return Ok(None) };
         let source = match self.matches.value_source(name) {
@@ -146,19 +147,19 @@ impl Args {
         }
     }
 
-    /// The words after `--`.
+    /// Returns the words after `--`.
     pub(crate) fn trailing_command(&self) -> Option<Vec<OsString>> {
         Some(self.matches.get_many::<OsString>("command")?.cloned().collect())
     }
 
-    /// Returns the reach of the check, if the settings are to be checked and no job is to be run.
+    /// Returns the extent of the check if `--check` is given.
     pub fn check(&self) -> Option<Reach> {
         let reach = if self.is_set("offline") { Reach::Offline } else { Reach::Everything };
         self.is_set("check").then_some(reach)
     }
 
-    /// Warns of the variables that are called like a setting's, and are none. Those that a handler gets are known: a worker may
-    /// run within a handler. An empty variable counts as not set.
+    /// Returns a warning for each variable with the prefix of settings that belongs to no setting. The variables of handlers are
+    /// known, because a worker can run within a handler. An empty variable counts as not set.
     pub(crate) fn unknown_variables(&self) -> Vec<Warning> {
         let command = command();
         let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
@@ -174,36 +175,36 @@ impl Args {
         names.into_iter().map(warning).collect()
     }
 
-    /// Whether whoever started this process wants to be told how it does.
+    /// Reports whether a service manager supervises this process.
     pub fn is_supervised(&self) -> bool {
         self.environment.iter().any(|(name, value)| name == "NOTIFY_SOCKET" && !value.is_empty())
     }
 
-    /// Whether a flag without a value was given.
+    /// Reports whether a flag without a value is given.
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.matches.get_flag(name)
     }
 }
 
-/// The beginning of the name of each setting's variable.
+/// Prefix of every setting's variable.
 const PREFIX: &str = "ZIZQ_";
 
-/// The least likeness (0 to 1) of names of which one is a slip of the other; below it, short names are like any other.
+/// Minimum similarity (0 to 1) of a typo and the intended name. With a lower one, short names match any other.
 const MIN_LIKENESS: f64 = 0.8;
 
-/// The environment variable of a setting.
+/// Returns the name of a setting's environment variable.
 fn variable(name: &str) -> String {
     format!("{PREFIX}{}", name.to_uppercase().replace('-', "_"))
 }
 
-/// Returns the known name that is most like this one, if one is.
+/// Returns the most similar known name, if one is similar enough.
 fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let likeness = |known: &str| strsim::jaro(name.trim_start_matches(PREFIX), known.trim_start_matches(PREFIX));
     let alike = known.iter().map(|known| (likeness(known), *known)).filter(|(likeness, _)| *likeness > MIN_LIKENESS);
     alike.max_by(|(one, _), (other, _)| one.total_cmp(other)).map(|(_, known)| known)
 }
 
-/// Takes any text, and tells the completions the words that make sense. The settings themselves say which text is a mistake.
+/// A parser that accepts any text and lists the valid words for the completions. The settings check the text later.
 #[derive(Debug, Clone)]
 struct Words(fn() -> Vec<&'static str>);
 
@@ -220,7 +221,7 @@ impl TypedValueParser for Words {
     }
 }
 
-/// Makes the argument of a flag that is also a variable. Values are kept as text, so that every mistake is reported in one way.
+/// Returns the clap argument of a flag that is also a variable. Values stay text, so that all mistakes are reported alike.
 fn setting(flag: &Flag, help: String) -> Arg {
     let arg = Arg::new(flag.name)
         .long(flag.name)
@@ -236,7 +237,7 @@ fn setting(flag: &Flag, help: String) -> Arg {
     flag.alias.into_iter().fold(arg, Arg::visible_alias)
 }
 
-/// Makes the arguments of the declared settings under a heading.
+/// Returns the clap arguments of the declared settings under a heading.
 fn settings(heading: Heading) -> impl Iterator<Item = Arg> {
     let flags = SETTINGS.iter().filter_map(move |declared| Some((declared, declared.flag.as_ref()?)));
     flags.filter(move |(_, flag)| flag.heading == heading).map(|(declared, flag)| {
@@ -248,7 +249,7 @@ fn settings(heading: Heading) -> impl Iterator<Item = Arg> {
     })
 }
 
-/// The whole command line, also for whoever makes documents of it.
+/// Returns the clap command. The man page and the completions are generated from it.
 pub fn command() -> Command {
     let styles = Styles::styled().header(AnsiColor::Green.on_default().bold()).literal(AnsiColor::Cyan.on_default());
     let command = Command::new("zizq-worker")

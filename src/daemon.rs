@@ -1,4 +1,4 @@
-//! The daemon: a worker, and all that watches and steers it: signals, the service manager, the admin server, the terminal.
+//! The daemon: a worker with its signals, service manager, admin server and terminal.
 
 mod attendant;
 mod inspector;
@@ -23,25 +23,25 @@ use crate::worker::{Summary, Worker};
 use attendant::Attendant;
 use inspector::Inspector;
 
-/// What ends the process before, or instead of, a good end.
+/// An error that ends the process.
 pub type Fatal = Box<dyn std::error::Error + Send + Sync>;
 
-/// The runtime of a process that does nothing else. One thread drives all jobs: with more, each wakes the others for work that
-/// takes less than the waking.
+/// Returns the runtime of the daemon. One thread drives all jobs. With more, threads wake each other for work that is shorter
+/// than the wake-up.
 ///
 /// # Errors
-/// When the operating system refuses descriptors.
+/// If the operating system refuses descriptors.
 pub fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-/// Works until it is told to stop. `args` are what `config` was resolved from, and will be again.
+/// Runs the worker until a signal or a limit stops it. A reload resolves `config` anew from `args`.
 ///
 /// # Errors
-/// When it cannot start, or the server refuses the worker.
+/// If the worker cannot start, or the server refuses it.
 pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fatal> {
     let lifecycle = Lifecycle::new();
-    // Before signals are heard: it may read its jobs from a terminal, where Ctrl-C has to end it.
+    // Start before the signal handlers: while jobs are read from a terminal, Ctrl-C must end the process.
     #[cfg(feature = "embedded")]
     let _server = match &config.embedded {
         Some(embedded) => Some(crate::embedded::start(embedded, &config.worker.url).await?),
@@ -54,7 +54,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     if let (Some(admin), Some(_)) = (&admin, &config.embedded) {
         info!(page = admin.page_url()?, "open this page to watch the worker");
     }
-    // The worker itself warns of its prefetch.
+    // The worker itself warns of a low prefetch.
     let warnings = config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::LowPrefetch { .. }));
     warnings.for_each(|warning| warning.log());
 
@@ -73,7 +73,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let attending = AbortOnDropHandle::new(tokio::spawn(attendant.attend(requests)));
 
     let ended = worker.run(&lifecycle).await;
-    // It has the last line of the terminal to clear.
+    // Wait for the attendant, which clears the last line of the terminal.
     attending.await?;
     Ok(ended?)
 }

@@ -1,4 +1,4 @@
-//! [`Handler`]: what is run for a job, and how; [`Handlers`]: which one for which type.
+//! [`Handler`]: the command for a job, and its settings. [`Handlers`]: the handlers by job type.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use crate::process::{Output, Program, Signal};
 
-/// How long a terminated job may take to end before it is killed.
+/// Default time between SIGTERM and SIGKILL.
 pub const DEFAULT_KILL_GRACE: Duration = Duration::from_secs(5);
 
-/// What comes on a handler's stdin.
+/// The input on a handler's stdin.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Stdin {
     /// The payload's JSON.
@@ -23,35 +23,35 @@ pub enum Stdin {
     None,
 }
 
-/// How often a handler is started.
+/// The way to start a handler: for each job, or once for many.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// Once for each job.
+    /// One process for each job.
     #[default]
     Spawn,
-    /// Once for many jobs, which come to it over a socket.
+    /// One process for many jobs, which it receives over a socket.
     Warm(Pool),
 }
 
-/// How long a warm handler may take to connect.
+/// Default time limit for a warm handler to connect.
 pub const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How many processes of a warm handler there are, and for how long.
+/// The size of a warm handler's pool, and the limits of its processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
-    /// How many stay, however long they have been idle.
+    /// The number of processes that stay however long they are idle.
     pub min_processes: usize,
-    /// How many there are at most; as many as there are worker loops when not given.
+    /// The maximum number of processes. `None` means one for each worker loop.
     pub max_processes: Option<NonZeroUsize>,
-    /// How long a process may take from its start until it connects.
+    /// The time limit from a process's start until it connects.
     pub start_timeout: Duration,
-    /// How many jobs a process does at most before another takes its place. Up to a quarter more, by chance.
+    /// The number of jobs after which a process is replaced, plus a random share of up to a quarter.
     pub max_jobs: Option<NonZeroU64>,
-    /// How old a process becomes at most. Up to a quarter more, by chance.
+    /// The age at which a process is replaced, plus a random share of up to a quarter.
     pub max_age: Option<Duration>,
-    /// How much memory a process may have resident after a job, in bytes.
+    /// The limit of a process's resident memory after a job, in bytes.
     pub max_memory: Option<u64>,
-    /// How long a process may be idle.
+    /// The longest idle time of a process.
     pub idle_timeout: Option<Duration>,
 }
 
@@ -69,35 +69,35 @@ impl Default for Pool {
     }
 }
 
-/// What is run for a job, and what its exit means.
+/// The command for a job, and the meaning of its exit status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handler {
     /// The executable and its arguments.
     pub program: Program,
-    /// How often it is started.
+    /// The way to start the command.
     pub mode: Mode,
-    /// Its whole environment, but for what it is told about the job.
+    /// The whole environment, except the variables about the job.
     pub env: Vec<(OsString, OsString)>,
-    /// Its working directory; the worker's own when not given.
+    /// The working directory. `None` means the worker's own.
     pub cwd: Option<PathBuf>,
-    /// What it reads.
+    /// The input on stdin.
     pub stdin: Stdin,
-    /// Where its output goes.
+    /// The destination of the output.
     pub output: Output,
     /// Exit statuses that count as success, besides 0.
     pub success_exit_codes: BTreeSet<u8>,
-    /// Exit statuses after which the job is not tried again.
+    /// Exit statuses after which the job is not retried.
     pub kill_exit_codes: BTreeSet<u8>,
-    /// How long it may run.
+    /// The time limit of a job.
     pub timeout: Option<Duration>,
-    /// How long it may take to end when it is terminated.
+    /// The time between SIGTERM and SIGKILL.
     pub kill_grace: Duration,
-    /// What it is sent when the worker is told to stop.
+    /// The signal that announces a drain to running processes.
     pub drain_signal: Option<Signal>,
 }
 
 impl Handler {
-    /// A handler with nothing but defaults, in an empty environment.
+    /// Returns a handler with default settings and an empty environment.
     pub fn new(program: Program) -> Self {
         Self {
             program,
@@ -115,34 +115,34 @@ impl Handler {
     }
 }
 
-/// The handlers: by job type, and the one for all other types.
+/// The handlers by job type, and the default one.
 #[derive(Debug, Clone, Default)]
 pub struct Handlers {
-    /// By type, exactly as it is written.
+    /// The handlers by exact job type.
     pub routes: HashMap<String, Handler>,
-    /// For types without a route.
+    /// The handler for all other types.
     pub default: Option<Handler>,
 }
 
 impl Handlers {
-    /// Whether a handler is warm.
+    /// Reports whether any handler is warm.
     pub(crate) fn is_any_warm(&self) -> bool {
         self.routes.values().chain(&self.default).any(|handler| matches!(handler.mode, Mode::Warm(_)))
     }
 
-    /// Returns each handler with its job type; the default one has none.
+    /// Returns each handler with its job type, `None` for the default handler.
     pub(crate) fn by_type(&self) -> impl Iterator<Item = (Option<&str>, &Handler)> {
         let routes = self.routes.iter().map(|(job_type, handler)| (Some(job_type.as_str()), handler));
         self.default.iter().map(|handler| (None, handler)).chain(routes)
     }
 
-    /// Returns the longest time that a job may take, with its end; nothing if a handler has no limit.
+    /// Returns the longest time that a job takes, including the kill grace. `None` if a handler has no limit.
     pub(crate) fn longest_job(&self) -> Option<Duration> {
         let longest = |(_, handler): (_, &Handler)| Some(handler.timeout? + handler.kill_grace);
         self.by_type().map(longest).try_fold(Duration::ZERO, |longest, job| Some(longest.max(job?)))
     }
 
-    /// The longest `kill_grace` of all.
+    /// Returns the longest `kill_grace` of all handlers.
     pub(crate) fn longest_grace(&self) -> Duration {
         self.routes.values().chain(&self.default).map(|handler| handler.kill_grace).max().unwrap_or_default()
     }

@@ -6,33 +6,26 @@
 //! server ◀── POST /jobs/success (bulk) · /jobs/{id}/failure ◀── ack processor ◀── ack queue (2 × prefetch) ◀───┘
 //! ```
 //!
-//! One way, no way back: a loop runs one job at a time and hands its outcome on before it takes the next, so a full ack
-//! queue holds back the loops, and they hold back the server.
+//! Jobs flow in one direction. A loop runs one job at a time, and queues its outcome before it takes the next job, so a full
+//! ack queue holds back the loops, and the loops hold back the server.
 //!
-//! | room | what is in it |
+//! | module | content |
 //! | --- | --- |
-//! | [`cli`] | what was typed: flags, variables, help |
-//! | [`config`] | what was resolved: each setting from flag or variable, else file, else default |
-//! | [`logging`] | the log |
-//! | [`job`] | the vocabulary: a job, an outcome, a failure |
+//! | [`worker`] | the worker: producer, dispatch queue, worker loops |
+//! | [`dispatch`] | the [`Dispatcher`] that does the work of a job, and the one that runs commands |
+//! | [`handler`] | the command for a job, and its settings |
+//! | [`job`] | a job, an outcome, a failure |
+//! | [`lifecycle`] | the phases of a stop, and signals |
+//! | [`config`] | the settings, from flag or variable, else file, else default |
 //! | [`client`] | the calls of the server's API |
-//! | [`stream`] | the take stream: body bytes to lines to jobs |
-//! | [`backoff`] | how long to wait between tries |
-//! | [`lifecycle`] | how far the worker is on its way to a stop |
-//! | [`worker`] | producer, dispatch queue, worker loops, and the order in which they end |
-//! | [`handler`] | what is run for a job, and how |
-//! | [`dispatch`] | a job to a process to an outcome |
-//! | `process` | one child in its own process group |
-//! | `watch` | a value that changes, and its waiters, woken in order |
-//! | `ledger` | the jobs that are here, so that none runs twice |
-//! | `fate` | the one decision about an outcome: send, ask, retry, park, settle or drop |
-//! | `ack` | the reports |
-//! | [`daemon`] | a worker with all that watches and steers it; `admin`: over HTTP; `supervisor`: the service manager |
-//! | `metrics` | what is counted, for Prometheus |
-//! | [`check`] | `--check`; [`version`]: which servers fit |
+//! | [`stream`] | the take stream and its limits |
+//! | [`backoff`] | the waits between retries |
+//! | [`daemon`] | a worker with signals, service manager, admin server and terminal |
 //! | [`embedded`] | the in-memory server |
 //!
-//! A worker for work that is not a process is a [`Dispatcher`] of your own:
+//! `docs/architecture.md` has the map of all modules, and the way of a job through them.
+//!
+//! To do the work of a job without a process, implement [`Dispatcher`]:
 //!
 //! ```no_run
 //! use zizq_worker::{Dispatcher, Ended, Failure, Job, Lifecycle, Outcome, Worker, WorkerConfig};
@@ -61,9 +54,6 @@
 mod ack;
 mod admin;
 pub mod backoff;
-pub mod chain;
-pub mod check;
-pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
@@ -75,15 +65,25 @@ pub mod handler;
 pub mod job;
 mod ledger;
 pub mod lifecycle;
-pub mod logging;
 mod metrics;
 mod places;
 mod process;
 pub mod stream;
 mod supervisor;
-pub mod version;
 mod watch;
 pub mod worker;
+
+// Public for the program, its tests and its generated files alone. They are no part of the library.
+#[doc(hidden)]
+pub mod chain;
+#[doc(hidden)]
+pub mod check;
+#[doc(hidden)]
+pub mod cli;
+#[doc(hidden)]
+pub mod logging;
+#[doc(hidden)]
+pub mod version;
 
 pub use backoff::Backoff;
 pub use client::{Connector, ServerUrl, WorkerId};

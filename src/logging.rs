@@ -32,10 +32,10 @@ pub struct Log {
 }
 
 impl Log {
-    /// Starts it.
+    /// Starts the log.
     ///
     /// # Errors
-    /// When `RUST_LOG` is not a filter.
+    /// If `RUST_LOG` is not a valid filter.
     pub fn start(config: &LogConfig) -> Result<Self, ConfigError> {
         let (filtering, filter) = reload::Layer::new(filter(config)?);
         let is_terminal = stderr().is_terminal();
@@ -57,18 +57,18 @@ impl Log {
         Ok(Self { filter, live })
     }
 
-    /// Logs from now on what these settings say; their format has no effect.
+    /// Replaces the log's filter. The format in `config` has no effect.
     ///
     /// # Errors
-    /// When `RUST_LOG` is not a filter.
+    /// If `RUST_LOG` is not a valid filter.
     pub fn refilter(&self, config: &LogConfig) -> Result<(), ConfigError> {
         let filter = filter(config)?;
-        // It fails only when there is no log any more.
+        // A reload fails only if the subscriber is gone.
         let _ = self.filter.reload(filter);
         Ok(())
     }
 
-    /// The last line of the terminal, if the log is on one.
+    /// Returns the last line of the terminal, if the log goes to one.
     pub fn live_line(&self) -> Option<&LiveLine> {
         self.live.as_ref()
     }
@@ -95,8 +95,8 @@ fn wrong_filter(directives: &str, problem: &dyn fmt::Display) -> ConfigError {
     ConfigError::new(Source::Variable("RUST_LOG".to_owned()), problem)
 }
 
-/// Returns whether a filter has a level for the worker's own events, be it `off`. A word that is no level is taken for the name of
-/// a module, and would silence everything else.
+/// Reports whether a filter sets a level for the worker's own events, `off` included. A mistyped level is parsed as a module
+/// name, and such a filter silences everything else.
 fn says_how_to_log_the_worker(filter: &Targets) -> bool {
     const OWN: &str = "zizq_worker";
     let is_own = |target: &str| OWN.starts_with(target) || target.starts_with("zizq_worker::");
@@ -113,20 +113,20 @@ fn level(level: LogLevel) -> Level {
     }
 }
 
-/// Returns the prefix of the line in which the process says why it ends: its priority, if systemd's journal reads stderr.
+/// Returns the prefix of the process's last error line: its priority, if systemd's journal reads stderr.
 pub fn complaint_prefix(journal_stream: Option<&OsStr>) -> &'static str {
     if is_journal(journal_stream) { priority(Level::ERROR) } else { "" }
 }
 
-/// Whether stderr is the stream that `JOURNAL_STREAM` names, by device and inode. A variable that was inherited with another
-/// stderr names another one.
+/// Reports whether stderr is the stream that `JOURNAL_STREAM` names by device and inode. An inherited variable can name a
+/// stream other than the present stderr.
 fn is_journal(journal_stream: Option<&OsStr>) -> bool {
     let named = journal_stream.and_then(OsStr::to_str).and_then(|name| name.split_once(':'));
     let Some((device, inode)) = named else { return false };
     fstat(stderr()).is_ok_and(|ours| device.parse() == Ok(ours.st_dev) && inode.parse() == Ok(ours.st_ino))
 }
 
-/// Returns the priority of syslog(3) as sd-daemon(3) writes it.
+/// Returns the syslog(3) priority in the notation of sd-daemon(3).
 fn priority(level: Level) -> &'static str {
     match level {
         Level::ERROR => "<3>",
@@ -136,13 +136,13 @@ fn priority(level: Level) -> &'static str {
     }
 }
 
-/// Makes writers of plain events to stderr.
+/// A factory of writers of plain events to stderr.
 #[derive(Debug, Clone, Copy)]
 struct Lines {
     have_priorities: bool,
 }
 
-/// Writes an event to stderr, each line of it after the priority if there is one.
+/// A writer of one event to stderr. It puts the priority, if any, before each line.
 #[derive(Debug)]
 struct Line {
     priority: Option<&'static str>,
@@ -164,7 +164,7 @@ impl Write for Line {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let Some(priority) = self.priority else { return Stderr.write(event) };
         let lines = event.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [priority.as_bytes(), line]);
-        // At once, so that no line of another process comes between.
+        // Use one write, so that no line of another process comes between.
         Stderr.write_all(&lines.collect::<Vec<_>>().concat())?;
         Ok(event.len())
     }
@@ -174,7 +174,7 @@ impl Write for Line {
     }
 }
 
-/// Makes writers of JSON events to stderr.
+/// A factory of writers of JSON events to stderr.
 #[derive(Debug, Clone, Copy)]
 struct JsonLines(Lines);
 
@@ -190,7 +190,7 @@ impl MakeWriter<'_> for JsonLines {
     }
 }
 
-/// Formats an event as one flat JSON object, with all that is known of its job under `job`.
+/// A formatter of events as flat JSON objects, with the fields of the job under `job`.
 #[derive(Debug)]
 struct JsonLine;
 
@@ -220,7 +220,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for Json
     }
 }
 
-/// The members of a line's JSON object, and those of the object `job` in it. A comma precedes each.
+/// The members of a line's JSON object, and of its `job` object. A comma precedes each member.
 #[derive(Debug, Default)]
 struct Members {
     event: String,
@@ -238,7 +238,7 @@ impl Members {
         }
     }
 
-    /// Adds a field of the event: one of its job if the name begins with `job.`.
+    /// Adds a field of the event, to `job` if its name begins with `job.`.
     fn push(&mut self, field: &Field, value: &impl Serialize) {
         let (members, name) = match field.name().strip_prefix("job.") {
             Some(name) => (&mut self.job, name),
@@ -276,7 +276,7 @@ impl Visit for Members {
     }
 }
 
-/// A line below the log that is rewritten in place; clones are of one line.
+/// A line below the log that is rewritten in place. Clones share the line.
 #[derive(Clone, Default)]
 pub struct LiveLine(Arc<Mutex<String>>);
 
@@ -286,17 +286,17 @@ impl fmt::Debug for LiveLine {
     }
 }
 
-/// Back to the beginning of the line, which is then empty.
+/// Terminal sequence that moves to the line's start and clears the line.
 const CLEAR: &str = "\r\x1b[K";
 
 impl LiveLine {
-    /// Shows that text there; nothing takes the line away.
+    /// Replaces the line's text. An empty text removes the line.
     pub fn show(&self, text: &str) {
         let mut shown = self.lock();
         if !(shown.is_empty() && text.is_empty()) {
-            // What wraps would not be cleared.
+            // Cut the text, because a wrapped line would not be cleared.
             *shown = text.chars().take(width().saturating_sub(1)).collect();
-            // A terminal that is gone shows nothing.
+            // Ignore a failed write, because the terminal is gone.
             let _ = write!(Stderr, "{CLEAR}{shown}");
         }
     }
@@ -306,7 +306,7 @@ impl LiveLine {
     }
 }
 
-/// How many characters fit into a line of the terminal. One that does not know has no limit.
+/// Returns the terminal's width in characters. Unlimited if the width is unknown.
 fn width() -> usize {
     let columns = tcgetwinsize(stderr()).map_or(0, |size| usize::from(size.ws_col));
     if columns == 0 { usize::MAX } else { columns }
@@ -320,7 +320,7 @@ impl<'a> MakeWriter<'a> for LiveLine {
     }
 }
 
-/// Writes events where the live line was, and the live line below them again.
+/// A writer that replaces the live line by events, and repeats the live line below them.
 #[derive(Debug)]
 pub struct AboveLiveLine<'a>(MutexGuard<'a, String>);
 
@@ -329,7 +329,7 @@ impl Write for AboveLiveLine<'_> {
         if self.0.is_empty() {
             Stderr.write_all(event)?;
         } else {
-            // At once, so that no half of it is seen.
+            // Use one write, so that the terminal never shows half of it.
             Stderr.write_all(&[CLEAR.as_bytes(), event, self.0.as_bytes()].concat())?;
         }
         Ok(event.len())
@@ -340,8 +340,8 @@ impl Write for AboveLiveLine<'_> {
     }
 }
 
-/// This process's stderr. A write waits until the reader has room, even if the descriptor does not block: a handler with
-/// `output = "inherit"` shares the open file, and with it the flag `O_NONBLOCK`.
+/// This process's stderr. A write waits for the reader even if the descriptor is non-blocking. A handler with
+/// `output = "inherit"` shares the open file, and can set `O_NONBLOCK` on it.
 #[derive(Debug, Clone, Copy)]
 pub struct Stderr;
 
@@ -356,7 +356,7 @@ impl Write for Stderr {
     }
 
     fn write_all(&mut self, mut text: &[u8]) -> io::Result<()> {
-        // Held over all parts: a line of another thread would come between them otherwise.
+        // Hold the lock over all parts, otherwise a line of another thread comes between them.
         let _whole = stderr().lock();
         while !text.is_empty() {
             match self.write(text) {
@@ -374,7 +374,7 @@ impl Write for Stderr {
     }
 }
 
-/// Waits until stderr takes more, or its reader is gone.
+/// Waits until stderr accepts more bytes, or its reader is gone.
 fn wait_for_room() -> io::Result<()> {
     match poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], None) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
@@ -382,8 +382,8 @@ fn wait_for_room() -> io::Result<()> {
     }
 }
 
-/// Escapes what JSON may hold as it is, but a terminal that shows it would obey: the control characters beyond ASCII,
-/// and those that change the direction of a line. They can only be in strings.
+/// A writer that escapes characters which JSON allows and a terminal obeys: control characters beyond ASCII, and direction
+/// marks. They occur only in strings.
 struct JsonWriter<W>(W);
 
 impl<W: Write> Write for JsonWriter<W> {
@@ -393,9 +393,10 @@ impl<W: Write> Write for JsonWriter<W> {
             Ok(text) if text.contains(is_foreign) => {
                 let mut escaped = String::with_capacity(text.len());
                 for char in text.chars() {
-                    match is_foreign(char) {
-                        true => _ = write!(escaped, "\\u{:04x}", u32::from(char)),
-                        false => escaped.push(char),
+                    if is_foreign(char) {
+                        let _ = write!(escaped, "\\u{:04x}", u32::from(char));
+                    } else {
+                        escaped.push(char);
                     }
                 }
                 self.0.write_all(escaped.as_bytes())?;

@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 fn start(args: Args, config: Config, log: Log) -> Result<Summary, Fatal> {
     let runtime = daemon::runtime()?;
     let ended = runtime.block_on(daemon::run(args, config, log));
-    // Not waited for: a name that is still being looked up, which cannot be called off, would hold up the exit.
+    // Do not wait for blocking tasks. A DNS lookup cannot be cancelled, and would delay the exit.
     runtime.shutdown_background();
     ended
 }
@@ -59,9 +59,9 @@ fn show(config: &Config, reach: Reach) -> ExitCode {
     }
 }
 
-/// The one line in which the process says why it ends.
+/// Prints one line that says why the process ends, and returns the exit code.
 fn complain(problem: &dyn Display, status: u8) -> ExitCode {
-    // A closed stderr leaves nobody to tell.
+    // Ignore a failed write, because stderr is closed.
     let prefix = complaint_prefix(journal_stream().as_deref());
     let _ = writeln!(Stderr, "{prefix}zizq-worker: {problem}");
     ExitCode::from(status)

@@ -1,4 +1,4 @@
-//! [`Metrics`]: what the worker counts, in the form that Prometheus reads.
+//! [`Metrics`]: the worker's metrics for Prometheus.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -17,22 +17,22 @@ use prometheus::{
 use crate::dispatch::{Ended, HandlerProcess, PROCESS_STATES, ProcessStarts};
 use crate::job::{Failure, Job, Outcome};
 
-/// The label of every name that has none of its own: a label costs memory here and in the program that reads it.
+/// Label shared by all names without one of their own. Labels cost memory, here and in Prometheus.
 const OTHER: &str = "(other)";
 
-/// The number of queues, and of types, that have a label of their own without a setting that names them.
+/// Limit of queues, and of types, that get a label of their own although no setting names them.
 const MAX_NAMES: usize = 100;
 
-/// The longest name that has a label of its own, in bytes.
+/// Length in bytes of the longest name with a label of its own.
 const MAX_NAME_LENGTH: usize = 200;
 
-/// The most pairs of a configured queue and a configured type that are counted before their first job.
+/// Limit of pairs of configured queue and type whose series exist before their first job.
 const MAX_PAIRS: usize = 100;
 
 /// The names of outcomes.
 const OUTCOMES: [&str; 3] = ["succeeded", "failed", "interrupted"];
 
-/// The error types that are this worker's own. Those that handlers name themselves share one label.
+/// The worker's own error types. Those that handlers name share one label.
 const FAILURES: [&str; 12] = [
     "ExitStatus",
     "HandlerError",
@@ -50,18 +50,18 @@ const FAILURES: [&str; 12] = [
 
 const MALFORMED: &str = "MalformedJob";
 
-/// From a program that does nothing to one that runs for hours, in seconds.
+/// Buckets of run times in seconds, from a program that does nothing to one that runs for hours.
 const RUN_BUCKETS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0];
 
-/// From a worker that waits for jobs to jobs that wait for a day, in seconds.
+/// Buckets of wait times in seconds, from an idle worker to a backlog of a day.
 const WAIT_BUCKETS: &[f64] =
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0];
 
-/// The states of which one holds.
+/// The states of a worker. It is in exactly one.
 const STATES: [&str; 4] = ["running", "paused", "draining", "killing"];
 
-/// All counters of one worker; clones count together.
+/// All metrics of one worker. Clones share them.
 #[derive(Clone)]
 pub(crate) struct Metrics(Arc<Counters>);
 
@@ -73,7 +73,7 @@ impl fmt::Debug for Metrics {
 
 struct Counters {
     registry: Registry,
-    /// The queues that the settings name.
+    /// The queues in the settings.
     configured_queues: Vec<String>,
     queues: Names,
     types: Names,
@@ -103,7 +103,7 @@ struct Counters {
 #[derive(Debug, Clone)]
 pub(crate) struct CountedType {
     pub(crate) name: String,
-    /// The error types that its failures usually have.
+    /// The usual error types of its failures.
     pub(crate) failures: &'static [&'static str],
 }
 
@@ -116,7 +116,7 @@ pub(crate) struct Age {
     pub(crate) seconds: f64,
 }
 
-/// The first names that came, each with a label of its own.
+/// The first names seen, each with a label of its own.
 #[derive(Debug, Default)]
 struct Names(Mutex<HashSet<String>>);
 
@@ -125,7 +125,7 @@ impl Names {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the label of a name, and whether this call has made it.
+    /// Returns the label of a name, and whether it is new.
     fn label<'a>(&self, name: &'a str) -> (&'a str, bool) {
         let mut known = self.known();
         if known.contains(name) {
@@ -139,7 +139,7 @@ impl Names {
     }
 }
 
-/// Values at the moment when the metrics are read.
+/// Values read at the moment of a scrape.
 #[derive(Debug, Clone)]
 pub(crate) struct Gauges {
     pub(crate) running: usize,
@@ -154,7 +154,7 @@ pub(crate) struct Gauges {
 }
 
 impl Metrics {
-    /// Counters at zero, of a worker that starts now and takes jobs from these queues, or all.
+    /// Returns zeroed metrics of a worker that starts now. It takes jobs from `queues`, or from all if empty.
     pub(crate) fn new(queues: &[String]) -> Self {
         #[expect(clippy::expect_used, reason = "the names are this file's own")]
         Self::try_new(queues, unix_time().as_secs_f64()).expect("the names fit together, as a test shows")
@@ -223,14 +223,14 @@ impl Metrics {
         Ok(Self(Arc::new(counters)))
     }
 
-    /// Notes that a job starts. Makes the series in which it will be counted, unless they exist.
+    /// Records the start of a job. Creates the series that count the job's end, unless they exist.
     pub(crate) fn job_started(
         &self,
         job: &Job,
         is_apart: bool,
         usual_failures: impl FnOnce() -> &'static [&'static str],
     ) {
-        // The server's clock may be ahead of ours.
+        // Saturate, because the server's clock can be ahead of ours.
         let waited = unix_time().saturating_sub(Duration::from_millis(job.ready_at));
         self.0.wait_seconds.observe(waited.as_secs_f64());
         let (label, is_new) = self.type_label(&job.job_type, is_apart);
@@ -240,7 +240,7 @@ impl Metrics {
         self.make_pair(self.0.queues.label(&job.queue).0, label);
     }
 
-    /// Counts a job that has ended. It ran that long, if it was started.
+    /// Counts an ended job. `ran` is its run time, if it was started.
     pub(crate) fn job_ended(&self, job: &Job, is_apart: bool, ended: &Ended, ran: Option<Duration>) {
         let (label, _) = self.type_label(&job.job_type, is_apart);
         let outcome = match &ended.outcome {
@@ -265,18 +265,18 @@ impl Metrics {
         peak.set(peak.get().max(i64::try_from(usage.max_rss).unwrap_or(i64::MAX)));
     }
 
-    /// Counts a line of the stream that is no job, and is reported as a failure.
+    /// Counts a malformed line of the stream, which is reported as a failure.
     pub(crate) fn job_malformed(&self) {
         self.0.jobs.with_label_values(&[OTHER, OTHER, "failed"]).inc();
         self.0.failures.with_label_values(&[OTHER, MALFORMED]).inc();
     }
 
-    /// Returns the label of a type, and whether it is a new one.
+    /// Returns the label of a type, and whether it is new.
     fn type_label<'a>(&self, job_type: &'a str, is_apart: bool) -> (&'a str, bool) {
         if is_apart { (job_type, false) } else { self.0.types.label(job_type) }
     }
 
-    /// Makes the series of a type. `increase()` does not count the first value of a series that begins with 1.
+    /// Creates the series of a type with 0, because `increase()` does not count the first value of a series that begins with 1.
     fn make_type(&self, label: &str, failures: &[&str]) {
         let Counters { failures: counters, run_seconds, cpu_seconds, .. } = &*self.0;
         for kind in failures.iter().chain(&[OTHER]) {
@@ -336,20 +336,20 @@ impl Metrics {
         self.0.reconnects.inc();
     }
 
-    /// The settings have been read again, or could not be.
+    /// Counts a reload.
     pub(crate) fn reloaded(&self, went_well: bool) {
         self.0.reloads.with_label_values(&[if went_well { "ok" } else { "failed" }]).inc();
     }
 
-    /// How many reports wait.
+    /// Returns the number of waiting reports.
     pub(crate) fn waiting_reports(&self) -> i64 {
         self.0.reports_waiting.get()
     }
 
-    /// Everything in the text format of Prometheus.
+    /// Returns all metrics in the text format of Prometheus.
     ///
     /// # Errors
-    /// When a metric cannot be written in it.
+    /// If a metric cannot be encoded.
     pub(crate) fn text(&self, now: Gauges) -> Result<String, Error> {
         let counters = &*self.0;
         let count = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
@@ -394,7 +394,7 @@ fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Makes metrics under the worker's prefix.
+/// A factory of metrics with the worker's prefix.
 struct Maker(Registry);
 
 impl Maker {

@@ -1,4 +1,4 @@
-//! [`Supervisor`]: tells systemd, or whoever else has set `NOTIFY_SOCKET`, how the worker does. sd_notify(3) has the protocol.
+//! [`Supervisor`]: notifies systemd, or another service manager that sets `NOTIFY_SOCKET`, of the worker's state. See sd_notify(3).
 
 use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -9,17 +9,16 @@ use tracing::warn;
 
 use crate::worker::Status;
 
-/// How often the status is told, where nothing asks for more.
+/// Interval of status messages if the watchdog needs no shorter one.
 const PERIOD: Duration = Duration::from_secs(5);
 
-/// How much longer a stop may take, told again in each period: three may be missed.
+/// Extension of the stop's time limit, sent in each period. Three messages in a row can get lost without harm.
 const EXTENSION: Duration = PERIOD.saturating_mul(4);
 
-/// How many messages may wait. A service manager that does not read is told nothing more; it has more to catch up with
-/// than us.
+/// Limit of queued messages. While a service manager does not read, further messages are dropped.
 const MAX_WAITING: usize = 16;
 
-/// A service manager that wants to be told.
+/// The connection to a service manager.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     watchdog: Option<Duration>,
@@ -27,7 +26,7 @@ pub(crate) struct Supervisor {
     messages: SyncSender<Message>,
 }
 
-/// What it is told.
+/// A message to the service manager.
 #[derive(Debug)]
 enum Message {
     Ready,
@@ -39,10 +38,10 @@ enum Message {
 }
 
 impl Supervisor {
-    /// The one that has started this process. It is told from a thread of its own, which waits for it if need be.
+    /// Returns the service manager that started this process. A separate thread sends the messages, because a send can block.
     ///
     /// # Errors
-    /// When there cannot be such a thread.
+    /// If the thread cannot be started.
     pub(crate) fn of_this_process() -> io::Result<Self> {
         let (messages, queue) = sync_channel(MAX_WAITING);
         std::thread::Builder::new().name("notifier".to_owned()).spawn(move || tell_all(&queue))?;
@@ -50,34 +49,34 @@ impl Supervisor {
         Ok(Self { watchdog, told: String::new(), messages })
     }
 
-    /// How often it wants to be told: twice in the time after which it takes silence for death.
+    /// Returns the interval of messages, at most half the watchdog's limit.
     pub(crate) fn period(&self) -> Duration {
         self.watchdog.map_or(PERIOD, |limit| (limit / 2).min(PERIOD))
     }
 
-    /// The settings have been checked, and signals are heard.
+    /// Reports that the worker is ready: the settings are valid, and signals are handled.
     pub(crate) fn ready(&self) {
         self.send(Message::Ready);
     }
 
-    /// The settings are read again; [`ready`](Self::ready) when that is done.
+    /// Reports that a reload has begun. [`ready`](Self::ready) reports its end.
     pub(crate) fn reloading(&self) {
         self.send(Message::Reloading);
     }
 
-    /// The worker stops. That it takes its time is as it should be.
+    /// Reports that the worker is stopping, and extends the stop's time limit.
     pub(crate) fn stopping(&mut self, status: &Status) {
         self.send(Message::Stopping);
         self.tell(status);
         self.extend();
     }
 
-    /// The worker still stops, and is not stuck.
+    /// Extends the time limit of a stop that is not stuck.
     pub(crate) fn extend(&self) {
         self.send(Message::Extend);
     }
 
-    /// The worker is alive, and this is what it does.
+    /// Sends the watchdog's sign of life, and the status if it has changed.
     pub(crate) fn tell(&mut self, status: &Status) {
         if self.watchdog.is_some() {
             self.send(Message::Watchdog);
@@ -90,18 +89,18 @@ impl Supervisor {
     }
 
     fn send(&self, message: Message) {
-        // Not waited for: whoever manages this process may be stopped, and jobs should not be.
+        // Never wait here. If the service manager is stopped, jobs must still go on.
         let _ = self.messages.try_send(message);
     }
 }
 
-/// Tells everything until nobody has anything to tell.
+/// Sends messages until the [`Supervisor`] is dropped.
 fn tell_all(queue: &Receiver<Message>) {
     let mut failed = false;
     for message in queue {
         match message.tell() {
             Ok(()) => failed = false,
-            // Once is enough for a socket that is gone.
+            // Warn only once while the socket is gone.
             Err(error) => {
                 if !std::mem::replace(&mut failed, true) {
                     warn!(%error, "the service manager cannot be told");
@@ -127,7 +126,7 @@ impl Message {
     }
 }
 
-/// `4 running, 12,345 done, 2 failed`, and what else is worth knowing.
+/// Returns the status as text: `4 running, 12,345 done, 2 failed`, and the state if the worker is not just running.
 fn summary(status: &Status) -> String {
     let counts = format!(
         "{} running, {} done, {} failed",
@@ -145,7 +144,7 @@ fn summary(status: &Status) -> String {
     }
 }
 
-/// A number with a comma between thousands.
+/// Formats a number with commas between thousands.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();

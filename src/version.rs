@@ -1,10 +1,9 @@
-//! Whether a server's version fits this worker's. The two share major and minor: a worker works with a server of the same
-//! major and an equal or higher minor.
+//! The versions of worker and server. A worker works with servers of the same major version and an equal or higher minor one.
 
 /// The version of this worker.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What is wrong with a server of that version, in words; nothing when it fits, or when it is no version that is known.
+/// Returns a sentence that says why a server's version does not fit. `None` if it fits or cannot be parsed.
 pub(crate) fn misfit(server: &str) -> Option<String> {
     misfit_between(VERSION, server)
 }
@@ -31,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_server_of_the_same_major_and_at_least_the_same_minor_fits() {
+    fn a_server_of_the_same_major_and_no_older_minor_fits() {
         for server in ["0.6.0", "0.6.9", "0.7.0-rc.1", "0.10.2"] {
             assert_eq!(misfit_between("0.6.1", server), None, "{server}");
         }
@@ -46,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_version_is_not_judged() {
+    fn an_unparsable_version_is_not_judged() {
         for server in ["", "dev", "0", "v0.6"] {
             assert_eq!(misfit_between("0.6.1", server), None, "{server}");
         }

@@ -1,6 +1,6 @@
-//! The page of `GET /`: markup, style and script in one answer. The script asks `/status` for everything that the page shows.
+//! The page of `GET /`: markup, style and script in one response. The script fetches `/status` for all that the page shows.
 
-/// The policy by which a browser runs this script and this style, asks this server, and does nothing else.
+/// Content security policy that allows only this script, this style and requests to this server.
 pub(super) const POLICY: &str = concat!(
     "default-src 'none'; ",
     "script-src 'sha256-J5EKaEC2LgjiUWEM9KYA0QOHaHsnrH8uiOjNxJJHP88='; ",
@@ -34,7 +34,7 @@ mod tests {
         format!("'sha256-{}'", BASE64_STANDARD.encode(digest(&SHA256, text.as_bytes())))
     }
 
-    /// The content of the only element of that name.
+    /// Returns the content of the only element with a tag name.
     fn content(name: &str) -> &'static str {
         let (_, rest) = text().split_once(&format!("<{name}")).unwrap();
         let (inside, rest) = rest.split_once(&format!("</{name}>")).unwrap();

@@ -1,4 +1,4 @@
-//! [`AdminAddress`]: where the worker tells of itself.
+//! [`AdminAddress`]: the address of the admin server.
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -7,10 +7,10 @@ use std::net::SocketAddr;
 use super::layers::Layers;
 use super::{ConfigError, Source, declared};
 
-/// The address on which the worker answers questions about itself, and where that was written.
+/// The address on which the admin server listens, and the setting's source.
 #[derive(Debug, Clone)]
 pub struct AdminAddress {
-    /// Where it listens; port 0 is any that is free.
+    /// The address. Port 0 means any free port.
     pub address: SocketAddr,
     source: Source,
 }
@@ -32,7 +32,7 @@ impl AdminAddress {
         Ok(found.map(|(address, source)| Self { address, source }))
     }
 
-    /// Makes the error of a worker that cannot listen there.
+    /// Returns the configuration error for a failed bind.
     pub fn error(&self, error: &io::Error) -> ConfigError {
         let advice = match error.kind() {
             ErrorKind::AddrInUse => "another worker or program listens there now; if it stays, choose another address",

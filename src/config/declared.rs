@@ -19,17 +19,17 @@ use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 /// The declaration of one setting.
 #[derive(Debug)]
 pub struct Declared {
-    /// The key in the file, with its table: `worker.threads`. The key in `[handler]` stands for that of each `[handlers.TYPE]`.
+    /// The key in the file, with its table: `worker.threads`. A key in `[handler]` also stands for the same key of each `[handlers.TYPE]`.
     pub key: &'static str,
-    /// The flag, which gives the variable its name; none if only the file has the setting.
+    /// The flag, after which the variable is named. `None` if only the file has the setting.
     pub flag: Option<Flag>,
     /// The default, in words.
     pub default: fn() -> String,
-    /// The explanation in the commented file, with the default if the example is none.
+    /// The explanation in the commented file. It names the default unless the example is the default.
     pub comment: &'static str,
     /// The value in the commented file.
     pub example: Example,
-    /// The effect of a changed value on a worker that runs.
+    /// The effect of a changed value on a running worker.
     pub reload: Reload,
     /// The value in force, for people.
     pub(super) shown: Shown,
@@ -45,7 +45,7 @@ pub struct Flag {
     pub(crate) value_name: &'static str,
     pub(crate) heading: Heading,
     pub(crate) help: &'static str,
-    /// The words that the value may be, for the completions; empty if it may be others.
+    /// The valid words, for the completions. Empty if other values are valid.
     pub(crate) words: fn() -> Vec<&'static str>,
     pub(crate) is_repeatable: bool,
 }
@@ -70,14 +70,14 @@ pub enum Example {
     Other(&'static str),
 }
 
-/// The effect of a changed value on a worker that runs.
+/// The effect of a changed value on a running worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reload {
     /// The next job or log line obeys the new value.
     AtOnce,
-    /// Another stream is opened by the new value.
+    /// The worker opens a new stream with the new value.
     NewStream,
-    /// The worker has to be restarted.
+    /// The value takes effect after a restart.
     Restart,
 }
 
@@ -88,15 +88,15 @@ pub(super) enum Shown {
     Handler(fn(&Handler) -> String),
     /// A setting of warm handlers.
     Warm(fn(&Pool) -> String),
-    /// A setting of a handler that the admin server shows in another form, because the value may hold a secret.
+    /// A setting of a handler that the admin server shows in another form, because the value can contain a secret.
     Private(fn(&Handler) -> String, fn(&Handler) -> String),
-    /// The names of a handler's variables, and the files that hold their values; to others, their number.
+    /// The names of a handler's variables, and the files that hold their values. The admin server shows only their number.
     Variables,
     Never,
 }
 
 impl Declared {
-    /// Returns the name that messages use: that of the flag, else the key without its table.
+    /// Returns the name that messages use. It is the flag's, or else the key without its table.
     pub(super) fn name(&self) -> String {
         let key = || self.key.rsplit('.').next().unwrap_or_default().to_owned();
         self.flag.as_ref().map_or_else(key, |flag| flag.name.replace('-', "_"))
@@ -543,7 +543,7 @@ declare! {
 
 const NONE: &str = "none";
 
-/// Returns the value, or the default's words.
+/// Returns the value, or the text of the default.
 fn or(value: Option<impl ToString>, declared: &Declared) -> String {
     value.map_or_else(declared.default, |value| value.to_string())
 }

@@ -1,4 +1,4 @@
-//! [`EmbeddedConfig`]: the server in this process.
+//! [`EmbeddedConfig`]: the settings of the embedded server.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use super::{ConfigError, Source};
 use crate::cli::Args;
 use crate::client::ServerUrl;
 
-/// The server in this process.
+/// The settings of the embedded server.
 #[derive(Debug)]
 pub struct EmbeddedConfig {
-    /// Where the jobs to start with come from.
+    /// The source of the initial jobs.
     pub jobs: Option<JobsSource>,
 }
 
-/// Where NDJSON lines are read from.
+/// A source of NDJSON lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobsSource {
     /// Standard input.

@@ -1,4 +1,4 @@
-//! [`ConfigError`]: a mistake in a setting, in one line.
+//! [`ConfigError`]: a mistake in a setting, displayed on one line.
 
 use std::fmt::{self, Write};
 use std::io::{self, ErrorKind};
@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use super::Source;
 use crate::chain::OneLine;
 
-/// A mistake in a setting: where it is, and what would be right.
+/// A mistake in a setting, its source and its remedy.
 #[derive(Debug)]
 pub struct ConfigError {
     source: Source,
@@ -14,35 +14,35 @@ pub struct ConfigError {
     status: u8,
 }
 
-/// Exit status for a failure that may pass: a service manager tries again.
+/// Exit status for a temporary failure. A service manager restarts the worker.
 const STATUS_FAILURE: u8 = 1;
 
-/// Exit status for a mistake on the command line, as everywhere.
+/// Exit status for a mistake on the command line, as is usual on Unix.
 const STATUS_USAGE: u8 = 2;
 
 /// Exit status for a mistake in the configuration: `EX_CONFIG` of sysexits(3).
 const STATUS_CONFIG: u8 = 78;
 
 impl ConfigError {
-    /// A mistake in the value that `source` gives.
+    /// Returns the error of an invalid value from `source`.
     pub(crate) fn new(source: Source, problem: impl Into<String>) -> Self {
         let status = if matches!(source, Source::File(..)) { STATUS_CONFIG } else { STATUS_USAGE };
         Self { source, problem: problem.into(), status }
     }
 
-    /// A mistake in what `source` refers to: a file or a handler.
+    /// Returns the error of an unusable file or handler that `source` refers to.
     pub fn unusable(source: Source, problem: impl Into<String>) -> Self {
         Self { source, problem: problem.into(), status: STATUS_CONFIG }
     }
 
-    /// Makes the error of a call that the system refuses, for a setting that may be right. A refusal that lasts until a person
-    /// changes something has the exit status of a mistake; any other is a failure that may pass.
+    /// Returns the error of a call that the system refuses for a valid setting. A refusal that lasts until a person changes
+    /// something has the exit status of a mistake. Any other refusal is a temporary failure.
     pub(crate) fn refused(source: Source, error: &io::Error, problem: impl Into<String>) -> Self {
         let status = if is_lasting(error) { STATUS_CONFIG } else { STATUS_FAILURE };
         Self { source, problem: problem.into(), status }
     }
 
-    /// Makes the error of a worker that cannot make its directory for result files.
+    /// Returns the error of a worker that cannot create its directory for result files.
     pub(crate) fn no_room_for_results(error: &io::Error) -> Self {
         let directory = std::env::temp_dir();
         let problem = format!(
@@ -52,12 +52,12 @@ impl ConfigError {
         Self::refused(Source::Variable("TMPDIR".to_owned()), error, problem)
     }
 
-    /// Returns whether the error may pass without a change of the settings.
+    /// Reports whether the error is temporary: a retry can succeed with the same settings.
     pub(crate) fn may_pass(&self) -> bool {
         self.status == STATUS_FAILURE
     }
 
-    /// The exit status that tells it apart.
+    /// Returns the exit status for the error.
     pub fn exit_status(&self) -> u8 {
         self.status
     }
@@ -71,7 +71,7 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Returns whether the same call fails until a person changes something: a path, a permission, the kernel.
+/// Reports whether the call fails until a person changes a path, a permission or the kernel.
 fn is_lasting(error: &io::Error) -> bool {
     let kinds = [
         ErrorKind::NotFound,

@@ -1,4 +1,4 @@
-//! [`ConfigFile`]: the TOML file as it is written. Values are read and checked together with the command line's.
+//! [`ConfigFile`]: the TOML file as it is written. Its values are parsed together with those of the command line.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,10 +15,10 @@ use super::{ConfigError, Source};
 use crate::cli::Given;
 use crate::client::url::without_user;
 
-/// A value and where it stands, or nothing.
+/// A value with its position, if the file has it.
 type Field = Option<Spanned<Value>>;
 
-/// A configuration file, or an empty one where none was named.
+/// A configuration file. Empty if the command line names none.
 #[derive(Debug, Default)]
 pub(super) struct ConfigFile {
     path: PathBuf,
@@ -33,7 +33,7 @@ struct Tables {
     tls: Table<Keys>,
     worker: Table<Keys>,
     handler: Table<Keys>,
-    /// By job type.
+    /// The tables of `[handlers]` by job type.
     handlers: BTreeMap<Spanned<String>, Table<Keys>>,
     log: Table<Keys>,
     admin: Table<Keys>,
@@ -42,7 +42,7 @@ struct Tables {
 /// The keys of one table, and their values.
 pub(super) type Keys = BTreeMap<Spanned<String>, Spanned<Value>>;
 
-/// Takes a table only. A derived struct would take the elements of an array for its fields, `[[worker]]` included.
+/// A wrapper that accepts only a table. A derived struct would accept an array too, such as `[[worker]]`, element by field.
 #[derive(Debug, Default)]
 struct Table<T>(T);
 
@@ -67,7 +67,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for TableVisitor<T> {
 }
 
 impl ConfigFile {
-    /// Reads the file that was named, if one was.
+    /// Reads the file that the command line names, if any.
     pub(super) fn load(named: Option<&Given>) -> Result<Self, ConfigError> {
         let Some((given, name)) = named.and_then(|given| Some((given, given.values.last()?))) else {
             return Ok(Self::default());
@@ -83,7 +83,7 @@ impl ConfigFile {
             Ok(tables) => Self { path, text, tables },
             Err(error) => {
                 let line = error.span().map_or(1, |span| line_of(&text, span.start));
-                // serde says field where TOML says key.
+                // Replace serde's word "field" by TOML's word "key".
                 let problem = error.message().replace('\n', ", ").replace("unknown field", "unknown key");
                 return Err(ConfigError::new(Source::File(path, line), without_user(&problem)));
             }
@@ -92,7 +92,7 @@ impl ConfigFile {
         Ok(file)
     }
 
-    /// Finds a key that is none of the declared ones.
+    /// Fails at the first key that belongs to no declared setting.
     fn check_keys(&self) -> Result<(), ConfigError> {
         let Tables { tls, worker, handler, handlers, log, admin, .. } = &self.tables;
         let named = [("tls", tls), ("worker", worker), ("handler", handler), ("log", log), ("admin", admin)];
@@ -107,7 +107,7 @@ impl ConfigFile {
         Ok(())
     }
 
-    /// Returns the value of a declared setting, that of the default handler if it is a handler's.
+    /// Returns the value of a declared setting. For a setting of handlers, it is the default handler's.
     pub(super) fn value(&self, declared: &Declared) -> Option<&Spanned<Value>> {
         let Tables { url, tls, worker, handler, log, admin, .. } = &self.tables;
         let (table, key) = declared.table_and_key();
@@ -127,7 +127,7 @@ impl ConfigFile {
         self.tables.handlers.iter().map(|(job_type, Table(keys))| (job_type, keys))
     }
 
-    /// Makes the error of a file without a handler, at the line where one belongs; nothing if no file was named.
+    /// Returns the error of a file without a handler, at the line where one belongs. `None` if the command line names no file.
     pub(super) fn without_handler(&self) -> Option<ConfigError> {
         if self.path.as_os_str().is_empty() {
             return None;
@@ -145,7 +145,7 @@ impl ConfigFile {
         Some(ConfigError::new(Source::File(self.path.clone(), line), problem))
     }
 
-    /// Where that byte of this file stands.
+    /// Returns the source of the byte at `offset` in this file.
     pub(super) fn source_at(&self, offset: usize) -> Source {
         Source::File(self.path.clone(), line_of(&self.text, offset))
     }
@@ -156,7 +156,7 @@ pub(super) fn value_in<'a>(keys: &'a Keys, key: &str) -> Option<&'a Spanned<Valu
     keys.iter().find(|(found, _)| found.get_ref() == key).map(|(_, value)| value)
 }
 
-/// Returns the keys that a table may have.
+/// Returns the valid keys of a table.
 fn keys_of(table: &str) -> impl Iterator<Item = &'static str> {
     let keys = SETTINGS.iter().map(|declared| declared.table_and_key());
     keys.filter(move |(found, _)| *found == table).map(|(_, key)| key)
@@ -171,14 +171,14 @@ fn one_of(keys: &[&str]) -> String {
     }
 }
 
-/// Returns whether the line is a commented out `exec = …`, as in the file of the package.
+/// Reports whether a line is a commented-out `exec = …`, as in the package's file.
 fn is_commented_exec(line: &str) -> bool {
     let setting = line.trim_start().strip_prefix('#').map(str::trim_start);
     let value = setting.and_then(|setting| setting.strip_prefix("exec"));
     value.is_some_and(|value| value.trim_start().starts_with('='))
 }
 
-/// Lines count from 1.
+/// Returns the line of the byte at `offset`, counted from 1.
 fn line_of(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
 }

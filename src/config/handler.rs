@@ -1,4 +1,4 @@
-//! The handlers: the file's `[handler]` and `[handlers.TYPE]` tables, and `--exec`, found and ready to run.
+//! The handlers of `[handler]`, `[handlers.TYPE]` and `--exec`, resolved and ready to run.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -17,7 +17,7 @@ use super::{ConfigError, Source};
 use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Handlers, Mode, Pool, Stdin};
 use crate::process::{Output, Program, Signal};
 
-/// The words of `stdin`.
+/// The valid words of `stdin`.
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
     [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
@@ -37,14 +37,14 @@ impl ModeName {
     }
 }
 
-/// The words of `mode`.
+/// The valid words of `mode`.
 pub(super) const MODE_NAMES: [(&str, ModeName); 2] = [("spawn", ModeName::Spawn), ("warm", ModeName::Warm)];
 
-/// The words of `output`.
+/// The valid words of `output`.
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
-/// Every handler, checked as far as that can be done without running it.
+/// Returns every handler, checked as far as possible without a start.
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
     let command = default_command(layers)?;
     let mode = layers.locate(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
@@ -70,7 +70,7 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
 const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the \
      file's [handler] or [handlers.TYPE]";
 
-/// The words of a command, and where they were written.
+/// The words of a command, and their source.
 type Written = (Vec<OsString>, Source);
 
 fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> {
@@ -84,7 +84,7 @@ fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> 
     }
 }
 
-/// The name of a handler's table in the file.
+/// Returns the name of a handler's table in the file.
 pub(super) fn table_of(job_type: Option<&str>) -> String {
     let is_bare = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
     match job_type {
@@ -94,12 +94,12 @@ pub(super) fn table_of(job_type: Option<&str>) -> String {
     }
 }
 
-/// What the settings of one handler are looked up in: its route, if it is one's, and then the default.
+/// The tables of one handler's settings: those of its route, if it has one, before the default handler's.
 struct Scope<'a> {
     layers: &'a Layers<'a>,
     name: String,
     route: Option<&'a Keys>,
-    /// The default handler's mode, wherever it was written.
+    /// The default handler's mode, from the command line or the file.
     mode: &'a Option<(ModeName, Source)>,
 }
 
@@ -162,7 +162,7 @@ impl Scope<'_> {
         })
     }
 
-    /// Returns the setting of the route, or else the default's.
+    /// Returns the setting of the route, or else the default handler's.
     fn pick<T>(
         &self,
         declared: &Declared,
@@ -208,8 +208,8 @@ impl Scope<'_> {
         self.layers.note(&format!("{}.{name}", self.name), source, "");
     }
 
-    /// The inherited environment without the worker's own settings, or what `pass_env` names of it; then `env`, key by
-    /// key the route's or else the default's.
+    /// Returns the environment of a handler. It inherits all variables except the worker's own settings, or only those in
+    /// `pass_env` with `env_clear`. `env` adds to them, each key from the route or else from the default handler.
     fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
         let clear = self.pick(&declared::ENV_CLEAR, Raw::boolean)?.unwrap_or_default();
         let pass = self.locate(&declared::PASS_ENV, Raw::strings)?;
@@ -267,13 +267,14 @@ impl Scope<'_> {
     }
 }
 
-/// Its settings, and its line to the service manager: a handler that spoke there would speak for the worker.
+/// Reports whether a variable is one of the worker's settings, or leads to the service manager. A handler that notifies the
+/// service manager would do so in the worker's name.
 fn is_the_workers_own(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"ZIZQ_")
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)
 }
 
-/// By its name, with or without SIG. What no process can catch would tell it nothing.
+/// Parses a signal's name, with or without SIG. Rejects signals that no process can catch.
 fn parse_signal(name: String) -> Result<Signal, String> {
     let wanted = name.trim().to_uppercase();
     let named = |number: &i32| {

@@ -1,4 +1,4 @@
-//! [`Layers`]: the command line and the file, and which of them a value comes from.
+//! [`Layers`]: finds a setting on the command line, else in the file.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,15 +11,15 @@ use super::value::Raw;
 use super::{ConfigError, Source};
 use crate::cli::Args;
 
-/// The command line and the file, one over the other.
+/// The command line and the file. The command line wins.
 pub(super) struct Layers<'a> {
     pub(super) args: &'a Args,
     pub(super) file: &'a ConfigFile,
-    /// Where each setting that was given has been found, by its key.
+    /// The source of each given setting, by key.
     found: RefCell<Sources>,
 }
 
-/// Where settings were written, and what, by key.
+/// The source and the written text of settings, by key.
 pub(super) type Sources = BTreeMap<String, (Source, String)>;
 
 impl<'a> Layers<'a> {
@@ -27,17 +27,17 @@ impl<'a> Layers<'a> {
         Self { args, file, found: RefCell::default() }
     }
 
-    /// Where everything was found.
+    /// Returns the sources of all given settings.
     pub(super) fn into_sources(self) -> Sources {
         self.found.into_inner()
     }
 
-    /// Notes where a setting was found, and what was written there.
+    /// Records the source and the written text of a setting.
     pub(super) fn note(&self, name: &str, source: &Source, written: impl ToString) {
         self.found.borrow_mut().insert(name.to_owned(), (source.clone(), written.to_string()));
     }
 
-    /// Returns the value of one setting, read by `parse` under the setting's name, from the uppermost layer that has one.
+    /// Returns the value of a setting from the first layer that has it. `parse` gets the raw value and the setting's name.
     pub(super) fn pick<T>(
         &self,
         declared: &Declared,
@@ -46,7 +46,7 @@ impl<'a> Layers<'a> {
         self.locate(declared, parse).map(|found| found.map(|(value, _)| value))
     }
 
-    /// Returns the same, with the place where it was found.
+    /// Returns the value of a setting, like [`pick`](Self::pick), with its source.
     pub(super) fn locate<T>(
         &self,
         declared: &Declared,
@@ -65,7 +65,7 @@ impl<'a> Layers<'a> {
         }))
     }
 
-    /// Reads a value of the file.
+    /// Parses a value of the file.
     pub(super) fn read_in_file<T>(
         &self,
         value: &Spanned<Value>,

@@ -1,4 +1,4 @@
-//! [`LogConfig`]: what is logged, and how.
+//! [`LogConfig`]: the levels and the format of the log.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -13,25 +13,25 @@ pub(crate) const JOBS_TARGET: &str = "zizq_worker::jobs";
 /// The target of the lines that handlers print.
 pub(crate) const OUTPUT_TARGET: &str = "zizq_worker::output";
 
-/// The targets that may have a level of their own.
+/// The targets that can have a level of their own.
 const TARGETS: [(&str, &str); 2] = [(JOBS_TARGET, JOBS_TARGET), (OUTPUT_TARGET, OUTPUT_TARGET)];
 
 /// The settings of the log.
 #[derive(Debug, Clone, Default)]
 pub struct LogConfig {
-    /// From which severity on events are logged.
+    /// The lowest severity of logged events.
     pub level: LogLevels,
-    /// How they are written; by whether stderr is a terminal when not given.
+    /// The format. If not given, it depends on whether stderr is a terminal.
     pub format: Option<LogFormat>,
     /// `RUST_LOG`: a filter that wins over the level.
     pub filter: Option<String>,
-    /// Whether the terminal's colours are left alone.
+    /// Whether the log has no colours.
     pub no_color: bool,
     /// `JOURNAL_STREAM`: the device and inode of a stream that systemd's journal reads.
     pub journal_stream: Option<OsString>,
 }
 
-/// A severity, and those of targets that have one of their own.
+/// A severity, and the targets with a severity of their own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogLevels {
     /// The severity of all other targets.
@@ -76,7 +76,7 @@ impl LogConfig {
 }
 
 impl LogLevels {
-    /// Reads `info`, or `info,zizq_worker::jobs=warn`.
+    /// Parses `info`, or `info,zizq_worker::jobs=warn`.
     fn parse(raw: &Raw, setting: &str) -> Result<Self, String> {
         let text = &raw.text(setting)?;
         let mut general = None;

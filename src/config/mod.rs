@@ -39,22 +39,22 @@ pub use source::Source;
 pub use warning::Warning;
 pub use worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, WorkerConfig};
 
-/// Everything that the program needs to know.
+/// All settings of the program.
 #[derive(Debug)]
 pub struct Config {
-    /// What the worker does.
+    /// The settings of the worker.
     pub worker: WorkerConfig,
-    /// What is run for a job.
+    /// The handlers of jobs.
     pub handlers: Handlers,
-    /// What is logged, and how.
+    /// The settings of the log.
     pub log: LogConfig,
-    /// Where the worker tells of itself, if it does.
+    /// The address of the admin server, if there is one.
     pub admin: Option<AdminAddress>,
-    /// The server to start in this process.
+    /// The settings of the embedded server, if there is one.
     #[cfg(feature = "embedded")]
     pub embedded: Option<EmbeddedConfig>,
     sources: Sources,
-    /// The variables that are called like a setting's, and are none.
+    /// The variables with the prefix of settings that belong to no setting.
     unknown_variables: Vec<Warning>,
 }
 
@@ -71,7 +71,7 @@ impl Config {
         let admin = AdminAddress::resolve(&layers)?;
         #[cfg(feature = "embedded")]
         let embedded = embedded::resolve(args, &worker.url)?;
-        // Last, so that a handler which nobody has given yet does not hide a mistake in what has been given.
+        // Resolve handlers last, so that a missing handler does not hide a mistake in another setting.
         let handlers = handler::resolve(&layers)?;
         Ok(Self {
             worker,

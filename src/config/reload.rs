@@ -1,14 +1,13 @@
-//! What of a configuration that is read again takes effect in a worker that runs.
+//! [`Config::take_over`]: the settings of a reload that take effect in a running worker.
 
 use super::worker::default_prefetch;
 use super::{Config, WorkerConfig, declared};
 
 impl Config {
-    /// Makes this configuration, which has been read again, the one by which a running worker can go on: what needs a
-    /// restart is as it runs.
+    /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their values.
     pub fn take_over(&mut self, running: &WorkerConfig) {
         let WorkerConfig { url, tls, queues, prefetch, stream_limits, .. } = self.worker.clone();
-        // The default goes by threads and fibers, and those are as they were.
+        // The default depends on threads and fibers, which need a restart.
         let is_given = self.sources.contains_key(declared::PREFETCH.key);
         let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
         self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };

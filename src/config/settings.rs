@@ -1,4 +1,4 @@
-//! [`Setting`]: one setting as it is in force, and where it was written, for people.
+//! [`Setting`]: a setting's value in force and its source, for display.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -16,11 +16,11 @@ pub struct Setting {
     pub name: String,
     /// The value in force.
     pub value: String,
-    /// The value as the admin server shows it, if that is another form.
+    /// The form that the admin server shows, if it differs.
     pub public_value: Option<String>,
-    /// The place where the value was written; nowhere when it is the default.
+    /// The value's source. `None` for a default.
     pub source: Option<Source>,
-    /// The effect of a changed value on a worker that runs.
+    /// The effect of a changed value on a running worker.
     pub reload: Reload,
 }
 
@@ -75,7 +75,7 @@ impl Config {
         names.into_iter().map(shown).collect()
     }
 
-    /// Returns the path that a setting names, as it was written.
+    /// Returns the path in a setting, as it is written.
     pub(super) fn file(&self, key: &str) -> String {
         self.sources.get(key).map_or("none".to_owned(), |(_, path)| path.clone())
     }

@@ -1,9 +1,9 @@
-//! [`Source`]: where a setting's value was written.
+//! [`Source`]: the place of a setting's value.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// Where a setting's value was written.
+/// The place of a setting's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// A flag, with its dashes.
@@ -14,7 +14,7 @@ pub enum Source {
     Variable(String),
     /// A line of the configuration file.
     File(PathBuf, usize),
-    /// Nowhere, though it is needed.
+    /// No place, although the setting is required.
     Missing,
 }
 

@@ -1,4 +1,4 @@
-//! The TLS settings: files, read and matched before anything connects.
+//! The TLS settings. Their files are read and checked before anything connects.
 
 use std::io;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::{ConfigError, Source};
 use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
 use crate::client::{ServerUrl, Tls};
 
-/// Reads the files, and matches them with one another and with `url`, which `url_source` gives.
+/// Reads the files, and checks that they fit each other and `url`, whose source is `url_source`.
 pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) -> Result<Tls, ConfigError> {
     let ca = File::find(layers, &declared::TLS_CA)?;
     let chain = File::find(layers, &declared::TLS_CLIENT_CERT)?;
@@ -38,7 +38,7 @@ pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) 
     })
 }
 
-/// A file that a setting names, as it was read.
+/// The contents of a file that a setting names.
 struct File {
     setting: String,
     path: String,
@@ -60,13 +60,13 @@ impl File {
         parse(&self.bytes).map_err(|problem| self.error(&problem))
     }
 
-    /// A sentence about the file that begins with its verb.
+    /// Returns the error of this file. `problem` is a sentence without its subject.
     fn error(&self, problem: &str) -> ConfigError {
         ConfigError::unusable(self.source.clone(), format!("{}: {} {problem}", self.setting, self.path))
     }
 }
 
-/// Anything else than a file might not be over for ever.
+/// Reads a regular file. Rejects all else, because a read from a pipe or a device can last forever.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     if std::fs::metadata(path)?.is_file() {
         std::fs::read(path)

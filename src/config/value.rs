@@ -1,4 +1,4 @@
-//! [`Raw`]: one written value, and the ways of reading it. Each error names the setting, the rule, and what was got.
+//! [`Raw`]: a value as it is written, and its parsers. Each error names the setting, the rule and the value.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -12,15 +12,15 @@ use toml::Value;
 
 use super::variable::Variable;
 
-/// Longer is a slip of the pen, and the clock's arithmetic has an end.
+/// Limit of durations. A longer one is a typing mistake, and could overflow the clock's arithmetic.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
-/// A value as it was written.
+/// A value as it is written.
 #[derive(Debug, Clone)]
 pub(super) enum Raw {
-    /// On the command line, where a flag may be repeated, or in a variable.
+    /// The texts of a flag, which can be repeated, or of a variable.
     Text(Vec<String>),
-    /// In the file.
+    /// A value in the file.
     Toml(Value),
 }
 
@@ -35,7 +35,7 @@ impl fmt::Display for Raw {
 }
 
 impl Raw {
-    /// Any text.
+    /// Returns the value as text.
     pub(super) fn text(&self, name: &str) -> Result<String, String> {
         match self {
             Self::Toml(Value::String(_)) | Self::Text(_) => Ok(self.to_string()),
@@ -43,12 +43,12 @@ impl Raw {
         }
     }
 
-    /// Anything that knows how to read itself from a text, and says what is wrong.
+    /// Parses a type whose error is a sentence.
     pub(super) fn parsed<T: FromStr<Err = String>>(&self, name: &str) -> Result<T, String> {
         self.text(name)?.parse()
     }
 
-    /// One of a few words.
+    /// Parses one of a few words.
     pub(super) fn one_of<T: Copy>(&self, name: &str, words: &[(&str, T)]) -> Result<T, String> {
         let text = self.text(name)?;
         let found = words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text.trim()));
@@ -58,12 +58,12 @@ impl Raw {
         })
     }
 
-    /// A whole number of at least 1.
+    /// Parses a whole number of at least 1.
     pub(super) fn count(&self, name: &str) -> Result<NonZeroUsize, String> {
         self.count_up_to(name, usize::MAX)
     }
 
-    /// The same, or 0.
+    /// Parses a whole number of at least 0.
     pub(super) fn count_from_0(&self, name: &str) -> Result<usize, String> {
         match self {
             Self::Toml(Value::Integer(0)) => Ok(0),
@@ -71,7 +71,7 @@ impl Raw {
         }
     }
 
-    /// A whole number of at least 1, with a greatest value.
+    /// Parses a whole number from 1 to `most`.
     pub(super) fn count_up_to(&self, name: &str, most: usize) -> Result<NonZeroUsize, String> {
         let number: i128 = match self {
             Self::Toml(Value::Integer(number)) => (*number).into(),
@@ -88,7 +88,7 @@ impl Raw {
         count.ok_or_else(|| format!("{name} must be at most {most} (got {number})"))
     }
 
-    /// A number.
+    /// Parses a number.
     pub(super) fn number(&self, name: &str) -> Result<f64, String> {
         match self {
             Self::Toml(Value::Float(number)) => Ok(*number),
@@ -96,7 +96,7 @@ impl Raw {
         }
     }
 
-    /// A length of time.
+    /// Parses a duration.
     pub(super) fn duration(&self, name: &str) -> Result<Duration, String> {
         let wanted =
             || format!("{name} must be a duration like 30s, 500ms or 1m 30s; a bare number is seconds (got {self})");
@@ -111,7 +111,7 @@ impl Raw {
         Ok(duration)
     }
 
-    /// A length of time that is not zero.
+    /// Parses a duration longer than zero.
     pub(super) fn positive_duration(&self, name: &str) -> Result<Duration, String> {
         match self.duration(name)? {
             Duration::ZERO => Err(format!("{name} must be greater than 0s (got {self})")),
@@ -119,7 +119,7 @@ impl Raw {
         }
     }
 
-    /// A number of bytes, of at least 1 KiB.
+    /// Parses a number of bytes of at least 1 KiB.
     pub(super) fn size(&self, name: &str) -> Result<usize, String> {
         let wanted =
             || format!("{name} must be a size like 64MiB or 500kB, at least 1KiB; a bare number is bytes (got {self})");
@@ -127,8 +127,8 @@ impl Raw {
         usize::try_from(size.as_u64()).ok().filter(|size| *size >= 1024).ok_or_else(wanted)
     }
 
-    /// Reads names: separated by commas, in any number of flags, or a list in the file. An empty name is a mistake: most
-    /// often it comes from an unset variable of a shell or a template. Only an empty list in the file has no names.
+    /// Parses names, separated by commas in any number of flags, or a list in the file. An empty name is a mistake, because it
+    /// usually comes from an unset variable of a shell or a template. Only an empty list in the file has no names.
     pub(super) fn list(&self, name: &str) -> Result<Vec<String>, String> {
         let names: Vec<String> = match self {
             Self::Text(values) => values.iter().flat_map(|value| value.split(',')).map(str::to_owned).collect(),
@@ -147,7 +147,7 @@ impl Raw {
         Ok(names)
     }
 
-    /// Returns the value as it was written, in quotes: a flag's values are joined by commas.
+    /// Returns the value as it is written, in quotes. Commas join the values of a repeated flag.
     fn quoted(&self) -> String {
         match self {
             Self::Text(values) => format!("{:?}", values.join(",")),
@@ -155,13 +155,13 @@ impl Raw {
         }
     }
 
-    /// A list of strings, in the file.
+    /// Parses a list of strings in the file.
     pub(super) fn strings(&self, name: &str) -> Result<Vec<String>, String> {
         let strings = if let Self::Toml(value) = self { strings(value) } else { None };
         strings.ok_or_else(|| format!("{name} must be a list of strings (got {self})"))
     }
 
-    /// Yes or no, in the file.
+    /// Parses a boolean in the file.
     pub(super) fn boolean(&self, name: &str) -> Result<bool, String> {
         match self {
             Self::Toml(Value::Boolean(value)) => Ok(*value),
@@ -169,7 +169,7 @@ impl Raw {
         }
     }
 
-    /// A list of exit statuses, in the file.
+    /// Parses a list of exit statuses in the file.
     pub(super) fn exit_codes(&self, name: &str) -> Result<BTreeSet<u8>, String> {
         let codes = match self {
             Self::Toml(Value::Array(items)) => {
@@ -180,7 +180,7 @@ impl Raw {
         codes.ok_or_else(|| format!("{name} must be a list of numbers from 0 to 255 (got {self})"))
     }
 
-    /// Reads a table of environment variables, in the file. A value may be a secret, so no message quotes one.
+    /// Parses a table of environment variables in the file. Messages never quote a value, because it can be a secret.
     pub(super) fn variables(&self, name: &str) -> Result<Vec<(String, Variable)>, String> {
         let table = match self {
             Self::Toml(Value::Table(table)) => table,
@@ -195,7 +195,7 @@ impl Raw {
         table.iter().map(|(variable, value)| Ok((variable.clone(), Variable::read(name, variable, value)?))).collect()
     }
 
-    /// The words of a command: a string is split as a shell would, a list is taken as it is.
+    /// Parses the words of a command. A string is split like in a shell, a list is taken as it is.
     pub(super) fn command(&self, name: &str) -> Result<Vec<OsString>, String> {
         let words = self.words(name)?;
         if words.iter().any(|word| word.contains('\0')) {
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_number_is_seconds_and_anything_else_is_read_as_humantime_does() {
+    fn a_bare_number_is_seconds_and_all_else_is_humantime() {
         let duration = |text| typed(text, |raw| raw.duration("d")).unwrap();
         assert_eq!(duration("90"), Duration::from_secs(90));
         assert_eq!(duration("0.5"), Duration::from_millis(500));

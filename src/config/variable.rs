@@ -1,4 +1,4 @@
-//! [`Variable`]: the value of a handler's environment variable, as it is written or in a file.
+//! [`Variable`]: the value of a handler's environment variable, given directly or in a file.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-/// The most bytes that a file may have. The kernel takes 128 KiB for a variable with its name (execve(2)), and a token or a
-/// certificate has a few.
+/// Limit of a file's size. The kernel accepts 128 KiB for a variable with its name (execve(2)), and a token or a certificate
+/// has a few.
 const MAX_BYTES: u64 = 64 * 1024;
 
 /// The value of an environment variable.
@@ -21,13 +21,13 @@ pub(super) enum Variable {
     File(PathBuf),
 }
 
-/// Returns the key under which the place of a variable is noted.
+/// Returns the key under which a variable's source is recorded.
 pub(super) fn variable_of(table: &str, name: &str) -> String {
     format!("{table}.env.{name}")
 }
 
 impl Variable {
-    /// Reads the variable of that name in the table `env`.
+    /// Parses the variable `name` in the table `env`.
     pub(super) fn read(env: &str, name: &str, value: &Value) -> Result<Self, String> {
         if name.is_empty() || name.contains(['=', '\0']) {
             return Err(format!("{env} has a name that no variable can have ({name:?})"));
@@ -46,7 +46,7 @@ impl Variable {
     /// Returns the value.
     ///
     /// # Errors
-    /// When the file cannot be read: a sentence without its subject.
+    /// A sentence without its subject, if the file cannot be read.
     pub(super) fn resolve(&self) -> Result<OsString, String> {
         match self {
             Self::Text(text) => Ok(OsString::from(text)),
@@ -78,7 +78,7 @@ fn contents(path: &Path) -> Result<OsString, String> {
     if value.contains(&0) { Err(format!("{name} has a zero byte")) } else { Ok(OsString::from_vec(value.to_vec())) }
 }
 
-/// Reads one byte more than allowed. A pipe or a device might never end.
+/// Reads at most one byte more than allowed, because a pipe or a device can be endless.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::other("it is not a regular file"));

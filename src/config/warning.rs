@@ -1,4 +1,4 @@
-//! [`Warning`]: a setting that is allowed, and hardly meant.
+//! [`Warning`]: a valid setting that is probably a mistake.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use super::handler::table_of;
 use super::{Config, WorkerConfig};
 use crate::handler::{Handler, Mode};
 
-/// A setting that is allowed, and hardly meant. A start logs it, and a check prints it.
+/// A valid setting that is probably a mistake. A start logs the warning, and a check prints it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Warning {
-    /// A variable that is called like a setting's, and is none.
+    /// A variable with the prefix of settings that belongs to no setting.
     UnknownVariable {
         /// The name of the variable.
         variable: String,
-        /// The variable of a setting whose name is nearest.
+        /// The setting's variable with the most similar name.
         nearest: Option<String>,
     },
     /// Fewer unreported jobs than worker loops.
@@ -27,7 +27,7 @@ pub enum Warning {
         /// The number of worker loops.
         concurrency: usize,
     },
-    /// A warm handler that may have fewer processes than there are worker loops.
+    /// A warm handler with fewer processes than worker loops.
     FewProcesses {
         /// The table of the handler.
         handler: String,
@@ -36,7 +36,7 @@ pub enum Warning {
         /// The number of worker loops.
         concurrency: usize,
     },
-    /// A handler whose time limit is longer than a shutdown may take.
+    /// A handler whose time limit is longer than the shutdown deadline.
     LongTimeout {
         /// The table of the handler.
         handler: String,
@@ -45,11 +45,11 @@ pub enum Warning {
         /// The limit of a shutdown.
         shutdown_deadline: Duration,
     },
-    /// A handler whose end may take longer than a shutdown.
+    /// A handler whose kill grace is longer than the shutdown deadline.
     LongGrace {
         /// The table of the handler.
         handler: String,
-        /// The limit of the end.
+        /// The kill grace.
         kill_grace: Duration,
         /// The limit of a shutdown.
         shutdown_deadline: Duration,
@@ -68,7 +68,7 @@ const LONG_TIMEOUT: &str = "timeout is longer than the shutdown deadline: a job 
 const LONG_GRACE: &str = "kill_grace is longer than the shutdown deadline: a stopped job may take longer to end than all others to finish; lower kill_grace, or raise shutdown_deadline";
 
 impl Warning {
-    /// Writes it to the log.
+    /// Logs the warning.
     pub fn log(&self) {
         match self {
             Self::UnknownVariable { variable, nearest } => {
@@ -92,7 +92,7 @@ impl Warning {
     }
 }
 
-/// The message, and the values that it is about.
+/// Displays the message and the values that it is about.
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -123,7 +123,7 @@ fn duration(value: Duration) -> String {
 }
 
 impl Config {
-    /// Returns everything that a start warns of.
+    /// Returns all warnings of a start.
     pub fn warnings(&self) -> Vec<Warning> {
         let handlers = self.handlers.by_type().flat_map(|(job_type, handler)| {
             let table = table_of(job_type);
@@ -153,7 +153,7 @@ impl Config {
 }
 
 impl WorkerConfig {
-    /// Warns of a prefetch that leaves worker loops idle.
+    /// Returns a warning if the prefetch leaves worker loops idle.
     pub(crate) fn low_prefetch(&self) -> Option<Warning> {
         let (prefetch, concurrency) = (self.prefetch.get(), self.concurrency().get());
         (prefetch < concurrency).then_some(Warning::LowPrefetch { prefetch, concurrency })

@@ -1,4 +1,4 @@
-//! [`WorkerConfig`]: what a worker does, and its defaults.
+//! [`WorkerConfig`]: the settings of a worker, and their defaults.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
@@ -16,16 +16,16 @@ use crate::client::url::without_secrets;
 use crate::client::{Connector, ServerUrl, Tls, WorkerId};
 use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT, StreamLimits};
 
-/// One job at a time is right for every handler; more is for whoever knows that theirs can stand it.
+/// Default of `threads`. One job at a time is safe for every handler.
 pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::MIN;
 
-/// Like threads.
+/// Default of `fibers`. One job at a time is safe for every handler.
 pub const DEFAULT_FIBERS: NonZeroUsize = NonZeroUsize::MIN;
 
-/// Time for jobs of ordinary length to end.
+/// Default time for running jobs to end. It fits jobs of ordinary length.
 pub const DEFAULT_SHUTDOWN_DEADLINE: Duration = Duration::from_secs(30);
 
-/// More loops than processes that one machine runs well, and far more than a server hands out by default (1024).
+/// Limit of worker loops. More processes than one machine runs well, and far more than a server hands out by default (1024).
 const MAX_CONCURRENCY: usize = 65_536;
 
 /// Characters that the server refuses in the name of a queue.
@@ -34,33 +34,33 @@ const FORBIDDEN_IN_QUEUES: [char; 8] = [',', '*', '?', '[', ']', '{', '}', '\\']
 /// The settings of a [`Worker`](crate::Worker).
 #[derive(Debug, Clone, PartialEq)]
 pub struct WorkerConfig {
-    /// Where the server is.
+    /// The server's URL.
     pub url: ServerUrl,
-    /// Whom it trusts, and who it says it is, where `url` is https.
+    /// The trusted certificates and the client certificate, if `url` is https.
     pub tls: Tls,
-    /// How connections to `url` are made: over the network, unless the embedding program supplies them.
+    /// The way to connect to `url`. The default is the network; an embedding program can supply connections of its own.
     pub connector: Connector,
-    /// What the server calls the worker in its log.
+    /// The worker's name in the server's log.
     pub worker_id: WorkerId,
-    /// The queues to take jobs from; none means all.
+    /// The queues to take jobs from. Empty means all.
     pub queues: Vec<String>,
-    /// How many groups of worker loops there are.
+    /// The number of groups of worker loops.
     pub threads: NonZeroUsize,
-    /// How many loops are in each group.
+    /// The number of worker loops in each group.
     pub fibers: NonZeroUsize,
-    /// How many unreported jobs the server may hand to this worker.
+    /// The limit of unreported jobs that the server hands to this worker.
     pub prefetch: NonZeroUsize,
-    /// The waits before reconnecting, and before a report is sent again.
+    /// The backoff of reconnects and of report retries.
     pub backoff: Backoff,
-    /// Beyond these a take stream, or a job of it, is given up.
+    /// The limits beyond which the worker gives up a take stream or a job in it.
     pub stream_limits: StreamLimits,
-    /// How long draining may take before it becomes killing.
+    /// The longest drain. After it, running jobs are killed.
     pub shutdown_deadline: Duration,
-    /// After how many started jobs the worker drains by itself.
+    /// The number of started jobs after which the worker drains.
     pub max_jobs: Option<NonZeroU64>,
-    /// After how long it does so.
+    /// The time after which the worker drains.
     pub max_time: Option<Duration>,
-    /// After how long without a job it does so.
+    /// The time without a job after which the worker drains.
     pub exit_when_idle: Option<Duration>,
 }
 
@@ -113,12 +113,12 @@ impl WorkerConfig {
         })
     }
 
-    /// How many jobs run at once: threads × fibers.
+    /// Returns the number of jobs that run at once: threads × fibers.
     pub fn concurrency(&self) -> NonZeroUsize {
         self.threads.saturating_mul(self.fibers)
     }
 
-    /// Logs what a worker with these settings is about to do, and warns of what is allowed but hardly meant.
+    /// Logs the settings of a worker that starts, and warns if the prefetch leaves loops idle.
     pub(crate) fn announce(&self) {
         let (threads, fibers, prefetch) = (self.threads.get(), self.fibers.get(), self.prefetch.get());
         let queues = if self.queues.is_empty() { "(all)".to_owned() } else { self.queues.join(",") };
@@ -132,7 +132,7 @@ fn at_most_u64(count: NonZeroUsize) -> NonZeroU64 {
     NonZeroU64::try_from(count).unwrap_or(NonZeroU64::MAX)
 }
 
-/// For each loop one job to run and one to follow it, so that none waits for a report's round trip.
+/// Returns two jobs per loop, one running and one queued, so that no loop waits for a report's round trip.
 pub(super) fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
     concurrency.saturating_add(concurrency.get())
 }
@@ -151,7 +151,7 @@ fn concurrency(layers: &Layers<'_>, threads: NonZeroUsize, fibers: NonZeroUsize)
     }
 }
 
-/// Reads a url. It may hold a password by mistake, so no message quotes it whole.
+/// Parses a URL. Messages never quote the whole URL, because it can contain a password by mistake.
 fn server_url(raw: &Raw, name: &str) -> Result<ServerUrl, String> {
     match raw.text(name) {
         Ok(url) => url.parse(),
@@ -178,7 +178,7 @@ fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
     let min_wait = min.as_ref().map_or(DEFAULT_RETRY_MIN_WAIT, |(wait, _)| *wait);
     let max_wait = max.as_ref().map_or(DEFAULT_RETRY_MAX_WAIT, |(wait, _)| *wait);
     Backoff::try_new(min_wait, max_wait, multiplier.unwrap_or(DEFAULT_RETRY_MULTIPLIER)).map_err(|problem| {
-        // Each of the two is right by itself. The blame goes to one that was given, for the defaults fit together.
+        // Each value is valid by itself. Blame one that was given, because the defaults fit together.
         match (min, max) {
             (Some((_, source)), None) => {
                 let (least, most) = (format_duration(min_wait), format_duration(max_wait));

@@ -1,4 +1,4 @@
-//! [`Attendant`]: does what signals ask for, and tells the service manager and the terminal how it goes.
+//! [`Attendant`]: handles signals, and reports the worker's state to the service manager and the terminal.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,34 +18,34 @@ use crate::logging::Log;
 use crate::supervisor::Supervisor;
 use crate::worker::{LoopStatus, RunningJob, Status};
 
-/// How often the last line of the terminal changes.
+/// Update interval of the terminal's last line.
 const LIVE_PERIOD: Duration = Duration::from_secs(1);
 
-/// How long the end may take when all jobs are dead: for the last tries of their reports, twice.
+/// Time for the end after all jobs are dead. It is twice the time of the last attempts to report.
 const MARGIN: Duration = Duration::from_secs(20);
 
-/// Everything that it needs.
+/// The state of a daemon's signal handling and reporting.
 #[derive(Debug)]
 pub(super) struct Attendant {
     pub(super) args: Arc<Args>,
     pub(super) log: Log,
     pub(super) inspector: Arc<Inspector>,
-    /// The settings by which the worker runs.
+    /// The settings of the running worker.
     pub(super) running: WorkerConfig,
-    /// The longest that a killed job may take to end, by all settings that have been in force.
+    /// The longest kill grace of all settings that have been in force.
     pub(super) longest_grace: Duration,
-    /// The longest that a job may take by the settings in force; nothing if there is no limit.
+    /// The longest time of a job by the settings in force. `None` if there is no limit.
     pub(super) longest_job: Option<Duration>,
     pub(super) supervisor: Option<Supervisor>,
-    /// The settings, while they are read again.
+    /// The task that reads the settings during a reload.
     pub(super) reading: Option<JoinHandle<Result<Config, ConfigError>>>,
 }
 
 type Requests = UnboundedReceiver<Request>;
 
 impl Attendant {
-    /// Attends the worker until it has stopped. The service manager's watchdog hears from here: this is what answers
-    /// signals, and a status takes every lock that a job takes.
+    /// Handles requests until the worker has stopped. The watchdog is notified here, because this task also handles signals, and
+    /// a status takes every lock that a job takes.
     pub(super) async fn attend(mut self, mut requests: Requests) {
         let lifecycle = self.inspector.lifecycle.clone();
         let mut ticks = Ticks::every(self.supervisor.as_ref().map(Supervisor::period));
@@ -99,7 +99,7 @@ impl Attendant {
 
     fn tell_of(&mut self, stop: &Stop) {
         self.tell();
-        // A job that cannot even be killed hangs in the kernel. Then it is for the service manager to give up.
+        // A job that outlives SIGKILL hangs in the kernel. Stop extending then, so that the service manager's limit applies.
         let is_in_time = stop.killed.is_none_or(|killed| killed.elapsed() < self.longest_grace + MARGIN);
         if let Some(supervisor) = self.supervisor.as_ref().filter(|_| is_in_time) {
             supervisor.extend();
@@ -109,7 +109,7 @@ impl Attendant {
     fn show(&self, stop: &Stop) {
         let Some(line) = self.log.live_line() else { return };
         let Status { running, .. } = self.inspector.worker();
-        // Most stops are over before anybody could read it.
+        // Show nothing during a short stop without jobs, because it ends before the line can be read.
         if running == 0 && stop.begun.elapsed() < LIVE_PERIOD {
             return;
         }
@@ -126,7 +126,7 @@ impl Attendant {
     fn obey(&mut self, request: Request) {
         match request {
             Request::Status => log_status(&self.inspector.worker()),
-            // systemd sends it after each SIGTERM.
+            // systemd sends SIGCONT after each SIGTERM.
             Request::Resume if self.inspector.lifecycle.phase() >= Phase::Draining => {}
             _ if self.inspector.lifecycle.phase() >= Phase::Draining => {
                 warn!(?request, "signal ignored, the worker is stopping");
@@ -146,7 +146,7 @@ impl Attendant {
         }
     }
 
-    /// Files may be slow to read, or never end, and nothing here should wait for that.
+    /// Starts to read the settings on a blocking thread, because files can be slow or endless.
     fn begin_reload(&mut self) {
         if let Some(supervisor) = &self.supervisor {
             supervisor.reloading();
@@ -167,19 +167,19 @@ impl Attendant {
         }
     }
 
-    /// Changes everything that can be changed, or nothing.
+    /// Applies all reloadable settings, or none of them on an error.
     fn take_over(&mut self, mut config: Config) -> Result<(), ConfigError> {
         self.log.refilter(&config.log)?;
         let written = config.settings();
         config.take_over(&self.running);
-        // The environment of a process does not change.
+        // Skip unknown variables, because the environment of a process does not change.
         let warnings =
             config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::UnknownVariable { .. }));
         warnings.for_each(|warning| warning.log());
         let new_stream = self.inspector.controls.reconnect(&config.worker);
         let needing_restart = self.inspector.renew(config.settings(), &written);
         self.longest_grace = self.longest_grace.max(config.handlers.longest_grace());
-        // The old stream has jobs of the handlers that were in force until now.
+        // The jobs of the old stream run by the handlers that were in force until now.
         let longest_job = std::mem::replace(&mut self.longest_job, config.handlers.longest_job());
         self.inspector.controls.dispatcher().replace(config.handlers);
         self.running = config.worker;
@@ -198,7 +198,7 @@ impl Attendant {
     }
 }
 
-/// How far a stop is.
+/// The progress of a stop.
 struct Stop {
     begun: Instant,
     asked: Option<Instant>,
@@ -223,7 +223,7 @@ impl Stop {
     }
 }
 
-/// Waits for a task's end, if there is a task.
+/// Waits for a task's end, or forever without a task.
 async fn await_if_any<T>(task: &mut Option<JoinHandle<T>>) -> T {
     match task {
         Some(task) => task.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
@@ -231,7 +231,7 @@ async fn await_if_any<T>(task: &mut Option<JoinHandle<T>>) -> T {
     }
 }
 
-/// A clock, or none.
+/// An interval, or none.
 struct Ticks(Option<Interval>);
 
 impl Ticks {

@@ -1,4 +1,4 @@
-//! [`Inspector`]: what the admin server has to tell of this daemon.
+//! [`Inspector`]: the daemon's state for the admin server.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -12,10 +12,10 @@ use crate::lifecycle::Lifecycle;
 use crate::version::VERSION;
 use crate::worker::{Controls, Status};
 
-/// The version of the answer of `/status`: greater once a field is gone or means something else. A new field does not change it.
+/// Version of the `/status` format. It rises when a field is removed or changes its meaning, but not for a new field.
 const FORMAT: u32 = 1;
 
-/// The answer of `/status`.
+/// The response body of `/status`.
 #[derive(Serialize)]
 struct Answer<'a> {
     format: u32,
@@ -34,7 +34,7 @@ struct Shown {
     source: String,
 }
 
-/// A worker, and the settings that are in force.
+/// A worker, and the settings in force.
 #[derive(Debug)]
 pub(super) struct Inspector {
     pub(super) controls: Controls<ExecDispatcher>,
@@ -57,7 +57,7 @@ impl Inspector {
         self.controls.status(&self.lifecycle)
     }
 
-    /// These settings are in force now, but for those that need a restart. Returns the names of such as differ.
+    /// Replaces the settings in force, except those that need a restart. Returns the names of the latter whose values differ.
     pub(super) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, _): (Vec<Setting>, Vec<Setting>) =
@@ -93,7 +93,7 @@ impl Inspected for Inspector {
             worker: self.worker(),
             settings: self.settings(),
         };
-        // It fails for maps whose keys are no strings, and there are none.
+        // Serialization fails only for maps with keys that are not strings, and the answer has none.
         serde_json::to_string(&answer).unwrap_or_default()
     }
 

@@ -1,4 +1,4 @@
-//! [`Dispatcher`]: what a worker does with a job. [`ExecDispatcher`] runs a handler for it.
+//! [`Dispatcher`]: the work of a job. [`ExecDispatcher`] runs a handler for it.
 
 mod brake;
 mod file_threads;
@@ -36,38 +36,38 @@ use routes::{Route, Routes};
 pub(crate) use variables::is_about_a_job;
 use warm::{Busy, Pool, StartError};
 
-/// How long a worker that is being killed waits for a process that has outlived SIGKILL. The server hands the job out again as
-/// soon as the worker ends.
+/// Longest wait of a killed worker for a process that has outlived SIGKILL. The server redelivers the job as soon as the worker
+/// ends.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 
-/// The error types of a handler with a process for each job.
+/// Error types of a handler with a process for each job.
 const SPAWNED_FAILURES: [&str; 4] = ["ExitStatus", "Signal", "Timeout", "SpawnError"];
 
-/// The error types of a warm handler.
+/// Error types of a warm handler.
 const WARM_FAILURES: [&str; 8] =
     ["ExitStatus", "Signal", "Timeout", "SpawnError", "StartError", "HandlerError", "NoReply", "ProtocolError"];
 
-/// How a job ended, and what it took.
+/// The end of a job: its outcome, and the time and resources used.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ended {
-    /// What is reported.
+    /// The outcome to report.
     pub outcome: Outcome,
-    /// How its process exited, if it had one that ended with it.
+    /// The exit status of its process, if the process ended with the job.
     pub exit: Option<ExitStatus>,
-    /// What its process used for it, if it had one.
+    /// The resources that its process used for the job, if it had a process.
     pub usage: Option<ResourceUsage>,
-    /// How long the work took.
+    /// The time of the work.
     pub took: Took,
 }
 
-/// How long the work of a job took.
+/// The time of a job's work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Took {
-    /// As long as the call of [`Dispatcher::dispatch`].
+    /// The time of the whole call of [`Dispatcher::dispatch`].
     Dispatch,
-    /// That long. The rest of the call was a wait for the start.
+    /// This time. The rest of the call was a wait for the start.
     Run(Duration),
-    /// The work was not started.
+    /// No time, because the work was not started.
     Nothing,
 }
 
@@ -78,12 +78,12 @@ impl From<Outcome> for Ended {
 }
 
 impl Ended {
-    /// Ends a job whose work was not started.
+    /// Returns the end of a job whose work was not started.
     fn unstarted(outcome: Outcome) -> Self {
         Self { took: Took::Nothing, ..outcome.into() }
     }
 
-    /// Notes that the work began at that moment, and ends now.
+    /// Sets the time of the work to that from `began` until now.
     fn since(self, began: Instant) -> Self {
         Self { took: Took::Run(began.elapsed()), ..self }
     }
@@ -91,54 +91,54 @@ impl Ended {
 
 /// Does the work of a job.
 ///
-/// A worker calls it from as many loops at once as it has. When the lifecycle reaches [`Phase::Killing`], it ends what it
-/// does and returns [`Outcome::Interrupted`], unless the work has already ended.
+/// A worker calls [`dispatch`](Self::dispatch) from all its loops at once. When the lifecycle reaches [`Phase::Killing`],
+/// `dispatch` stops the work and returns [`Outcome::Interrupted`], unless the work has already ended.
 pub trait Dispatcher: Send + Sync + 'static {
-    /// Sees one job through to its end.
+    /// Does the work of one job, and returns its end.
     fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> impl Future<Output = Ended> + Send;
 
-    /// Whether jobs of that type always have a label of their own in the metrics. Of the other types, the first hundred have one.
-    /// The number of types for which this is true should be bounded.
+    /// Reports whether a job type always has a label of its own in the metrics. Of the other types, the first hundred have one.
+    /// Return true for a bounded number of types.
     fn is_counted_apart(&self, _job_type: &str) -> bool {
         false
     }
 
-    /// The types for which [`is_counted_apart`](Self::is_counted_apart) is true. Their metrics exist before their first job.
+    /// Returns the types for which [`is_counted_apart`](Self::is_counted_apart) is true. Their metrics exist before their first job.
     fn types_counted_apart(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// The error types that failures of such a job usually have. Their metrics exist before the first failure.
+    /// Returns the usual error types of a job type. Their metrics exist before the first failure.
     fn usual_failures(&self, _job_type: &str) -> &'static [&'static str] {
         &[]
     }
 
-    /// The process that runs for a job, if one does.
+    /// Returns the id of the process that runs for a job, if there is one.
     fn pid(&self, _id: &JobId) -> Option<u32> {
         None
     }
 
-    /// What cannot be started now, by name.
+    /// Returns the names of the handlers that cannot be started now.
     fn broken(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// The processes that do one job after another.
+    /// Returns the processes that do one job after another.
     fn processes(&self) -> Vec<HandlerProcess> {
         Vec::new()
     }
 
-    /// The handlers that are configured.
+    /// Returns the configured handlers.
     fn handlers(&self) -> Vec<HandlerStatus> {
         Vec::new()
     }
 
-    /// How many of those were started.
+    /// Returns the number of started processes that do one job after another, by handler and reason.
     fn process_starts(&self) -> Vec<ProcessStarts> {
         Vec::new()
     }
 
-    /// Ends what is kept between jobs. Called once no job runs any more, and before the stream closes.
+    /// Ends the processes that are kept between jobs. Called when no job runs any more, before the stream closes.
     fn finish(&self, _lifecycle: &Lifecycle) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
@@ -149,24 +149,24 @@ pub trait Dispatcher: Send + Sync + 'static {
 pub struct HandlerProcess {
     /// The file name of its program.
     pub handler: String,
-    /// Its process id.
+    /// The process id.
     pub pid: u32,
     /// `starting`, `idle`, `busy` or `ending`.
     pub state: &'static str,
-    /// How many jobs it has done.
+    /// The number of jobs that it has done.
     pub jobs: u64,
-    /// For how long it has been there.
+    /// The time since its start.
     pub age_seconds: f64,
-    /// The memory that it has resident, without its children.
+    /// The resident memory, without its children.
     pub memory_bytes: Option<u64>,
-    /// The job that it does.
+    /// The id of its current job, if any.
     pub job: Option<String>,
 }
 
-/// A handler that is configured.
+/// A configured handler.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HandlerStatus {
-    /// The type of its jobs; none for the handler of all other types.
+    /// The type of its jobs. `None` for the default handler.
     pub r#type: Option<String>,
     /// The file name of its program.
     pub handler: String,
@@ -174,13 +174,13 @@ pub struct HandlerStatus {
     pub mode: &'static str,
     /// The number of starts since it was configured, failed ones included.
     pub starts: u64,
-    /// The failures that slow its starts down, if there are any.
+    /// The failures that delay its starts, if any.
     pub brake: Option<BrakeStatus>,
     /// The processes that are kept between jobs.
     pub pids: Vec<u32>,
 }
 
-/// The failures in a row of a handler that cannot be started, or that ends before it has done a job.
+/// The consecutive failures of a handler that cannot be started, or that ends before it has done a job.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BrakeStatus {
     /// The number of failures since the handler last worked.
@@ -191,21 +191,21 @@ pub struct BrakeStatus {
     pub pause_seconds: f64,
 }
 
-/// The states of such a process.
+/// The states of a process that does one job after another.
 pub(crate) const PROCESS_STATES: [&str; 4] = ["starting", "idle", "busy", "ending"];
 
-/// How many processes of a handler were started for one reason.
+/// The number of processes of a handler that were started for one reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessStarts {
     /// The file name of its program.
     pub handler: String,
-    /// Why the process before it ended, or `demand` if there was none.
+    /// The reason for which the process before it ended, or `demand` if there was none.
     pub reason: &'static str,
-    /// How many.
+    /// The number of started processes.
     pub count: u64,
 }
 
-/// Runs a process for each job, and goes by its exit status and by what it leaves in its result file.
+/// A dispatcher that runs handlers, and decides outcomes by exit status and result file.
 #[derive(Debug)]
 pub struct ExecDispatcher {
     routes: watch::Sender<Arc<Routes>>,
@@ -218,13 +218,13 @@ pub struct ExecDispatcher {
 }
 
 impl ExecDispatcher {
-    /// A dispatcher that runs `handlers`, up to `concurrency` at once, and tells them which worker they run under. Result
-    /// files are made in a directory of its own below `temp_dir`. Starts a process that ends at once, to learn how processes can be
-    /// started here. The process's signal handlers should be there before the first job: those that are registered later may run
-    /// in a child that has just been made.
+    /// Returns a dispatcher that runs up to `concurrency` of `handlers` at once, and passes `worker_id` to them. It keeps result
+    /// files in a directory of its own below `temp_dir`. It starts a process that ends at once, to find out how processes can be
+    /// started here. Register this program's signal handlers before the first job. Those registered later can run in a newly
+    /// started child.
     ///
     /// # Errors
-    /// When that directory cannot be made, or its path is too long for the socket of a warm handler.
+    /// If the directory cannot be created, or its path is too long for the socket of a warm handler.
     pub fn new(handlers: Handlers, concurrency: usize, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
         let results = ResultDir::create(temp_dir)?;
         if handlers.is_any_warm() && !results.has_room_for_sockets() {
@@ -243,22 +243,22 @@ impl ExecDispatcher {
         })
     }
 
-    /// Jobs that start from now on are run by these handlers, and so are those that wait for one that cannot be started.
+    /// Replaces the handlers for jobs that start from now on, and for jobs that wait for a handler that cannot be started.
     pub fn replace(&self, handlers: Handlers) {
         self.routes.send_modify(|routes| *routes = Arc::new(routes.renewed(handlers)));
     }
 
-    /// Reaps what handlers leave behind, for as long as it is polled, if this process is process 1 or a subreaper. Takes the status
-    /// of every child that no job has started: a program with other children should not poll this.
+    /// Reaps the orphans of handlers while the future is polled, if this process is process 1 or a subreaper. It reaps every child
+    /// that no job has started, so do not poll it in a program with other children.
     ///
     /// # Errors
-    /// When the operating system refuses the signal handler.
+    /// If the operating system refuses the signal handler.
     pub fn reap_orphans(&self) -> impl Future<Output = io::Result<()>> + Send + use<> {
         self.children.clone().reap_orphans()
     }
 
-    /// Starts a process of each warm handler, waits until it connects, and ends it. Returns the handlers' names, and how long
-    /// each took to connect.
+    /// Starts a process of each warm handler, waits until it connects, and ends it. Returns the handlers' names, each with the time
+    /// to connect or an error.
     pub(crate) async fn start_each_warm(&self) -> Vec<(String, Result<Duration, String>)> {
         let mut tried = Vec::new();
         for route in self.routes().all() {
@@ -302,19 +302,19 @@ impl ExecDispatcher {
     }
 }
 
-/// A job, and what its earlier tries have left.
+/// A job, and the state that is kept between its attempts.
 struct Task<'a> {
     job: &'a Job,
     lifecycle: &'a Lifecycle,
     routes: watch::Receiver<Arc<Routes>>,
-    /// Whether a warm process has ended before it had read the job.
+    /// Whether a warm process has ended before it read the job.
     was_unread: bool,
 }
 
-/// What has come of one try to have a job done.
+/// The result of one attempt to run a job.
 enum Tried {
     Ended(Ended),
-    /// It is to be tried again, and why the start has failed if that is the reason.
+    /// Another attempt is needed. Holds the error if the start failed.
     Again(Option<io::Error>),
 }
 
@@ -333,7 +333,7 @@ impl Tried {
 }
 
 impl ExecDispatcher {
-    /// Runs a process for a job. `fault` is the error of the start before, if that failed.
+    /// Runs a process for a job. `fault` is the error of the previous start, if it failed.
     async fn try_spawned(&self, route: &Route, task: &mut Task<'_>, fault: Option<io::Error>) -> Tried {
         let Task { job, lifecycle, routes, .. } = task;
         let result = self.results.file();
@@ -350,7 +350,7 @@ impl ExecDispatcher {
         }
     }
 
-    /// Has a warm process do a job. `fault` is the error of the start before, if that failed.
+    /// Runs a job in a warm process. `fault` is the error of the previous start, if it failed.
     async fn try_warm(&self, route: &Route, pool: &Arc<Pool>, task: &mut Task<'_>, fault: Option<io::Error>) -> Tried {
         let busy = match self.warm_process(route, pool, task, fault).await {
             Ok(busy) => busy,
@@ -362,7 +362,7 @@ impl ExecDispatcher {
         match health {
             warm::HandlerHealth::Works => route.brake.release(),
             warm::HandlerHealth::Crashed(why) => route.brake.crashed(started, &why),
-            // A job that ends its readers is not handed out for ever.
+            // Retry only once, because some jobs end every process that reads them.
             warm::HandlerHealth::JobUnread if !std::mem::replace(&mut task.was_unread, true) => {
                 return Tried::Again(None);
             }
@@ -371,7 +371,7 @@ impl ExecDispatcher {
         Tried::Ended(ended.since(since))
     }
 
-    /// Waits for a process that is idle, or starts one.
+    /// Waits for an idle process, or starts one.
     async fn warm_process(
         &self,
         route: &Route,
@@ -422,7 +422,7 @@ impl ExecDispatcher {
     }
 }
 
-/// Dropped before its end, it kills what is kept between jobs.
+/// If dropped before [`finish`](Dispatcher::finish), kills the processes that are kept between jobs.
 impl Drop for ExecDispatcher {
     fn drop(&mut self) {
         self.routes().processes().kill();
@@ -439,7 +439,7 @@ impl Dispatcher for ExecDispatcher {
                 let message = format!("no handler for jobs of type {:?}, and no default handler", job.job_type);
                 return Ended::unstarted(Outcome::Failure(Failure::new("UnknownJobType", message)));
             };
-            // The fault of another handler says nothing of this one.
+            // Drop the error if a reload replaced the handler.
             let fault_of_this = fault.take().filter(|(of, _)| Arc::ptr_eq(of, &route)).map(|(_, error)| error);
             let tried = match &route.pool {
                 Some(pool) => self.try_warm(&route, pool, &mut task, fault_of_this).await,
@@ -494,7 +494,7 @@ impl Dispatcher for ExecDispatcher {
     }
 }
 
-/// Why a job waits no longer for a start.
+/// The reason why a job stops waiting for a start.
 enum Cut {
     /// The worker stops.
     Stopping,
@@ -502,7 +502,7 @@ enum Cut {
     Replaced,
 }
 
-/// Whether a process ran, but has not connected.
+/// Reports whether a process ran, but did not connect.
 fn is_start_error(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|error| error.is::<StartError>())
 }
@@ -515,13 +515,13 @@ async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver
     tokio::select! {
         biased;
         () = lifecycle.awaited() => Cut::Stopping,
-        // It fails only once the sender is gone, and the dispatcher has it.
+        // `changed` fails only once the sender is dropped, and the dispatcher holds it.
         _ = routes.changed() => Cut::Replaced,
     }
 }
 
-/// A job that waits for a process while others have all of them has as much time as the drain has.
-/// A reload that leaves the handler as it was does not cut that short.
+/// Waits until the worker is killed or the route is replaced. A job that waits for a busy pool waits until the end of the drain,
+/// and a reload that keeps its handler does not end the wait.
 async fn killed_or_replaced(route: &Route, task: &mut Task<'_>) -> Cut {
     let Task { job, lifecycle, routes, .. } = task;
     loop {
@@ -538,10 +538,10 @@ async fn killed_or_replaced(route: &Route, task: &mut Task<'_>) -> Cut {
     }
 }
 
-/// A process that has been made for a job.
+/// A process that is started for a job.
 struct Started<'a> {
     process: Process,
-    /// Whether the stop had been asked for before. Then the process has not missed the signal that tells of it.
+    /// Whether the stop was requested before the start. If so, the process needs no drain signal.
     was_stopping: bool,
     since: Instant,
     handler: &'a Handler,
@@ -557,7 +557,7 @@ impl ExecDispatcher {
         lifecycle: &'a Lifecycle,
         result: &ResultFile<'_>,
     ) -> io::Result<Started<'a>> {
-        // Asked before: a handler may already run when its start returns, and be there when the stop is asked for.
+        // Read this before the start. The handler can already run, and a stop be requested, before the start returns.
         let (was_stopping, since) = (lifecycle.is_awaited(), Instant::now());
         let process = self.spawn(route, job, result)?;
         let listed = self.pids.list(&job.id, process.id());
@@ -576,7 +576,7 @@ impl Begin for Started<'_> {
 }
 
 impl Started<'_> {
-    /// Sees the process through to its end. An error is why it, as it turned out, could not be started.
+    /// Supervises the process until its end. Returns an error if the process turns out not to have started.
     async fn see_through(self, result: &ResultFile<'_>) -> io::Result<Ended> {
         let Self { process, was_stopping, since, handler, lifecycle, _listed } = self;
         let stops = Stops {
@@ -594,7 +594,7 @@ impl Started<'_> {
     }
 }
 
-/// Finds out how processes can be started here, and prepares for as many at once.
+/// Finds out how processes can be started here, and prepares for `concurrency` at once.
 fn starter(concurrency: usize) -> Starter {
     keep_exit_statuses();
     let trial = Trial::of_this_machine();
@@ -615,7 +615,7 @@ fn starter(concurrency: usize) -> Starter {
     Starter::new(trial.way(), open_files)
 }
 
-/// Waits until the worker ends without a process that has outlived SIGKILL.
+/// Waits until the worker gives up a process that has outlived SIGKILL.
 async fn last_wait(lifecycle: &Lifecycle) {
     lifecycle.reached(Phase::Killing).await;
     tokio::select! {
@@ -638,7 +638,7 @@ async fn time_is_up(handler: &Handler, since: Instant) {
     }
 }
 
-/// Logs under the job's span. The line is a field: its control characters are escaped there, in every format.
+/// Logs a line of output under the job's span. The line is a field, because every format escapes control characters in fields.
 fn log_line(channel: Channel, line: &str) {
     match channel {
         Channel::Stdout => info!(target: OUTPUT_TARGET, line, "stdout"),

@@ -1,4 +1,4 @@
-//! What an exit means for its job: a function of the exit, the handler's settings, and what the handler says of it.
+//! [`of`]: decides a job's outcome from the exit, the handler's settings and the result file.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -11,7 +11,7 @@ use crate::handler::Handler;
 use crate::job::{Failure, Outcome};
 use crate::process::{Exit, Signal, Tail, Termination};
 
-/// Why we terminated a process.
+/// The reason why the worker terminated a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cause {
     /// The worker is killed.
@@ -20,14 +20,14 @@ pub(super) enum Cause {
     Timeout,
 }
 
-/// What became of the work.
+/// The end of a job's work, before the result file is read.
 enum Fate {
     Done,
     CutShort,
     Failed { error_type: &'static str, what: String, kill: bool },
 }
 
-/// Decides how a job ended. What the handler says of it is asked for only when it failed.
+/// Decides a job's outcome. Awaits the handler's verdict only if the job failed.
 pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Future<Output = Option<Verdict>>) -> Ended {
     let outcome = match fate(handler, &exit) {
         Fate::Done => Outcome::Success,
@@ -45,11 +45,11 @@ pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Futur
     Ended { outcome, exit, usage, took: Took::Dispatch }
 }
 
-/// A process that we stopped was cut short or too slow, whatever it made of it; only its own end can be a success.
+/// Decides the fate. A process that the worker terminated is cut short or timed out, whatever its exit status.
 fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
     let failed = |error_type, what| Fate::Failed { error_type, what, kill: false };
     match (&exit.ended, exit.terminated) {
-        // What lives on has not failed either: its job has not ended.
+        // A process that outlived SIGKILL has not failed, because its job has not ended.
         (_, Some((Cause::Killing, _) | (_, Termination::GivenUp))) => Fate::CutShort,
         (_, Some((Cause::Timeout, Termination::Stopped))) => {
             failed("Timeout", format!("was stopped {}", after(handler)))
@@ -61,7 +61,7 @@ fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
         (Err(error), None) => failed("WaitError", format!("ended, but its exit status could not be read: {error}")),
         (Ok((status, _)), None) => match (status.code(), status.signal()) {
             (Some(code), _) => fate_of_code(handler, code),
-            // It did not know the signal that was to tell it of the drain, and died of it.
+            // The process had no handler for the drain signal and died of it.
             (None, signal) if exit.notified && signal == handler.drain_signal.map(Signal::as_raw) => Fate::CutShort,
             (None, _) => failed("Signal", killed_by(*status)),
         },
@@ -89,7 +89,7 @@ pub(super) fn after(handler: &Handler) -> String {
     format!("after its timeout of {limit}")
 }
 
-/// How a process has exited.
+/// Describes how a process ended.
 pub(super) fn in_words(status: ExitStatus) -> String {
     status.code().map_or_else(|| killed_by(status), |code| format!("exited with status {code}"))
 }
@@ -97,7 +97,7 @@ pub(super) fn in_words(status: ExitStatus) -> String {
 fn killed_by(status: ExitStatus) -> String {
     let number = status.signal().unwrap_or_default();
     let name = signal_name(number).map(|name| format!(" ({name})")).unwrap_or_default();
-    // The kernel's out-of-memory killer uses this one, and does not say so.
+    // The kernel's out-of-memory killer sends SIGKILL.
     let guess = if number == Signal::KILL.as_raw() { ", possibly out of memory" } else { "" };
     format!("was killed by signal {number}{name}{guess}")
 }
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn status_0_and_the_listed_ones_are_a_success_and_any_other_a_failure() {
+    fn status_0_and_the_listed_ones_are_a_success() {
         assert_eq!(outcome(exit(0)), Outcome::Success);
         assert_eq!(outcome(exit(99 << 8)), Outcome::Success);
         assert_eq!(outcome(exit(3 << 8)), failure("ExitStatus", "sh exited with status 3", false));
@@ -151,14 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn death_by_a_signal_names_it_and_guesses_at_memory_for_sigkill_alone() {
+    fn only_sigkill_is_reported_as_possibly_out_of_memory() {
         let killed = "sh was killed by signal 9 (SIGKILL), possibly out of memory";
         assert_eq!(outcome(exit(9)), failure("Signal", killed, false));
         assert_eq!(outcome(exit(11)), failure("Signal", "sh was killed by signal 11 (SIGSEGV)", false));
     }
 
     #[test]
-    fn a_process_that_we_stopped_is_interrupted_or_too_slow_however_it_ended() {
+    fn a_stopped_process_is_interrupted_or_timed_out() {
         for status in [0, 15, 9, 1 << 8, 100 << 8] {
             let stopped = |cause| Exit { terminated: Some((cause, Termination::Stopped)), ..exit(status) };
             assert_eq!(outcome(stopped(Cause::Killing)), Outcome::Interrupted);

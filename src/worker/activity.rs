@@ -1,4 +1,4 @@
-//! [`Activity`]: what a worker is doing and has done, counted without locks that jobs would wait for.
+//! [`Activity`]: a worker's running jobs and counts, kept without locks that jobs would wait for.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,7 @@ use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::watch;
 
-/// Shared by the parts of one worker; clones count together.
+/// The running jobs and counts of one worker. Clones share them.
 #[derive(Debug, Clone)]
 pub(super) struct Activity(Arc<Shared>);
 
@@ -22,9 +22,9 @@ pub(super) struct Activity(Arc<Shared>);
 struct Shared {
     started: Instant,
     state: watch::Sender<State>,
-    /// The streams that are open. Changes far less often than the state.
+    /// The open streams. They change far less often than the state.
     connection: watch::Sender<Connection>,
-    /// What each worker loop is at.
+    /// The current job of each worker loop.
     loops: Vec<Slot>,
     running: AtomicUsize,
     ended: Tally,
@@ -32,7 +32,7 @@ struct Shared {
     failures: Failures,
 }
 
-/// How many jobs have ended in which way.
+/// The number of ended jobs by outcome.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     succeeded: AtomicU64,
@@ -50,7 +50,7 @@ impl Tally {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The counts; everything else about a run is left at its default.
+    /// Returns a summary with the counts. All other fields have their defaults.
     pub(super) fn summary(&self) -> Summary {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Summary {
@@ -79,18 +79,18 @@ pub(super) struct Current {
     pub(super) started: Instant,
 }
 
-/// The streams that are open.
+/// The open streams.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Connection {
     /// Whether a stream takes jobs.
     pub(super) is_taking: bool,
     /// Whether any stream is open.
     pub(super) is_open: bool,
-    /// The streams that finish their jobs while another one takes, or is to take.
+    /// The number of streams that finish their jobs while another stream takes jobs or is about to.
     pub(super) finishing: usize,
 }
 
-/// What decides whether the worker is idle.
+/// The values that decide whether the worker is idle.
 #[derive(Debug, Default)]
 struct State {
     is_taking: bool,
@@ -99,20 +99,20 @@ struct State {
 }
 
 impl State {
-    /// Without a stream nobody knows whether there are jobs, so that is not idleness.
+    /// Reports whether the worker is idle. Without a stream it is not, because the server can have waiting jobs.
     fn is_idle(&self) -> bool {
         self.is_taking && self.unfinished == 0
     }
 }
 
-/// Jobs at one moment.
+/// The number of jobs at one moment.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counts {
     pub(super) running: usize,
     pub(super) waiting: usize,
 }
 
-/// A job that has been taken and not handed on yet.
+/// A job that is taken and waits for a worker loop.
 #[derive(Debug)]
 pub(super) struct Unfinished(Activity);
 
@@ -122,7 +122,7 @@ impl Drop for Unfinished {
     }
 }
 
-/// A job that is being done by one of the loops.
+/// A job that runs in a worker loop.
 #[derive(Debug)]
 pub(super) struct Running {
     activity: Activity,
@@ -143,7 +143,7 @@ impl Slot {
 }
 
 impl Activity {
-    /// Of a worker with so many threads of so many fibers.
+    /// Returns the activity of a new worker with `threads` × `fibers` loops.
     pub(super) fn new(threads: usize, fibers: usize) -> Self {
         let names = (0..threads).flat_map(|thread| (0..fibers).map(move |fiber| format!("{thread}:{fiber}")));
         let started = Instant::now();
@@ -159,7 +159,7 @@ impl Activity {
         }))
     }
 
-    /// Notes which streams are open.
+    /// Records which streams are open.
     pub(super) fn set_connection(&self, connection: Connection) {
         let Connection { is_taking, is_open, .. } = connection;
         self.0.state.send_if_modified(|state| {
@@ -170,7 +170,7 @@ impl Activity {
         self.0.connection.send_if_modified(|before| std::mem::replace(before, connection) != connection);
     }
 
-    /// Waits for changes of the streams that are open.
+    /// Returns a receiver that is notified when a stream opens or closes.
     pub(super) fn connection(&self) -> watch::Receiver<Connection> {
         self.0.connection.subscribe()
     }
@@ -180,12 +180,12 @@ impl Activity {
         self.0.connection.borrow().finishing
     }
 
-    /// Whether a stream takes jobs.
+    /// Reports whether a stream takes jobs.
     pub(super) fn is_taking(&self) -> bool {
         self.0.state.borrow().is_taking
     }
 
-    /// Whether any stream is open.
+    /// Reports whether any stream is open.
     pub(super) fn is_connected(&self) -> bool {
         self.0.state.borrow().is_connected
     }
@@ -199,7 +199,7 @@ impl Activity {
         Unfinished(self.clone())
     }
 
-    /// Notes what the loop of that number begins.
+    /// Records that a job starts in the loop with the number `slot`.
     pub(super) fn start_job(&self, slot: usize, job: &Job) -> Running {
         self.0.running.fetch_add(1, Ordering::Relaxed);
         self.0.loops[slot].set(Some(Current {
@@ -212,12 +212,12 @@ impl Activity {
         Running { activity: self.clone(), slot }
     }
 
-    /// What has ended since the worker was made, in all of its runs.
+    /// Returns the counts of ended jobs over all runs of the worker.
     pub(super) fn ended(&self) -> &Tally {
         &self.0.ended
     }
 
-    /// Notes how a job has ended.
+    /// Records the outcome of a job.
     pub(super) fn note_end(&self, job: &Job, outcome: &Outcome) {
         self.0.ended.count(outcome);
         self.0.history.count(outcome);
@@ -226,12 +226,12 @@ impl Activity {
         }
     }
 
-    /// The jobs that have ended in the last minutes.
+    /// Returns the history of the last minutes.
     pub(super) fn history(&self) -> &History {
         &self.0.history
     }
 
-    /// The last failures.
+    /// Returns the last failures.
     pub(super) fn failures(&self) -> &Failures {
         &self.0.failures
     }
@@ -241,26 +241,26 @@ impl Activity {
         Counts { running, waiting: self.0.state.borrow().unfinished.saturating_sub(running) }
     }
 
-    /// The names of the loops, in their order.
+    /// Returns the names of the loops, in order.
     pub(super) fn loop_names(&self) -> impl Iterator<Item = &str> {
         self.0.loops.iter().map(|slot| slot.name.as_str())
     }
 
-    /// The loops, and what they are at.
+    /// Returns the names of the loops, each with its current job.
     pub(super) fn loops(&self) -> impl Iterator<Item = (&str, Option<Current>)> {
         let current = |slot: &Slot| slot.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
         self.0.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
-    /// Drains once the worker has been connected, and without a job or a report, for as long as `limit`. While reports wait,
-    /// the server may hold back further jobs.
+    /// Drains once the worker has been connected for `limit` without a job or a waiting report. Waiting reports count, because
+    /// the server can hold back further jobs until it gets them.
     pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
         let (mut states, mut movements) = (self.0.state.subscribe(), ledger.movements());
         while states.wait_for(State::is_idle).await.is_ok() {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => return,
-                // Any change, even one that is over by now, starts the time anew.
+                // Any change restarts the time, even one that is already undone.
                 _ = states.changed() => {}
                 _ = movements.changed() => {}
                 () = tokio::time::sleep(limit), if ledger.ended().is_empty() => {

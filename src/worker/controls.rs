@@ -1,4 +1,4 @@
-//! [`Controls`]: what can be asked of a worker, and told to it, while it runs.
+//! [`Controls`]: the handle to watch and control a running worker.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::{Age, CountedType, Gauges, Metrics};
 use crate::watch;
 
-/// The handle by which a worker is watched and steered; to stop it is the [`Lifecycle`]'s.
+/// The handle to watch and control a running worker. The [`Lifecycle`] stops it.
 #[derive(Debug)]
 pub struct Controls<D> {
     pub(super) dispatcher: Arc<D>,
@@ -34,40 +34,40 @@ impl<D> Clone for Controls<D> {
 }
 
 impl<D: Dispatcher> Controls<D> {
-    /// What jobs are done by.
+    /// Returns the worker's dispatcher.
     pub fn dispatcher(&self) -> &D {
         &self.dispatcher
     }
 
-    /// Takes nothing more. When everything that was taken has been reported, the stream is closed, so that the server can
-    /// give its jobs to others. Returns whether it took jobs before.
+    /// Pauses the worker. It takes no more jobs, and closes the stream once all taken jobs are reported, so that the server can
+    /// give further jobs to others. Returns whether the worker was taking jobs before.
     pub fn pause(&self) -> bool {
         self.intake.set_paused(true)
     }
 
-    /// Takes jobs again. Returns whether it was paused.
+    /// Resumes the worker. Returns whether it was paused.
     pub fn resume(&self) -> bool {
         self.intake.set_paused(false)
     }
 
-    /// Takes jobs by the url, TLS settings, queues, prefetch and stream limits in `config` from now on, over a new stream.
-    /// Returns whether anything is new in them. The present stream stays open until everything that came over it has been
-    /// reported to its server. If that server does not answer any more, its jobs are reported to the new one.
+    /// Opens a new stream with the URL, TLS settings, queues, prefetch and stream limits in `config`, and takes further jobs over it.
+    /// Returns whether any of them is new. The present stream stays open until all its jobs are reported to its server. If that
+    /// server stops answering, its jobs are reported to the new server.
     pub fn reconnect(&self, config: &WorkerConfig) -> bool {
         self.intake.change_settings(config)
     }
 
-    /// The counters that have come with a reload.
+    /// Returns the worker's metrics.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
-    /// Waits for changes of the streams that are open.
+    /// Returns a receiver that is notified when a stream opens or closes.
     pub(crate) fn connection(&self) -> watch::Receiver<Connection> {
         self.activity.connection()
     }
 
-    /// What it is doing.
+    /// Returns the worker's status.
     pub fn status(&self, lifecycle: &Lifecycle) -> Status {
         let Counts { running, waiting } = self.activity.counts();
         let Summary { succeeded, failed, interrupted, .. } = self.activity.ended().summary();
@@ -111,7 +111,7 @@ impl<D: Dispatcher> Controls<D> {
         }
     }
 
-    /// Why it cannot start jobs now; nothing when it can.
+    /// Returns the reasons why the worker cannot start jobs now. Empty if it can.
     pub fn unready(&self, lifecycle: &Lifecycle) -> Vec<Unready> {
         let state = self.state(lifecycle);
         let of_state = match state {
@@ -125,7 +125,7 @@ impl<D: Dispatcher> Controls<D> {
         of_state.into_iter().chain(unconnected).chain(broken).collect()
     }
 
-    /// All counters, in the text format of Prometheus.
+    /// Returns all metrics in the text format of Prometheus.
     pub fn metrics_text(&self, lifecycle: &Lifecycle) -> String {
         let Counts { running, waiting } = self.activity.counts();
         let (loops, connected) = (self.activity.loop_names().count(), self.activity.is_taking());
@@ -140,7 +140,7 @@ impl<D: Dispatcher> Controls<D> {
             processes: self.dispatcher.processes(),
             process_starts: self.dispatcher.process_starts(),
         };
-        // It fails for names that Prometheus does not know; that there are none is held by a test.
+        // Encoding fails only for names that Prometheus rejects. A test shows that there are none.
         self.metrics.text(gauges).unwrap_or_default()
     }
 }
@@ -162,7 +162,7 @@ impl<D: Dispatcher> Controls<D> {
     }
 }
 
-/// Microseconds are as fine as anybody wants to read.
+/// Returns a duration in seconds, in whole microseconds.
 pub(super) fn seconds(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1e6
 }

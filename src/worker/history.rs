@@ -1,4 +1,4 @@
-//! [`History`]: how many jobs have ended in each of the last minutes' buckets. [`Failures`]: the last failures.
+//! [`History`]: the counts of jobs that ended in the last minutes, in buckets. [`Failures`]: the last failures.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,19 +8,19 @@ use super::controls::seconds;
 use super::status::{EndedJobs, LastFailure};
 use crate::job::{Failure, Job, Outcome};
 
-/// The width of a bucket: fine enough to see a burst, and wide enough that ten minutes are few numbers.
+/// Width of a bucket. Narrow enough to show a burst, and wide enough to keep ten minutes in few numbers.
 const BUCKET: Duration = Duration::from_secs(5);
 
-/// The number of buckets, which cover ten minutes.
+/// Number of buckets. They cover ten minutes.
 const BUCKETS: usize = 120;
 
-/// The number of failures that are kept.
+/// Number of failures kept.
 const MAX_FAILURES: usize = 20;
 
-/// The most characters of a failure's texts that are kept. A message may hold a line of 8 KiB, and a type may be of any length.
+/// Limit of characters kept of each text of a failure. A message can contain a line of 8 KiB, and a type can be of any length.
 const MAX_CHARS: usize = 500;
 
-/// The jobs that have ended in the last minutes.
+/// The jobs that ended in the last minutes.
 #[derive(Debug)]
 pub(super) struct History {
     started: Instant,
@@ -36,7 +36,7 @@ struct Buckets {
 }
 
 impl Buckets {
-    /// Adds empty buckets up to that one. Costs a bounded time after any idle time.
+    /// Adds empty buckets up to the one with the number `to`. Takes bounded time after any idle time.
     fn advance(&mut self, to: u64) {
         let missing = to.saturating_sub(self.newest).min(BUCKETS as u64);
         for _ in 0..missing {
@@ -57,7 +57,7 @@ impl Buckets {
 }
 
 impl History {
-    /// An empty history that begins now.
+    /// Returns an empty history that begins at `started`.
     pub(super) fn new(started: Instant) -> Self {
         Self { started, buckets: Mutex::default() }
     }
@@ -66,7 +66,7 @@ impl History {
         self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a job that has ended. An interrupted one has not.
+    /// Counts an ended job. An interrupted job has not ended.
     pub(super) fn count(&self, outcome: &Outcome) {
         let kind = match outcome {
             Outcome::Success => 0,
@@ -84,7 +84,7 @@ impl History {
         }
     }
 
-    /// Describes the buckets up to now.
+    /// Returns the buckets up to now.
     pub(super) fn list(&self) -> EndedJobs {
         self.list_at(self.started.elapsed())
     }
@@ -111,7 +111,7 @@ fn number_of_bucket(after: Duration) -> u64 {
 pub(super) struct Failures(Mutex<VecDeque<(Instant, LastFailure)>>);
 
 impl Failures {
-    /// Keeps a failure, and drops the oldest one if there are too many. The backtrace is not kept.
+    /// Adds a failure without its backtrace, and drops the oldest one beyond the limit.
     pub(super) fn push(&self, job: &Job, failure: &Failure) {
         let kept = LastFailure {
             id: cut(job.id.as_str()),
@@ -127,7 +127,7 @@ impl Failures {
         all.push_front((Instant::now(), kept));
     }
 
-    /// Describes the failures, newest first.
+    /// Returns the failures, newest first.
     pub(super) fn list(&self) -> Vec<LastFailure> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let aged = |(at, failure): &(Instant, LastFailure)| LastFailure {
@@ -138,7 +138,7 @@ impl Failures {
     }
 }
 
-/// Cuts a text that is too long, with a mark.
+/// Cuts a text that is too long, and marks the cut.
 fn cut(text: &str) -> String {
     match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -1,4 +1,4 @@
-//! [`Status`]: what a worker is doing, for people and programs. [`Unready`]: why it cannot work now.
+//! [`Status`]: the state of a worker. [`Unready`]: a reason why it cannot start jobs.
 
 use std::fmt;
 
@@ -6,66 +6,66 @@ use serde::Serialize;
 
 use crate::dispatch::{HandlerProcess, HandlerStatus};
 
-/// What a worker is doing, and has done since it started.
+/// The state of a worker, and its counts since it started.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Status {
     /// `running`, `paused`, `draining` or `killing`.
     pub state: &'static str,
     /// Whether a take stream is open.
     pub connected: bool,
-    /// Streams from before a reload, which stay open until the jobs that came over them are reported.
+    /// The number of streams from before a reload. They stay open until their jobs are reported.
     pub finishing_streams: usize,
-    /// For how long it has been there.
+    /// The time since the worker was created.
     pub uptime_seconds: f64,
-    /// Jobs that run.
+    /// The number of running jobs.
     pub running: usize,
-    /// Jobs that were taken, and wait for a worker loop.
+    /// The number of taken jobs that wait for a worker loop.
     pub waiting: usize,
-    /// Reports that the server has not accepted yet.
+    /// The number of reports that the server has not accepted yet.
     pub reports_waiting: i64,
-    /// Jobs that succeeded.
+    /// The number of jobs that succeeded.
     pub succeeded: u64,
-    /// Jobs that failed.
+    /// The number of jobs that failed.
     pub failed: u64,
-    /// Jobs that were cut short, and go back to the server.
+    /// The number of jobs that were cut short, which the server redelivers.
     pub interrupted: u64,
-    /// What each worker loop is at.
+    /// The worker loops, each with its current job.
     pub loops: Vec<LoopStatus>,
-    /// The handlers that are configured.
+    /// The configured handlers.
     pub handlers: Vec<HandlerStatus>,
     /// The processes of warm handlers, those of replaced handlers included.
     pub handler_processes: Vec<HandlerProcess>,
     /// The last failures, newest first.
     pub last_failures: Vec<LastFailure>,
-    /// The jobs that have ended in the last minutes.
+    /// The jobs that ended in the last minutes.
     pub history: EndedJobs,
 }
 
-/// A job that has failed.
+/// A failed job.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LastFailure {
-    /// The server's name for the job.
+    /// The job's id.
     pub id: String,
-    /// Its type.
+    /// The job's type.
     pub r#type: String,
-    /// Its queue.
+    /// The job's queue.
     pub queue: String,
-    /// Which attempt failed, from 1.
+    /// The number of the failed attempt, from 1.
     pub attempt: u32,
-    /// The kind of failure, as it was reported.
+    /// The error type, as reported.
     pub error_type: Option<String>,
-    /// The message, as it was reported; cut if it is long.
+    /// The message, as reported, but cut if it is long.
     pub message: String,
     /// The time since the failure.
     pub ago_seconds: f64,
 }
 
-/// The jobs that have ended in the last minutes, in buckets of equal width, oldest first.
+/// The jobs that ended in the last minutes, in buckets of equal width, oldest first.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct EndedJobs {
     /// The width of a bucket.
     pub bucket_seconds: u64,
-    /// The part of the newest bucket that is over.
+    /// The elapsed part of the newest bucket.
     pub newest_bucket_seconds: f64,
     /// The number of jobs that succeeded, by bucket.
     pub succeeded: Vec<u32>,
@@ -73,42 +73,42 @@ pub struct EndedJobs {
     pub failed: Vec<u32>,
 }
 
-/// What a worker loop is at.
+/// A worker loop and its current job.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LoopStatus {
     /// The loop's name: `THREAD:FIBER`.
     pub name: String,
-    /// Its job, if it has one.
+    /// The current job, if any.
     pub job: Option<RunningJob>,
 }
 
-/// A job that runs.
+/// A running job.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RunningJob {
-    /// The server's name for it.
+    /// The job's id.
     pub id: String,
-    /// Its type.
+    /// The job's type.
     pub r#type: String,
-    /// Its queue.
+    /// The job's queue.
     pub queue: String,
-    /// Which attempt it is, from 1.
+    /// The number of the attempt, from 1.
     pub attempt: u32,
-    /// For how long it has been running.
+    /// The time since the job's start.
     pub running_seconds: f64,
-    /// Its process, once it has been started.
+    /// The process id, once the process is started.
     pub pid: Option<u32>,
 }
 
-/// Why a worker cannot start jobs now.
+/// A reason why a worker cannot start jobs now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unready {
-    /// It has no stream.
+    /// The worker has no stream.
     NotConnected,
-    /// It was told to take nothing.
+    /// The worker is paused.
     Paused,
-    /// It is on its way to a stop.
+    /// The worker is stopping, in this state.
     Stopping(&'static str),
-    /// That handler cannot be started.
+    /// The handler of this name cannot be started.
     Broken(String),
 }
 

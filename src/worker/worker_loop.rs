@@ -1,4 +1,4 @@
-//! [`WorkerLoop`]: takes a job from the dispatch queue, has it done, and hands its outcome on.
+//! [`WorkerLoop`]: pops jobs from the dispatch queue, dispatches them, and queues their outcomes.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -17,9 +17,9 @@ use crate::ledger::{Beginning, Delivery};
 use crate::lifecycle::Phase;
 use crate::process::ResourceUsage;
 
-/// One of the threads × fibers loops: it runs one job at a time, and hands its outcome on before it takes the next.
+/// One of the threads × fibers loops. It runs one job at a time, and queues the outcome before it takes the next job.
 pub(super) struct WorkerLoop<D> {
-    /// Its number.
+    /// The loop's number.
     pub(super) slot: usize,
     pub(super) name: String,
     pub(super) jobs: async_channel::Receiver<Taken>,
@@ -28,11 +28,11 @@ pub(super) struct WorkerLoop<D> {
 }
 
 impl<D: Dispatcher> WorkerLoop<D> {
-    /// Works until the dispatch queue is closed and empty, or the worker is killed.
+    /// Runs jobs until the dispatch queue is closed and empty, or the worker is killed.
     pub(super) async fn run(self) {
         info!(worker = self.name, "worker loop started");
         while let Ok(taken) = self.jobs.recv().await {
-            // Once killing, what waits here is not started: it goes back to the server with the stream.
+            // Once killing, start no waiting job. The server redelivers it after the stream closes.
             if self.run.lifecycle.phase() >= Phase::Killing {
                 break;
             }
@@ -60,7 +60,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
         log_ended(&outcome, usage, times);
         activity.note_end(&job, &outcome);
         tally.count(&outcome);
-        // Its payload is not held while the report waits for a place.
+        // Keep only the id, so that the payload is freed while the report waits for room.
         let id = job.id;
         let Some(report) = Report::of(outcome) else { return ledger.interrupt(&id) };
         if let Some(attempt) = ledger.end(&id, &report) {
@@ -87,7 +87,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
         }
     }
 
-    /// A dispatcher that panics has failed its job, not the worker.
+    /// Dispatches a job. A panic of the dispatcher fails only the job.
     async fn dispatch(&self, job: &Job) -> Ended {
         let work = AssertUnwindSafe(self.dispatcher.dispatch(job, &self.run.lifecycle));
         let failure = |panic: Box<dyn Any + Send>| Failure::new("Panic", panic_message(&*panic));
@@ -95,10 +95,10 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 }
 
-/// The shortest wait for a start that is worth a field in the log.
+/// Shortest wait for a start that the log mentions.
 const NOTABLE_WAIT: Duration = Duration::from_millis(1);
 
-/// How long a job ran, if its work was started, and how long it waited for the start.
+/// The run time of a job, if it was started, and its wait for the start.
 #[derive(Debug, Clone, Copy)]
 struct Times {
     ran: Option<Duration>,
@@ -116,9 +116,9 @@ impl Times {
     }
 }
 
-/// Opens the span that names the job in each line about it. `attempt` counts from 1, as in the server's list of errors.
+/// Returns the span that names the job in each log line. `attempt` counts from 1, as in the server's list of errors.
 fn job_span(job: &Job) -> Span {
-    // At a lower level, a filter for errors alone would take the job's id from them.
+    // With a lower level, a filter for errors would remove the job's id from them.
     error_span!(
         target: JOBS_TARGET,
         "job",

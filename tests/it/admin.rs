@@ -1,4 +1,4 @@
-//! The admin server tells the truth about the worker, to whoever watches it.
+//! The admin server reports the worker's true state to its clients.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -92,7 +92,7 @@ fn a_broken_handler_makes_the_worker_not_ready() {
     admin.wait_until_ready(true);
 }
 
-/// Collects the paths of all values: `loops[].job.id`. The settings' names are the user's.
+/// Collects the paths of all values, such as `loops[].job.id`. Leaves out the names of settings, which the user chooses.
 fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
     match value {
         Value::Object(fields) => {
@@ -138,7 +138,7 @@ fn each_field_of_the_status_is_documented() {
     let documented: BTreeSet<String> = fields.map(str::to_owned).collect();
     let (new, old): (Vec<_>, Vec<_>) =
         (found.difference(&documented).collect(), documented.difference(&found).collect());
-    // They are `null` in some elements, and objects in others.
+    // These fields are `null` in some elements, and objects in others.
     let of_both = ["handlers[].brake", "loops[].job"];
     assert!(new.is_empty() && old.iter().all(|path| of_both.contains(&path.as_str())), "{new:?} {old:?}\n{status:#}");
     let handlers: Vec<_> = status["handlers"]
@@ -163,7 +163,7 @@ fn each_field_of_the_status_is_documented() {
     running.go();
 }
 
-/// Has a job fail for want of its handler's file, in a directory of its own, and replaces the directory's content.
+/// Runs a job whose handler's file is missing in a directory of its own, and then replaces the directory's content.
 fn break_handler<T>(replace: impl FnOnce(&Path) -> T) {
     let server = Server::start();
     let daemon = Daemon::of(&server).args(ADMIN);
@@ -177,7 +177,7 @@ fn break_handler<T>(replace: impl FnOnce(&Path) -> T) {
     let id = server.enqueue("q", "t", json!(null));
     server.wait_for_error(&id, 1);
     let replaced = replace(&bin);
-    // For a second nothing looks at the file, because the start has just failed.
+    // For a second the worker does not check the file, because the start has just failed.
     let until = Instant::now() + Duration::from_secs(3);
     eventually("the end of the pause", || {
         assert_eq!(admin.wait_until_ready(false), ["handler handle.sh cannot be started"]);
@@ -206,7 +206,7 @@ fn the_status_has_what_each_loop_is_at() {
     let running = running.sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
     let admin = Admin::of(&running);
     let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
-    // A handler may run before the worker has noted which process it is.
+    // A handler can run before the worker has recorded its process.
     let status = admin.wait_for_status("a running process", |status| {
         status["loops"].as_array().unwrap().iter().any(|status| status["job"]["pid"] == pid)
     });
@@ -313,7 +313,7 @@ fn each_cause_of_a_failure_is_counted_apart() {
     {
         admin.wait_for_metric(&format!(r#"job_failures_total{{kind="{kind}",type="{job_type}"}}"#), "1");
     }
-    // A job that was not started has not run.
+    // A job that was not started is not counted as run.
     let text = admin.metrics();
     assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="slow"} 1"#), "{text}");
     assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="unheard-of"} 0"#), "{text}");
@@ -410,7 +410,7 @@ fn the_metrics_count_reports_and_reconnects_that_went_wrong() {
 }
 
 #[test]
-fn what_the_admin_server_does_not_know_is_refused() {
+fn the_admin_server_refuses_unknown_requests() {
     let server = Server::start();
     let (_running, admin) = start(&server, "true");
     assert_eq!(admin.call("GET", "/page.js").0, 404);
@@ -428,7 +428,7 @@ fn clients_of_the_admin_server_that_say_nothing_cost_no_job() {
     let ids = server.enqueue_all(jobs(20));
     ids.iter().for_each(|id| server.wait_until_done(id));
     assert!(running.descriptors() < 120, "those that wait cost no descriptors: {}", running.descriptors());
-    // The last of them is answered once those before it have been given up.
+    // The last connection is served once the earlier ones have timed out.
     let mut last = silent.last().unwrap();
     last.set_read_timeout(Some(PATIENCE)).unwrap();
     last.write_all(b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
@@ -464,7 +464,7 @@ fn a_paused_worker_is_not_ready_and_says_so() {
 
 #[test]
 fn an_address_that_may_appear_later_is_exit_status_1() {
-    // The network of examples (RFC 5737): no machine has it.
+    // An address from the example network (RFC 5737), which no machine has.
     let address = "192.0.2.1:9290";
     let finished =
         Daemon::at("http://127.0.0.1:1").args(["--admin-listen", address, "--", "true"]).run().assert_exit(1);

@@ -1,4 +1,4 @@
-//! The alerts for Prometheus are about metrics that a worker exports, and fire when they should.
+//! The Prometheus alerts use metrics that a worker exports, and fire when they should.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +22,7 @@ fn rules() -> Vec<Value> {
     groups.iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
 }
 
-/// Runs promtool, and returns its output. Machines without promtool leave that out, but CI has it.
+/// Runs promtool, which must succeed. Skipped on machines without promtool, except in CI.
 fn promtool(args: &[&str], file: &str) {
     let run = Command::new("promtool").args(args).arg(path(file)).output();
     let Ok(verdict) = run else {

@@ -1,10 +1,10 @@
-//! `--check` shows every setting with its origin, and tries what can be tried without taking a job.
+//! `--check` shows every setting with its origin, and tests all that can be tested without taking a job.
 
 use serde_json::json;
 
 use crate::support::{Authority, Daemon, Finished, RawServer, Server, unused_address};
 
-/// The row of that setting: its value and its origin.
+/// Returns the row of a setting: its value and its origin.
 fn row(finished: &Finished, name: &str) -> Vec<String> {
     let rows = finished.stdout.lines().filter(|line| line.split_whitespace().next() == Some(name));
     let rows: Vec<&str> = rows.collect();
@@ -104,7 +104,7 @@ fn a_server_that_is_not_there_is_exit_status_1() {
 }
 
 #[test]
-fn what_answers_and_is_no_zizq_server_is_exit_status_1() {
+fn a_server_that_is_not_zizq_is_exit_status_1() {
     let server = RawServer::start();
     let running = Daemon::at(&server.url()).args(["--check", "--", "true"]).start();
     server.answer_next("404 Not Found", "<html>");
@@ -143,7 +143,7 @@ fn the_embedded_server_need_not_be_asked() {
     assert!(finished.stdout.ends_with("server: the embedded one\n"), "{}", finished.stdout);
 }
 
-/// A file with everything that a start warns of.
+/// Settings that cause every warning of a start.
 const DOUBTFUL: &str = "worker = { threads = 4, prefetch = 1, shutdown_deadline = '10s' }\n[handler]\nexec = ['true']\n\
      timeout = '11s'\nkill_grace = '12s'\nmode = 'warm'\nmax_processes = 2";
 

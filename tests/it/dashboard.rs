@@ -1,4 +1,4 @@
-//! The Grafana dashboard shows what a worker exports: all of it, and nothing else.
+//! The Grafana dashboard shows all metrics that a worker exports, and no others.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +14,7 @@ fn dashboard() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/grafana.json")).unwrap()
 }
 
-/// Every name in the dashboard that is a metric's.
+/// Returns the names of metrics in the dashboard.
 fn named() -> BTreeSet<String> {
     let is_of_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
     let text = dashboard();
@@ -22,12 +22,12 @@ fn named() -> BTreeSet<String> {
     words.map(str::to_owned).collect()
 }
 
-/// The metrics of an answer by their `# TYPE` lines, with their kinds.
+/// Returns the metrics in a response, with their kinds, from the `# TYPE` lines.
 fn exported(metrics: &str) -> Vec<(&str, &str)> {
     metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect()
 }
 
-/// What a dashboard may ask of a metric: of a histogram, what is kept of it.
+/// Returns the series of a metric that a query can use. A histogram has three.
 fn series(name: &str, kind: &str) -> Vec<String> {
     match kind {
         "histogram" => ["_bucket", "_sum", "_count"].map(|suffix| format!("{name}{suffix}")).to_vec(),
@@ -44,7 +44,7 @@ fn the_dashboard_shows_what_a_worker_exports_and_nothing_else() {
     let server = Server::start();
     let address = unused_address().to_string();
     let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("[ $ZIZQ_JOB_TYPE != bad ]");
-    // The process ends before it connects, and is counted as started.
+    // The process counts as started although it ends before it connects.
     let daemon = daemon.config("[handlers.warm]\nmode = 'warm'\nexec = ['false']").start();
     let done = server.enqueue("q", "good", Value::Null);
     let failed = server.enqueue_with(json!({"queue": "q", "type": "bad", "payload": null}));
@@ -69,7 +69,7 @@ fn the_dashboard_shows_what_a_worker_exports_and_nothing_else() {
     daemon.stop();
 }
 
-/// Grafana draws panels that overlap on top of each other, and takes one of two with the same id.
+/// Grafana draws overlapping panels on top of each other, and ignores one of two panels with the same id.
 #[test]
 fn the_panels_of_the_dashboard_lie_side_by_side() {
     let dashboard: Value = serde_json::from_str(&dashboard()).unwrap();

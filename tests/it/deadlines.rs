@@ -1,10 +1,10 @@
-//! Deadlines that do not fit into one another are warned of at the start, by both of their names.
+//! A start warns of deadlines that do not fit into one another, and names both.
 
 use serde_json::Value;
 
 use crate::support::{Daemon, Server};
 
-/// The warnings of a worker with these handlers.
+/// Returns the warnings of a worker with these handlers.
 fn warnings(handlers: &str) -> Vec<Value> {
     let server = Server::start();
     let toml = format!("worker.shutdown_deadline = '10s'\n{handlers}");

@@ -1,4 +1,4 @@
-//! What the files for systemd, containers and releases say fits together, and fits the worker.
+//! The files for systemd, containers and releases are consistent with each other and with the worker.
 
 use std::ffi::OsString;
 use std::fs;
@@ -27,12 +27,12 @@ fn text(name: &str) -> String {
     fs::read_to_string(path(name)).unwrap()
 }
 
-/// The documents of a YAML file.
+/// Returns the documents of a YAML file.
 fn yaml(name: &str) -> Vec<Value> {
     serde_yaml_ng::Deserializer::from_str(&text(name)).map(|document| Value::deserialize(document).unwrap()).collect()
 }
 
-/// What the worker makes of a configuration whose handler is only in the image.
+/// Resolves a configuration whose handler is only in the image.
 fn load(toml: &str) -> Config {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("zizq-worker.toml");
@@ -42,10 +42,10 @@ fn load(toml: &str) -> Config {
     Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
 }
 
-/// The units: of one worker, and of several.
+/// The unit of one worker, and the template unit of several.
 const UNITS: [&str; 2] = ["config/zizq-worker.service", "config/zizq-worker@.service"];
 
-/// The lines `key=value` of a unit that are not commented out.
+/// Returns the lines `key=value` of a unit that are not commented out.
 fn settings_of(unit: &str) -> Vec<(String, String)> {
     let text = text(unit);
     let settings = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('='));
@@ -68,7 +68,7 @@ fn unit_setting(key: &str) -> String {
 fn systemd_accepts_the_units() {
     for (unit, name) in UNITS.into_iter().zip(["zizq-worker.service", "zizq-worker@mail.service"]) {
         let dir = TempDir::new().unwrap();
-        // It asks whether the program exists, too, and the manual page.
+        // systemd-analyze also checks that the program exists and, without --man=no, the manual page.
         let installed = text(unit).replace("=/usr/bin/zizq-worker", concat!("=", env!("CARGO_BIN_EXE_zizq-worker")));
         assert!(installed.contains(env!("CARGO_BIN_EXE_zizq-worker")));
         let path = dir.path().join(name);
@@ -96,7 +96,7 @@ fn the_unit_for_several_workers_differs_in_its_files_alone() {
     assert_eq!(rest.into_iter().map(file).collect::<Vec<_>>(), one);
 }
 
-/// Runs the first command of `ExecReload`, with this file in the place of the package's.
+/// Runs the first command of `ExecReload`, with `file` in place of the package's file.
 fn check_before_reload(file: &Path, admin: &str) -> (i32, String, String) {
     let commands: Vec<String> =
         unit_settings().into_iter().filter(|(key, _)| key == "ExecReload").map(|(_, value)| value).collect();
@@ -117,7 +117,7 @@ fn a_reload_with_a_mistake_fails_before_the_signal() {
     let running = Daemon::of(&server).args(["--admin-listen", &address]).config("[handler]\nexec = ['true']").start();
     running.wait_for_message("admin server listening");
     let file = running.dir().join("zizq-worker.toml");
-    // The port of the admin server is the worker's own.
+    // The running worker itself uses the port of the admin server.
     assert_eq!(check_before_reload(&file, &address), (0, String::new(), String::new()));
     fs::write(&file, "[handler]\nexec = ['true']\nthreads = 3").unwrap();
     let (status, stdout, stderr) = check_before_reload(&file, &address);
@@ -126,7 +126,7 @@ fn a_reload_with_a_mistake_fails_before_the_signal() {
     running.stop();
 }
 
-/// Runs a maintainer script with programs that only log their arguments, in a root directory of its own.
+/// Runs a maintainer script in a root directory of its own, with programs that only log their arguments.
 fn maintain(script: &str, root: &Path, args: &[&str], overridden: &str) -> String {
     let bin = root.join("bin");
     fs::create_dir_all(&bin).unwrap();
@@ -256,7 +256,7 @@ fn compose_waits_longer_than_the_worker_takes_to_stop() {
     let deadline = duration(&worker["environment"]["ZIZQ_SHUTDOWN_DEADLINE"]);
     assert!(duration(&worker["stop_grace_period"]) > deadline + DEFAULT_KILL_GRACE);
     assert_eq!(worker["restart"], "unless-stopped");
-    // Where it is read-only, result files need a place.
+    // With a read-only root, result files need a writable directory.
     assert_eq!((&worker["read_only"], &worker["tmpfs"][0]), (&Value::Bool(true), &Value::from("/tmp")));
     let mounted = worker["volumes"][0].as_str().unwrap().split(':').next().unwrap();
     assert!(path("config").join(mounted).exists(), "{mounted}");
@@ -296,7 +296,7 @@ fn kubernetes_probes_a_worker_that_is_not_root() {
     assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
     let user = pod["securityContext"]["runAsUser"].as_u64().unwrap();
     assert!(text("Dockerfile").contains(&format!("USER {user}:{user}\n")));
-    // Every mount is of a volume that there is, and the file is where the worker looks for it.
+    // Every mount names an existing volume, and the file is where the worker looks for it.
     let mounts = container["volumeMounts"].as_array().unwrap();
     let volumes: Vec<&Value> = pod["volumes"].as_array().unwrap().iter().map(|volume| &volume["name"]).collect();
     assert!(mounts.iter().all(|mount| volumes.contains(&&mount["name"])), "{mounts:?}");
@@ -316,7 +316,7 @@ fn one_copy_gives_the_image_its_handler() {
     assert!(dockerfile.contains("ENV ZIZQ_CONFIG=/etc/zizq-worker.toml "));
 }
 
-/// Cargo reads no manifest that names files which are not there, and the dependencies are built without the source.
+/// Cargo rejects a manifest that names missing files, and the image builds the dependencies without the source.
 #[test]
 fn the_dockerfile_has_a_stand_in_for_every_target() {
     let manifest: toml::Table = text("Cargo.toml").parse().unwrap();
@@ -341,12 +341,12 @@ fn the_package_is_of_this_version_and_its_files_are_there() {
     }
     let changelog = text(deb["changelog"].as_str().unwrap());
     assert!(changelog.starts_with(concat!("zizq-worker (", env!("CARGO_PKG_VERSION"), "-1) ")), "{changelog}");
-    // The unit's program and user are those of the package.
+    // The unit and the package agree on program and user.
     assert!(unit_setting("ExecStart").starts_with("/usr/bin/zizq-worker "));
     assert!(text("config/debian/postinst").contains(&format!(" {}\n", unit_setting("User"))));
 }
 
-/// The probe of the Dockerfile, as a shell is given it.
+/// Returns the Dockerfile's probe, as the shell gets it.
 fn probe() -> String {
     let dockerfile = text("Dockerfile").replace("\\\n", "");
     let line = dockerfile.lines().find_map(|line| line.strip_prefix("HEALTHCHECK ")).unwrap();
@@ -361,11 +361,11 @@ fn probe() -> String {
 fn the_probe_of_compose_is_that_of_the_image() {
     let compose = &yaml("config/compose.yaml")[0];
     let test = compose["services"]["worker"]["healthcheck"]["test"].as_array().unwrap();
-    // Compose makes one dollar of two.
+    // Compose turns two dollars into one.
     assert_eq!(test[3].as_str().unwrap().replace("$$", "$"), probe());
 }
 
-/// Runs the probe against a server with that answer, and returns what it asked and its exit status.
+/// Runs the probe against a server with this answer, and returns its request and its exit status.
 fn ask(status: &str) -> (String, i32) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("0.0.0.0:{}", listener.local_addr().unwrap().port());
@@ -387,7 +387,7 @@ fn the_probe_of_the_image_tells_a_worker_that_lives() {
     assert!(asked.starts_with("GET /live HTTP/1.1\nhost: "), "{asked}");
     assert_eq!(status, 0);
     assert_eq!(ask("503 Service Unavailable").1, 1);
-    // Nobody listens.
+    // No server listens.
     let refused = Command::new("/bin/bash").args(["-c", &probe()]).env("ZIZQ_ADMIN_LISTEN", "127.0.0.1:1").output();
     assert_eq!(refused.unwrap().status.code(), Some(1));
 }

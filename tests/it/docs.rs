@@ -1,4 +1,4 @@
-//! The README and the pages in `docs/` agree with the code, and their links lead somewhere.
+//! The README and the pages in `docs/` agree with the code, and their links are valid.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,14 +11,14 @@ fn page(name: &str) -> String {
     fs::read_to_string(root().join("docs").join(name)).unwrap()
 }
 
-/// Every page that a user reads: those at the root, and those in `docs/`.
+/// Returns every page for users: those at the root, and those in `docs/`.
 fn pages() -> Vec<PathBuf> {
     let found = [root(), &root().join("docs")].map(|directory| fs::read_dir(directory).unwrap());
     let paths = found.into_iter().flatten().map(|entry| entry.unwrap().path());
     paths.filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect()
 }
 
-/// The section of a page under that heading, up to the next heading of the same level.
+/// Returns the section of a page under a heading, up to the next heading of the same level.
 fn section(name: &str, heading: &str) -> String {
     let text = page(name);
     let start = text.find(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("no {heading}")) + heading.len() + 2;
@@ -27,7 +27,7 @@ fn section(name: &str, heading: &str) -> String {
     text[start..end].to_owned()
 }
 
-/// The rows of the tables in a section, cell by cell.
+/// Returns the rows of the tables in a section, cell by cell.
 fn rows(section: &str) -> Vec<Vec<String>> {
     let lines = section.lines().filter(|line| line.starts_with('|') && !line.starts_with("| ---"));
     lines.map(|line| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
@@ -73,7 +73,7 @@ fn leads_somewhere(page: &Path, target: &str) -> bool {
         && anchor.is_none_or(|anchor| anchors(&fs::read_to_string(&file).unwrap()).contains(&anchor.to_owned()))
 }
 
-/// The anchors that a page's headings get where it is rendered.
+/// Returns the anchors that a renderer gives to a page's headings.
 fn anchors(text: &str) -> Vec<String> {
     let headings = text.lines().filter(|line| line.starts_with('#'));
     let titles = headings.map(|line| line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-"));

@@ -22,14 +22,14 @@ fn text() -> String {
     fs::read_to_string(path()).unwrap()
 }
 
-/// The settings that a file comes to, with nothing else given but what is in `args`.
+/// Resolves the settings of a file and of `args` alone.
 fn load(file: &Path, args: &[&str]) -> Config {
     let argv =
         ["zizq-worker", "--config", file.to_str().unwrap()].into_iter().chain(args.iter().copied()).map(OsString::from);
     Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
 }
 
-/// A commented setting, `#key = value`, and not a sentence, which has a space after its `#`.
+/// Reports whether a line is a commented setting, `#key = value`. A sentence has a space after its `#`.
 fn is_commented_setting(line: &str) -> bool {
     line.starts_with('#') && (line.contains(" = ") || line.starts_with("#[")) && !line.starts_with("# ")
 }
@@ -45,7 +45,7 @@ fn uncommented() -> String {
 #[test]
 fn every_value_in_the_example_is_the_default() {
     let Config { worker, log, .. } = load(&path(), &["--", "true"]);
-    // The variable is set in this process when the tests have a real server.
+    // This process has the variable when the tests use a real server.
     assert_eq!(text().parse::<toml::Table>().unwrap()["url"].as_str(), Some(DEFAULT_URL));
     assert_eq!(worker.queues, [""; 0]);
     assert_eq!((worker.threads, worker.fibers), (DEFAULT_THREADS, DEFAULT_FIBERS));
@@ -59,10 +59,10 @@ fn every_value_in_the_example_is_the_default() {
 }
 
 #[test]
-fn what_is_commented_out_is_accepted_when_it_no_longer_is() {
+fn commented_out_settings_are_accepted_when_uncommented() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("zizq-worker.toml");
-    // There are no such certificates here, and the url is http.
+    // These certificates do not exist here, and the url is http.
     let without_tls: Vec<String> =
         uncommented().lines().filter(|line| !line.contains("/etc/zizq/")).map(str::to_owned).collect();
     fs::write(&file, without_tls.join("\n")).unwrap();

@@ -1,5 +1,5 @@
-//! The completions, the man page, the commented file and the table of settings are made from the declared settings, and committed,
-//! so that a package has them without running anything. `UPDATE=1 cargo test generated` writes them anew.
+//! The completions, the man page, the commented file and the table of settings are generated from the declared settings. They are
+//! committed, so that a package needs no extra build step. `UPDATE=1 cargo test generated` regenerates them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use clap_mangen::roff::{Inline, Roff, bold, roman};
 use zizq_worker::cli;
 use zizq_worker::config::{Declared, Example as Written, Reload, SETTINGS};
 
-/// Holds the committed file against what it should be, or writes it.
+/// Compares a committed file with its expected text, or writes the file.
 #[track_caller]
 fn hold(path: &str, fresh: &[u8]) {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
@@ -72,7 +72,7 @@ const ROUTE: &str = "
 #timeout = \"30s\"
 ";
 
-/// The tables of the file, with what is to be said of each.
+/// The tables of the file, with the introduction of each.
 const TABLES: [(&str, &str); 6] = [
     ("", ""),
     ("tls", "For an https url. The files are PEM, and are read and checked at start."),
@@ -98,7 +98,7 @@ fn commented_file() -> String {
     text
 }
 
-/// Settings without a comment of their own go with the one before.
+/// Returns a setting with its comment. A setting without a comment follows the one before without a gap.
 fn commented_setting(declared: &Declared, is_first: bool) -> String {
     let gap = if declared.comment.is_empty() || (is_first && declared.key != "url") { "" } else { "\n" };
     let names = declared.flag.as_ref().map(|flag| {
@@ -113,7 +113,7 @@ fn commented_setting(declared: &Declared, is_first: bool) -> String {
     format!("{gap}{}{}{setting}", comment(declared.comment), names.unwrap_or_default())
 }
 
-/// Breaks a text into lines of comment.
+/// Wraps a text into comment lines.
 fn comment(text: &str) -> String {
     let mut lines = String::new();
     for paragraph in text.lines() {
@@ -158,7 +158,7 @@ fn table_of_settings() -> String {
     head.to_owned() + &rows.collect::<String>()
 }
 
-/// What a section has: paragraphs, and what is explained word by word.
+/// A part of a section: a paragraph, an explained word, or an example.
 enum Part {
     Text(&'static str),
     Item(&'static str, &'static str),
@@ -169,7 +169,7 @@ use Part::{Example, Item, Text};
 
 fn man_page() -> Vec<u8> {
     let source = format!("zizq-worker {}", env!("CARGO_PKG_VERSION"));
-    // No date, so that no day makes it out of date; but troff takes what follows in the place of an empty one.
+    // Leave out the date, so that the page does not change daily. It is a space, because troff skips an empty argument.
     let man = Man::new(cli::command()).date(" ").source(source).manual("User Commands");
     let mut page = Vec::new();
     man.render_title(&mut page).unwrap();
@@ -355,7 +355,7 @@ const SEE_ALSO: &[Part] = &[
     Text("The configuration file's own comments explain every setting of it."),
 ];
 
-/// Where a package puts them, their names matter: each shell looks for its own.
+/// The package must install the files by the right names, because each shell looks for its own.
 #[test]
 fn every_generated_file_is_in_the_package() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

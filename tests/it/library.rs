@@ -1,4 +1,4 @@
-//! The library: a worker of one's own, without any process.
+//! The library runs a worker in the user's own program, without any process.
 
 use std::fs;
 use std::num::NonZeroUsize;
@@ -17,7 +17,7 @@ use zizq_worker::{
 use crate::support::{Api, Call, PATIENCE, Proxy, RawServer, Server, eventually, runtime};
 use crate::warm_handlers::built_example;
 
-/// Does what the job's type says, and remembers the payloads.
+/// A dispatcher that does what the job's type says, and records the payloads.
 #[derive(Debug, Clone, Default)]
 struct Obedient {
     payloads: Arc<Mutex<Vec<String>>>,
@@ -59,7 +59,7 @@ fn run(worker: &Arc<Worker<Obedient>>, lifecycle: &Lifecycle) -> Run {
     runtime().spawn(async move { worker.run(&lifecycle).await })
 }
 
-/// A run that is busy with one job, and that job's id.
+/// Starts a run that is busy with one job, and returns it with the job's id.
 fn run_an_endless_job(server: &Server, lifecycle: &Lifecycle) -> (Run, String) {
     let dispatcher = Obedient::default();
     let running = run(&worker(server, &dispatcher), lifecycle);
@@ -106,13 +106,13 @@ fn a_worker_goes_over_connections_that_the_program_supplies() {
     let config = WorkerConfig { url: "http://nowhere.invalid".parse().unwrap(), connector, ..WorkerConfig::default() };
     let lifecycle = Lifecycle::new();
     let running = run(&Arc::new(Worker::new(config, Obedient::default())), &lifecycle);
-    // The look at the server's version opens the connection of the reports. A report beside that look would open one more.
+    // The request for the server's version opens the connection for reports. A report at the same time would open one more.
     eventually("both connections", || (made.load(Ordering::Relaxed) == 2).then_some(()));
     let id = server.enqueue("q", "succeed", json!(null));
     server.wait_until_done(&id);
     lifecycle.stop();
     assert_eq!(ended(running).unwrap().succeeded, 1);
-    // One for the stream, one for the reports.
+    // One connection is for the stream, the other for the reports.
     assert_eq!(made.load(Ordering::Relaxed), 2);
 }
 
@@ -181,7 +181,7 @@ fn a_dispatcher_that_panics_fails_its_job_and_nothing_else() {
     let server = Server::start();
     let lifecycle = Lifecycle::new();
     let running = run(&worker(&server, &Obedient::default()), &lifecycle);
-    // More than there are loops, so that none of them can have died of it.
+    // Use more jobs than loops, so that a loop that died of one would show.
     let bad = server.enqueue_all(vec![json!({"queue": "q", "type": "panic", "payload": null}); 5]);
     for id in &bad {
         let error = server.wait_for_error(id, 1);
@@ -231,7 +231,7 @@ fn the_example_runs_its_own_jobs_and_those_of_a_server() {
     server.wait_until_done(&id);
 }
 
-/// Each Rust block of the page is a part of the example, or of a doc comment that the doc tests compile.
+/// Each Rust block of the page is part of the example, or of a doc comment that the doc tests compile.
 #[test]
 fn the_page_shows_code_that_compiles() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

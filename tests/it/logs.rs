@@ -1,4 +1,4 @@
-//! The log in its three forms, and that nothing which a job brings along can forge or garble a line of it.
+//! The log has three formats, and no job can forge or garble a line of it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Recorder, Server, eventually};
 
-/// Runs one job of that type, whose handler is that script, and ends.
+/// Runs one job of this type, with this script as its handler, and ends.
 fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
     let server = Server::start();
     let id = server.enqueue("mail", job_type, json!(null));
@@ -22,20 +22,20 @@ fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
 
 const FAILING: &str = "echo to stdout; echo to stderr >&2; exit 3";
 
-/// `2026-11-24T02:51:11.323140Z` at the start of a line.
+/// Reports whether a line begins with a timestamp like `2026-11-24T02:51:11.323140Z`.
 fn is_stamp(text: &str) -> bool {
     let shape: String = text.chars().map(|char| if char.is_ascii_digit() { '0' } else { char }).collect();
     shape == "0000-00-00T00:00:00.000000Z"
 }
 
-/// Whether a plain line begins as every event does: with its time and level.
+/// Reports whether a plain line begins like every event, with its time and level.
 fn is_event(line: &str) -> bool {
     let mut words = line.split_whitespace();
     words.next().is_some_and(is_stamp)
         && words.next().is_some_and(|level| ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"].contains(&level))
 }
 
-/// A line of a terminal without its colours.
+/// Returns a terminal's line without its colours.
 fn without_colours(line: &str) -> String {
     let mut parts = line.split('\u{1b}');
     let first = parts.next().unwrap_or_default().to_owned();
@@ -151,13 +151,13 @@ fn successes_can_be_turned_down_without_losing_the_rest() {
     }
 }
 
-/// The value of `JOURNAL_STREAM` for a file.
+/// Returns the value of `JOURNAL_STREAM` for a file.
 fn stream_of(path: &Path) -> String {
     let file = fs::metadata(path).unwrap();
     format!("{}:{}", file.dev(), file.ino())
 }
 
-/// Runs a job that fails with its log in a file, which `JOURNAL_STREAM` names or not. Returns the file's lines.
+/// Runs a job that fails, with the log in a file that `JOURNAL_STREAM` names if `is_journal`. Returns the file's lines.
 fn lines_in_the_journal(format: &str, is_journal: bool) -> Vec<String> {
     let server = Server::start();
     let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", format, "--log-level", "debug"]);
@@ -209,7 +209,7 @@ fn a_json_log_stays_json_on_a_terminal() {
     assert!(finished.log.iter().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{:#?}", finished.log);
 }
 
-/// A type, and output, that would look like lines of the log, clear the screen, overwrite, ring, or run backwards.
+/// A job type that would forge a log line, clear the screen, overwrite text, ring the bell, or reverse the line.
 const HOSTILE_TYPE: &str = "t\n2026-11-24T00:00:00.000000Z  INFO forged\r\u{1b}c\u{7}\u{9b}2J\u{202e}\"";
 const HOSTILE_HANDLER: &str = r#"
 printf 'ok\r2026-11-24T00:00:00.000000Z  INFO forged \033[2J\007 \302\233 \342\200\256 "} \000 \377\n'
@@ -217,7 +217,7 @@ printf '{"level":"INFO","message":"forged"}\n\033[2J\n' >&2
 printf '\r\033]0;forged\007' >&2
 exit 3"#;
 
-/// What the log says of the hostile job: one line each for receiving it, its four lines of output, and its failure.
+/// Checks the log of the hostile job: one line each for its arrival, its four lines of output, and its failure.
 #[track_caller]
 fn assert_unforged(id: &str, lines: &[String]) {
     for line in lines {
@@ -255,7 +255,7 @@ fn a_hostile_job_cannot_forge_a_json_line() {
 const HOSTILE_ANSWER: &str = "no: forged\r\u{1b}[2J\u{9b}2J\n2026-11-24T00:00:00.000000Z  INFO forged";
 
 #[test]
-fn what_the_server_says_cannot_forge_a_line_of_the_log() {
+fn text_of_the_server_cannot_forge_a_line_of_the_log() {
     let server = Recorder::answering(503, HOSTILE_ANSWER);
     let running = Daemon::bare().args(["--url", &server.url, "--", "true"]).start();
     let unreachable = |line: &String| line.contains("server unreachable");
@@ -275,11 +275,11 @@ fn a_refusal_at_the_start_says_what_the_server_said_in_one_line() {
     assert!(last.contains("forged") && !last.contains(char::is_control), "{last:?}");
 }
 
-/// A named pipe in the test's directory, open for reading.
+/// Opens a named pipe in the test's directory for reading.
 fn open_fifo(daemon: &Daemon, name: &str) -> File {
     let path = daemon.dir().join(name);
     assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
-    // Without a writer, a reader that blocks would wait for one.
+    // Open without blocking, because a blocking open waits for a writer.
     let reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap();
     ioctl_fionbio(&reader, false).unwrap();
     reader

@@ -1,4 +1,4 @@
-//! The daemon as a whole: the real binary, real processes, real sockets. One file for each promise.
+//! Tests of the whole daemon, with the real binary, real processes and real sockets. Each file tests one promise.
 
 #![expect(
     unreachable_pub,

@@ -1,4 +1,4 @@
-//! A mistake in a setting ends the daemon before it connects, with one line that says where it is and what would be right.
+//! A mistake in a setting ends the daemon before it connects, with one line that names the source and the remedy.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
@@ -11,7 +11,7 @@ use crate::support::{Daemon, Recorder};
 const USAGE: i32 = 2;
 const CONFIG: i32 = 78;
 
-/// Runs a daemon that makes a mistake: it must end with that one line, and not have connected to anything.
+/// Runs a daemon with a mistake. It must end with this one line, before it connects.
 #[track_caller]
 fn refuse(daemon: Daemon, status: i32, line: &str) {
     let server = Recorder::answering(400, "no");
@@ -28,10 +28,10 @@ fn complains(daemon: Daemon, status: i32, line: &str) {
     assert_eq!(finished.stdout, "");
 }
 
-/// The same mistake made with the flag, with the variable, and in the file.
+/// Checks the same mistake in the flag, in the variable, and in the file.
 #[track_caller]
 fn refuse_everywhere(flag: &str, bad: &str, toml: &str, problem: &str) {
-    // A wrong url leads nowhere, and there is no right one beside it.
+    // A mistake in the url needs no server.
     let refuse = if flag == "--url" { complains } else { refuse };
     let variable = format!("ZIZQ_{}", flag.trim_start_matches('-').to_uppercase().replace('-', "_"));
     let file = format!("# a comment\n\n{toml}\n");
@@ -224,7 +224,7 @@ fn a_value_must_be_text() {
     refuse(Daemon::bare().env("ZIZQ_QUEUES", latin).args(["--", "true"]), USAGE, &format!("ZIZQ_QUEUES: {line}"));
 }
 
-/// Wrong types and unknown keys, each with the line on which it is.
+/// The message gives the line of each wrong type and unknown key.
 #[test]
 fn a_mistake_in_the_file_is_shown_with_its_line() {
     let known = "`queues`, `threads`, `fibers`, `prefetch`, `retry_min_wait`, `retry_max_wait`, `retry_multiplier`, \
@@ -318,7 +318,7 @@ fn no_setting_of_a_handler_has_a_zero_byte() {
     }
 }
 
-/// The handler itself is at fault, not how it is written: 78 from everywhere.
+/// The handler itself is at fault, so the exit status is 78 wherever it is set.
 #[test]
 fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {
     let daemon = || {

@@ -9,13 +9,13 @@ use crate::support::{Admin, Browser, Daemon, Running, Server, UNTIL_GO, eventual
 
 const ADMIN: [&str; 2] = ["--admin-listen", "127.0.0.1:0"];
 
-/// A type that is markup.
+/// A job type that is markup.
 const MARKUP: &str = "<script>alert(1)</script>";
 
-/// What a worker must never tell.
+/// A secret that the page must never show.
 const SECRET: &str = "hunter2";
 
-/// A worker with a job that runs, and one that has failed: both of a type that is markup, with a message that is markup.
+/// A worker with a running job and a failed one. Their type is markup, and so is the failure's message.
 struct Markup {
     server: Server,
     running: Running,
@@ -68,7 +68,7 @@ fn the_page_asks_only_its_own_worker() {
     let Markup { server: _server, running, admin } = Markup::start("127.0.0.1:0");
     let Some(mut browser) = Browser::open(&format!("{}/", admin.url())) else { return };
     let status = format!("{}/status", admin.url());
-    // It refreshes itself.
+    // The page refreshes itself.
     let requests = eventually("three refreshes", || {
         Some(browser.requests()).filter(|urls| urls.iter().filter(|url| **url == status).count() >= 3)
     });
@@ -95,13 +95,13 @@ fn the_page_says_that_the_worker_is_lost_and_recovers() {
 }
 
 #[test]
-fn a_page_that_nobody_looks_at_asks_seldom() {
+fn a_hidden_page_refreshes_seldom() {
     let (server, script) = (Server::start(), include_str!("../../src/admin/page/page.js"));
     let running = Daemon::of(&server).args(ADMIN).sh("true").start();
     let admin = Admin::of(&running);
     let Some(mut browser) = Browser::open(&format!("{}/", admin.url())) else { return };
     browser.wait_for_text("the worker", |text| text.contains("running"));
-    // A window without a screen is never hidden, so that its document is told to say so.
+    // A headless window is never hidden, so override the document's property.
     browser.evaluate(
         "Object.defineProperty(document, 'hidden', { value: true, configurable: true }); window.delays = []; 0",
     );
@@ -164,7 +164,7 @@ fn the_address_of_the_page_is_printed_with_embedded() {
     assert!(finished.has("open this page to watch the worker") && !without.has("open this page to watch the worker"));
 }
 
-/// Handlers of some shop: one is warm, one fails now and then, and one is missing.
+/// Handlers of a shop. One is warm, one fails sometimes, and one is missing.
 const SHOP: &str = "
 [worker]
 worker_id = 'web-1'
@@ -181,7 +181,7 @@ exec = ['$DIR/charge-card.sh']
 exec = ['$DIR/bin/export-report.sh']
 ";
 
-/// Handles a job of `send_email` within 20 ms, or once the test is over.
+/// A warm handler that handles a job of `send_email` within 20 ms, or at the end of the test.
 const WARM: &str = "
 import json, os, socket, time
 server = socket.socket(socket.AF_UNIX)
@@ -230,7 +230,7 @@ fn the_page_shows_a_busy_worker() {
     running.go();
 }
 
-/// Gives the worker of the shop something of everything to do.
+/// Enqueues jobs of every kind for the shop's worker.
 fn fill(server: &Server, running: &Running) {
     let job =
         |queue: &str, job_type: &str, payload: Value| json!({"queue": queue, "type": job_type, "payload": payload});
@@ -254,7 +254,7 @@ fn fill(server: &Server, running: &Running) {
     }
 }
 
-/// Writes the pictures of the documentation, if that is asked for, and checks that there is one.
+/// Writes the picture for the documentation if `UPDATE` is set, and checks that it exists.
 fn picture(browser: &mut Browser) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/admin-page.png");
     browser.resize(1080, 800, "light");

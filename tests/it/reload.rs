@@ -1,4 +1,4 @@
-//! SIGHUP reads the settings again: what can change without harm changes, and a bad file changes nothing.
+//! SIGHUP reloads the settings. Those that need no restart take effect, and a bad file changes nothing.
 
 use std::fs;
 
@@ -7,12 +7,12 @@ use serde_json::json;
 
 use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, Recorder, Running, Server, UNTIL_GO, eventually};
 
-/// A daemon with that file; `$URL` in it is the server's.
+/// Starts a daemon with this file. `$URL` in it stands for the server's url.
 fn start(server: &Api, toml: &str) -> Running {
     start_with(server, toml, "true")
 }
 
-/// The same, with a script `script.sh` beside the others.
+/// Starts a daemon like [`start`], with a further script `script.sh`.
 fn start_with(server: &Api, toml: &str, script: &str) -> Running {
     let daemon = Daemon::bare().args(["--log-format", "json", "--admin-listen", "127.0.0.1:0"]);
     daemon.script("old.sh", "echo old $ZIZQ_JOB_TYPE >> $DIR/ran");
@@ -25,7 +25,7 @@ fn start_with(server: &Api, toml: &str, script: &str) -> Running {
     running
 }
 
-/// Puts another text into the file, and has it read.
+/// Replaces the file's text, and reloads.
 fn reload(running: &Running, server: &Api, toml: &str) {
     let toml = toml.replace("$URL", &server.url).replace("$DIR", running.dir().to_str().unwrap());
     fs::write(running.dir().join("zizq-worker.toml"), toml).unwrap();
@@ -223,13 +223,13 @@ fn a_server_that_is_gone_does_not_keep_the_worker_from_the_next() {
     running.wait_for_lines(1, "started");
     here.stop();
     running.wait_for("the wait for the old server", |event| event["reconnect_in"].is_string());
-    // The wait for the old one is cut short.
+    // The reload cuts the wait for the old server short.
     reloaded(&running, &there, &format!("url = '$URL'\n{rest}"));
     running.wait_for_messages(2, "connected, listening for jobs");
     running.go();
     let id = there.enqueue("q", "t", json!(null));
     there.wait_until_done(&id);
-    // The other server cannot tell what became of the first job.
+    // The other server does not know the first job, so its report is dropped.
     running.sigterm();
     let finished = running.assert_exit(1);
     assert_eq!(finished.event("report dropped")["job"]["id"], old.as_str());
@@ -247,7 +247,7 @@ fn another_certificate_authority_takes_effect_on_a_new_stream() {
     }
     .start();
     running.wait_for_message("connected, listening for jobs");
-    // The same certificates: nothing has to be opened anew.
+    // The certificates are the same, so no new stream is needed.
     running.signal(Signal::HUP);
     assert_eq!(running.wait_for_messages(1, "configuration reloaded")[0]["new_stream"], false);
     fs::write(running.dir().join("ca.pem"), old.pem() + &new.pem()).unwrap();
@@ -314,7 +314,7 @@ fn a_handler_that_is_as_it_was_is_still_known_to_be_broken() {
     admin.wait_until_ready(false);
     fs::write(running.dir().join("old.sh"), "#!/bin/sh\n").unwrap();
     reloaded(&running, &server, &format!("{toml}\n[handlers.b]\nexec = ['$DIR/new.sh']"));
-    // Nobody has started it since, but nothing is wrong with it any more.
+    // The handler has not been started since, but its file can be run now.
     admin.wait_until_ready(true);
     running.stop();
 }
@@ -341,7 +341,7 @@ fn a_file_that_never_ends_holds_up_nothing() {
     let file = running.dir().join("zizq-worker.toml");
     fs::remove_file(&file).unwrap();
     rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-    // Two at once may count as one.
+    // Retry, because two pending signals can count as one.
     eventually("a reload while another one lasts", || {
         running.signal(Signal::HUP);
         running.log().iter().any(|line| line.contains("signal ignored, the settings are being read")).then_some(())

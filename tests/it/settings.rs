@@ -1,4 +1,4 @@
-//! Each setting comes from its flag, else its variable, else the file, else its default; seen from outside.
+//! Each setting comes from its flag, else its variable, else the file, else its default, as seen from outside.
 
 use std::ffi::OsString;
 
@@ -9,17 +9,17 @@ use zizq_worker::config::{DEFAULT_MAX_JOB_SIZE, DEFAULT_SHUTDOWN_DEADLINE, DEFAU
 
 use crate::support::{Daemon, Finished, RawServer, Recorder, Server, eventually, jobs, unused_address};
 
-/// Nobody listens there.
+/// An address on which no server listens.
 const NOWHERE: &str = "http://127.0.0.1:1";
 
-/// One row of the table of settings, with a value from each source and how these look from outside.
+/// A setting with a value from each source, and the values that are seen from outside.
 struct Setting {
     flag: &'static str,
     variable: &'static str,
     key: &'static str,
-    /// As written on the command line, in the variable, and in the file.
+    /// The values on the command line, in the variable, and in the file.
     given: [&'static str; 3],
-    /// With the three of them, without the flag, and without the variable.
+    /// The values seen with all three sources, without the flag, and without flag and variable.
     seen: [&'static str; 3],
     default: Option<&'static str>,
     see: fn(Daemon) -> String,
@@ -41,7 +41,7 @@ impl Setting {
     }
 }
 
-/// The daemon's settings as it logs them when it starts. It finds no server.
+/// Returns the settings that the daemon logs at its start. It finds no server.
 fn starting(daemon: Daemon) -> Value {
     started(daemon.args(["--url", NOWHERE]))
 }
@@ -64,7 +64,7 @@ fn url() {
         given: ["http://127.0.0.1:1/flag", "http://127.0.0.1:1/variable/", "'http://127.0.0.1:1'"],
         seen: ["http://127.0.0.1:1/flag", "http://127.0.0.1:1/variable", "http://127.0.0.1:1"],
         default: Some("http://localhost:7890"),
-        // The queue is for whoever has a server at the default address.
+        // Use a queue without jobs, because a real server can run at the default address.
         see: |daemon| text(&started(daemon.args(["--queues", "zizq-worker-tests-nothing"]))["url"]),
     }
     .check();
@@ -169,7 +169,7 @@ fn prefetch_is_two_jobs_for_each_loop_by_default() {
     assert_eq!(starting(Daemon::bare().args(["-t", "3", "-f", "4", "-p", "13"]))["prefetch"], 13);
 }
 
-/// How long the daemon waits before its nth try to reconnect, without the jitter of up to a quarter.
+/// Returns the daemon's wait before its nth attempt to reconnect, without the jitter of up to a quarter.
 fn wait(daemon: Daemon, nth: usize, possible: &[f64]) -> String {
     let running = daemon.args(["--url", NOWHERE, "--log-format", "json", "--", "true"]).start();
     let waits = |log: &[String]| -> Vec<f64> {
@@ -245,7 +245,7 @@ fn shutdown_deadline() {
     assert_eq!(resolve(&["--exec", "true"]).worker.shutdown_deadline, DEFAULT_SHUTDOWN_DEADLINE);
 }
 
-/// The deadline at which the daemon gives up a job.
+/// Returns the deadline at which the daemon gives up a job.
 fn deadline(daemon: Daemon) -> String {
     let server = Server::start();
     server.enqueue("mail", "endless", json!(null));
@@ -365,7 +365,7 @@ fn max_job_size() {
     assert_eq!(resolve(&["--exec", "true"]).worker.stream_limits.max_job_size, DEFAULT_MAX_JOB_SIZE);
 }
 
-/// The first of some jobs that the daemon refuses for its size.
+/// Returns the first of some jobs that the daemon refuses for its size.
 fn largest_job(daemon: Daemon) -> String {
     let server = Server::start();
     let payload = |kib: usize| json!({"queue": "q", "type": "t", "payload": "x".repeat(kib * 1024 - 512)});
@@ -430,7 +430,7 @@ fn the_words_after_two_dashes_win_over_variable_and_file() {
     assert_eq!(handler(daemon), "a b --c\n");
 }
 
-/// What the daemon's handler says of itself, in the file `by`.
+/// Returns the text that the daemon's handler writes into the file `by`.
 fn handler(daemon: Daemon) -> String {
     let server = Server::start();
     server.enqueue("mail", "who", json!(null));
@@ -487,7 +487,7 @@ fn rust_log_wins_over_the_log_level() {
     assert_eq!(levels(&failing(daemon().env("RUST_LOG", ""))), "ERROR INFO WARN");
 }
 
-/// The levels that appear in a log, in the order of the alphabet.
+/// Returns the levels in a log, in alphabetical order.
 fn levels(finished: &Finished) -> String {
     let mut levels: Vec<String> = finished.events().iter().map(|event| text(&event["level"])).collect();
     levels.sort_unstable();
@@ -495,7 +495,7 @@ fn levels(finished: &Finished) -> String {
     levels.join(" ")
 }
 
-/// A run in which something happens at every level.
+/// Runs a daemon that logs at every level.
 fn failing(daemon: Daemon) -> Finished {
     let server = Server::start();
     let id = server.enqueue("mail", "fail", json!(null));
@@ -519,7 +519,7 @@ fn log_format() {
     .check();
 }
 
-/// A job's fields come before the message in pretty lines, and after it in compact ones.
+/// Returns the format of a log. A job's fields precede the message in pretty lines, and follow it in compact ones.
 fn format_of(finished: &Finished) -> &'static str {
     let line = finished.log.iter().find(|line| line.contains("job failed")).unwrap();
     match (line.starts_with('{'), line.find("type=").unwrap_or(0) < line.find("job failed").unwrap()) {
@@ -536,7 +536,7 @@ fn short_flags_are_the_long_ones() {
     assert_eq!(format!("{short:?}"), format!("{long:?}"));
 }
 
-/// What a command line comes to. The environment is this process's own.
+/// Resolves a command line, with the environment of this process.
 fn resolve(args: &[&str]) -> Config {
     let argv = ["zizq-worker"].iter().chain(args).map(OsString::from);
     Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()

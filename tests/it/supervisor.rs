@@ -1,4 +1,4 @@
-//! The worker tells the service manager how it does: a test plays systemd.
+//! The worker notifies the service manager, whose part a test plays.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -21,19 +21,19 @@ impl Manager {
         (Self(socket), daemon.env("NOTIFY_SOCKET", path))
     }
 
-    /// The lines of the next message.
+    /// Returns the lines of the next message.
     fn next(&self) -> Vec<String> {
         let mut message = [0; 4096];
         let length = self.0.recv(&mut message).unwrap();
         String::from_utf8(message[..length].to_vec()).unwrap().lines().map(str::to_owned).collect()
     }
 
-    /// Waits for a message with that line.
+    /// Waits for a message with the line `wanted`.
     fn wait_for(&self, wanted: &str) {
         self.wait_for_one(|line| line == wanted);
     }
 
-    /// Waits for a message with such a line, and returns it.
+    /// Waits for a message with a matching line, and returns the line.
     fn wait_for_one(&self, wanted: impl Fn(&str) -> bool) -> String {
         let begun = Instant::now();
         loop {
@@ -50,7 +50,7 @@ fn ready_comes_once_signals_are_heard_even_without_a_server() {
     let (manager, daemon) = Manager::of(Daemon::at("http://127.0.0.1:1").sh("true"));
     let running = daemon.start();
     assert_eq!(manager.next(), ["READY=1"]);
-    // A signal that is not heard would end it with that signal.
+    // Without a signal handler, SIGTERM would kill the process.
     running.sigterm();
     running.assert_exit(0);
 }
@@ -86,7 +86,7 @@ fn the_watchdog_is_fed_for_as_long_as_the_worker_lives() {
     for _ in 0..5 {
         manager.wait_for("WATCHDOG=1");
     }
-    // A worker that does nothing any more feeds nobody.
+    // A stopped worker sends no sign of life.
     running.signal(Signal::STOP);
     manager.0.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
     while manager.0.recv(&mut [0; 4096]).is_ok() {}
@@ -97,7 +97,7 @@ fn the_watchdog_is_fed_for_as_long_as_the_worker_lives() {
 }
 
 #[test]
-fn a_watchdog_that_nobody_wants_is_not_fed() {
+fn a_watchdog_that_is_off_gets_no_messages() {
     let (manager, daemon) = Manager::of(Daemon::at("http://127.0.0.1:1").sh("true"));
     let running = daemon.start();
     manager.wait_for("STATUS=0 running, 0 done, 0 failed; not connected to the server");

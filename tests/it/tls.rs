@@ -1,4 +1,4 @@
-//! TLS: whom the daemon trusts, who it says it is, and which protocol is spoken.
+//! TLS: trusted certificates, the client certificate, and the protocol of reports.
 
 use hyper::Version;
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ fn at(port: u16) -> String {
     format!("https://localhost:{port}")
 }
 
-/// A daemon whose system trusts `roots`.
+/// Returns a daemon whose system trusts `roots`.
 fn daemon(url: &str, roots: &str) -> Daemon {
     let daemon = Daemon::at(url).args(QUICK);
     let path = daemon.file("system.pem", roots);
@@ -26,7 +26,7 @@ trait WithFiles {
 }
 
 impl WithFiles for Daemon {
-    /// Writes a file and names it with that flag.
+    /// Writes a file, and passes its path with the flag `flag`.
     fn pem(self, flag: &str, text: &str) -> Self {
         let path = self.file(&format!("{}.pem", flag.trim_start_matches('-')), text);
         self.args([flag, path.to_str().unwrap()])
@@ -37,7 +37,7 @@ impl WithFiles for Daemon {
     }
 }
 
-/// A success and a failure arrive, and the daemon drains.
+/// Checks that a success and a failure arrive, and that the daemon drains.
 #[track_caller]
 fn assert_works(server: &Server, daemon: Daemon) {
     let good = server.enqueue("q", "good", json!(null));
@@ -50,7 +50,7 @@ fn assert_works(server: &Server, daemon: Daemon) {
     assert_eq!(server.errors(&bad).len(), 1);
 }
 
-/// It goes on trying, says why it does not succeed, and has not got a job.
+/// Checks that the daemon keeps retrying, logs the reason, and gets no job.
 #[track_caller]
 fn assert_refuses(server: &Server, daemon: Daemon, why: &str) {
     let id = server.enqueue("q", "good", json!(null));
@@ -135,7 +135,7 @@ fn a_worker_without_a_client_certificate_is_turned_away() {
     let (port, _guard) = server.with_tls(authority.issue(&["localhost"]).server(&BOTH, Some(&clients)));
     let daemon = || daemon(&at(port), "").pem("--tls-ca", &authority.pem());
     assert_refuses(&server, daemon(), "CertificateRequired");
-    // Who verifies is free to say no more than that.
+    // The server need not give a more precise reason.
     assert_refuses(&server, daemon().identity(&Authority::new().issue(&["worker"])), "received fatal alert");
 }
 
@@ -171,7 +171,7 @@ fn a_job_runs_once_over_a_lost_tls_connection() {
     assert_eq!(daemon.assert_exit(0).read("started"), format!("{id}\n"));
 }
 
-/// A mistake ends the daemon with that line, in which DIR is its directory, before it connects.
+/// Checks that a mistake ends the daemon with this line before it connects. DIR in the line stands for the daemon's directory.
 #[track_caller]
 fn complains(daemon: Daemon, line: &str) {
     let server = Recorder::answering(400, "no");
@@ -218,7 +218,7 @@ fn a_file_that_holds_something_else_is_named_with_its_setting() {
     starts_with(daemon, prefix, "holds no private key in PEM: ");
 }
 
-/// The same, where the rest of the line is a library's.
+/// Checks only the line's beginning and the problem, because the rest comes from a library.
 #[track_caller]
 fn starts_with(daemon: Daemon, prefix: &str, problem: &str) {
     let daemon = with_system_roots(daemon).args(["--url", "https://localhost:1", "--", "true"]);
@@ -260,7 +260,7 @@ fn certificates_are_of_no_use_with_http() {
 }
 
 #[test]
-fn a_system_that_trusts_nobody_needs_a_file() {
+fn a_system_without_trusted_certificates_needs_a_file() {
     let problem = "url is https, and this system has no trusted certificates; install ca-certificates, or name a file \
                    with --tls-ca, ZIZQ_TLS_CA, or ca in the file's [tls]";
     let url = "https://localhost:1";
