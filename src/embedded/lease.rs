@@ -18,7 +18,7 @@ struct Lease {
     prefetch: usize,
     /// None means all queues.
     queues: Vec<String>,
-    /// What was sent and not yet reported.
+    /// Jobs that were sent and are not yet reported.
     held: HashSet<JobId>,
 }
 
@@ -40,7 +40,7 @@ impl Leases {
         id
     }
 
-    /// How many jobs are in flight over all streams.
+    /// Returns the number of jobs in flight over all streams.
     pub(super) fn held(&self) -> usize {
         self.holders.len()
     }
@@ -52,7 +52,7 @@ impl Leases {
         has_room.then_some(&lease.queues)
     }
 
-    /// Puts a job into a stream's hands. A stream that is gone gets nothing: the job would be lost.
+    /// Records that a stream holds a job. Ignores a closed stream, because the job would be lost.
     pub(super) fn hold(&mut self, id: LeaseId, job: JobId) {
         if let Some(lease) = self.open.get_mut(&id) {
             lease.held.insert(job);
@@ -60,7 +60,7 @@ impl Leases {
         }
     }
 
-    /// Takes a job from whoever holds it; false if nobody does.
+    /// Releases a job from the stream that holds it. Returns false if no stream does.
     pub(super) fn release(&mut self, job: JobId) -> bool {
         let Some(holder) = self.holders.remove(&job) else {
             return false;
@@ -71,7 +71,7 @@ impl Leases {
         true
     }
 
-    /// Ends a stream and answers what it still held.
+    /// Closes a stream and returns the jobs that it still held.
     pub(super) fn close(&mut self, id: LeaseId) -> Vec<JobId> {
         let held = self.open.remove(&id).map(|lease| lease.held).unwrap_or_default();
         for job in &held {
@@ -80,7 +80,7 @@ impl Leases {
         held.into_iter().collect()
     }
 
-    /// Ends all streams and answers what they held.
+    /// Closes all streams and returns the jobs that they held.
     pub(super) fn close_all(&mut self) -> Vec<JobId> {
         self.open.clear();
         self.holders.drain().map(|(job, _)| job).collect()

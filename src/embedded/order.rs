@@ -16,15 +16,15 @@ const DEFAULT_PRIORITY: u16 = 32_768;
 /// Reserved by the real server for patterns to come.
 const RESERVED: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
 
-/// A job to be, checked.
+/// A checked request for one job.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) spec: Spec,
-    /// Absent or past means at once.
+    /// Time of the first attempt. The job is ready at once if this time is absent or past.
     pub(super) ready_at: Option<u64>,
 }
 
-/// The body of `POST /jobs`. Fields that nobody knows are ignored, as the real server does.
+/// The body of `POST /jobs`. Unknown fields are ignored, as by the real server.
 #[derive(Debug, Deserialize)]
 pub(super) struct EnqueueRequest {
     #[serde(rename = "type")]
@@ -40,7 +40,7 @@ pub(super) struct EnqueueRequest {
     unique_key: Option<String>,
     /// Text until it is checked, for an error that names the values that would do.
     unique_while: Option<String>,
-    /// Only whether it is there matters.
+    /// Presence of a batch; the contents are ignored.
     batch: Option<IgnoredAny>,
 }
 
@@ -53,9 +53,9 @@ pub(super) struct BulkRequest {
 /// Why an order is refused; the two kinds have different statuses.
 #[derive(Debug, PartialEq)]
 pub(super) enum OrderError {
-    /// The producer got it wrong.
+    /// The request is wrong.
     Invalid(String),
-    /// Right, but only a real server can do it.
+    /// The request is right, but only a real server supports it.
     Unsupported(String),
 }
 

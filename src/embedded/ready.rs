@@ -32,7 +32,7 @@ impl ReadyQueue {
         }
     }
 
-    /// Removes a job, if it is there at all.
+    /// Removes a job. Does nothing if the job is not ready.
     pub(super) fn remove(&mut self, job: &Job) {
         self.all.remove(&job.place());
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
@@ -44,7 +44,7 @@ impl ReadyQueue {
         }
     }
 
-    /// The job that a taker of `queues` gets next; no queues means all of them.
+    /// Returns the next job for a taker of `queues`. An empty list means all queues.
     pub(super) fn first(&self, queues: &[String]) -> Option<JobId> {
         let place = if queues.is_empty() {
             self.all.first().copied()

@@ -1,4 +1,4 @@
-//! Reports: what a worker says about how a job ended.
+//! Reports: the bodies in which a worker says how a job ended.
 //!
 //! A report names a job by its id alone. Which connection it comes over does not matter, only
 //! that the job is in flight.
@@ -16,7 +16,7 @@ pub(super) struct Successes {
 /// The body of `POST /jobs/{id}/failure`.
 #[derive(Debug, Deserialize)]
 pub(super) struct Failure {
-    /// Required, unlike the rest: a failure that nobody can explain helps nobody.
+    /// Error text. Required, because a failure without one cannot be explained.
     message: String,
     error_type: Option<String>,
     backtrace: Option<String>,

@@ -57,7 +57,7 @@ impl Store {
         Ok(enqueued.job.id.to_string())
     }
 
-    /// How many jobs there are of each status; a status without jobs is absent.
+    /// Number of jobs by status; a status without jobs is absent.
     pub fn counts(&self) -> BTreeMap<Status, usize> {
         let mut counts = BTreeMap::new();
         self.with(|state, _| {
@@ -131,7 +131,7 @@ impl Store {
     }
 }
 
-/// Counts rather than jobs: payloads may be large, and nobody's business in a log.
+/// Prints counts, not jobs, because payloads may be large or secret.
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Store").field("counts", &self.counts()).finish()
