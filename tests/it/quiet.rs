@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-//! A pause by SIGUSR2: the worker takes no more jobs, finishes the taken ones, and holds no others. SIGCONT resumes.
-=======
 //! SIGUSR2 pauses a worker. It finishes the jobs that it has, takes no more, and holds none back. SIGCONT resumes it.
->>>>>>> prose2
 
 use std::time::Duration;
 
@@ -28,11 +24,7 @@ fn a_quiet_worker_finishes_its_jobs_and_closes_the_stream() {
     running.go();
     ids.iter().for_each(|id| server.wait_until_done(id));
     proxy.wait_until_closed(take);
-<<<<<<< HEAD
-    // Jobs that arrived over the stream meanwhile are ready for others, without a failed attempt.
-=======
     // The job that came over the stream meanwhile is ready for other workers, without an attempt.
->>>>>>> prose2
     let job = server.wait_for_status(&later, "ready");
     assert_eq!(job["attempts"], 0);
     assert_eq!(running.wait_for_lines(2, "started").len(), 2);
@@ -91,11 +83,7 @@ fn a_redelivery_in_the_quiet_keeps_the_stream_of_another_job() {
     running.wait_for_lines(1, "started");
     running.signal(Signal::USR2);
     running.wait_for_message("paused");
-<<<<<<< HEAD
-    // Another client has reported the held job as failed, so a later attempt arrives.
-=======
     // Another worker has reported the job as failed meanwhile.
->>>>>>> prose2
     stream.attempt("held", 0).attempt("held", 1);
     running.wait_for_messages(3, "job received");
     assert!(stream.is_open(), "the stream was closed over a running job");
@@ -154,11 +142,7 @@ fn a_quiet_worker_is_not_idle() {
     running.wait_for_message("paused");
     running.go();
     running.wait_for_message("stream closed, everything taken over it has been reported");
-<<<<<<< HEAD
-    // Three times the limit. There is no event to wait for, because the worker must not drain.
-=======
     // Wait for three times the limit, because there is no event to wait for.
->>>>>>> prose2
     std::thread::sleep(Duration::from_secs(1));
     running.signal(Signal::CONT);
     running.wait_for_message("resumed");
@@ -175,11 +159,7 @@ fn sigusr1_logs_what_the_worker_does() {
     let running = Daemon::of(&server).sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
     let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
     running.wait_for_lines(1, "started");
-<<<<<<< HEAD
-    // A handler can run before the worker has recorded its pid.
-=======
     // A handler can run before the worker has recorded its process.
->>>>>>> prose2
     eventually("the job's process", || {
         running.signal(Signal::USR1);
         running.log().iter().any(|line| line.contains(&format!("\"pid\":{pid}"))).then_some(())
