@@ -1,17 +1,16 @@
 //! [`Metrics`]: the worker's metrics for Prometheus.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::core::Collector;
 #[cfg(target_os = "linux")]
 use prometheus::process_collector::ProcessCollector;
-use prometheus::{CounterVec, Error};
 use prometheus::{
-    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Counter, CounterVec, Error, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 use crate::dispatch::{Ended, HandlerProcess, PROCESS_STATES, ProcessStarts};
@@ -77,6 +76,7 @@ struct Counters {
     configured_queues: Vec<String>,
     queues: Names,
     types: Names,
+    series: SeriesByNames,
     jobs: IntCounterVec,
     failures: IntCounterVec,
     oldest_running: GaugeVec,
@@ -139,6 +139,38 @@ impl Names {
     }
 }
 
+/// The series that count the jobs of one queue and type. A job looks them up once, because each lookup by labels costs more than
+/// the counting itself.
+#[derive(Debug)]
+pub(crate) struct JobSeries {
+    type_label: String,
+    succeeded: IntCounter,
+    failed: IntCounter,
+    interrupted: IntCounter,
+    run_seconds: Histogram,
+    cpu_seconds: Counter,
+    /// Created for the first process that exits with status 0.
+    good_exits: OnceLock<IntCounter>,
+    /// Created for the first process whose resource usage is known.
+    peak_memory: OnceLock<IntGauge>,
+}
+
+/// The series by queue and type.
+#[derive(Debug, Default)]
+struct SeriesByNames(Mutex<HashMap<String, HashMap<String, Arc<JobSeries>>>>);
+
+impl SeriesByNames {
+    fn get(&self, queue: &str, job_type: &str) -> Option<Arc<JobSeries>> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(queue)?.get(job_type).cloned()
+    }
+
+    fn insert(&self, queue: &str, job_type: &str, series: &Arc<JobSeries>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entry(queue.to_owned()).or_default().insert(job_type.to_owned(), Arc::clone(series));
+    }
+}
+
 /// Values read at the moment of a scrape.
 #[derive(Debug, Clone)]
 pub(crate) struct Gauges {
@@ -162,8 +194,7 @@ impl Metrics {
 
     fn try_new(queues: &[String], started: f64) -> Result<Self, Error> {
         let made = Maker(Registry::new());
-        made.constant("build_info", "Always 1; which worker this is", "version", env!("CARGO_PKG_VERSION"), 1.0)?;
-        made.constant("start_time_seconds", "When the worker started, in Unix seconds", "", "", started)?;
+        made.about_the_process(started)?;
         let counters = Counters {
             jobs: made.counters("jobs_total", "Jobs that have ended here", &["queue", "type", "outcome"])?,
             failures: made.counters(
@@ -212,10 +243,9 @@ impl Metrics {
             configured_queues: queues.to_vec(),
             queues: Names(Mutex::new(queues.iter().cloned().collect())),
             types: Names::default(),
+            series: SeriesByNames::default(),
             registry: made.0,
         };
-        #[cfg(target_os = "linux")]
-        counters.registry.register(Box::new(ProcessCollector::for_self()))?;
         counters.failures.with_label_values(&[OTHER, MALFORMED]);
         for result in ["ok", "failed"] {
             counters.reloads.with_label_values(&[result]);
@@ -223,45 +253,76 @@ impl Metrics {
         Ok(Self(Arc::new(counters)))
     }
 
-    /// Records the start of a job. Creates the series that count the job's end, unless they exist.
+    /// Records the start of a job. Returns the series that count the job's end, and creates them unless they exist.
     pub(crate) fn job_started(
         &self,
         job: &Job,
         is_apart: bool,
         usual_failures: impl FnOnce() -> &'static [&'static str],
-    ) {
+    ) -> Arc<JobSeries> {
         // Saturate, because the server's clock can be ahead of ours.
         let waited = unix_time().saturating_sub(Duration::from_millis(job.ready_at));
         self.0.wait_seconds.observe(waited.as_secs_f64());
-        let (label, is_new) = self.type_label(&job.job_type, is_apart);
+        self.0.series.get(&job.queue, &job.job_type).unwrap_or_else(|| self.find_series(job, is_apart, usual_failures))
+    }
+
+    /// Finds the series of a job whose queue or type has been seen for the first time, or shares a label.
+    fn find_series(
+        &self,
+        job: &Job,
+        is_apart: bool,
+        usual_failures: impl FnOnce() -> &'static [&'static str],
+    ) -> Arc<JobSeries> {
+        let (job_type, is_new) = self.type_label(&job.job_type, is_apart);
         if is_new {
-            self.make_type(label, usual_failures());
+            self.make_type(job_type, usual_failures());
         }
-        self.make_pair(self.0.queues.label(&job.queue).0, label);
+        let queue = self.0.queues.label(&job.queue).0;
+        self.0.series.get(queue, job_type).unwrap_or_else(|| {
+            let series = Arc::new(self.make_series(queue, job_type));
+            self.0.series.insert(queue, job_type, &series);
+            series
+        })
+    }
+
+    fn make_series(&self, queue: &str, job_type: &str) -> JobSeries {
+        let [succeeded, failed, interrupted] = self.make_pair(queue, job_type);
+        JobSeries {
+            type_label: job_type.to_owned(),
+            succeeded,
+            failed,
+            interrupted,
+            run_seconds: self.0.run_seconds.with_label_values(&[job_type]),
+            cpu_seconds: self.0.cpu_seconds.with_label_values(&[job_type]),
+            good_exits: OnceLock::new(),
+            peak_memory: OnceLock::new(),
+        }
     }
 
     /// Counts an ended job. `ran` is its run time, if it was started.
-    pub(crate) fn job_ended(&self, job: &Job, is_apart: bool, ended: &Ended, ran: Option<Duration>) {
-        let (label, _) = self.type_label(&job.job_type, is_apart);
-        let outcome = match &ended.outcome {
-            Outcome::Success => "succeeded",
+    pub(crate) fn job_ended(&self, series: &JobSeries, ended: &Ended, ran: Option<Duration>) {
+        let label = series.type_label.as_str();
+        match &ended.outcome {
+            Outcome::Success => series.succeeded.inc(),
             Outcome::Failure(failure) => {
                 self.0.failures.with_label_values(&[label, kind(failure)]).inc();
-                "failed"
+                series.failed.inc();
             }
-            Outcome::Interrupted => "interrupted",
-        };
-        self.0.jobs.with_label_values(&[self.0.queues.label(&job.queue).0, label, outcome]).inc();
-        if let Some(ran) = ran {
-            self.0.run_seconds.with_label_values(&[label]).observe(ran.as_secs_f64());
+            Outcome::Interrupted => series.interrupted.inc(),
         }
-        if let Some(exit) = ended.exit {
-            let code = exit.code().map(|code| code.to_string());
-            self.0.exits.with_label_values(&[label, code.as_deref().unwrap_or("signal")]).inc();
+        if let Some(ran) = ran {
+            series.run_seconds.observe(ran.as_secs_f64());
+        }
+        let exits = |code: &str| self.0.exits.with_label_values(&[label, code]);
+        match ended.exit.map(|exit| exit.code()) {
+            Some(Some(0)) => series.good_exits.get_or_init(|| exits("0")).inc(),
+            Some(Some(code)) => exits(&code.to_string()).inc(),
+            Some(None) => exits("signal").inc(),
+            None => {}
         }
         let Some(usage) = ended.usage else { return };
-        self.0.cpu_seconds.with_label_values(&[label]).inc_by(usage.cpu.as_secs_f64());
-        let peak = self.0.peak_memory.with_label_values(&[label]);
+        series.cpu_seconds.inc_by(usage.cpu.as_secs_f64());
+        let peak = series.peak_memory.get_or_init(|| self.0.peak_memory.with_label_values(&[label]));
         peak.set(peak.get().max(i64::try_from(usage.max_rss).unwrap_or(i64::MAX)));
     }
 
@@ -286,10 +347,8 @@ impl Metrics {
         cpu_seconds.with_label_values(&[label]);
     }
 
-    fn make_pair(&self, queue: &str, job_type: &str) {
-        for outcome in OUTCOMES {
-            self.0.jobs.with_label_values(&[queue, job_type, outcome]);
-        }
+    fn make_pair(&self, queue: &str, job_type: &str) -> [IntCounter; 3] {
+        OUTCOMES.map(|outcome| self.0.jobs.with_label_values(&[queue, job_type, outcome]))
     }
 
     fn make_configured(&self, types: &[CountedType]) {
@@ -408,6 +467,14 @@ impl Maker {
         Ok(made)
     }
 
+    fn about_the_process(&self, started: f64) -> Result<(), Error> {
+        self.constant("build_info", "Always 1; which worker this is", "version", env!("CARGO_PKG_VERSION"), 1.0)?;
+        self.constant("start_time_seconds", "When the worker started, in Unix seconds", "", "", started)?;
+        #[cfg(target_os = "linux")]
+        self.0.register(Box::new(ProcessCollector::for_self()))?;
+        Ok(())
+    }
+
     fn constant(&self, name: &str, help: &str, label: &str, value: &str, number: f64) -> Result<(), Error> {
         let (labels, values): (&[&str], &[&str]) = if label.is_empty() { (&[], &[]) } else { (&[label], &[value]) };
         self.register(GaugeVec::new(Self::opts(name, help), labels))?.with_label_values(values).set(number);
@@ -503,8 +570,8 @@ mod tests {
 
     fn count(metrics: &Metrics, queue: &str, job_type: &str, is_apart: bool, outcome: Outcome) {
         let job = job(queue, job_type);
-        metrics.job_started(&job, is_apart, || &["Signal"]);
-        metrics.job_ended(&job, is_apart, &outcome.into(), Some(Duration::ZERO));
+        let series = metrics.job_started(&job, is_apart, || &["Signal"]);
+        metrics.job_ended(&series, &outcome.into(), Some(Duration::ZERO));
     }
 
     #[test]

@@ -51,11 +51,11 @@ impl<D: Dispatcher> WorkerLoop<D> {
         }
         let _running = activity.start_job(self.slot, &job);
         let is_apart = self.dispatcher.is_counted_apart(&job.job_type);
-        metrics.job_started(&job, is_apart, || self.dispatcher.usual_failures(&job.job_type));
+        let series = metrics.job_started(&job, is_apart, || self.dispatcher.usual_failures(&job.job_type));
         let started = Instant::now();
         let ended = self.dispatch(&job).await;
         let times = Times::of(ended.took, started.elapsed());
-        metrics.job_ended(&job, is_apart, &ended, times.ran);
+        metrics.job_ended(&series, &ended, times.ran);
         let Ended { outcome, usage, .. } = ended;
         log_ended(&outcome, usage, times);
         activity.note_end(&job, &outcome);
