@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, OFlags, StatxFlags, flock, statx};
+use rustix::fs::{AtFlags, FileType, FlockOperation, OFlags, StatxFlags, flock, statx};
 use rustix::io::Errno;
 use serde::Deserialize;
 use time::OffsetDateTime;
@@ -38,8 +38,8 @@ const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct ResultDir {
     path: PathBuf,
-    /// The lock: programs that tidy up temporary directories skip a locked one.
-    _lock: File,
+    /// The open directory, locked because programs that tidy up temporary directories skip a locked one.
+    lock: File,
     /// The device of the directory's file system.
     device: (u32, u32),
     next: AtomicU64,
@@ -56,7 +56,7 @@ impl ResultDir {
         let about = statx(&lock, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
         let device = (about.stx_dev_major, about.stx_dev_minor);
         let (reads, removals) = (FileThreads::with_threads(4), FileThreads::with_threads(1));
-        Ok(Self { path: dir.keep(), _lock: lock, device, next: AtomicU64::new(0), reads, removals })
+        Ok(Self { path: dir.keep(), lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
     /// Reports whether the directory's path is short enough for sockets: they have 108 bytes at most, with the zero byte at the
@@ -72,8 +72,8 @@ impl ResultDir {
 
     /// Returns an unused path for one job. It is a number, because a path never contains data of a job.
     pub(super) fn file(&self) -> ResultFile<'_> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        ResultFile { dir: self, path: self.path.join(number.to_string()) }
+        let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
+        ResultFile { dir: self, path: self.path.join(&name), name }
     }
 }
 
@@ -81,6 +81,7 @@ impl ResultDir {
 #[derive(Debug)]
 pub(super) struct ResultFile<'a> {
     dir: &'a ResultDir,
+    name: String,
     path: PathBuf,
 }
 
@@ -124,7 +125,7 @@ impl ResultFile<'_> {
     /// Looks with statx(2), and asks the file system for no more than the kernel knows, so that no mount can hang the look.
     fn find(&self) -> LeftBehind {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-        match statx(CWD, &self.path, flags, StatxFlags::TYPE | StatxFlags::SIZE) {
+        match statx(&self.dir.lock, self.name.as_str(), flags, StatxFlags::TYPE | StatxFlags::SIZE) {
             Err(Errno::NOENT) => LeftBehind::Nothing,
             Ok(about)
                 if FileType::from_raw_mode(about.stx_mode.into()) == FileType::RegularFile
