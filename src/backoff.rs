@@ -167,6 +167,14 @@ where
     }
 }
 
+/// Sleeps until `end`, or forever without one.
+pub(crate) async fn sleep_until_if(end: Option<Instant>) {
+    match end {
+        Some(end) => tokio::time::sleep_until(end).await,
+        None => std::future::pending().await,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -38,9 +38,19 @@ impl Drop for AckSlot {
     }
 }
 
+/// The urgency of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Urgency {
+    /// The worker's loops need jobs, and the server sends them for reports.
+    Now,
+    /// Enough jobs wait for the loops, so the report may share a request with the next ones.
+    Soon,
+}
+
 #[derive(Debug)]
 struct SuccessReport {
     attempt: Attempt,
+    urgency: Urgency,
     _slot: AckSlot,
 }
 
@@ -64,13 +74,13 @@ pub(crate) struct AckQueue {
 
 impl AckQueue {
     /// Queues a report, and waits while the queue is full.
-    pub(crate) async fn report(&self, attempt: Attempt, report: Report) {
-        self.put(attempt, report, false).await;
+    pub(crate) async fn report(&self, attempt: Attempt, report: Report, urgency: Urgency) {
+        self.put(attempt, report, urgency, false).await;
     }
 
     /// Queues a report that may already have been sent.
     pub(crate) async fn report_again(&self, attempt: Attempt, report: Report) {
-        self.put(attempt, report, true).await;
+        self.put(attempt, report, Urgency::Now, true).await;
     }
 
     /// Changes the capacity of the queue, reports in flight included.
@@ -78,11 +88,11 @@ impl AckQueue {
         self.places.resize(capacity);
     }
 
-    async fn put(&self, attempt: Attempt, report: Report, in_doubt: bool) {
+    async fn put(&self, attempt: Attempt, report: Report, urgency: Urgency, in_doubt: bool) {
         let _slot = AckSlot::take(self.places.take().await, &self.metrics);
         // A send fails once the worker has stopped; the server requeues the job.
         match report {
-            Report::Success => drop(self.successes.send(SuccessReport { attempt, _slot })),
+            Report::Success => drop(self.successes.send(SuccessReport { attempt, urgency, _slot })),
             Report::Failure(failure) => drop(self.failures.send(FailureReport { attempt, failure, in_doubt, _slot })),
         }
     }

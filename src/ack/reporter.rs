@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
 use super::FailureReport;
-use crate::backoff::{Backoff, Early, retry};
+use crate::backoff::{Backoff, Early, retry, sleep_until_if};
 use crate::chain::Chain;
 use crate::client::{Acceptance, Client, ClientError, JobState};
 use crate::fate::{Answer, Kind, Step, Told, fate};
@@ -66,7 +66,7 @@ impl Reporter {
                 () = self.lifecycle.reached(Phase::Killing) => return,
                 // The wait fails only once the ledger is gone, and `self` holds the ledger.
                 _ = movements.changed() => {}
-                () = sleep_until_after(since, patience) => return,
+                () = sleep_until_if(since.and_then(|since| since.checked_add(patience))) => return,
             }
         }
     }
@@ -244,13 +244,6 @@ impl Reporter {
 
     pub(super) fn dropped(&self) -> usize {
         self.dropped.load(Ordering::Relaxed) + self.ledger.evicted()
-    }
-}
-
-async fn sleep_until_after(since: Option<Instant>, patience: Duration) {
-    match since.and_then(|since| since.checked_add(patience)) {
-        Some(end) => tokio::time::sleep_until(end).await,
-        None => std::future::pending().await,
     }
 }
 

@@ -6,13 +6,16 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
+use std::time::Duration;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 use tokio::task::yield_now;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Reporter, SuccessReport};
+use super::{Reporter, SuccessReport, Urgency};
+use crate::backoff::sleep_until_if;
 use crate::client::{Client, ClientError};
 use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
 use crate::job::{JobId, Report};
@@ -20,6 +23,10 @@ use crate::ledger::{Attempt, Delivery};
 
 /// The most ids in one bulk request. The request stays far below the size limits of servers and proxies.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
+
+/// The longest time for which a report that is not urgent waits for others. Each request costs the worker and the server more
+/// than all reports in it.
+const LONGEST_HOLD: Duration = Duration::from_millis(1);
 
 /// The number of scheduler turns for which a bulk request waits for jobs that end at the same moment.
 const TURNS: usize = 3;
@@ -39,6 +46,28 @@ struct Bulk {
     client: Arc<Client>,
     waiting: Vec<SuccessReport>,
     is_under_way: bool,
+    /// The latest time for the next request.
+    due: Instant,
+}
+
+impl Bulk {
+    fn of(client: Arc<Client>) -> Self {
+        Self { client, waiting: Vec::new(), is_under_way: false, due: Instant::now() }
+    }
+
+    fn add(&mut self, success: SuccessReport) {
+        if success.urgency == Urgency::Now {
+            self.due = Instant::now();
+        } else if self.waiting.is_empty() {
+            self.due = Instant::now() + LONGEST_HOLD;
+        }
+        self.waiting.push(success);
+    }
+
+    /// Reports whether the reports wait for a request.
+    fn is_held(&self) -> bool {
+        !self.is_under_way && !self.waiting.is_empty()
+    }
 }
 
 impl Gathered {
@@ -48,16 +77,23 @@ impl Gathered {
 
     fn add(&self, client: Arc<Client>, success: SuccessReport) {
         let mut bulks = self.lock();
-        match bulks.iter_mut().find(|bulk| Arc::ptr_eq(&bulk.client, &client)) {
-            Some(bulk) => bulk.waiting.push(success),
-            None => bulks.push(Bulk { client, waiting: vec![success], is_under_way: false }),
-        }
+        let at = bulks.iter().position(|bulk| Arc::ptr_eq(&bulk.client, &client)).unwrap_or_else(|| {
+            bulks.push(Bulk::of(client));
+            bulks.len() - 1
+        });
+        bulks[at].add(success);
     }
 
-    /// Returns the servers that have successes and no request in flight. From here on, each counts as in flight.
+    /// Returns the time at which the next request is due.
+    fn next_due(&self) -> Option<Instant> {
+        self.lock().iter().filter(|bulk| bulk.is_held()).map(|bulk| bulk.due).min()
+    }
+
+    /// Returns the servers that have due successes and no request in flight. From here on, each counts as in flight.
     fn begin(&self) -> Vec<Arc<Client>> {
         let mut bulks = self.lock();
-        let ready = bulks.iter_mut().filter(|bulk| !bulk.is_under_way && !bulk.waiting.is_empty());
+        let now = Instant::now();
+        let ready = bulks.iter_mut().filter(|bulk| bulk.is_held() && bulk.due <= now);
         ready
             .map(|bulk| {
                 bulk.is_under_way = true;
@@ -92,7 +128,7 @@ impl Gathered {
 }
 
 impl Reporter {
-    /// Sends one bulk request at a time to each server. The next one gathers meanwhile, and no timer holds a report back.
+    /// Sends one bulk request at a time to each server. The next one gathers meanwhile, and until it is due.
     pub(super) async fn report_successes(
         self,
         mut queue: mpsc::UnboundedReceiver<SuccessReport>,
@@ -101,13 +137,15 @@ impl Reporter {
         let (gathered, mut under_way) = (Gathered::default(), FuturesUnordered::new());
         let (mut arrived, mut is_open) = (Vec::new(), true);
         let mut is_closing = pin!(closing.cancelled());
-        while is_open || !under_way.is_empty() {
+        while is_open || !under_way.is_empty() || gathered.next_due().is_some() {
+            let due = gathered.next_due();
             tokio::select! {
                 biased;
                 Some(()) = under_way.next() => {}
                 () = &mut is_closing, if !queue.is_closed() => queue.close(),
                 () = gathered.rerouted() => {}
                 count = queue.recv_many(&mut arrived, MAX_SUCCESSES_PER_REQUEST), if is_open => is_open = count > 0,
+                () = sleep_until_if(due) => {}
             }
             for success in arrived.drain(..) {
                 self.gather(&gathered, success);

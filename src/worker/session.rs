@@ -10,6 +10,8 @@ use tracing::{debug, error, info};
 use super::intake::Intake;
 use super::purpose::Purpose;
 use super::{Run, Taken};
+use crate::ack::Urgency;
+use crate::backoff::sleep_until_if;
 use crate::client::StreamSettings;
 use crate::job::{Failure, Job, JobId, Report};
 use crate::ledger::{Arrival, Attempt, Delivery, StreamId};
@@ -250,7 +252,7 @@ impl Session {
             (Arrival::UnderWay, _) => return,
         };
         if let Some(attempt) = self.run.ledger.end(&attempt.id, &report) {
-            self.unless_stopped(self.run.acks.report(attempt, report)).await;
+            self.unless_stopped(self.run.acks.report(attempt, report, Urgency::Now)).await;
         }
     }
 
@@ -266,12 +268,4 @@ impl Session {
 /// Waits until the purpose of the stream changes, or its sender is gone.
 async fn until_other(purposes: &mut watch::Receiver<Purpose>, present: Purpose) {
     let _ = purposes.wait_for(|purpose| *purpose != present).await.is_ok();
-}
-
-/// Sleeps until `end`, or forever without one.
-pub(super) async fn sleep_until_if(end: Option<Instant>) {
-    match end {
-        Some(end) => tokio::time::sleep_until(end).await,
-        None => std::future::pending().await,
-    }
 }

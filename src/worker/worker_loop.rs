@@ -10,6 +10,7 @@ use tracing::{Instrument, Span, debug, error, error_span, info};
 
 use super::controls::seconds;
 use super::{Run, Taken};
+use crate::ack::Urgency;
 use crate::config::JOBS_TARGET;
 use crate::dispatch::{Dispatcher, Ended, Took};
 use crate::job::{Failure, Job, Outcome, Report};
@@ -22,6 +23,8 @@ pub(super) struct WorkerLoop<D> {
     /// The loop's number.
     pub(super) slot: usize,
     pub(super) name: String,
+    /// The number of waiting jobs beyond which a report is not urgent: half as many as there are loops.
+    pub(super) reserve: usize,
     pub(super) jobs: async_channel::Receiver<Taken>,
     pub(super) dispatcher: Arc<D>,
     pub(super) run: Run,
@@ -64,8 +67,12 @@ impl<D: Dispatcher> WorkerLoop<D> {
         let id = job.id;
         let Some(report) = Report::of(outcome) else { return ledger.interrupt(&id) };
         if let Some(attempt) = ledger.end(&id, &report) {
-            acks.report(attempt, report).await;
+            acks.report(attempt, report, self.urgency()).await;
         }
+    }
+
+    fn urgency(&self) -> Urgency {
+        if self.jobs.len() > self.reserve { Urgency::Soon } else { Urgency::Now }
     }
 
     fn may_begin(&self, job: &Job, delivery: Delivery) -> bool {
