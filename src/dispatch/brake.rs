@@ -54,7 +54,7 @@ pub(super) trait Begin {
 pub(super) enum ProvenBy {
     /// Its program runs.
     Start,
-    /// A process of it has done a job: see [`Brake::release`].
+    /// A process of it has done a job: see [`Brake::proven`].
     Job,
 }
 
@@ -229,8 +229,15 @@ impl Brake {
         pace.not_before = (!pace.delay.is_zero()).then(|| Instant::now() + pace.delay);
     }
 
+    /// Notes that a process has done a job. A process from before the last failure does not show that another one can be started.
+    pub(super) fn proven(&self, started: Instant) {
+        if self.is_engaged() && self.pace().failed_at.is_none_or(|failed_at| started > failed_at) {
+            self.release();
+        }
+    }
+
     /// Notes that the handler works.
-    pub(super) fn release(&self) {
+    fn release(&self) {
         if self.engaged.swap(false, Ordering::AcqRel) {
             *self.pace() = Pace::default();
             self.released.notify_waiters();
@@ -282,7 +289,7 @@ async fn start_patiently<T: Begin, C>(
 
 /// Reports whether the error concerns this job alone: too long variables, or a zero byte in them, which has no errno. Any other
 /// error is the handler's, or the machine's.
-fn is_the_jobs_own(error: &io::Error) -> bool {
+pub(super) fn is_the_jobs_own(error: &io::Error) -> bool {
     match Errno::from_io_error(error) {
         Some(errno) => errno == Errno::TOOBIG,
         None => error.kind() == io::ErrorKind::InvalidInput,

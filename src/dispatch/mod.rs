@@ -28,7 +28,7 @@ use crate::process::{
     Channel, Children, Input, OpenFiles, Process, ReadDelay, Resident, ResourceUsage, Start, Starter, Stops,
     Termination, TooFewDescriptors, Trial, keep_exit_statuses,
 };
-use brake::{Begin, NotStarted};
+use brake::{Begin, NotStarted, is_the_jobs_own};
 use outcome::Cause;
 use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
@@ -321,7 +321,7 @@ enum Tried {
 impl Tried {
     async fn not_started(route: &Route, why: NotStarted<Cut>) -> Self {
         match why {
-            NotStarted::CutShort(Cut::Replaced) => Self::Again(None),
+            NotStarted::CutShort(Cut::Replaced | Cut::ProcessIsIdle) => Self::Again(None),
             NotStarted::CutShort(Cut::Stopping) => Self::Ended(Ended::unstarted(Outcome::Interrupted)),
             NotStarted::Failed(error) => {
                 let error_type = if is_start_error(&error) { "StartError" } else { "SpawnError" };
@@ -360,7 +360,7 @@ impl ExecDispatcher {
         let (started, since) = (busy.started(), Instant::now());
         let (ended, health) = busy.run(task.job, task.lifecycle).await;
         match health {
-            warm::HandlerHealth::Works => route.brake.release(),
+            warm::HandlerHealth::Works => route.brake.proven(started),
             warm::HandlerHealth::Crashed(why) => route.brake.crashed(started, &why),
             // Retry only once, because some jobs end every process that reads them.
             warm::HandlerHealth::JobUnread if !std::mem::replace(&mut task.was_unread, true) => {
@@ -393,8 +393,13 @@ impl ExecDispatcher {
         let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
         let lifecycle = task.lifecycle;
         let start = || pool.start(self.results.socket(), &slot, lifecycle, spawn);
-        let starting = match route.brake.start(fault, stopped_or_replaced(lifecycle, &mut task.routes), start).await {
+        let cut = stopped_replaced_or_idle(lifecycle, &mut task.routes, pool);
+        let starting = match route.brake.start(fault, cut, start).await {
             Ok(starting) => starting,
+            // The job waits for a process that works, and the brake delays the next start meanwhile.
+            Err(NotStarted::Failed(error)) if !is_the_jobs_own(&error) && pool.is_any_at_work() => {
+                return Err(Tried::Again(None));
+            }
             Err(why) => return Err(Tried::not_started(route, why).await),
         };
         let connected = tokio::select! {
@@ -500,6 +505,8 @@ enum Cut {
     Stopping,
     /// A reload has replaced handlers.
     Replaced,
+    /// A warm process is idle, so the job needs no start.
+    ProcessIsIdle,
 }
 
 /// Reports whether a process ran, but did not connect.
@@ -517,6 +524,18 @@ async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver
         () = lifecycle.awaited() => Cut::Stopping,
         // `changed` fails only once the sender is dropped, and the dispatcher holds it.
         _ = routes.changed() => Cut::Replaced,
+    }
+}
+
+async fn stopped_replaced_or_idle(
+    lifecycle: &Lifecycle,
+    routes: &mut watch::Receiver<Arc<Routes>>,
+    pool: &Pool,
+) -> Cut {
+    tokio::select! {
+        biased;
+        cut = stopped_or_replaced(lifecycle, routes) => cut,
+        () = pool.idle_process_appears() => Cut::ProcessIsIdle,
     }
 }
 

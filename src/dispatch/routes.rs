@@ -94,8 +94,11 @@ impl Route {
     /// Reports whether a start would fail, as far as that is known without one. Never blocks on a file: each call after the pause
     /// of a failed start requests a look at the file, and uses the previous look.
     fn is_broken(&self) -> bool {
-        if !self.brake.is_engaged() || self.pool.is_some() {
-            return self.brake.holds_starts_that_fail();
+        if let Some(pool) = &self.pool {
+            return self.brake.holds_starts_that_fail() && !pool.is_any_at_work();
+        }
+        if !self.brake.is_engaged() {
+            return false;
         }
         let pause_end = self.brake.pause_end().filter(|end| *end <= Instant::now());
         // While a start is in progress there is no end of the pause, and the start tells more than the file.

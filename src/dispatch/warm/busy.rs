@@ -142,7 +142,7 @@ impl Busy {
                 if self.member.has_ended() {
                     self.pool.remove_idle(&self.member);
                 }
-                self.pool.returned.notify_one();
+                self.pool.returned.notify_waiters();
             }
         }
         Ended { outcome, exit: None, usage, took: Took::Dispatch }

@@ -57,13 +57,15 @@ pub(super) struct Pool {
     /// The slots for processes, each held until its process has ended.
     slots: Places,
     idle: Mutex<Vec<Idle>>,
-    /// A notification for each process that becomes idle.
+    /// Notified when a process becomes idle.
     returned: Notify,
     /// The number of reloads.
     generation: AtomicU64,
     /// The reasons of ended processes that have no replacement yet. Each becomes the reason of a start.
     vacancies: Mutex<VecDeque<&'static str>>,
     has_warned: AtomicBool,
+    /// Whether the last start failed while other processes worked.
+    is_short_of_processes: AtomicBool,
     /// The time of the last success.
     last_success: Mutex<Option<Instant>>,
 }
@@ -100,6 +102,7 @@ impl Pool {
             generation: AtomicU64::new(0),
             vacancies: Mutex::default(),
             has_warned: AtomicBool::new(false),
+            is_short_of_processes: AtomicBool::new(false),
             last_success: Mutex::default(),
         })
     }
@@ -140,6 +143,22 @@ impl Pool {
                 () = returned => {}
             }
         }
+    }
+
+    /// Waits until a process is idle.
+    pub(super) async fn idle_process_appears(&self) {
+        loop {
+            let returned = self.returned.notified();
+            if !self.idle().is_empty() {
+                return;
+            }
+            returned.await;
+        }
+    }
+
+    /// Reports whether a process has a job or can take one.
+    pub(super) fn is_any_at_work(&self) -> bool {
+        self.count(|state| matches!(state, ProcessState::Idle | ProcessState::Busy)) > 0
     }
 
     /// Takes the most recently used idle process, so that under a light load the others reach their idle timeout.
@@ -244,11 +263,13 @@ impl Pool {
 
     /// Counts the processes that are not ending.
     fn remaining(&self) -> usize {
+        self.count(|state| state != ProcessState::Ending)
+    }
+
+    fn count(&self, counts: impl Fn(ProcessState) -> bool) -> usize {
         let members = self.processes.members();
-        let is_here = |(pool, member): &&(Arc<Self>, Arc<Member>)| {
-            std::ptr::eq(&**pool, self) && member.work().state != ProcessState::Ending
-        };
-        members.values().filter(is_here).count()
+        let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
+        own.filter(|(_, member)| counts(member.work().state)).count()
     }
 
     /// Records the end of a process. If it had not connected, the failed start is logged by its caller.
@@ -303,6 +324,28 @@ impl Pool {
 
     /// Starts a process. `spawn` receives the path of the socket to connect to.
     pub(super) fn start(
+        self: &Arc<Self>,
+        socket: PathBuf,
+        slot: &Arc<Place>,
+        lifecycle: &Lifecycle,
+        spawn: impl FnOnce(&PathBuf) -> io::Result<Resident>,
+    ) -> io::Result<Starting> {
+        let started = self.try_start(socket, slot, lifecycle, spawn);
+        let is_short = started.is_err() && self.is_any_at_work();
+        if is_short && !self.is_short_of_processes.swap(is_short, Ordering::Relaxed) {
+            let error = started.as_ref().err().map(ToString::to_string).unwrap_or_default();
+            warn!(
+                handler = self.name,
+                error, "another handler process cannot be started, jobs wait for the present ones"
+            );
+        }
+        if started.is_ok() {
+            self.is_short_of_processes.store(false, Ordering::Relaxed);
+        }
+        started
+    }
+
+    fn try_start(
         self: &Arc<Self>,
         socket: PathBuf,
         slot: &Arc<Place>,
