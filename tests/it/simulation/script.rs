@@ -46,6 +46,11 @@ impl Script {
         Self(vec![Step { ms, end: End::Good }])
     }
 
+    /// Returns a script that fails once at once, and then succeeds at once.
+    pub fn bad_then_good() -> Self {
+        Self(vec![Step { ms: 0, end: End::Bad }, Step { ms: 0, end: End::Good }])
+    }
+
     /// Draws a script.
     pub fn draw(rng: &mut Rng) -> Self {
         let step = |rng: &mut Rng, end| Step { ms: lasting(rng), end };

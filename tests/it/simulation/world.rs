@@ -19,9 +19,9 @@ use super::draw::{chance, millis, one_of};
 use super::life::Life;
 use super::network::{MAX_LATENCY, Network};
 use super::script::Script;
-use super::server::{MAX_JOB_SIZE, Malformed, NewJob, PRIORITIES, Record, Server, Status};
+use super::server::{MAX_JOB_SIZE, Malformed, NewJob, PRIORITIES, Record, Server, Status, longest_backoff};
 use super::trace::Trace;
-use super::weather::{KINDS, Weather};
+use super::weather::{Answer, Call, Fault, KINDS, Weather};
 
 /// The queues of a world.
 const QUEUES: [&str; 3] = ["q0", "q1", "q2"];
@@ -284,6 +284,9 @@ async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     while lives.iter().any(|life| !life.running().is_empty()) {
         sleep(LOOK).await;
     }
+    if chance(rng, 0.5) {
+        fail_beside_stuck_failures(world, rng, &mut lives).await;
+    }
     probe_each(world, &mut lives).await;
     for life in &mut lives {
         life.stop();
@@ -428,6 +431,43 @@ fn check_that_it_reports(world: &World, life: &Life) {
         let (name, id) = (&life.name, &run.id);
         world.book.violation(format!("{name} has had a proper answer, but does not report how {id} ended"));
     }
+}
+
+/// The number of failures that a worker reports at once.
+const FAILURES_AT_ONCE: usize = 8;
+
+/// Lets the server refuse as many failures of one worker as it reports at once, and checks that others leave nevertheless.
+async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [Life]) {
+    let has_room = |life: &&mut Life| life.config.prefetch.get() > FAILURES_AT_ONCE && !life.is_bounded();
+    let able: Vec<String> = lives.iter_mut().filter(has_room).map(|life| life.name.clone()).collect();
+    let Some(name) = rng.choice(&able) else { return };
+    let (chosen, mut others): (Vec<_>, Vec<_>) = lives.iter_mut().partition(|life| life.name == *name);
+    others.iter_mut().for_each(|life| life.pause());
+    sleep(MAX_LATENCY * 4).await;
+    let (server, config) = (world.server_of(chosen[0]), &chosen[0].config);
+    let queue = config.queues.first().map_or(QUEUES[0], String::as_str);
+    let fail = || {
+        let (script, queue) = (Script::bad_then_good(), queue.to_owned());
+        server.enqueue(NewJob { queue, priority: 0, retry_limit: 3, malformed: None, script })
+    };
+    let has_failed = |id: &String| server.job(id).is_none_or(|job| job.attempts > 0);
+    let stuck: Vec<String> = (0..FAILURES_AT_ONCE).map(|_| fail()).collect();
+    let refusal = Fault::Instead(Answer::of(503));
+    stuck.iter().for_each(|id| world.weather.lay_for(id, Call::Failure, refusal));
+    // Every one of them has been refused at least once.
+    sleep(bounds::runs(&server.open_records()) + MAX_LATENCY * 8 + bounds::SLACK).await;
+    let other = fail();
+    sleep(MAX_LATENCY * 8 + bounds::SLACK).await;
+    if !has_failed(&other) {
+        world.book.violation(format!("{name} does not report how {other} ended beside failures that are refused"));
+    }
+    world.weather.clear();
+    sleep(bounds::first_wait(config) * 2 + MAX_LATENCY * 8 + bounds::SLACK).await;
+    if let Some(id) = stuck.iter().find(|id| !has_failed(id)) {
+        world.book.violation(format!("{name} does not report how {id} ended after the refusals"));
+    }
+    sleep(longest_backoff(1) + MAX_LATENCY * 8 + bounds::SLACK).await;
+    others.iter_mut().for_each(|life| life.resume());
 }
 
 /// Gives each worker jobs that only it takes, to check that no place in its prefetch is lost.
