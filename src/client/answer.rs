@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use hyper::{HeaderMap, Response, StatusCode};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::skimmer::Skimmer;
 use super::{Acceptance, ClientError, JobState, MAX_RETRY_AFTER, NDJSON, within_request_timeout};
@@ -30,10 +31,24 @@ struct FailedJob {
     id: String,
 }
 
-/// The server's JSON body of a refusal.
+/// The JSON body of a refusal. The server's has no field but `error`; gateways add others.
 #[derive(Deserialize)]
 struct Refusal {
     error: String,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+/// The fields by which the JSON of common gateways and frameworks is told from the server's. A later server may add others.
+const FIELDS_OF_GATEWAYS: [&str; 4] = ["path", "status", "statusCode", "timestamp"];
+
+impl Refusal {
+    /// Reads the server's refusal. Returns none for anything else.
+    fn read(body: &[u8]) -> Option<Self> {
+        let refusal: Self = serde_json::from_slice(body).ok()?;
+        let is_gateways = FIELDS_OF_GATEWAYS.iter().any(|field| refusal.others.contains_key(*field));
+        (!is_gateways).then_some(refusal)
+    }
 }
 
 /// Rejects the pages of proxies and of other servers as take streams.
@@ -47,6 +62,11 @@ pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>
     let status = response.status();
     if status.is_success() {
         return accepted(response, |_| false).await.map(|()| Vec::new());
+    }
+    // The server answers 422 for ids that are not in flight.
+    if status == StatusCode::NOT_FOUND {
+        let (_, body) = read(response).await?;
+        return Err(ClientError::NotTheServer { status, message: first_line(&body) });
     }
     if status != StatusCode::UNPROCESSABLE_ENTITY {
         return Err(refusal(response).await);
@@ -111,9 +131,9 @@ async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -
 async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     let status = response.status();
     let (_, body) = read(response).await?;
-    match serde_json::from_slice::<Refusal>(&body) {
-        Ok(_) => Ok(()),
-        Err(_) => Err(ClientError::NotTheServer { status, message: first_line(&body) }),
+    match Refusal::read(&body) {
+        Some(_) => Ok(()),
+        None => Err(ClientError::NotTheServer { status, message: first_line(&body) }),
     }
 }
 
@@ -132,10 +152,12 @@ pub(super) async fn refusal(response: Response<Incoming>) -> ClientError {
 }
 
 fn refused(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ClientError {
-    match serde_json::from_slice::<Refusal>(body) {
-        Ok(Refusal { error }) => ClientError::Refused { status, message: error, retry_after: retry_after(headers) },
-        Err(_) if status == StatusCode::NOT_FOUND => ClientError::NotTheServer { status, message: first_line(body) },
-        Err(_) => ClientError::Refused { status, message: first_line(body), retry_after: retry_after(headers) },
+    match Refusal::read(body) {
+        Some(Refusal { error, .. }) => {
+            ClientError::Refused { status, message: error, retry_after: retry_after(headers) }
+        }
+        None if status == StatusCode::NOT_FOUND => ClientError::NotTheServer { status, message: first_line(body) },
+        None => ClientError::Refused { status, message: first_line(body), retry_after: retry_after(headers) },
     }
 }
 
@@ -206,7 +228,12 @@ mod tests {
     #[test]
     fn a_404_without_the_servers_error_is_not_the_servers() {
         assert!(matches!(refused_with(404, b"<html>"), ClientError::NotTheServer { .. }));
-        assert!(matches!(refused_with(404, br#"{"error":"job not found"}"#), ClientError::Refused { .. }));
+        let gateways = br#"{"timestamp":1761750000,"status":404,"error":"Not Found","path":"/jobs/1"}"#;
+        assert!(matches!(refused_with(404, gateways), ClientError::NotTheServer { .. }));
+        for servers in [&br#"{"error":"job not found"}"#[..], br#"{"error":"job not found","hint":"a later server's"}"#]
+        {
+            assert!(matches!(refused_with(404, servers), ClientError::Refused { .. }));
+        }
     }
 
     #[test]

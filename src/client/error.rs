@@ -60,6 +60,14 @@ const PASSING: [StatusCode; 7] = [
     StatusCode::TOO_MANY_REQUESTS,
 ];
 
+/// Client errors that concern only the moment of the request.
+const MOMENTARY: [StatusCode; 4] = [
+    StatusCode::REQUEST_TIMEOUT,
+    StatusCode::MISDIRECTED_REQUEST,
+    StatusCode::TOO_EARLY,
+    StatusCode::TOO_MANY_REQUESTS,
+];
+
 /// Client errors that say nothing about the settings of the worker.
 const NO_MISTAKE: [StatusCode; 3] = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
 
@@ -96,9 +104,19 @@ impl ClientError {
         }
     }
 
-    /// Whether the call was refused, by the server or by a proxy.
+    /// Whether the call was refused, by the server or by a proxy, and not only for the moment.
     pub(crate) fn is_refusal(&self) -> bool {
-        matches!(self, Self::Refused { status, .. } if status.is_client_error())
+        match self {
+            Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
+                status.is_client_error() && !MOMENTARY.contains(status)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the server, or a proxy, has answered that the fault is its own.
+    pub(crate) fn is_server_error(&self) -> bool {
+        matches!(self, Self::Refused { status, .. } | Self::NotTheServer { status, .. } if status.is_server_error())
     }
 
     /// Whether the answer is no HTTP at all, like the alert of a port that speaks TLS.
