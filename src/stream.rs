@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::job::{Job, JobId};
@@ -41,7 +42,22 @@ pub struct TakeStream {
     body: Incoming,
     decoder: Decoder,
     idle_timeout: Duration,
+    /// The time of all waits since the last byte, cancelled ones included. The time between them does not count, because the
+    /// connection is not read then.
+    waited: Duration,
     connection: AbortOnDropHandle<()>,
+}
+
+/// Adds the time from its creation to its drop to a sum, also when a wait is cancelled.
+struct Stopwatch<'a> {
+    sum: &'a mut Duration,
+    begun: Instant,
+}
+
+impl Drop for Stopwatch<'_> {
+    fn drop(&mut self) {
+        *self.sum += self.begun.elapsed();
+    }
 }
 
 /// An item of a take stream.
@@ -61,7 +77,7 @@ pub enum Received {
 impl TakeStream {
     pub(crate) fn new(body: Incoming, connection: AbortOnDropHandle<()>, limits: StreamLimits) -> Self {
         let StreamLimits { idle_timeout, max_job_size } = limits;
-        Self { body, decoder: Decoder::new(max_job_size), idle_timeout, connection }
+        Self { body, decoder: Decoder::new(max_job_size), idle_timeout, waited: Duration::ZERO, connection }
     }
 
     /// Waits for the next item. The wait is cancel safe.
@@ -75,7 +91,14 @@ impl TakeStream {
                     return line.read();
                 }
             }
-            let frame = tokio::time::timeout(self.idle_timeout, self.body.frame()).await;
+            let left = self.idle_timeout.saturating_sub(self.waited);
+            let frame = {
+                let _stopwatch = Stopwatch { sum: &mut self.waited, begun: Instant::now() };
+                tokio::time::timeout(left, self.body.frame()).await
+            };
+            if frame.is_ok() {
+                self.waited = Duration::ZERO;
+            }
             let frame = frame.map_err(|_| StreamError::Silent(self.idle_timeout))?.ok_or(StreamError::Ended)?;
             if let Ok(chunk) = frame.map_err(StreamError::Broken)?.into_data() {
                 self.decoder.push(chunk);
