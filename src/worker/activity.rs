@@ -263,7 +263,7 @@ impl Activity {
                 // Any change restarts the time, even one that is already undone.
                 _ = states.changed() => {}
                 _ = movements.changed() => {}
-                () = tokio::time::sleep(limit), if ledger.ended().is_empty() => {
+                () = tokio::time::sleep(limit), if ledger.is_all_parked() => {
                     info!(?limit, "no job for that long: draining");
                     lifecycle.finish_because(format!("idle for {} (exit_when_idle)", format_duration(limit)));
                     return;
