@@ -62,8 +62,10 @@ impl Search {
 
     /// Notes that a round has brought its full prefetch and no wanted job. The next round needs no wait if it will be larger.
     pub(super) fn missed(&mut self, run: &Run, prefetch: usize) {
-        let goes_deep = run.ledger.unheld().iter().any(|unheld| unheld.has_ended);
-        self.is_urgent = goes_deep && prefetch < MAX_PREFETCH;
+        let Some(settings) = &self.last else { return };
+        let mut wanted = run.ledger.unheld();
+        wanted.retain(|unheld| unheld.source.is_same(settings));
+        self.is_urgent = prefetch < greatest_prefetch(&wanted, settings);
     }
 
     /// Makes one round, after a wait if one is due. Returns none if no stream can be opened, or no job is wanted.
@@ -85,7 +87,7 @@ impl Search {
         if wanted.is_empty() {
             return None;
         }
-        let (jobs, prefetch) = (wanted.len(), self.prefetch(&wanted));
+        let (jobs, prefetch) = (wanted.len(), self.prefetch(&wanted, &settings));
         info!(jobs, prefetch, "opening a stream for jobs that are here, and whose stream was lost");
         let coming = run.ledger.expect_stream();
         match settings.open(prefetch).await {
@@ -117,11 +119,10 @@ impl Search {
         self.last.clone()
     }
 
-    /// Returns the prefetch of the next round. A search for ended jobs goes deep, because its stream closes as soon as they are
-    /// reported. A stream for running jobs stays open while they run, and other workers cannot have its other jobs.
-    fn prefetch(&self, wanted: &[Unheld]) -> usize {
-        let rounds = if wanted.iter().any(|unheld| unheld.has_ended) { self.round.min(MAX_DOUBLINGS) } else { 0 };
-        wanted.len().saturating_mul(1 << rounds).min(MAX_PREFETCH.max(wanted.len()))
+    /// Returns the prefetch of the next round.
+    fn prefetch(&self, wanted: &[Unheld], settings: &StreamSettings) -> usize {
+        let doubled = wanted.len().saturating_mul(1 << self.round.min(MAX_DOUBLINGS));
+        doubled.min(greatest_prefetch(wanted, settings))
     }
 
     /// Returns the jobs that the server may deliver now.
@@ -143,4 +144,17 @@ impl Search {
         }
         to_be_had
     }
+}
+
+/// Returns the greatest prefetch of a search. A search for ended jobs goes deep, because its stream closes as soon as they are
+/// reported. A stream that brings running jobs stays open while they run, and other workers cannot have its other jobs. If
+/// all are running, the search does not go deeper at all.
+fn greatest_prefetch(wanted: &[Unheld], settings: &StreamSettings) -> usize {
+    let ended = wanted.iter().filter(|unheld| unheld.has_ended).count();
+    let deep = match ended {
+        0 => 0,
+        _ if ended == wanted.len() => MAX_PREFETCH,
+        _ => settings.prefetch,
+    };
+    deep.max(wanted.len())
 }
