@@ -15,7 +15,8 @@
 //! | … | InDoubt, Denied, Kept, KeptElsewhere | NotAsked | … | Ask |
 //! | … | InDoubt, Denied, Kept, KeptElsewhere | Gone, Over | … | Settle |
 //! | Failure | InDoubt, Denied, Kept, KeptElsewhere | Past | … | Settle |
-//! | Failure | InDoubt | Unreachable, Withheld | … | Retry |
+//! | Failure | InDoubt | Unreachable | … | Retry |
+//! | Failure | InDoubt | Withheld | … | Release |
 //! | Failure | InDoubt | InFlight | Same, Anew | Send |
 //! | Failure | InDoubt | Waiting | Anew | Send |
 //! | Failure | InDoubt | Waiting | Same | Park |
@@ -29,7 +30,8 @@
 //! A success counts wherever its job is in flight, for any attempt. A failure costs the job an attempt, and the server identifies
 //! the job by its id alone. So a failure is sent only while this worker holds the job as that very attempt. The failure is sent a
 //! second time only after a look at the job has shown that the first report did not arrive. A redelivery of the same attempt
-//! shows as much: no failure of that attempt has been counted.
+//! shows as much: no failure of that attempt has been counted. Where a proxy refuses the look, the job is released, so that a
+//! redelivery decides.
 
 use crate::job::Report;
 
@@ -73,7 +75,7 @@ pub(crate) enum Told {
     NotAsked,
     /// The server did not answer.
     Unreachable,
-    /// The server or a proxy refuses the question, or the job came from another server than the one that was asked.
+    /// A proxy refuses the look for good, or the job came from another server than the one that was asked.
     Withheld,
     /// The server does not have the job.
     Gone,
@@ -108,6 +110,9 @@ pub(crate) enum Step {
     Retry,
     /// Keep the outcome until its job is redelivered. The job is no longer held.
     Park,
+    /// Keep the outcome until its job is redelivered. The job may be held, so its stream is replaced, and closes once its other
+    /// jobs are reported.
+    Release,
     /// Forget the job: the server knows the outcome, or does not need it.
     Settle,
     /// Drop the report. The job stays held until its stream closes, and is redelivered then.
@@ -141,6 +146,7 @@ fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::InFlight, _) | (Told::Waiting, Hold::Anew) => Step::Send,
         (Told::Waiting, _) => Step::Park,
+        (Told::Withheld, _) => Step::Release,
         _ => Step::Retry,
     }
 }

@@ -58,8 +58,6 @@ struct SuccessReport {
 struct FailureReport {
     attempt: Attempt,
     failure: Failure,
-    /// Whether the report may already have been sent.
-    in_doubt: bool,
     _slot: AckSlot,
 }
 
@@ -75,26 +73,17 @@ pub(crate) struct AckQueue {
 impl AckQueue {
     /// Queues a report, and waits while the queue is full.
     pub(crate) async fn report(&self, attempt: Attempt, report: Report, urgency: Urgency) {
-        self.put(attempt, report, urgency, false).await;
-    }
-
-    /// Queues a report that may already have been sent.
-    pub(crate) async fn report_again(&self, attempt: Attempt, report: Report) {
-        self.put(attempt, report, Urgency::Now, true).await;
+        let _slot = AckSlot::take(self.places.take().await, &self.metrics);
+        // A send fails once the worker has stopped; the server requeues the job.
+        match report {
+            Report::Success => drop(self.successes.send(SuccessReport { attempt, urgency, _slot })),
+            Report::Failure(failure) => drop(self.failures.send(FailureReport { attempt, failure, _slot })),
+        }
     }
 
     /// Changes the capacity of the queue, reports in flight included.
     pub(crate) fn resize(&self, capacity: usize) {
         self.places.resize(capacity);
-    }
-
-    async fn put(&self, attempt: Attempt, report: Report, urgency: Urgency, in_doubt: bool) {
-        let _slot = AckSlot::take(self.places.take().await, &self.metrics);
-        // A send fails once the worker has stopped; the server requeues the job.
-        match report {
-            Report::Success => drop(self.successes.send(SuccessReport { attempt, urgency, _slot })),
-            Report::Failure(failure) => drop(self.failures.send(FailureReport { attempt, failure, in_doubt, _slot })),
-        }
     }
 }
 

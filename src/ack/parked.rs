@@ -74,7 +74,7 @@ impl Reporter {
         let is_settled = match fate(*kind, answer, told, Hold::Lost) {
             Step::Settle => true,
             Step::Send => self.report_parked(client, attempt).await,
-            Step::Ask | Step::Retry | Step::Park | Step::Drop => false,
+            Step::Ask | Step::Retry | Step::Park | Step::Release | Step::Drop => false,
         };
         if is_settled {
             self.ledger.settle_parked(attempt);

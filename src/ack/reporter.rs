@@ -1,7 +1,7 @@
 //! [`Reporter`]: sends each report until it is accepted, parked, refused, or dropped because the worker is killed.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -39,12 +39,16 @@ pub(crate) struct Reporter {
     dropped: Arc<AtomicUsize>,
 }
 
-/// The end of a failure's tries, unless they end with an error.
+/// The end of a failure's tries, unless they end with an error. Each names the delivery that was held when the server last
+/// answered, or when the report left.
 enum ReportEnd {
-    Settle,
-    /// Park the failure. The delivery held when the server last answered, or when the report left.
+    Settle(Option<Delivery>),
     Park(Option<Delivery>),
+    Release(Option<Delivery>),
 }
+
+/// The delivery that held the job when a report left whose answer was lost. A later delivery ends the doubt.
+type Doubt = Mutex<Option<Delivery>>;
 
 impl Reporter {
     pub(crate) fn new(ledger: Arc<Ledger>, backoff: Backoff, lifecycle: Lifecycle, metrics: Metrics) -> Self {
@@ -92,33 +96,34 @@ impl Reporter {
     }
 
     async fn report_failure(&self, report: FailureReport) {
-        let FailureReport { attempt, mut failure, in_doubt, _slot } = report;
-        let in_doubt = AtomicBool::new(in_doubt);
+        let FailureReport { attempt, mut failure, _slot } = report;
+        let doubt = Doubt::default();
         // Without a destination, a later attempt has replaced this one.
         while let Some(client) = self.ledger.destination(&attempt) {
-            match self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &in_doubt)).await {
-                Ok(ReportEnd::Settle) => return self.ledger.settle(&attempt),
-                Ok(ReportEnd::Park(seen)) => match self.ledger.park(&attempt, seen, Report::Failure(failure)) {
-                    // The job was redelivered meanwhile.
-                    Some(Report::Failure(again)) => failure = again,
-                    _ => return debug!(job.id = attempt.id.as_str(), "failure parked until its job is redelivered"),
-                },
+            let ended = self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &doubt)).await;
+            let (seen, may_be_held) = match ended {
+                Ok(ReportEnd::Settle(seen)) if self.ledger.settle(&attempt, seen) => return,
+                Ok(ReportEnd::Settle(_)) => continue,
+                Ok(ReportEnd::Park(seen)) => (seen, false),
+                Ok(ReportEnd::Release(seen)) => (seen, true),
                 Err(error) => return self.drop_report(&attempt, &error),
+            };
+            match self.ledger.park(&attempt, seen, Report::Failure(failure), may_be_held) {
+                // The job was redelivered meanwhile.
+                Some(Report::Failure(again)) => failure = again,
+                _ => return debug!(job.id = attempt.id.as_str(), "failure parked until its job is redelivered"),
             }
         }
     }
 
     /// Sends a failure, and looks at its job before and after, as [`fate`] requires.
-    async fn try_failure(
-        &self,
-        attempt: &Attempt,
-        failure: &Failure,
-        in_doubt: &AtomicBool,
-    ) -> Result<ReportEnd, ClientError> {
-        let Some(client) = self.ledger.destination(attempt) else { return Ok(ReportEnd::Settle) };
+    async fn try_failure(&self, attempt: &Attempt, failure: &Failure, doubt: &Doubt) -> Result<ReportEnd, ClientError> {
+        let Some(client) = self.ledger.destination(attempt) else {
+            return Ok(ReportEnd::Settle(self.ledger.held(attempt)));
+        };
         let _slot = client.failure_slot().await;
-        let mut answer = if in_doubt.load(Ordering::Relaxed) { Answer::InDoubt } else { Answer::Unsent };
         let (mut told, mut seen) = (Told::NotAsked, self.ledger.held(attempt));
+        let mut answer = if is_in_doubt(doubt, seen) { Answer::InDoubt } else { Answer::Unsent };
         let mut error = None;
         loop {
             match fate(Kind::Failure, answer, told, self.ledger.hold(attempt, seen)) {
@@ -139,10 +144,13 @@ impl Reporter {
                         continue;
                     }
                     (answer, error) = answer_to(sent);
-                    in_doubt.fetch_or(error.as_ref().is_some_and(ClientError::may_have_arrived), Ordering::Relaxed);
+                    if error.as_ref().is_some_and(ClientError::may_have_arrived) {
+                        *lock(doubt) = seen;
+                    }
                 }
-                Step::Settle => return Ok(ReportEnd::Settle),
+                Step::Settle => return Ok(ReportEnd::Settle(seen)),
                 Step::Park => return Ok(ReportEnd::Park(seen)),
+                Step::Release => return Ok(ReportEnd::Release(seen)),
                 Step::Retry | Step::Drop => return error.map_or(Ok(ReportEnd::Park(seen)), Err),
             }
         }
@@ -245,6 +253,15 @@ impl Reporter {
     pub(super) fn dropped(&self) -> usize {
         self.dropped.load(Ordering::Relaxed) + self.ledger.evicted()
     }
+}
+
+fn lock(doubt: &Doubt) -> MutexGuard<'_, Option<Delivery>> {
+    doubt.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reports whether a report may have arrived, given the delivery that holds the job now.
+fn is_in_doubt(doubt: &Doubt, held: Option<Delivery>) -> bool {
+    lock(doubt).is_some_and(|doubted| held.is_none_or(|held| held == doubted))
 }
 
 /// Returns the answer to a failure report, and the error if there is one.

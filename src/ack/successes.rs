@@ -31,6 +31,12 @@ const LONGEST_HOLD: Duration = Duration::from_millis(1);
 /// The number of scheduler turns for which a bulk request waits for jobs that end at the same moment.
 const TURNS: usize = 3;
 
+/// The most parts into which a bulk is split that gets server errors.
+const MAX_PARTS: usize = 8;
+
+/// The number of parts of one try that may fail. The rest then waits for the next try, because the server seems to be down.
+const MAX_FAILED_PARTS: usize = 2;
+
 /// The number of denied successes that are checked at once: enough to hide the round trip, few enough to spare the server.
 const MAX_LOOKS_IN_FLIGHT: usize = 8;
 
@@ -141,7 +147,11 @@ impl Reporter {
             let due = gathered.next_due();
             tokio::select! {
                 biased;
-                Some(()) = under_way.next() => {}
+                Some(apart) = under_way.next() => {
+                    for (client, batch) in apart {
+                        under_way.push(Box::pin(self.report_batch(client, batch, None, &gathered)));
+                    }
+                }
                 () = &mut is_closing, if !queue.is_closed() => queue.close(),
                 () = gathered.rerouted() => {}
                 count = queue.recv_many(&mut arrived, MAX_SUCCESSES_PER_REQUEST), if is_open => is_open = count > 0,
@@ -150,29 +160,85 @@ impl Reporter {
             for success in arrived.drain(..) {
                 self.gather(&gathered, success);
             }
-            // In a box, so that a request is not moved as a whole for each job.
-            under_way.extend(gathered.begin().into_iter().map(|client| Box::pin(self.report_batch(client, &gathered))));
+            for client in gathered.begin() {
+                // In a box, so that a request is not moved as a whole for each job.
+                under_way.push(Box::pin(self.report_batch(client, Vec::new(), Some(&gathered), &gathered)));
+            }
         }
     }
 
-    async fn report_batch(&self, client: Arc<Client>, gathered: &Gathered) {
+    /// Reports successes until the server has answered for all. `joining` are successes that leave with them. Returns the parts
+    /// that get server errors while others are accepted, to be reported apart.
+    async fn report_batch(
+        &self,
+        client: Arc<Client>,
+        mut batch: Vec<SuccessReport>,
+        joining: Option<&Gathered>,
+        gathered: &Gathered,
+    ) -> Vec<(Arc<Client>, Vec<SuccessReport>)> {
         yield_to_ready_tasks().await;
-        let mut batch = Vec::new();
+        let mut parts = 1;
         let attempt = || {
             self.keep_own(&client, &mut batch, gathered);
-            // Successes that have gathered since the last try leave with this one.
-            gathered.take(&client, &mut batch);
-            self.try_successes(&client, batch.iter().map(|success: &SuccessReport| success.attempt.clone()).collect())
+            if let Some(joining) = joining {
+                // Successes that have gathered since the last try leave with this one.
+                joining.take(&client, &mut batch);
+            }
+            let attempts = batch.iter().map(|success: &SuccessReport| success.attempt.clone()).collect();
+            let count = parts;
+            parts = (parts * 2).min(MAX_PARTS);
+            self.try_parts(&client, attempts, count)
         };
-        if let Err(error) = self.retry_until_answered(&client, attempt).await {
-            let attempts = batch.iter().map(|success| &success.attempt);
-            let unsettled: Vec<&Attempt> =
-                attempts.filter(|attempt| self.ledger.destination(attempt).is_some()).collect();
-            self.drop_reports(&unsettled, &error);
+        let mut apart = Vec::new();
+        match self.retry_until_answered(&client, attempt).await {
+            Ok(failed) => {
+                for part in failed {
+                    let part = batch.extract_if(.., |success| part.contains(&success.attempt)).collect();
+                    apart.push((Arc::clone(&client), part));
+                }
+            }
+            Err(error) => {
+                let attempts = batch.iter().map(|success| &success.attempt);
+                let unsettled: Vec<&Attempt> =
+                    attempts.filter(|attempt| self.ledger.destination(attempt).is_some()).collect();
+                self.drop_reports(&unsettled, &error);
+            }
         }
         // The rest has another destination by now.
         batch.into_iter().for_each(|success| self.reroute(gathered, success));
-        gathered.end(&client);
+        if joining.is_some() {
+            gathered.end(&client);
+        }
+        apart
+    }
+
+    /// Sends successes together, and after a server error in that many parts, so that one success that always gets a server error
+    /// holds up no others for ever. Returns the parts that have failed, or the error if all have.
+    async fn try_parts(
+        &self,
+        client: &Arc<Client>,
+        mut attempts: Vec<Attempt>,
+        count: usize,
+    ) -> Result<Vec<Vec<Attempt>>, ClientError> {
+        if count == 1 || attempts.len() <= 1 {
+            return self.try_successes(client, attempts).await.map(|()| Vec::new());
+        }
+        match self.try_successes(client, attempts.clone()).await {
+            Err(error) if error.is_server_error() => {}
+            ended => return ended.map(|()| Vec::new()),
+        }
+        // Otherwise the same part would fail first at each try.
+        fastrand::shuffle(&mut attempts);
+        let (mut failed, mut is_any_accepted) = (Vec::new(), false);
+        for part in attempts.chunks(attempts.len().div_ceil(count)) {
+            match self.try_successes(client, part.to_vec()).await {
+                Ok(()) => is_any_accepted = true,
+                Err(error) if !error.is_server_error() => return Err(error),
+                Err(error) if failed.len() + 1 >= MAX_FAILED_PARTS && !is_any_accepted => return Err(error),
+                Err(_) => failed.push(part.to_vec()),
+            }
+        }
+        Ok(failed)
     }
 
     /// Queues a success for the next request to its server. Returns false if it needs no report any more.
@@ -242,7 +308,9 @@ impl Reporter {
         let not_found: HashSet<&JobId> = not_found.iter().collect();
         let (denied, accepted): (Vec<_>, Vec<_>) =
             attempts.into_iter().zip(seen).partition(|(attempt, _)| not_found.contains(&attempt.id));
-        accepted.iter().for_each(|(attempt, _)| self.ledger.settle(attempt));
+        for (attempt, seen) in accepted {
+            self.ledger.settle(&attempt, seen);
+        }
         denied
     }
 
@@ -273,11 +341,11 @@ impl Reporter {
                 Step::Ask => (told, error) = self.ask(client, &attempt, Kind::Success).await,
                 Step::Send => return Ok(Some(attempt)),
                 Step::Settle => {
-                    self.ledger.settle(&attempt);
+                    self.ledger.settle(&attempt, seen);
                     return Ok(None);
                 }
-                Step::Park => {
-                    let redelivered = self.ledger.park(&attempt, seen, Report::Success);
+                Step::Park | Step::Release => {
+                    let redelivered = self.ledger.park(&attempt, seen, Report::Success, false);
                     return Ok(redelivered.map(|_| attempt));
                 }
                 Step::Retry | Step::Drop => return error.map_or(Ok(None), Err),

@@ -39,6 +39,8 @@ pub(super) struct LedgerEntry {
     pub(super) source: Arc<StreamSettings>,
     /// Whether the server holds the job for this worker, over `stream`.
     pub(super) is_held: bool,
+    /// The stream that delivered the job before `stream` did. The earlier stream holds the job if the later line was stale.
+    pub(super) earlier: Option<StreamId>,
     pub(super) state: EntryState,
 }
 
@@ -53,7 +55,8 @@ pub(super) enum EntryState {
 
 impl LedgerEntry {
     /// Notes that the job has been redelivered.
-    pub(super) fn redeliver(&mut self, new: Self) -> Arrival {
+    pub(super) fn redeliver(&mut self, mut new: Self) -> Arrival {
+        new.earlier = (self.is_held && self.stream != new.stream).then_some(self.stream);
         let same = self.attempts == new.attempts;
         match &self.state {
             // Another worker has reported the waiting attempt meanwhile, so the entry is stale.
@@ -90,11 +93,6 @@ impl LedgerEntry {
         }
     }
 
-    pub(super) fn park(&mut self, report: Report) {
-        debug_assert!(!self.is_held, "a job that is held over an open stream is not redelivered");
-        self.state = EntryState::Parked(report);
-    }
-
     /// Reports whether the job still waits since that delivery.
     pub(super) fn waits_since(&self, delivery: Delivery) -> bool {
         self.delivery == delivery && matches!(self.state, EntryState::Waiting)
@@ -112,6 +110,8 @@ impl Entries {
     pub(super) fn server_of(&self, entry: &LedgerEntry) -> Arc<Client> {
         let own = &entry.source.client;
         match &self.present_server {
+            // A reload of certificates leaves the url alone.
+            Some(present) if present.url() == own.url() => Arc::clone(present),
             Some(present) if !entry.is_held && own.health().is_failing() => Arc::clone(present),
             _ => Arc::clone(own),
         }

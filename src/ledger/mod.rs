@@ -161,16 +161,25 @@ impl Ledger {
         let is_last = open.is_empty() && *coming == 0;
         lost_places.remove(&stream);
         by_id.retain(|_, entry| {
-            if entry.stream == stream {
+            let is_of_stream = entry.stream == stream;
+            if is_of_stream {
                 entry.is_held = false;
+                let earlier = entry.earlier.take().filter(|earlier| open.contains(earlier));
+                match (earlier, &entry.state) {
+                    // The stream's line was stale, and replaced the one that waited. That place is lost until its stream closes.
+                    (Some(earlier), EntryState::Waiting) => *lost_places.entry(earlier).or_default() += 1,
+                    (Some(earlier), _) => (entry.stream, entry.is_held) = (earlier, true),
+                    (None, _) => {}
+                }
             }
             // Undelivered lines are lost with their stream.
-            let is_stale = matches!(entry.state, EntryState::Waiting) && entry.stream == stream
+            let is_stale = matches!(entry.state, EntryState::Waiting) && is_of_stream
                 || matches!(entry.state, EntryState::Settled(_)) && is_last;
             !is_stale
         });
         kept.retain(|id| by_id.contains_key(id));
         drop(entries);
+        self.place_lost.send_replace(());
         self.moved.send_replace(());
     }
 
@@ -190,6 +199,7 @@ impl Ledger {
             stream,
             source: Arc::clone(source),
             is_held: true,
+            earlier: None,
             state: EntryState::Waiting,
         };
         let before = entries.by_id.len();
@@ -282,16 +292,20 @@ impl Ledger {
         move || ledger.hold(&attempt, seen) == Hold::Same
     }
 
-    /// Notes that the server has accepted an attempt's report.
-    pub(crate) fn settle(&self, attempt: &Attempt) {
+    /// Notes that the server has accepted the report of an attempt, which the delivery `seen` held. Returns false if the report
+    /// must be sent again: attempts without a number look the same, and a later one has been delivered since.
+    pub(crate) fn settle(&self, attempt: &Attempt, seen: Option<Delivery>) -> bool {
         let mut entries = self.entries();
         let is_only_stream = entries.open.len() + entries.coming <= 1;
-        let Some(entry) = entries.ended(attempt) else { return };
+        let Some(entry) = entries.ended(attempt) else { return true };
         let kind = match &entry.state {
             EntryState::Parked(report) => Kind::of(report),
             EntryState::Reporting(kind) => *kind,
-            EntryState::Waiting | EntryState::Running | EntryState::Settled(_) => return,
+            EntryState::Waiting | EntryState::Running | EntryState::Settled(_) => return true,
         };
+        if attempt.attempts.is_none() && entry.is_held && seen != Some(entry.delivery) {
+            return false;
+        }
         // The server has not redelivered a job that the only stream holds, so no stale line can arrive. And an attempt without a
         // number cannot be told from the next one.
         if (entry.is_held && is_only_stream) || attempt.attempts.is_none() {
@@ -302,6 +316,7 @@ impl Ledger {
             entries.keep(&attempt.id);
         }
         self.moved.send_replace(());
+        true
     }
 
     /// Notes that a parked outcome is obsolete, unless its job has been redelivered since.
@@ -329,16 +344,27 @@ impl Ledger {
     }
 
     /// Parks an outcome until its job is redelivered. Returns the outcome if a redelivery came after the delivery `seen`: the
-    /// report can leave at once then.
-    pub(crate) fn park(&self, attempt: &Attempt, seen: Option<Delivery>, report: Report) -> Option<Report> {
+    /// report can leave at once then. With `may_be_held`, the server may still hold the job over an open stream, which then
+    /// counts as one with a lost place: once it is replaced and closes, the job is redelivered.
+    pub(crate) fn park(
+        &self,
+        attempt: &Attempt,
+        seen: Option<Delivery>,
+        report: Report,
+        may_be_held: bool,
+    ) -> Option<Report> {
         let mut entries = self.entries();
-        let entry = entries.by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts)?;
+        let Entries { by_id, lost_places, .. } = &mut *entries;
+        let entry = by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts)?;
         if entry.is_held && seen != Some(entry.delivery) {
             return Some(report);
         }
-        // The server has denied that delivery, so it does not hold the job, even if the stream is open.
+        if entry.is_held && may_be_held {
+            *lost_places.entry(entry.stream).or_default() += 1;
+            self.place_lost.send_replace(());
+        }
         entry.is_held = false;
-        entry.park(report);
+        entry.state = EntryState::Parked(report);
         entries.keep(&attempt.id);
         self.parkings.send_replace(());
         self.moved.send_replace(());
@@ -385,7 +411,7 @@ impl Ledger {
 
     /// Reports whether an attempt came from that server.
     pub(crate) fn came_from(&self, attempt: &Attempt, client: &Client) -> bool {
-        self.entries().by_id.get(&attempt.id).is_none_or(|entry| std::ptr::eq(&*entry.source.client, client))
+        self.entries().by_id.get(&attempt.id).is_none_or(|entry| entry.source.client.url() == client.url())
     }
 
     /// Returns the jobs that have ended and are not settled.

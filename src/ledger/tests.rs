@@ -102,7 +102,7 @@ fn a_parked_outcome_is_reported_when_its_job_is_redelivered() {
     let seen = ledger.held(&job);
     ledger.end(&job.id, &failure());
     ledger.lose_stream();
-    assert_eq!(ledger.park(&job, seen, failure()), None);
+    assert_eq!(ledger.park(&job, seen, failure(), false), None);
     assert_eq!(ledger.arrive(&job).0, Arrival::Ended(failure()));
 }
 
@@ -114,9 +114,9 @@ fn only_a_denied_delivery_is_parked_after_a_redelivery() {
     ledger.end(&job.id, &Report::Success);
     ledger.lose_stream();
     ledger.arrive(&job);
-    assert_eq!(ledger.park(&job, seen, Report::Success), Some(Report::Success));
+    assert_eq!(ledger.park(&job, seen, Report::Success, false), Some(Report::Success));
     let seen = ledger.held(&job);
-    assert_eq!(ledger.park(&job, seen, Report::Success), None);
+    assert_eq!(ledger.park(&job, seen, Report::Success, false), None);
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn a_success_answers_for_the_next_attempt_as_well() {
     running(&ledger, &job);
     ledger.end(&job.id, &Report::Success);
     ledger.lose_stream();
-    ledger.park(&job, None, Report::Success);
+    ledger.park(&job, None, Report::Success, false);
     assert_eq!(ledger.arrive(&attempt("a", 3)).0, Arrival::Ended(Report::Success));
 }
 
@@ -151,7 +151,7 @@ fn a_success_in_flight_answers_for_any_redelivered_attempt() {
     assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
     let seen = ledger.held(&job);
     assert!(seen.is_some());
-    assert_eq!(ledger.park(&job, seen, Report::Success), None);
+    assert_eq!(ledger.park(&job, seen, Report::Success, false), None);
     assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::Ended(Report::Success));
     ledger.forget(&attempt("a", 1));
     assert!(ledger.is_empty());
@@ -179,7 +179,7 @@ fn an_outcome_that_is_parked_again_takes_one_place() {
             assert_eq!(ledger.begin(&job.id, delivery), Beginning::Begun { is_last: false });
             ledger.end(&job.id, &Report::Success);
         }
-        assert_eq!(ledger.park(&job, Some(delivery), Report::Success), None);
+        assert_eq!(ledger.park(&job, Some(delivery), Report::Success, false), None);
     };
     ["a", "a", "a", "b"].into_iter().for_each(keep);
     assert_eq!(ledger.parked(), [(attempt("a", 0), Kind::Success), (attempt("b", 0), Kind::Success)]);
@@ -195,7 +195,7 @@ fn a_stale_line_of_a_reported_job_starts_nothing() {
             running(&ledger, &job);
             ledger.end(&job.id, &report);
             ledger.lose_stream();
-            ledger.settle(&job);
+            ledger.settle(&job, ledger.held(&job));
             assert!(ledger.is_empty() && ledger.ended().is_empty());
         };
         settled();
@@ -214,7 +214,7 @@ fn a_job_held_when_its_report_arrives_is_forgotten() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
     running(&ledger, &job);
     ledger.end(&job.id, &Report::Success);
-    ledger.settle(&job);
+    ledger.settle(&job, ledger.held(&job));
     assert!(ledger.entries().by_id.is_empty() && ledger.entries().kept.is_empty());
 }
 
@@ -225,7 +225,7 @@ fn the_number_of_remembered_jobs_is_bounded() {
         let job = attempt(name, 0);
         running(&ledger, &job);
         ledger.end(&job.id, &Report::Success);
-        ledger.park(&job, ledger.held(&job), Report::Success);
+        ledger.park(&job, ledger.held(&job), Report::Success, false);
     }
     ledger.lose_stream();
     assert_eq!(ledger.arrive(&attempt("a", 0)).0, Arrival::New);
@@ -261,7 +261,7 @@ fn a_stale_line_is_expected_until_all_streams_are_lost() {
     here.end(&job.id, &Report::Success);
     let second = here.open_stream();
     here.lose_stream();
-    here.settle(&job);
+    here.settle(&job, here.held(&job));
     let third = here.stream.replace(second);
     here.ledger.lose_stream(third);
     assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
@@ -273,7 +273,7 @@ fn a_denied_delivery_is_held_no_more() {
     running(&here, &job);
     let seen = here.held(&job);
     here.end(&job.id, &Report::Success);
-    assert_eq!(here.park(&job, seen, Report::Success), None);
+    assert_eq!(here.park(&job, seen, Report::Success, false), None);
     assert_eq!((here.held(&job), here.under_way(here.stream.get(), None)), (None, 0));
     assert_eq!(here.unheld().len(), 1);
 }
@@ -298,7 +298,7 @@ fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
     running(&here, &job);
     here.end(&job.id, &failure());
     here.lose_stream();
-    here.park(&job, None, failure());
+    here.park(&job, None, failure(), false);
     assert_eq!(here.arrive(&job).0, Arrival::Ended(failure()));
     here.settle_parked(&job);
     assert_eq!(here.ended(), [job.id]);
@@ -311,7 +311,7 @@ fn a_stale_line_over_another_stream_is_expected_of_a_held_job() {
     running(&here, &job);
     here.end(&job.id, &Report::Success);
     let first = here.stream.replace(here.open_stream());
-    here.settle(&job);
+    here.settle(&job, here.held(&job));
     assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
     here.ledger.lose_stream(first);
     assert!(here.is_empty());
@@ -327,10 +327,11 @@ fn settled_entries_leave_before_parked_ones() {
         job
     };
     let parked = end("parked");
-    here.park(&parked, here.held(&parked), Report::Success);
+    here.park(&parked, here.held(&parked), Report::Success, false);
     here.open_stream();
     for name in ["a", "b", "c"] {
-        here.settle(&end(name));
+        let attempt = end(name);
+        here.settle(&attempt, here.held(&attempt));
     }
     assert_eq!((here.parked(), here.evicted()), (vec![(parked, Kind::Success)], 0));
 }

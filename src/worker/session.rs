@@ -203,7 +203,7 @@ impl Session {
             }
             (Arrival::Ended(report), _) => {
                 info!(job.id = job.id.as_str(), "job received again after it ended here, reported");
-                self.unless_stopped(acks.report_again(attempt, report)).await;
+                self.unless_stopped(acks.report(attempt, report, Urgency::Now)).await;
             }
         }
         None
