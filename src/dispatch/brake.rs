@@ -144,7 +144,7 @@ impl Brake {
             },
             fault => fault,
         };
-        if let Some(error) = fault.filter(is_the_jobs_own) {
+        if let Some(error) = fault.filter(|error| self.is_the_jobs_own(error)) {
             return Err(NotStarted::Failed(error));
         }
         let mut cut_short = pin!(cut_short);
@@ -172,6 +172,16 @@ impl Brake {
         turn
     }
 
+    /// Reports whether the error concerns this job alone: too long variables, or a zero byte in them, which has no errno. Any
+    /// other error is the handler's, or the machine's. A warm process has no variable of a job.
+    fn is_the_jobs_own(&self, error: &io::Error) -> bool {
+        let is_about_variables = match Errno::from_io_error(error) {
+            Some(errno) => errno == Errno::TOOBIG,
+            None => error.kind() == io::ErrorKind::InvalidInput,
+        };
+        is_about_variables && self.proof == ProvenBy::Start
+    }
+
     /// Notes the result of a turn.
     fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<T, NotStarted<C>> {
         match tried {
@@ -188,7 +198,7 @@ impl Brake {
             StartEnd::MayRun(started) => Ok(started),
             StartEnd::CutShort(why) => Err(NotStarted::CutShort(why)),
             StartEnd::Failed(error) => {
-                if !is_the_jobs_own(&error) {
+                if !self.is_the_jobs_own(&error) {
                     self.failed(&error);
                 }
                 Err(NotStarted::Failed(error))
@@ -284,15 +294,6 @@ async fn start_patiently<T: Begin, C>(
             () = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64() / 4.0)) => {}
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
-    }
-}
-
-/// Reports whether the error concerns this job alone: too long variables, or a zero byte in them, which has no errno. Any other
-/// error is the handler's, or the machine's.
-pub(super) fn is_the_jobs_own(error: &io::Error) -> bool {
-    match Errno::from_io_error(error) {
-        Some(errno) => errno == Errno::TOOBIG,
-        None => error.kind() == io::ErrorKind::InvalidInput,
     }
 }
 

@@ -18,17 +18,17 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{Level, enabled, error, info, warn};
 
 use crate::config::OUTPUT_TARGET;
 use crate::handler::{Handler, Handlers, Stdin};
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{
-    Channel, Children, Input, OpenFiles, Process, ReadDelay, Resident, ResourceUsage, Start, Starter, Stops,
+    Channel, Children, Input, OpenFiles, Printer, Process, ReadDelay, Resident, ResourceUsage, Start, Starter, Stops,
     Termination, TooFewDescriptors, Trial, keep_exit_statuses,
 };
-use brake::{Begin, NotStarted, is_the_jobs_own};
+use brake::{Begin, NotStarted};
 use outcome::Cause;
 use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
@@ -397,7 +397,7 @@ impl ExecDispatcher {
         let starting = match route.brake.start(fault, cut, start).await {
             Ok(starting) => starting,
             // The job waits for a process that works, and the brake delays the next start meanwhile.
-            Err(NotStarted::Failed(error)) if !is_the_jobs_own(&error) && pool.is_any_at_work() => {
+            Err(NotStarted::Failed(_)) if pool.is_any_at_work() => {
                 return Err(Tried::Again(None));
             }
             Err(why) => return Err(Tried::not_started(route, why).await),
@@ -563,6 +563,7 @@ struct Started<'a> {
     /// Whether the stop was requested before the start. If so, the process needs no drain signal.
     was_stopping: bool,
     since: Instant,
+    job: &'a Job,
     handler: &'a Handler,
     lifecycle: &'a Lifecycle,
     _listed: Listed<'a>,
@@ -578,15 +579,15 @@ impl ExecDispatcher {
     ) -> io::Result<Started<'a>> {
         // Read this before the start. The handler can already run, and a stop be requested, before the start returns.
         let (was_stopping, since) = (lifecycle.is_awaited(), Instant::now());
-        let process = self.spawn(route, job, result)?;
+        let process = self.spawn(route, job, result).map_err(|error| blame(error, job))?;
         let listed = self.pids.list(&job.id, process.id());
-        Ok(Started { process, was_stopping, since, handler: &route.handler, lifecycle, _listed: listed })
+        Ok(Started { process, was_stopping, since, job, handler: &route.handler, lifecycle, _listed: listed })
     }
 }
 
 impl Begin for Started<'_> {
     async fn begun(&self) -> io::Result<()> {
-        self.process.begun().await
+        self.process.begun().await.map_err(|error| blame(error, self.job))
     }
 
     async fn overdue(&self) {
@@ -597,7 +598,7 @@ impl Begin for Started<'_> {
 impl Started<'_> {
     /// Supervises the process until its end. Returns an error if the process turns out not to have started.
     async fn see_through(self, result: &ResultFile<'_>) -> io::Result<Ended> {
-        let Self { process, was_stopping, since, handler, lifecycle, _listed } = self;
+        let Self { process, was_stopping, since, job, handler, lifecycle, _listed } = self;
         let stops = Stops {
             terminate: cause_to_terminate(handler, lifecycle, since),
             skip_grace: lifecycle.reached(Phase::Forcing),
@@ -605,12 +606,25 @@ impl Started<'_> {
             kill_grace: handler.kill_grace,
             notify: handler.drain_signal.filter(|_| !was_stopping).map(|signal| (signal, lifecycle.awaited())),
         };
-        let exit = process.supervise(stops, log_line).await?;
+        let exit = process.supervise(stops, &OutputLog).await.map_err(|error| blame(error, job))?;
         if matches!(exit.terminated, Some((_, Termination::GivenUp))) {
             error!("process outlives the worker: its job may run twice");
         }
         Ok(outcome::of(handler, exit, result.read()).await)
     }
+}
+
+/// The length of a job's texts from which a too long environment is the job's fault. The limit of one variable is 128 KiB
+/// (`execve(2)`).
+const LONG_TEXTS: usize = 64 * 1024;
+
+/// Turns the error of a too long environment into one of the handler, unless the job's own texts are long.
+fn blame(error: io::Error, job: &Job) -> io::Error {
+    let texts = job.id.as_str().len() + job.job_type.len() + job.queue.len();
+    if error.kind() == io::ErrorKind::ArgumentListTooLong && texts < LONG_TEXTS {
+        return io::Error::new(io::ErrorKind::ArgumentListTooLong, error);
+    }
+    error
 }
 
 /// Finds out how processes can be started here, and prepares for `concurrency` at once.
@@ -654,6 +668,22 @@ async fn time_is_up(handler: &Handler, since: Instant) {
     match handler.timeout {
         Some(timeout) => tokio::time::sleep_until(since + timeout).await,
         None => std::future::pending().await,
+    }
+}
+
+/// The log of spawned handlers' output.
+struct OutputLog;
+
+impl Printer for OutputLog {
+    fn wants(&self, channel: Channel) -> bool {
+        match channel {
+            Channel::Stdout => enabled!(target: OUTPUT_TARGET, Level::INFO),
+            Channel::Stderr => enabled!(target: OUTPUT_TARGET, Level::WARN),
+        }
+    }
+
+    fn print(&self, channel: Channel, line: &str) {
+        log_line(channel, line);
     }
 }
 

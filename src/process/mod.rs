@@ -60,7 +60,7 @@ use group::Group;
 pub use group::ResourceUsage;
 pub(crate) use group::WaitResult;
 pub(crate) use open_files::{OpenFiles, TooFewDescriptors};
-pub(crate) use output::{Channel, Tail};
+pub(crate) use output::{Channel, Printer, Tail};
 pub use program::Program;
 pub(crate) use read_delay::ReadDelay;
 pub(crate) use resident::Resident;
@@ -197,14 +197,14 @@ impl Process {
             impl Future<Output = ()>,
             impl Future<Output = ()>,
         >,
-        on_line: impl Fn(Channel, &str),
+        printer: &impl Printer,
     ) -> io::Result<Exit<C>> {
         let delays_reads = self.may_delay_reads();
         let Self { command, group, stdin, stdout, stderr, read_delay } = self;
         let Stops { terminate: cause, skip_grace, give_up, kill_grace, notify } = stops;
         let (mut tail, mut notified, read) = (Tail::default(), false, AtomicU64::new(0));
         let terminated = {
-            let mut serving = pin!(serve_pipes(stdin, [&stdout, &stderr], &read, on_line, &mut tail));
+            let mut serving = pin!(serve_pipes(stdin, [&stdout, &stderr], &read, printer, &mut tail));
             let mut ending = pin!(async {
                 let cause = until_exit_or_cause(&group, cause, notify, &mut notified).await?;
                 Some((cause, terminate(&group, kill_grace, skip_grace, give_up).await))
@@ -245,11 +245,11 @@ async fn serve_pipes(
     stdin: Option<(Sender, Bytes)>,
     [stdout, stderr]: [&Option<OwnedFd>; 2],
     read: &AtomicU64,
-    on_line: impl Fn(Channel, &str),
+    printer: &impl Printer,
     tail: &mut Tail,
 ) {
-    let out = output::read_lines(stdout.as_ref(), read, |line| on_line(Channel::Stdout, line), None);
-    let err = output::read_lines(stderr.as_ref(), read, |line| on_line(Channel::Stderr, line), Some(tail));
+    let out = output::read_lines(stdout.as_ref(), read, (printer, Channel::Stdout), None);
+    let err = output::read_lines(stderr.as_ref(), read, (printer, Channel::Stderr), Some(tail));
     tokio::join!(feed(stdin), out, err);
 }
 

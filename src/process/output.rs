@@ -47,18 +47,32 @@ pub(crate) enum Channel {
     Stderr,
 }
 
+/// The consumer of a child's output.
+pub(crate) trait Printer {
+    /// Reports whether the lines of an output are wanted now. If not, they are not even split.
+    fn wants(&self, channel: Channel) -> bool;
+
+    /// Takes a line, without its newline.
+    fn print(&self, channel: Channel, line: &str);
+}
+
 /// Reads a non-blocking pipe, if there is one, line by line to its end. Adds the number of bytes to `read`.
-pub(crate) async fn read_lines(
+pub(super) async fn read_lines(
     pipe: Option<&OwnedFd>,
     read: &AtomicU64,
-    on_line: impl Fn(&str),
+    (printer, channel): (&impl Printer, Channel),
     mut tail: Option<&mut Tail>,
 ) {
     let Some(pipe) = pipe else { return };
     let mut lines = Lines::default();
+    let on_line = |line: &str| printer.print(channel, line);
     let mut take = |chunk: &[u8]| {
         read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
-        lines.push(chunk, &on_line);
+        if printer.wants(channel) {
+            lines.push(chunk, &on_line);
+        } else {
+            lines = Lines::default();
+        }
         if let Some(tail) = &mut tail {
             tail.push(chunk);
         }
@@ -348,6 +362,38 @@ mod tests {
         assert!(tail.end.capacity() <= 2 * TAIL_BYTES);
     }
 
+    /// A printer that wants all lines, or none.
+    struct Seen<F> {
+        wants: bool,
+        on_line: F,
+    }
+
+    impl<F: Fn(&str)> Printer for Seen<F> {
+        fn wants(&self, _channel: Channel) -> bool {
+            self.wants
+        }
+
+        fn print(&self, _channel: Channel, line: &str) {
+            (self.on_line)(line);
+        }
+    }
+
+    fn seen<F: Fn(&str)>(on_line: F) -> Seen<F> {
+        Seen { wants: true, on_line }
+    }
+
+    #[tokio::test]
+    async fn lines_that_are_not_wanted_are_read_and_not_printed() {
+        let (pipe, writer) = rustix::pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&pipe, true).unwrap();
+        rustix::io::write(&writer, b"one\ntwo\n").unwrap();
+        drop(writer);
+        let (printer, read, mut tail) =
+            (Seen { wants: false, on_line: |line: &str| panic!("{line}") }, AtomicU64::default(), Tail::default());
+        read_lines(Some(&pipe), &read, (&printer, Channel::Stderr), Some(&mut tail)).await;
+        assert_eq!((read.into_inner(), tail.text().as_str()), (8, "one\ntwo\n"));
+    }
+
     #[tokio::test]
     async fn a_pipe_that_the_reactor_refuses_is_polled() {
         let (pipe, writer) = rustix::pipe::pipe().unwrap();
@@ -356,7 +402,8 @@ mod tests {
         let _watched = watch(&pipe).unwrap();
         assert!(watch(&pipe).is_err());
         let (lines, read) = (RefCell::new(Vec::new()), AtomicU64::default());
-        let reading = read_lines(Some(&pipe), &read, |line| lines.borrow_mut().push(line.to_owned()), None);
+        let printer = seen(|line: &str| lines.borrow_mut().push(line.to_owned()));
+        let reading = read_lines(Some(&pipe), &read, (&printer, Channel::Stdout), None);
         // The printing begins when a read has found nothing.
         let printing = async move { rustix::io::write(&writer, b"one\ntwo\n").unwrap() };
         tokio::join!(reading, printing);
@@ -369,12 +416,12 @@ mod tests {
         let (pipe, writer) = rustix::pipe::pipe().unwrap();
         let print = || rustix::io::write(&writer, b"again\n").unwrap();
         let (lines, read) = (std::cell::Cell::new(0), AtomicU64::default());
-        let on_line = |_: &str| {
+        let printer = seen(|_: &str| {
             lines.set(lines.get() + 1);
             print();
-        };
+        });
         print();
-        let mut reading = std::pin::pin!(read_lines(Some(&pipe), &read, on_line, None));
+        let mut reading = std::pin::pin!(read_lines(Some(&pipe), &read, (&printer, Channel::Stdout), None));
         let is_pending =
             std::future::poll_fn(|context| std::task::Poll::Ready(reading.as_mut().poll(context).is_pending())).await;
         assert!(is_pending && lines.get() == 2, "{} reads in one turn", lines.get());
