@@ -51,6 +51,7 @@ mod settings;
 mod simulation;
 mod soak;
 mod starts;
+mod stuck;
 mod supervisor;
 mod terminal;
 mod tls;

@@ -462,7 +462,9 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
         world.book.violation(format!("{name} does not report how {other} ended beside failures that are refused"));
     }
     world.weather.clear();
-    sleep(bounds::first_wait(config) * 2 + MAX_LATENCY * 8 + bounds::SLACK).await;
+    // Without a recovery, the reports take turns.
+    let turns = u32::try_from(FAILURES_AT_ONCE + 2).unwrap();
+    sleep((bounds::first_wait(config) + MAX_LATENCY * 2) * turns + bounds::SLACK).await;
     if let Some(id) = stuck.iter().find(|id| !has_failed(id)) {
         world.book.violation(format!("{name} does not report how {id} ended after the refusals"));
     }

@@ -28,7 +28,7 @@ pub use daemon::{Daemon, Finished, Running};
 pub use hung::HungFileSystem;
 pub use lease::Lease;
 pub use proxy::{BodyFault, Call, Event, Fault, Gate, Proxy};
-pub use raw::RawServer;
+pub use raw::{RawRequest, RawServer};
 pub use recorder::Recorder;
 pub use restartable::Restartable;
 pub use seccomp::Refused;

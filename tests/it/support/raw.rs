@@ -50,6 +50,21 @@ impl RawServer {
         }
     }
 
+    /// Hands each request to `answer` until it returns a value. Requests for the version are answered here.
+    pub fn answer_until<T>(&self, what: &str, mut answer: impl FnMut(RawRequest) -> Option<T>) -> T {
+        eventually(what, || {
+            let (stream, _) = self.listener.accept().ok()?;
+            match RawRequest::read(patient(stream)) {
+                Some(request) if request.is_for_version() => {
+                    request.answer_version();
+                    None
+                }
+                Some(request) => answer(request),
+                None => None,
+            }
+        })
+    }
+
     /// Answers the next request of any kind.
     pub fn answer_next(&self, status: &str, body: &str) {
         let request = RawRequest::read(self.connection());
