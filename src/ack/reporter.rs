@@ -47,8 +47,17 @@ enum ReportEnd {
     Release(Option<Delivery>),
 }
 
-/// The delivery that held the job when a report left whose answer was lost. A later delivery ends the doubt.
-type Doubt = Mutex<Option<Delivery>>;
+/// The number of refused looks at a job after which a proxy is taken to refuse all of them. A single one may pass.
+const MAX_REFUSED_LOOKS: usize = 5;
+
+/// The doubt about a failure whose answer was lost.
+#[derive(Debug, Default)]
+struct Doubt {
+    /// The delivery that held the job when the report left. A later delivery ends the doubt.
+    delivery: Option<Delivery>,
+    /// The number of looks at the job that were refused.
+    refused_looks: usize,
+}
 
 impl Reporter {
     pub(crate) fn new(ledger: Arc<Ledger>, backoff: Backoff, lifecycle: Lifecycle, metrics: Metrics) -> Self {
@@ -97,7 +106,7 @@ impl Reporter {
 
     async fn report_failure(&self, report: FailureReport) {
         let FailureReport { attempt, mut failure, _slot } = report;
-        let doubt = Doubt::default();
+        let doubt = Mutex::default();
         // Without a destination, a later attempt has replaced this one.
         while let Some(client) = self.ledger.destination(&attempt) {
             let ended = self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &doubt)).await;
@@ -117,7 +126,12 @@ impl Reporter {
     }
 
     /// Sends a failure, and looks at its job before and after, as [`fate`] requires.
-    async fn try_failure(&self, attempt: &Attempt, failure: &Failure, doubt: &Doubt) -> Result<ReportEnd, ClientError> {
+    async fn try_failure(
+        &self,
+        attempt: &Attempt,
+        failure: &Failure,
+        doubt: &Mutex<Doubt>,
+    ) -> Result<ReportEnd, ClientError> {
         let Some(client) = self.ledger.destination(attempt) else {
             return Ok(ReportEnd::Settle(self.ledger.held(attempt)));
         };
@@ -133,6 +147,11 @@ impl Reporter {
                         seen = self.ledger.held(attempt);
                     }
                     (told, error) = self.ask(&client, attempt, Kind::Failure).await;
+                    if (answer, told) == (Answer::InDoubt, Told::Withheld)
+                        && let Some(refusal) = error.take_if(|_| may_look_again(doubt))
+                    {
+                        (told, error) = (Told::Unreachable, Some(ClientError::Hidden(refusal.into())));
+                    }
                 }
                 Step::Send => {
                     seen = self.ledger.held(attempt);
@@ -145,7 +164,7 @@ impl Reporter {
                     }
                     (answer, error) = answer_to(sent);
                     if error.as_ref().is_some_and(ClientError::may_have_arrived) {
-                        *lock(doubt) = seen;
+                        *lock(doubt) = Doubt { delivery: seen, refused_looks: 0 };
                     }
                 }
                 Step::Settle => return Ok(ReportEnd::Settle(seen)),
@@ -255,13 +274,20 @@ impl Reporter {
     }
 }
 
-fn lock(doubt: &Doubt) -> MutexGuard<'_, Option<Delivery>> {
+fn lock(doubt: &Mutex<Doubt>) -> MutexGuard<'_, Doubt> {
     doubt.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reports whether a report may have arrived, given the delivery that holds the job now.
-fn is_in_doubt(doubt: &Doubt, held: Option<Delivery>) -> bool {
-    lock(doubt).is_some_and(|doubted| held.is_none_or(|held| held == doubted))
+fn is_in_doubt(doubt: &Mutex<Doubt>, held: Option<Delivery>) -> bool {
+    lock(doubt).delivery.is_some_and(|doubted| held.is_none_or(|held| held == doubted))
+}
+
+/// Counts a refused look, and reports whether another one may succeed.
+fn may_look_again(doubt: &Mutex<Doubt>) -> bool {
+    let mut doubt = lock(doubt);
+    doubt.refused_looks += 1;
+    doubt.refused_looks < MAX_REFUSED_LOOKS
 }
 
 /// Returns the answer to a failure report, and the error if there is one.

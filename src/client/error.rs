@@ -38,6 +38,8 @@ pub enum ClientError {
         /// The first line of the answer, or an empty text.
         message: String,
     },
+    /// A look at a job was refused, and the next one may not be.
+    Hidden(Box<Self>),
     /// The answer to a take request is no stream of jobs.
     NotAStream,
     /// The request was not wanted any more when it could have left.
@@ -75,7 +77,7 @@ impl ClientError {
     /// Whether the server may have carried the request out all the same.
     pub fn may_have_arrived(&self) -> bool {
         match self {
-            Self::Connect(_) | Self::NotAStream | Self::Withdrawn | Self::Unsendable(_) => false,
+            Self::Connect(_) | Self::Hidden(_) | Self::NotAStream | Self::Withdrawn | Self::Unsendable(_) => false,
             // A server error may be a proxy's that lost the answer. A client error refuses, but for a time-out.
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
                 !status.is_client_error() || *status == StatusCode::REQUEST_TIMEOUT
@@ -180,6 +182,7 @@ impl fmt::Display for ClientError {
                 write!(f, "the answer {status} is no Zizq server's, look for a proxy on the way")?;
                 if message.is_empty() { Ok(()) } else { write!(f, ": {message}") }
             }
+            Self::Hidden(_) => f.write_str("the job of a report in doubt cannot be looked at"),
             Self::NotAStream => f.write_str("what answers there is no Zizq server: it sent no stream of jobs"),
             Self::Withdrawn => f.write_str("the request was withdrawn before it left"),
             Self::Unsendable(_) => f.write_str("the request cannot be sent"),
@@ -193,6 +196,7 @@ impl Error for ClientError {
             Self::Connect(error) | Self::Answer(error) | Self::Unsendable(error) => Some(error.as_ref()),
             Self::Transport(error) => Some(error),
             Self::Request(error) => Some(error),
+            Self::Hidden(error) => Some(error),
             Self::TimedOut(_)
             | Self::Refused { .. }
             | Self::NotTheServer { .. }

@@ -56,8 +56,10 @@ pub(super) enum EntryState {
 impl LedgerEntry {
     /// Notes that the job has been redelivered.
     pub(super) fn redeliver(&mut self, mut new: Self) -> Arrival {
-        new.earlier = (self.is_held && self.stream != new.stream).then_some(self.stream);
         let same = self.attempts == new.attempts;
+        // A later attempt shows that no earlier stream holds the job any more.
+        let may_be_stale = self.is_held && self.stream != new.stream && same && new.attempts.is_some();
+        new.earlier = may_be_stale.then_some(self.stream);
         match &self.state {
             // Another worker has reported the waiting attempt meanwhile, so the entry is stale.
             EntryState::Waiting => {

@@ -254,6 +254,62 @@ fn a_job_is_held_by_the_stream_that_brought_it_last() {
     assert!(here.held(&job).is_some());
 }
 
+/// A late line of the first stream arrives after the line of the second one.
+#[test]
+fn the_loss_of_a_stale_line_gives_the_hold_back() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    let first = here.stream.replace(here.open_stream());
+    running(&here, &job);
+    let second = here.stream.replace(first);
+    assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
+    here.ledger.lose_stream(first);
+    assert!(here.held(&job).is_some());
+    assert_eq!(here.under_way(second, None), 1);
+}
+
+#[test]
+fn a_later_attempt_gives_no_hold_back_to_the_stream_before() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    running(&here, &job);
+    here.end(&job.id, &failure());
+    let first = here.stream.replace(here.open_stream());
+    running(&here, &attempt("a", 1));
+    here.lose_stream();
+    assert_eq!(here.under_way(first, None), 0);
+}
+
+#[test]
+fn a_waiting_job_of_a_stale_line_costs_a_place_of_the_stream_before() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    here.arrive(&job);
+    let first = here.stream.replace(here.open_stream());
+    here.arrive(&job);
+    here.lose_stream();
+    assert!(here.is_empty() && here.has_lost_places(first));
+}
+
+#[test]
+fn a_released_job_costs_its_stream_a_place() {
+    let (here, job) = (Here::new(8), attempt("a", 0));
+    running(&here, &job);
+    let seen = here.held(&job);
+    here.end(&job.id, &failure());
+    assert_eq!(here.park(&job, seen, failure(), true), None);
+    assert!(here.has_lost_places(here.stream.get()));
+    assert_eq!(here.held(&job), None);
+}
+
+#[test]
+fn the_answer_for_an_earlier_malformed_delivery_settles_no_later_one() {
+    let (here, job) = (Here::new(8), Attempt { id: "a".into(), attempts: None });
+    running(&here, &job);
+    let seen = here.held(&job);
+    here.end(&job.id, &failure());
+    assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
+    assert!(!here.settle(&job, seen));
+    assert!(here.settle(&job, here.held(&job)) && here.is_empty());
+}
+
 #[test]
 fn a_stale_line_is_expected_until_all_streams_are_lost() {
     let (here, job) = (Here::new(8), attempt("a", 0));
