@@ -1,21 +1,20 @@
 //! `--check`: prints every setting with its origin, the warnings of a start, and the server's version.
 
 use std::fmt::{Display, Write as _};
-#[cfg(feature = "embedded")]
-use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::time::Duration;
 
 use humantime::format_duration;
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::admin::AdminServer;
 use crate::chain::{Chain, OneLine};
 use crate::cli::Reach;
 use crate::client::Client;
-#[cfg(feature = "embedded")]
-use crate::config::JobsSource;
 use crate::config::{Config, ConfigError, Setting};
 use crate::dispatch::ExecDispatcher;
+use crate::lifecycle::{Lifecycle, Phase, WorkerSignals};
 use crate::process::Trial;
 use crate::version::misfit;
 
@@ -24,8 +23,6 @@ use crate::version::misfit;
 pub enum CheckError {
     /// A mistake in the settings. A start fails with the same one.
     Mistake(ConfigError),
-    /// A sentence that says why the jobs of the embedded server cannot be read.
-    Jobs(String),
     /// A sentence that says why the server cannot be asked.
     Server(String),
     /// No process can be started.
@@ -34,6 +31,8 @@ pub enum CheckError {
     Handler(String),
     /// The output cannot be written.
     Output(io::Error),
+    /// A signal has ended the check.
+    Interrupted,
 }
 
 impl From<io::Error> for CheckError {
@@ -48,9 +47,20 @@ impl From<io::Error> for CheckError {
 /// If the output's reader is gone, the check continues without output.
 ///
 /// # Errors
-/// If a start would fail, or the server cannot be reached.
+/// If a start would fail, or the server cannot be reached, or a signal asks for a stop.
 pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
-    let out = &mut UntilClosed(out);
+    let lifecycle = Lifecycle::new();
+    let (asking, _requests) = mpsc::unbounded_channel();
+    let _obeying = AbortOnDropHandle::new(tokio::spawn(WorkerSignals::listen()?.obey(lifecycle.clone(), asking)));
+    // A warm handler leads a process group of its own, so Ctrl-C in a terminal does not end it. The dropped dispatcher does.
+    let mut out = UntilClosed(out);
+    tokio::select! {
+        checked = check_all(config, reach, &mut out) => checked,
+        () = lifecycle.reached(Phase::Draining) => Err(CheckError::Interrupted),
+    }
+}
+
+async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
     out.write_all(table(&config.settings()).as_bytes())?;
     // A handler that cannot be run fails the parse of the configuration.
     writeln!(out, "\nhandlers: their files can be run")?;
@@ -58,6 +68,8 @@ pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
         writeln!(out, "{}", warning_line(&warning))?;
     }
     check_admin_address(config, out).await?;
+    #[cfg(feature = "embedded")]
+    check_embedded(config, out).await?;
     if reach == Reach::Offline {
         dispatcher(config)?;
         return Ok(writeln!(out, "server: not asked")?);
@@ -65,11 +77,7 @@ pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
     check_processes(out)?;
     check_warm_handlers(&dispatcher(config)?, out).await?;
     #[cfg(feature = "embedded")]
-    if let Some(embedded) = &config.embedded {
-        if let Some(JobsSource::File(path)) = &embedded.jobs {
-            let opened = File::open(path);
-            opened.map_err(|error| CheckError::Jobs(format!("--jobs: cannot read {}: {error}", path.display())))?;
-        }
+    if config.embedded.is_some() {
         return Ok(writeln!(out, "server: the embedded one")?);
     }
     check_server(config, out).await
@@ -89,6 +97,19 @@ async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<()
     let Some(admin) = &config.admin else { return Ok(()) };
     match AdminServer::bind(admin.address).await.map_err(|error| admin.error(&error)) {
         Ok(_) => writeln!(out, "admin server: can listen on {admin}")?,
+        Err(passing) if passing.may_pass() => writeln!(out, "{}", warning_line(&passing))?,
+        Err(mistake) => return Err(CheckError::Mistake(mistake)),
+    }
+    Ok(())
+}
+
+/// Checks that the embedded server can listen, and that each line of its file of jobs is a job. An address in use is only a
+/// warning, as for the admin server. Jobs from stdin are not read.
+#[cfg(feature = "embedded")]
+async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
+    let Some(embedded) = &config.embedded else { return Ok(()) };
+    match crate::embedded::prepare(&embedded.without_stdin(), &config.worker.url).await {
+        Ok(_) => writeln!(out, "embedded server: can listen on {}", config.worker.url)?,
         Err(passing) if passing.may_pass() => writeln!(out, "{}", warning_line(&passing))?,
         Err(mistake) => return Err(CheckError::Mistake(mistake)),
     }

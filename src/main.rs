@@ -52,10 +52,10 @@ fn show(config: &Config, reach: Reach) -> ExitCode {
     match checked {
         Ok(()) => ExitCode::SUCCESS,
         Err(CheckError::Mistake(mistake)) => complain(&mistake, mistake.exit_status()),
-        Err(CheckError::Jobs(problem)) => complain(&problem, 78),
         Err(CheckError::Server(problem) | CheckError::Handler(problem)) => complain(&problem, 1),
         Err(CheckError::Process(error)) => complain(&format!("no process can be started here: {error}"), 1),
         Err(CheckError::Output(error)) => complain(&error, 1),
+        Err(CheckError::Interrupted) => complain(&"the check was interrupted", 1),
     }
 }
 

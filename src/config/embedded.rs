@@ -14,6 +14,13 @@ pub struct EmbeddedConfig {
     pub jobs: Option<JobsSource>,
 }
 
+impl EmbeddedConfig {
+    /// Returns the settings without jobs from standard input, which can be read only once.
+    pub(crate) fn without_stdin(&self) -> Self {
+        Self { jobs: self.jobs.clone().filter(|jobs| *jobs != JobsSource::Stdin) }
+    }
+}
+
 /// A source of NDJSON lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobsSource {

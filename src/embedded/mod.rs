@@ -39,6 +39,7 @@ mod take;
 pub use job::Status;
 pub use options::{Backoff, Options};
 pub use server::EmbeddedServer;
+pub(crate) use start::prepare;
 pub use start::start;
 pub use store::Store;
 

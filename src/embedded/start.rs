@@ -1,4 +1,4 @@
-//! What `--embedded` does: a server in this process, at the worker's url, with some jobs to start with.
+//! [`start`]: the server of `--embedded`, in this process, at the worker's url, with the jobs of a file.
 
 use std::io::Read;
 
@@ -12,21 +12,26 @@ use crate::config::{ConfigError, EmbeddedConfig, JobsSource, Source};
 /// Starts the server, which stops when the guard is dropped.
 ///
 /// # Errors
-/// When the address cannot be listened on, or a line of jobs is none.
+/// When the address cannot be listened on, or a line of the file is no job.
 pub async fn start(config: &EmbeddedConfig, url: &ServerUrl) -> Result<DropGuard, ConfigError> {
+    let server = prepare(config, url).await?;
+    warn!(address = %server.local_addr(), "embedded server started: nothing in it outlives this process");
+    let stop = CancellationToken::new();
+    tokio::spawn(server.run(stop.clone()));
+    Ok(stop.drop_guard())
+}
+
+/// Enqueues the jobs and listens, without answering yet.
+pub(crate) async fn prepare(config: &EmbeddedConfig, url: &ServerUrl) -> Result<EmbeddedServer, ConfigError> {
     let store = Store::new(Options::default());
     if let Some(jobs) = &config.jobs {
         let count = enqueue(&store, jobs)?;
         info!(%jobs, count, "jobs enqueued");
     }
-    let server = EmbeddedServer::bind((url.host(), url.port()), store).await.map_err(|error| {
+    EmbeddedServer::bind((url.host(), url.port()), store).await.map_err(|error| {
         let problem = format!("cannot listen on {url}: {error}; another server may be there, choose another --url");
-        ConfigError::new(Source::Flag("--embedded".to_owned()), problem)
-    })?;
-    warn!(address = %server.local_addr(), "embedded server started: nothing in it outlives this process");
-    let stop = CancellationToken::new();
-    tokio::spawn(server.run(stop.clone()));
-    Ok(stop.drop_guard())
+        ConfigError::refused(Source::Flag("--embedded".to_owned()), &error, problem)
+    })
 }
 
 fn enqueue(store: &Store, jobs: &JobsSource) -> Result<usize, ConfigError> {

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Authority, Daemon, Finished, RawServer, Server, unused_address};
+use crate::support::{Authority, Daemon, Finished, RawServer, Server, unused_address, wait_until_dead};
 
 /// Returns the row of a setting: its value and its origin.
 fn row(finished: &Finished, name: &str) -> Vec<String> {
@@ -141,6 +141,36 @@ fn a_server_that_is_not_trusted_is_exit_status_1() {
 fn the_embedded_server_need_not_be_asked() {
     let finished = Daemon::bare().args(["--embedded", "--check", "--", "true"]).run().assert_exit(0);
     assert!(finished.stdout.ends_with("server: the embedded one\n"), "{}", finished.stdout);
+}
+
+#[test]
+fn a_check_of_the_embedded_server_tries_its_port_and_jobs() {
+    let server = Server::start();
+    let daemon = || Daemon::bare().args(["--embedded", "--url", &server.url, "--check"]);
+    let finished = daemon().args(["--", "true"]).run().assert_exit(0);
+    assert!(finished.stdout.contains("warning: --embedded: cannot listen on"), "{}", finished.stdout);
+    let url = format!("http://{}", unused_address());
+    let daemon = Daemon::bare().args(["--embedded", "--url", &url, "--check", "--offline"]);
+    let jobs = daemon.file("jobs.ndjson", "{\"queue\":\"q\",\"type\":\"t\",\"payload\":1}\n{}\n");
+    let finished = daemon.args(["--jobs", jobs.to_str().unwrap(), "--", "true"]).run().assert_exit(78);
+    assert!(finished.log.last().unwrap().contains("jobs.ndjson:2: "), "{:?}", finished.log);
+}
+
+/// A warm handler is in a process group of its own, so Ctrl-C does not reach it.
+#[test]
+fn an_interrupted_check_leaves_no_handler_behind() {
+    let server = Server::start();
+    let script = "echo $$ >> $DIR/started; trap '' TERM; while :; do sleep 0.1; done";
+    let daemon = Daemon::of(&server).args(["--mode", "warm", "--check"]).sh(script);
+    let temp = daemon.dir().join("temp");
+    std::fs::create_dir(&temp).unwrap();
+    let running = daemon.env("TMPDIR", &temp).start();
+    let handler = running.wait_for_lines(1, "started").remove(0);
+    running.sigint();
+    let finished = running.assert_exit(1);
+    assert!(finished.log.last().unwrap().contains("the check was interrupted"), "{:?}", finished.log);
+    wait_until_dead(&handler);
+    assert_eq!(std::fs::read_dir(finished.dir().join("temp")).unwrap().count(), 0);
 }
 
 /// Settings that cause every warning of a start.

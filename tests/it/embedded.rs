@@ -80,7 +80,7 @@ fn a_line_that_is_no_job_ends_the_process_with_its_number() {
 #[test]
 fn an_address_that_is_taken_ends_the_process_and_says_so() {
     let server = Server::start();
-    let finished = embedded(server.address()).sh("true").run().assert_exit(2);
+    let finished = embedded(server.address()).sh("true").run().assert_exit(1);
     let complaint = finished.log.last().unwrap();
     assert!(complaint.contains("cannot listen on") && complaint.contains("choose another --url"), "{complaint}");
 }
