@@ -95,7 +95,7 @@ pub struct Job {
     pub attempts: u32,
     /// The time since which the job is ready, in Unix milliseconds.
     pub ready_at: u64,
-    /// The number of failed attempts after which the job is dead, if the job has its own limit.
+    /// The number of retries after which the next failure makes the job dead. `None` means the server's default.
     pub retry_limit: Option<u32>,
     /// The payload's JSON text, exactly as the server sent it: a slice of the received line, never parsed or copied.
     pub payload: Bytes,

@@ -16,8 +16,8 @@ const AFTER: Duration = Duration::from_secs(30);
 
 const AT_ONCE: usize = 8;
 
-/// Enough jobs: each takes a fifth of a second, so a minute has at most 2,400.
 const HANDLER: [&str; 2] = ["sleep", "0.2"];
+/// More jobs than the 2,400 that eight loops can run in a minute.
 const JOBS: usize = 3000;
 
 /// The server's default limit of unreported jobs. While reports fail, no worker can run more jobs.

@@ -12,8 +12,9 @@ use crate::{Result, stamp};
 
 pub(crate) const ROLE: &str = "handler:warm";
 
-/// The options after the role: a socket for a stamp when a job arrives, or a duration of each job.
+/// The option to send a stamp for each job, followed by the path of the socket.
 pub(crate) const STAMP: &str = "stamp";
+/// The option to sleep for `A_WHILE` in each job.
 pub(crate) const PAUSE: &str = "pause";
 
 /// The duration of a job, longer than the start of all processes.

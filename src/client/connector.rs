@@ -18,19 +18,19 @@ use tower_service::Service;
 
 use super::ServerUrl;
 
-/// How long a server may take to accept a connection.
+/// The time limit of a connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// After how much silence the kernel asks whether the peer still lives.
+/// The idle time after which the kernel sends the first keepalive probe.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
 
-/// How often it asks then …
+/// The interval between keepalive probes.
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// … and after how many unanswered questions the connection is dead.
+/// The number of unanswered keepalive probes after which the connection is dead.
 const TCP_KEEPALIVE_RETRIES: u32 = 3;
 
-/// How long what was sent may stay unconfirmed before the kernel gives a connection up; keepalive is for idle ones alone.
+/// The time after which the kernel drops a connection with unacknowledged data. Keepalive covers only idle connections.
 #[cfg(target_os = "linux")]
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 

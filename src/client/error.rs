@@ -1,4 +1,4 @@
-//! [`ClientError`]: why a call to the server did not succeed, and what that means for the next one.
+//! [`ClientError`]: the error of a call to the server, and whether a retry can succeed.
 
 use std::error::Error;
 use std::fmt;
@@ -9,7 +9,7 @@ use hyper::StatusCode;
 
 use crate::backoff::Retryable;
 
-/// Why a call to the server did not succeed.
+/// The error of a call to the server.
 #[derive(Debug)]
 pub enum ClientError {
     /// No connection could be made.
@@ -42,16 +42,16 @@ pub enum ClientError {
     Hidden(Box<Self>),
     /// The answer to a take request is no stream of jobs.
     NotAStream,
-    /// The request was not wanted any more when it could have left.
+    /// The request was withdrawn before it was sent.
     Withdrawn,
-    /// The request cannot be put into words that HTTP knows.
+    /// The request cannot be built, because a part of it is not valid HTTP.
     Unsendable(Box<dyn Error + Send + Sync>),
 }
 
-/// The longest wait that an answer may ask for: a mistake in a header should not silence a worker for hours.
+/// Limit of `Retry-After`. A wrong header must not stop a worker for hours.
 pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(5 * 60);
 
-/// Client errors that pass: credentials that are being renewed, a limit of requests, a proxy on its way up.
+/// Client errors that are retried: expired credentials, a rate limit, a proxy that is starting.
 const PASSING: [StatusCode; 7] = [
     StatusCode::UNAUTHORIZED,
     StatusCode::FORBIDDEN,
@@ -74,11 +74,11 @@ const MOMENTARY: [StatusCode; 4] = [
 const NO_MISTAKE: [StatusCode; 3] = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
 
 impl ClientError {
-    /// Whether the server may have carried the request out all the same.
+    /// Reports whether the server may have executed the request despite the error.
     pub fn may_have_arrived(&self) -> bool {
         match self {
             Self::Connect(_) | Self::Hidden(_) | Self::NotAStream | Self::Withdrawn | Self::Unsendable(_) => false,
-            // A server error may be a proxy's that lost the answer. A client error refuses, but for a time-out.
+            // A proxy that lost the answer sends a 5xx. A 4xx other than 408 means that the request was not executed.
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
                 !status.is_client_error() || *status == StatusCode::REQUEST_TIMEOUT
             }
@@ -95,7 +95,7 @@ impl ClientError {
         }
     }
 
-    /// Whether a first request that fails like this tells of a wrong setting: an url, queues, or credentials.
+    /// Reports whether this error of the first request means a wrong setting: the url, the queues or the credentials.
     pub(crate) fn is_mistake(&self) -> bool {
         match self {
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
@@ -106,7 +106,7 @@ impl ClientError {
         }
     }
 
-    /// Whether the call was refused, by the server or by a proxy, and not only for the moment.
+    /// Reports whether the server or a proxy refused the call, and will refuse it again.
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
@@ -116,7 +116,7 @@ impl ClientError {
         }
     }
 
-    /// Whether the server, or a proxy, has answered that the fault is its own.
+    /// Reports whether the answer is a 5xx.
     pub(crate) fn is_server_error(&self) -> bool {
         matches!(self, Self::Refused { status, .. } | Self::NotTheServer { status, .. } if status.is_server_error())
     }
@@ -126,7 +126,7 @@ impl ClientError {
         causes(self).any(|cause| cause.downcast_ref().is_some_and(hyper::Error::is_parse))
     }
 
-    /// The wait that the answer asks for.
+    /// Returns the answer's `Retry-After`.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Refused { retry_after, .. } => *retry_after,

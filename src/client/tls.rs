@@ -1,4 +1,4 @@
-//! [`Tls`]: whom a client trusts, and who it says it is.
+//! [`Tls`]: the certificates that a client trusts, and its own certificate.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -28,7 +28,7 @@ impl fmt::Debug for Tls {
     }
 }
 
-/// Trusts nobody: right for plain HTTP alone.
+/// Trusts no certificate. Suitable for plain HTTP only.
 impl Default for Tls {
     fn default() -> Self {
         Self::trusting(RootCertStore::empty())
@@ -39,7 +39,7 @@ impl Default for Tls {
 pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 impl Tls {
-    /// Trusts what the system trusts.
+    /// Trusts the certificates that the system trusts.
     ///
     /// # Errors
     /// When the system has no certificates: a sentence that says what to do.
@@ -66,7 +66,7 @@ impl Tls {
         Ok(Self { config: Arc::new(config), fingerprint })
     }
 
-    /// The same for connections that speak one of `protocols`.
+    /// Returns the configuration for connections with these ALPN protocols.
     pub(super) fn speaking(&self, protocols: &[&str]) -> ClientConfig {
         let mut config = ClientConfig::clone(&self.config);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
@@ -92,7 +92,7 @@ fn builder(roots: RootCertStore) -> rustls::ConfigBuilder<ClientConfig, rustls::
     versions.expect("ring speaks the default versions of TLS").with_root_certificates(roots)
 }
 
-/// What the system trusts.
+/// Returns the certificates that the system trusts.
 pub(crate) fn system_roots() -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     let (added, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -104,7 +104,7 @@ pub(crate) fn system_roots() -> Result<RootCertStore, String> {
     }
 }
 
-/// What a file of certificates in PEM trusts.
+/// Returns the certificates of a PEM file, as trusted roots.
 pub(crate) fn roots_from_pem(pem: &[u8]) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(pem)? {

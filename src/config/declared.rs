@@ -206,7 +206,7 @@ declare! {
         default: || "2 x threads x fibers".to_owned(),
         shown: Shown::Worker(|config| config.worker.prefetch.to_string()),
         reload: Reload::NewStream,
-        comment: "How many unreported jobs the server may hand to this worker. Below threads x fibers, some of them stay idle. Default: 2 x threads x fibers.",
+        comment: "How many unreported jobs the server may hand to this worker. With fewer than threads x fibers, some slots stay idle. Default: 2 x threads x fibers.",
         example: Example::Other("2"),
     };
 
@@ -242,11 +242,11 @@ declare! {
 
     STREAM_IDLE_TIMEOUT = Declared {
         key: "worker.stream_idle_timeout",
-        flag: Some(Flag::new("stream-idle-timeout", "DURATION", Heading::Server, "Reconnect when nothing came for that long, heartbeats included")),
+        flag: Some(Flag::new("stream-idle-timeout", "DURATION", Heading::Server, "Reconnect after this time without a byte, heartbeats included")),
         default: || duration(DEFAULT_STREAM_IDLE_TIMEOUT),
         shown: Shown::Worker(|config| duration(config.worker.stream_limits.idle_timeout)),
         reload: Reload::NewStream,
-        comment: "When nothing has come over the take stream for that long, not even a heartbeat (the server sends one every 3 s), the connection is taken for dead and opened anew.",
+        comment: "The time without a byte on the take stream after which the worker reconnects. The server sends a heartbeat every 3 s.",
         example: Example::Default("\"30s\""),
     };
 
@@ -272,37 +272,37 @@ declare! {
 
     MAX_JOBS = Declared {
         key: "worker.max_jobs",
-        flag: Some(Flag::new("max-jobs", "N", Heading::Worker, "Exit after starting exactly that many jobs")),
+        flag: Some(Flag::new("max-jobs", "N", Heading::Worker, "Exit after exactly N started jobs")),
         default: || "no limit".to_owned(),
         shown: Shown::Worker(|config| or(config.worker.max_jobs, &MAX_JOBS)),
         reload: Reload::Restart,
-        comment: "Stop after starting that many jobs, to have a fresh worker now and then. Default: no limit.",
+        comment: "The number of started jobs after which the worker stops, for a fresh start now and then. Default: no limit.",
         example: Example::Other("10000"),
     };
 
     MAX_TIME = Declared {
         key: "worker.max_time",
-        flag: Some(Flag::new("max-time", "DURATION", Heading::Worker, "Exit after that long, when running jobs have finished")),
+        flag: Some(Flag::new("max-time", "DURATION", Heading::Worker, "Take no more jobs after this time, and exit when running jobs have finished")),
         default: || "no limit".to_owned(),
         shown: Shown::Worker(|config| or(config.worker.max_time.map(duration), &MAX_TIME)),
         reload: Reload::Restart,
-        comment: "Stop after that long, when the jobs that were taken are finished. Default: no limit.",
+        comment: "The time after which the worker takes no more jobs, and stops when its jobs are finished. Default: no limit.",
         example: Example::Other("\"6h\""),
     };
 
     EXIT_WHEN_IDLE = Declared {
         key: "worker.exit_when_idle",
-        flag: Some(Flag::new("exit-when-idle", "DURATION", Heading::Worker, "Exit once connected and without a job for that long")),
+        flag: Some(Flag::new("exit-when-idle", "DURATION", Heading::Worker, "Exit after this time without a job, once connected")),
         default: || "never".to_owned(),
         shown: Shown::Worker(|config| or(config.worker.exit_when_idle.map(duration), &EXIT_WHEN_IDLE)),
         reload: Reload::Restart,
-        comment: "Stop once connected and without a job for that long. Default: never.",
+        comment: "The time without a job after which a connected worker stops. Default: never.",
         example: Example::Other("\"10m\""),
     };
 
     WORKER_ID = Declared {
         key: "worker.worker_id",
-        flag: Some(Flag::new("worker-id", "ID", Heading::Server, "What the server calls this worker in its log")),
+        flag: Some(Flag::new("worker-id", "ID", Heading::Server, "The name of this worker in the server's log")),
         default: || "HOSTNAME-PID".to_owned(),
         shown: Shown::Worker(|config| config.worker.worker_id.to_string()),
         reload: Reload::Restart,
@@ -416,7 +416,7 @@ declare! {
         default: || "none".to_owned(),
         shown: Shown::Handler(|handler| or(handler.timeout.map(duration), &TIMEOUT)),
         reload: Reload::AtOnce,
-        comment: "How long a job may run: then SIGTERM to its process group, kill_grace later SIGKILL, and it has failed. Default: for ever.",
+        comment: "The time limit of a job. Then its process group gets SIGTERM, and SIGKILL after kill_grace, and the job has failed. Default: none.",
         example: Example::Other("\"10m\""),
     };
 
@@ -476,7 +476,7 @@ declare! {
         default: || "off".to_owned(),
         shown: Shown::Warm(|pool| or(pool.max_jobs, &PROCESS_MAX_JOBS)),
         reload: Reload::AtOnce,
-        comment: "When another process takes its place, after a job: each of the first two with up to a quarter more by chance. max_jobs is a limit of one process here, and of a whole run in [worker]; max_memory is the resident size of the process itself. Default: never.",
+        comment: "The limits after which a process is replaced, checked after each job. max_jobs and max_age are raised by up to a quarter at random. max_memory is the resident size of the process itself. max_jobs in [worker] limits a whole run instead. Default: never.",
         example: Example::Other("1000"),
     };
 

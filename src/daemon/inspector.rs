@@ -57,7 +57,8 @@ impl Inspector {
         self.controls.status(&self.lifecycle)
     }
 
-    /// Replaces the settings in force, except those that need a restart. Returns the names of the latter whose values differ.
+    /// Replaces the settings in force, except those that need a restart. Returns the names of changed settings that need a
+    /// restart.
     pub(super) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, _): (Vec<Setting>, Vec<Setting>) =

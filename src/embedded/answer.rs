@@ -20,7 +20,7 @@ use super::format::{Format, StreamFormat};
 use super::order::OrderError;
 use super::patch::PatchError;
 
-/// Whole or streamed; a body here cannot fail, it can only be cut off with its connection.
+/// A whole or a streamed body. It never fails, and ends early only with its connection.
 pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
 pub(super) type Answer = Response<Body>;
 
@@ -29,7 +29,7 @@ pub(super) type Answer = Response<Body>;
 pub(super) enum Rejection {
     /// 400: the text says what to change.
     BadRequest(String),
-    /// 403: right, but not to be had from this server.
+    /// 403: valid, but only a real server supports it.
     Forbidden(String),
     /// 404: no such path, no such job, or one that is not in flight.
     NotFound(&'static str),
@@ -39,7 +39,7 @@ pub(super) enum Rejection {
     NotAcceptable(&'static [&'static str]),
     /// 415, with the types that could be read.
     UnsupportedMediaType(&'static [&'static str]),
-    /// 422: well-formed, but not to be done.
+    /// 422: well-formed, but not possible.
     Unprocessable(String),
 }
 
@@ -54,7 +54,7 @@ impl From<OrderError> for Rejection {
     fn from(error: OrderError) -> Self {
         match error {
             OrderError::Invalid(text) => Self::BadRequest(text),
-            // What a real server answers when its licence does not cover the feature.
+            // A real server answers 403 for a feature outside its licence.
             OrderError::Unsupported(text) => Self::Forbidden(text),
         }
     }
@@ -101,7 +101,7 @@ pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) 
     answer
 }
 
-/// 204: done, nothing to say. Really without a body: with HTTP/2 one would break the protocol.
+/// Returns a 204 without a body, because a body would violate HTTP/2.
 pub(super) fn no_content() -> Answer {
     empty(StatusCode::NO_CONTENT)
 }

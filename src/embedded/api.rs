@@ -33,7 +33,7 @@ use super::take::{self, TakeRequest};
 const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
 /// The real server's default for a client that does not ask.
 const DEFAULT_PREFETCH: usize = 1;
-/// Done, ready again, unknown: for a worker it is all the same, the report came to nothing.
+/// The error for a report of a job that is finished, requeued or unknown.
 const NOT_IN_FLIGHT: &str = "job not found in in-flight set";
 const NO_SUCH_JOB: &str = "job not found";
 
@@ -263,7 +263,7 @@ impl Call<'_> {
 
     /// Answers with the job, so that a worker can log when the retry is due, or that there is none.
     fn fail(&self, id: &str, failure: Failure) -> Result<Answer, Rejection> {
-        // The report was read before this: a bad one is 400 even for a job that is not there.
+        // The body is parsed before, so a malformed report gets 400 even if there is no such job.
         let id = JobId::parse(id).ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
         let job = self.store.with(|state, now| state.fail(now, id, failure, fastrand::f64()));
         let job = job.ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;

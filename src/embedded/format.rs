@@ -31,7 +31,7 @@ pub(super) enum Format {
 }
 
 impl Format {
-    /// Finds the format for the answer; JSON if the client has no wish.
+    /// Finds the format for the answer. Without an `accept` header, it is JSON.
     pub(super) fn accepted(headers: &HeaderMap) -> Result<Self, Rejection> {
         match header(headers, ACCEPT) {
             None => Ok(Self::Json),
@@ -90,7 +90,7 @@ pub(super) enum StreamFormat {
 }
 
 impl StreamFormat {
-    /// Finds the framing that the client asks for; lines if it has no wish.
+    /// Finds the framing for the stream. Without an `accept` header, it is lines.
     pub(super) fn accepted(headers: &HeaderMap) -> Result<Self, Rejection> {
         let Some(types) = header(headers, ACCEPT) else { return Ok(Self::Lines) };
         let has = |names: &[&str]| names.iter().any(|name| types.contains(name));

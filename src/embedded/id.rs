@@ -15,7 +15,7 @@ const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
 pub(super) struct JobId([u8; LENGTH]);
 
 impl JobId {
-    /// The id that `text` spells, if it can be one at all.
+    /// Parses an id. Returns `None` if `text` has another length or alphabet.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let bytes: [u8; LENGTH] = text.as_bytes().try_into().ok()?;
         let is_digit = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
@@ -57,7 +57,7 @@ impl Serialize for JobId {
     }
 }
 
-/// Where ids come from: 48 bits of time, 48 of a counter, 32 of chance.
+/// The source of ids: 48 bits of time, 48 bits of a counter, 32 random bits.
 #[derive(Debug, Default)]
 pub(super) struct IdSource {
     latest: u64,
@@ -65,7 +65,7 @@ pub(super) struct IdSource {
 }
 
 impl IdSource {
-    /// The next id. A clock that steps back must not reorder the queue, so time only rises here.
+    /// Returns the next id. If the clock steps back, the last time is used, otherwise the queue would be reordered.
     pub(super) fn next(&mut self, now: u64) -> JobId {
         self.latest = self.latest.max(now);
         self.count += 1;

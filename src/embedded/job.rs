@@ -1,7 +1,4 @@
-//! A job as the store keeps it, and as clients see it.
-//!
-//! The two are apart because they change for different reasons: the fields of an answer are the
-//! real server's and fixed, while the record is whatever makes the state machine simple.
+//! [`Job`]: the store's record of a job. [`JobView`]: a job in an answer, with exactly the real server's fields.
 
 use std::fmt;
 use std::str::FromStr;
@@ -63,7 +60,7 @@ impl FromStr for Status {
     }
 }
 
-/// The producer's wishes. Every copy of a job shares them until a patch changes them.
+/// The fields of a job that its producer sets. Clones of the job share them until a patch.
 #[derive(Debug, Clone)]
 pub(super) struct Spec {
     /// `type` on the wire, which is a keyword here.
@@ -72,7 +69,7 @@ pub(super) struct Spec {
     /// 0 is the most urgent.
     pub(super) priority: u16,
     pub(super) payload: Payload,
-    // Where a job says nothing the server's options hold, as they are when the job fails.
+    // `None` in the next three fields means the server's default.
     pub(super) retry_limit: Option<u32>,
     pub(super) backoff: Option<JobBackoff>,
     pub(super) retention: Option<Retention>,
@@ -85,11 +82,11 @@ pub(super) struct Job {
     pub(super) id: JobId,
     pub(super) spec: Arc<Spec>,
     pub(super) status: Status,
-    /// When it was or will be ready; a retry moves it, a return does not.
+    /// The time from which the job is ready. A retry changes the time, a requeue does not.
     pub(super) ready_at: u64,
     /// How many attempts have failed. A closed connection is not a failed attempt.
     pub(super) attempts: u32,
-    /// Of the latest attempt, and kept when the job comes back, as in the real server.
+    /// The time at which a worker took the latest attempt. A requeue keeps it, as on the real server.
     pub(super) dequeued_at: Option<u64>,
     pub(super) failed_at: Option<u64>,
     pub(super) completed_at: Option<u64>,
@@ -98,7 +95,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// The place in the ready queue: urgency first, then age. A job that comes back keeps it.
+    /// Returns the place in the ready queue: by priority, then by age. A requeued job keeps its place.
     pub(super) fn place(&self) -> (u16, JobId) {
         (self.spec.priority, self.id)
     }
@@ -128,14 +125,14 @@ pub(super) struct Retention {
     pub(super) dead_ms: Option<u64>,
 }
 
-/// At most one job with this key, as long as the other one is within the scope.
+/// A unique key. No second job with the key is enqueued while the first is within the scope.
 #[derive(Debug, Clone)]
 pub(super) struct Unique {
     pub(super) key: String,
     pub(super) scope: UniqueScope,
 }
 
-/// How far a unique key reaches into another job's life. It is the newcomer's scope that counts.
+/// The states in which a job blocks a new job with the same key. The new job's scope applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum UniqueScope {

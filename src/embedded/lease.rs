@@ -1,14 +1,13 @@
 //! Leases: which stream holds which jobs in flight.
 //!
-//! A job is in flight exactly as long as some stream holds it, so this is the only place that
-//! knows what is in flight. Reports name a job and nothing else; hence the way from a job to its
-//! holder beside the way from a stream to its jobs.
+//! A job is in flight exactly as long as a stream holds it. Streams are indexed by job as well, because reports name only the
+//! job.
 
 use std::collections::{HashMap, HashSet};
 
 use super::id::JobId;
 
-/// One take stream. Never used again, so a stream that outlives its lease cannot reach another's.
+/// The id of a take stream. Ids are not reused, so a stream whose lease is closed cannot use another lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct LeaseId(u64);
 

@@ -1,4 +1,4 @@
-//! What can be tuned: the real server's flags, with its defaults. Tests shorten the waits.
+//! [`Options`]: the settings of the real server's flags, with its defaults.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ const DEFAULT_RETRY_LIMIT: u32 = 25;
 /// The real server's `--default-dead-job-retention`: a week to look into a failure.
 const DEFAULT_DEAD_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// How the server behaves where a job does not say otherwise.
+/// The settings for jobs without their own.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// How long a take stream may be silent before an empty line goes out.
+    /// The silence of a take stream after which a heartbeat is sent.
     pub heartbeat_interval: Duration,
     /// How many jobs may be in flight over all connections; 0 means no limit.
     pub in_flight_limit: usize,
@@ -46,7 +46,7 @@ impl Default for Options {
 pub struct Backoff {
     /// The least wait.
     pub base: Duration,
-    /// How steeply the wait grows.
+    /// The exponent of the number of failed attempts.
     pub exponent: f32,
     /// The random part, per attempt.
     pub jitter: Duration,

@@ -50,7 +50,7 @@ pub(super) struct BulkRequest {
     pub(super) jobs: Vec<EnqueueRequest>,
 }
 
-/// Why an order is refused; the two kinds have different statuses.
+/// The reason why an order is refused. Each kind has its own status.
 #[derive(Debug, PartialEq)]
 pub(super) enum OrderError {
     /// The request is wrong.
@@ -60,7 +60,7 @@ pub(super) enum OrderError {
 }
 
 impl OrderError {
-    /// The same error, saying which job of a bulk it is about.
+    /// Adds the index of the job in a bulk to the error.
     pub(super) fn at(self, index: usize) -> Self {
         match self {
             Self::Invalid(text) => Self::Invalid(format!("jobs[{index}]: {text}")),
@@ -101,7 +101,7 @@ impl EnqueueRequest {
     }
 }
 
-/// A name is a key of an index and an element of comma lists; it must not look like either.
+/// Rejects an empty name, and a name with a comma, a null byte or a reserved character.
 pub(super) fn check_name(field: &str, name: &str) -> Result<(), String> {
     if name.is_empty() {
         return Err(format!("{field} must not be empty"));

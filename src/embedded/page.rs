@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::query::Fields;
 
-/// The real server's page for those who do not ask.
+/// The real server's default for `limit`.
 const DEFAULT_LIMIT: u16 = 50;
 /// The real server's largest page.
 const MAX_LIMIT: u16 = 2000;
@@ -54,7 +54,7 @@ impl fmt::Display for Direction {
     }
 }
 
-/// Which page of a list is wanted; the cursor itself is not on it.
+/// The requested page of a list. The item at the cursor is not on the page.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PageRequest<C> {
     /// Where the page starts; absent on the first one.
@@ -75,7 +75,7 @@ pub(super) struct Links {
 }
 
 impl<C: Copy + fmt::Display> PageRequest<C> {
-    /// Reads `order` and `limit`; the cursor is up to the caller, who knows what it is.
+    /// Reads `order` and `limit`. The caller parses the cursor.
     pub(super) fn parse(fields: &mut Fields, cursor: Option<C>) -> Result<Self, String> {
         let direction = fields.value("order")?.unwrap_or_default();
         let limit = fields.value("limit")?.unwrap_or(DEFAULT_LIMIT);
@@ -90,7 +90,7 @@ impl<C: Copy + fmt::Display> PageRequest<C> {
         Err(format!("limit must be between 1 and {MAX_LIMIT}"))
     }
 
-    /// How many items to look for: one more than wanted tells whether there is a next page.
+    /// Returns the number of items to fetch: one more than the page has, to detect a next page.
     pub(super) fn reach(&self) -> usize {
         usize::from(self.limit) + 1
     }

@@ -1,7 +1,6 @@
 //! Queries: the fields after the `?`, and the filters that they spell.
 //!
-//! A field that nobody knows is an error and not ignored, as in the real server: with a misspelt
-//! filter, `DELETE /jobs` would delete everything.
+//! An unknown field is an error, as on the real server. Otherwise `DELETE /jobs` with a misspelt filter would delete all jobs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
@@ -17,7 +16,7 @@ use super::job::{Job, Status};
 /// The fields by which jobs are chosen.
 pub(super) const FILTERS: [&str; 8] = ["id", "status", "queue", "type", "priority", "ready_at", "attempts", "filter"];
 
-/// What a link must escape: all but the unreserved characters and the comma of a list. The real
+/// The characters that are escaped in a link: all but the unreserved characters and the comma of a list. The real
 /// server leaves names as they are, and its links to a queue with a space in its name are broken.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b',');
 
@@ -115,7 +114,7 @@ fn decode(text: &str) -> String {
     percent_decode_str(&text).decode_utf8_lossy().into_owned()
 }
 
-/// Which jobs are meant: those that pass every filter; an empty filter passes all.
+/// The filters of a query. A job matches if it passes every one. An empty filter passes all jobs.
 #[derive(Debug, Default)]
 pub(super) struct Filter {
     /// Text, so that one that is no id can be named in the error.

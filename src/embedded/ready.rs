@@ -1,7 +1,7 @@
 //! The ready queue: which job goes out next, over all queues or some of them.
 //!
-//! Ordered sets rather than a heap: a job that is deleted has to come out of the middle, and one
-//! that returns has to get back its old place among younger ones.
+//! The queues are ordered sets, not heaps, because a deleted job leaves from the middle, and a requeued job returns to its
+//! old place.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -11,8 +11,7 @@ use super::job::Job;
 /// Urgency, then age.
 type Place = (u16, JobId);
 
-/// The ready jobs, ordered once over all and once per queue, so that neither kind of taker
-/// has to walk over jobs it does not want.
+/// The ready jobs, in one order over all queues and one order per queue, so that no taker skips over jobs of other queues.
 #[derive(Debug, Default)]
 pub(super) struct ReadyQueue {
     all: BTreeSet<Place>,

@@ -1,14 +1,14 @@
-//! Routes: from a method and a path to what is asked.
+//! [`Route`]: the endpoint of a method and a path.
 //!
 //! A path is split before its parts are percent-decoded, so an encoded slash stays within an id.
-//! That a path is known but not with this method is told apart, because it is another mistake.
+//! A known path with another method is a 405, and any other unknown route is a 404.
 
 use hyper::Method;
 use percent_encoding::percent_decode_str;
 
 use super::answer::Rejection;
 
-/// What a request asks for.
+/// The endpoint of a request.
 #[derive(Debug, PartialEq)]
 pub(super) enum Route {
     /// `GET /health`
@@ -123,7 +123,7 @@ impl Route {
     }
 }
 
-/// An id that is no id is simply not found later; one that is not even text is refused here.
+/// Decodes an id. Rejects an id that is not UTF-8. Any other invalid id is a 404 later.
 fn decode(id: &str) -> Result<String, Rejection> {
     let decoded = percent_decode_str(id).decode_utf8();
     let text = decoded.map_err(|_| Rejection::BadRequest("id is not UTF-8".to_owned()))?;

@@ -1,7 +1,6 @@
 //! The server: a listener, its connections, and their abrupt end.
 //!
-//! A graceful stop would be kinder, and the wrong thing: a worker has to live with a server that
-//! dies, and this is how its tests kill one.
+//! There is no graceful stop, because the worker's tests need a server that dies.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -37,8 +36,7 @@ pub struct EmbeddedServer {
 }
 
 impl EmbeddedServer {
-    /// Binds `address`, as a server that has just started on the jobs of `store`: what was in
-    /// flight under the server before it is ready again.
+    /// Binds `address`, and starts a server on the jobs of `store`. Jobs in flight under a previous server are requeued.
     ///
     /// # Errors
     ///
@@ -50,7 +48,7 @@ impl EmbeddedServer {
         Ok(Self { listener, address, store, tls: None })
     }
 
-    /// The same server, speaking TLS. Whether it wants to see certificates is the configuration's to say.
+    /// Serves TLS. `config` decides whether clients need a certificate.
     #[must_use]
     pub fn with_tls(mut self, config: Arc<ServerConfig>) -> Self {
         self.tls = Some(config);
@@ -67,7 +65,7 @@ impl EmbeddedServer {
     pub async fn run(self, stop: CancellationToken) {
         let Self { listener, address, store, tls } = self;
         let connections = Connections { end: CancellationToken::new(), tasks: TaskTracker::new() };
-        // Whoever drops this future, instead of stopping it, ends the connections as well.
+        // Dropping this future, instead of cancelling `stop`, also ends the connections.
         let _end = connections.end.clone().drop_guard();
         tracing::debug!(%address, "embedded server started");
         connections.execute(store.clone().keep_time());
@@ -81,8 +79,8 @@ impl EmbeddedServer {
     }
 }
 
-/// Everything that runs for the server. hyper spawns a task per HTTP/2 stream through this, too:
-/// left to themselves those would go on, and take jobs, after their connection.
+/// The tasks of the server. hyper spawns its task for each HTTP/2 stream here too, otherwise these tasks would go on taking
+/// jobs after their connection has ended.
 #[derive(Clone)]
 struct Connections {
     end: CancellationToken,

@@ -1,7 +1,7 @@
 //! The state machine: `scheduled → ready → in_flight → completed | dead | scheduled`.
 //!
-//! It is pure. The time is an argument, and nothing here waits or wakes anyone: whether takers
-//! should look again is a flag that the [`Store`](super::Store) collects.
+//! The functions are pure: the time is an argument, and none of them waits or wakes a task. A flag tells the
+//! [`Store`](super::Store) to wake the take streams.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
@@ -40,7 +40,7 @@ pub(super) struct State {
     /// By id, which is by age, which is the order of every list.
     jobs: BTreeMap<JobId, Entry>,
     ready: ReadyQueue,
-    /// What happens by itself: a scheduled job's `ready_at`, a finished job's `purge_at`.
+    /// The next change of each job: a scheduled job's `ready_at`, or a finished job's `purge_at`.
     due: BTreeSet<(u64, JobId)>,
     /// The latest job of each unique key.
     unique: HashMap<String, JobId>,
@@ -80,7 +80,7 @@ impl State {
         while let Some((time, id)) = self.due.first().copied()
             && time <= now
         {
-            // Each entry is gone before its job moves, which may put in a new one.
+            // Remove the entry first, because the change of its job may add a new one.
             self.due.pop_first();
             match self.jobs.get(&id).map(|entry| entry.job.status) {
                 Some(Status::Scheduled) => self.make_ready(id),
@@ -112,8 +112,7 @@ impl State {
         Enqueued { job, duplicate: false }
     }
 
-    /// The index may be out of date, because a key is only checked when someone wants it: what
-    /// counts is the holder's present status.
+    /// Returns the job that holds the unique key. The index may be stale, so the job's present status decides.
     fn holder_of_key(&self, spec: &Spec) -> Option<&Job> {
         let unique = spec.unique.as_ref()?;
         let job = self.get(*self.unique.get(&unique.key)?)?;
@@ -125,10 +124,8 @@ impl State {
         self.leases.open(prefetch, queues)
     }
 
-    /// The next job for a stream, if it has room for one. `None` also when the stream is gone.
-    ///
-    /// A job at a time, so that the two limits are looked at before each one; the caller holds
-    /// the lock over as many as it wants.
+    /// Takes the next job for a stream. Returns `None` if no job is ready, the stream has no room or is closed, or the limit of
+    /// jobs in flight is reached. Takes one job per call, so that both limits are checked for each job.
     pub(super) fn take(&mut self, now: u64, lease: LeaseId) -> Option<Job> {
         let limit = self.options.in_flight_limit;
         if self.is_halted || (limit > 0 && self.leases.held() >= limit) {
@@ -143,20 +140,20 @@ impl State {
         Some(job.clone())
     }
 
-    /// A stream is gone: what it still holds is ready again, with its attempts unchanged.
+    /// Closes a stream, and requeues its jobs with no attempt counted.
     pub(super) fn close(&mut self, lease: LeaseId) {
         for id in self.leases.close(lease) {
             self.make_ready(id);
         }
     }
 
-    /// The server dies, connection by connection. What one of them returns must not go out
-    /// through another that is about to follow.
+    /// Stops all takes before the connections are dropped one by one. Otherwise a job that one connection requeues could
+    /// be sent over the next.
     pub(super) fn halt(&mut self) {
         self.is_halted = true;
     }
 
-    /// A server starts: what was in flight under the one before it is ready again.
+    /// Starts a server on these jobs. Jobs in flight under the previous server are requeued.
     pub(super) fn start(&mut self) {
         self.is_halted = false;
         for id in self.leases.close_all() {
@@ -196,9 +193,9 @@ impl State {
         }
     }
 
-    /// Scheduled even when `time` is past: the next [`advance`](Self::advance) makes it ready.
+    /// Schedules a retry. If `time` is past, the next [`advance`](Self::advance) makes the job ready.
     fn retry(&mut self, id: JobId, time: u64) -> Option<Job> {
-        // A scheduled job is a queued job: it wants its key back before it is even ready.
+        // A scheduled job counts as queued, so it holds its unique key before it is ready.
         self.restore_key(id);
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = Status::Scheduled;
@@ -260,7 +257,7 @@ impl State {
         if job.status.is_finished() {
             return Err(PatchError::Finished(id, job.status));
         }
-        // Out of the indexes before the keys change under which they have the job.
+        // Remove the job from the indexes before its keys change.
         self.ready.remove(job);
         self.due.remove(&(job.ready_at, id));
         patch.apply(job, now);
@@ -314,7 +311,7 @@ impl State {
         }
     }
 
-    /// A job that comes back claims its key again, unless another one took it in the meantime.
+    /// Gives a requeued job its unique key back, unless another job holds the key by now.
     fn restore_key(&mut self, id: JobId) {
         if let Some(entry) = self.jobs.get(&id)
             && let Some(unique) = &entry.job.spec.unique
@@ -323,7 +320,7 @@ impl State {
         }
     }
 
-    /// The finished job, which is already forgotten if nobody wants to keep it.
+    /// Finishes a job, and returns it. With `keep_ms` 0, the job is forgotten at once.
     fn finish(&mut self, id: JobId, status: Status, now: u64, keep_ms: u64) -> Option<Job> {
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = status;
@@ -336,7 +333,7 @@ impl State {
         Some(job.clone())
     }
 
-    /// The only way out of the store. A key that has passed to another job stays with it.
+    /// Removes a job, and its unique key unless another job holds the key by now.
     fn forget(&mut self, id: JobId) -> Option<Job> {
         let job = self.jobs.remove(&id)?.job;
         if let Some(unique) = &job.spec.unique
@@ -348,7 +345,7 @@ impl State {
     }
 }
 
-/// When a failed job gets its next attempt, or `None` for never.
+/// Returns the time of a failed job's next attempt, or `None` for no further attempt.
 ///
 /// The precedence is the real server's: `kill` beats `retry_at`, which beats the retry limit.
 fn retry_time(options: &Options, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {

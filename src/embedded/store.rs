@@ -1,8 +1,7 @@
 //! The handle on the jobs: one lock around the state machine, the clock, and the wake-ups.
 //!
-//! One lock is enough: every step under it is a few look-ups, and JSON is read before and written
-//! after. What waits, waits on a watch channel, which cannot lose a change between a look and the
-//! wait that follows it.
+//! One lock is enough: each step under the lock is a few look-ups, and JSON is read before and written after. Tasks wait on
+//! watch channels, which lose no change between a check and the wait.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -87,9 +86,9 @@ impl Store {
         records.iter().filter_map(|record| serde_json::to_value(record).ok()).collect()
     }
 
-    /// Runs `action` on the state as of now, then wakes whom it concerns.
+    /// Runs `action` on the state as of now, then wakes the take streams and the timer if needed.
     pub(super) fn with<T>(&self, action: impl FnOnce(&mut State, u64) -> T) -> T {
-        // A panic while the lock is held is a bug; the jobs of the others need not hang for it.
+        // Ignore the poison, because a panic in one request must not stop all others.
         let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         // Read under the lock, or a job could be dequeued before it was ready.
         let now = now_ms();
@@ -100,7 +99,7 @@ impl Store {
         // Published under the lock, so that a later state cannot be overtaken by this one.
         self.shared.next_due.send_if_modified(|due| std::mem::replace(due, next_due) != next_due);
         drop(state);
-        // Not under the lock, which is the first thing that the woken ones want.
+        // Wake after the unlock, because a woken stream takes the lock first.
         if should_look {
             self.shared.takers.send_replace(());
         }

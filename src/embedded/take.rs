@@ -18,14 +18,13 @@ use super::job::Job;
 use super::lease::LeaseId;
 use super::store::Store;
 
-/// Several ready jobs share one chunk up to this size, so that a flood of small jobs does not
-/// cost a system call each; a larger job travels alone.
+/// The size from which a chunk takes no further job. Small jobs share a chunk, so that each does not cost a system call.
 const CHUNK_BYTES: usize = 64 * 1024;
 /// About the size of a job without its payload; if it did not count, a chunk would hold any number of
 /// jobs with small payloads.
 const ENVELOPE_BYTES: usize = 256;
 
-/// What a client asked for in `GET /jobs/take`.
+/// The parameters of `GET /jobs/take`.
 #[derive(Debug)]
 pub(super) struct TakeRequest {
     /// How many unreported jobs it will hold; 0 means no limit but the connection's.
@@ -34,8 +33,8 @@ pub(super) struct TakeRequest {
     pub(super) queues: BTreeSet<String>,
 }
 
-/// The hold of one stream on its jobs. Dropping it is the only way in which a stream ends, and
-/// hyper drops a response's body the moment it sees the client gone, whatever the reason.
+/// The lease of a stream on its jobs. Dropping the lease closes the stream. hyper drops a response's body, and the lease with
+/// it, as soon as the connection ends.
 #[derive(Debug)]
 struct Lease {
     store: Store,
@@ -49,7 +48,7 @@ impl Lease {
         Self { store, id }
     }
 
-    /// As many jobs as are ready, have room in the prefetch, and fit one chunk.
+    /// Takes the jobs of the next chunk: ready ones, within the prefetch, until the chunk is full.
     fn take(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         let mut size = 0;
@@ -81,14 +80,14 @@ struct Take {
 }
 
 impl Take {
-    /// What goes out next. Called only when the client has room for it, so an unlimited
-    /// prefetch takes no more than the connection carries.
+    /// Waits for the next chunk: jobs, or a heartbeat. hyper asks for a chunk only when the connection has room, so an
+    /// unlimited prefetch takes no more jobs than the connection carries.
     async fn next_chunk(&mut self) -> Option<Bytes> {
         // Starts anew with every chunk, so a busy stream has no heartbeats.
         let silence = tokio::time::sleep(self.heartbeat_interval);
         tokio::pin!(silence);
         loop {
-            // Seen before looking: what changes after the look wakes the wait.
+            // Mark as seen before the check, so that any later change ends the wait.
             self.look_again.borrow_and_update();
             let jobs = self.lease.take();
             if !jobs.is_empty() {

@@ -129,8 +129,9 @@ impl Producer {
         }
     }
 
-    /// Replaces a stream that has lost places of its prefetch. Until the replacement is due, the stream takes with the places
-    /// that are left, otherwise a job whose report is refused again and again would run without pause.
+    /// Replaces the taking stream if dropped reports have used up places of its prefetch. Replacements are spaced by the
+    /// backoff, otherwise a job whose report is always refused would run again without pause. Until the next replacement, the
+    /// stream takes jobs with its remaining places.
     fn renew_if_due(&self, state: &mut ProducerState) {
         if !state.streams.is_taking_one_spent() {
             state.renewal_due = None;

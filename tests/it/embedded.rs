@@ -122,7 +122,7 @@ fn a_worker_without_a_connection_is_not_idle() {
     let address = unused_address();
     let daemon = Daemon::at(&format!("http://{address}")).args(["--exit-when-idle", "100ms"]);
     let daemon = daemon.args(["--retry-min-wait", "100ms", "--retry-multiplier", "1"]).sh("true").start();
-    // By now it has been without a job for several times that long.
+    // By now the worker has had no job for several times the limit.
     daemon.wait_for_messages(6, "server unreachable, reconnecting");
     let _server = Server::at(address);
     let finished = daemon.assert_exit(0);

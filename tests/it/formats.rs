@@ -96,7 +96,7 @@ fn request(server: &Api, method: &str, path: &str) -> RequestBuilder {
     HTTP.request(method.parse().unwrap(), format!("{}{path}", server.url))
 }
 
-/// Sends a body in a format, wants the answer in the same format, and reads it.
+/// Sends a body in a format, asks for an answer in the same format, and reads the answer.
 fn call(server: &Api, format: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
     let mut request = request(server, method, path).header(ACCEPT, format);
     if let Some(body) = body {
@@ -406,7 +406,7 @@ fn heartbeats(server: &Api) {
 const BODIES: [&str; 2] = [JSON, MSGPACK];
 const STREAMS: [&str; 3] = [EVENTS, NDJSON, FRAMES];
 
-/// Holds the rules by which both servers find formats.
+/// Checks the rules by which both servers choose formats.
 fn negotiation(server: &Api) {
     let not_acceptable = |supported: &[&str]| json!({"error": "not acceptable", "supported": supported});
     let unsupported = json!({"error": "unsupported media type", "supported": BODIES});

@@ -100,7 +100,7 @@ fn a_stopped_handler_that_hears_nothing_is_killed() {
 
 /// The handler's child does not hold its output, so only the process group shows that the child lives.
 #[test]
-fn what_outlives_its_leader_has_the_grace_too_whatever_it_holds() {
+fn a_child_that_outlives_its_leader_has_the_whole_grace() {
     for output in ["log", "null", "inherit"] {
         let script = "sh -c 'trap \"sleep 0.3; echo saved > $DIR/saved; exit\" TERM; echo up > $DIR/up; while :; do sleep 0.02; done' > /dev/null 2>&1 &
 until [ -e $DIR/up ]; do sleep 0.01; done; wait";
@@ -122,7 +122,7 @@ until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep
 }
 
 #[test]
-fn what_is_left_is_killed_even_if_nobody_holds_a_pipe() {
+fn the_rest_of_the_group_is_killed_even_without_open_pipes() {
     let script =
         "sleep 1000 < /dev/null > /dev/null 2>&1 & echo $! > $DIR/left; exec < /dev/null > /dev/null 2>&1; sleep 0.1";
     assert_dead(&succeed(script, "").read("left"));
@@ -248,13 +248,13 @@ fn kill_with_survivor(signals: usize) -> Option<Duration> {
 }
 
 #[test]
-fn what_outlives_sigkill_does_not_hold_up_the_exit_for_good() {
+fn a_process_that_survives_sigkill_does_not_block_the_exit() {
     let Some(took) = kill_with_survivor(2) else { return };
     assert!((15.0..30.0).contains(&took.as_secs_f64()), "{took:?}");
 }
 
 #[test]
-fn a_third_signal_shortens_the_wait_for_what_outlives_sigkill() {
+fn a_third_signal_shortens_the_wait_for_a_sigkill_survivor() {
     let Some(took) = kill_with_survivor(3) else { return };
     assert!((5.0..14.0).contains(&took.as_secs_f64()), "{took:?}");
 }

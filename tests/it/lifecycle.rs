@@ -146,7 +146,7 @@ fn a_killed_job_goes_back_with_its_attempts_unchanged() {
 
 /// The shell dies of SIGTERM at once, but its child takes longer.
 #[test]
-fn what_a_killed_handler_has_started_has_the_five_seconds_too() {
+fn children_of_a_killed_handler_have_the_five_seconds_too() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let script = "sh -c 'trap \"sleep 0.3; echo saved > $DIR/saved; exit\" TERM

@@ -404,7 +404,7 @@ fn reports_leave_soon_after_the_server_is_back() {
     }
     let running = Daemon::of(&proxy).args(STEEP).args(["--prefetch", "4"]).sh(BY_TYPE).start();
     let ids = server.enqueue_all((0..4).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // Longer than any wait in this test.
+    // Wait until a retry is 15 minutes away, so that only the recovery can send the reports.
     running.wait_for("a long wait", |event| {
         let wait = event["retry_in"].as_str().and_then(|wait| wait.strip_suffix('s')?.parse::<f64>().ok());
         wait.is_some_and(|wait| wait >= 900.0)

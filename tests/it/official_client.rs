@@ -16,7 +16,7 @@ struct ChargeCard {
     cents: u64,
 }
 
-/// Charges whoever can pay.
+/// Charges every customer except number 13.
 const CHARGE: &str = "payload=$(cat)
 case $payload in
     *'\"customer\":13}'*) echo 'asking the bank' >&2; echo 'card declined' >&2; exit 3 ;;
@@ -150,7 +150,7 @@ async fn jobs_are_enqueued_taken_and_reported(client: &Client, queue: &str) {
 
     client.report_success(&taken[0]).await.unwrap();
     assert_eq!(status_of(client.report_success(&taken[0]).await), Some(404));
-    // The second has an answer with a body, in which the client is not interested.
+    // The second answer has a body, which the client ignores.
     client.report_success_bulk(&taken[1..3]).await.unwrap();
     client.report_success_bulk(&taken[1..3]).await.unwrap();
     let failed = client.report_failure(&taken[3], "declined").error_type("Bank").backtrace("here\n");

@@ -177,7 +177,7 @@ fn real_server_a_drain_outlives_a_restart_of_the_server() {
 }
 
 /// Ends a job while there is no stream. The server denies the report, and redelivers the job later.
-fn an_ended_job_is_reported_when_it_comes_again(job_type: &str, kept: &str, failures: usize) {
+fn an_ended_job_is_reported_when_it_is_redelivered(job_type: &str, kept: &str, failures: usize) {
     let (server, proxy, daemon, id) = with_a_running_job(job_type);
     let gate = proxy.hold(Call::Take);
     proxy.cut_streams();
@@ -194,12 +194,12 @@ fn an_ended_job_is_reported_when_it_comes_again(job_type: &str, kept: &str, fail
 
 #[test]
 fn a_parked_success_is_reported_on_redelivery() {
-    an_ended_job_is_reported_when_it_comes_again("good", DENIED_SUCCESS, 0);
+    an_ended_job_is_reported_when_it_is_redelivered("good", DENIED_SUCCESS, 0);
 }
 
 #[test]
 fn a_parked_failure_is_reported_on_redelivery() {
-    an_ended_job_is_reported_when_it_comes_again("bad", KEPT, 1);
+    an_ended_job_is_reported_when_it_is_redelivered("bad", KEPT, 1);
 }
 
 /// The server has seen the end of the stream before the worker, so it denies reports of jobs on that stream.
@@ -406,7 +406,7 @@ fn a_later_attempt_starts_while_the_failure_is_in_doubt() {
 
 /// Another client has reported the waiting job as failed, so the job is redelivered as its next attempt.
 #[test]
-fn a_job_that_comes_again_while_it_waits_runs_once() {
+fn a_job_redelivered_while_it_waits_runs_once() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(QUICK).args(["--prefetch", "4"]).sh(UNTIL_GO).start();
     let mut stream = server.take();
@@ -490,7 +490,7 @@ fn draining_with_a_kept_failure(deadline: &str) -> (Server, Proxy, Running, Stri
 }
 
 #[test]
-fn a_drain_waits_for_a_job_to_come_again_whose_outcome_is_kept() {
+fn a_drain_waits_for_the_redelivery_that_a_parked_failure_needs() {
     let (server, _proxy, daemon, id, gate) = draining_with_a_kept_failure("10m");
     gate.release();
     assert!(daemon.assert_exit(0).has(ENDED));

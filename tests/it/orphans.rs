@@ -106,7 +106,7 @@ fn leftovers_that_process_1_does_not_reap_cost_a_job_little() {
 }
 
 #[test]
-fn a_worker_that_is_not_process_1_leaves_orphans_to_whoever_is() {
+fn a_worker_that_is_not_process_1_does_not_reap_orphans() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(4));
     let running = Daemon::of(&server).sh("setsid true & exit 0").start();

@@ -126,9 +126,9 @@ fn a_gigabyte_on_stderr_does_not_make_the_worker_grow() {
     running.stop();
 }
 
-/// The output of two jobs keeps both cores of a small machine busy. A third job, signals and the stop still work.
+/// Four jobs print without pause. Another job, the signals and the stop still work.
 #[test]
-fn handlers_that_print_without_end_hold_up_nobody() {
+fn endless_output_blocks_no_other_job_and_no_signal() {
     let server = Server::start();
     let settings = "kill_grace = '200ms'\n[handlers.quick]\nexec = 'true'";
     let script = "trap '' TERM; echo $$ >> $DIR/pids; exec cat /dev/zero >&2";

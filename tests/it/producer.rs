@@ -120,7 +120,7 @@ fn the_waits_grow_until_a_connection_and_then_start_again() {
 }
 
 #[test]
-fn a_stream_that_breaks_is_opened_again_and_its_jobs_come_again() {
+fn a_broken_stream_is_opened_again_and_takes_new_jobs() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let daemon = Daemon::of(&proxy).args(QUICK).sh("echo $ZIZQ_JOB_ID >> $DIR/ids").start();

@@ -363,7 +363,7 @@ async fn bulk_success_acknowledges_what_it_can_and_names_the_rest() {
 }
 
 #[tokio::test]
-async fn a_failed_job_comes_back_with_one_attempt_more() {
+async fn a_failed_job_is_redelivered_with_one_attempt_more() {
     let backoff = Backoff { base: Duration::ZERO, exponent: 0.0, jitter: Duration::ZERO };
     let server = Server::with(Options { backoff, ..Options::default() }).await;
     let id = server.enqueue_in("q", "1", r#","backoff":{"exponent":-60,"base_ms":30,"jitter_ms":0}"#);

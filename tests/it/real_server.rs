@@ -36,7 +36,7 @@ fn real_server() -> Api {
     Api::new(std::env::var("ZIZQ_URL").expect("ZIZQ_URL names the server").trim_end_matches('/'))
 }
 
-/// A queue that nobody else uses.
+/// A queue of this test alone.
 struct Queue<'a> {
     server: &'a Api,
     name: String,
@@ -62,7 +62,7 @@ impl<'a> Queue<'a> {
 
 impl Drop for Queue<'_> {
     fn drop(&mut self) {
-        // What a test leaves behind would only be in the next one's way.
+        // Leftover jobs would disturb later tests.
         let name = self.name.replace(' ', "%20").replace('/', "%2F").replace('ü', "%C3%BC");
         if !std::thread::panicking() {
             self.server.call("DELETE", &format!("/jobs?queue={name}"), None);
@@ -173,7 +173,7 @@ fn a_kill_leaves_the_attempts_unchanged(server: &Api) {
     daemon.assert_exit(1);
     assert_eq!(server.wait_for_status(&id, "ready")["attempts"], 0);
     assert_eq!(server.errors(&id), Vec::<Value>::new());
-    // Whoever comes next gets it.
+    // The next worker gets the job.
     let daemon = queue.daemon("echo $ZIZQ_JOB_ATTEMPTS > $DIR/attempts").start();
     server.wait_until_done(&id);
     assert_eq!(drained(daemon).read("attempts"), "0\n");

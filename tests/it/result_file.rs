@@ -184,7 +184,7 @@ fn a_result_file_of_more_than_1_mib_is_ignored() {
 }
 
 #[test]
-fn what_is_no_regular_file_is_ignored_and_holds_up_nothing() {
+fn a_result_file_that_is_not_regular_is_ignored_without_delay() {
     assert_ignored("mkfifo $ZIZQ_RESULT_FILE", "not a regular file");
     assert_ignored("mkdir -p $ZIZQ_RESULT_FILE/a/b; echo > $ZIZQ_RESULT_FILE/a/file", "not a regular file");
     assert_ignored("echo '{\"kill\":true}' > $DIR/real; ln -s $DIR/real $ZIZQ_RESULT_FILE", "cannot be opened");

@@ -86,7 +86,7 @@ pub(super) struct Member {
 pub(super) struct Work {
     pub(super) state: ProcessState,
     pub(super) job: Option<JobId>,
-    /// The span of output now.
+    /// The span for output that arrives now: the job's, or the process's between jobs.
     span: Span,
     /// The end of the job's stderr.
     tail: Tail,
@@ -157,7 +157,8 @@ impl Member {
         }
     }
 
-    /// Returns the CPU time used before the next job. A job that follows at once needs no system call for it.
+    /// Returns the process's CPU time at the start of a job. Reuses the value read after the previous job if it is recent, which
+    /// saves a system call.
     pub(super) fn cpu_time_before_job(&self) -> Option<Duration> {
         let known = self.work().cpu.filter(|(read, _)| read.elapsed() < CPU_AGE);
         known.map(|(_, cpu)| cpu).or_else(|| self.resident.upgrade()?.cpu_time())

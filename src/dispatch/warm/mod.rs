@@ -52,7 +52,7 @@ pub(super) struct Pool {
     handler: Handler,
     settings: handler::Pool,
     processes: Arc<Processes>,
-    /// The places for jobs: each has a process, or may start one.
+    /// The places for jobs. A job with a place has a process, or may start one.
     jobs: Places,
     /// The slots for processes, each held until its process has ended.
     slots: Places,

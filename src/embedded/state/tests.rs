@@ -266,7 +266,7 @@ fn a_deleted_job_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_unique_key_turns_a_second_job_away_while_the_first_is_queued() {
+fn a_unique_key_admits_no_second_job_while_the_first_is_queued() {
     let mut state = state();
     let first = enqueue(&mut state, r#","unique_key":"k""#);
     assert_eq!(enqueue(&mut state, r#","unique_key":"k""#), first);

@@ -42,9 +42,9 @@ struct State {
     hosts: BTreeMap<&'static str, Server>,
     links: Vec<Arc<Link>>,
     made: u64,
-    /// The latency of the next connections. `None` draws it.
+    /// The latency of the next connections. Random if `None`.
     latency: Option<Duration>,
-    /// The duration of the next connects. `None` draws it.
+    /// The time that the next connections take to open. Random if `None`.
     opening: Option<Duration>,
     /// The probability of a fault on a connection.
     trouble: f64,

@@ -96,7 +96,7 @@ fn bad(ms: u64) -> Script {
 }
 
 /// Starts a job whose stream is then lost, and enqueues more urgent jobs.
-async fn run_one_that_does_not_come_again(world: &World, life: &Life) -> String {
+async fn run_one_that_is_not_redelivered_soon(world: &World, life: &Life) -> String {
     let id = world.put(1, Script::good(5000));
     world.within(1, "its start", || !life.running().is_empty()).await;
     sleep(seconds(1)).await;
@@ -108,10 +108,10 @@ async fn run_one_that_does_not_come_again(world: &World, life: &Life) -> String 
 }
 
 #[test]
-fn a_bounded_run_ends_though_its_last_job_does_not_come_again() {
+fn a_bounded_run_ends_though_its_last_job_is_not_redelivered() {
     scene(async |world| {
         let mut life = start(world, WorkerConfig { max_jobs: NonZeroU64::new(1), ..settings() });
-        run_one_that_does_not_come_again(world, &life).await;
+        run_one_that_is_not_redelivered_soon(world, &life).await;
         life.ends_within(seconds(60), "bounded run").await;
     });
 }

@@ -61,7 +61,7 @@ pub struct NewJob {
     pub queue: String,
     /// The priority. 0 is the most urgent.
     pub priority: u32,
-    /// The number of failed attempts after which the job is dead.
+    /// The number of retries. The next failure makes the job dead.
     pub retry_limit: u32,
     /// The defect of the job's line, for a malformed job.
     pub malformed: Option<Malformed>,
