@@ -24,7 +24,8 @@
 //! | … | Denied | Withheld, Past, InFlight, Waiting | Anew | Send |
 //! | … | Denied | Withheld, Past, InFlight, Waiting | Same, Lost | Park |
 //! | Success | Kept, KeptElsewhere | InFlight, Past | … | Send |
-//! | Failure | KeptElsewhere | InFlight | … | Settle |
+//! | Failure | Kept, KeptElsewhere | InFlight | Same, Anew | Send |
+//! | Failure | KeptElsewhere | InFlight | Lost | Settle |
 //! | … | Kept, KeptElsewhere | … | … | Park |
 //!
 //! A success counts wherever its job is in flight, for any attempt. A failure costs the job an attempt, and the server identifies
@@ -134,6 +135,9 @@ pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
         (Answer::InDoubt, Kind::Failure) => fate_in_doubt(told, hold),
         (Answer::Denied, _) => fate_of_denied(told, hold),
         (Answer::Kept | Answer::KeptElsewhere, Kind::Success) if matches!(told, Told::InFlight | Told::Past) => {
+            Step::Send
+        }
+        (Answer::Kept | Answer::KeptElsewhere, Kind::Failure) if told == Told::InFlight && hold != Hold::Lost => {
             Step::Send
         }
         (Answer::KeptElsewhere, Kind::Failure) if told == Told::InFlight => Step::Settle,

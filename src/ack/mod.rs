@@ -101,13 +101,13 @@ impl AckProcessor {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
         let closing = CancellationToken::new();
+        let queue = AckQueue { places: Places::new(capacity), successes, failures, metrics };
         let tasks = [
             tokio::spawn(reporter.clone().report_successes(success_queue, closing.clone())),
             tokio::spawn(reporter.clone().report_failures(failure_queue, closing.clone())),
-            tokio::spawn(reporter.clone().watch_parked(closing.clone())),
+            tokio::spawn(reporter.clone().watch_parked(queue.clone(), closing.clone())),
         ];
         let tasks = tasks.map(AbortOnDropHandle::new);
-        let queue = AckQueue { places: Places::new(capacity), successes, failures, metrics };
         (Self { tasks, closing, reporter }, queue)
     }
 

@@ -4,25 +4,25 @@ use std::collections::BTreeSet;
 
 use tokio_util::sync::CancellationToken;
 
-use super::Reporter;
+use super::{AckQueue, Reporter, Urgency};
 use crate::backoff::Waits;
-use crate::fate::{Answer, Hold, Step, Told, fate};
+use crate::fate::{Answer, Kind, Step, Told, fate};
 use crate::job::JobId;
 use crate::ledger::Parked;
 use crate::lifecycle::Phase;
 
 impl Reporter {
     /// Looks at parked outcomes, with growing waits, until the queue closes or the worker is killed.
-    pub(super) async fn watch_parked(self, closing: CancellationToken) {
+    pub(super) async fn watch_parked(self, acks: AckQueue, closing: CancellationToken) {
         tokio::select! {
             biased;
             () = closing.cancelled() => {}
             () = self.lifecycle.reached(Phase::Killing) => {}
-            () = self.look_repeatedly() => {}
+            () = self.look_repeatedly(&acks) => {}
         }
     }
 
-    async fn look_repeatedly(&self) {
+    async fn look_repeatedly(&self, acks: &AckQueue) {
         let mut parkings = self.ledger.parkings();
         loop {
             // The wait fails only once the ledger is gone, and `self` holds the ledger.
@@ -30,7 +30,7 @@ impl Reporter {
             let (mut waits, mut elsewhere) = (self.backoff.waits(), BTreeSet::new());
             while !self.ledger.parked().is_empty() {
                 self.wait_for_next_look(&mut waits).await;
-                elsewhere = self.look_at_all(&elsewhere).await;
+                elsewhere = self.look_at_all(acks, &elsewhere).await;
             }
         }
     }
@@ -50,14 +50,14 @@ impl Reporter {
 
     /// Looks at each parked outcome once. `elsewhere` are the jobs that the look before found in flight. Returns the jobs that
     /// this look finds in flight.
-    async fn look_at_all(&self, elsewhere: &BTreeSet<JobId>) -> BTreeSet<JobId> {
+    async fn look_at_all(&self, acks: &AckQueue, elsewhere: &BTreeSet<JobId>) -> BTreeSet<JobId> {
         let (mut in_flight, mut unreachable) = (BTreeSet::new(), Vec::new());
         for parked in self.ledger.parked() {
             let server = parked.client.url().to_string();
             if unreachable.contains(&server) {
                 continue;
             }
-            match self.look_at(&parked, elsewhere.contains(&parked.attempt.id)).await {
+            match self.look_at(acks, &parked, elsewhere.contains(&parked.attempt.id)).await {
                 Told::InFlight => drop(in_flight.insert(parked.attempt.id)),
                 Told::Unreachable => unreachable.push(server),
                 _ => {}
@@ -66,14 +66,20 @@ impl Reporter {
         in_flight
     }
 
-    async fn look_at(&self, parked: &Parked, was_in_flight: bool) -> Told {
-        let Parked { attempt, kind, client } = parked;
+    async fn look_at(&self, acks: &AckQueue, parked: &Parked, was_in_flight: bool) -> Told {
+        let Parked { attempt, kind, hold, client } = parked;
         let is_given_up = was_in_flight && self.lifecycle.phase() >= Phase::Draining;
         let answer = if is_given_up { Answer::KeptElsewhere } else { Answer::Kept };
         let (told, _) = self.ask(client, attempt, *kind).await;
-        let is_settled = match fate(*kind, answer, told, Hold::Lost) {
+        let is_settled = match fate(*kind, answer, told, *hold) {
             Step::Settle => true,
-            Step::Send => self.report_parked(client, attempt).await,
+            Step::Send if *kind == Kind::Success => self.report_parked(client, attempt).await,
+            Step::Send => {
+                if let Some(report) = self.ledger.reclaim(attempt) {
+                    acks.report(attempt.clone(), report, Urgency::Now).await;
+                }
+                false
+            }
             Step::Ask | Step::Retry | Step::Park | Step::Release | Step::Drop => false,
         };
         if is_settled {

@@ -41,6 +41,8 @@ pub(super) struct LedgerEntry {
     pub(super) is_held: bool,
     /// The stream that delivered the job before `stream` did. The earlier stream holds the job if the later line was stale.
     pub(super) earlier: Option<StreamId>,
+    /// Whether the server may hold the job over `stream` although its outcome is parked.
+    pub(super) is_released: bool,
     pub(super) state: EntryState,
 }
 

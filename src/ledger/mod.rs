@@ -101,6 +101,8 @@ pub(crate) struct Unheld {
 pub(crate) struct Parked {
     pub(crate) attempt: Attempt,
     pub(crate) kind: Kind,
+    /// `Same` if the job is released, and its stream still open.
+    pub(crate) hold: Hold,
     pub(crate) client: Arc<Client>,
 }
 
@@ -163,7 +165,7 @@ impl Ledger {
         by_id.retain(|_, entry| {
             let is_of_stream = entry.stream == stream;
             if is_of_stream {
-                entry.is_held = false;
+                (entry.is_held, entry.is_released) = (false, false);
                 let earlier = entry.earlier.take().filter(|earlier| open.contains(earlier));
                 match (earlier, &entry.state) {
                     // The stream's line was stale, and replaced the one that waited. That place is lost until its stream closes.
@@ -200,6 +202,7 @@ impl Ledger {
             source: Arc::clone(source),
             is_held: true,
             earlier: None,
+            is_released: false,
             state: EntryState::Waiting,
         };
         let before = entries.by_id.len();
@@ -360,6 +363,7 @@ impl Ledger {
             return Some(report);
         }
         if entry.is_held && may_be_held {
+            entry.is_released = true;
             *lost_places.entry(entry.stream).or_default() += 1;
             self.place_lost.send_replace(());
         }
@@ -377,11 +381,31 @@ impl Ledger {
             Some(entry @ LedgerEntry { attempts, state: EntryState::Parked(report), .. }) => Some(Parked {
                 attempt: Attempt { id: id.clone(), attempts: *attempts },
                 kind: Kind::of(report),
+                hold: if entry.is_released { Hold::Same } else { Hold::Lost },
                 client: entries.server_of(entry),
             }),
             _ => None,
         });
         parked.collect()
+    }
+
+    /// Returns the outcome of a released job that the server still holds over its stream, to be reported.
+    pub(crate) fn reclaim(&self, attempt: &Attempt) -> Option<Report> {
+        let mut entries = self.entries();
+        let entry = entries.ended(attempt).filter(|entry| entry.is_released)?;
+        let EntryState::Parked(report) = &entry.state else { return None };
+        let (report, stream) = (report.clone(), entry.stream);
+        (entry.is_held, entry.is_released) = (true, false);
+        entry.state = EntryState::Reporting(Kind::of(&report));
+        entries.kept.retain(|kept| kept != &attempt.id);
+        if let Some(lost) = entries.lost_places.get_mut(&stream) {
+            *lost -= 1;
+            if *lost == 0 {
+                entries.lost_places.remove(&stream);
+            }
+        }
+        self.moved.send_replace(());
+        Some(report)
     }
 
     /// Returns the jobs that run or have ended here, are not settled, and are held by no stream.

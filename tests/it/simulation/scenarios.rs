@@ -380,3 +380,15 @@ fn a_job_redelivered_after_its_report_runs_once() {
 fn a_report_is_remembered_while_another_stream_is_on_its_way() {
     seed(408_712);
 }
+
+#[test]
+fn a_released_failure_leaves_once_looks_are_answered() {
+    seed(51_287);
+    seed(53_652);
+}
+
+#[test]
+fn a_later_attempt_ends_the_hold_of_the_stream_before() {
+    seed(51_489);
+    seed(52_278);
+}
