@@ -130,16 +130,16 @@ impl Brake {
 
     /// Runs `spawn` as soon as this handler may be started. `fault` is the error of the previous start, if it failed. While
     /// starts fail, each holds up the next one until its program runs, cannot run, or its time is up. `cut_short` ends every
-    /// wait. A process that exists by then is returned all the same, since it may run already.
+    /// wait. A process that exists by then is returned all the same, since it may run already, with the reason.
     pub(super) async fn start<T: Begin, C>(
         &self,
         fault: Option<io::Error>,
         cut_short: impl Future<Output = C>,
         spawn: impl Fn() -> io::Result<T>,
-    ) -> Result<T, NotStarted<C>> {
+    ) -> Result<(T, Option<C>), NotStarted<C>> {
         let fault = match fault {
             None if !self.is_engaged() => match spawn() {
-                Ok(started) => return Ok(started),
+                Ok(started) => return Ok((started, None)),
                 Err(error) => Some(error),
             },
             fault => fault,
@@ -183,7 +183,7 @@ impl Brake {
     }
 
     /// Notes the result of a turn.
-    fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<T, NotStarted<C>> {
+    fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<(T, Option<C>), NotStarted<C>> {
         match tried {
             StartEnd::Runs(started) => {
                 match self.proof {
@@ -193,9 +193,13 @@ impl Brake {
                         self.pause();
                     }
                 }
-                Ok(started)
+                Ok((started, None))
             }
-            StartEnd::MayRun(started) => Ok(started),
+            StartEnd::MayRun(started, why) => {
+                // Otherwise the next start would not wait for the result of this one.
+                self.pause();
+                Ok((started, why))
+            }
             StartEnd::CutShort(why) => Err(NotStarted::CutShort(why)),
             StartEnd::Failed(error) => {
                 if !self.is_the_jobs_own(&error) {
@@ -213,11 +217,22 @@ impl Brake {
         }
     }
 
-    /// Notes that a process has ended before it has shown that the handler works. Of processes that ran side by side, only the
-    /// first counts, otherwise their crashes together would make the pause the longest.
+    /// Notes that a process, started at that time, did not connect, and that no job has waited for that.
+    pub(super) fn failed_since(&self, started: Instant, error: &io::Error) {
+        if !self.has_failed_since(started) {
+            self.failed(error);
+        }
+    }
+
+    /// Reports whether a failure has been counted since a process was started. Of processes that ran side by side, only the first
+    /// failure counts, otherwise all of them together would make the pause the longest.
+    fn has_failed_since(&self, started: Instant) -> bool {
+        self.pace().failed_at.is_some_and(|failed_at| started <= failed_at)
+    }
+
+    /// Notes that a process has ended before it has shown that the handler works.
     pub(super) fn crashed(&self, started: Instant, error: &str) {
-        let is_counted = self.pace().failed_at.is_some_and(|failed_at| started <= failed_at);
-        if !is_counted && self.count_failure(true, error.to_owned()) {
+        if !self.has_failed_since(started) && self.count_failure(true, error.to_owned()) {
             error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
         }
     }
@@ -239,9 +254,14 @@ impl Brake {
         pace.not_before = (!pace.delay.is_zero()).then(|| Instant::now() + pace.delay);
     }
 
-    /// Notes that a process has done a job. A process from before the last failure does not show that another one can be started.
+    /// Notes that a process has done a job. A process from before the last failure does not show that another one can be started,
+    /// but it does the work, and no start has been needed for a long time.
     pub(super) fn proven(&self, started: Instant) {
-        if self.is_engaged() && self.pace().failed_at.is_none_or(|failed_at| started > failed_at) {
+        if !self.is_engaged() {
+            return;
+        }
+        let is_old = self.pace().not_before.is_none_or(|not_before| not_before.elapsed() > LONGEST_DELAY);
+        if is_old || !self.has_failed_since(started) {
             self.release();
         }
     }
@@ -259,8 +279,8 @@ impl Brake {
 /// The end of one turn.
 enum StartEnd<T, C> {
     Runs(T),
-    /// A process exists, and the wait for its program was cut short.
-    MayRun(T),
+    /// A process exists, and the wait for its program was cut short, for this reason if not by the job's timeout.
+    MayRun(T, Option<C>),
     CutShort(C),
     Failed(io::Error),
 }
@@ -280,8 +300,8 @@ async fn start_patiently<T: Begin, C>(
                     Ok(()) => return StartEnd::Runs(started),
                     Err(error) => error,
                 },
-                _ = &mut cut_short => return StartEnd::MayRun(started),
-                () = started.overdue() => return StartEnd::MayRun(started),
+                why = &mut cut_short => return StartEnd::MayRun(started, Some(why)),
+                () = started.overdue() => return StartEnd::MayRun(started, None),
             },
             Err(error) => error,
         };
@@ -351,7 +371,7 @@ mod tests {
     }
 
     async fn start(brake: &Brake, fault: Option<Errno>, spawn: impl Fn() -> io::Result<Fake>) -> Result<Fake> {
-        brake.start(fault.map(Into::into), pending(), spawn).await
+        brake.start(fault.map(Into::into), pending(), spawn).await.map(|(started, _)| started)
     }
 
     /// Makes a start that fails, and returns the time it took.

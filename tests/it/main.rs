@@ -60,4 +60,5 @@ mod warm;
 mod warm_faults;
 mod warm_handlers;
 mod warm_life;
+mod warm_starts;
 mod warm_stop;

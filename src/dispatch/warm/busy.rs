@@ -22,6 +22,9 @@ use crate::process::{ResourceUsage, Signal, Tail, Termination};
 /// Time limit for a process to exit after it has closed its connection during a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
 
+/// Time from the sending of a job within which a process that leaves it unread has not begun it.
+const UNREAD_LIMIT: Duration = Duration::from_secs(1);
+
 /// A process with a job.
 pub(in crate::dispatch) struct Busy {
     pub(super) pool: Arc<Pool>,
@@ -44,8 +47,9 @@ pub(in crate::dispatch) enum HandlerHealth {
     Works,
     /// The job failed without a reply, and no job of the handler has succeeded since the process started.
     Crashed(String),
-    /// An idle process ended before it read the job. The job has not begun.
-    JobUnread,
+    /// A process ended before it read the whole job, so the job has not begun. If that was the process's first job, the reason
+    /// counts like that of a failed start.
+    JobUnread(Option<String>),
     /// No evidence.
     Unknown,
 }
@@ -69,10 +73,15 @@ impl Busy {
         if let ExchangeEnd::Replied(reply) = end {
             return (self.finish_with_reply(wire, reply, cpu_before), HandlerHealth::Works);
         }
-        let is_unread = matches!(end, ExchangeEnd::NoReply(NoReply::Unread)) && self.member.work().jobs > 0;
+        // A process that works on a job may have left the newline unread.
+        let is_unread = matches!(end, ExchangeEnd::NoReply(NoReply::Unread)) && since.elapsed() < UNREAD_LIMIT;
+        let was_new = self.member.work().jobs == 0;
         let ended = self.finish_without_reply(wire, end, sent, cpu_before, lifecycle).await;
-        if is_unread && ended.outcome != Outcome::Interrupted {
-            return (ended, HandlerHealth::JobUnread);
+        if let Outcome::Failure(failure) = &ended.outcome
+            && is_unread
+        {
+            let why = was_new.then(|| failure.message.clone());
+            return (ended, HandlerHealth::JobUnread(why));
         }
         let is_crash = !self.pool.has_worked_since(&self.member) && matches!(ended.outcome, Outcome::Failure(_));
         let health = match &ended.outcome {
@@ -137,12 +146,11 @@ impl Busy {
         match self.pool.reason_to_recycle(&self.member, reply.is_last) {
             Some(reason) => self.pool.retire(&self.member, reason, Stop::Retire),
             None => {
-                self.pool.idle().push(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
+                self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
                 // The process may have ended since its reply. Its keeper then no longer removes it from the idle list.
                 if self.member.has_ended() {
                     self.pool.remove_idle(&self.member);
                 }
-                self.pool.returned.notify_waiters();
             }
         }
         Ended { outcome, exit: None, usage, took: Took::Dispatch }

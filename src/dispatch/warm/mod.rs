@@ -1,7 +1,8 @@
 //! [`Pool`]: the processes of a warm handler. Each connects to a socket of its own and runs one job after another.
 //!
 //! There are as many places for jobs as processes are allowed. A job waits for a place. Then it takes the most recently
-//! used idle process, or starts one. A process keeps its slot until it is seen dead, so the limit is never exceeded.
+//! used idle process. If there is none, the job joins the line for the next idle one, and starts one if there is a free slot.
+//! A process keeps its slot until it is seen dead, so the limit is never exceeded.
 //!
 //! | a process is | from | until |
 //! | --- | --- | --- |
@@ -11,6 +12,7 @@
 //! | ending | it is retired, terminated or killed; or it exits | it is reaped, and the rest of its group has ended |
 
 mod busy;
+mod line;
 mod member;
 mod processes;
 mod starting;
@@ -24,20 +26,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
-use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use super::brake::Begin;
 use crate::handler::{self, Handler};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::{Place, Places};
 use crate::process::Resident;
 pub(super) use busy::{Busy, HandlerHealth};
+use line::Waiting;
+pub(super) use line::{Idle, InLine};
 use member::{End, Member, MemberConfig, ProcessState, Stop, spawn_keeper};
 pub(super) use processes::Processes;
 use starting::Socket;
 pub(super) use starting::{StartError, Starting};
-use wire::Wire;
 
 /// Idle time after which a process is retired in a drain. A drain still starts the jobs taken before it.
 const IDLE_IN_DRAIN: Duration = Duration::from_secs(1);
@@ -56,9 +59,7 @@ pub(super) struct Pool {
     jobs: Places,
     /// The slots for processes, each held until its process has ended.
     slots: Places,
-    idle: Mutex<Vec<Idle>>,
-    /// Notified when a process becomes idle.
-    returned: Notify,
+    waiting: Mutex<Waiting>,
     /// The number of reloads.
     generation: AtomicU64,
     /// The reasons of ended processes that have no replacement yet. Each becomes the reason of a start.
@@ -68,13 +69,6 @@ pub(super) struct Pool {
     is_short_of_processes: AtomicBool,
     /// The time of the last success.
     last_success: Mutex<Option<Instant>>,
-}
-
-#[derive(Debug)]
-struct Idle {
-    member: Arc<Member>,
-    wire: Wire,
-    since: Instant,
 }
 
 impl Pool {
@@ -97,8 +91,7 @@ impl Pool {
             processes: Arc::clone(processes),
             jobs: Places::new(max),
             slots,
-            idle: Mutex::default(),
-            returned: Notify::new(),
+            waiting: Mutex::default(),
             generation: AtomicU64::new(0),
             vacancies: Mutex::default(),
             has_warned: AtomicBool::new(false),
@@ -107,8 +100,8 @@ impl Pool {
         })
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn last_success(&self) -> MutexGuard<'_, Option<Instant>> {
@@ -130,49 +123,73 @@ impl Pool {
         Arc::new(self.slots.take().await)
     }
 
-    /// Waits for an idle process, or for a slot to start one in.
-    pub(super) async fn process_or_slot(self: &Arc<Self>, place: Place) -> Result<Busy, (Place, Arc<Place>)> {
+    /// Takes the most recently used idle process, so that under a light load the others reach their idle timeout. If none is
+    /// idle, joins the line for the next one.
+    pub(super) fn take_idle(self: &Arc<Self>) -> Result<Idle, InLine> {
         loop {
-            let returned = self.returned.notified();
-            if let Some(Idle { member, wire, .. }) = self.take_idle() {
-                return Ok(Busy { pool: Arc::clone(self), member, wire: Some(wire), _place: place });
-            }
-            tokio::select! {
-                biased;
-                slot = self.slot() => return Err((place, slot)),
-                () = returned => {}
+            let taken = self.waiting().take(self);
+            match taken {
+                Ok(idle) => {
+                    if let Some(idle) = self.usable(idle) {
+                        return Ok(idle);
+                    }
+                }
+                Err(in_line) => return Err(in_line),
             }
         }
     }
 
-    /// Waits until a process is idle.
-    pub(super) async fn idle_process_appears(&self) {
-        loop {
-            let returned = self.returned.notified();
-            if !self.idle().is_empty() {
-                return;
-            }
-            returned.await;
+    /// Returns the process if it can take a job. A process that cannot is ended.
+    fn usable(&self, mut idle: Idle) -> Option<Idle> {
+        if idle.member.has_ended() {
+            return None;
         }
-    }
-
-    /// Reports whether a process has a job or can take one.
-    pub(super) fn is_any_at_work(&self) -> bool {
-        self.count(|state| matches!(state, ProcessState::Idle | ProcessState::Busy)) > 0
-    }
-
-    /// Takes the most recently used idle process, so that under a light load the others reach their idle timeout.
-    fn take_idle(&self) -> Option<Idle> {
-        loop {
-            let mut idle = self.idle().pop()?;
-            if idle.member.has_ended() {
-                continue;
-            }
-            if idle.wire.is_idle() {
-                return Some(idle);
-            }
+        if !idle.wire.is_idle() {
             self.retire_hung_up(&idle.member);
+            return None;
         }
+        Some(idle)
+    }
+
+    /// Hands an idle process to the job that has waited for the longest time, or keeps it among the idle ones.
+    fn give(&self, idle: Idle) {
+        self.waiting().give(idle);
+    }
+
+    /// Hands an idle process to a job.
+    pub(super) fn busy(self: &Arc<Self>, idle: Idle, place: Place) -> Busy {
+        let Idle { member, wire, .. } = idle;
+        Busy { pool: Arc::clone(self), member, wire: Some(wire), _place: place }
+    }
+
+    /// Leaves a starting process to itself. Once it connects, another job can have it. Otherwise `failed` gets the error, unless
+    /// the worker's stop has ended the process.
+    pub(super) fn adopt(
+        &self,
+        starting: Starting,
+        lifecycle: &Lifecycle,
+        failed: impl FnOnce(&io::Error) + Send + 'static,
+    ) {
+        let lifecycle = lifecycle.clone();
+        self.processes.tasks.spawn(async move {
+            match starting.begun().await {
+                Ok(()) => starting.give(),
+                Err(error) if lifecycle.phase() < Phase::Draining => failed(&error),
+                Err(_) => {}
+            }
+        });
+    }
+
+    /// Reports whether a process has a job or can take one, and will take another one after that.
+    pub(super) fn is_any_at_work(&self) -> bool {
+        let generation = self.generation.load(Ordering::Relaxed);
+        let remains = |member: &Member| {
+            let work = member.work();
+            let has_jobs_left = member.max_jobs.is_none_or(|max| work.jobs + 1 < max);
+            let works = matches!(work.state, ProcessState::Idle | ProcessState::Busy);
+            works && has_jobs_left && member.generation == generation
+        };
+        self.count(remains) > 0
     }
 
     /// Ends an idle process that closed its connection or sent a line without a job. No job is affected.
@@ -185,11 +202,9 @@ impl Pool {
         self.retire(member, HANG_UP, Stop::Terminate);
     }
 
-    /// Removes a process from the idle ones. Returns `None` if it is not idle.
-    fn remove_idle(&self, member: &Member) -> Option<Idle> {
-        let mut idle = self.idle();
-        let at = idle.iter().position(|idle| idle.member.number == member.number)?;
-        Some(idle.remove(at))
+    /// Removes a process from the idle ones, if it is one.
+    fn remove_idle(&self, member: &Member) {
+        self.waiting().idle.retain(|idle| idle.member.number != member.number);
     }
 
     /// Ends a process. The reason is also recorded for the start of its replacement.
@@ -210,14 +225,14 @@ impl Pool {
     /// Ends each process as soon as it is idle. Their replacements run the handler's new code.
     pub(super) fn renew(&self) {
         self.generation.fetch_add(1, Ordering::Relaxed);
-        let idle = std::mem::take(&mut *self.idle());
+        let idle = std::mem::take(&mut self.waiting().idle);
         idle.iter().for_each(|idle| self.retire(&idle.member, "reload", Stop::Retire));
     }
 
     /// Ends a process if it is idle and has a reason to end. Otherwise its position among the idle ones stays.
     fn check_idle(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
         let reason = {
-            let mut all = self.idle();
+            let all = &mut self.waiting().idle;
             let Some(at) = all.iter().position(|idle| idle.member.number == member.number) else { return };
             let reason = self.reason_to_end(&mut all[at], lifecycle);
             if reason.is_some() {
@@ -263,13 +278,13 @@ impl Pool {
 
     /// Counts the processes that are not ending.
     fn remaining(&self) -> usize {
-        self.count(|state| state != ProcessState::Ending)
+        self.count(|member| member.work().state != ProcessState::Ending)
     }
 
-    fn count(&self, counts: impl Fn(ProcessState) -> bool) -> usize {
+    fn count(&self, counts: impl Fn(&Member) -> bool) -> usize {
         let members = self.processes.members();
         let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
-        own.filter(|(_, member)| counts(member.work().state)).count()
+        own.filter(|(_, member)| counts(member)).count()
     }
 
     /// Records the end of a process. If it had not connected, the failed start is logged by its caller.

@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
+use tokio::time::Instant;
 
 use super::member::{End, Member, ProcessState, Stop};
 use super::wire::Wire;
-use super::{Busy, Pool};
+use super::{Busy, Idle, Pool};
 use crate::dispatch::brake::Begin;
 use crate::dispatch::outcome;
 use crate::places::Place;
@@ -43,6 +44,18 @@ impl Starting {
 }
 
 impl Starting {
+    /// Lets any job have the connected process.
+    pub(super) fn give(self) {
+        if let Some(wire) = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
+        }
+    }
+
+    /// Returns the time of the start.
+    pub(in crate::dispatch) fn started(&self) -> Instant {
+        self.member.started
+    }
+
     /// Ends the connected process. Returns the time from its start until now.
     pub(in crate::dispatch) async fn end(self) -> Duration {
         let took = self.member.started.elapsed();
@@ -81,7 +94,8 @@ impl Begin for Starting {
                 self.member.stop(Stop::Kill);
                 self.member.ended().await;
                 let limit = humantime::format_duration(limit);
-                Err(StartError::of(format!("did not connect to ZIZQ_SOCKET within {limit}"), self.member.last_line()))
+                let what = format!("did not connect to ZIZQ_SOCKET within {limit}");
+                Err(StartError::of(what, &self.member))
             }
         }
     }
@@ -102,27 +116,35 @@ impl Starting {
             Err(error) => format!("ended before it connected to ZIZQ_SOCKET: {error}"),
             Ok((status, _)) => format!("{} before it connected to ZIZQ_SOCKET", outcome::in_words(*status)),
         };
-        StartError::of(what, self.member.last_line())
+        StartError::of(what, &self.member)
     }
 }
 
 /// The reason why a process did not connect.
 #[derive(Debug)]
-pub(in crate::dispatch) struct StartError(String);
+pub(in crate::dispatch) struct StartError {
+    text: String,
+    started: Instant,
+}
 
 impl StartError {
-    fn of(what: String, last_line: Option<String>) -> io::Error {
-        let text = match last_line {
+    fn of(what: String, member: &Member) -> io::Error {
+        let text = match member.last_line() {
             Some(line) => format!("{what}: {line}"),
             None => what,
         };
-        io::Error::other(Self(text))
+        io::Error::other(Self { text, started: member.started })
+    }
+
+    /// Returns the time of the process's start.
+    pub(in crate::dispatch) fn started(&self) -> Instant {
+        self.started
     }
 }
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 

@@ -1,0 +1,97 @@
+//! [`Waiting`]: the idle processes of a pool, or the line of jobs that wait for one. There are never both.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::sync::oneshot::{self, Receiver, Sender};
+use tokio::time::Instant;
+
+use super::Pool;
+use super::member::Member;
+use super::wire::Wire;
+
+/// A process without a job.
+#[derive(Debug)]
+pub(in crate::dispatch) struct Idle {
+    pub(super) member: Arc<Member>,
+    pub(super) wire: Wire,
+    pub(super) since: Instant,
+}
+
+/// The idle processes, or the jobs that wait for one.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    /// The idle processes, the most recently used one last.
+    pub(super) idle: Vec<Idle>,
+    /// The jobs, in the order of their arrival. A job that has left the line has closed its channel.
+    line: VecDeque<Sender<Idle>>,
+}
+
+impl Waiting {
+    /// Takes an idle process, or joins the line.
+    pub(super) fn take(&mut self, pool: &Arc<Pool>) -> Result<Idle, InLine> {
+        self.idle.pop().ok_or_else(|| {
+            let (sender, receiver) = oneshot::channel();
+            self.line.retain(|waiting| !waiting.is_closed());
+            self.line.push_back(sender);
+            InLine { pool: Arc::clone(pool), receiver }
+        })
+    }
+
+    /// Hands an idle process to the first job in the line, so that no later job can overtake.
+    pub(super) fn give(&mut self, mut idle: Idle) {
+        while let Some(first) = self.line.pop_front() {
+            match first.send(idle) {
+                Ok(()) => return,
+                Err(refused) => idle = refused,
+            }
+        }
+        self.idle.push(idle);
+    }
+}
+
+/// A job's place in the line. Resolves to an idle process. If dropped, a process that was handed over goes to the next job.
+#[derive(Debug)]
+pub(in crate::dispatch) struct InLine {
+    pool: Arc<Pool>,
+    receiver: Receiver<Idle>,
+}
+
+impl Future for InLine {
+    type Output = Idle;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Idle> {
+        match Pin::new(&mut self.receiver).poll(context) {
+            Poll::Ready(Ok(idle)) => match self.pool.usable(idle) {
+                Some(idle) => Poll::Ready(idle),
+                None => self.join_again(context),
+            },
+            // The pool holds the sender until it sends.
+            Poll::Ready(Err(_)) | Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl InLine {
+    fn join_again(&mut self, context: &mut Context<'_>) -> Poll<Idle> {
+        let pool = Arc::clone(&self.pool);
+        match pool.take_idle() {
+            Ok(idle) => Poll::Ready(idle),
+            Err(mut again) => {
+                std::mem::swap(&mut self.receiver, &mut again.receiver);
+                Pin::new(self).poll(context)
+            }
+        }
+    }
+}
+
+impl Drop for InLine {
+    fn drop(&mut self) {
+        self.receiver.close();
+        if let Ok(idle) = self.receiver.try_recv() {
+            self.pool.give(idle);
+        }
+    }
+}
