@@ -119,7 +119,12 @@ async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), Che
 /// Returns a dispatcher like that of a start, with its directory for result files.
 fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
     let worker_id = config.worker.worker_id.to_string();
-    let made = ExecDispatcher::new(config.handlers.clone(), 1, worker_id, &std::env::temp_dir());
+    let made = ExecDispatcher::new(
+        config.handlers.clone(),
+        config.worker.concurrency().get(),
+        worker_id,
+        &std::env::temp_dir(),
+    );
     made.map_err(|error| CheckError::Mistake(ConfigError::no_room_for_results(&error)))
 }
 

@@ -130,6 +130,16 @@ impl Handlers {
         self.routes.values().chain(&self.default).any(|handler| matches!(handler.mode, Mode::Warm(_)))
     }
 
+    /// Returns the most processes that there can be with `concurrency` jobs at once. Warm processes stay between jobs.
+    pub(crate) fn max_processes(&self, concurrency: usize) -> usize {
+        let all = self.routes.values().chain(&self.default);
+        let warm = all.filter_map(|handler| match &handler.mode {
+            Mode::Spawn => None,
+            Mode::Warm(pool) => Some(pool.max_processes.map_or(concurrency, NonZeroUsize::get)),
+        });
+        warm.sum::<usize>().max(concurrency)
+    }
+
     /// Returns each handler with its job type, `None` for the default handler.
     pub(crate) fn by_type(&self) -> impl Iterator<Item = (Option<&str>, &Handler)> {
         let routes = self.routes.iter().map(|(job_type, handler)| (Some(job_type.as_str()), handler));

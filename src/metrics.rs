@@ -13,7 +13,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use crate::dispatch::{Ended, HandlerProcess, PROCESS_STATES, ProcessStarts};
+use crate::dispatch::{Ended, HandlerProcess, HandlerStatus, PROCESS_STATES, ProcessStarts};
 use crate::job::{Failure, Job, Outcome};
 
 /// Label shared by all names without one of their own. Labels cost memory, here and in Prometheus.
@@ -97,6 +97,7 @@ struct Counters {
     reloads: IntCounterVec,
     processes: IntGaugeVec,
     process_starts: IntCounterVec,
+    failed_starts: IntGaugeVec,
 }
 
 /// A type that has a label of its own from the start.
@@ -183,6 +184,7 @@ pub(crate) struct Gauges {
     pub(crate) running_jobs: Vec<Age>,
     pub(crate) processes: Vec<HandlerProcess>,
     pub(crate) process_starts: Vec<ProcessStarts>,
+    pub(crate) handlers: Vec<HandlerStatus>,
 }
 
 impl Metrics {
@@ -240,17 +242,27 @@ impl Metrics {
                 "Processes of warm handlers that were started, by why the one before ended, or demand",
                 &["handler", "reason"],
             )?,
+            failed_starts: made.gauges(
+                "handler_failed_starts",
+                "Starts of a handler that have failed in a row, or 0 if the handler works",
+                &["handler"],
+            )?,
             configured_queues: queues.to_vec(),
             queues: Names(Mutex::new(queues.iter().cloned().collect())),
             types: Names::default(),
             series: SeriesByNames::default(),
             registry: made.0,
         };
-        counters.failures.with_label_values(&[OTHER, MALFORMED]);
+        Ok(Self(Arc::new(counters)).with_fixed_series())
+    }
+
+    /// Creates the series whose labels are known from the start.
+    fn with_fixed_series(self) -> Self {
+        self.0.failures.with_label_values(&[OTHER, MALFORMED]);
         for result in ["ok", "failed"] {
-            counters.reloads.with_label_values(&[result]);
+            self.0.reloads.with_label_values(&[result]);
         }
-        Ok(Self(Arc::new(counters)))
+        self
     }
 
     /// Records the start of a job. Returns the series that count the job's end, and creates them unless they exist.
@@ -428,7 +440,14 @@ impl Metrics {
 
 impl Metrics {
     fn count_processes(&self, now: &Gauges) {
-        let Counters { processes, process_starts, .. } = &*self.0;
+        let Counters { processes, process_starts, failed_starts, .. } = &*self.0;
+        failed_starts.reset();
+        for HandlerStatus { handler, brake, .. } in &now.handlers {
+            let failures = brake.as_ref().map_or(0, |brake| brake.failures);
+            let gauge = failed_starts.with_label_values(&[handler.as_str()]);
+            // Several types may share a program.
+            gauge.set(gauge.get().max(i64::try_from(failures).unwrap_or(i64::MAX)));
+        }
         for ProcessStarts { handler, reason, count } in &now.process_starts {
             let counter = process_starts.with_label_values(&[handler.as_str(), reason]);
             counter.inc_by(count.saturating_sub(counter.get()));
@@ -540,6 +559,7 @@ mod tests {
                 .to_vec(),
             processes: Vec::new(),
             process_starts: Vec::new(),
+            handlers: Vec::new(),
         };
         metrics.text(gauges).unwrap()
     }

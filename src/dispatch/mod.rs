@@ -34,7 +34,7 @@ use pids::{Listed, Pids};
 use result_file::{ResultDir, ResultFile};
 use routes::{Route, Routes};
 pub(crate) use variables::is_about_a_job;
-use warm::{Busy, Pool, StartError};
+use warm::{Busy, Idle, Pool, StartError};
 
 /// Longest wait of a killed worker for a process that has outlived SIGKILL. The server redelivers the job as soon as the worker
 /// ends.
@@ -227,6 +227,7 @@ impl ExecDispatcher {
     /// If the directory cannot be created, or its path is too long for the socket of a warm handler.
     pub fn new(handlers: Handlers, concurrency: usize, worker_id: String, temp_dir: &Path) -> io::Result<Self> {
         let results = ResultDir::create(temp_dir)?;
+        let processes = handlers.max_processes(concurrency);
         if handlers.is_any_warm() && !results.has_room_for_sockets() {
             return Err(io::Error::other(
                 "its path is too long for the sockets of warm handlers (108 bytes, see unix(7))",
@@ -238,7 +239,7 @@ impl ExecDispatcher {
             worker_id,
             pids: Pids::default(),
             children: Children::of_this_process(),
-            starter: starter(concurrency),
+            starter: starter(processes),
             read_delay: ReadDelay::default(),
         })
     }
@@ -307,8 +308,8 @@ struct Task<'a> {
     job: &'a Job,
     lifecycle: &'a Lifecycle,
     routes: watch::Receiver<Arc<Routes>>,
-    /// Whether a warm process has ended before it read the job.
-    was_unread: bool,
+    /// The number of warm processes that have ended before they read the job.
+    unread: usize,
 }
 
 /// The result of one attempt to run a job.
@@ -321,7 +322,7 @@ enum Tried {
 impl Tried {
     async fn not_started(route: &Route, why: NotStarted<Cut>) -> Self {
         match why {
-            NotStarted::CutShort(Cut::Replaced | Cut::ProcessIsIdle) => Self::Again(None),
+            NotStarted::CutShort(Cut::Replaced) => Self::Again(None),
             NotStarted::CutShort(Cut::Stopping) => Self::Ended(Ended::unstarted(Outcome::Interrupted)),
             NotStarted::Failed(error) => {
                 let error_type = if is_start_error(&error) { "StartError" } else { "SpawnError" };
@@ -339,7 +340,7 @@ impl ExecDispatcher {
         let result = self.results.file();
         let start = || self.start(route, job, lifecycle, &result);
         match route.brake.start(fault, stopped_or_replaced(lifecycle, routes), start).await {
-            Ok(started) => {
+            Ok((started, _)) => {
                 let since = started.since;
                 match started.see_through(&result).await {
                     Ok(ended) => Tried::Ended(ended.since(since)),
@@ -351,7 +352,13 @@ impl ExecDispatcher {
     }
 
     /// Runs a job in a warm process. `fault` is the error of the previous start, if it failed.
-    async fn try_warm(&self, route: &Route, pool: &Arc<Pool>, task: &mut Task<'_>, fault: Option<io::Error>) -> Tried {
+    async fn try_warm(
+        &self,
+        route: &Arc<Route>,
+        pool: &Arc<Pool>,
+        task: &mut Task<'_>,
+        fault: Option<io::Error>,
+    ) -> Tried {
         let busy = match self.warm_process(route, pool, task, fault).await {
             Ok(busy) => busy,
             Err(tried) => return tried,
@@ -362,11 +369,17 @@ impl ExecDispatcher {
         match health {
             warm::HandlerHealth::Works => route.brake.proven(started),
             warm::HandlerHealth::Crashed(why) => route.brake.crashed(started, &why),
-            // Retry only once, because some jobs end every process that reads them.
-            warm::HandlerHealth::JobUnread if !std::mem::replace(&mut task.was_unread, true) => {
-                return Tried::Again(None);
+            warm::HandlerHealth::JobUnread(why) => {
+                if let Some(why) = why {
+                    route.brake.crashed(started, &why);
+                }
+                task.unread += 1;
+                // Bounded, because some jobs end every process that reads them.
+                if task.unread < if pool.is_any_at_work() { MAX_UNREAD } else { MAX_UNREAD_ALONE } {
+                    return Tried::Again(None);
+                }
             }
-            warm::HandlerHealth::JobUnread | warm::HandlerHealth::Unknown => {}
+            warm::HandlerHealth::Unknown => {}
         }
         Tried::Ended(ended.since(since))
     }
@@ -374,43 +387,65 @@ impl ExecDispatcher {
     /// Waits for an idle process, or starts one.
     async fn warm_process(
         &self,
-        route: &Route,
+        route: &Arc<Route>,
         pool: &Arc<Pool>,
         task: &mut Task<'_>,
         fault: Option<io::Error>,
     ) -> Result<Busy, Tried> {
         let cut_short = async |why| Tried::not_started(route, NotStarted::CutShort(why)).await;
-        let waiting = async { pool.process_or_slot(pool.place().await).await };
-        let found = tokio::select! {
+        let place = tokio::select! {
             biased;
-            found = waiting => found,
+            place = pool.place() => place,
             why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
         };
-        let (place, slot) = match found {
-            Ok(busy) => return Ok(busy),
-            Err(to_be_started) => to_be_started,
+        let mut in_line = match pool.take_idle() {
+            Ok(idle) => {
+                if let Some(error) = &fault {
+                    route.brake.failed_since(start_of(error), error);
+                }
+                return Ok(pool.busy(idle, place));
+            }
+            Err(in_line) => in_line,
+        };
+        let slot = tokio::select! {
+            biased;
+            idle = &mut in_line => return Ok(pool.busy(idle, place)),
+            slot = pool.slot() => slot,
+            why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
         };
         let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
         let lifecycle = task.lifecycle;
         let start = || pool.start(self.results.socket(), &slot, lifecycle, spawn);
-        let cut = stopped_replaced_or_idle(lifecycle, &mut task.routes, pool);
-        let starting = match route.brake.start(fault, cut, start).await {
-            Ok(starting) => starting,
-            // The job waits for a process that works, and the brake delays the next start meanwhile.
-            Err(NotStarted::Failed(_)) if pool.is_any_at_work() => {
-                return Err(Tried::Again(None));
+        let cut = async {
+            tokio::select! {
+                biased;
+                cut = stopped_or_replaced(lifecycle, &mut task.routes) => WarmCut::Short(cut),
+                idle = &mut in_line => WarmCut::Idle(idle),
             }
-            Err(why) => return Err(Tried::not_started(route, why).await),
         };
-        let connected = tokio::select! {
-            biased;
-            connected = starting.begun() => connected,
-            why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
+        let (starting, cut) = match route.brake.start(fault, cut, start).await {
+            Ok(started) => started,
+            Err(NotStarted::CutShort(WarmCut::Idle(idle))) => return Ok(pool.busy(idle, place)),
+            Err(NotStarted::CutShort(WarmCut::Short(why))) => return Err(cut_short(why).await),
+            // The job waits for a process that works, and the brake delays the next start meanwhile.
+            Err(NotStarted::Failed(_)) if pool.is_any_at_work() => return Err(Tried::Again(None)),
+            Err(NotStarted::Failed(error)) => return Err(Tried::not_started(route, NotStarted::Failed(error)).await),
         };
-        match connected {
-            Ok(()) => starting.busy(place).ok_or(Tried::Again(None)),
-            Err(error) => Err(Tried::Again(Some(error))),
-        }
+        let idle = match cut {
+            Some(WarmCut::Idle(idle)) => idle,
+            _ => tokio::select! {
+                biased;
+                connected = starting.begun() => return match connected {
+                    Ok(()) => starting.busy(place).ok_or(Tried::Again(None)),
+                    Err(error) => Err(Tried::Again(Some(error))),
+                },
+                why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
+                idle = in_line => idle,
+            },
+        };
+        let (brake_of, since) = (Arc::clone(route), starting.started());
+        pool.adopt(starting, lifecycle, move |error| brake_of.brake.failed_since(since, error));
+        Ok(pool.busy(idle, place))
     }
 
     fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
@@ -436,7 +471,7 @@ impl Drop for ExecDispatcher {
 
 impl Dispatcher for ExecDispatcher {
     async fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> Ended {
-        let mut task = Task { job, lifecycle, routes: self.routes.subscribe(), was_unread: false };
+        let mut task = Task { job, lifecycle, routes: self.routes.subscribe(), unread: 0 };
         let mut fault: Option<(Arc<Route>, io::Error)> = None;
         loop {
             let route = task.routes.borrow_and_update().find(&job.job_type).cloned();
@@ -505,8 +540,25 @@ enum Cut {
     Stopping,
     /// A reload has replaced handlers.
     Replaced,
-    /// A warm process is idle, so the job needs no start.
-    ProcessIsIdle,
+}
+
+/// The reason why a job stops waiting for the start of a warm process.
+enum WarmCut {
+    Short(Cut),
+    /// Another process has become idle.
+    Idle(Idle),
+}
+
+/// The number of processes that a job may find ended before they read it, while others work.
+const MAX_UNREAD: usize = 5;
+
+/// The same if no other process works.
+const MAX_UNREAD_ALONE: usize = 2;
+
+/// Returns the time of the start that failed with this error. An error without a process counts as one of now.
+fn start_of(error: &io::Error) -> Instant {
+    let failed = error.get_ref().and_then(|error| error.downcast_ref::<StartError>());
+    failed.map_or_else(Instant::now, StartError::started)
 }
 
 /// Reports whether a process ran, but did not connect.
@@ -527,32 +579,21 @@ async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver
     }
 }
 
-async fn stopped_replaced_or_idle(
-    lifecycle: &Lifecycle,
-    routes: &mut watch::Receiver<Arc<Routes>>,
-    pool: &Pool,
-) -> Cut {
-    tokio::select! {
-        biased;
-        cut = stopped_or_replaced(lifecycle, routes) => cut,
-        () = pool.idle_process_appears() => Cut::ProcessIsIdle,
-    }
-}
-
 /// Waits until the worker is killed or the route is replaced. A job that waits for a busy pool waits until the end of the drain,
 /// and a reload that keeps its handler does not end the wait.
 async fn killed_or_replaced(route: &Route, task: &mut Task<'_>) -> Cut {
     let Task { job, lifecycle, routes, .. } = task;
     loop {
+        // First, because another wait may have seen the change.
+        let is_same = routes.borrow_and_update().find(&job.job_type).is_some_and(|found| std::ptr::eq(&**found, route));
+        if !is_same {
+            return Cut::Replaced;
+        }
         tokio::select! {
             biased;
             () = lifecycle.reached(Phase::Killing) => return Cut::Stopping,
-            _ = routes.changed() => {
-                let routes = routes.borrow_and_update();
-                if !routes.find(&job.job_type).is_some_and(|found| std::ptr::eq(&**found, route)) {
-                    return Cut::Replaced;
-                }
-            }
+            // `changed` fails only once the sender is dropped, and the dispatcher holds it.
+            _ = routes.changed() => {}
         }
     }
 }
@@ -627,8 +668,8 @@ fn blame(error: io::Error, job: &Job) -> io::Error {
     error
 }
 
-/// Finds out how processes can be started here, and prepares for `concurrency` at once.
-fn starter(concurrency: usize) -> Starter {
+/// Finds out how processes can be started here, and prepares for that many at once.
+fn starter(processes: usize) -> Starter {
     keep_exit_statuses();
     let trial = Trial::of_this_machine();
     match &trial {
@@ -638,7 +679,7 @@ fn starter(concurrency: usize) -> Starter {
         }
         Trial::Impossible(error) => error!(%error, "no process can be started here"),
     }
-    let (open_files, enough) = OpenFiles::ensure(concurrency, trial.way());
+    let (open_files, enough) = OpenFiles::ensure(processes, trial.way());
     if let Err(TooFewDescriptors { limit, needed }) = enough {
         warn!(
             limit,

@@ -139,6 +139,7 @@ impl<D: Dispatcher> Controls<D> {
             running_jobs: self.running_jobs(),
             processes: self.dispatcher.processes(),
             process_starts: self.dispatcher.process_starts(),
+            handlers: self.dispatcher.handlers(),
         };
         // Encoding fails only for names that Prometheus rejects. A test shows that there are none.
         self.metrics.text(gauges).unwrap_or_default()
