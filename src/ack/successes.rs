@@ -26,7 +26,7 @@ const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
 /// The longest time for which a report that is not urgent waits for others. Each request costs the worker and the server more
 /// than all reports in it.
-const LONGEST_HOLD: Duration = Duration::from_millis(1);
+const LONGEST_HOLD: Duration = Duration::from_millis(5);
 
 /// The number of scheduler turns for which a bulk request waits for jobs that end at the same moment.
 const TURNS: usize = 3;
