@@ -27,7 +27,7 @@ pub enum CheckError {
     Server(String),
     /// No process can be started.
     Process(io::Error),
-    /// A sentence that says why a warm handler does not connect.
+    /// A sentence that says why warm handlers do not connect.
     Handler(String),
     /// The output cannot be written.
     Output(io::Error),
@@ -141,12 +141,17 @@ fn check_processes(out: &mut impl Write) -> Result<(), CheckError> {
 }
 
 async fn check_warm_handlers(dispatcher: &ExecDispatcher, out: &mut impl Write) -> Result<(), CheckError> {
+    let mut problems = Vec::new();
     for (handler, connected) in dispatcher.start_each_warm().await {
-        let took = connected.map_err(CheckError::Handler)?;
-        let took = format_duration(Duration::from_millis(took.as_millis().try_into().unwrap_or(u64::MAX)));
-        writeln!(out, "warm handler {handler}: connects {took} after its start")?;
+        match connected {
+            Ok(took) => {
+                let took = format_duration(Duration::from_millis(took.as_millis().try_into().unwrap_or(u64::MAX)));
+                writeln!(out, "warm handler {handler}: connects {took} after its start")?;
+            }
+            Err(problem) => problems.push(problem),
+        }
     }
-    Ok(())
+    if problems.is_empty() { Ok(()) } else { Err(CheckError::Handler(problems.join("; "))) }
 }
 
 async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {

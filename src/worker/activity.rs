@@ -8,7 +8,7 @@ use humantime::format_duration;
 use tracing::info;
 
 use super::Summary;
-use super::history::{Failures, History};
+use super::history::{Failures, History, beginning};
 use crate::job::{Job, JobId, Outcome};
 use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -204,8 +204,8 @@ impl Activity {
         self.0.running.fetch_add(1, Ordering::Relaxed);
         self.0.loops[slot].set(Some(Current {
             id: job.id.clone(),
-            job_type: job.job_type.clone(),
-            queue: job.queue.clone(),
+            job_type: beginning(&job.job_type).to_owned(),
+            queue: beginning(&job.queue).to_owned(),
             attempt: job.attempts.saturating_add(1),
             started: Instant::now(),
         }));

@@ -138,12 +138,15 @@ impl Failures {
     }
 }
 
+/// Returns the beginning of a text. A job's type and queue can be of any length.
+pub(super) fn beginning(text: &str) -> &str {
+    text.char_indices().nth(MAX_CHARS).map_or(text, |(end, _)| &text[..end])
+}
+
 /// Cuts a text that is too long, and marks the cut.
 fn cut(text: &str) -> String {
-    match text.char_indices().nth(MAX_CHARS) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+    let kept = beginning(text);
+    if kept.len() < text.len() { format!("{kept}…") } else { text.to_owned() }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{debug, error, info};
 
+use super::history::beginning;
 use super::intake::Intake;
 use super::purpose::Purpose;
 use super::{Run, Taken};
@@ -191,7 +192,7 @@ impl Session {
             (Arrival::New, delivery) => {
                 debug!(
                     job.id = job.id.as_str(),
-                    "job.type" = job.job_type,
+                    "job.type" = beginning(&job.job_type),
                     waiting = self.dispatch_queue.len(),
                     "job received"
                 );

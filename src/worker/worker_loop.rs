@@ -9,6 +9,7 @@ use futures_util::FutureExt;
 use tracing::{Instrument, Span, debug, error, error_span, info};
 
 use super::controls::seconds;
+use super::history::beginning;
 use super::{Run, Taken};
 use crate::ack::Urgency;
 use crate::config::JOBS_TARGET;
@@ -130,8 +131,8 @@ fn job_span(job: &Job) -> Span {
         target: JOBS_TARGET,
         "job",
         id = job.id.as_str(),
-        r#type = job.job_type,
-        queue = job.queue,
+        r#type = beginning(&job.job_type),
+        queue = beginning(&job.queue),
         attempt = job.attempts.saturating_add(1)
     )
 }

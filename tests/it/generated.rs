@@ -220,6 +220,7 @@ const SECTIONS: &[(&str, &[Part])] = &[
     ("ADMIN SERVER", ADMIN_SERVER),
     ("EXIT STATUS", EXIT_STATUS),
     ("ENVIRONMENT", ENVIRONMENT),
+    ("ADMIN SERVER", ADMIN),
     ("FILES", FILES),
     ("EXAMPLES", EXAMPLES),
     ("SEE ALSO", SEE_ALSO),
@@ -231,16 +232,16 @@ const HANDLERS: &[Part] = &[
          worker's without the variables that begin with ZIZQ_ and those by which systemd is told how the worker does, and \
          with these:",
     ),
-    Item("ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY", "What the job is."),
-    Item("ZIZQ_JOB_ATTEMPTS", "How many attempts have failed before this one, from 0."),
-    Item("ZIZQ_JOB_READY_AT", "Since when it could be taken, in Unix milliseconds."),
-    Item("ZIZQ_JOB_RETRY_LIMIT", "Its retry limit, if it has one of its own."),
-    Item("ZIZQ_JOB_TIMEOUT", "How long the handler may run, in seconds, if that is limited."),
+    Item("ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY", "The job."),
+    Item("ZIZQ_JOB_ATTEMPTS", "The number of attempts that have failed before this one."),
+    Item("ZIZQ_JOB_READY_AT", "The time since which the job is ready, in Unix milliseconds."),
+    Item("ZIZQ_JOB_RETRY_LIMIT", "The retry limit of the job, if it has one of its own."),
+    Item("ZIZQ_JOB_TIMEOUT", "The timeout of the handler in seconds, if it has one."),
     Item(
         "ZIZQ_RESULT_FILE",
-        "Where it may say more about a failure, in JSON: message, error_type, backtrace, retry_in, retry_at, kill.",
+        "The path at which a handler that fails can write JSON: message, error_type, backtrace, retry_in, retry_at, kill.",
     ),
-    Item("ZIZQ_WORKER_ID", "The worker that runs it."),
+    Item("ZIZQ_WORKER_ID", "The name of the worker."),
     Text(
         "With --mode warm, or mode = \"warm\" in the configuration file, a handler is started once for many jobs. It has none of \
          the variables above but ZIZQ_WORKER_ID, and one more:",
@@ -267,7 +268,7 @@ const SIGNALS: &[Part] = &[
          stays as it was. When the terminal is closed from which the worker was started, the worker drains as after SIGTERM, \
          unless nohup or setsid has started it.",
     ),
-    Item("SIGUSR1", "Writes to the log what the worker is doing."),
+    Item("SIGUSR1", "Logs the worker's status and each running job."),
     Item(
         "SIGUSR2",
         "Quiet: takes nothing more. What was taken is finished and reported; then the stream closes, so that the server can \
@@ -309,28 +310,48 @@ const EXIT_STATUS: &[Part] = &[
 
 const ENVIRONMENT: &[Part] = &[
     Text("Nearly every option that takes a value has a variable, named above. An empty one counts as not set."),
-    Item("RUST_LOG", "What is logged: a level, or a filter like zizq_worker=debug. It wins over --log-level."),
-    Item("NO_COLOR", "When it is set to anything, the log has no colours."),
-    Item("PATH", "Where a handler without a slash in its name is looked up."),
-    Item("TMPDIR", "Where the directory of result files is made, instead of /tmp."),
+    Item("RUST_LOG", "The log's filter: a level, or targets like zizq_worker=debug. It wins over --log-level."),
+    Item("NO_COLOR", "Any value turns the colours of the log off."),
+    Item("PATH", "The directories in which a handler without a slash in its name is looked up."),
     Item(
-        "SSL_CERT_FILE, SSL_CERT_DIR",
-        "Where the certificates are that are trusted without --tls-ca, instead of the system's.",
+        "TMPDIR",
+        "The directory for result files and sockets, instead of /tmp. At most 107 bytes are left for the path of a socket.",
     ),
+    Item("SSL_CERT_FILE, SSL_CERT_DIR", "The certificates that are trusted without --tls-ca, instead of the system's."),
     Item(
         "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY",
         "Have no effect on the worker, which connects to its --url directly. Handlers inherit them.",
     ),
     Item(
         "NOTIFY_SOCKET, WATCHDOG_USEC",
-        "Set by systemd, which is then told when the worker is ready, reloads, drains, and that it is alive.",
+        "Set by systemd. The worker then reports that it is ready, reloads, drains, and is alive.",
     ),
+    Item(
+        "JOURNAL_STREAM",
+        "Set by systemd if the journal reads stderr. Each line of the log then begins with its priority, as in <4>.",
+    ),
+];
+
+const ADMIN: &[Part] = &[
+    Text("With --admin-listen, an HTTP server answers:"),
+    Item("GET /", "A page for people: loops, jobs, failures, handlers and settings."),
+    Item(
+        "GET /live, GET /ready",
+        "Status 200 if the worker is alive, or ready to start jobs. The body of /ready has the reasons.",
+    ),
+    Item("GET /status", "The worker's status as JSON."),
+    Item("GET /metrics", "Metrics for Prometheus."),
 ];
 
 const FILES: &[Part] = &[
     Item(
         "/etc/zizq-worker.toml",
-        "The configuration file that the systemd unit names with --config. Without --config or ZIZQ_CONFIG, none is read.",
+        "The configuration file of zizq-worker.service. Without --config or ZIZQ_CONFIG, the worker reads no file.",
+    ),
+    Item(
+        "/etc/zizq-worker/NAME.toml, /etc/zizq-worker/NAME.env",
+        "The configuration file and the optional variables of zizq-worker@NAME.service, one of several workers on a host. A \
+         changed NAME.env needs a restart.",
     ),
     Item(
         "$TMPDIR/zizq-worker-*",
