@@ -197,7 +197,9 @@ impl Brake {
             }
             StartEnd::MayRun(started, why) => {
                 // Otherwise the next start would not wait for the result of this one.
-                self.pause();
+                if self.proof == ProvenBy::Job {
+                    self.pause();
+                }
                 Ok((started, why))
             }
             StartEnd::CutShort(why) => Err(NotStarted::CutShort(why)),
