@@ -36,10 +36,14 @@ impl Command {
         for argument in [&program.name].into_iter().chain(&program.args) {
             arguments.push(&[argument.as_encoded_bytes()]);
         }
+        let mut environment = Strings::default();
+        for (name, value) in env {
+            push_variable(&mut environment, name, value);
+        }
         Ok(Self {
             path: c_string(program.path.as_os_str())?,
             arguments: arguments.into_c()?,
-            environment: Arc::new(variables(env).into_c()?),
+            environment: Arc::new(environment.into_c()?),
             cwd: cwd.map(|cwd| c_string(cwd.as_os_str())).transpose()?,
             prints_much: AtomicBool::new(false),
         })
@@ -47,8 +51,12 @@ impl Command {
 
     /// Returns the environment of one start.
     pub(super) fn environment_and(&self, added: &[(&str, Cow<'_, OsStr>)]) -> io::Result<CStrings> {
-        let added = added.iter().map(|(name, value)| (OsStr::new(name), &**value));
-        variables(added).into_c_after(Arc::clone(&self.environment))
+        let bytes = added.iter().map(|(name, value)| name.len() + "=".len() + value.len() + "\0".len()).sum();
+        let mut strings = Strings::with_capacity(added.len(), bytes);
+        for (name, value) in added {
+            push_variable(&mut strings, OsStr::new(name), value);
+        }
+        strings.into_c_after(Arc::clone(&self.environment))
     }
 }
 
@@ -56,10 +64,6 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
     Ok(CString::new(text.as_encoded_bytes())?)
 }
 
-fn variables<'a>(variables: impl IntoIterator<Item = (&'a OsStr, &'a OsStr)>) -> Strings {
-    let mut strings = Strings::default();
-    for (name, value) in variables {
-        strings.push(&[name.as_encoded_bytes(), b"=", value.as_encoded_bytes()]);
-    }
-    strings
+fn push_variable(strings: &mut Strings, name: &OsStr, value: &OsStr) {
+    strings.push(&[name.as_encoded_bytes(), b"=", value.as_encoded_bytes()]);
 }

@@ -39,6 +39,11 @@ pub(super) struct Strings {
 }
 
 impl Strings {
+    /// Returns an empty list with room for that many strings and bytes, zero bytes included.
+    pub(super) fn with_capacity(strings: usize, bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), starts: Vec::with_capacity(strings) }
+    }
+
     /// Adds a string made of these pieces.
     pub(super) fn push(&mut self, pieces: &[&[u8]]) {
         self.starts.push(self.bytes.len());

@@ -199,7 +199,7 @@ impl<D: Dispatcher> Worker<D> {
             let worker_loop = WorkerLoop {
                 slot,
                 name: name.to_owned(),
-                reserve: self.config.concurrency().get().div_ceil(2),
+                reserve: self.config.concurrency().get().div_ceil(4),
                 jobs: jobs.clone(),
                 dispatcher: Arc::clone(&self.dispatcher),
                 run: run.clone(),

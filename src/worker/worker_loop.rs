@@ -24,7 +24,7 @@ pub(super) struct WorkerLoop<D> {
     /// The loop's number.
     pub(super) slot: usize,
     pub(super) name: String,
-    /// The number of waiting jobs beyond which a report is not urgent: half as many as there are loops.
+    /// The number of waiting jobs beyond which a report is not urgent: a quarter as many as there are loops.
     pub(super) reserve: usize,
     pub(super) jobs: async_channel::Receiver<Taken>,
     pub(super) dispatcher: Arc<D>,
