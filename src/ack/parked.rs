@@ -6,10 +6,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{AckQueue, Reporter, Urgency};
 use crate::backoff::Waits;
-use crate::fate::{Answer, Kind, Step, Told, fate};
+use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
 use crate::job::JobId;
 use crate::ledger::Parked;
 use crate::lifecycle::Phase;
+use crate::watch;
 
 impl Reporter {
     /// Looks at parked outcomes, with growing waits, until the queue closes or the worker is killed.
@@ -29,7 +30,11 @@ impl Reporter {
             let _ = parkings.changed().await;
             let (mut waits, mut elsewhere) = (self.backoff.waits(), BTreeSet::new());
             while !self.ledger.parked().is_empty() {
-                self.wait_for_next_look(&mut waits).await;
+                tokio::select! {
+                    biased;
+                    () = self.wait_for_next_look(&mut waits) => {}
+                    () = self.wait_for_released(&mut parkings) => {}
+                }
                 elsewhere = self.look_at_all(acks, &elsewhere).await;
             }
         }
@@ -46,6 +51,18 @@ impl Reporter {
             }
         }
         tokio::time::sleep(waits.next_wait()).await;
+    }
+
+    /// Waits until a job is released, and then as long as a failed report waits: the server may still hold the job, so that its
+    /// report can leave as soon as looks succeed.
+    async fn wait_for_released(&self, parkings: &mut watch::Receiver<()>) {
+        loop {
+            if let Some(released) = self.ledger.parked().iter().find(|parked| parked.hold == Hold::Same) {
+                self.server_may_be_back(&released.client).await;
+                return;
+            }
+            let _ = parkings.changed().await;
+        }
     }
 
     /// Looks at each parked outcome once. `elsewhere` are the jobs that the look before found in flight. Returns the jobs that

@@ -385,6 +385,7 @@ fn a_report_is_remembered_while_another_stream_is_on_its_way() {
 fn a_released_failure_leaves_once_looks_are_answered() {
     seed(51_287);
     seed(53_652);
+    seed(72_347);
 }
 
 #[test]

@@ -87,6 +87,8 @@ pub struct Record {
     pub status: Status,
     /// The number of failed attempts.
     pub attempts: u32,
+    /// The time of the latest delivery.
+    pub delivered: Option<Instant>,
     ready_at: Instant,
 }
 
@@ -179,7 +181,7 @@ impl Server {
         self.0.book.enqueued(&id, job.malformed.is_some());
         state.ready.insert((job.priority, id.clone()));
         state.open.insert(id.clone());
-        let record = Record { job, status: Status::Ready, attempts: 0, ready_at: Instant::now() };
+        let record = Record { job, status: Status::Ready, attempts: 0, delivered: None, ready_at: Instant::now() };
         state.jobs.insert(id.clone(), record);
         self.fill(&mut state);
         id
@@ -303,6 +305,7 @@ impl Server {
                 let (_, id) = place;
                 let Some(record) = jobs.get_mut(&id) else { continue };
                 record.status = Status::InFlight(number);
+                record.delivered = Some(Instant::now());
                 self.note(format_args!("{id} attempt {} to {} by {number}", record.attempts, stream.link.worker));
                 self.0.book.delivered(&stream.link, &id, record.attempts);
                 // Fails if the connection is gone, which the server notices later.

@@ -412,7 +412,8 @@ fn check_that_it_reports(world: &World, life: &Life) {
     let Talk { under_way, silent_since, heard, reported } = world.book.talk_of(&life.name);
     let (Some(heard), Some(silent_since), 0) = (heard, silent_since, under_way) else { return };
     let from = [Some(heard), Some(silent_since), reported, world.weather.retry_after()].into_iter().flatten().max();
-    let due = from.unwrap_or(heard) + bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
+    let allowance = bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
+    let due = from.unwrap_or(heard) + allowance;
     // A worker stops reading at a full prefetch. The server may count some of these jobs as finished, and send more.
     let reads = world.book.waiting_in(&life.name) < life.config.prefetch.get();
     if Instant::now() <= due || !reads {
@@ -423,7 +424,10 @@ fn check_that_it_reports(world: &World, life: &Life) {
     let is_due = |run: &&Run| {
         run.ended.is_some_and(|(since, _)| since < heard)
             && held.contains(&run.id)
-            && server.job(&run.id).is_some_and(|job| job.attempts == run.attempts)
+            && server.job(&run.id).is_some_and(|job| {
+                let is_held = job.delivered.is_some_and(|delivered| delivered + allowance < Instant::now());
+                job.attempts == run.attempts && is_held
+            })
             && !world.book.is_exempt(&life.name, &run.id)
             && !world.book.is_running(&life.name, &run.id)
     };
