@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::builder::{PossibleValue, TypedValueParser};
+use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
@@ -32,12 +33,13 @@ the server hands them out again, with no attempt counted. SIGHUP reads the confi
 finishes like SIGTERM. SIGUSR2 is quiet: nothing \
 more is taken until SIGCONT. SIGUSR1 logs what the worker is doing.
 
-Exit status: 0 stopped as asked, 1 jobs had to be stopped or could not be reported, or the server refused the worker, 2 a \
-mistake on the command line or in a variable, 78 a mistake in the configuration file, or a handler or certificate that \
+Exit status: 0 stopped as asked, 1 jobs had to be stopped or could not be reported, the server refused the worker, or an \
+address is taken, 2 a mistake on the command line or in a variable, 78 a mistake in the configuration file, or a handler or certificate that \
 cannot be used.
 
 Try it without a server:
-  zizq-worker --embedded --jobs config/demo-jobs.ndjson --config config/demo.toml --exit-when-idle 1s";
+  zizq-worker --embedded --jobs config/demo-jobs.ndjson \\
+    --config config/demo.toml --exit-when-idle 1s";
 
 /// The values given for one setting, and their source.
 #[derive(Debug, Clone)]
@@ -106,8 +108,11 @@ impl fmt::Display for Usage {
         let idle = ["For more information", "tip: to pass"];
         let telling: Vec<&str> =
             lines.filter(|line| !line.is_empty() && !idle.iter().any(|start| line.starts_with(start))).collect();
-        let problem = telling.join("; ");
-        write!(OneLine(f), "{}; see --help", without_user(problem.trim_start_matches("error: ")))
+        let problem = telling.join("; ").replace(":; ", ": ");
+        let problem = without_user(problem.trim_start_matches("error: "));
+        let is_word = self.0.kind() == ErrorKind::UnknownArgument && !problem.contains("argument '-");
+        let advice = if is_word { "give the handler after --, or with --exec; " } else { "" };
+        write!(OneLine(f), "{problem}; {advice}see --help")
     }
 }
 
@@ -198,7 +203,7 @@ fn variable(name: &str) -> String {
 }
 
 /// Returns the most similar known name, if one is similar enough.
-fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let likeness = |known: &str| strsim::jaro(name.trim_start_matches(PREFIX), known.trim_start_matches(PREFIX));
     let alike = known.iter().map(|known| (likeness(known), *known)).filter(|(likeness, _)| *likeness > MIN_LIKENESS);
     alike.max_by(|(one, _), (other, _)| one.total_cmp(other)).map(|(_, known)| known)

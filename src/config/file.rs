@@ -12,7 +12,7 @@ use toml::{Spanned, Value};
 
 use super::declared::{Declared, SETTINGS};
 use super::{ConfigError, Source};
-use crate::cli::Given;
+use crate::cli::{Given, nearest};
 use crate::client::url::without_user;
 
 /// A value with its position, if the file has it.
@@ -83,8 +83,10 @@ impl ConfigFile {
             Ok(tables) => Self { path, text, tables },
             Err(error) => {
                 let line = error.span().map_or(1, |span| line_of(&text, span.start));
-                // Replace serde's word "field" by TOML's word "key".
-                let problem = error.message().replace('\n', ", ").replace("unknown field", "unknown key");
+                let problem = match unknown_field(error.message()) {
+                    Some(table) => unknown_key(table, &TABLES),
+                    None => error.message().replace('\n', ", "),
+                };
                 return Err(ConfigError::new(Source::File(path, line), without_user(&problem)));
             }
         };
@@ -100,7 +102,7 @@ impl ConfigFile {
         for (table, Table(keys)) in all {
             let known: Vec<&str> = keys_of(table).collect();
             if let Some(unknown) = keys.keys().find(|key| !known.contains(&key.get_ref().as_str())) {
-                let problem = format!("unknown key `{}`, expected {}", unknown.get_ref(), one_of(&known));
+                let problem = unknown_key(unknown.get_ref(), &known);
                 return Err(ConfigError::new(self.source_at(unknown.span().start), problem));
             }
         }
@@ -160,6 +162,33 @@ pub(super) fn value_in<'a>(keys: &'a Keys, key: &str) -> Option<&'a Spanned<Valu
 fn keys_of(table: &str) -> impl Iterator<Item = &'static str> {
     let keys = SETTINGS.iter().map(|declared| declared.table_and_key());
     keys.filter(move |(found, _)| *found == table).map(|(_, key)| key)
+}
+
+/// The keys outside all tables, and the tables.
+const TABLES: [&str; 7] = ["url", "tls", "worker", "handler", "handlers", "log", "admin"];
+
+/// Returns the key that serde's message calls an unknown field.
+fn unknown_field(message: &str) -> Option<&str> {
+    message.strip_prefix("unknown field `")?.split_once('`').map(|(field, _)| field)
+}
+
+/// Returns the problem with a key that is none of `known`, and the likely correction.
+fn unknown_key(key: &str, known: &[&str]) -> String {
+    let table_of = |key: &str| {
+        let (table, _) = SETTINGS.iter().map(|declared| declared.table_and_key()).find(|(_, known)| *known == key)?;
+        match table {
+            "" => Some("above all tables".to_owned()),
+            table => Some(format!("below [{table}]")),
+        }
+    };
+    let all: Vec<&str> = SETTINGS.iter().map(|declared| declared.table_and_key().1).collect();
+    let correction = match (table_of(key), nearest(key, known), nearest(key, &all)) {
+        (Some(table), ..) => format!("it belongs {table}"),
+        (None, Some(nearest), _) => format!("the nearest is `{nearest}`"),
+        (None, None, Some(nearest)) => format!("the nearest is `{nearest}` {}", table_of(nearest).unwrap_or_default()),
+        (None, None, None) => format!("expected {}", one_of(known)),
+    };
+    format!("unknown key `{key}`, {correction}")
 }
 
 fn one_of(keys: &[&str]) -> String {

@@ -149,9 +149,10 @@ fn log_ended(outcome: &Outcome, usage: Option<ResourceUsage>, times: Times) {
         Outcome::Failure(failure) => {
             let error_type = failure.error_type.as_deref().unwrap_or_default();
             let error = failure.message.as_str();
+            let (retry_at, kill) = (failure.retry_at, failure.kill.then_some(true));
             error!(
                 target: JOBS_TARGET,
-                seconds, waited_seconds, cpu_seconds, peak_memory_bytes, error_type, error, "job failed"
+                seconds, waited_seconds, cpu_seconds, peak_memory_bytes, error_type, error, retry_at, kill, "job failed"
             );
         }
         Outcome::Interrupted => {

@@ -69,7 +69,7 @@ fn a_password_in_a_url_is_not_printed() {
     let url = "http://user:secret@host";
     let file = Daemon::bare().config(&format!("url = [{url:?}]"));
     complains(file, CONFIG, "DIR/zizq-worker.toml:1: url must be a string (got [\"http://…@host\"])");
-    let line = "unexpected argument 'http://…@host' found; see --help";
+    let line = "unexpected argument 'http://…@host' found; give the handler after --, or with --exec; see --help";
     complains(Daemon::bare().args([url]), USAGE, line);
     let latin = OsStr::from_bytes(b"http://user:secr\xe9t@host");
     complains(Daemon::bare().env("ZIZQ_URL", latin), USAGE, "ZIZQ_URL: must be valid UTF-8 (got http://…@host)");
@@ -228,20 +228,17 @@ fn a_value_must_be_text() {
 /// The message gives the line of each wrong type and unknown key.
 #[test]
 fn a_mistake_in_the_file_is_shown_with_its_line() {
-    let known = "`queues`, `threads`, `fibers`, `prefetch`, `retry_min_wait`, `retry_max_wait`, `retry_multiplier`, \
-                 `stream_idle_timeout`, `max_job_size`, `shutdown_deadline`, `max_jobs`, `max_time`, `exit_when_idle`, \
-                 `worker_id`";
-    let unknown = |key| format!("2: unknown key `{key}`, expected one of {known}");
     for (toml, problem) in [
-        ("[worker]\nthreadz = 3", &*unknown("threadz")),
-        ("[worker]\nretry-min-wait = 3", &unknown("retry-min-wait")),
+        ("[worker]\nthreadz = 3", "2: unknown key `threadz`, the nearest is `threads`"),
+        ("[worker]\nretry-min-wait = 3", "2: unknown key `retry-min-wait`, the nearest is `retry_min_wait`"),
+        ("[worker]\nexec = 'x'", "2: unknown key `exec`, it belongs below [handler]"),
+        ("[worker]\nurl = 'x'", "2: unknown key `url`, it belongs above all tables"),
+        ("\n\nthreads = 1", "3: unknown key `threads`, it belongs below [worker]"),
+        ("theads = 1", "1: unknown key `theads`, the nearest is `threads` below [worker]"),
+        ("[logs]", "1: unknown key `logs`, the nearest is `log`"),
         (
-            "\n\nthreads = 1",
-            "3: unknown key `threads`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`",
-        ),
-        (
-            "[logs]",
-            "1: unknown key `logs`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`",
+            "verbose = 1",
+            "1: unknown key `verbose`, expected one of `url`, `tls`, `worker`, `handler`, `handlers`, `log`, `admin`",
         ),
         ("[tls]\nverify = false", "2: unknown key `verify`, expected one of `ca`, `client_cert`, `client_key`"),
         ("[tls]\nca = 3", "2: tls_ca must be a string (got 3)"),
@@ -350,7 +347,8 @@ fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {
 fn a_command_line_that_does_not_parse_takes_one_line_too() {
     for (args, line) in [
         (vec!["--thread", "2"], "unexpected argument '--thread' found; tip: a similar argument exists: '--threads'"),
-        (vec!["handle.sh"], "unexpected argument 'handle.sh' found"),
+        (vec!["handle.sh"], "unexpected argument 'handle.sh' found; give the handler after --, or with --exec"),
+        (vec!["--offline"], "the following required arguments were not provided: --check"),
         (vec!["--threads"], "a value is required for '--threads <N>' but none was supplied"),
         (vec!["-t", "1", "-t", "2"], "the argument '--threads <N>' cannot be used multiple times"),
     ] {

@@ -224,7 +224,7 @@ pub(super) fn spawn_keeper(
     let resident = Arc::new(resident);
     let pid = resident.id();
     // No parent, because the process outlives the job that it is started for.
-    let span = info_span!(parent: None, "handler", pid);
+    let span = info_span!(parent: None, "handler", handler = pool.name, pid);
     let work = Work {
         state: ProcessState::Starting,
         job: None,
