@@ -267,8 +267,8 @@ impl Scope<'_> {
     }
 }
 
-/// Reports whether a variable is one of the worker's settings, or leads to the service manager. A handler that notifies the
-/// service manager would do so in the worker's name.
+/// Reports whether a variable is a setting of the worker, or gives access to the service manager. With access, a handler could
+/// notify the service manager in the worker's name.
 fn is_the_workers_own(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"ZIZQ_")
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)

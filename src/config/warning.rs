@@ -17,7 +17,7 @@ pub enum Warning {
     UnknownVariable {
         /// The name of the variable.
         variable: String,
-        /// The setting's variable with the most similar name.
+        /// The variable of a setting whose name is closest to the unknown one.
         nearest: Option<String>,
     },
     /// Fewer unreported jobs than worker loops.

@@ -555,7 +555,7 @@ const MAX_UNREAD: usize = 5;
 /// The same if no other process works.
 const MAX_UNREAD_ALONE: usize = 2;
 
-/// Returns the time of the start that failed with this error. An error without a process counts as one of now.
+/// Returns the time at which the failed start began, or the present time if no process was started.
 fn start_of(error: &io::Error) -> Instant {
     let failed = error.get_ref().and_then(|error| error.downcast_ref::<StartError>());
     failed.map_or_else(Instant::now, StartError::started)
@@ -584,7 +584,7 @@ async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver
 async fn killed_or_replaced(route: &Route, task: &mut Task<'_>) -> Cut {
     let Task { job, lifecycle, routes, .. } = task;
     loop {
-        // First, because another wait may have seen the change.
+        // Check before the wait, because an earlier wait may have consumed the notification.
         let is_same = routes.borrow_and_update().find(&job.job_type).is_some_and(|found| std::ptr::eq(&**found, route));
         if !is_same {
             return Cut::Replaced;

@@ -166,7 +166,7 @@ impl Drop for ResultFile<'_> {
             LeftBehind::SmallFile => drop(fs::remove_file(&self.path)),
             LeftBehind::Other => {
                 let path = std::mem::take(&mut self.path);
-                // If too many removals wait, this one is left to the end.
+                // If too many removals are queued, skip this one. The end of the worker removes the file with the directory.
                 let _ = self.dir.removals.run(move || drop(remove(&path)));
             }
         }

@@ -33,7 +33,7 @@ pub(super) enum Rejection {
     Forbidden(String),
     /// 404: no such path, no such job, or one that is not in flight.
     NotFound(&'static str),
-    /// 405, with the methods that the path does know.
+    /// 405, with the methods that the path allows.
     WrongMethod(&'static str),
     /// 406, with the types that could be served.
     NotAcceptable(&'static [&'static str]),

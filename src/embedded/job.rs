@@ -32,7 +32,7 @@ impl Status {
         matches!(self, Self::Completed | Self::Dead)
     }
 
-    /// The name on the wire, in answers and in filters alike.
+    /// Returns the name on the wire, in answers and in filters.
     fn name(self) -> &'static str {
         match self {
             Self::Scheduled => "scheduled",

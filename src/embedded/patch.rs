@@ -56,7 +56,7 @@ pub(super) enum PatchError {
     Finished(JobId, Status),
 }
 
-/// Reads a field that is there, null or not; serde's default is for one that is absent.
+/// Reads a field that is present, as null or as a value. serde's default is for an absent field.
 fn present<'de, T, D>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
 where
     T: Deserialize<'de>,

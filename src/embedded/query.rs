@@ -189,7 +189,7 @@ impl Filter {
     }
 }
 
-/// A comma list again; the set has put its elements in order, so equal filters have equal links.
+/// Returns a comma-separated list. The set is ordered, so equal filters have equal links.
 fn join<T: Display>(elements: &BTreeSet<T>) -> String {
     let elements: Vec<String> = elements.iter().map(ToString::to_string).collect();
     elements.join(",")

@@ -17,7 +17,7 @@ use super::patch::{Patch, PatchError};
 use super::ready::ReadyQueue;
 use super::report::Failure;
 
-/// A job, and what only the store needs to know about it.
+/// A job, and the data that only the store needs.
 #[derive(Debug)]
 struct Entry {
     job: Job,
@@ -25,7 +25,7 @@ struct Entry {
     errors: Vec<ErrorRecord>,
 }
 
-/// What an enqueue did: a new job, or the one that already holds the unique key.
+/// The result of an enqueue: a new job, or the job that already holds the unique key.
 #[derive(Debug)]
 pub(super) struct Enqueued {
     pub(super) job: Job,
@@ -90,7 +90,7 @@ impl State {
         }
     }
 
-    /// Accepts one job, unless its unique key is taken; then the holder of the key is the answer.
+    /// Accepts one job. If its unique key is taken, returns the holder of the key.
     pub(super) fn enqueue(&mut self, now: u64, order: Order) -> Enqueued {
         if let Some(job) = self.holder_of_key(&order.spec) {
             return Enqueued { job: job.clone(), duplicate: true };

@@ -52,7 +52,7 @@ impl Terminal {
         }
     }
 
-    /// Reports whether the process ends with its terminal, and the terminal is gone.
+    /// Reports whether the terminal is gone and the process is to end with it.
     pub(super) fn is_gone(self) -> bool {
         self == Self::Controlling && matches!(open_terminal(), Err(Errno::NXIO | Errno::IO))
     }

@@ -72,7 +72,7 @@ impl Group {
         let _ = kill_process_group(self.id(), signal);
     }
 
-    /// Signals the whole group, and the leader if it is in another one: a new child for a moment, or a leader that has moved.
+    /// Signals the whole group, and the leader if it has moved to another one.
     pub(super) fn signal(&self, signal: Signal) {
         self.signal_group(signal);
         // One signal only: a handler's trap would run twice.

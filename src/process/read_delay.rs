@@ -26,7 +26,7 @@ struct Latest {
 }
 
 impl ReadDelay {
-    /// Waits until the delay of a child that starts now is over.
+    /// Waits for the read delay of a newly started child, counted from now.
     pub(super) fn for_new_child(&self) -> impl Future<Output = ()> + use<> {
         let now = Instant::now();
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -13,7 +13,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, setpgid, waitpid};
 
 use super::child_setup::{ChildSetup, child_main};
 use super::stack::Stack;
@@ -36,6 +36,8 @@ pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
     let setup = Arc::new(setup);
     // SAFETY: `setup` and its stack live until the child has ended: see `Child`. `child_main` is made for `clone`.
     let (id, pidfd) = unsafe { clone(setup.way(), child_main, Arc::as_ptr(&setup).cast_mut().cast(), setup.stack()) }?;
+    // The child does the same, but can be signalled before it has. If the child was faster, this call fails without harm.
+    let _ = setpgid(Some(id), Some(id));
     Ok(Child { id, pidfd, setup })
 }
 

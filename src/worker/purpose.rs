@@ -26,7 +26,7 @@ pub(super) enum Purpose {
     Nothing,
 }
 
-/// Returns the use of a stream, as the table says. `is_in_force`: its settings are in force, and it has not been replaced.
+/// Returns the use of a stream, see the table in the module's documentation. `is_in_force`: its settings are in force, and it has not been replaced.
 pub(super) fn purpose(phase: Phase, is_paused: bool, is_in_force: bool) -> Purpose {
     match phase {
         Phase::Running if !is_paused && is_in_force => Purpose::Take,

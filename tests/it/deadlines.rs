@@ -1,4 +1,4 @@
-//! A start warns of deadlines that do not fit into one another, and names both.
+//! A start warns of two deadlines that contradict each other, and names both.
 
 use serde_json::Value;
 

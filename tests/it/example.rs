@@ -78,7 +78,7 @@ fn commented_out_settings_are_accepted_when_uncommented() {
     assert_eq!(log.format, Some(LogFormat::Compact));
 }
 
-/// The table of faults names tests, by their beginnings.
+/// Each test name in the fault table is the beginning of an existing test's name.
 #[test]
 fn the_tests_that_the_fault_table_names_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

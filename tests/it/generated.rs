@@ -1,4 +1,4 @@
-//! The completions, the man page, the commented file and the table of settings are generated from the declared settings. They are
+//! The completions, the man page, the commented configuration file and the table of settings are generated from the declared settings. They are
 //! committed, so that a package needs no extra build step. `UPDATE=1 cargo test generated` regenerates them.
 
 use std::fs;

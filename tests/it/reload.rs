@@ -121,7 +121,7 @@ fn other_queues_are_taken_at_once_while_the_old_stream_finishes() {
     reloaded(&running, &proxy, &toml("new"));
     let unfit = server.enqueue("old", "quick", json!(null));
     let new = server.enqueue("new", "quick", json!(null));
-    // A second reload meanwhile changes nothing.
+    // A second reload during the first one changes nothing.
     reloaded(&running, &proxy, &toml("new"));
     server.wait_until_done(&new);
     let take = proxy.calls(Call::Take)[0].connection;

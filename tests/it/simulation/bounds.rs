@@ -20,7 +20,7 @@ const LAST_TRIES: Duration = Duration::from_secs(10);
 /// The factor by which jitter can lengthen a wait.
 const JITTER: f64 = 1.25;
 
-/// Reserve for a few round trips and the rounding of timers.
+/// The extra time for a few round trips and the rounding of timers.
 pub const SLACK: Duration = Duration::from_millis(1000);
 
 /// Returns the time in which a worker recovers after the end of faults. A request or stream in flight fails within the

@@ -104,7 +104,7 @@ impl Life {
         self.must_end_within(bounds::kill(self.grace), "kill");
     }
 
-    /// Stops the worker without grace.
+    /// Stops the worker at once, without a grace period.
     pub fn force(&mut self) {
         self.note(format_args!("is killed without grace"));
         self.world.book.quiet(&self.name);

@@ -164,7 +164,7 @@ pub fn enqueue_many(server: &Api, count: usize, code: &str) -> Vec<String> {
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": code}); count])
 }
 
-/// Asserts that each process of a worker is dead, and each child that a handler has recorded.
+/// Asserts that all processes of a worker, and all children that handlers have recorded, are dead.
 #[track_caller]
 pub fn assert_dead(finished: &Finished) {
     let pids = finished.read("started") + &finished.read("children");
