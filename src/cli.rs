@@ -111,7 +111,7 @@ impl fmt::Display for Usage {
         let problem = telling.join("; ").replace(":; ", ": ");
         let problem = without_user(problem.trim_start_matches("error: "));
         let is_word = self.0.kind() == ErrorKind::UnknownArgument && !problem.contains("argument '-");
-        let advice = if is_word { "give the handler after --, or with --exec; " } else { "" };
+        let advice = if is_word { "a handler follows --, or is quoted after --exec; " } else { "" };
         write!(OneLine(f), "{problem}; {advice}see --help")
     }
 }
@@ -174,7 +174,7 @@ impl Args {
         let mut names: Vec<String> = unknown.collect();
         names.sort();
         let warning = |variable: String| {
-            let nearest = nearest(&variable, &known).map(str::to_owned);
+            let nearest = nearest(&variable, &known, MIN_LIKENESS).map(str::to_owned);
             Warning::UnknownVariable { variable, nearest }
         };
         names.into_iter().map(warning).collect()
@@ -194,7 +194,7 @@ impl Args {
 /// Prefix of every setting's variable.
 const PREFIX: &str = "ZIZQ_";
 
-/// Minimum similarity (0 to 1) of a typo and the intended name. With a lower one, short names match any other.
+/// Minimum similarity (0 to 1) of a mistyped variable and the intended one. With a lower one, short names match any other.
 const MIN_LIKENESS: f64 = 0.8;
 
 /// Returns the name of a setting's environment variable.
@@ -203,9 +203,9 @@ fn variable(name: &str) -> String {
 }
 
 /// Returns the most similar known name, if one is similar enough.
-pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(name: &str, known: &[&'a str], min_likeness: f64) -> Option<&'a str> {
     let likeness = |known: &str| strsim::jaro(name.trim_start_matches(PREFIX), known.trim_start_matches(PREFIX));
-    let alike = known.iter().map(|known| (likeness(known), *known)).filter(|(likeness, _)| *likeness > MIN_LIKENESS);
+    let alike = known.iter().map(|known| (likeness(known), *known)).filter(|(likeness, _)| *likeness > min_likeness);
     alike.max_by(|(one, _), (other, _)| one.total_cmp(other)).map(|(_, known)| known)
 }
 

@@ -75,7 +75,8 @@ impl Log {
     }
 }
 
-/// Returns a formatter of fields that are shown without styles. The library's own would double the cost of a job's span.
+/// Returns a formatter of fields that are shown without styles. The library's own would double the cost of a job's span. Unlike
+/// the library's, this one escapes no message, so a message must be a fixed text.
 fn unstyled() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static {
     let field = |writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug| match field.name() {
         "message" => write!(writer, "{value:?}"),

@@ -6,11 +6,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{AckQueue, Reporter, Urgency};
 use crate::backoff::Waits;
-use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
+use crate::client::ClientError;
+use crate::fate::{Answer, Kind, Step, Told, fate};
 use crate::job::JobId;
 use crate::ledger::Parked;
 use crate::lifecycle::Phase;
-use crate::watch;
 
 impl Reporter {
     /// Looks at parked outcomes, with growing waits, until the queue closes or the worker is killed.
@@ -20,6 +20,7 @@ impl Reporter {
             () = closing.cancelled() => {}
             () = self.lifecycle.reached(Phase::Killing) => {}
             () = self.look_repeatedly(&acks) => {}
+            () = self.look_at_released(&acks) => {}
         }
     }
 
@@ -30,11 +31,7 @@ impl Reporter {
             let _ = parkings.changed().await;
             let (mut waits, mut elsewhere) = (self.backoff.waits(), BTreeSet::new());
             while !self.ledger.parked().is_empty() {
-                tokio::select! {
-                    biased;
-                    () = self.wait_for_next_look(&mut waits) => {}
-                    () = self.wait_for_released(&mut parkings) => {}
-                }
+                self.wait_for_next_look(&mut waits).await;
                 elsewhere = self.look_at_all(acks, &elsewhere).await;
             }
         }
@@ -53,15 +50,32 @@ impl Reporter {
         tokio::time::sleep(waits.next_wait()).await;
     }
 
-    /// Waits until a job is released, and then as long as a failed report waits: the server may still hold the job, so that its
-    /// report can leave as soon as looks succeed.
-    async fn wait_for_released(&self, parkings: &mut watch::Receiver<()>) {
+    /// Looks at released jobs as often as the server is probed for failed reports: the server may still hold a job, so that its
+    /// report can leave once looks are answered. A refused look ends a round.
+    async fn look_at_released(&self, acks: &AckQueue) {
+        let (mut parkings, mut asked) = (self.ledger.parkings(), None);
         loop {
-            if let Some(released) = self.ledger.parked().iter().find(|parked| parked.hold == Hold::Same) {
-                self.server_may_be_back(&released.client).await;
-                return;
+            let Some(Parked { client, .. }) = self.ledger.released().pop() else {
+                let _ = parkings.changed().await;
+                continue;
+            };
+            let pause = tokio::time::sleep(self.backoff.longest_first_wait().max(asked.unwrap_or_default()));
+            tokio::select! {
+                biased;
+                () = client.health().recovered(), if asked.is_none() => {}
+                () = pause => {}
             }
-            let _ = parkings.changed().await;
+            let mut released = self.ledger.released();
+            // Otherwise a job whose looks are always refused would be the first in each round.
+            fastrand::shuffle(&mut released);
+            asked = None;
+            for parked in released {
+                let (told, error) = self.look_at(acks, &parked, false).await;
+                if matches!(told, Told::Withheld | Told::Unreachable) {
+                    asked = error.and_then(|error| error.retry_after());
+                    break;
+                }
+            }
         }
     }
 
@@ -74,7 +88,7 @@ impl Reporter {
             if unreachable.contains(&server) {
                 continue;
             }
-            match self.look_at(acks, &parked, elsewhere.contains(&parked.attempt.id)).await {
+            match self.look_at(acks, &parked, elsewhere.contains(&parked.attempt.id)).await.0 {
                 Told::InFlight => drop(in_flight.insert(parked.attempt.id)),
                 Told::Unreachable => unreachable.push(server),
                 _ => {}
@@ -83,11 +97,11 @@ impl Reporter {
         in_flight
     }
 
-    async fn look_at(&self, acks: &AckQueue, parked: &Parked, was_in_flight: bool) -> Told {
+    async fn look_at(&self, acks: &AckQueue, parked: &Parked, was_in_flight: bool) -> (Told, Option<ClientError>) {
         let Parked { attempt, kind, hold, client } = parked;
         let is_given_up = was_in_flight && self.lifecycle.phase() >= Phase::Draining;
         let answer = if is_given_up { Answer::KeptElsewhere } else { Answer::Kept };
-        let (told, _) = self.ask(client, attempt, *kind).await;
+        let (told, error) = self.ask(client, attempt, *kind).await;
         let is_settled = match fate(*kind, answer, told, *hold) {
             Step::Settle => true,
             Step::Send if *kind == Kind::Success => self.report_parked(client, attempt).await,
@@ -102,6 +116,6 @@ impl Reporter {
         if is_settled {
             self.ledger.settle_parked(attempt);
         }
-        told
+        (told, error)
     }
 }

@@ -197,7 +197,7 @@ impl Reporter {
     }
 
     /// Waits until calls to the server succeed again, or until it is this report's turn to probe the server.
-    pub(super) async fn server_may_be_back(&self, client: &Client) -> Early {
+    async fn server_may_be_back(&self, client: &Client) -> Early {
         tokio::select! {
             biased;
             () = client.health().recovered() => Early::Recovery,

@@ -172,21 +172,26 @@ fn unknown_field(message: &str) -> Option<&str> {
     message.strip_prefix("unknown field `")?.split_once('`').map(|(field, _)| field)
 }
 
+/// The least likeness of a key in the file and a suggestion. A wrong suggestion costs more than a list of all keys.
+const MIN_LIKENESS: f64 = 0.9;
+
 /// Returns the problem with a key that is none of `known`, and the likely correction.
 fn unknown_key(key: &str, known: &[&str]) -> String {
-    let table_of = |key: &str| {
-        let (table, _) = SETTINGS.iter().map(|declared| declared.table_and_key()).find(|(_, known)| *known == key)?;
-        match table {
-            "" => Some("above all tables".to_owned()),
-            table => Some(format!("below [{table}]")),
-        }
+    let with_key = |key: &str| -> Vec<String> {
+        let found = SETTINGS.iter().map(|declared| declared.table_and_key()).filter(|(_, known)| *known == key);
+        found
+            .map(|(table, _)| if table.is_empty() { "the top level".to_owned() } else { format!("[{table}]") })
+            .collect()
     };
+    let by_flag = SETTINGS.iter().find(|declared| declared.name() == key).map(|declared| declared.table_and_key());
     let all: Vec<&str> = SETTINGS.iter().map(|declared| declared.table_and_key().1).collect();
-    let correction = match (table_of(key), nearest(key, known), nearest(key, &all)) {
-        (Some(table), ..) => format!("it belongs {table}"),
-        (None, Some(nearest), _) => format!("the nearest is `{nearest}`"),
-        (None, None, Some(nearest)) => format!("the nearest is `{nearest}` {}", table_of(nearest).unwrap_or_default()),
-        (None, None, None) => format!("expected {}", one_of(known)),
+    let (here, anywhere) = (nearest(key, known, MIN_LIKENESS), nearest(key, &all, MIN_LIKENESS));
+    let correction = match (with_key(key), by_flag, here, anywhere) {
+        (tables, ..) if !tables.is_empty() => format!("it is a key of {}", tables.join(" and of ")),
+        (_, Some((table, key)), ..) => format!("it is `{key}` of [{table}]"),
+        (_, _, Some(nearest), _) => format!("the nearest is `{nearest}`"),
+        (_, _, _, Some(nearest)) => format!("the nearest is `{nearest}` of {}", with_key(nearest).join(" and of ")),
+        _ => format!("expected {}", one_of(known)),
     };
     format!("unknown key `{key}`, {correction}")
 }

@@ -389,6 +389,13 @@ impl Ledger {
         parked.collect()
     }
 
+    /// Returns the parked outcomes of released jobs.
+    pub(crate) fn released(&self) -> Vec<Parked> {
+        let mut parked = self.parked();
+        parked.retain(|parked| parked.hold == Hold::Same);
+        parked
+    }
+
     /// Returns the outcome of a released job that the server still holds over its stream, to be reported.
     pub(crate) fn reclaim(&self, attempt: &Attempt) -> Option<Report> {
         let mut entries = self.entries();

@@ -67,16 +67,11 @@ impl Group {
         self.leader
     }
 
-    /// Signals the whole group. A group that is gone is not an error.
-    fn signal_group(&self, signal: Signal) {
-        let _ = kill_process_group(self.id(), signal);
-    }
-
-    /// Signals the whole group, and the leader if it has moved to another one.
+    /// Signals the whole group, and the leader if it is in another one.
     pub(super) fn signal(&self, signal: Signal) {
-        self.signal_group(signal);
+        let has_no_group = kill_process_group(self.id(), signal) == Err(Errno::SRCH);
         // One signal only: a handler's trap would run twice.
-        if getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader) {
+        if has_no_group || getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader) {
             self.signal_leader(signal);
         }
     }
@@ -161,7 +156,8 @@ impl Group {
     /// When the leader never executed its program.
     pub(super) async fn end(mut self) -> io::Result<WaitResult> {
         let id = self.id();
-        self.signal_group(Signal::KILL);
+        // A group that is gone is no error.
+        let _ = kill_process_group(id, Signal::KILL);
         let Ok(ended) = timeout(DEATH_TIMEOUT, reap(id)).await else {
             let late = io::Error::new(io::ErrorKind::TimedOut, "another process traces it");
             return self.setup.failure().map_or(Ok(Err(late)), Err);

@@ -36,7 +36,8 @@ pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
     let setup = Arc::new(setup);
     // SAFETY: `setup` and its stack live until the child has ended: see `Child`. `child_main` is made for `clone`.
     let (id, pidfd) = unsafe { clone(setup.way(), child_main, Arc::as_ptr(&setup).cast_mut().cast(), setup.stack()) }?;
-    // The child does the same, but can be signalled before it has. If the child was faster, this call fails without harm.
+    // The child does the same, but can be signalled before it has, and until then a signal to this process's group reaches it. If
+    // the child was faster, this call fails without harm.
     let _ = setpgid(Some(id), Some(id));
     Ok(Child { id, pidfd, setup })
 }

@@ -69,7 +69,7 @@ fn a_password_in_a_url_is_not_printed() {
     let url = "http://user:secret@host";
     let file = Daemon::bare().config(&format!("url = [{url:?}]"));
     complains(file, CONFIG, "DIR/zizq-worker.toml:1: url must be a string (got [\"http://…@host\"])");
-    let line = "unexpected argument 'http://…@host' found; give the handler after --, or with --exec; see --help";
+    let line = "unexpected argument 'http://…@host' found; a handler follows --, or is quoted after --exec; see --help";
     complains(Daemon::bare().args([url]), USAGE, line);
     let latin = OsStr::from_bytes(b"http://user:secr\xe9t@host");
     complains(Daemon::bare().env("ZIZQ_URL", latin), USAGE, "ZIZQ_URL: must be valid UTF-8 (got http://…@host)");
@@ -231,10 +231,11 @@ fn a_mistake_in_the_file_is_shown_with_its_line() {
     for (toml, problem) in [
         ("[worker]\nthreadz = 3", "2: unknown key `threadz`, the nearest is `threads`"),
         ("[worker]\nretry-min-wait = 3", "2: unknown key `retry-min-wait`, the nearest is `retry_min_wait`"),
-        ("[worker]\nexec = 'x'", "2: unknown key `exec`, it belongs below [handler]"),
-        ("[worker]\nurl = 'x'", "2: unknown key `url`, it belongs above all tables"),
-        ("\n\nthreads = 1", "3: unknown key `threads`, it belongs below [worker]"),
-        ("theads = 1", "1: unknown key `theads`, the nearest is `threads` below [worker]"),
+        ("[worker]\nexec = 'x'", "2: unknown key `exec`, it is a key of [handler]"),
+        ("[worker]\nurl = 'x'", "2: unknown key `url`, it is a key of the top level"),
+        ("[tls]\ntls_ca = 'x'", "2: unknown key `tls_ca`, it is `ca` of [tls]"),
+        ("\n\nmax_jobs = 1", "3: unknown key `max_jobs`, it is a key of [worker] and of [handler]"),
+        ("theads = 1", "1: unknown key `theads`, the nearest is `threads` of [worker]"),
         ("[logs]", "1: unknown key `logs`, the nearest is `log`"),
         (
             "verbose = 1",
@@ -347,7 +348,7 @@ fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {
 fn a_command_line_that_does_not_parse_takes_one_line_too() {
     for (args, line) in [
         (vec!["--thread", "2"], "unexpected argument '--thread' found; tip: a similar argument exists: '--threads'"),
-        (vec!["handle.sh"], "unexpected argument 'handle.sh' found; give the handler after --, or with --exec"),
+        (vec!["handle.sh"], "unexpected argument 'handle.sh' found; a handler follows --, or is quoted after --exec"),
         (vec!["--offline"], "the following required arguments were not provided: --check"),
         (vec!["--threads"], "a value is required for '--threads <N>' but none was supplied"),
         (vec!["-t", "1", "-t", "2"], "the argument '--threads <N>' cannot be used multiple times"),
