@@ -139,10 +139,16 @@ fn a_search_for_a_running_job_holds_no_other_job() {
 
 #[test]
 fn a_drain_leaves_a_failure_to_the_worker_that_runs_its_job() {
+    for bound in [["--max-jobs", "1"], ["--exit-when-idle", "500ms"]] {
+        leave_to_the_other_worker(bound);
+    }
+}
+
+fn leave_to_the_other_worker(bound: [&str; 2]) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
     let id = server.enqueue_with(job("bad"));
-    let first = Daemon::of(&proxy).args(QUICK).args(["--max-jobs", "1"]).sh(&until_go()).start();
+    let first = Daemon::of(&proxy).args(QUICK).args(bound).sh(&until_go()).start();
     first.wait_for_lines(1, "started");
     let gate = proxy.hold(Call::Take);
     proxy.cut_streams();

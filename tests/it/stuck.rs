@@ -31,27 +31,6 @@ fn has(running: &Running, message: &str) -> bool {
 }
 
 #[test]
-fn an_idle_worker_exits_though_its_failed_job_runs_elsewhere() {
-    let server = Server::start();
-    let proxy = Proxy::before(&server);
-    let id = server.enqueue_with(job("bad"));
-    let first = Daemon::of(&proxy).args(QUICK).args(["--exit-when-idle", "500ms"]).sh(&until_go()).start();
-    first.wait_for_lines(1, "started");
-    let gate = proxy.hold(Call::Take);
-    proxy.cut_streams();
-    server.wait_for_status(&id, "ready");
-    let second = Daemon::of(&server).sh(&until_go()).start();
-    second.wait_for_lines(1, "started");
-    first.go();
-    first.wait_for_message("failure parked until its job is redelivered");
-    gate.release();
-    first.assert_exit(0);
-    assert_eq!(server.job(&id).unwrap()["status"], "in_flight");
-    second.go();
-    server.wait_for_error(&id, 1);
-}
-
-#[test]
 fn a_silent_stream_is_noticed_while_other_jobs_end() {
     const SCRIPT: &str = "echo $ZIZQ_JOB_ID >> $DIR/started
         [ $ZIZQ_JOB_TYPE = tick ] && { sleep 0.3; exit 0; }
