@@ -1,5 +1,6 @@
 //! [`TakeStream`]: the body of `GET /jobs/take` as jobs. [`Decoder`]: the same without I/O.
 
+use std::collections::VecDeque;
 use std::error::Error;
 use std::fmt;
 use std::time::Duration;
@@ -90,6 +91,7 @@ impl TakeStream {
                 if !line.is_heartbeat() {
                     return line.read();
                 }
+                self.decoder.free_buffers();
             }
             let left = self.idle_timeout.saturating_sub(self.waited);
             let frame = {
@@ -177,6 +179,45 @@ impl Line {
     }
 }
 
+/// The length from which a line has a buffer of [`Buffers`].
+const LONG_LINE_BYTES: usize = 64 * 1024;
+
+/// The most buffers that are kept.
+const MAX_BUFFERS: usize = 8;
+
+/// Large buffers, kept to be used again. The first write to each page of a new buffer costs more than the copy to the page.
+#[derive(Debug, Default)]
+struct Buffers {
+    /// The buffers of the last lines, oldest first. A line that is still in use holds its buffer.
+    last: VecDeque<BytesMut>,
+    /// The length of the last long line. Lines of one stream are often of similar length.
+    usual: usize,
+}
+
+impl Buffers {
+    /// Returns an empty buffer for at least `length` bytes.
+    fn take(&mut self, length: usize) -> BytesMut {
+        let wanted = length.max(self.usual);
+        let free = self.last.iter_mut().position(|buffer| buffer.try_reclaim(wanted));
+        // A line that exceeds the usual length grows by doubling.
+        free.and_then(|at| self.last.remove(at)).unwrap_or_else(|| BytesMut::with_capacity(wanted.max(2 * length)))
+    }
+
+    /// Returns the line in a buffer.
+    fn freeze(&mut self, mut buffer: BytesMut) -> Bytes {
+        if buffer.len() <= LONG_LINE_BYTES {
+            return buffer.freeze();
+        }
+        self.usual = buffer.len();
+        let line = buffer.split().freeze();
+        if self.last.len() == MAX_BUFFERS {
+            self.last.pop_front();
+        }
+        self.last.push_back(buffer);
+        line
+    }
+}
+
 /// Splits body bytes into lines, for any chunking. A line within one chunk is a slice of the chunk, not a copy.
 #[derive(Debug)]
 pub struct Decoder {
@@ -185,6 +226,8 @@ pub struct Decoder {
     chunk: Bytes,
     /// The beginning of a line whose end has not arrived.
     partial: BytesMut,
+    /// The buffers of long lines.
+    buffers: Buffers,
     /// Whether that line exceeds the limit already. Its rest is dropped.
     too_long: bool,
 }
@@ -192,7 +235,7 @@ pub struct Decoder {
 impl Decoder {
     /// Returns a decoder for lines of at most `max_line` bytes.
     pub fn new(max_line: usize) -> Self {
-        Self { max_line, chunk: Bytes::new(), partial: BytesMut::new(), too_long: false }
+        Self { max_line, chunk: Bytes::new(), partial: BytesMut::new(), buffers: Buffers::default(), too_long: false }
     }
 
     /// Adds bytes of the body.
@@ -219,13 +262,29 @@ impl Decoder {
             return Some(Line::Whole(line));
         }
         self.keep(&line);
-        let line = std::mem::take(&mut self.partial).freeze();
+        let line = self.buffers.freeze(std::mem::take(&mut self.partial));
         Some(if std::mem::take(&mut self.too_long) { Line::TooLong(line) } else { Line::Whole(line) })
+    }
+
+    /// Frees the memory that is kept for further long lines.
+    fn free_buffers(&mut self) {
+        self.buffers = Buffers::default();
+    }
+
+    /// Moves a line that becomes long into a large buffer.
+    fn make_room(&mut self, additional: usize) {
+        let length = self.partial.len() + additional;
+        if length > self.partial.capacity() && length > LONG_LINE_BYTES {
+            let mut buffer = self.buffers.take(length);
+            buffer.extend_from_slice(&self.partial);
+            self.partial = buffer;
+        }
     }
 
     fn keep(&mut self, piece: &[u8]) {
         self.too_long |= self.partial.len() + piece.len() > self.max_line;
         if !self.too_long {
+            self.make_room(piece.len());
             self.partial.extend_from_slice(piece);
             return;
         }
@@ -246,6 +305,38 @@ mod tests {
 
     fn lines(chunks: &[&[u8]]) -> Vec<Line> {
         lines_of(1024, chunks)
+    }
+
+    /// Returns a line of that length, which arrives in two chunks.
+    fn long_line(decoder: &mut Decoder, byte: u8, length: usize) -> Bytes {
+        let mut text = vec![byte; length];
+        text.push(b'\n');
+        for chunk in text.chunks(length / 2 + 1) {
+            assert_eq!(decoder.next_line(), None);
+            decoder.push(Bytes::copy_from_slice(chunk));
+        }
+        let Some(Line::Whole(line)) = decoder.next_line() else { panic!("no line") };
+        assert!(line.len() == length && line.iter().all(|found| *found == byte));
+        line
+    }
+
+    #[test]
+    fn the_buffer_of_a_long_line_is_used_again_after_the_line() {
+        let mut decoder = Decoder::new(usize::MAX);
+        let length = LONG_LINE_BYTES * 3;
+        let first = long_line(&mut decoder, b'a', length);
+        let used = first.as_ptr();
+        let second = long_line(&mut decoder, b'b', length);
+        assert!(first.iter().all(|byte| *byte == b'a'), "a line in use keeps its buffer");
+        assert_ne!(second.as_ptr(), used);
+        drop(first);
+        assert_eq!(long_line(&mut decoder, b'c', length - 1).as_ptr(), used);
+        for byte in 0..9 {
+            long_line(&mut decoder, byte, length * usize::from(byte % 3 + 1));
+        }
+        assert!(decoder.buffers.last.len() <= MAX_BUFFERS);
+        decoder.free_buffers();
+        assert!(decoder.buffers.last.is_empty());
     }
 
     fn lines_of(max_line: usize, chunks: &[&[u8]]) -> Vec<Line> {
