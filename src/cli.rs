@@ -38,8 +38,8 @@ address is taken, 2 a mistake on the command line or in a variable, 78 a mistake
 cannot be used.
 
 Try it without a server:
-  zizq-worker --embedded --jobs config/demo-jobs.ndjson \\
-    --config config/demo.toml --exit-when-idle 1s";
+  echo '{\"queue\":\"q\",\"type\":\"hello\",\"payload\":1}' |
+    zizq-worker --embedded --jobs - --exit-when-idle 1s -- cat";
 
 /// The values given for one setting, and their source.
 #[derive(Debug, Clone)]

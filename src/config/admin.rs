@@ -35,7 +35,9 @@ impl AdminAddress {
     /// Returns the configuration error for a failed bind.
     pub fn error(&self, error: &io::Error) -> ConfigError {
         let advice = match error.kind() {
-            ErrorKind::AddrInUse => "another worker or program listens there now; if it stays, choose another address",
+            ErrorKind::AddrInUse => {
+                "this worker runs already, or another program listens there; if it stays, choose another address"
+            }
             ErrorKind::AddrNotAvailable => {
                 "this machine does not have the address now; if it stays so, choose another one"
             }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use tracing::{Instrument, Span, debug, error, error_span, info};
+use tracing::{Instrument, Span, debug, error, error_span, info, warn};
 
 use super::controls::seconds;
 use super::history::beginning;
@@ -156,7 +156,7 @@ fn log_ended(outcome: &Outcome, usage: Option<ResourceUsage>, times: Times) {
             );
         }
         Outcome::Interrupted => {
-            info!(
+            warn!(
                 target: JOBS_TARGET,
                 seconds,
                 waited_seconds,

@@ -217,10 +217,10 @@ const DESCRIPTION: &[Part] = &[
 const SECTIONS: &[(&str, &[Part])] = &[
     ("HANDLERS", HANDLERS),
     ("SIGNALS", SIGNALS),
+    ("CONFIGURATION FILE", CONFIGURATION_FILE),
     ("ADMIN SERVER", ADMIN_SERVER),
     ("EXIT STATUS", EXIT_STATUS),
     ("ENVIRONMENT", ENVIRONMENT),
-    ("ADMIN SERVER", ADMIN),
     ("FILES", FILES),
     ("EXAMPLES", EXAMPLES),
     ("SEE ALSO", SEE_ALSO),
@@ -239,7 +239,8 @@ const HANDLERS: &[Part] = &[
     Item("ZIZQ_JOB_TIMEOUT", "The timeout of the handler in seconds, if it has one."),
     Item(
         "ZIZQ_RESULT_FILE",
-        "The path at which a handler that fails can write JSON: message, error_type, backtrace, retry_in, retry_at, kill.",
+        "The path at which a handler that fails can write JSON: message, error_type, backtrace, retry_in (seconds, or like \"5m\"), \
+         retry_at (Unix milliseconds, or RFC 3339), kill (true: no retry).",
     ),
     Item("ZIZQ_WORKER_ID", "The name of the worker."),
     Text(
@@ -248,8 +249,9 @@ const HANDLERS: &[Part] = &[
     ),
     Item(
         "ZIZQ_SOCKET",
-        "The Unix socket to connect to. Each job comes as a line of JSON, and is answered by one: its id, \"ok\": true or false, \
-         and after a failure the fields of the result file. At the end of file, the handler ends.",
+        "The Unix socket to connect to. Each job comes as a line of JSON with id, type, queue, priority, payload, ready_at, \
+         attempts and more, and is answered by one: its id, \"ok\": true or false, and after a failure the fields of the result file. \
+         \"last\": true in a reply ends the handler after the job. At the end of file, the handler ends.",
     ),
 ];
 
@@ -264,8 +266,8 @@ const SIGNALS: &[Part] = &[
     Item(
         "SIGHUP",
         "Reads the configuration file again, and the handlers, the queues, the server and its certificates, the prefetch \
-         and the log level are as it says. The log names what needs a restart. With a mistake in the file, everything \
-         stays as it was. When the terminal is closed from which the worker was started, the worker drains as after SIGTERM, \
+         and the log level are as it says. Warm handlers are started again once they are idle. The log names what needs a restart. \
+         With a mistake in the file, everything stays as it was. When the terminal is closed from which the worker was started, the worker drains as after SIGTERM, \
          unless nohup or setsid has started it.",
     ),
     Item("SIGUSR1", "Logs the worker's status and each running job."),
@@ -285,14 +287,6 @@ const SIGNALS: &[Part] = &[
     Text("Once the worker stops, all of these but SIGTERM, SIGINT and SIGUSR1 are ignored."),
 ];
 
-const ADMIN_SERVER: &[Part] = &[
-    Text("With --admin-listen, the worker answers these over HTTP. None of them changes anything."),
-    Item("GET /live", "200 as long as the worker itself works, whether or not its server does."),
-    Item("GET /ready", "200 as long as the worker can take jobs and start handlers, else 503, with the reasons."),
-    Item("GET /status", "What the worker is doing, as JSON."),
-    Item("GET /metrics", "Its metrics, in the text format of Prometheus."),
-];
-
 const EXIT_STATUS: &[Part] = &[
     Item(
         "0",
@@ -302,7 +296,8 @@ const EXIT_STATUS: &[Part] = &[
     Item(
         "1",
         "Jobs had to be stopped or could not be reported, the server refused the worker's first request, or the \
-         address of the admin server is taken or not there yet.",
+         address of the admin server or of the embedded one is taken or not there yet. With --check, the server does not answer, or \
+         a warm handler does not start.",
     ),
     Item("2", "A mistake on the command line or in a variable."),
     Item("78", "A mistake in the configuration file, or a handler or certificate that cannot be used."),
@@ -332,15 +327,34 @@ const ENVIRONMENT: &[Part] = &[
     ),
 ];
 
-const ADMIN: &[Part] = &[
-    Text("With --admin-listen, an HTTP server answers:"),
+const ADMIN_SERVER: &[Part] = &[
+    Text("With --admin-listen, the worker answers these over HTTP. None of them changes anything."),
     Item("GET /", "A page for people: loops, jobs, failures, handlers and settings."),
+    Item("GET /live", "200 as long as the worker itself works, whether or not its server does."),
     Item(
-        "GET /live, GET /ready",
-        "Status 200 if the worker is alive, or ready to start jobs. The body of /ready has the reasons.",
+        "GET /ready",
+        "200 as long as the worker can take jobs and start handlers, else 503 with the reasons. A paused worker takes no jobs, so \
+         it is not ready.",
     ),
-    Item("GET /status", "The worker's status as JSON."),
-    Item("GET /metrics", "Metrics for Prometheus."),
+    Item("GET /status", "The worker's status, as JSON."),
+    Item("GET /metrics", "Its metrics, in the text format of Prometheus."),
+];
+
+const CONFIGURATION_FILE: &[Part] = &[
+    Text(
+        "The file that --config names is TOML. Each option has its key below a table, as --check shows it. For example:",
+    ),
+    Example(
+        "url = \"http://queue.example.org:7890\"\n[worker]\nqueues = [\"mail\", \"billing\"]\nthreads = 4\n[handler]\n\
+         exec = [\"/usr/local/bin/handle\"]\ntimeout = \"30s\"\n[handlers.send_email]\nexec = [\"python3\", \"/srv/email.py\"]\n\
+         mode = \"warm\"",
+    ),
+    Text(
+        "A table [handlers.TYPE] is for the jobs of exactly that type, and [handler] for all others. A setting that is missing below \
+         [handlers.TYPE] is as below [handler]. These keys of handlers have no option: stdin, output, env_clear, pass_env, env, cwd, \
+         success_exit_codes, kill_exit_codes, timeout, kill_grace and drain_signal; for warm handlers also min_processes, \
+         max_processes, start_timeout, max_jobs, max_age, max_memory and idle_timeout.",
+    ),
 ];
 
 const FILES: &[Part] = &[
