@@ -181,7 +181,9 @@ fn a_purge_leaves_the_user_and_foreign_files() {
 
 #[test]
 fn signals_by_systemctl_are_shown_for_the_worker_alone() {
-    for file in [UNITS[0], UNITS[1], "config/man/zizq-worker.1", "docs/operations.md"] {
+    for file in
+        [UNITS[0], UNITS[1], "config/man/zizq-worker.1", "docs/operations.md", "docs/deployment.md", "README.md"]
+    {
         let text = text(file).replace("\\-", "-");
         let commands = text.lines().filter(|line| line.contains("systemctl kill")).collect::<Vec<_>>();
         assert!(!commands.is_empty(), "{file}");
