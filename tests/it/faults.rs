@@ -17,7 +17,7 @@ const NOTES: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS $(cat) >> $DIR/ran";
 
 /// A script that runs until the test's directory has a file `go`. It succeeds for the type `good`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started
-until [ -e $DIR/go ]; do sleep 0.01; done
+until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
 
 /// The text of each job, with characters of one to four bytes.

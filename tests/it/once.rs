@@ -15,13 +15,13 @@ const NO_LOOKS: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "1h
 
 /// A script that runs until the test's directory has a file `go`. It succeeds for the type `good`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
-until [ -e $DIR/go ]; do sleep 0.01; done
+until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
 
 /// A script whose first attempt fails at once, and whose next attempt runs until `go`.
 const FAILS_FIRST: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 [ $ZIZQ_JOB_ATTEMPTS != 0 ] || exit 1
-until [ -e $DIR/go ]; do sleep 0.01; done";
+until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
 
 const AGAIN: &str = "job received again while it is here, not started";
 const ENDED: &str = "job received again after it ended here, reported";
@@ -324,7 +324,8 @@ fn a_failure_in_doubt_spares_the_next_attempt_elsewhere() {
     proxy.fault_times(1, Call::Failure, Fault::Swallow);
     let id = server.enqueue_with(quick_job("good"));
     let blocker = server.enqueue_with(quick_job("good"));
-    let script = format!("[ $ZIZQ_JOB_ID != {blocker} ] || exec sh -c 'until [ -e $DIR/go ]; do sleep 0.01; done'");
+    let script =
+        format!("[ $ZIZQ_JOB_ID != {blocker} ] || exec sh -c 'until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done'");
     let first =
         Daemon::of(&proxy).args(QUICK).args(["--prefetch", "1"]).sh(&format!("{script}\n{FAILS_FIRST}")).start();
     // The failure has made room for the blocker, so there is no room for the next attempt.

@@ -53,7 +53,7 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// A script that runs until the test's directory has a file `go`.
-pub const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go ]; do sleep 0.01; done";
+pub const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
 
 /// Returns `count` equal jobs.
 pub fn jobs(count: usize) -> Vec<Value> {
