@@ -84,7 +84,7 @@ impl ConfigFile {
             Err(error) => {
                 let line = error.span().map_or(1, |span| line_of(&text, span.start));
                 let problem = match unknown_field(error.message()) {
-                    Some(table) => unknown_key(table, &TABLES),
+                    Some(key) => unknown_key(key, &TABLES),
                     None => error.message().replace('\n', ", "),
                 };
                 return Err(ConfigError::new(Source::File(path, line), without_user(&problem)));
