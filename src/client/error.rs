@@ -18,6 +18,8 @@ pub enum ClientError {
     Transport(hyper::Error),
     /// A request failed under way; the server may have carried it out.
     Request(hyper_util::client::legacy::Error),
+    /// The server closed the connection instead of its first answer, as a port that speaks TLS may do with plain HTTP.
+    ClosedUnanswered(Box<Self>),
     /// The answer could not be read to its end.
     Answer(Box<dyn Error + Send + Sync>),
     /// No answer came in time; the server may have carried the request out.
@@ -82,7 +84,9 @@ impl ClientError {
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
                 !status.is_client_error() || *status == StatusCode::REQUEST_TIMEOUT
             }
-            Self::Transport(_) | Self::Request(_) | Self::Answer(_) | Self::TimedOut(_) => true,
+            Self::Transport(_) | Self::Request(_) | Self::ClosedUnanswered(_) | Self::Answer(_) | Self::TimedOut(_) => {
+                true
+            }
         }
     }
 
@@ -124,6 +128,14 @@ impl ClientError {
     /// Whether the answer is no HTTP at all, like the alert of a port that speaks TLS.
     fn is_no_http(&self) -> bool {
         causes(self).any(|cause| cause.downcast_ref().is_some_and(hyper::Error::is_parse))
+    }
+
+    /// Whether the peer closed the connection before it sent an answer.
+    pub(super) fn is_closed_connection(&self) -> bool {
+        causes(self).any(|cause| {
+            cause.downcast_ref().is_some_and(hyper::Error::is_incomplete_message)
+                || cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
+        })
     }
 
     /// Returns the answer's `Retry-After`.
@@ -174,6 +186,9 @@ impl fmt::Display for ClientError {
                 f.write_str("the answer is no HTTP: if url is http and the port speaks TLS, make it https")
             }
             Self::Transport(_) | Self::Request(_) => f.write_str("the request failed"),
+            Self::ClosedUnanswered(_) => f.write_str(
+                "the connection was closed without an answer: if url is http and the port speaks TLS, make it https",
+            ),
             Self::Answer(_) => f.write_str("the answer broke off"),
             Self::TimedOut(limit) => write!(f, "no answer within {}", humantime::format_duration(*limit)),
             Self::Refused { status, message, .. } if message.is_empty() => write!(f, "the server answered {status}"),
@@ -196,6 +211,7 @@ impl Error for ClientError {
             Self::Connect(error) | Self::Answer(error) | Self::Unsendable(error) => Some(error.as_ref()),
             Self::Transport(error) => Some(error),
             Self::Request(error) => Some(error),
+            Self::ClosedUnanswered(error) => error.source(),
             Self::Hidden(error) => Some(error),
             Self::TimedOut(_)
             | Self::Refused { .. }

@@ -11,6 +11,7 @@ pub(crate) mod tls;
 pub(crate) mod url;
 
 use std::error::Error;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -67,6 +68,8 @@ pub struct Client {
     connector: HttpsConnector<Dialer>,
     reports: PooledClient<HttpsConnector<Dialer>, Body>,
     health: Health,
+    /// Whether the server has answered a request since the client was made.
+    has_answered: AtomicBool,
     failure_slots: Semaphore,
 }
 
@@ -121,7 +124,8 @@ impl Client {
         reports.http2_keep_alive_interval(HTTP2_KEEPALIVE).http2_keep_alive_timeout(HTTP2_KEEPALIVE);
         let reports = reports.build(pooled);
         let failure_slots = Semaphore::new(MAX_FAILURES_IN_FLIGHT);
-        Self { base: url.to_string(), url, worker_id, connector, reports, health: Health::default(), failure_slots }
+        let (base, health, has_answered) = (url.to_string(), Health::default(), AtomicBool::new(false));
+        Self { url, base, worker_id, connector, reports, health, has_answered, failure_slots }
     }
 
     /// Returns the server's url.
@@ -158,7 +162,7 @@ impl Client {
                 let _ = connection.await;
             }));
             let sent = sender.send_request(self.take_request(queues, prefetch)?).await;
-            let response = sent.map_err(ClientError::Transport)?;
+            let response = self.first_answer(sent.map_err(ClientError::Transport))?;
             match response.status() {
                 StatusCode::OK if is_ndjson(&response) => Ok(TakeStream::new(response.into_body(), connection, limits)),
                 StatusCode::OK => Err(ClientError::NotAStream),
@@ -253,13 +257,25 @@ impl Client {
 
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
         within_request_timeout(async {
-            self.reports.request(request).await.map_err(|error| match error {
+            self.first_answer(self.reports.request(request).await.map_err(|error| match error {
                 error if was_withdrawn(&error) => ClientError::Withdrawn,
                 error if error.is_connect() => ClientError::Connect(error.into()),
                 error => ClientError::Request(error),
-            })
+            }))
         })
         .await
+    }
+
+    /// Notes an answer. A connection that is closed before the first one may speak TLS; after it, the server has gone away.
+    fn first_answer<T>(&self, answer: Result<T, ClientError>) -> Result<T, ClientError> {
+        if answer.is_ok() {
+            self.has_answered.store(true, Ordering::Relaxed);
+        }
+        let is_unknown = !self.url.is_https() && !self.has_answered.load(Ordering::Relaxed);
+        answer.map_err(|error| match error {
+            error if is_unknown && error.is_closed_connection() => ClientError::ClosedUnanswered(error.into()),
+            error => error,
+        })
     }
 
     fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Request<Body>, ClientError> {

@@ -3,7 +3,7 @@
 use hyper::Version;
 use serde_json::{Value, json};
 
-use crate::support::{Authority, Call, Daemon, Identity, Proxy, Recorder, Server};
+use crate::support::{Authority, Call, Daemon, Identity, Proxy, RawServer, Recorder, Server};
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 const BOTH: [&str; 2] = ["h2", "http/1.1"];
@@ -307,4 +307,29 @@ fn http_to_a_port_with_tls_is_explained() {
         daemon,
         "if url is http and the port speaks TLS, make it https: invalid HTTP version parsed",
     );
+}
+
+#[test]
+fn a_port_that_closes_at_plain_http_may_speak_tls() {
+    let server = RawServer::start();
+    let daemon = daemon(&server.url(), "").start();
+    let refused = |count: usize| {
+        let refusals = daemon.wait_for_messages(count, "server unreachable, reconnecting");
+        refusals[count - 1]["error"].as_str().unwrap().to_owned()
+    };
+    let explanation = "closed without an answer: if url is http and the port speaks TLS, make it https";
+    drop(server.request());
+    assert!(refused(1).contains(explanation), "{}", refused(1));
+    let unread = server.connection();
+    unread.peek(&mut [0]).unwrap();
+    drop(unread);
+    assert!(refused(2).contains(explanation), "{}", refused(2));
+    // The same close is only an outage once the server has answered.
+    server.take().end();
+    drop(server.request());
+    assert!(refused(3).starts_with("the request failed"), "{}", refused(3));
+    server.take();
+    daemon.wait_for_messages(2, "connected, listening for jobs");
+    daemon.sigterm();
+    daemon.assert_exit(0);
 }
