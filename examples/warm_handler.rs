@@ -1,4 +1,5 @@
-//! A warm handler in Rust. It charges a card. The payload is like `{"card": "4242", "cents": 1200}`. Runs spawned, too.
+//! A warm handler in Rust that charges a card. A payload looks like `{"card": "4242", "cents": 1200}`. The program also works as
+//! a spawned handler.
 //!
 //!     cargo build --release --example warm_handler
 //!     zizq-worker --mode warm --exec target/release/examples/warm_handler
@@ -22,7 +23,7 @@ fn handle(payload: &Value) -> Result<(), Box<dyn Error>> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let Some(socket) = std::env::var_os("ZIZQ_SOCKET") else {
-        // Spawned: the payload of one job is on stdin. An error becomes exit status 1.
+        // Without a socket, the program is spawned for one job, with the payload on stdin. An error becomes exit status 1.
         return handle(&serde_json::from_reader(stdin())?);
     };
     let mut wire = UnixStream::connect(socket)?;

@@ -1,4 +1,4 @@
-//! [`AdminServer`]: serves the worker's health, status and metrics over HTTP, and a page for people.
+//! [`AdminServer`]: serves the worker's health, status and metrics over HTTP, and an HTML status page.
 
 mod page;
 
@@ -22,13 +22,13 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-/// Limit of open connections. Further clients wait, because probes must not use up the worker's descriptors.
+/// Limit of open connections. Further clients wait, otherwise many clients could use up the worker's file descriptors.
 const MAX_CONNECTIONS: usize = 64;
 
-/// Time limit of a connection, which serves one request. A silent client must not hold a place for longer than a probe waits.
+/// Time limit of a connection, which serves one request. Without it, silent clients could occupy all `MAX_CONNECTIONS` slots.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pause after a failed accept. Most accepts fail for lack of descriptors, and a retry at once would only spin.
+/// Pause after a failed accept. Most accepts fail for lack of file descriptors, and an immediate retry would only spin.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Content type that Prometheus asks for.
@@ -46,7 +46,7 @@ const HEADERS: [(HeaderName, &str); 4] = [
 
 /// The worker behind an admin server.
 pub(crate) trait Inspected: Send + Sync + 'static {
-    /// Returns the reasons why the worker cannot run jobs now. Empty if it can.
+    /// Returns the reasons why the worker cannot run jobs now, or an empty list if it can.
     fn unready(&self) -> Vec<String>;
 
     /// Returns the worker's status, as JSON.
@@ -85,7 +85,7 @@ impl AdminServer {
         }
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
-            // The semaphore is never closed.
+            // The error case never happens, because the semaphore is never closed.
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
             match self.0.accept().await {
                 Ok((stream, _)) => {

@@ -1,4 +1,4 @@
-//! [`Backoff`]: the waits between retries. `retry`: the one loop that retries.
+//! [`Backoff`]: the waits between retries. `retry`: the loop that all retries share.
 
 use std::time::Duration;
 
@@ -6,19 +6,21 @@ use tokio::time::Instant;
 
 use crate::lifecycle::{Lifecycle, Phase};
 
-/// The first wait: short enough for a restart of the server to pass unnoticed.
+/// The default first wait. It is short, so that a restart of the server causes little delay.
 pub const DEFAULT_RETRY_MIN_WAIT: Duration = Duration::from_secs(1);
 
-/// The longest wait: long enough to spare a server in trouble, short enough to be back soon after it recovers.
+/// The default longest wait. It is long enough not to burden an overloaded server, and short enough for a worker to reconnect
+/// soon after the server recovers.
 pub const DEFAULT_RETRY_MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// The factor from one wait to the next.
+/// The default factor from one wait to the next.
 pub const DEFAULT_RETRY_MULTIPLIER: f64 = 2.0;
 
-/// The random part of each wait, so that workers cut off together do not come back together.
+/// The maximum random extension of each wait, as a share of the wait. Otherwise all workers that lose the server at the same
+/// moment would reconnect at the same moment.
 const JITTER: f64 = 0.25;
 
-/// Waits that grow from a least to a greatest by a fixed factor, plus up to 25 % at random.
+/// Waits that grow by a fixed factor from a minimum to a maximum, each extended by up to 25 % at random.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Backoff {
     min_wait: Duration,
@@ -37,11 +39,11 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// Returns a policy that starts at `min_wait` and never waits longer than `max_wait` and its jitter.
+    /// Returns a backoff whose first wait is `min_wait`, and whose longest wait is `max_wait`, both plus jitter.
     ///
     /// # Errors
     /// When `min_wait` is zero, `max_wait` is less than `min_wait`, or `multiplier` is below 1 or not finite. The error is a
-    /// sentence that says so.
+    /// sentence that names the problem.
     pub fn try_new(min_wait: Duration, max_wait: Duration, multiplier: f64) -> Result<Self, String> {
         if min_wait.is_zero() {
             return Err("retry_min_wait must be greater than 0s".to_owned());
@@ -59,7 +61,7 @@ impl Backoff {
         Ok(Self { min_wait, max_wait, multiplier })
     }
 
-    /// Returns the least wait, the greatest, and the multiplier.
+    /// Returns `min_wait`, `max_wait` and `multiplier`.
     pub(crate) fn parts(&self) -> (Duration, Duration, f64) {
         (self.min_wait, self.max_wait, self.multiplier)
     }
@@ -93,7 +95,7 @@ pub struct Waits {
 }
 
 impl Waits {
-    /// Starts over at the least wait.
+    /// Resets the sequence, so that the next wait is the shortest again.
     pub fn reset(&mut self) {
         self.next = self.policy.min_wait;
     }
@@ -108,29 +110,32 @@ impl Waits {
     }
 }
 
-/// An error as [`retry`] sees it.
+/// An error that [`retry`] can handle.
 pub(crate) trait Retryable {
     /// Reports whether a retry may succeed.
     fn is_retryable(&self) -> bool;
 
-    /// Returns the wait that the server has asked for. Neither the policy nor a recovery shortens it.
+    /// Returns the wait that the server has asked for. [`retry`] waits at least that long, even if `early` completes before.
     fn retry_after(&self) -> Option<Duration> {
         None
     }
 }
 
-/// The reason for which a wait ends early.
+/// The reason why a wait ends early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Early {
-    /// The fault seems to be over. The waits start over at the least one.
+    /// The fault seems to be repaired. After another error, the backoff starts over at its shortest wait.
     Recovery,
-    /// One try is due during the wait. The waits go on growing.
+    /// One additional try is due during the wait. The backoff is not reset.
     Turn,
 }
 
-/// Retries until a try succeeds or fails for good, or until the phase `until` is reached. From that phase on, a wait ends at once
-/// and a failed try is final. The first try always runs. `on_error` receives each error, and the wait that begins with it. A wait
-/// also ends when `early` does. After a [turn](Early::Turn) that fails, the rest of the same wait goes on.
+/// Calls `attempt` until it succeeds, or fails with an error that is not retryable, or fails once the phase `until` is reached.
+/// Reaching `until` ends a wait at once, for one last try. The first try always runs.
+///
+/// `on_error` receives each retryable error, and the wait if a new one begins. A wait also ends when `early` completes, but not
+/// before the error's `retry_after`. If a try after an [`Early::Turn`] fails, the rest of the interrupted wait follows, unless
+/// the server asks for a wait.
 pub(crate) async fn retry<T, E, F, S>(
     mut waits: Waits,
     lifecycle: &Lifecycle,
@@ -167,7 +172,7 @@ where
     }
 }
 
-/// Sleeps until `end`, or forever without one.
+/// Sleeps until `end`, or forever if `end` is `None`.
 pub(crate) async fn sleep_until_if(end: Option<Instant>) {
     match end {
         Some(end) => tokio::time::sleep_until(end).await,
@@ -221,7 +226,7 @@ mod tests {
         }
     }
 
-    /// A fault for which the server asks for a wait of a minute.
+    /// A fault with a `retry_after` of one minute.
     #[derive(Debug)]
     struct Busy;
 
@@ -235,7 +240,7 @@ mod tests {
         }
     }
 
-    /// Retries an attempt that fails `count` times, and returns the time it took.
+    /// Retries an attempt that fails `count` times, and returns the time until it succeeded.
     async fn took<E: Retryable>(count: usize, fault: impl Fn() -> E, early: Early) -> Duration {
         let (begun, mut tries) = (tokio::time::Instant::now(), 0);
         let attempt = || {
@@ -261,7 +266,7 @@ mod tests {
         };
         let on_error = |_: &Fault, wait: Option<Duration>| waits.borrow_mut().push(wait.is_some());
         let early = || async {
-            // Two of these fit into a wait, and a third does not, whatever the jitter.
+            // Two of these sleeps fit into one wait of 10 to 12.5 s, and a third does not.
             tokio::time::sleep(Duration::from_millis(4500)).await;
             Early::Turn
         };

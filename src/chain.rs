@@ -1,9 +1,9 @@
-//! [`Chain`]: an error with its causes, on one line. [`OneLine`] escapes all that would break the line.
+//! [`Chain`]: an error with its causes, on one line. [`OneLine`]: a writer that escapes characters that would break the line.
 
 use std::error::Error;
 use std::fmt::{self, Write};
 
-/// Displays an error and its causes, separated by colons.
+/// An error, displayed on one line together with its causes, which are separated by colons.
 #[derive(Debug, Clone, Copy)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
@@ -20,8 +20,8 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// Writes text and escapes the characters that could end the line, or move, colour or hide its text. Errors quote servers,
-/// files and arguments, which can contain such characters.
+/// A writer that escapes the characters that could end the line, or move, colour or hide its text. Error messages quote text from
+/// servers, files and arguments, which can contain these characters.
 #[derive(Debug)]
 pub struct OneLine<W>(pub W);
 

@@ -1,4 +1,4 @@
-//! `--check`: prints every setting with its origin, the warnings of a start, and the server's version.
+//! `--check`: prints every setting with its origin, the start-up warnings, and the server's version.
 
 use std::fmt::{Display, Write as _};
 use std::io::{self, ErrorKind, Write};
@@ -21,17 +21,17 @@ use crate::version::misfit;
 /// The reason why a check failed.
 #[derive(Debug)]
 pub enum CheckError {
-    /// A mistake in the settings. A start fails with the same one.
+    /// A mistake in the settings. A start of the worker would fail with the same error.
     Mistake(ConfigError),
-    /// A sentence that says why the server cannot be asked.
+    /// The server did not report its version. The text is a sentence with the reason.
     Server(String),
     /// No process can be started.
     Process(io::Error),
-    /// A sentence that says why warm handlers do not connect.
+    /// Warm handlers did not connect. The text is a sentence with the reasons.
     Handler(String),
     /// The output cannot be written.
     Output(io::Error),
-    /// A signal has ended the check.
+    /// A signal ended the check.
     Interrupted,
 }
 
@@ -41,18 +41,19 @@ impl From<io::Error> for CheckError {
     }
 }
 
-/// Prints every setting in force with its origin, and every warning of a start. Unless offline, also starts a process that
-/// ends at once and one process of each warm handler, and asks the server for its version.
+/// Prints every setting in force with its origin, and every start-up warning. Unless `reach` is `Offline`, also starts a test
+/// process that ends at once and one process of each warm handler, and asks the server for its version.
 ///
-/// If the output's reader is gone, the check continues without output.
+/// If the reader of `out` closes its end, the check continues without output.
 ///
 /// # Errors
-/// If a start would fail, or the server cannot be reached, or a signal asks for a stop.
+/// If a start of the worker would fail, or the server cannot be reached, or a signal asks for a stop.
 pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
     let lifecycle = Lifecycle::new();
     let (asking, _requests) = mpsc::unbounded_channel();
     let _obeying = AbortOnDropHandle::new(tokio::spawn(WorkerSignals::listen()?.obey(lifecycle.clone(), asking)));
-    // A warm handler leads a process group of its own, so Ctrl-C in a terminal does not end it. The dropped dispatcher does.
+    // A warm handler leads its own process group, so Ctrl-C in a terminal does not reach it. An interruption drops the
+    // dispatcher in `check_all`, and that drop kills the handler.
     let mut out = UntilClosed(out);
     tokio::select! {
         checked = check_all(config, reach, &mut out) => checked,
@@ -62,7 +63,7 @@ pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
 
 async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
     out.write_all(table(&config.settings()).as_bytes())?;
-    // A handler that cannot be run fails the parse of the configuration.
+    // No check is needed here: with a handler that cannot be run, the configuration would not have been resolved.
     writeln!(out, "\nhandlers: their files can be run")?;
     for warning in config.warnings() {
         writeln!(out, "{}", warning_line(&warning))?;
@@ -103,8 +104,8 @@ async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<()
     Ok(())
 }
 
-/// Checks that the embedded server can listen, and that each line of its file of jobs is a job. An address in use is only a
-/// warning, as for the admin server. Jobs from stdin are not read.
+/// Checks that the embedded server can listen, and that each line of its jobs file is a job. An address in use is only a
+/// warning, because the worker with these settings may already be running. Jobs from stdin are not read.
 #[cfg(feature = "embedded")]
 async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     let Some(embedded) = &config.embedded else { return Ok(()) };
@@ -116,7 +117,7 @@ async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), Che
     Ok(())
 }
 
-/// Returns a dispatcher like that of a start, with its directory for result files.
+/// Returns a dispatcher as a start of the worker would create it, together with its directory for result files.
 fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
     let worker_id = config.worker.worker_id.to_string();
     let made = ExecDispatcher::new(
@@ -173,7 +174,7 @@ async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), Check
 fn table(settings: &[Setting]) -> String {
     let longest = |length: fn(&Setting) -> usize| settings.iter().map(length).max().unwrap_or_default();
     let names = longest(|setting| setting.name.chars().count());
-    // Cap the column, because one long value would push all origins off the screen.
+    // Cap the width of the values' column, because one long value would push all origins off the screen.
     let values = longest(|setting| setting.value.chars().count()).min(40);
     let mut text = String::new();
     for Setting { name, value, source, .. } in settings {
@@ -184,7 +185,7 @@ fn table(settings: &[Setting]) -> String {
     text
 }
 
-/// Writes until the reader closes the pipe, as `head` does, and drops the rest.
+/// A writer that silently drops all output after the reader has closed the pipe, as `head` does.
 struct UntilClosed<W>(W);
 
 impl<W: Write> Write for UntilClosed<W> {

@@ -48,7 +48,7 @@ pub(crate) struct Given {
     pub(crate) source: Source,
 }
 
-/// The extent of a check.
+/// The extent of `--check`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
     /// Everything, the server included.
@@ -96,7 +96,7 @@ impl Usage {
     }
 }
 
-/// Displays a mistake on one line, and help on as many as it has.
+/// Displays a mistake on one line, and help with its own line breaks.
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.0.use_stderr() {
@@ -104,7 +104,7 @@ impl fmt::Display for Usage {
         }
         let text = self.0.to_string();
         let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
-        // Drop clap's tip about `--`, because a mistyped flag is hardly meant as the handler.
+        // Drop clap's tip to put the flag after `--`, because that would run the mistyped flag as the handler.
         let idle = ["For more information", "tip: to pass"];
         let telling: Vec<&str> =
             lines.filter(|line| !line.is_empty() && !idle.iter().any(|start| line.starts_with(start))).collect();
@@ -163,8 +163,8 @@ impl Args {
         self.is_set("check").then_some(reach)
     }
 
-    /// Returns a warning for each variable with the prefix of settings that belongs to no setting. The variables of handlers are
-    /// known, because a worker can run within a handler. An empty variable counts as not set.
+    /// Returns a warning for each environment variable that begins with `ZIZQ_` and belongs to no setting. Variables about a job
+    /// give no warning, because a worker that a handler starts inherits them. An empty variable counts as not set.
     pub(crate) fn unknown_variables(&self) -> Vec<Warning> {
         let command = command();
         let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
@@ -185,16 +185,17 @@ impl Args {
         self.environment.iter().any(|(name, value)| name == "NOTIFY_SOCKET" && !value.is_empty())
     }
 
-    /// Reports whether a flag without a value is given.
+    /// Reports whether a boolean flag, which takes no value, is given.
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.matches.get_flag(name)
     }
 }
 
-/// Prefix of every setting's variable.
+/// Prefix of the environment variable of every setting.
 const PREFIX: &str = "ZIZQ_";
 
-/// Minimum similarity (0 to 1) of a mistyped variable and the intended one. With a lower one, short names match any other.
+/// Minimum similarity (0 to 1) of a mistyped variable and the intended one. With a lower limit, short names would match
+/// unrelated ones.
 const MIN_LIKENESS: f64 = 0.8;
 
 /// Returns the name of a setting's environment variable.
@@ -209,7 +210,8 @@ pub(crate) fn nearest<'a>(name: &str, known: &[&'a str], min_likeness: f64) -> O
     alike.max_by(|(one, _), (other, _)| one.total_cmp(other)).map(|(_, known)| known)
 }
 
-/// A parser that accepts any text and lists the valid words for the completions. The settings check the text later.
+/// A parser that accepts any text, and lists the valid words for shell completions. The text is checked when the settings are
+/// resolved.
 #[derive(Debug, Clone)]
 struct Words(fn() -> Vec<&'static str>);
 
@@ -226,7 +228,8 @@ impl TypedValueParser for Words {
     }
 }
 
-/// Returns the clap argument of a flag that is also a variable. Values stay text, so that all mistakes are reported alike.
+/// Returns the clap argument for a setting's flag and environment variable. Clap does not parse the value, so that mistakes in
+/// flags, variables and the file are all reported in the same way.
 fn setting(flag: &Flag, help: String) -> Arg {
     let arg = Arg::new(flag.name)
         .long(flag.name)

@@ -26,22 +26,23 @@ use inspector::Inspector;
 /// An error that ends the process.
 pub type Fatal = Box<dyn std::error::Error + Send + Sync>;
 
-/// Returns the runtime of the daemon. One thread drives all jobs. With more, threads wake each other for work that is shorter
-/// than the wake-up.
+/// Returns the runtime of the daemon, which drives all jobs on one thread. Several threads would wake each other for work that
+/// takes less time than the wake-up.
 ///
 /// # Errors
-/// If the operating system refuses descriptors.
+/// If the operating system refuses file descriptors.
 pub fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-/// Runs the worker until a signal or a limit stops it. A reload resolves `config` anew from `args`.
+/// Runs the worker until a signal or a limit stops it. Each reload resolves a new configuration from `args`.
 ///
 /// # Errors
 /// If the worker cannot start, or the server refuses it.
 pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fatal> {
     let lifecycle = Lifecycle::new();
-    // Start before the signal handlers: while jobs are read from a terminal, Ctrl-C must end the process.
+    // Start the embedded server before the signal handlers are registered, because Ctrl-C must end the process while the server
+    // reads its jobs from a terminal.
     #[cfg(feature = "embedded")]
     let _server = match &config.embedded {
         Some(embedded) => Some(crate::embedded::start(embedded, &config.worker.url).await?),
@@ -54,7 +55,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     if let (Some(admin), Some(_)) = (&admin, &config.embedded) {
         info!(page = admin.page_url()?, "open this page to watch the worker");
     }
-    // The worker itself warns of a low prefetch.
+    // Skip the warning about a low prefetch, because the worker itself logs it.
     let warnings = config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::LowPrefetch { .. }));
     warnings.for_each(|warning| warning.log());
 

@@ -1,7 +1,8 @@
-//! [`fate`]: the one place that decides the next step for an outcome.
+//! [`fate`]: the one function that decides the next step for an outcome.
 //!
-//! The decision depends on three things: the server's [answer](Answer) to the report, the [state](Told) of the job on the server,
-//! and the [hold](Hold) of this worker on the job. In the table, "…" is any value, and the first row that fits counts.
+//! The decision depends on the kind of the outcome, the server's [answer](Answer) to the report, the [state](Told) of the job on
+//! the server, and the [hold](Hold) of this worker on the job. In the table, "…" is any value, and the first row that fits
+//! counts.
 //!
 //! | outcome | answer | told | hold | step |
 //! | --- | --- | --- | --- | --- |
@@ -28,15 +29,17 @@
 //! | Failure | KeptElsewhere | InFlight | Lost | Settle |
 //! | … | Kept, KeptElsewhere | … | … | Park |
 //!
-//! A success counts wherever its job is in flight, for any attempt. A failure costs the job an attempt, and the server identifies
-//! the job by its id alone. So a failure is sent only while this worker holds the job as that very attempt. The failure is sent a
-//! second time only after a look at the job has shown that the first report did not arrive. A redelivery of the same attempt
-//! shows as much: no failure of that attempt has been counted. Where a proxy refuses the look, the job is released, so that a
-//! redelivery decides.
+//! The server accepts a success for any job in flight, whichever attempt that is and wherever it runs. A failure costs the job an
+//! attempt, and the server identifies the job by its id alone. So a failure is sent only while this worker holds the job as the
+//! attempt that failed.
+//!
+//! If the answer to a failure was lost, the failure is sent again only after a query of the job (`GET /jobs/{id}`) has shown that
+//! the first report did not arrive. A redelivery of the same attempt shows this too. If a proxy refuses the query, the job is
+//! released: the server then redelivers the job if it has not counted the failure.
 
 use crate::job::Report;
 
-/// The kind of a report.
+/// The kind of an outcome that is reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Success,
@@ -58,25 +61,25 @@ pub(crate) enum Answer {
     InDoubt,
     /// The report counts.
     Accepted,
-    /// The job was not in flight.
+    /// The server denied the report, because the job was not in flight.
     Denied,
-    /// The try failed, and a retry may succeed.
+    /// The request failed, and a retry may succeed.
     Failed,
     /// The server refuses the report for good.
     Refused,
-    /// The outcome is parked.
+    /// The outcome is parked: its report waits until the job is redelivered.
     Kept,
-    /// The outcome is parked during a drain, and the look before this one found the job in flight elsewhere.
+    /// The outcome is parked, the worker drains, and the previous query of the job already found the job in flight.
     KeptElsewhere,
 }
 
-/// The state of the job on the server, as far as the worker knows.
+/// The state of the job on the server, as the last query of the job showed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Told {
     NotAsked,
     /// The server did not answer.
     Unreachable,
-    /// A proxy refuses the look for good, or the job came from another server than the one that was asked.
+    /// A proxy refuses the query, or the job is unknown to the queried server, which is not the one that the job came from.
     Withheld,
     /// The server does not have the job.
     Gone,
@@ -89,34 +92,35 @@ pub(crate) enum Told {
     InFlight,
 }
 
-/// The hold of this worker on the job, compared with the hold when a denied report left, or else when the server was last asked.
+/// The hold of this worker on the attempt now, compared with the hold at an earlier moment. For a denied report, that is the
+/// moment when the report was sent. Otherwise it is the last query of the job, or the start of the try without a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// The same delivery holds the job, over an open stream.
+    /// The worker holds the job by the same delivery as before, over a stream that is still open.
     Same,
-    /// A later delivery holds the job, over an open stream.
+    /// The worker holds the job by a later delivery, over a stream that is still open.
     Anew,
-    /// The stream is lost.
+    /// The worker no longer holds the attempt, because its stream is lost.
     Lost,
 }
 
 /// The next step for an outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Look at the job.
+    /// Query the state of the job (`GET /jobs/{id}`).
     Ask,
     /// Send the report.
     Send,
     /// Retry after a wait.
     Retry,
-    /// Keep the outcome until its job is redelivered. The job is no longer held.
+    /// Keep the outcome until its job is redelivered. The server no longer holds the job for this worker.
     Park,
-    /// Keep the outcome until its job is redelivered. The job may be held, so its stream is replaced, and closes once its other
-    /// jobs are reported.
+    /// Keep the outcome until its job is redelivered. The server may still hold the job for this worker, so the job's stream is
+    /// replaced. The old stream closes once its other jobs are reported, and the server then redelivers the job.
     Release,
-    /// Forget the job: the server knows the outcome, or does not need it.
+    /// Forget the job, because the server knows the outcome or does not need it.
     Settle,
-    /// Drop the report. The job stays held until its stream closes, and is redelivered then.
+    /// Drop the report. The server holds the job until its stream closes, and then redelivers it.
     Drop,
 }
 
@@ -145,7 +149,7 @@ pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
     }
 }
 
-/// Decides about a failure whose report may have arrived, of a job that is held.
+/// Decides about a failure whose report may have arrived, while this worker holds the job.
 fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::InFlight, _) | (Told::Waiting, Hold::Anew) => Step::Send,
@@ -155,7 +159,7 @@ fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     }
 }
 
-/// Decides about a denied report of a job that is not over.
+/// Decides about a denied report of a job that is neither completed nor dead.
 fn fate_of_denied(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::Unreachable, _) => Step::Retry,

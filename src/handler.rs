@@ -39,7 +39,7 @@ pub const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(60);
 /// The size of a warm handler's pool, and the limits of its processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
-    /// The number of processes that stay however long they are idle.
+    /// The number of processes that `idle_timeout` does not end.
     pub min_processes: usize,
     /// The maximum number of processes. `None` means one for each worker loop.
     pub max_processes: Option<NonZeroUsize>,
@@ -49,9 +49,9 @@ pub struct Pool {
     pub max_jobs: Option<NonZeroU64>,
     /// The age at which a process is replaced, plus a random share of up to a quarter.
     pub max_age: Option<Duration>,
-    /// The limit of a process's resident memory after a job, in bytes.
+    /// The resident memory in bytes, measured after each job, above which a process is replaced.
     pub max_memory: Option<u64>,
-    /// The longest idle time of a process.
+    /// The idle time after which a process beyond `min_processes` is ended.
     pub idle_timeout: Option<Duration>,
 }
 
@@ -76,7 +76,7 @@ pub struct Handler {
     pub program: Program,
     /// The way to start the command.
     pub mode: Mode,
-    /// The whole environment, except the variables about the job.
+    /// The whole environment of the command, except the variables about the job.
     pub env: Vec<(OsString, OsString)>,
     /// The working directory. `None` means the worker's own.
     pub cwd: Option<PathBuf>,
@@ -130,7 +130,8 @@ impl Handlers {
         self.routes.values().chain(&self.default).any(|handler| matches!(handler.mode, Mode::Warm(_)))
     }
 
-    /// Returns the most processes that there can be with `concurrency` jobs at once. Warm processes stay between jobs.
+    /// Returns the maximum number of simultaneous processes if `concurrency` jobs run at once. Warm processes also count between
+    /// jobs.
     pub(crate) fn max_processes(&self, concurrency: usize) -> usize {
         let all = self.routes.values().chain(&self.default);
         let warm = all.filter_map(|handler| match &handler.mode {
@@ -146,7 +147,7 @@ impl Handlers {
         self.default.iter().map(|handler| (None, handler)).chain(routes)
     }
 
-    /// Returns the longest time that a job takes, including the kill grace. `None` if a handler has no limit.
+    /// Returns the longest time that a job can take, including the kill grace. `None` if a handler has no time limit.
     pub(crate) fn longest_job(&self) -> Option<Duration> {
         let longest = |(_, handler): (_, &Handler)| Some(handler.timeout? + handler.kill_grace);
         self.by_type().map(longest).try_fold(Duration::ZERO, |longest, job| Some(longest.max(job?)))

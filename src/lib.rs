@@ -1,18 +1,18 @@
 //! Runs a command for each job of a [Zizq](https://zizq.io) queue server, and reports how it ended.
 //!
 //! ```text
-//! server ── GET /jobs/take ──▶ producer ──▶ dispatch queue ──▶ worker loop t:f ──▶ dispatcher ──▶ process ──▶ Outcome
+//! server ── GET /jobs/take ──▶ producer ──▶ dispatch queue ──▶ worker loop ──────▶ dispatcher ──▶ process ──▶ Outcome
 //!                                                                                                              │
-//! server ◀── POST /jobs/success (bulk) · /jobs/{id}/failure ◀── ack processor ◀── ack queue (2 × prefetch) ◀───┘
+//! server ◀── POST /jobs/success (bulk) · /jobs/{id}/failure ◀── reporter ◀─────── ack queue (2 × prefetch) ◀───┘
 //! ```
 //!
-//! Jobs flow in one direction. A loop runs one job at a time, and queues its outcome before it takes the next job, so a full
-//! ack queue holds back the loops, and the loops hold back the server.
+//! Jobs flow in one direction. A worker loop runs one job at a time, and queues its outcome before it takes the next job. A full
+//! ack queue blocks the loops, and the server then sends no more jobs than `prefetch` allows.
 //!
 //! | module | content |
 //! | --- | --- |
 //! | [`worker`] | the worker: producer, dispatch queue, worker loops |
-//! | [`dispatch`] | the [`Dispatcher`] that does the work of a job, and the one that runs commands |
+//! | [`dispatch`] | the [`Dispatcher`] trait, which does the work of a job, and its implementation that runs commands |
 //! | [`handler`] | the command for a job, and its settings |
 //! | [`job`] | a job, an outcome, a failure |
 //! | [`lifecycle`] | the phases of a stop, and signals |
@@ -23,7 +23,7 @@
 //! | [`daemon`] | a worker with signals, service manager, admin server and terminal |
 //! | [`embedded`] | the in-memory server |
 //!
-//! `docs/architecture.md` has the map of all modules, and the way of a job through them.
+//! `docs/architecture.md` has the map of all modules, and the path of a job through them.
 //!
 //! To do the work of a job without a process, implement [`Dispatcher`]:
 //!
@@ -73,7 +73,7 @@ mod supervisor;
 mod watch;
 pub mod worker;
 
-// Public for the program, its tests and its generated files alone. They are no part of the library.
+// These modules are public only for the binary, its tests and its generated files. They are not part of the library's API.
 #[doc(hidden)]
 pub mod chain;
 #[doc(hidden)]

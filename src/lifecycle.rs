@@ -1,4 +1,4 @@
-//! [`Lifecycle`]: the phase of a worker's stop. [`WorkerSignals`]: the signals that move it.
+//! [`Lifecycle`]: the phase of a worker's stop. [`WorkerSignals`]: the signals that stop, reload, pause or query a worker.
 
 mod terminal;
 
@@ -19,16 +19,16 @@ use crate::process::without_signals;
 use crate::watch;
 use terminal::{HangUp, Terminal};
 
-/// A phase of a worker's stop. Later phases are greater, and no phase comes back.
+/// A phase of a worker's stop. Later phases compare as greater, and the phase never falls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// The worker takes and runs jobs.
     Running,
-    /// The worker takes nothing more, and finishes and reports the jobs that it has taken.
+    /// The worker takes no more jobs, and finishes and reports the jobs that it has taken.
     Draining,
     /// Running jobs are stopped and not reported. Each finished report gets one last try.
     Killing,
-    /// The grace of stopped jobs is over.
+    /// Jobs that are being terminated are killed without further grace.
     Forcing,
     /// Every job and report has ended, and the stream closes.
     Stopped,
@@ -46,7 +46,7 @@ impl fmt::Display for Phase {
     }
 }
 
-/// The handle that stops one run of a worker, and that tells the worker's parts of the stop.
+/// A handle that stops one run of a worker, and notifies the worker's parts of the stop.
 ///
 /// Clones share one phase, which only ever rises. Any thread or task may use the handle.
 #[derive(Debug, Clone)]
@@ -55,7 +55,7 @@ pub struct Lifecycle {
     reason: Arc<OnceLock<String>>,
 }
 
-/// The phase, and whether the end is awaited.
+/// The phase, and whether a stop was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LifecycleState {
     phase: Phase,
@@ -76,17 +76,17 @@ impl Lifecycle {
         Self::default()
     }
 
-    /// Returns the present phase.
+    /// Returns the current phase.
     pub fn phase(&self) -> Phase {
         self.state.borrow().phase
     }
 
-    /// Asks for a drain: jobs that were taken are finished and reported first, within the deadline.
+    /// Asks for a drain: the worker finishes and reports the jobs that it has taken, within the shutdown deadline, and stops.
     pub fn stop(&self) {
         self.rise(Phase::Draining, true, None);
     }
 
-    /// Asks for a drain, and sets the reason unless the worker already stops.
+    /// Asks for a drain, and sets the reason unless the worker is already stopping.
     pub(crate) fn stop_because(&self, reason: impl Into<String>) {
         self.rise(Phase::Draining, true, Some(reason.into()));
     }
@@ -111,16 +111,17 @@ impl Lifecycle {
         self.rise(Phase::Forcing, true, None);
     }
 
-    /// Notes that everything has ended.
+    /// Records that every job and report has ended.
     pub(crate) fn stopped(&self) {
         self.rise(Phase::Stopped, true, None);
     }
 
-    /// Raises the phase to `phase`. A lesser phase changes nothing.
+    /// Raises the phase to `phase`, unless a later phase is reached. Once set, `awaited` stays set. `reason` is stored only if
+    /// the phase was `Running`.
     fn rise(&self, phase: Phase, awaited: bool, reason: Option<String>) {
         self.state.send_if_modified(|state| {
             if let Some(reason) = reason.filter(|_| state.phase == Phase::Running) {
-                // This is the only place that sets the reason, and no phase comes back.
+                // The reason is still unset: only this line sets it, and the phase leaves `Running` only once.
                 let _ = self.reason.set(reason);
             }
             let before = *state;
@@ -136,7 +137,7 @@ impl Lifecycle {
 
     /// Waits until `phase` or a later one is reached.
     pub async fn reached(&self, phase: Phase) {
-        // The wait fails only once every sender is gone, and `self` is a sender.
+        // The wait fails only once every sender is dropped, and `self` holds a sender.
         let _ = self.state.subscribe().wait_for(|state| state.phase >= phase).await;
     }
 
@@ -150,7 +151,8 @@ impl Lifecycle {
         let _ = self.state.subscribe().wait_for(|state| state.awaited).await;
     }
 
-    /// Kills a drain that takes longer than `deadline` after a stop was asked for. Ends when the worker has stopped.
+    /// Waits until a stop is asked for, and kills the worker if the drain takes longer than `deadline` from then on. Returns once
+    /// the phase is `Killing` or later.
     pub(crate) async fn enforce(&self, deadline: Duration) {
         self.awaited().await;
         tokio::select! {
@@ -191,13 +193,13 @@ impl Request {
 /// The time that a shell may take to end after it has sent SIGHUP to its jobs.
 const SHELL_END: Duration = Duration::from_secs(2);
 
-/// The number of looks for the terminal in that time.
+/// The number of checks during `SHELL_END` whether the terminal is still open.
 const SHELL_END_LOOKS: u32 = 20;
 
 /// The signals of a worker, received from the moment [`listen`](Self::listen) returns.
 pub struct WorkerSignals {
     signals: Signals,
-    /// Each SIGHUP, with its sender.
+    /// The SIGHUPs, each with the `siginfo` that shows its sender.
     hang_ups: SignalsInfo<WithRawSiginfo>,
     terminal: Terminal,
 }
@@ -214,22 +216,22 @@ impl WorkerSignals {
     /// # Errors
     /// When the operating system refuses the handlers.
     pub fn listen() -> io::Result<Self> {
-        // This comes first, because a handler for SIGHUP hides whether SIGHUP was ignored.
+        // Inspect the terminal first, because a registered handler for SIGHUP hides whether SIGHUP was ignored.
         let terminal = Terminal::of_this_process();
-        // A signal that arrives during the registration would be lost.
+        // Block signals during the registration, otherwise one that arrives meanwhile would be lost.
         without_signals(|| {
             let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
             Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })
         })
     }
 
-    /// Moves the lifecycle at each signal. The first SIGTERM or SIGINT drains, the second kills, the third kills without grace. A
-    /// SIGHUP drains if the terminal is gone. All other signals are passed on as requests, because a request may take long and
-    /// must not delay a stop. Ends only when the process does.
+    /// Handles signals until the process ends. The first SIGTERM or SIGINT drains, the second kills, the third kills without
+    /// grace. A SIGHUP drains if the terminal is closed. All other signals are sent to `requests`, because handling a request may
+    /// take long and must not delay a stop.
     pub async fn obey(mut self, lifecycle: Lifecycle, requests: mpsc::UnboundedSender<Request>) {
         let mut count = 0;
         let ask = |request| {
-            // A send fails only after the worker has stopped.
+            // Ignore an error: a send fails only after the worker has stopped.
             let _ = requests.send(request);
         };
         loop {
@@ -255,8 +257,8 @@ impl WorkerSignals {
     }
 }
 
-/// Drains if the terminal is gone soon after a process has sent SIGHUP: a shell that ends first sends SIGHUP to its jobs, as zsh
-/// does, and bash with `huponexit`.
+/// Drains if the terminal is closed soon after a process has sent SIGHUP. Before they end, some shells send SIGHUP to their jobs:
+/// zsh, and bash with `huponexit`.
 async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
     let mut looks = tokio::time::interval(SHELL_END / SHELL_END_LOOKS);
     for _ in 0..SHELL_END_LOOKS {
@@ -267,7 +269,8 @@ async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
     }
 }
 
-/// Drains because the terminal is gone. A shell passes the kernel's SIGHUP on, so two SIGHUPs ask for one drain.
+/// Drains because the terminal is closed. A second SIGHUP has no further effect, because a shell forwards the kernel's SIGHUP to
+/// its jobs.
 fn stop_without_terminal(lifecycle: &Lifecycle) {
     let was_running = lifecycle.phase() == Phase::Running;
     lifecycle.stop_because("the terminal is gone");
@@ -276,7 +279,7 @@ fn stop_without_terminal(lifecycle: &Lifecycle) {
     }
 }
 
-/// Raises the phase by one step. The step comes before its log message, because the log may be slow.
+/// Raises the phase as the `count`th SIGTERM or SIGINT demands. The log message follows, because the log may be slow.
 fn stop(lifecycle: &Lifecycle, count: usize, signal: &'static str) {
     match lifecycle.phase() {
         Phase::Running | Phase::Draining if count == 1 => {

@@ -1,4 +1,4 @@
-//! [`Log`]: pretty, compact or JSON lines on stderr, and on a terminal a last line that changes ([`LiveLine`]).
+//! [`Log`]: pretty, compact or JSON lines on stderr. On a terminal, a status line below them is updated in place ([`LiveLine`]).
 
 use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
@@ -64,19 +64,19 @@ impl Log {
     /// If `RUST_LOG` is not a valid filter.
     pub fn refilter(&self, config: &LogConfig) -> Result<(), ConfigError> {
         let filter = filter(config)?;
-        // A reload fails only if the subscriber is gone.
+        // Ignore the error: a reload of the filter fails only if the subscriber has been dropped.
         let _ = self.filter.reload(filter);
         Ok(())
     }
 
-    /// Returns the last line of the terminal, if the log goes to one.
+    /// Returns the live line, if the log writes text to a terminal.
     pub fn live_line(&self) -> Option<&LiveLine> {
         self.live.as_ref()
     }
 }
 
-/// Returns a formatter of fields that are shown without styles. The library's own would double the cost of a job's span. Unlike
-/// the library's, this one escapes no message, so a message must be a fixed text.
+/// Returns a field formatter without styles. The default formatter of `tracing_subscriber` would double the cost of a job's span.
+/// Unlike the default, this one does not escape messages, so each message must be a fixed text.
 fn unstyled() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static {
     let field = |writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug| match field.name() {
         "message" => write!(writer, "{value:?}"),
@@ -107,7 +107,7 @@ fn wrong_filter(directives: &str, problem: &dyn fmt::Display) -> ConfigError {
 }
 
 /// Reports whether a filter sets a level for the worker's own events, `off` included. A mistyped level is parsed as a module
-/// name, and such a filter silences everything else.
+/// name, and a filter that names only that module silences the worker.
 fn says_how_to_log_the_worker(filter: &Targets) -> bool {
     const OWN: &str = "zizq_worker";
     let is_own = |target: &str| OWN.starts_with(target) || target.starts_with("zizq_worker::");
@@ -124,13 +124,13 @@ fn level(level: LogLevel) -> Level {
     }
 }
 
-/// Returns the prefix of the process's last error line: its priority, if systemd's journal reads stderr.
+/// Returns the prefix of the error line with which the process ends: the priority, if systemd's journal reads stderr.
 pub fn complaint_prefix(journal_stream: Option<&OsStr>) -> &'static str {
     if is_journal(journal_stream) { priority(Level::ERROR) } else { "" }
 }
 
-/// Reports whether stderr is the stream that `JOURNAL_STREAM` names by device and inode. An inherited variable can name a
-/// stream other than the present stderr.
+/// Reports whether stderr is the stream that `JOURNAL_STREAM` names by device and inode. The comparison is needed because an
+/// inherited variable can name another stream than this process's stderr.
 fn is_journal(journal_stream: Option<&OsStr>) -> bool {
     let named = journal_stream.and_then(OsStr::to_str).and_then(|name| name.split_once(':'));
     let Some((device, inode)) = named else { return false };
@@ -175,7 +175,7 @@ impl Write for Line {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let Some(priority) = self.priority else { return Stderr.write(event) };
         let lines = event.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [priority.as_bytes(), line]);
-        // Use one write, so that no line of another process comes between.
+        // Use one write, otherwise a line of another process could come between the lines of this event.
         Stderr.write_all(&lines.collect::<Vec<_>>().concat())?;
         Ok(event.len())
     }
@@ -239,7 +239,7 @@ struct Members {
 }
 
 impl Members {
-    /// Adds the members of an object.
+    /// Adds the members of the JSON object `object`, to `job` if `are_of_job`.
     fn push_all(&mut self, object: &str, are_of_job: bool) {
         let fields = object.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')).unwrap_or_default();
         if !fields.is_empty() {
@@ -249,7 +249,7 @@ impl Members {
         }
     }
 
-    /// Adds a field of the event, to `job` if its name begins with `job.`.
+    /// Adds a field of the event, to `job` if the field's name begins with `job.`.
     fn push(&mut self, field: &Field, value: &impl Serialize) {
         let (members, name) = match field.name().strip_prefix("job.") {
             Some(name) => (&mut self.job, name),
@@ -305,9 +305,9 @@ impl LiveLine {
     pub fn show(&self, text: &str) {
         let mut shown = self.lock();
         if !(shown.is_empty() && text.is_empty()) {
-            // Cut the text, because a wrapped line would not be cleared.
+            // Cut the text to one row, because `CLEAR` would leave the first rows of a wrapped line.
             *shown = text.chars().take(width().saturating_sub(1)).collect();
-            // Ignore a failed write, because the terminal is gone.
+            // Ignore a failed write, which means that the terminal is closed.
             let _ = write!(Stderr, "{CLEAR}{shown}");
         }
     }
@@ -331,7 +331,7 @@ impl<'a> MakeWriter<'a> for LiveLine {
     }
 }
 
-/// A writer that replaces the live line by events, and repeats the live line below them.
+/// A writer that overwrites the live line with an event, and shows the live line again below the event.
 #[derive(Debug)]
 pub struct AboveLiveLine<'a>(MutexGuard<'a, String>);
 
@@ -340,7 +340,7 @@ impl Write for AboveLiveLine<'_> {
         if self.0.is_empty() {
             Stderr.write_all(event)?;
         } else {
-            // Use one write, so that the terminal never shows half of it.
+            // Use one write, so that the terminal never shows the event without the live line.
             Stderr.write_all(&[CLEAR.as_bytes(), event, self.0.as_bytes()].concat())?;
         }
         Ok(event.len())
@@ -351,8 +351,8 @@ impl Write for AboveLiveLine<'_> {
     }
 }
 
-/// This process's stderr. A write waits for the reader even if the descriptor is non-blocking. A handler with
-/// `output = "inherit"` shares the open file, and can set `O_NONBLOCK` on it.
+/// This process's stderr. A write waits for the reader even if the descriptor is non-blocking, because a handler with
+/// `output = "inherit"` shares the open file description, and can set `O_NONBLOCK` on it.
 #[derive(Debug, Clone, Copy)]
 pub struct Stderr;
 
@@ -367,7 +367,7 @@ impl Write for Stderr {
     }
 
     fn write_all(&mut self, mut text: &[u8]) -> io::Result<()> {
-        // Hold the lock over all parts, otherwise a line of another thread comes between them.
+        // Hold the lock until all parts are written, otherwise a line of another thread could come between them.
         let _whole = stderr().lock();
         while !text.is_empty() {
             match self.write(text) {
@@ -385,7 +385,7 @@ impl Write for Stderr {
     }
 }
 
-/// Waits until stderr accepts more bytes, or its reader is gone.
+/// Waits until stderr accepts more bytes, or its reader has closed it.
 fn wait_for_room() -> io::Result<()> {
     match poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], None) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
@@ -393,8 +393,8 @@ fn wait_for_room() -> io::Result<()> {
     }
 }
 
-/// A writer that escapes characters which JSON allows and a terminal obeys: control characters beyond ASCII, and direction
-/// marks. They occur only in strings.
+/// A writer that escapes characters that JSON allows unescaped but a terminal interprets: control characters beyond ASCII, line
+/// separators and direction marks. In JSON, these characters occur only within strings, where an escape is valid.
 struct JsonWriter<W>(W);
 
 impl<W: Write> Write for JsonWriter<W> {

@@ -61,7 +61,7 @@ fn show(config: &Config, reach: Reach) -> ExitCode {
 
 /// Prints one line that says why the process ends, and returns the exit code.
 fn complain(problem: &dyn Display, status: u8) -> ExitCode {
-    // Ignore a failed write, because stderr is closed.
+    // Ignore a failed write, because there is no other place to report it.
     let prefix = complaint_prefix(journal_stream().as_deref());
     let _ = writeln!(Stderr, "{prefix}zizq-worker: {problem}");
     ExitCode::from(status)

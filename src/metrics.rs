@@ -16,22 +16,24 @@ use prometheus::{
 use crate::dispatch::{Ended, HandlerProcess, HandlerStatus, PROCESS_STATES, ProcessStarts};
 use crate::job::{Failure, Job, Outcome};
 
-/// Label shared by all names without one of their own. Labels cost memory, here and in Prometheus.
+/// Label shared by all names without a label of their own. Their number is limited, because each label costs memory, here and in
+/// Prometheus.
 const OTHER: &str = "(other)";
 
-/// Limit of queues, and of types, that get a label of their own although no setting names them.
+/// Limit of queues, and of job types, with a label of their own. Configured queues and types always have one. Configured queues
+/// count towards the limit, configured types do not.
 const MAX_NAMES: usize = 100;
 
-/// Length in bytes of the longest name with a label of its own.
+/// Maximum length in bytes of a name with a label of its own, unless the name is configured.
 const MAX_NAME_LENGTH: usize = 200;
 
-/// Limit of pairs of configured queue and type whose series exist before their first job.
+/// Maximum number of pairs of a configured queue and a configured type whose series are created before their first job.
 const MAX_PAIRS: usize = 100;
 
 /// The names of outcomes.
 const OUTCOMES: [&str; 3] = ["succeeded", "failed", "interrupted"];
 
-/// The worker's own error types. Those that handlers name share one label.
+/// The worker's own error types. All error types chosen by handlers share the label `OTHER`.
 const FAILURES: [&str; 12] = [
     "ExitStatus",
     "HandlerError",
@@ -57,7 +59,7 @@ const RUN_BUCKETS: &[f64] =
 const WAIT_BUCKETS: &[f64] =
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0];
 
-/// The states of a worker. It is in exactly one.
+/// The states of a worker, exactly one of which holds at any time.
 const STATES: [&str; 4] = ["running", "paused", "draining", "killing"];
 
 /// All metrics of one worker. Clones share them.
@@ -100,7 +102,7 @@ struct Counters {
     failed_starts: IntGaugeVec,
 }
 
-/// A type that has a label of its own from the start.
+/// A job type that has a label of its own from the start.
 #[derive(Debug, Clone)]
 pub(crate) struct CountedType {
     pub(crate) name: String,
@@ -126,7 +128,7 @@ impl Names {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the label of a name, and whether it is new.
+    /// Returns the label of a name, and whether the label is new.
     fn label<'a>(&self, name: &'a str) -> (&'a str, bool) {
         let mut known = self.known();
         if known.contains(name) {
@@ -140,8 +142,8 @@ impl Names {
     }
 }
 
-/// The series that count the jobs of one queue and type. A job looks them up once, because each lookup by labels costs more than
-/// the counting itself.
+/// The series that count the jobs of one queue and type. They are looked up once for each job, because a lookup by labels costs
+/// more than the counting itself.
 #[derive(Debug)]
 pub(crate) struct JobSeries {
     type_label: String,
@@ -188,7 +190,8 @@ pub(crate) struct Gauges {
 }
 
 impl Metrics {
-    /// Returns zeroed metrics of a worker that starts now. It takes jobs from `queues`, or from all if empty.
+    /// Returns zeroed metrics of a worker that starts now. The worker takes jobs from `queues`, or from all queues if the list is
+    /// empty.
     pub(crate) fn new(queues: &[String]) -> Self {
         #[expect(clippy::expect_used, reason = "the names are this file's own")]
         Self::try_new(queues, unix_time().as_secs_f64()).expect("the names fit together, as a test shows")
@@ -278,7 +281,8 @@ impl Metrics {
         self.0.series.get(&job.queue, &job.job_type).unwrap_or_else(|| self.find_series(job, is_apart, usual_failures))
     }
 
-    /// Finds the series of a job whose queue or type has been seen for the first time, or shares a label.
+    /// Finds the series of a job whose queue or type is seen for the first time, or has no label of its own. Creates the series
+    /// unless they exist.
     fn find_series(
         &self,
         job: &Job,
@@ -311,7 +315,7 @@ impl Metrics {
         }
     }
 
-    /// Counts an ended job. `ran` is its run time, if it was started.
+    /// Counts an ended job. `ran` is the job's run time, if the job was started.
     pub(crate) fn job_ended(&self, series: &JobSeries, ended: &Ended, ran: Option<Duration>) {
         let label = series.type_label.as_str();
         match &ended.outcome {
@@ -344,12 +348,13 @@ impl Metrics {
         self.0.failures.with_label_values(&[OTHER, MALFORMED]).inc();
     }
 
-    /// Returns the label of a type, and whether it is new.
+    /// Returns the label of a job type, and whether the label is new.
     fn type_label<'a>(&self, job_type: &'a str, is_apart: bool) -> (&'a str, bool) {
         if is_apart { (job_type, false) } else { self.0.types.label(job_type) }
     }
 
-    /// Creates the series of a type with 0, because `increase()` does not count the first value of a series that begins with 1.
+    /// Creates the series of a job type with the value 0. Prometheus's `increase()` would miss the first job if the series began
+    /// with the value 1.
     fn make_type(&self, label: &str, failures: &[&str]) {
         let Counters { failures: counters, run_seconds, cpu_seconds, .. } = &*self.0;
         for kind in failures.iter().chain(&[OTHER]) {
@@ -412,7 +417,7 @@ impl Metrics {
         self.0.reloads.with_label_values(&[if went_well { "ok" } else { "failed" }]).inc();
     }
 
-    /// Returns the number of waiting reports.
+    /// Returns the number of reports that the server has not accepted yet.
     pub(crate) fn waiting_reports(&self) -> i64 {
         self.0.reports_waiting.get()
     }
@@ -445,7 +450,7 @@ impl Metrics {
         for HandlerStatus { handler, brake, .. } in &now.handlers {
             let failures = brake.as_ref().map_or(0, |brake| brake.failures);
             let gauge = failed_starts.with_label_values(&[handler.as_str()]);
-            // Several types may share a program.
+            // Take the maximum, because the handlers of several types may share a program, whose name is the label.
             gauge.set(gauge.get().max(i64::try_from(failures).unwrap_or(i64::MAX)));
         }
         for ProcessStarts { handler, reason, count } in &now.process_starts {
@@ -461,7 +466,7 @@ impl Metrics {
     }
 }
 
-/// Returns the label of a failure's cause.
+/// Returns the value of the label `kind` for a failure.
 fn kind(failure: &Failure) -> &'static str {
     let error_type = failure.error_type.as_deref().filter(|_| !failure.is_named_by_handler);
     FAILURES.into_iter().find(|known| error_type == Some(known)).unwrap_or(OTHER)

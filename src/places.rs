@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// A number of places. Clones share them.
+/// A counting semaphore with `capacity` places. Clones share the places.
 #[derive(Debug, Clone)]
 pub(crate) struct Places {
     semaphore: Arc<Semaphore>,
@@ -14,7 +14,7 @@ pub(crate) struct Places {
 #[derive(Debug)]
 struct Size {
     capacity: usize,
-    /// The number of taken places that disappear when they are released.
+    /// The number of taken places beyond `capacity`, after a reduction. When these are released, their permits are discarded.
     surplus: usize,
 }
 
@@ -54,12 +54,12 @@ impl Places {
     }
 
     pub(crate) async fn take(&self) -> Place {
-        // The semaphore is never closed.
+        // The permit is always `Some`, because the semaphore is never closed.
         let permit = Arc::clone(&self.semaphore).acquire_owned().await.ok();
         Place { permit, size: Arc::clone(&self.size) }
     }
 
-    /// Changes the number of places. Surplus places stay taken until they are released.
+    /// Changes the number of places. Places beyond a smaller `capacity` stay taken until they are released.
     pub(crate) fn resize(&self, capacity: usize) {
         let mut size = lock(&self.size);
         if capacity > size.capacity {

@@ -1,4 +1,4 @@
-//! [`TakeStream`]: the body of `GET /jobs/take` as jobs. [`Decoder`]: the same without I/O.
+//! [`TakeStream`]: the jobs in the body of `GET /jobs/take`. [`Decoder`]: the split of that body into lines, without I/O.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -13,13 +13,13 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::job::{Job, JobId};
 
-/// The number of bytes kept of a line that is too long: enough for its id, which comes first.
+/// The number of bytes kept of a line that is too long. They are enough to find the job's id, which comes first in the line.
 const BEGINNING_BYTES: usize = 64 * 1024;
 
 /// The limits of a take stream and its lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamLimits {
-    /// The longest time without a byte, heartbeats included.
+    /// The longest time without any received byte. Heartbeats count as bytes.
     pub idle_timeout: Duration,
     /// The maximum length of a job's line, in bytes.
     pub max_job_size: usize,
@@ -28,7 +28,7 @@ pub struct StreamLimits {
 /// The default idle timeout: ten of the server's heartbeats, so that only a dead connection is silent for that long.
 pub const DEFAULT_STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The default limit of a job's line: far more than a job needs, and little enough for a worker's memory.
+/// The default limit of a job's line: far more than a job needs, and small enough to fit into a worker's memory.
 pub const DEFAULT_MAX_JOB_SIZE: usize = 64 * 1024 * 1024;
 
 impl Default for StreamLimits {
@@ -37,19 +37,19 @@ impl Default for StreamLimits {
     }
 }
 
-/// An open take stream on a connection of its own. The server holds its jobs for this worker until it closes.
+/// An open take stream on a connection of its own. The server holds the stream's jobs for this worker until the stream closes.
 #[derive(Debug)]
 pub struct TakeStream {
     body: Incoming,
     decoder: Decoder,
     idle_timeout: Duration,
-    /// The time of all waits since the last byte, cancelled ones included. The time between them does not count, because the
-    /// connection is not read then.
+    /// The total time of all waits since the last byte, cancelled waits included. The time between waits does not count, because
+    /// the connection is not read then.
     waited: Duration,
     connection: AbortOnDropHandle<()>,
 }
 
-/// Adds the time from its creation to its drop to a sum, also when a wait is cancelled.
+/// A guard that adds its lifetime to a sum when it is dropped, so that a cancelled wait counts too.
 struct Stopwatch<'a> {
     sum: &'a mut Duration,
     begun: Instant,
@@ -66,7 +66,7 @@ impl Drop for Stopwatch<'_> {
 pub enum Received {
     /// A job.
     Job(Job),
-    /// A line that has a job's id and is no job.
+    /// A line that contains a job's id but is not a valid job.
     Malformed {
         /// The id in the line.
         id: JobId,
@@ -84,7 +84,7 @@ impl TakeStream {
     /// Waits for the next item. The wait is cancel safe.
     ///
     /// # Errors
-    /// When the stream gives no more jobs. The caller closes it then.
+    /// When the stream can yield no more jobs. The caller then closes the stream.
     pub async fn next(&mut self) -> Result<Received, StreamError> {
         loop {
             while let Some(line) = self.decoder.next_line() {
@@ -108,15 +108,15 @@ impl TakeStream {
         }
     }
 
-    /// Closes the connection, and returns once this side is closed.
+    /// Closes the connection, and returns once this end of it is closed.
     pub async fn close(self) {
         self.connection.abort();
-        // The only error is the abort itself.
+        // Ignore the error, which only says that the task was aborted.
         let _ = self.connection.await;
     }
 }
 
-/// The reason for which a take stream gives no more jobs.
+/// The reason why a take stream can yield no more jobs.
 #[derive(Debug)]
 pub enum StreamError {
     /// The server ended the stream.
@@ -125,7 +125,7 @@ pub enum StreamError {
     Broken(hyper::Error),
     /// Nothing arrived within the idle timeout, so the connection is dead.
     Silent(Duration),
-    /// A line was no job, and had no id under which to report it.
+    /// A line was not a valid job, and contained no id under which to report a failure.
     NotAJob(String),
 }
 
@@ -179,18 +179,20 @@ impl Line {
     }
 }
 
-/// The length from which a line has a buffer of [`Buffers`].
+/// The length beyond which a line that arrives in several chunks is collected in a buffer from [`Buffers`].
 const LONG_LINE_BYTES: usize = 64 * 1024;
 
-/// The most buffers that are kept.
+/// The maximum number of buffers that [`Buffers`] keeps.
 const MAX_BUFFERS: usize = 8;
 
-/// Large buffers, kept to be used again. The first write to each page of a new buffer costs more than the copy to the page.
+/// Large buffers that are kept for reuse. In a new buffer, the first write to each memory page causes a page fault, which costs
+/// more than copying the data to the page.
 #[derive(Debug, Default)]
 struct Buffers {
-    /// The buffers of the last lines, oldest first. A line that is still in use holds its buffer.
+    /// The buffers of the last long lines, oldest first. A buffer is reused only after its line has been dropped.
     last: VecDeque<BytesMut>,
-    /// The length of the last long line. Lines of one stream are often of similar length.
+    /// The length of the last long line, and the minimum capacity of the next buffer. Lines of one stream are often of similar
+    /// length.
     usual: usize,
 }
 
@@ -199,11 +201,11 @@ impl Buffers {
     fn take(&mut self, length: usize) -> BytesMut {
         let wanted = length.max(self.usual);
         let free = self.last.iter_mut().position(|buffer| buffer.try_reclaim(wanted));
-        // A line that exceeds the usual length grows by doubling.
+        // Allocate twice the length, otherwise a line that outgrows the usual length would be copied again at each chunk.
         free.and_then(|at| self.last.remove(at)).unwrap_or_else(|| BytesMut::with_capacity(wanted.max(2 * length)))
     }
 
-    /// Returns the line in a buffer.
+    /// Returns the line in `buffer`, and keeps the buffer for reuse if the line is long.
     fn freeze(&mut self, mut buffer: BytesMut) -> Bytes {
         if buffer.len() <= LONG_LINE_BYTES {
             return buffer.freeze();
@@ -218,17 +220,17 @@ impl Buffers {
     }
 }
 
-/// Splits body bytes into lines, for any chunking. A line within one chunk is a slice of the chunk, not a copy.
+/// A splitter of body bytes into lines, wherever the chunks are cut. A line within one chunk is a slice of the chunk, not a copy.
 #[derive(Debug)]
 pub struct Decoder {
     max_line: usize,
-    /// The bytes that have arrived and are not searched yet.
+    /// The bytes that have arrived and are not yet searched for a newline.
     chunk: Bytes,
     /// The beginning of a line whose end has not arrived.
     partial: BytesMut,
     /// The buffers of long lines.
     buffers: Buffers,
-    /// Whether that line exceeds the limit already. Its rest is dropped.
+    /// Whether the line in `partial` already exceeds `max_line`. Its bytes after the first `BEGINNING_BYTES` are dropped.
     too_long: bool,
 }
 
@@ -249,7 +251,7 @@ impl Decoder {
         self.chunk = chunk;
     }
 
-    /// Returns the next line, if it has arrived whole.
+    /// Returns the next line, if all of it has arrived.
     pub fn next_line(&mut self) -> Option<Line> {
         let Some(end) = memchr::memchr(b'\n', &self.chunk) else {
             let rest = std::mem::take(&mut self.chunk);
@@ -266,12 +268,12 @@ impl Decoder {
         Some(if std::mem::take(&mut self.too_long) { Line::TooLong(line) } else { Line::Whole(line) })
     }
 
-    /// Frees the memory that is kept for further long lines.
+    /// Frees the buffers that are kept for further long lines.
     fn free_buffers(&mut self) {
         self.buffers = Buffers::default();
     }
 
-    /// Moves a line that becomes long into a large buffer.
+    /// Moves `partial` into a large buffer if `additional` more bytes do not fit and make the line long.
     fn make_room(&mut self, additional: usize) {
         let length = self.partial.len() + additional;
         if length > self.partial.capacity() && length > LONG_LINE_BYTES {
@@ -291,7 +293,7 @@ impl Decoder {
         let room = BEGINNING_BYTES.saturating_sub(self.partial.len());
         self.partial.extend_from_slice(&piece[..piece.len().min(room)]);
         if self.partial.len() > BEGINNING_BYTES {
-            // The rest of the line may arrive slowly, and must not hold all that memory meanwhile.
+            // Free the memory of the dropped bytes now, because the rest of the line may take long to arrive.
             self.partial = BytesMut::from(&self.partial[..BEGINNING_BYTES]);
         }
     }
@@ -307,7 +309,7 @@ mod tests {
         lines_of(1024, chunks)
     }
 
-    /// Returns a line of that length, which arrives in two chunks.
+    /// Pushes a line of `length` bytes in two chunks, and returns the decoded line.
     fn long_line(decoder: &mut Decoder, byte: u8, length: usize) -> Bytes {
         let mut text = vec![byte; length];
         text.push(b'\n');
@@ -405,7 +407,7 @@ mod tests {
         assert!(matches!(decoder.next_line(), Some(Line::TooLong(line)) if line.len() == BEGINNING_BYTES));
     }
 
-    /// Returns the expected lines, found in another way: with the whole text at hand.
+    /// Returns the lines that the decoder must return, computed from the whole text at once.
     fn expected(max_line: usize, text: &[u8]) -> Vec<Line> {
         let mut lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
         lines.pop();
@@ -419,7 +421,8 @@ mod tests {
         lines.into_iter().map(line).collect()
     }
 
-    /// Returns the lines of a text that arrives in pieces of those lengths, cyclically. Some pieces are pushed together.
+    /// Returns the decoded lines of a text that is pushed in pieces of `lengths`, repeated cyclically. After a piece whose flag
+    /// is false, no lines are read before the next piece is pushed.
     fn lines_in_pieces(max_line: usize, text: &[u8], lengths: &[(usize, bool)]) -> Vec<Line> {
         let (mut decoder, mut found, mut rest) = (Decoder::new(max_line), Vec::new(), text);
         for (length, is_read) in lengths.iter().cycle() {
@@ -436,7 +439,7 @@ mod tests {
         found
     }
 
-    /// Returns lines of every length around the limits, with bytes of every kind.
+    /// Returns a strategy for texts with short and long lines of arbitrary bytes.
     fn any_text() -> impl Strategy<Value = Vec<u8>> {
         let byte = prop_oneof![1 => Just(b'\n'), 6 => any::<u8>(), 2 => Just(b'"'), 1 => Just(0xc3)];
         let long = (0..2 * BEGINNING_BYTES).prop_map(|length| vec![b'x'; length]);

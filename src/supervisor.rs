@@ -1,4 +1,4 @@
-//! [`Supervisor`]: notifies systemd, or another service manager that sets `NOTIFY_SOCKET`, of the worker's state. See sd_notify(3).
+//! [`Supervisor`]: notifies systemd, or any service manager that sets `NOTIFY_SOCKET`, of the worker's state (sd_notify(3)).
 
 use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -12,7 +12,7 @@ use crate::worker::Status;
 /// Interval of status messages if the watchdog needs no shorter one.
 const PERIOD: Duration = Duration::from_secs(5);
 
-/// Extension of the stop's time limit, sent in each period. Three messages in a row can get lost without harm.
+/// Extension of the stop's time limit, requested in each period. Three requests in a row can be lost without harm.
 const EXTENSION: Duration = PERIOD.saturating_mul(4);
 
 /// Limit of queued messages. While a service manager does not read, further messages are dropped.
@@ -38,7 +38,7 @@ enum Message {
 }
 
 impl Supervisor {
-    /// Returns the service manager that started this process. A separate thread sends the messages, because a send can block.
+    /// Connects to the service manager that started this process. A separate thread sends the messages, because a send can block.
     ///
     /// # Errors
     /// If the thread cannot be started.
@@ -71,12 +71,12 @@ impl Supervisor {
         self.extend();
     }
 
-    /// Extends the time limit of a stop that is not stuck.
+    /// Asks the service manager to extend the time limit of the stop by `EXTENSION`.
     pub(crate) fn extend(&self) {
         self.send(Message::Extend);
     }
 
-    /// Sends the watchdog's sign of life, and the status if it has changed.
+    /// Notifies the watchdog, if there is one, and sends the status if its text has changed.
     pub(crate) fn tell(&mut self, status: &Status) {
         if self.watchdog.is_some() {
             self.send(Message::Watchdog);
@@ -89,7 +89,7 @@ impl Supervisor {
     }
 
     fn send(&self, message: Message) {
-        // Never wait here. If the service manager is stopped, jobs must still go on.
+        // Drop the message if the queue is full. To wait would hold up all jobs if the service manager does not read.
         let _ = self.messages.try_send(message);
     }
 }
@@ -100,7 +100,7 @@ fn tell_all(queue: &Receiver<Message>) {
     for message in queue {
         match message.tell() {
             Ok(()) => failed = false,
-            // Warn only once while the socket is gone.
+            // Warn only about the first of several errors in a row.
             Err(error) => {
                 if !std::mem::replace(&mut failed, true) {
                     warn!(%error, "the service manager cannot be told");
@@ -126,7 +126,7 @@ impl Message {
     }
 }
 
-/// Returns the status as text: `4 running, 12,345 done, 2 failed`, and the state if the worker is not just running.
+/// Returns the status as text: `4 running, 12,345 done, 2 failed`, and a note if the worker is not in its normal state.
 fn summary(status: &Status) -> String {
     let counts = format!(
         "{} running, {} done, {} failed",

@@ -1,9 +1,10 @@
-//! The versions of worker and server. A worker works with servers of the same major version and an equal or higher minor one.
+//! The check that the server's version fits. A worker fits servers of the same major version, and an equal or higher minor
+//! version.
 
 /// The version of this worker.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Returns a sentence that says why a server's version does not fit. `None` if it fits or cannot be parsed.
+/// Returns a sentence that says why a server's version does not fit. `None` if the version fits or cannot be parsed.
 pub(crate) fn misfit(server: &str) -> Option<String> {
     misfit_between(VERSION, server)
 }

@@ -1,5 +1,5 @@
-//! A value and the waiters for its changes, like `tokio::sync::watch`. Waiters wake in the order in which they began to wait.
-//! Tokio's wake in random order, and no run of the simulation would be repeatable.
+//! A watch channel like `tokio::sync::watch`, whose waiters wake in the order in which they began to wait. Tokio wakes waiters in
+//! random order, which would make runs of the simulation tests unrepeatable.
 
 use std::fmt;
 use std::ops::Deref;
@@ -19,7 +19,7 @@ pub(crate) struct Receiver<T> {
     seen: u64,
 }
 
-/// The error of a wait after the last sender is gone.
+/// The error of a wait after the last sender was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Closed;
 
@@ -47,7 +47,7 @@ impl<T> Deref for Ref<'_, T> {
 
 impl<T> Shared<T> {
     fn lock(&self) -> MutexGuard<'_, Versioned<T>> {
-        // A panic leaves no value half changed, as far as this module can tell.
+        // Ignore poisoning: it only shows that a caller's closure panicked, not that the value is inconsistent.
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -113,7 +113,7 @@ impl<T> Sender<T> {
         self.send_modify(|slot| *slot = value);
     }
 
-    /// Changes the value, and wakes the waiters if `modify` returns true. Returns the same.
+    /// Changes the value, and wakes the waiters if `modify` returns true. Returns the result of `modify`.
     pub(crate) fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
         let mut slot = self.0.lock();
         let is_modified = modify(&mut slot.value);
@@ -125,7 +125,7 @@ impl<T> Sender<T> {
         is_modified
     }
 
-    /// Returns a receiver that has seen the present value.
+    /// Returns a receiver that has seen the current value.
     pub(crate) fn subscribe(&self) -> Receiver<T> {
         Receiver { shared: Arc::clone(&self.0), seen: self.0.lock().version }
     }
@@ -139,10 +139,10 @@ impl<T> Receiver<T> {
         Ref(slot)
     }
 
-    /// Waits for an unseen value.
+    /// Waits until there is a value that this receiver has not seen.
     ///
     /// # Errors
-    /// When no value is unseen, and the last sender is gone.
+    /// When this receiver has seen the current value, and the last sender is dropped.
     pub(crate) async fn changed(&mut self) -> Result<(), Closed> {
         let seen = self.seen;
         self.until(|slot| slot.version != seen).await
@@ -151,14 +151,14 @@ impl<T> Receiver<T> {
     /// Waits until the value meets a condition.
     ///
     /// # Errors
-    /// When the value does not meet the condition, and the last sender is gone.
+    /// When the value does not meet the condition, and the last sender is dropped.
     pub(crate) async fn wait_for(&mut self, mut is_met: impl FnMut(&T) -> bool) -> Result<(), Closed> {
         self.until(|slot| is_met(&slot.value)).await
     }
 
     async fn until(&mut self, mut is_over: impl FnMut(&Versioned<T>) -> bool) -> Result<(), Closed> {
         loop {
-            // A waiter that enlists before the look misses no change between the look and the wait.
+            // Register for notifications before the value is read, otherwise a change between read and wait would be missed.
             let mut changed = pin!(self.shared.changed.notified());
             changed.as_mut().enable();
             let is_closed = self.shared.senders.load(Ordering::Acquire) == 0;

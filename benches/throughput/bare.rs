@@ -1,5 +1,6 @@
-//! The bare loop: threads that start a process with three pipes, write its input, read both outputs and wait. This is
-//! std's simplest way, which uses `posix_spawn`. The kernel's work for a job is complete.
+//! The bare loop: for each job, a thread starts a process with three pipes, writes its input, reads both outputs and waits
+//! for the exit. The loop uses `std::process`, which calls `posix_spawn`. The kernel does as much for a job as it does
+//! under a worker.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -39,7 +40,7 @@ pub(crate) fn one(payload: &str, handler: &[&str]) -> Result<()> {
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A handler need not read its input.
+        // Ignore the error, because a handler may exit without reading its input.
         let _ = stdin.write_all(payload.as_bytes());
     }
     let output = child.wait_with_output()?;

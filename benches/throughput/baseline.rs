@@ -1,5 +1,6 @@
-//! The baseline: a worker written in an afternoon, with the official client and `tokio::process`. It uses the client's
-//! defaults, so it receives a job only when it has reported one. zizq-worker prefetches twice as many jobs as it runs.
+//! The baseline: a minimal worker with the official client and `tokio::process`. The client's default prefetch is the
+//! concurrency, so a busy baseline receives a new job only after the report of another. The default prefetch of
+//! zizq-worker is twice the concurrency.
 
 use std::io;
 use std::process::Stdio;
@@ -44,7 +45,7 @@ async fn one(job: Job, handler: Arc<[String]>) -> io::Result<()> {
     command.args(&handler[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A handler need not read its input.
+        // Ignore the error, because a handler may exit without reading its input.
         let _ = stdin.write_all(&payload).await;
     }
     let output = child.wait_with_output().await?;

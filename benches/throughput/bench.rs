@@ -1,4 +1,4 @@
-//! [`Bench`]: the executables, the server and the handlers, which all parts share.
+//! [`Bench`]: the executables, the server and the handlers that all parts of the benchmark share.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,8 @@ use crate::plan::Plan;
 use crate::server::Server;
 
 pub(crate) struct Bench {
-    /// This executable, which runs every process except zizq-worker.
+    /// The path of this executable, which is also the server, the compiled handlers, and every contender except
+    /// zizq-worker and `xargs`.
     pub(crate) exe: String,
     pub(crate) server: Server,
     pub(crate) plan: Plan,
@@ -47,7 +48,7 @@ impl Bench {
         self.dir.path()
     }
 
-    /// Returns this build of the worker, and the other build, if there is one.
+    /// Returns this build of the worker, and the build that `--against` names, if any.
     pub(crate) fn workers(&self) -> Vec<Contender> {
         let this = Contender::Worker { name: "worker", path: env!("CARGO_BIN_EXE_zizq-worker").into(), options: &[] };
         let other = self.plan.against.iter().map(|path| Contender::Worker {
@@ -67,7 +68,7 @@ impl Bench {
         ];
         match interpreter() {
             Some(python) => {
-                // xargs passes no payload.
+                // The script replaces an empty input by `0`, because xargs passes no payload.
                 let text =
                     format!("#!{python}\nimport json, sys\njson.loads(sys.stdin.read() or '0')\nprint('done')\n");
                 let command = vec![self.script("load.py", &text)?];
@@ -86,10 +87,11 @@ impl Bench {
     }
 }
 
-/// Builds the worker as shipped. It replaces the binary of `cargo bench`, which has features of the tests' libraries.
+/// Builds the worker as shipped. `cargo bench` has built it with the extra features that the tests' libraries enable in
+/// shared dependencies. The new build replaces that binary.
 fn build_release() -> Result<()> {
     let mut command = Command::new(std::env::var("CARGO").unwrap_or("cargo".to_owned()));
-    // Cargo sets variables for a benchmark that would make it rebuild some libraries.
+    // Remove the variables that Cargo sets for a benchmark. Otherwise the inner Cargo would rebuild some libraries.
     for name in std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("CARGO_")) {
         if name != "CARGO_HOME" && !name.starts_with("CARGO_TARGET") && !name.starts_with("CARGO_BUILD") {
             command.env_remove(name);
@@ -99,7 +101,8 @@ fn build_release() -> Result<()> {
     if status.success() { Ok(()) } else { Err("the worker cannot be built".into()) }
 }
 
-/// Returns the real Python interpreter, because the one on the path may be a wrapper script.
+/// Returns the path of the real Python interpreter. The `python3` on the `PATH` may be a wrapper script, whose own cost
+/// would be measured too.
 pub(crate) fn interpreter() -> Option<String> {
     let output = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output().ok()?;
     let path = String::from_utf8(output.stdout).ok()?;

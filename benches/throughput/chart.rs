@@ -1,4 +1,4 @@
-//! The chart: one panel for each question.
+//! The chart of the figures: four panels, each with a line for each contender.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! The official client in process: a worker whose handler parses the payload, and starts no process.
+//! A worker with the official client that handles jobs in its own process, and starts no process for a job.
 
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ use crate::{Result, stamp, warm_handler};
 
 pub(crate) const ROLE: &str = "contender:client";
 
-/// Runs the worker. The arguments are the url, the queue, the concurrency, and the handler. Only the handler's socket
-/// for stamps is used.
+/// Runs the worker. The arguments are the url, the queue, the concurrency, and the handler. The handler's command is not
+/// run: only the path of the socket for stamps is read from its words.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
     let stamps = match handler {

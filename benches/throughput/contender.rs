@@ -38,7 +38,7 @@ pub(crate) struct Contest {
     pub(crate) payload_bytes: usize,
 }
 
-/// The output of the bare loop.
+/// The figures that the bare loop prints as JSON.
 #[derive(Deserialize)]
 struct Told {
     seconds: f64,
@@ -58,7 +58,7 @@ impl Contender {
         }
     }
 
-    /// Measures one run, from its start to the last report, or to its end.
+    /// Measures one run: from the start of a worker to its last report, or from the start to the end of another contender.
     pub(crate) fn run(&self, bench: &Bench, contest: &Contest) -> Result<Sample> {
         match self {
             Self::Bare => run_bare(bench, contest),
@@ -83,7 +83,7 @@ impl Contender {
         })
     }
 
-    /// Starts a worker on the jobs of the bench. The options are for zizq-worker only.
+    /// Starts a worker on the benchmark's server and queue. Contenders other than zizq-worker ignore `options`.
     pub(crate) fn start(&self, bench: &Bench, at_once: usize, handler: &[String], options: &[&str]) -> Result<Running> {
         self.start_at(&bench.server.url, bench, at_once, handler, options)
     }
@@ -140,14 +140,14 @@ fn run_bare(bench: &Bench, contest: &Contest) -> Result<Sample> {
     })
 }
 
-/// Runs the jobs with `xargs`, which gives handlers no input and reads no output. It only shows a speed limit.
+/// Runs the jobs with `xargs`, which gives handlers no input and reads no output. The result is an upper bound of speed.
 fn run_xargs(contest: &Contest) -> Result<Sample> {
     let started = Instant::now();
     let (reader, mut writer) = std::io::pipe()?;
     let mut command = Command::new("xargs");
     command.args(["-n", "1", "-P", &contest.at_once.to_string()]).args(&contest.handler);
     let child = command.stdin(reader).stdout(Stdio::null()).spawn()?;
-    // The command holds the read end of the pipe.
+    // Close the read end that `command` still holds. Otherwise the write below could block forever if `xargs` exits early.
     drop(command);
     let mut running = Running(Some(child));
     let words: String = (1..=contest.jobs).map(|number| format!("{number}\n")).collect();
@@ -175,7 +175,7 @@ impl Running {
         Ok(self.0.as_ref().map(Pid::from_child).ok_or("it has been waited for")?)
     }
 
-    /// Sends SIGTERM, and waits for the end. Returns the CPU time of the process and its children.
+    /// Sends SIGTERM, and waits for the exit. Returns the CPU time of the process and its children.
     pub(crate) fn stop(mut self) -> Result<std::time::Duration> {
         kill_process(self.pid()?, Signal::TERM)?;
         self.reap()
@@ -187,7 +187,8 @@ impl Running {
         if status == 0 { Ok(cpu) } else { Err(format!("a contender ended with the wait status {status}").into()) }
     }
 
-    /// Reads the CPU time of the process between its exit and its reaping. Threads that ended earlier are not included.
+    /// Waits until the process has exited, and reads its CPU time before it is reaped. Threads that ended earlier are not
+    /// included.
     fn own_cpu_at_its_end(&self) -> Result<std::time::Duration> {
         waitid(WaitId::Pid(self.pid()?), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
         self.process().own_cpu()

@@ -20,7 +20,7 @@ const HANDLER: [&str; 2] = ["sleep", "0.2"];
 /// More jobs than the 2,400 that eight loops can run in a minute.
 const JOBS: usize = 3000;
 
-/// The server's default limit of unreported jobs. While reports fail, no worker can run more jobs.
+/// The server's default limit of unreported jobs. While reports fail, a worker can run no more than this many jobs.
 const DEEP_PREFETCH: &str = "1024";
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
@@ -55,7 +55,7 @@ fn minute(bench: &Bench, contender: &Contender, options: &[&str], failing: bool)
     proxy.mend_reports();
     sleep(AFTER);
     let done = JOBS as u64 - bench.server.pending()?;
-    // Killed, because a drain would finish the rest.
+    // Kill the worker, because a drain would first finish the running jobs.
     drop(worker);
     bench.server.clear()?;
     Ok(done)

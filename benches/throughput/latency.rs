@@ -13,7 +13,7 @@ use crate::{Result, bare, server};
 
 const JOBS: usize = 200;
 
-/// A pause after which all processes sleep again.
+/// The pause before each job, after which all processes are idle again.
 const GAP: Duration = Duration::from_millis(20);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
@@ -46,7 +46,7 @@ fn one_round(bench: &Bench, contender: &Contender, stamps: &Stamps) -> Result<Ve
         return (0..jobs).map(|_| timed(stamps, || bare::one(&payload, &words))).collect();
     }
     let worker = contender.start(bench, 4, &handler, &[])?;
-    // The first job makes the connections.
+    // Do not time the first job, which opens the connections.
     bench.server.enqueue_one(&payload)?;
     stamps.receive()?;
     let times = (0..jobs).map(|_| timed(stamps, || bench.server.enqueue_one(&payload))).collect();

@@ -1,5 +1,6 @@
-//! The cost of a job: this worker beside a bare loop, `xargs -P` and a plain worker with the official client. The
-//! contenders run in turn, each as a separate process. `cargo bench -- --help` lists the options.
+//! A benchmark of the cost of a job. It compares this worker with a bare loop, `xargs -P` and a simple worker built on
+//! the official client. Each contender is a separate process, and they run one at a time. `cargo bench -- --help` lists
+//! the options.
 
 #![expect(clippy::disallowed_methods, reason = "a benchmark starts processes, waits, and reads its environment")]
 
@@ -34,9 +35,10 @@ use report::Report;
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
 
-/// Runs the benchmark. Its other processes are this executable as well, with a role as the first argument.
+/// Runs the benchmark, or a helper process of the benchmark. A helper process is this executable with its role as the
+/// first argument.
 fn main() -> Result<()> {
-    // First, because the handler of the latency runs must take its stamp before any other work.
+    // Read the clock before any other work, because in the role `stamp` this is the time of the handler's start.
     let began = stamp::now();
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {

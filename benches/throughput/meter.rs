@@ -1,4 +1,4 @@
-//! The kernel's figures of a process.
+//! The CPU time, sleeps and memory of a process, as the kernel counts them.
 
 use std::fs;
 use std::mem::MaybeUninit;
@@ -21,17 +21,17 @@ impl Process {
         Ok(Duration::from_nanos(times))
     }
 
-    /// Returns how often threads of the process went to sleep.
+    /// Returns the number of times that the living threads went to sleep.
     pub(crate) fn sleeps(self) -> Result<u64> {
         self.of_threads("status", |text| number_after(text, "voluntary_ctxt_switches:"))
     }
 
-    /// Returns the peak memory in bytes.
+    /// Returns the peak resident memory in bytes.
     pub(crate) fn peak_memory(self) -> Result<u64> {
         self.memory("VmHWM:")
     }
 
-    /// Returns the present memory in bytes.
+    /// Returns the present resident memory in bytes.
     pub(crate) fn memory_now(self) -> Result<u64> {
         self.memory("VmRSS:")
     }
@@ -69,7 +69,7 @@ pub(crate) fn own_cpu_so_far() -> Duration {
     cpu(&usage)
 }
 
-/// Waits for a child. Returns its wait status and CPU time, including the children that it waited for.
+/// Waits for a child. Returns its wait status, and the CPU time of the child and of the descendants that it waited for.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
 pub(crate) fn reap(child: Process) -> Result<(i32, Duration)> {
     let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::zeroed());

@@ -1,4 +1,4 @@
-//! [`Plan`]: the parts to measure, and the length of the runs.
+//! [`Plan`]: the parts to measure, and the options of the benchmark.
 
 use crate::Result;
 use crate::bench::Bench;
@@ -20,7 +20,7 @@ cargo bench -- --save          the figures also into docs/performance.md, and th
 
 ZIZQ_URL measures against that server instead of the embedded one.";
 
-/// One measurement.
+/// A part of the benchmark, which can be run by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     Throughput,

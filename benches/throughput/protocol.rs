@@ -1,5 +1,5 @@
-//! The protocol alone: this worker with a dispatcher that starts no process. Jobs then arrive and reports leave in
-//! large batches, so this is the least cost of the protocol.
+//! The cost of the protocol alone: this worker with a dispatcher that starts no process. Without processes, jobs and
+//! reports travel in large batches, so the figure is a lower bound.
 
 use tokio::signal::unix::{SignalKind, signal};
 use zizq_worker::{Dispatcher, Ended, Job, Lifecycle, Outcome, Worker, WorkerConfig};
@@ -67,7 +67,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::new(rows, targets))
 }
 
-/// Returns the least possible own CPU: that of the protocol plus that of the bare loop.
+/// Returns the least possible own CPU of a worker, as a multiple of the bare loop's: the own CPU of the bare loop plus
+/// that of the protocol alone.
 fn floor(rows: &[Row]) -> Option<Target> {
     let [bare, protocol] = rows else { return None };
     let about = format!("(own CPU of the bare loop and of the protocol alone / bare loop), {} at once", bare.at_once);

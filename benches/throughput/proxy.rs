@@ -1,4 +1,4 @@
-//! [`Proxy`]: forwards connections to the server, and can block reports for a time.
+//! [`Proxy`]: a TCP proxy in front of the server, which can make reports fail for a time.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -8,7 +8,7 @@ use std::thread::spawn;
 
 use crate::Result;
 
-/// The first bytes of a take stream. All other connections are for reports.
+/// The first bytes of the request for a take stream. All other connections are for reports.
 const TAKE: &[u8] = b"GET /jobs/take";
 
 pub(crate) struct Proxy {

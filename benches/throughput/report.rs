@@ -18,11 +18,11 @@ use crate::sample::{Sample, Spread};
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.md");
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.svg");
 
-/// The marks around the figures in the page. The last saved run of each part has written them.
+/// The marks around the figures in the page. `--save` replaces the text between the marks.
 const BEGIN: &str = "<!-- figures -->";
 const END: &str = "<!-- end of figures -->";
 
-/// All runs of one contender with the same handler, width and sizes.
+/// All runs of one contender with the same handler, concurrency and sizes.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Row {
     pub(crate) about: String,
@@ -40,7 +40,8 @@ impl Row {
         Spread::of(self.samples.iter().filter_map(of))
     }
 
-    /// Returns the median of the ratios of all rounds. In each round, the two ran right after each other.
+    /// Returns the median of the ratios of all rounds. A ratio compares two runs of the same round, because a disturbance of
+    /// the machine probably affects both.
     pub(crate) fn ratio_to(&self, other: &Self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         let pairs = self.samples.iter().zip(&other.samples);
         let ratios = pairs.filter_map(|(this, other)| Some(of(this)? / of(other)?));
@@ -48,7 +49,7 @@ impl Row {
     }
 }
 
-/// A result outside the tables.
+/// A result of a contender in words, printed below the tables.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Line {
     contender: String,
@@ -61,7 +62,7 @@ impl Line {
     }
 }
 
-/// The target of a figure.
+/// A measured figure and its target.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Target {
     about: String,
@@ -79,7 +80,7 @@ impl Target {
         Self { about, wanted: format!("≤ {limit}"), value, met: value.map(|value| value <= limit) }
     }
 
-    /// A figure for comparison only.
+    /// Returns a figure without a target, for comparison only.
     pub(crate) fn figure(about: String, value: Option<f64>) -> Self {
         Self { about, wanted: String::new(), value, met: None }
     }
@@ -107,7 +108,7 @@ impl Section {
     }
 }
 
-/// All results, by the name of the part and of the server.
+/// The results of all parts, by the part's name and the server's suffix.
 type Sections = BTreeMap<String, Section>;
 
 pub(crate) struct Report {
@@ -116,7 +117,7 @@ pub(crate) struct Report {
     sections: Sections,
 }
 
-/// The servers, with their suffixes to the names of the parts.
+/// The suffixes to the name of a part, for the embedded server and for the server at `ZIZQ_URL`.
 const EMBEDDED: &str = "";
 const GIVEN: &str = ", real server";
 
@@ -126,7 +127,7 @@ impl Report {
         Self { server, rounds: plan.rounds, sections: Sections::new() }
     }
 
-    /// Prints a part as soon as it is measured.
+    /// Prints the results of a part, and keeps them for the files.
     pub(crate) fn add(&mut self, part: Part, section: Section) {
         let name = format!("{}{}", part.name(), self.server);
         println!("\n{}", text(&name, part, &section));
@@ -136,7 +137,8 @@ impl Report {
         self.sections.insert(name, section);
     }
 
-    /// Prints the parts that were not run, writes the files beside the worker, and on request saves them into the page.
+    /// Prints the names of the parts that were not run, and writes the figures and the chart into the target directory. With
+    /// `--save`, also updates the committed page.
     pub(crate) fn write(&self, plan: &Plan) -> Result<()> {
         println!("{}", not_run(&self.sections));
         let dir = beside_the_worker();
@@ -151,7 +153,8 @@ impl Report {
         Ok(())
     }
 
-    /// Replaces the parts of this run in the page, and the chart if this run has measured all of its parts.
+    /// Replaces the parts of the page that this run has measured. Replaces the committed chart only if this run has measured
+    /// every panel of the chart.
     fn save(&self) -> Result<()> {
         let page = fs::read_to_string(PAGE)?;
         let missing = "the page has no place for the figures";
@@ -172,7 +175,7 @@ impl Report {
         chart::draw(picture, &self.drawn())
     }
 
-    /// Returns the rows of the embedded server's parts.
+    /// Returns the rows for the chart: those of the parts that ran against the embedded server.
     fn drawn(&self) -> Vec<(Part, &[Row])> {
         let embedded = in_order(&self.sections).filter(|(name, part, _)| *name == part.name());
         embedded.map(|(_, part, section)| (part, &section.rows[..])).collect()
@@ -184,7 +187,7 @@ impl Report {
     }
 }
 
-/// Reads the parts of the page, by their names.
+/// Splits the figures of the page into parts, by name.
 fn blocks(figures: &str) -> BTreeMap<String, String> {
     let blocks = figures.split("\n**").filter_map(|block| {
         let (name, _) = block.split_once("**")?;
@@ -222,7 +225,7 @@ fn targets(targets: &[Target]) -> String {
     text
 }
 
-/// Returns the directory of the written files, in the target directory.
+/// Returns the directory for the figures and the chart, in the target directory.
 fn beside_the_worker() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_zizq-worker")).with_file_name("performance")
 }
@@ -262,7 +265,7 @@ fn memory(rows: &[Row]) -> String {
     })
 }
 
-/// Returns a table with a line for each handler and width, and a column for each contender.
+/// Returns a table with a line for each handler and concurrency, and a column for each contender.
 fn table(rows: &[Row], title: &str, cell: impl Fn(&Row) -> Option<String>) -> String {
     let mut contenders: Vec<&str> = Vec::new();
     for row in rows {

@@ -8,7 +8,7 @@ use crate::contender::{Contender, Contest};
 use crate::report::{Row, Section};
 use crate::throughput::{PAYLOAD_BYTES, compete_among};
 
-/// The sizes, each with the number of jobs for a run of about a second.
+/// The name of each size, its bytes, and the number of jobs for a run of about a second.
 const SIZES: [(&str, usize, usize); 4] =
     [("1 KB", 1_000, 1000), ("64 KB", 64_000, 800), ("1 MB", 1_000_000, 200), ("10 MB", 10_000_000, 24)];
 

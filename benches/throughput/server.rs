@@ -14,21 +14,22 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "server";
 
-/// The intervals of polling for the end: long at first so as not to disturb, and short near the end to be exact.
+/// The polling intervals of `wait_until_done`: long at first, so that polling does not disturb the run, and short for the
+/// last `NEAR_THE_END` jobs, so that the end is measured exactly.
 const LOOK_EVERY: Duration = Duration::from_millis(30);
 const LOOK_CLOSELY_EVERY: Duration = Duration::from_millis(2);
 const NEAR_THE_END: u64 = 100;
 
-/// The time limit of a single run. A longer run hangs.
+/// The time limit of a single run. A run that takes longer is stuck.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// The size limit of a request, below the server's limit and quick to read.
+/// The limits of a bulk request, below the server's limit. A request of this size is quick to read.
 const MAX_BULK_BYTES: usize = 4_000_000;
 const MAX_BULK_JOBS: usize = 500;
 
 /// Runs the server until stdin is closed.
 pub(crate) fn run() -> Result<()> {
-    // Only one thread, so that one core of two is free for the contenders. A server elsewhere would leave both.
+    // Use one thread, so that the server leaves one of two cores to the contenders. A remote server would leave both.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let server = runtime.block_on(EmbeddedServer::bind("127.0.0.1:0", Store::new(Options::default())))?;
     println!("http://{}", server.local_addr());
@@ -37,7 +38,7 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Returns a JSON string of this many bytes.
+/// Returns a JSON string of `bytes` bytes, quotes included.
 pub(crate) fn payload(bytes: usize) -> String {
     format!("\"{}\"", "x".repeat(bytes.saturating_sub(2)))
 }

@@ -1,4 +1,5 @@
-//! The handler that sends the time of its start, on a clock that all processes share.
+//! A handler that sends the time of its start to the benchmark, and the receiver. Both use the monotonic clock, which all
+//! processes share.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "handler:stamp";
 
-/// The time limit for a stamp, longer than any job waits. A lost job ends the run.
+/// The time limit for the next stamp, longer than any job waits. Without the limit, a lost job would hang the run.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Returns the monotonic time.

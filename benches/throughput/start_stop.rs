@@ -36,7 +36,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, targets))
 }
 
-/// Returns the medians in milliseconds.
+/// Returns the median start time and the median stop time, in milliseconds.
 fn start_and_stop(bench: &Bench, contender: &Contender) -> Result<(f64, f64)> {
     let stamps = Stamps::listen(bench.dir())?;
     let (mut starts, mut stops) = (Vec::new(), Vec::new());

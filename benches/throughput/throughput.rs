@@ -1,4 +1,4 @@
-//! Jobs per second and CPU per job, for each handler and width.
+//! Jobs per second and CPU per job, for each handler and concurrency.
 
 use crate::Result;
 use crate::bench::{Bench, Handler};

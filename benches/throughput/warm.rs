@@ -15,14 +15,14 @@ use crate::{Result, server, warm_handler};
 
 const AT_ONCE: [usize; 2] = [4, 8];
 
-/// The numbers of jobs for a run of a few seconds, without and with a process for each job.
+/// The numbers of jobs for a run of a few seconds, in warm mode and in spawn mode.
 const WARM_JOBS: usize = 20_000;
 const SPAWNED_COMPILED_JOBS: usize = 1500;
 const SPAWNED_PYTHON_JOBS: usize = 150;
 
 const LATENCY_JOBS: usize = 200;
 
-/// A pause after which all processes sleep again.
+/// The pause before each job, after which all processes are idle again.
 const GAP: Duration = Duration::from_millis(20);
 
 const FEW: usize = 4;
@@ -30,7 +30,7 @@ const MANY: usize = 200;
 
 const WARM: &[&str] = &["--mode", "warm"];
 
-/// A handler that reads jobs from the worker's socket, or one job from stdin if there is no socket.
+/// A handler that reads jobs from the worker's socket, or one payload from stdin if there is no socket.
 const PYTHON: &str = r#"
 import json, os, sys
 if "ZIZQ_SOCKET" not in os.environ:
@@ -97,7 +97,7 @@ fn warm() -> Contender {
     worker("warm", WARM)
 }
 
-/// Runs all contenders in turn, round after round, each with enough jobs for a run of seconds.
+/// Runs all contenders in turn, round after round. Each has as many jobs as it runs in a few seconds.
 fn compete(bench: &Bench, handler: &Handler, at_once: usize) -> Result<Vec<Row>> {
     let entrants =
         [(worker("spawned", &[]), handler.spawned_jobs), (warm(), WARM_JOBS), (Contender::Client, WARM_JOBS)];
@@ -135,7 +135,8 @@ fn speed_targets(rows: &[Row]) -> Vec<Target> {
     targets
 }
 
-/// Measures jobs of `/bin/true`, one process each, with this build and with the other build.
+/// Measures spawned jobs of `/bin/true` with this build and with the build that `--against` names. Returns no rows without
+/// `--against`.
 fn before_and_after(bench: &Bench) -> Result<Vec<Row>> {
     let workers = bench.workers();
     if workers.len() < 2 {
@@ -188,7 +189,7 @@ fn latency(bench: &Bench) -> Result<(Vec<Line>, Target)> {
 fn one_round(bench: &Bench, contender: &Contender, handler: &[String], stamps: &Stamps) -> Result<Vec<f64>> {
     let payload = server::payload(PAYLOAD_BYTES);
     let running = contender.start(bench, FEW, handler, &[])?;
-    // The first job makes the connections and starts the process.
+    // Do not time the first job, which opens the connections and starts the process.
     bench.server.enqueue_one(&payload)?;
     stamps.receive()?;
     let times = (0..bench.scaled(LATENCY_JOBS)).map(|_| {
@@ -203,7 +204,7 @@ fn one_round(bench: &Bench, contender: &Contender, handler: &[String], stamps: &
     times
 }
 
-/// Measures the worker's memory per additional process, with a job in each process at once.
+/// Measures the worker's memory per additional warm process, while every process runs a job.
 fn memory(bench: &Bench) -> Result<(Vec<Line>, Target)> {
     let peak = |at_once| {
         let handler = compiled(bench, &[warm_handler::PAUSE]);

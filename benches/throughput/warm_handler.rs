@@ -17,7 +17,7 @@ pub(crate) const STAMP: &str = "stamp";
 /// The option to sleep for `A_WHILE` in each job.
 pub(crate) const PAUSE: &str = "pause";
 
-/// The duration of a job, longer than the start of all processes.
+/// The duration of a job, longer than it takes to start all processes, so that every process has a job at the same time.
 const A_WHILE: Duration = Duration::from_secs(4);
 
 #[derive(Deserialize)]
@@ -26,7 +26,7 @@ struct Job {
     payload: Value,
 }
 
-/// Runs jobs one after another from the worker's socket, or one job from stdin.
+/// Runs jobs one after another from the worker's socket, or one job in spawn mode, with its payload on stdin.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let Ok(socket) = std::env::var("ZIZQ_SOCKET") else {
         return handle(&serde_json::from_reader(std::io::stdin().lock())?, words);

@@ -1,5 +1,6 @@
-//! [`AckProcessor`]: reports the outcomes of jobs. Successes leave in bulk and failures one by one; neither waits for the other.
-//! An outcome that cannot be reported now is parked in the [`Ledger`](crate::ledger::Ledger) until its job is redelivered.
+//! [`AckProcessor`]: sends the outcomes of jobs to the server. Successes are sent in bulk, and each failure in its own request.
+//! Successes and failures do not wait for each other. An outcome that cannot be reported now is parked in the
+//! [`Ledger`](crate::ledger::Ledger) until its job is redelivered.
 
 mod parked;
 mod reporter;
@@ -18,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::places::{Place, Places};
 pub(crate) use reporter::Reporter;
 
-/// A place in the ack queue, released when the report is settled, parked or dropped.
+/// A slot in the ack queue, freed when the report is settled, parked or dropped.
 #[derive(Debug)]
 struct AckSlot {
     _place: Place,
@@ -38,12 +39,12 @@ impl Drop for AckSlot {
     }
 }
 
-/// The urgency of a report.
+/// The urgency of a success report. Failure reports have no urgency, because they share no requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Urgency {
-    /// The worker's loops need jobs, and the server sends them for reports.
+    /// Send at once: the worker loops need jobs, and the server sends new jobs only as reports arrive.
     Now,
-    /// Enough jobs wait for the loops, so the report may share a request with the next ones.
+    /// Wait a few milliseconds for further successes to share the request: enough jobs are queued for the worker loops.
     Soon,
 }
 
@@ -74,20 +75,21 @@ impl AckQueue {
     /// Queues a report, and waits while the queue is full.
     pub(crate) async fn report(&self, attempt: Attempt, report: Report, urgency: Urgency) {
         let _slot = AckSlot::take(self.places.take().await, &self.metrics);
-        // A send fails once the worker has stopped; the server requeues the job.
+        // A send fails only after the worker has stopped. The server then requeues the job, so the error is ignored.
         match report {
             Report::Success => drop(self.successes.send(SuccessReport { attempt, urgency, _slot })),
             Report::Failure(failure) => drop(self.failures.send(FailureReport { attempt, failure, _slot })),
         }
     }
 
-    /// Changes the capacity of the queue, reports in flight included.
+    /// Changes the capacity of the queue. Reports in flight count towards the capacity.
     pub(crate) fn resize(&self, capacity: usize) {
         self.places.resize(capacity);
     }
 }
 
-/// Sends each report of its queue until the report is accepted, parked, refused, or dropped because the worker is killed.
+/// The tasks that send the queued reports. Each report is retried until it is accepted, parked, refused, or dropped because the
+/// worker is killed.
 #[derive(Debug)]
 pub(crate) struct AckProcessor {
     tasks: [AbortOnDropHandle<()>; 3],
@@ -96,7 +98,7 @@ pub(crate) struct AckProcessor {
 }
 
 impl AckProcessor {
-    /// Starts the tasks, with a queue of `capacity` reports, those in flight included.
+    /// Starts the tasks. The queue has room for `capacity` reports, including reports in flight.
     pub(crate) fn start(reporter: Reporter, capacity: usize, metrics: Metrics) -> (Self, AckQueue) {
         let (successes, success_queue) = mpsc::unbounded_channel();
         let (failures, failure_queue) = mpsc::unbounded_channel();
@@ -111,8 +113,9 @@ impl AckProcessor {
         (Self { tasks, closing, reporter }, queue)
     }
 
-    /// Waits until every report is settled or dropped, and takes no more. All runs have ended before. Once only parked outcomes
-    /// are left, the wait ends after `patience`. Returns the number of reports dropped since the start.
+    /// Waits until every outcome is settled or dropped, then stops the tasks. All runs have ended before this call, so no new
+    /// report arrives. Once only parked outcomes are left, the wait lasts at most `patience` more, and the outcomes that are
+    /// still parked are dropped. Returns the number of reports dropped since the start.
     pub(crate) async fn finish(self, patience: Duration) -> usize {
         self.reporter.await_outcomes(patience).await;
         self.closing.cancel();

@@ -1,4 +1,4 @@
-//! Looks at parked outcomes from time to time, because another worker may run the job or may have finished it.
+//! Polls the server about the jobs of parked outcomes, because another worker may be running or may have finished a job.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::ledger::Parked;
 use crate::lifecycle::Phase;
 
 impl Reporter {
-    /// Looks at parked outcomes, with growing waits, until the queue closes or the worker is killed.
+    /// Checks the jobs of parked outcomes on the server, with backoff, until `closing` is cancelled or the worker is killed.
     pub(super) async fn watch_parked(self, acks: AckQueue, closing: CancellationToken) {
         tokio::select! {
             biased;
@@ -27,7 +27,7 @@ impl Reporter {
     async fn look_repeatedly(&self, acks: &AckQueue) {
         let mut parkings = self.ledger.parkings();
         loop {
-            // The wait fails only once the ledger is gone, and `self` holds the ledger.
+            // The wait fails only after the ledger is dropped, and `self` keeps the ledger alive.
             let _ = parkings.changed().await;
             let (mut waits, mut elsewhere) = (self.backoff.waits(), BTreeSet::new());
             while !self.ledger.parked().is_empty() {
@@ -37,7 +37,8 @@ impl Reporter {
         }
     }
 
-    /// Waits longest while jobs are taken, because most parked jobs are redelivered before the next look.
+    /// Waits before the next round of checks. While the worker takes jobs, the wait is the maximum backoff, because most parked
+    /// jobs are redelivered within that time. During a drain, the waits grow from the minimum.
     async fn wait_for_next_look(&self, waits: &mut Waits) {
         if self.lifecycle.phase() < Phase::Draining {
             let (_, longest, _) = self.backoff.parts();
@@ -50,8 +51,9 @@ impl Reporter {
         tokio::time::sleep(waits.next_wait()).await;
     }
 
-    /// Looks at released jobs as often as the server is probed for failed reports: the server may still hold a job, so that its
-    /// report can leave once looks are answered. A refused look ends a round.
+    /// Checks released jobs: parked jobs that the server may still have in flight for this worker. If a check finds the job in
+    /// flight, its report is sent. Rounds are as frequent as the probes of a failing server. A check that is refused or gets no
+    /// answer ends the round.
     async fn look_at_released(&self, acks: &AckQueue) {
         let (mut parkings, mut asked) = (self.ledger.parkings(), None);
         loop {
@@ -66,7 +68,7 @@ impl Reporter {
                 () = pause => {}
             }
             let mut released = self.ledger.released();
-            // Otherwise a job whose looks are always refused would be the first in each round.
+            // Otherwise a job whose check is always refused could come first in each round, and end the round before the others.
             fastrand::shuffle(&mut released);
             asked = None;
             for parked in released {
@@ -79,8 +81,8 @@ impl Reporter {
         }
     }
 
-    /// Looks at each parked outcome once. `elsewhere` are the jobs that the look before found in flight. Returns the jobs that
-    /// this look finds in flight.
+    /// Checks the job of each parked outcome once, except for the other jobs of a server that does not answer. `elsewhere`
+    /// contains the jobs that the previous round found in flight. Returns the jobs that this round finds in flight.
     async fn look_at_all(&self, acks: &AckQueue, elsewhere: &BTreeSet<JobId>) -> BTreeSet<JobId> {
         let (mut in_flight, mut unreachable) = (BTreeSet::new(), Vec::new());
         for parked in self.ledger.parked() {

@@ -1,4 +1,5 @@
-//! [`Reporter`]: sends each report until it is accepted, parked, refused, or dropped because the worker is killed.
+//! [`Reporter`]: sends each report, with retries until the report is accepted, parked, refused, or dropped because the worker is
+//! killed.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -20,11 +21,11 @@ use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
-/// The time limit of a report's last try once the worker is killed.
+/// The time limit of the last try that a report gets once the worker is killed.
 const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time limit of all last tries together: one for the reports in flight when the worker was killed, and one for the reports
-/// that had gathered behind them.
+/// The time limit of all last tries together. The limit is enough for two tries in sequence: one for the reports in flight at the
+/// kill, then one for the reports that were queued behind them.
 const LAST_TRIES_TIMEOUT: Duration = LAST_TRY_TIMEOUT.saturating_mul(2);
 
 /// The state that all reports share.
@@ -34,28 +35,30 @@ pub(crate) struct Reporter {
     pub(super) backoff: Backoff,
     pub(super) lifecycle: Lifecycle,
     metrics: Metrics,
-    /// The moment at which a report first noticed the kill.
+    /// The moment at which the first report noticed the kill. `LAST_TRIES_TIMEOUT` counts from this moment.
     killed: Arc<OnceLock<Instant>>,
     dropped: Arc<AtomicUsize>,
 }
 
-/// The end of a failure's tries, unless they end with an error. Each names the delivery that was held when the server last
-/// answered, or when the report left.
+/// The result of the tries to report a failure, unless they end with an error. Each variant contains the delivery that held the
+/// job when the report was last sent or, for a report without an answer, when the job was last checked.
 enum ReportEnd {
     Settle(Option<Delivery>),
     Park(Option<Delivery>),
     Release(Option<Delivery>),
 }
 
-/// The number of refused looks at a job after which a proxy is taken to refuse all of them. A single one may pass.
+/// The number of refused checks of a job (`GET /jobs/{id}`) after which a proxy is assumed to refuse them all. A single refusal
+/// may be temporary.
 const MAX_REFUSED_LOOKS: usize = 5;
 
-/// The doubt about a failure whose answer was lost.
+/// The uncertainty after the answer to a failure report was lost: the server may or may not have counted the failure.
 #[derive(Debug, Default)]
 struct Doubt {
-    /// The delivery that held the job when the report left. A later delivery ends the doubt.
+    /// The delivery that held the job when the report was sent, or `None` if no answer was lost. A later delivery shows that the
+    /// server has not counted the failure.
     delivery: Option<Delivery>,
-    /// The number of looks at the job that were refused.
+    /// The number of refused checks of the job since the answer was lost.
     refused_looks: usize,
 }
 
@@ -64,8 +67,8 @@ impl Reporter {
         Self { ledger, backoff, lifecycle, metrics, killed: Arc::default(), dropped: Arc::default() }
     }
 
-    /// Waits until no outcome is being reported or parked, or until the worker is killed. Once only parked outcomes are left, the
-    /// wait ends after `patience`.
+    /// Waits until no report is outstanding and no outcome is parked, or until the worker is killed. Once only parked outcomes
+    /// are left, the wait lasts at most `patience` more.
     pub(super) async fn await_outcomes(&self, patience: Duration) {
         let mut movements = self.ledger.movements();
         let mut all_parked_since = None;
@@ -77,7 +80,7 @@ impl Reporter {
             tokio::select! {
                 biased;
                 () = self.lifecycle.reached(Phase::Killing) => return,
-                // The wait fails only once the ledger is gone, and `self` holds the ledger.
+                // The wait fails only after the ledger is dropped, and `self` keeps the ledger alive.
                 _ = movements.changed() => {}
                 () = sleep_until_if(since.and_then(|since| since.checked_add(patience))) => return,
             }
@@ -107,7 +110,7 @@ impl Reporter {
     async fn report_failure(&self, report: FailureReport) {
         let FailureReport { attempt, mut failure, _slot } = report;
         let doubt = Mutex::default();
-        // Without a destination, a later attempt has replaced this one.
+        // `None` means that a later attempt has replaced this one, which then needs no report.
         while let Some(client) = self.ledger.destination(&attempt) {
             let ended = self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &doubt)).await;
             let (seen, may_be_held) = match ended {
@@ -118,14 +121,14 @@ impl Reporter {
                 Err(error) => return self.drop_report(&attempt, &error),
             };
             match self.ledger.park(&attempt, seen, Report::Failure(failure), may_be_held) {
-                // The job was redelivered meanwhile.
+                // The job was redelivered before the outcome could be parked, so the report can be sent at once.
                 Some(Report::Failure(again)) => failure = again,
                 _ => return debug!(job.id = attempt.id.as_str(), "failure parked until its job is redelivered"),
             }
         }
     }
 
-    /// Sends a failure, and looks at its job before and after, as [`fate`] requires.
+    /// Makes one try to report a failure. [`fate`] decides when to send the report and when to ask for the state of the job.
     async fn try_failure(
         &self,
         attempt: &Attempt,
@@ -142,7 +145,7 @@ impl Reporter {
         loop {
             match fate(Kind::Failure, answer, told, self.ledger.hold(attempt, seen)) {
                 Step::Ask => {
-                    // A denial concerns the delivery by which the job was held when the report left.
+                    // A denial applies to the delivery that held the job when the report was sent, so `seen` stays that delivery.
                     if answer != Answer::Denied {
                         seen = self.ledger.held(attempt);
                     }
@@ -156,7 +159,7 @@ impl Reporter {
                 Step::Send => {
                     seen = self.ledger.held(attempt);
                     told = Told::NotAsked;
-                    // A connection may take long to open. The failure leaves only if the hold is still the same.
+                    // Opening a connection may take long. The report is withdrawn if `seen` no longer holds the job by then.
                     let is_held = self.ledger.watch_hold(attempt, seen);
                     let sent = client.failure_if(&attempt.id, failure, is_held).await;
                     if matches!(sent, Err(ClientError::Withdrawn)) {
@@ -175,7 +178,8 @@ impl Reporter {
         }
     }
 
-    /// Retries until the server has answered. Once killing, the try in flight is the last.
+    /// Retries with backoff until the server answers or the error is final. Once the worker is killed, a try in flight is the
+    /// last, and a wait ends at once with one last try.
     pub(super) async fn retry_until_answered<T, F>(
         &self,
         client: &Client,
@@ -225,7 +229,7 @@ impl Reporter {
         }
     }
 
-    /// Asks for the state of a job whose report was denied, is in doubt, or is parked.
+    /// Asks the server for the state of a job whose report was denied, was not answered, or is parked.
     pub(super) async fn ask(&self, client: &Client, attempt: &Attempt, kind: Kind) -> (Told, Option<ClientError>) {
         let state = match client.job(&attempt.id).await {
             Ok(state) => state,
@@ -245,7 +249,7 @@ impl Reporter {
             }
         }
         match told(state, attempt, kind) {
-            // A 404 of a server that never had the job says nothing about the job.
+            // A 404 says nothing about the job if the job came from another server.
             Told::Gone if !self.ledger.came_from(attempt, client) => (Told::Withheld, None),
             told => (told, None),
         }
@@ -278,12 +282,12 @@ fn lock(doubt: &Mutex<Doubt>) -> MutexGuard<'_, Doubt> {
     doubt.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reports whether a report may have arrived, given the delivery that holds the job now.
+/// Reports whether an unanswered failure report may have been counted, given the delivery that holds the job now.
 fn is_in_doubt(doubt: &Mutex<Doubt>, held: Option<Delivery>) -> bool {
     lock(doubt).delivery.is_some_and(|doubted| held.is_none_or(|held| held == doubted))
 }
 
-/// Counts a refused look, and reports whether another one may succeed.
+/// Counts a refused check of the job, and reports whether another check may succeed.
 fn may_look_again(doubt: &Mutex<Doubt>) -> bool {
     let mut doubt = lock(doubt);
     doubt.refused_looks += 1;

@@ -21,30 +21,31 @@ use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
 use crate::job::{JobId, Report};
 use crate::ledger::{Attempt, Delivery};
 
-/// The most ids in one bulk request. The request stays far below the size limits of servers and proxies.
+/// The maximum number of ids in one bulk request, small enough for the size limits of servers and proxies.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
-/// The longest time for which a report that is not urgent waits for others. Each request costs the worker and the server more
-/// than all reports in it.
+/// The longest time that a success without urgency waits for others to share its request. The cost of a request outweighs the
+/// cost of the successes in it.
 const LONGEST_HOLD: Duration = Duration::from_millis(5);
 
-/// The number of scheduler turns for which a bulk request waits for jobs that end at the same moment.
+/// The number of times that a bulk request yields to the runtime, so that jobs that end at the same moment share the request.
 const TURNS: usize = 3;
 
-/// The most parts into which a bulk is split that gets server errors.
+/// The maximum number of parts into which a bulk request is split after server errors.
 const MAX_PARTS: usize = 8;
 
-/// The number of parts of one try that may fail. The rest then waits for the next try, because the server seems to be down.
+/// The number of failed parts after which a try ends if no part was accepted, because the server seems to be down.
 const MAX_FAILED_PARTS: usize = 2;
 
-/// The number of denied successes that are checked at once: enough to hide the round trip, few enough to spare the server.
+/// The maximum number of denied successes that are checked at once: enough to hide the round trip, few enough to spare the
+/// server.
 const MAX_LOOKS_IN_FLIGHT: usize = 8;
 
 /// The successes that wait for a request, by server.
 #[derive(Default)]
 struct Gathered {
     by_server: Mutex<Vec<Bulk>>,
-    /// Whether a success has moved to another server's request.
+    /// Whether a success has been moved to another server since `rerouted` last completed.
     is_rerouted: AtomicBool,
 }
 
@@ -52,7 +53,7 @@ struct Bulk {
     client: Arc<Client>,
     waiting: Vec<SuccessReport>,
     is_under_way: bool,
-    /// The latest time for the next request.
+    /// The time at which the next request is due.
     due: Instant,
 }
 
@@ -70,7 +71,7 @@ impl Bulk {
         self.waiting.push(success);
     }
 
-    /// Reports whether the reports wait for a request.
+    /// Reports whether successes wait for a request, and no request is in flight.
     fn is_held(&self) -> bool {
         !self.is_under_way && !self.waiting.is_empty()
     }
@@ -95,7 +96,7 @@ impl Gathered {
         self.lock().iter().filter(|bulk| bulk.is_held()).map(|bulk| bulk.due).min()
     }
 
-    /// Returns the servers that have due successes and no request in flight. From here on, each counts as in flight.
+    /// Returns the servers that have due successes and no request in flight, and marks each as having a request in flight.
     fn begin(&self) -> Vec<Arc<Client>> {
         let mut bulks = self.lock();
         let now = Instant::now();
@@ -117,12 +118,13 @@ impl Gathered {
         }
     }
 
-    /// Waits until a success is rerouted. The requests that reroute are polled before this, in the same task.
+    /// Waits until a success is rerouted. No waker is needed, because the requests that reroute are polled before this future, in
+    /// the same task.
     fn rerouted(&self) -> impl Future<Output = ()> {
         poll_fn(|_| if self.is_rerouted.swap(false, Ordering::Relaxed) { Poll::Ready(()) } else { Poll::Pending })
     }
 
-    /// Notes that the request to that server has ended.
+    /// Records that the request to a server has ended, and removes the server if no success waits for it.
     fn end(&self, client: &Arc<Client>) {
         self.lock().retain_mut(|bulk| {
             if Arc::ptr_eq(&bulk.client, client) {
@@ -134,7 +136,7 @@ impl Gathered {
 }
 
 impl Reporter {
-    /// Sends one bulk request at a time to each server. The next one gathers meanwhile, and until it is due.
+    /// Sends one bulk request at a time to each server. While a request is in flight, further successes gather for the next one.
     pub(super) async fn report_successes(
         self,
         mut queue: mpsc::UnboundedReceiver<SuccessReport>,
@@ -161,14 +163,15 @@ impl Reporter {
                 self.gather(&gathered, success);
             }
             for client in gathered.begin() {
-                // In a box, so that a request is not moved as a whole for each job.
+                // Boxed, so that the push does not move the whole future.
                 under_way.push(Box::pin(self.report_batch(client, Vec::new(), Some(&gathered), &gathered)));
             }
         }
     }
 
-    /// Reports successes until the server has answered for all. `joining` are successes that leave with them. Returns the parts
-    /// that get server errors while others are accepted, to be reported apart.
+    /// Reports successes, with retries until the server has answered for all of them. Each try also takes the successes that have
+    /// gathered in `joining`. Returns the parts that got server errors while other parts were accepted. The caller reports those
+    /// parts separately.
     async fn report_batch(
         &self,
         client: Arc<Client>,
@@ -181,7 +184,7 @@ impl Reporter {
         let attempt = || {
             self.keep_own(&client, &mut batch, gathered);
             if let Some(joining) = joining {
-                // Successes that have gathered since the last try leave with this one.
+                // Add the successes that have gathered since the last try.
                 joining.take(&client, &mut batch);
             }
             let attempts = batch.iter().map(|success: &SuccessReport| success.attempt.clone()).collect();
@@ -204,7 +207,7 @@ impl Reporter {
                 self.drop_reports(&unsettled, &error);
             }
         }
-        // The rest has another destination by now.
+        // Requeue the successes that still need a report, for example because another server has redelivered the job.
         batch.into_iter().for_each(|success| self.reroute(gathered, success));
         if joining.is_some() {
             gathered.end(&client);
@@ -212,8 +215,9 @@ impl Reporter {
         apart
     }
 
-    /// Sends successes together, and after a server error in that many parts, so that one success that always gets a server error
-    /// holds up no others for ever. Returns the parts that have failed, or the error if all have.
+    /// Sends all successes in one request. After a server error, sends them again in `count` parts, so that one success that
+    /// always causes a server error does not block the others for ever. Returns the failed parts, or the error if the whole try
+    /// failed.
     async fn try_parts(
         &self,
         client: &Arc<Client>,
@@ -227,7 +231,7 @@ impl Reporter {
             Err(error) if error.is_server_error() => {}
             ended => return ended.map(|()| Vec::new()),
         }
-        // Otherwise the same part would fail first at each try.
+        // Otherwise the same parts could fail first at each try, and end the try before the other parts are sent.
         fastrand::shuffle(&mut attempts);
         let (mut failed, mut is_any_accepted) = (Vec::new(), false);
         for part in attempts.chunks(attempts.len().div_ceil(count)) {
@@ -241,7 +245,7 @@ impl Reporter {
         Ok(failed)
     }
 
-    /// Queues a success for the next request to its server. Returns false if it needs no report any more.
+    /// Queues a success for the next request to its server. Returns false if the success no longer needs a report.
     fn gather(&self, gathered: &Gathered, success: SuccessReport) -> bool {
         let Some(client) = self.ledger.destination(&success.attempt) else { return false };
         gathered.add(client, success);
@@ -254,7 +258,7 @@ impl Reporter {
         }
     }
 
-    /// Keeps the successes of this server, and reroutes those whose jobs another server has redelivered.
+    /// Keeps the successes whose destination is this server, and reroutes the others.
     fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>, gathered: &Gathered) {
         for success in std::mem::take(batch) {
             if self.ledger.destination(&success.attempt).is_some_and(|server| Arc::ptr_eq(&server, client)) {
@@ -265,8 +269,8 @@ impl Reporter {
         }
     }
 
-    /// Sends one bulk request, and another one for jobs that are redelivered meanwhile. If the server refuses a batch, each half
-    /// is sent by itself, so that one bad id costs no other id its report.
+    /// Sends one bulk request, and another one for jobs that were redelivered during the first. If the server refuses a batch,
+    /// each half is sent by itself, so that one bad id does not block the reports of the others.
     async fn try_successes(&self, client: &Arc<Client>, attempts: Vec<Attempt>) -> Result<(), ClientError> {
         let mut batches = vec![attempts];
         while let Some(mut attempts) = batches.pop() {
@@ -292,13 +296,13 @@ impl Reporter {
         Ok(())
     }
 
-    /// Reports whether a job of the batch is to be reported to another server by now.
+    /// Reports whether the destination of any attempt is now another server.
     fn is_for_another(&self, client: &Arc<Client>, attempts: &[Attempt]) -> bool {
         let mut destinations = attempts.iter().filter_map(|attempt| self.ledger.destination(attempt));
         destinations.any(|destination| !Arc::ptr_eq(&destination, client))
     }
 
-    /// Settles the successes that count, and returns the others.
+    /// Settles the attempts that the server has accepted. Returns the attempts whose jobs were not in flight.
     fn settle_accepted(
         &self,
         attempts: Vec<Attempt>,
@@ -353,7 +357,8 @@ impl Reporter {
         }
     }
 
-    /// Sends a parked success, because its job is in flight somewhere. Returns whether the success counts.
+    /// Sends a parked success whose job is in flight again, on this worker or another. Returns whether the server has accepted
+    /// the success.
     pub(super) async fn report_parked(&self, client: &Client, attempt: &Attempt) -> bool {
         let accepted = client.success(std::slice::from_ref(&attempt.id)).await;
         let answer = match accepted {

@@ -1,6 +1,6 @@
-//! The page of `GET /`: markup, style and script in one response. The script fetches `/status` for all that the page shows.
+//! The page of `GET /`: markup, style and script in one response. The script fetches all displayed data from `/status`.
 
-/// Content security policy that allows only this script, this style and requests to this server.
+/// Content security policy that allows only this script, this style, `data:` images and requests to this server.
 pub(super) const POLICY: &str = concat!(
     "default-src 'none'; ",
     "script-src 'sha256-J5EKaEC2LgjiUWEM9KYA0QOHaHsnrH8uiOjNxJJHP88='; ",
@@ -9,7 +9,7 @@ pub(super) const POLICY: &str = concat!(
     "require-trusted-types-for 'script'; trusted-types 'none'"
 );
 
-/// Returns the page.
+/// Returns the page as HTML.
 pub(super) const fn text() -> &'static str {
     concat!(
         include_str!("page/head.html"),

@@ -1,7 +1,7 @@
-//! Reads the server's answers, and tells them from the answers of a proxy or another server.
+//! Parses the server's answers, and distinguishes them from the answers of a proxy or another server.
 //!
-//! Only a recognisable answer of the server may settle a job: a 204, the job itself in answer to a failure, or a refusal with the
-//! server's JSON `error`.
+//! An answer settles a job only if the answer is recognisably the server's, for example a 204, the job itself in answer to a
+//! failure report, or a refusal with the server's JSON `error`.
 
 use std::time::{Duration, SystemTime};
 
@@ -17,7 +17,8 @@ use super::skimmer::Skimmer;
 use super::{Acceptance, ClientError, JobState, MAX_RETRY_AFTER, NDJSON, within_request_timeout};
 use crate::job::JobId;
 
-/// The most bytes of an answer that are read. All answers of the server to a worker are shorter.
+/// The maximum size of an answer that is read whole. The server's answers are shorter, except for a job with a large payload,
+/// which is read through `Skimmer`.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 
 #[derive(Deserialize)]
@@ -25,13 +26,13 @@ struct NotFound {
     not_found: Vec<String>,
 }
 
-/// The job, in answer to the report of its failure.
+/// The server's answer to a failure report: the failed job.
 #[derive(Deserialize)]
 struct FailedJob {
     id: String,
 }
 
-/// The JSON body of a refusal. The server's has no field but `error`; gateways add others.
+/// The JSON body of a refusal. The server sends no field but `error`. Gateways add others.
 #[derive(Deserialize)]
 struct Refusal {
     error: String,
@@ -39,11 +40,12 @@ struct Refusal {
     others: Map<String, Value>,
 }
 
-/// The fields by which the JSON of common gateways and frameworks is told from the server's. A later server may add others.
+/// The fields that mark a refusal as that of a common gateway or framework. Any other field is accepted, because a later version
+/// of the server may add it.
 const FIELDS_OF_GATEWAYS: [&str; 4] = ["path", "status", "statusCode", "timestamp"];
 
 impl Refusal {
-    /// Reads the server's refusal. Returns none for anything else.
+    /// Parses a refusal by the server. Returns `None` for any other body.
     fn read(body: &[u8]) -> Option<Self> {
         let refusal: Self = serde_json::from_slice(body).ok()?;
         let is_gateways = FIELDS_OF_GATEWAYS.iter().any(|field| refusal.others.contains_key(*field));
@@ -51,19 +53,19 @@ impl Refusal {
     }
 }
 
-/// Rejects the pages of proxies and of other servers as take streams.
+/// Reports whether the answer has the content type of a take stream, unlike the page of a proxy or another server.
 pub(super) fn is_ndjson(response: &Response<Incoming>) -> bool {
     let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     content_type.is_some_and(|content_type| content_type.starts_with(NDJSON))
 }
 
-/// Reads the answer to a bulk report of successes: the ids that were not in flight.
+/// Reads the answer to a bulk report of successes. Returns the ids that were not in flight.
 pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>, ClientError> {
     let status = response.status();
     if status.is_success() {
         return accepted(response, |_| false).await.map(|()| Vec::new());
     }
-    // The server answers 422 for ids that are not in flight.
+    // The server answers 422 for ids that are not in flight, so a 404 comes from a proxy or another server.
     if status == StatusCode::NOT_FOUND {
         let (_, body) = read(response).await?;
         return Err(ClientError::NotTheServer { status, message: first_line(&body) });
@@ -89,7 +91,7 @@ pub(super) async fn acceptance(response: Response<Incoming>, id: &JobId) -> Resu
     }
 }
 
-/// Reads the answer to a look at a job, without the payload, which has no size limit.
+/// Reads the answer to `GET /jobs/{id}`, and skips the payload, which has no size limit.
 pub(super) async fn job_state(response: Response<Incoming>) -> Result<Option<JobState>, ClientError> {
     match response.status() {
         status if status.is_success() => {
@@ -115,8 +117,8 @@ pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, C
     Ok(answer.version)
 }
 
-/// Reads an answer with a good status: a 204, or a body of the server's. The body is read to its end, otherwise the connection
-/// could not be reused.
+/// Reads an answer with a 2xx status. Fails unless the status is 204 or `is_the_servers` recognises the body. The body is read to
+/// its end, otherwise the connection could not be reused.
 async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -> bool) -> Result<(), ClientError> {
     let status = response.status();
     let (_, body) = read(response).await?;
@@ -127,7 +129,7 @@ async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -
     }
 }
 
-/// Reads a 404, which concerns the job only if the server itself has sent it.
+/// Reads a 404. Fails unless the server itself sent the 404, because a proxy's 404 says nothing about the job.
 async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     let status = response.status();
     let (_, body) = read(response).await?;
@@ -137,7 +139,7 @@ async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     }
 }
 
-/// Turns any other answer into an error.
+/// Turns an answer with any other status into an error.
 pub(super) async fn refusal(response: Response<Incoming>) -> ClientError {
     let status = response.status();
     if let Some(location) = response.headers().get(LOCATION).filter(|_| status.is_redirection()) {

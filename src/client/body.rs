@@ -8,7 +8,8 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 
-/// The whole body of a request. hyper polls the body once it has a connection, and writes it at once.
+/// The body of a request, in one piece. hyper polls the body only when the request has a connection, and writes the bytes at
+/// once.
 pub(super) struct Body {
     bytes: Option<Bytes>,
     is_wanted: Option<Box<dyn Fn() -> bool + Send + Sync>>,

@@ -1,4 +1,4 @@
-//! [`Connector`]: how a client reaches its server, over the network or by a function of the embedding program.
+//! [`Connector`]: opens a client's connections to its server, over the network or by a function of the embedding program.
 
 use std::error::Error;
 use std::fmt;
@@ -18,7 +18,7 @@ use tower_service::Service;
 
 use super::ServerUrl;
 
-/// The time limit of a connect.
+/// The time limit for opening a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The idle time after which the kernel sends the first keepalive probe.
@@ -38,14 +38,14 @@ type BoxError = Box<dyn Error + Send + Sync>;
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 pub(super) type Supplier = dyn Fn(ServerUrl) -> BoxFuture<io::Result<Box<dyn Stream>>> + Send + Sync;
 
-/// A connection that can be read and written. Every type with these traits is one.
+/// A connection that can be read and written. Every type with these supertraits implements `Stream`.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// How a client reaches its server: over TCP by default, or over connections that the embedding program supplies.
+/// The source of a client's connections to its server: TCP by default, or a function of the embedding program.
 ///
-/// For an `https` url, TLS runs over either.
+/// For an `https` url, TLS runs on top of either.
 ///
 /// ```
 /// use tokio::net::UnixStream;
@@ -65,8 +65,8 @@ enum Way {
 }
 
 impl Connector {
-    /// Makes a connector that calls `connect` for each connection. A call that takes longer than ten seconds is given up,
-    /// as with TCP.
+    /// Returns a connector that calls `connect` for each new connection. A call is abandoned after ten seconds, which is also the
+    /// limit for TCP.
     pub fn new<F, T>(connect: impl Fn(ServerUrl) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = io::Result<T>> + Send + 'static,
@@ -79,7 +79,7 @@ impl Connector {
         Self(Way::Supplied(Arc::new(supplier)))
     }
 
-    /// Makes the connections of one client.
+    /// Returns the service that opens the connections of one client.
     pub(super) fn dialer(&self, url: &ServerUrl) -> Dialer {
         match &self.0 {
             Way::Network => Dialer::Network(tcp()),
@@ -121,7 +121,7 @@ fn tcp() -> HttpConnector {
     tcp
 }
 
-/// The service by which hyper's client asks for connections, without TLS.
+/// The service that opens connections for hyper's client. `HttpsConnector` adds TLS on top.
 #[derive(Clone)]
 pub(super) enum Dialer {
     Network(HttpConnector),

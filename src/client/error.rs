@@ -1,4 +1,4 @@
-//! [`ClientError`]: the error of a call to the server, and whether a retry can succeed.
+//! [`ClientError`]: the error of a call to the server, and its classification, for example as retryable.
 
 use std::error::Error;
 use std::fmt;
@@ -16,15 +16,15 @@ pub enum ClientError {
     Connect(Box<dyn Error + Send + Sync>),
     /// The connection of a take stream failed before the stream began.
     Transport(hyper::Error),
-    /// A request failed under way; the server may have carried it out.
+    /// A request failed after it began to be sent. The server may have executed the request.
     Request(hyper_util::client::legacy::Error),
-    /// The server closed the connection instead of its first answer, as a port that speaks TLS may do with plain HTTP.
+    /// The peer closed the connection without an answer, and has never answered before. A TLS port may do so on plain HTTP.
     ClosedUnanswered(Box<Self>),
     /// The answer could not be read to its end.
     Answer(Box<dyn Error + Send + Sync>),
-    /// No answer came in time; the server may have carried the request out.
+    /// No answer arrived in time. The server may have executed the request.
     TimedOut(Duration),
-    /// The server, or a proxy before it, refused the request.
+    /// The server, or a proxy in front of the server, refused the request.
     Refused {
         /// The status of the answer.
         status: StatusCode,
@@ -33,14 +33,14 @@ pub enum ClientError {
         /// The wait that the answer asks for (`Retry-After`), at most [`MAX_RETRY_AFTER`].
         retry_after: Option<Duration>,
     },
-    /// The answer is not recognisable as the server's: a proxy without a backend, a login page.
+    /// The answer is not recognisably the server's, for example the error of a proxy without a backend, or a login page.
     NotTheServer {
         /// The status of the answer.
         status: StatusCode,
         /// The first line of the answer, or an empty text.
         message: String,
     },
-    /// A look at a job was refused, and the next one may not be.
+    /// A request for the state of a job was refused, and a retry may succeed.
     Hidden(Box<Self>),
     /// The answer to a take request is no stream of jobs.
     NotAStream,
@@ -50,10 +50,10 @@ pub enum ClientError {
     Unsendable(Box<dyn Error + Send + Sync>),
 }
 
-/// Limit of `Retry-After`. A wrong header must not stop a worker for hours.
+/// The limit of `Retry-After`. Without the limit, a wrong header could stop a worker for hours.
 pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(5 * 60);
 
-/// Client errors that are retried: expired credentials, a rate limit, a proxy that is starting.
+/// The 4xx statuses that are retried: expired credentials, a rate limit, a proxy that is starting.
 const PASSING: [StatusCode; 7] = [
     StatusCode::UNAUTHORIZED,
     StatusCode::FORBIDDEN,
@@ -64,7 +64,7 @@ const PASSING: [StatusCode; 7] = [
     StatusCode::TOO_MANY_REQUESTS,
 ];
 
-/// Client errors that concern only the moment of the request.
+/// The 4xx statuses that are temporary: the same request may succeed a moment later.
 const MOMENTARY: [StatusCode; 4] = [
     StatusCode::REQUEST_TIMEOUT,
     StatusCode::MISDIRECTED_REQUEST,
@@ -72,7 +72,7 @@ const MOMENTARY: [StatusCode; 4] = [
     StatusCode::TOO_MANY_REQUESTS,
 ];
 
-/// Client errors that say nothing about the settings of the worker.
+/// The 4xx statuses that do not indicate a mistake in the worker's settings.
 const NO_MISTAKE: [StatusCode; 3] = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
 
 impl ClientError {
@@ -90,7 +90,8 @@ impl ClientError {
         }
     }
 
-    /// Whether the same call may succeed later: true for all but the client errors (4xx) that do not pass.
+    /// Reports whether a retry may succeed. This is false for a 4xx refusal that is permanent, and for a request that cannot be
+    /// built.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Refused { status, .. } => !status.is_client_error() || PASSING.contains(status),
@@ -99,7 +100,8 @@ impl ClientError {
         }
     }
 
-    /// Reports whether this error of the first request means a wrong setting: the url, the queues or the credentials.
+    /// Reports whether this error, if it is that of the first request, indicates a wrong setting: the url, the queues or the
+    /// credentials.
     pub(crate) fn is_mistake(&self) -> bool {
         match self {
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
@@ -125,12 +127,12 @@ impl ClientError {
         matches!(self, Self::Refused { status, .. } | Self::NotTheServer { status, .. } if status.is_server_error())
     }
 
-    /// Whether the answer is no HTTP at all, like the alert of a port that speaks TLS.
+    /// Reports whether the answer is not HTTP, for example the alert of a TLS port.
     fn is_no_http(&self) -> bool {
         causes(self).any(|cause| cause.downcast_ref().is_some_and(hyper::Error::is_parse))
     }
 
-    /// Whether the peer closed the connection before it sent an answer.
+    /// Reports whether the peer closed the connection before it sent an answer.
     pub(super) fn is_closed_connection(&self) -> bool {
         causes(self).any(|cause| {
             cause.downcast_ref().is_some_and(hyper::Error::is_incomplete_message)
@@ -152,12 +154,13 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
     std::iter::successors(Some(error), |&error| error.source())
 }
 
-/// Returns whether the peer has answered the first message of TLS with something else.
+/// Reports whether the peer answered the TLS handshake with bytes that are not TLS.
 fn is_without_tls(error: &(dyn Error + 'static)) -> bool {
     matches!(tls_error(error), Some(rustls::Error::InvalidMessage(_)))
 }
 
-/// Finds the error of TLS. An `io::Error` does not count the error that it wraps among its causes.
+/// Finds the TLS error among the causes. The `source` of an `io::Error` skips the wrapped error, so the wrapped error is searched
+/// explicitly.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     if let Some(outer) = error.downcast_ref::<io::Error>() {
         return tls_error(outer.get_ref()?);

@@ -1,4 +1,4 @@
-//! [`Health`]: whether calls to a server fail, and when they succeed again.
+//! [`Health`]: tracks whether calls to a server fail, and wakes waiters when calls succeed again.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -9,16 +9,16 @@ use tokio::time::Instant;
 use super::ClientError;
 use crate::watch;
 
-/// The shortest disturbance whose end is a recovery. A single call that always fails among others that succeed is no disturbance,
-/// otherwise each success of the others would retry it.
+/// The minimum duration of a run of failed calls after which a success counts as a recovery. Otherwise, each success of another
+/// call would trigger a retry of a call that always fails.
 const DISTURBANCE: Duration = Duration::from_secs(1);
 
-/// The start of the present run of failed calls, and the waiters for a success.
+/// The start of the current run of failed calls, and the waiters for a recovery.
 #[derive(Debug)]
 pub(crate) struct Health {
     failing_since: Mutex<Option<Instant>>,
     recoveries: watch::Sender<()>,
-    /// The turn of the one call that probes the server while all others wait.
+    /// The single permit to probe a failing server. The other failed calls wait.
     probe: Semaphore,
 }
 
@@ -29,7 +29,7 @@ impl Default for Health {
 }
 
 impl Health {
-    /// Notes the result of a call, and returns it. A withdrawn call does not count.
+    /// Records the result of a call, and returns the result. A withdrawn call is ignored.
     pub(super) fn observe<T>(&self, called: Result<T, ClientError>) -> Result<T, ClientError> {
         if matches!(called, Err(ClientError::Withdrawn)) {
             return called;
@@ -49,7 +49,7 @@ impl Health {
         self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Notes that a take stream has been opened. If the latest call failed, the server is back.
+    /// Records that a take stream has been opened. If the latest call failed, this is a recovery, however short the failure was.
     pub(super) fn connected(&self) {
         let failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).take();
         if failing_since.is_some() {
@@ -57,13 +57,14 @@ impl Health {
         }
     }
 
-    /// Waits until calls succeed again.
+    /// Waits for the next recovery: a call that succeeds after a run of failed calls.
     pub(crate) async fn recovered(&self) {
-        // The wait fails only once the sender is gone, and `self` holds the sender.
+        // The wait fails only after the sender is dropped, and `self` owns the sender.
         let _ = self.recoveries.subscribe().changed().await;
     }
 
-    /// Waits for the turn to probe the server: one call at a time, each after `pause`, in the order in which they began to wait.
+    /// Waits for the turn to probe the server. Callers return one at a time, in the order in which they began to wait, with
+    /// `pause` before each.
     pub(crate) async fn probe_turn(&self, pause: Duration) {
         // The semaphore is never closed.
         let _turn = self.probe.acquire().await;

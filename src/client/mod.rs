@@ -45,14 +45,15 @@ pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 /// The content type of a take stream.
 const NDJSON: &str = "application/x-ndjson";
 
-/// The time limit of an answer. The body of the take stream is not included.
+/// The time limit of a request up to the headers of the answer, and again for the body of the answer. The body of a take stream
+/// has no such limit.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The interval and the timeout of HTTP/2 pings while requests are in flight. All reports share the connection, and would all
-/// time out again and again on a dead one.
+/// The interval and the timeout of HTTP/2 pings while requests are in flight. All reports share one connection, so without pings
+/// they would all time out again and again on a dead connection.
 const HTTP2_KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// The number of failures that are reported at once: enough to hide the round trip, few enough to spare the server.
+/// The maximum number of failure reports in flight: enough to hide the round trip, few enough to spare the server.
 const MAX_FAILURES_IN_FLIGHT: usize = 8;
 
 /// The characters that a path segment or query value leaves unescaped (RFC 3986, unreserved).
@@ -82,7 +83,7 @@ pub enum Acceptance {
     AlreadyHandled,
 }
 
-/// The state of a job on the server, as far as a report depends on it.
+/// The parts of a job's state on the server that matter for a report.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct JobState {
     /// `scheduled`, `ready`, `in_flight`, `completed` or `dead`.
@@ -114,7 +115,7 @@ struct Successes<'a> {
 }
 
 impl Client {
-    /// Returns a client without a connection.
+    /// Returns a client. Connections are opened on demand.
     pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls, connector: &Connector) -> Self {
         let dialer = connector.dialer(&url);
         let connector = HttpsConnector::from((dialer.clone(), tls.speaking(&["http/1.1"])));
@@ -144,7 +145,8 @@ impl Client {
         self.failure_slots.acquire().await.ok()
     }
 
-    /// Opens a take stream. The server holds at most `prefetch` unreported jobs over it. An empty list means all queues.
+    /// Opens a take stream. The server keeps at most `prefetch` unreported jobs in flight over the stream. An empty `queues`
+    /// means all queues.
     ///
     /// # Errors
     /// When no connection can be made, or the server does not answer with a stream.
@@ -158,7 +160,7 @@ impl Client {
             let (mut sender, connection) =
                 http1::handshake(self.connect().await?).await.map_err(ClientError::Transport)?;
             let connection = AbortOnDropHandle::new(tokio::spawn(async {
-                // The body reports the end of the connection, good or bad.
+                // The response body reports the end of the connection, including an error.
                 let _ = connection.await;
             }));
             let sent = sender.send_request(self.take_request(queues, prefetch)?).await;
@@ -186,7 +188,8 @@ impl Client {
         let filter = if names.is_empty() { String::new() } else { format!("&queue={}", names.join(",")) };
         let mut request =
             self.request(Method::GET, &format!("/jobs/take?prefetch={prefetch}{filter}"), Bytes::new())?;
-        // A connection outside the pool needs the host header, and the path alone as the target.
+        // Unlike the pool, a low-level hyper connection adds no host header, and does not reduce the target to its path and
+        // query.
         let host = request.uri().authority().map(|authority| authority.as_str().to_owned()).unwrap_or_default();
         let target = request.uri().path_and_query().map(|target| target.as_str().to_owned()).unwrap_or_default();
         *request.uri_mut() = target.parse().map_err(invalid)?;
@@ -195,7 +198,7 @@ impl Client {
         Ok(request)
     }
 
-    /// Reports jobs as done, in one request. Returns the jobs that were not in flight; all others count.
+    /// Reports jobs as succeeded, in one request. Returns the jobs that were not in flight. All others are completed.
     ///
     /// # Errors
     /// When the request fails, or the server refuses it as a whole.
@@ -213,7 +216,8 @@ impl Client {
         self.failure_if(id, failure, || true).await
     }
 
-    /// Reports a job as failed, if `is_wanted` returns true when the report leaves, after any wait for a connection.
+    /// Reports a job as failed, unless `is_wanted` returns false when the report is about to be sent, after any wait for a
+    /// connection.
     ///
     /// # Errors
     /// When the report is not wanted, the request fails, or the server refuses it.
@@ -229,7 +233,7 @@ impl Client {
         self.health.observe(reported.await)
     }
 
-    /// Asks for the state of a job. Returns none if the server does not have the job.
+    /// Asks for the state of a job. Returns `None` if the server does not have the job.
     ///
     /// # Errors
     /// When the request fails, or the server refuses it.
@@ -266,7 +270,8 @@ impl Client {
         .await
     }
 
-    /// Notes an answer. A connection that is closed before the first one may speak TLS; after it, the server has gone away.
+    /// Records an answer. If a peer that has never answered closes a plain HTTP connection, the port may speak TLS, and the error
+    /// becomes `ClosedUnanswered`.
     fn first_answer<T>(&self, answer: Result<T, ClientError>) -> Result<T, ClientError> {
         if answer.is_ok() {
             self.has_answered.store(true, Ordering::Relaxed);

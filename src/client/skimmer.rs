@@ -1,21 +1,22 @@
-//! [`Skimmer`]: the top level of a JSON object without its long parts. A job comes with a payload of any size.
+//! [`Skimmer`]: extracts the short top-level fields of a JSON object. The server sends a job with its payload, which may be of
+//! any size.
 
-/// The longest string that is kept.
+/// The maximum length of a string that is kept.
 const MAX_STRING_BYTES: usize = 256;
 
-/// Keeps an object's own names, numbers and short strings. Long strings become empty, and nested values lose all but their
-/// brackets. Invalid JSON does not become valid.
+/// A filter that keeps the top-level names, numbers and short strings of a JSON object. Long strings become empty, and nested
+/// objects and arrays lose their contents. Truncated JSON stays invalid.
 #[derive(Debug, Default)]
 pub(super) struct Skimmer {
     depth: usize,
-    /// The start of the present string in `kept`.
+    /// The index in `kept` at which the current string starts, or `usize::MAX - MAX_STRING_BYTES` once the string is too long.
     string: Option<usize>,
     is_escaped: bool,
     kept: Vec<u8>,
 }
 
 impl Skimmer {
-    /// Reads the next piece.
+    /// Filters the next piece of the JSON text.
     pub(super) fn push(&mut self, piece: &[u8]) {
         piece.iter().for_each(|byte| self.push_byte(*byte));
     }
@@ -54,7 +55,7 @@ impl Skimmer {
         if is_end {
             self.string = None;
         } else if self.kept.len() > start + MAX_STRING_BYTES {
-            // No more of the string is kept, so only its opening quote marks the place.
+            // Keep only the opening quote. The rest of the string is skipped up to the closing quote.
             self.kept.truncate(start + 1);
             self.string = Some(usize::MAX - MAX_STRING_BYTES);
             return;
@@ -77,7 +78,7 @@ mod tests {
 
     fn skimmed(text: &str) -> String {
         let mut skimmer = Skimmer::default();
-        // Any chunking gives the same.
+        // The result does not depend on the size of the pieces.
         text.as_bytes().chunks(3).for_each(|piece| skimmer.push(piece));
         String::from_utf8(skimmer.kept().to_vec()).unwrap()
     }

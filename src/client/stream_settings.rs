@@ -18,9 +18,10 @@ pub(crate) struct StreamSettings {
 }
 
 impl StreamSettings {
-    /// Returns the settings in `config`. The client of the `previous` settings is reused if the server is the same.
+    /// Returns the stream settings in `config`. The client of the `previous` settings is reused if the url, TLS and the connector
+    /// are unchanged.
     pub(crate) fn of(config: &WorkerConfig, previous: Option<&Self>) -> Self {
-        // Jobs beyond `max_jobs` would only be given back.
+        // Jobs beyond `max_jobs` would not be started, and would go back to the server.
         let most = config.max_jobs.map_or(usize::MAX, |most| usize::try_from(most.get()).unwrap_or(usize::MAX));
         let same_server = |previous: &&Self| {
             *previous.client.url() == config.url && previous.tls == config.tls && previous.connector == config.connector
@@ -37,7 +38,7 @@ impl StreamSettings {
         }
     }
 
-    /// Reports whether these settings differ from `other` in nothing that a stream depends on.
+    /// Reports whether these settings equal `other` in everything that a stream depends on.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         let Self { client, queues, prefetch, limits, tls, connector } = self;
         client.url() == other.client.url()
@@ -48,7 +49,7 @@ impl StreamSettings {
             && *connector == other.connector
     }
 
-    /// Reports whether a job that was taken under the `other` settings may run under these.
+    /// Reports whether these settings would also take a job that was taken under the `other` settings.
     pub(crate) fn fits(&self, job: &Job, other: &Self) -> bool {
         self.client.url() == other.client.url() && (self.queues.is_empty() || self.queues.contains(&job.queue))
     }

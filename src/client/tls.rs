@@ -8,8 +8,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
-/// The TLS settings of a client. There are none that turn verification off. Two are the same if they were made of the
-/// same certificates and keys.
+/// The TLS settings of a client. Verification cannot be turned off. Two values are equal if they were made from the same
+/// certificates and keys.
 #[derive(Clone)]
 pub struct Tls {
     config: Arc<ClientConfig>,
@@ -39,10 +39,10 @@ impl Default for Tls {
 pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 impl Tls {
-    /// Trusts the certificates that the system trusts.
+    /// Returns settings that trust the certificates that the system trusts.
     ///
     /// # Errors
-    /// When the system has no certificates: a sentence that says what to do.
+    /// When the system has no certificates. The error is a sentence that says what to do.
     pub fn system() -> Result<Self, String> {
         Ok(Self::trusting(system_roots()?))
     }
@@ -52,7 +52,7 @@ impl Tls {
         Self { config: Arc::new(builder(roots).with_no_client_auth()), fingerprint }
     }
 
-    /// Trusts `roots`, and shows `identity` to a server that asks.
+    /// Returns settings that trust `roots`, and present `identity` to a server that asks for a client certificate.
     ///
     /// # Errors
     /// When the key does not belong to the certificate.
@@ -113,7 +113,7 @@ pub(crate) fn roots_from_pem(pem: &[u8]) -> Result<RootCertStore, String> {
     Ok(roots)
 }
 
-/// The certificates in a file in PEM, in its order.
+/// Returns the certificates of a PEM file, in the order of the file.
 pub(crate) fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match certificates {
@@ -123,7 +123,7 @@ pub(crate) fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, S
     }
 }
 
-/// The first private key in a file in PEM.
+/// Returns the first private key of a PEM file.
 pub(crate) fn private_key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, String> {
     PrivateKeyDer::from_pem_slice(pem).map_err(|error| format!("holds no private key in PEM: {error}"))
 }

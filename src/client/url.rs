@@ -35,7 +35,7 @@ impl FromStr for ServerUrl {
             && !authority.as_str().contains('@')
             && uri.query().is_none()
             && !text.contains('#')
-            // No client can reach port 0, and an embedded server at port 0 would listen at another one.
+            // A client cannot connect to port 0, and an embedded server that binds port 0 listens on an arbitrary port.
             && authority.port_u16() != Some(0)
             && (authority.port_u16().is_some() || authority.as_str() == authority.host());
         if fits { Ok(Self(uri)) } else { Err(wanted()) }
@@ -83,12 +83,12 @@ pub(crate) fn without_secrets(url: &str) -> String {
     }
 }
 
-/// Returns a text without the user and password of a url in it.
+/// Hides the user and password of a url within a text.
 pub(crate) fn without_user(text: &str) -> String {
     if text.contains("://") { hide_user(text) } else { text.to_owned() }
 }
 
-/// Replaces everything between the scheme and the last `@`: a password may hold any character.
+/// Replaces everything between the scheme and the last `@`, because a password may contain any character, even `@`.
 fn hide_user(text: &str) -> String {
     let Some(end) = text.rfind('@') else { return text.to_owned() };
     let start = text.find("://").map(|colon| colon + "://".len()).filter(|start| *start <= end).unwrap_or(0);

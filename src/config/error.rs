@@ -30,19 +30,19 @@ impl ConfigError {
         Self { source, problem: problem.into(), status }
     }
 
-    /// Returns the error of an unusable file or handler that `source` refers to.
+    /// Returns the error for a file or handler that the setting at `source` names and that is unusable.
     pub fn unusable(source: Source, problem: impl Into<String>) -> Self {
         Self { source, problem: problem.into(), status: STATUS_CONFIG }
     }
 
-    /// Returns the error of a call that the system refuses for a valid setting. A refusal that lasts until a person changes
-    /// something has the exit status of a mistake. Any other refusal is a temporary failure.
+    /// Returns the error for a system call that fails although the setting is valid. A permanent failure, such as a missing
+    /// permission, has the exit status of a configuration mistake. Any other failure has the status of a temporary failure.
     pub(crate) fn refused(source: Source, error: &io::Error, problem: impl Into<String>) -> Self {
         let status = if is_lasting(error) { STATUS_CONFIG } else { STATUS_FAILURE };
         Self { source, problem: problem.into(), status }
     }
 
-    /// Returns the error of a worker that cannot create its directory for result files.
+    /// Returns the error for a failure to create the worker's directory for result files.
     pub(crate) fn no_room_for_results(error: &io::Error) -> Self {
         let directory = std::env::temp_dir();
         let problem = format!(
@@ -52,7 +52,7 @@ impl ConfigError {
         Self::refused(Source::Variable("TMPDIR".to_owned()), error, problem)
     }
 
-    /// Reports whether the error is temporary: a retry can succeed with the same settings.
+    /// Reports whether the error is temporary, so that a retry with the same settings can succeed.
     pub(crate) fn may_pass(&self) -> bool {
         self.status == STATUS_FAILURE
     }
@@ -71,7 +71,7 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Reports whether the call fails until a person changes a path, a permission or the kernel.
+/// Reports whether the error is permanent: the call fails until an administrator changes a path, a permission or the kernel.
 fn is_lasting(error: &io::Error) -> bool {
     let kinds = [
         ErrorKind::NotFound,

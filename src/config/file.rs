@@ -1,4 +1,4 @@
-//! [`ConfigFile`]: the TOML file as it is written. Its values are parsed together with those of the command line.
+//! [`ConfigFile`]: the TOML file with its keys checked. Its values stay TOML values until `Layers` parses them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,10 +15,10 @@ use super::{ConfigError, Source};
 use crate::cli::{Given, nearest};
 use crate::client::url::without_user;
 
-/// A value with its position, if the file has it.
+/// A value with its position in the file. `None` if the file does not have the key.
 type Field = Option<Spanned<Value>>;
 
-/// A configuration file. Empty if the command line names none.
+/// A configuration file. Empty if the user names no file.
 #[derive(Debug, Default)]
 pub(super) struct ConfigFile {
     path: PathBuf,
@@ -42,7 +42,8 @@ struct Tables {
 /// The keys of one table, and their values.
 pub(super) type Keys = BTreeMap<Spanned<String>, Spanned<Value>>;
 
-/// A wrapper that accepts only a table. A derived struct would accept an array too, such as `[[worker]]`, element by field.
+/// A wrapper that accepts only a TOML table. For any other value, such as an array from `[[worker]]`, the error describes the
+/// correct form.
 #[derive(Debug, Default)]
 struct Table<T>(T);
 
@@ -67,7 +68,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for TableVisitor<T> {
 }
 
 impl ConfigFile {
-    /// Reads the file that the command line names, if any.
+    /// Reads the file that `--config` or its variable names. Returns an empty `ConfigFile` if none is named.
     pub(super) fn load(named: Option<&Given>) -> Result<Self, ConfigError> {
         let Some((given, name)) = named.and_then(|given| Some((given, given.values.last()?))) else {
             return Ok(Self::default());
@@ -109,7 +110,7 @@ impl ConfigFile {
         Ok(())
     }
 
-    /// Returns the value of a declared setting. For a setting of handlers, it is the default handler's.
+    /// Returns the value of a declared setting. For a setting of handlers, returns the value in `[handler]`.
     pub(super) fn value(&self, declared: &Declared) -> Option<&Spanned<Value>> {
         let Tables { url, tls, worker, handler, log, admin, .. } = &self.tables;
         let (table, key) = declared.table_and_key();
@@ -129,7 +130,8 @@ impl ConfigFile {
         self.tables.handlers.iter().map(|(job_type, Table(keys))| (job_type, keys))
     }
 
-    /// Returns the error of a file without a handler, at the line where one belongs. `None` if the command line names no file.
+    /// Returns the error for a file without a handler, at the line where the user can add one. Returns `None` if the user names
+    /// no file.
     pub(super) fn without_handler(&self) -> Option<ConfigError> {
         if self.path.as_os_str().is_empty() {
             return None;
@@ -147,7 +149,7 @@ impl ConfigFile {
         Some(ConfigError::new(Source::File(self.path.clone(), line), problem))
     }
 
-    /// Returns the source of the byte at `offset` in this file.
+    /// Returns the line with the byte at `offset` in this file, as a `Source`.
     pub(super) fn source_at(&self, offset: usize) -> Source {
         Source::File(self.path.clone(), line_of(&self.text, offset))
     }
@@ -164,18 +166,18 @@ fn keys_of(table: &str) -> impl Iterator<Item = &'static str> {
     keys.filter(move |(found, _)| *found == table).map(|(_, key)| key)
 }
 
-/// The keys outside all tables, and the tables.
+/// The valid names at the top level of the file.
 const TABLES: [&str; 7] = ["url", "tls", "worker", "handler", "handlers", "log", "admin"];
 
-/// Returns the key that serde's message calls an unknown field.
+/// Returns the key in serde's message about an unknown field.
 fn unknown_field(message: &str) -> Option<&str> {
     message.strip_prefix("unknown field `")?.split_once('`').map(|(field, _)| field)
 }
 
-/// The least likeness of a key in the file and a suggestion. A wrong suggestion costs more than a list of all keys.
+/// The Jaro similarity that a suggested key must exceed. A wrong suggestion is worse than a list of all keys.
 const MIN_LIKENESS: f64 = 0.9;
 
-/// Returns the problem with a key that is none of `known`, and the likely correction.
+/// Returns the message about a key that is not in `known`, with the likely correction.
 fn unknown_key(key: &str, known: &[&str]) -> String {
     let with_key = |key: &str| -> Vec<String> {
         let found = SETTINGS.iter().map(|declared| declared.table_and_key()).filter(|(_, known)| *known == key);
@@ -205,7 +207,7 @@ fn one_of(keys: &[&str]) -> String {
     }
 }
 
-/// Reports whether a line is a commented-out `exec = …`, as in the package's file.
+/// Reports whether a line is a commented-out `exec = …`, as in the configuration file that the package installs.
 fn is_commented_exec(line: &str) -> bool {
     let setting = line.trim_start().strip_prefix('#').map(str::trim_start);
     let value = setting.and_then(|setting| setting.strip_prefix("exec"));

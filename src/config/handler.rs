@@ -21,7 +21,7 @@ use crate::process::{Output, Program, Signal};
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
     [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
-/// A mode without its settings.
+/// The name of a mode, without the settings of its pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ModeName {
     Spawn,
@@ -44,7 +44,7 @@ pub(super) const MODE_NAMES: [(&str, ModeName); 2] = [("spawn", ModeName::Spawn)
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
-/// Returns every handler, checked as far as possible without a start.
+/// Returns every handler, checked as far as possible without starting a process.
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
     let command = default_command(layers)?;
     let mode = layers.locate(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
@@ -84,7 +84,7 @@ fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> 
     }
 }
 
-/// Returns the name of a handler's table in the file.
+/// Returns the name of a handler's table in the file. The default handler has no job type.
 pub(super) fn table_of(job_type: Option<&str>) -> String {
     let is_bare = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
     match job_type {
@@ -94,7 +94,7 @@ pub(super) fn table_of(job_type: Option<&str>) -> String {
     }
 }
 
-/// The tables of one handler's settings: those of its route, if it has one, before the default handler's.
+/// The lookup of one handler's settings. A value in `route`, its table `[handlers.TYPE]`, overrides the value in `[handler]`.
 struct Scope<'a> {
     layers: &'a Layers<'a>,
     name: String,
@@ -162,7 +162,7 @@ impl Scope<'_> {
         })
     }
 
-    /// Returns the setting of the route, or else the default handler's.
+    /// Returns the value in the route's table, or else the value in `[handler]`.
     fn pick<T>(
         &self,
         declared: &Declared,
@@ -182,7 +182,7 @@ impl Scope<'_> {
         Ok(found)
     }
 
-    /// Returns the setting of the route alone.
+    /// Returns the value in the route's table only.
     fn own<T>(
         &self,
         declared: &Declared,
@@ -208,8 +208,9 @@ impl Scope<'_> {
         self.layers.note(&format!("{}.{name}", self.name), source, "");
     }
 
-    /// Returns the environment of a handler. It inherits all variables except the worker's own settings, or only those in
-    /// `pass_env` with `env_clear`. `env` adds to them, each key from the route or else from the default handler.
+    /// Returns the environment of a handler. Without `env_clear`, a handler inherits all variables except the worker's own. With
+    /// `env_clear`, it inherits only the variables in `pass_env`. The variables in `env` override inherited ones, and the route's
+    /// `env` overrides the default handler's.
     fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
         let clear = self.pick(&declared::ENV_CLEAR, Raw::boolean)?.unwrap_or_default();
         let pass = self.locate(&declared::PASS_ENV, Raw::strings)?;
@@ -267,8 +268,8 @@ impl Scope<'_> {
     }
 }
 
-/// Reports whether a variable is a setting of the worker, or gives access to the service manager. With access, a handler could
-/// notify the service manager in the worker's name.
+/// Reports whether a variable is a setting of the worker, or gives access to the service manager. A handler that inherited this
+/// access could notify the service manager in the worker's name.
 fn is_the_workers_own(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"ZIZQ_")
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)

@@ -1,4 +1,4 @@
-//! [`Layers`]: finds a setting on the command line, else in the file.
+//! [`Layers`]: the lookup of a setting on the command line, in the environment and in the file.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,15 +11,16 @@ use super::value::Raw;
 use super::{ConfigError, Source};
 use crate::cli::Args;
 
-/// The command line and the file. The command line wins.
+/// The sources of settings. The command line and the environment, both in `args`, override the file.
 pub(super) struct Layers<'a> {
     pub(super) args: &'a Args,
     pub(super) file: &'a ConfigFile,
-    /// The source of each given setting, by key.
+    /// The settings found so far.
     found: RefCell<Sources>,
 }
 
-/// The source and the written text of settings, by key.
+/// The source and the written text of each given setting, by key. For settings of handlers, the text is empty, or the path of
+/// the file that holds an environment variable's value.
 pub(super) type Sources = BTreeMap<String, (Source, String)>;
 
 impl<'a> Layers<'a> {
@@ -65,7 +66,7 @@ impl<'a> Layers<'a> {
         }))
     }
 
-    /// Parses a value of the file.
+    /// Parses a value of the file, and returns it with its source.
     pub(super) fn read_in_file<T>(
         &self,
         value: &Spanned<Value>,

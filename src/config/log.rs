@@ -7,10 +7,10 @@ use super::layers::Layers;
 use super::value::Raw;
 use super::{ConfigError, declared};
 
-/// The target of the lines about the end of jobs.
+/// The tracing target of the log lines about ended jobs.
 pub(crate) const JOBS_TARGET: &str = "zizq_worker::jobs";
 
-/// The target of the lines that handlers print.
+/// The tracing target of the lines that handlers print.
 pub(crate) const OUTPUT_TARGET: &str = "zizq_worker::output";
 
 /// The targets that can have a level of their own.
@@ -23,7 +23,7 @@ pub struct LogConfig {
     pub level: LogLevels,
     /// The format. If not given, it depends on whether stderr is a terminal.
     pub format: Option<LogFormat>,
-    /// `RUST_LOG`: a filter that wins over the level.
+    /// `RUST_LOG`: a filter that overrides `level`.
     pub filter: Option<String>,
     /// Whether the log has no colours.
     pub no_color: bool,
@@ -31,7 +31,7 @@ pub struct LogConfig {
     pub journal_stream: Option<OsString>,
 }
 
-/// A severity, and the targets with a severity of their own.
+/// The general severity, and the targets with a severity of their own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogLevels {
     /// The severity of all other targets.
@@ -40,7 +40,7 @@ pub struct LogLevels {
     pub targets: Vec<(&'static str, LogLevel)>,
 }
 
-/// The severities of the log, by their names.
+/// The severity of a log event.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names are the documentation")]
 pub enum LogLevel {
@@ -52,7 +52,7 @@ pub enum LogLevel {
     Trace,
 }
 
-/// The forms of the log.
+/// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     /// Coloured, for people at a terminal.
@@ -76,7 +76,7 @@ impl LogConfig {
 }
 
 impl LogLevels {
-    /// Parses `info`, or `info,zizq_worker::jobs=warn`.
+    /// Parses a text like `info` or `info,zizq_worker::jobs=warn`.
     fn parse(raw: &Raw, setting: &str) -> Result<Self, String> {
         let text = &raw.text(setting)?;
         let mut general = None;

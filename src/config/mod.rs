@@ -1,4 +1,5 @@
-//! [`Config`]: every setting resolved and checked. A flag or variable wins over the file, the file over the `DEFAULT_*`.
+//! [`Config`]: all settings, resolved and checked. A flag overrides an environment variable, the variable overrides the file,
+//! and the file overrides the `DEFAULT_*` constants.
 
 mod admin;
 mod declared;
@@ -54,7 +55,7 @@ pub struct Config {
     #[cfg(feature = "embedded")]
     pub embedded: Option<EmbeddedConfig>,
     sources: Sources,
-    /// The variables with the prefix of settings that belong to no setting.
+    /// Warnings about environment variables that start with `ZIZQ_` but belong to no setting.
     unknown_variables: Vec<Warning>,
 }
 

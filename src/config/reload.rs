@@ -4,10 +4,10 @@ use super::worker::default_prefetch;
 use super::{Config, WorkerConfig, declared};
 
 impl Config {
-    /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their values.
+    /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their `running` values.
     pub fn take_over(&mut self, running: &WorkerConfig) {
         let WorkerConfig { url, tls, queues, prefetch, stream_limits, .. } = self.worker.clone();
-        // The default depends on threads and fibers, which need a restart.
+        // Compute the default from the running threads and fibers, because new ones take effect only at a restart.
         let is_given = self.sources.contains_key(declared::PREFETCH.key);
         let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
         self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };

@@ -16,7 +16,7 @@ pub struct Setting {
     pub name: String,
     /// The value in force.
     pub value: String,
-    /// The form that the admin server shows, if it differs.
+    /// The value that the admin server shows, if `value` can contain a secret.
     pub public_value: Option<String>,
     /// The value's source. `None` for a default.
     pub source: Option<Source>,
@@ -65,7 +65,7 @@ impl Config {
         settings.collect()
     }
 
-    /// Returns the name of each variable of a handler, with the file that holds its value.
+    /// Returns the names of a handler's environment variables, each with the file that holds its value, if any.
     fn variables(&self, table: &str, handler: &Handler) -> Vec<String> {
         let names: BTreeSet<_> = handler.env.iter().map(|(name, _)| name.to_string_lossy()).collect();
         let shown = |name: Cow<'_, str>| match self.sources.get(&variable_of(table, &name)) {
@@ -75,7 +75,7 @@ impl Config {
         names.into_iter().map(shown).collect()
     }
 
-    /// Returns the path in a setting, as it is written.
+    /// Returns the path in the setting `key` as the user wrote it, or `none` if the setting is not given.
     pub(super) fn file(&self, key: &str) -> String {
         self.sources.get(key).map_or("none".to_owned(), |(_, path)| path.clone())
     }

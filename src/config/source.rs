@@ -1,9 +1,9 @@
-//! [`Source`]: the place of a setting's value.
+//! [`Source`]: the origin of a setting's value.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// The place of a setting's value.
+/// The origin of a setting's value, which error messages name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// A flag, with its dashes.
@@ -14,7 +14,7 @@ pub enum Source {
     Variable(String),
     /// A line of the configuration file.
     File(PathBuf, usize),
-    /// No place, although the setting is required.
+    /// No origin, because the setting is not given.
     Missing,
 }
 

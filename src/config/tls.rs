@@ -10,7 +10,7 @@ use super::{ConfigError, Source};
 use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
 use crate::client::{ServerUrl, Tls};
 
-/// Reads the files, and checks that they fit each other and `url`, whose source is `url_source`.
+/// Reads the TLS files, and checks them against each other and against `url`. Errors about `url` name `url_source`.
 pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) -> Result<Tls, ConfigError> {
     let ca = File::find(layers, &declared::TLS_CA)?;
     let chain = File::find(layers, &declared::TLS_CLIENT_CERT)?;
@@ -60,13 +60,13 @@ impl File {
         parse(&self.bytes).map_err(|problem| self.error(&problem))
     }
 
-    /// Returns the error of this file. `problem` is a sentence without its subject.
+    /// Returns an error about this file. In the message, `problem` follows the file's path as a predicate follows its subject.
     fn error(&self, problem: &str) -> ConfigError {
         ConfigError::unusable(self.source.clone(), format!("{}: {} {problem}", self.setting, self.path))
     }
 }
 
-/// Reads a regular file. Rejects all else, because a read from a pipe or a device can last forever.
+/// Reads a regular file. Rejects a pipe or a device, because a read from one can block forever.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     if std::fs::metadata(path)?.is_file() {
         std::fs::read(path)

@@ -1,4 +1,5 @@
-//! [`Raw`]: a value as it is written, and its parsers. Each error names the setting, the rule and the value.
+//! [`Raw`]: a setting's value as the user wrote it, and its parsers. Each error names the setting and the rule. Most errors also
+//! quote the value.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -12,13 +13,13 @@ use toml::Value;
 
 use super::variable::Variable;
 
-/// Limit of durations. A longer one is a typing mistake, and could overflow the clock's arithmetic.
+/// The longest valid duration. A longer one is probably a typing mistake, and could overflow when added to an `Instant`.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
-/// A value as it is written.
+/// A setting's value as the user wrote it.
 #[derive(Debug, Clone)]
 pub(super) enum Raw {
-    /// The texts of a flag, which can be repeated, or of a variable.
+    /// The values of a flag, one per repetition, or the value of an environment variable.
     Text(Vec<String>),
     /// A value in the file.
     Toml(Value),
@@ -43,7 +44,7 @@ impl Raw {
         }
     }
 
-    /// Parses a type whose error is a sentence.
+    /// Parses the value with the `FromStr` of `T`, whose error must be a complete message.
     pub(super) fn parsed<T: FromStr<Err = String>>(&self, name: &str) -> Result<T, String> {
         self.text(name)?.parse()
     }
@@ -119,7 +120,7 @@ impl Raw {
         }
     }
 
-    /// Parses a number of bytes of at least 1 KiB.
+    /// Parses a size in bytes, at least 1 KiB.
     pub(super) fn size(&self, name: &str) -> Result<usize, String> {
         let wanted =
             || format!("{name} must be a size like 64MiB or 500kB, at least 1KiB; a bare number is bytes (got {self})");
@@ -127,8 +128,8 @@ impl Raw {
         usize::try_from(size.as_u64()).ok().filter(|size| *size >= 1024).ok_or_else(wanted)
     }
 
-    /// Parses names, separated by commas in any number of flags, or a list in the file. An empty name is a mistake, because it
-    /// usually comes from an unset variable of a shell or a template. Only an empty list in the file has no names.
+    /// Parses a list of names: comma-separated text from flags, a variable or the file, or a list in the file. Rejects an empty
+    /// name, because it usually comes from an unset variable of a shell or a template. Only `[]` in the file yields no names.
     pub(super) fn list(&self, name: &str) -> Result<Vec<String>, String> {
         let names: Vec<String> = match self {
             Self::Text(values) => values.iter().flat_map(|value| value.split(',')).map(str::to_owned).collect(),
@@ -195,7 +196,7 @@ impl Raw {
         table.iter().map(|(variable, value)| Ok((variable.clone(), Variable::read(name, variable, value)?))).collect()
     }
 
-    /// Parses the words of a command. A string is split like in a shell, a list is taken as it is.
+    /// Parses the words of a command. A string is split as in a shell. A list is used as it is.
     pub(super) fn command(&self, name: &str) -> Result<Vec<OsString>, String> {
         let words = self.words(name)?;
         if words.iter().any(|word| word.contains('\0')) {

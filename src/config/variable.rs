@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-/// Limit of a file's size. The kernel accepts 128 KiB for a variable with its name (execve(2)), and a token or a certificate
-/// has a few.
+/// The size limit of a file that holds a value. The kernel limits a variable with its name to 128 KiB (execve(2)), and a token
+/// or a certificate needs only a few KiB.
 const MAX_BYTES: u64 = 64 * 1024;
 
 /// The value of an environment variable.
@@ -46,7 +46,7 @@ impl Variable {
     /// Returns the value.
     ///
     /// # Errors
-    /// A sentence without its subject, if the file cannot be read.
+    /// The reason, if the file cannot be read, is too large or contains a zero byte.
     pub(super) fn resolve(&self) -> Result<OsString, String> {
         match self {
             Self::Text(text) => Ok(OsString::from(text)),
@@ -54,7 +54,7 @@ impl Variable {
         }
     }
 
-    /// Returns the path of the file, or an empty text.
+    /// Returns the path of the file, or an empty string if the value is given directly.
     pub(super) fn path(&self) -> String {
         match self {
             Self::Text(_) => String::new(),
@@ -78,7 +78,8 @@ fn contents(path: &Path) -> Result<OsString, String> {
     if value.contains(&0) { Err(format!("{name} has a zero byte")) } else { Ok(OsString::from_vec(value.to_vec())) }
 }
 
-/// Reads at most one byte more than allowed, because a pipe or a device can be endless.
+/// Reads at most `MAX_BYTES + 1` bytes, so that the caller can detect a larger file. Rejects a pipe or a device, because a read
+/// from one can block forever.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::other("it is not a regular file"));

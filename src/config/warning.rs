@@ -10,19 +10,19 @@ use super::handler::table_of;
 use super::{Config, WorkerConfig};
 use crate::handler::{Handler, Mode};
 
-/// A valid setting that is probably a mistake. A start logs the warning, and a check prints it.
+/// A valid setting that is probably a mistake. The worker logs the warning at its start, and `--check` prints it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Warning {
-    /// A variable with the prefix of settings that belongs to no setting.
+    /// An environment variable that starts with `ZIZQ_` but belongs to no setting.
     UnknownVariable {
         /// The name of the variable.
         variable: String,
-        /// The variable of a setting whose name is closest to the unknown one.
+        /// The most similar name of a variable that belongs to a setting, if one is similar enough.
         nearest: Option<String>,
     },
-    /// Fewer unreported jobs than worker loops.
+    /// A prefetch below the number of worker loops, which leaves loops idle.
     LowPrefetch {
-        /// The number of unreported jobs.
+        /// The maximum number of unreported jobs.
         prefetch: usize,
         /// The number of worker loops.
         concurrency: usize,
@@ -31,7 +31,7 @@ pub enum Warning {
     FewProcesses {
         /// The table of the handler.
         handler: String,
-        /// The number of processes.
+        /// The maximum number of processes.
         max_processes: usize,
         /// The number of worker loops.
         concurrency: usize,
@@ -42,7 +42,7 @@ pub enum Warning {
         handler: String,
         /// The time limit.
         timeout: Duration,
-        /// The limit of a shutdown.
+        /// The shutdown deadline.
         shutdown_deadline: Duration,
     },
     /// A handler whose kill grace is longer than the shutdown deadline.
@@ -51,7 +51,7 @@ pub enum Warning {
         handler: String,
         /// The kill grace.
         kill_grace: Duration,
-        /// The limit of a shutdown.
+        /// The shutdown deadline.
         shutdown_deadline: Duration,
     },
 }
@@ -92,7 +92,7 @@ impl Warning {
     }
 }
 
-/// Displays the message and the values that it is about.
+/// Displays the message, followed by the setting's values in parentheses.
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -123,7 +123,7 @@ fn duration(value: Duration) -> String {
 }
 
 impl Config {
-    /// Returns all warnings of a start.
+    /// Returns all warnings about this configuration.
     pub fn warnings(&self) -> Vec<Warning> {
         let handlers = self.handlers.by_type().flat_map(|(job_type, handler)| {
             let table = table_of(job_type);

@@ -22,10 +22,11 @@ pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::MIN;
 /// Default of `fibers`. One job at a time is safe for every handler.
 pub const DEFAULT_FIBERS: NonZeroUsize = NonZeroUsize::MIN;
 
-/// Default time for running jobs to end. It fits jobs of ordinary length.
+/// Default time limit for running jobs to end at a shutdown. Most jobs end within this time.
 pub const DEFAULT_SHUTDOWN_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Limit of worker loops. More processes than one machine runs well, and far more than a server hands out by default (1024).
+/// The maximum of `threads` × `fibers`. One machine cannot run this many processes well, and a server's default limit of
+/// unreported jobs is far lower (1024).
 const MAX_CONCURRENCY: usize = 65_536;
 
 /// Characters that the server refuses in the name of a queue.
@@ -48,17 +49,17 @@ pub struct WorkerConfig {
     pub threads: NonZeroUsize,
     /// The number of worker loops in each group.
     pub fibers: NonZeroUsize,
-    /// The limit of unreported jobs that the server hands to this worker.
+    /// The maximum number of unreported jobs that the server sends to this worker.
     pub prefetch: NonZeroUsize,
     /// The backoff of reconnects and of report retries.
     pub backoff: Backoff,
-    /// The limits beyond which the worker gives up a take stream or a job in it.
+    /// The limits of silence on a take stream, and of the size of a job in it.
     pub stream_limits: StreamLimits,
-    /// The longest drain. After it, running jobs are killed.
+    /// The time limit of a drain. When it expires, running jobs are killed.
     pub shutdown_deadline: Duration,
     /// The number of started jobs after which the worker drains.
     pub max_jobs: Option<NonZeroU64>,
-    /// The time after which the worker drains.
+    /// The time since the start after which the worker drains.
     pub max_time: Option<Duration>,
     /// The time without a job after which the worker drains.
     pub exit_when_idle: Option<Duration>,
@@ -118,7 +119,7 @@ impl WorkerConfig {
         self.threads.saturating_mul(self.fibers)
     }
 
-    /// Logs the settings of a worker that starts, and warns if the prefetch leaves loops idle.
+    /// Logs the settings when a worker starts, and warns if the prefetch leaves worker loops idle.
     pub(crate) fn announce(&self) {
         let (threads, fibers, prefetch) = (self.threads.get(), self.fibers.get(), self.prefetch.get());
         let queues = if self.queues.is_empty() { "(all)".to_owned() } else { self.queues.join(",") };
@@ -178,7 +179,7 @@ fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
     let min_wait = min.as_ref().map_or(DEFAULT_RETRY_MIN_WAIT, |(wait, _)| *wait);
     let max_wait = max.as_ref().map_or(DEFAULT_RETRY_MAX_WAIT, |(wait, _)| *wait);
     Backoff::try_new(min_wait, max_wait, multiplier.unwrap_or(DEFAULT_RETRY_MULTIPLIER)).map_err(|problem| {
-        // Each value is valid by itself. Blame one that was given, because the defaults fit together.
+        // Each value is valid by itself. Report the source of one that the user gave, because the two defaults are consistent.
         match (min, max) {
             (Some((_, source)), None) => {
                 let (least, most) = (format_duration(min_wait), format_duration(max_wait));

@@ -1,4 +1,4 @@
-//! [`Attendant`]: handles signals, and reports the worker's state to the service manager and the terminal.
+//! [`Attendant`]: handles the requests that signals make, and reports the worker's state to the service manager and the terminal.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,13 +18,13 @@ use crate::logging::Log;
 use crate::supervisor::Supervisor;
 use crate::worker::{LoopStatus, RunningJob, Status};
 
-/// Update interval of the terminal's last line.
+/// Update interval of the live line on the terminal.
 const LIVE_PERIOD: Duration = Duration::from_secs(1);
 
-/// Time for the end after all jobs are dead. It is twice the time of the last attempts to report.
+/// Time after the longest kill grace for a killed worker to exit. It is twice the time limit of the last report attempts.
 const MARGIN: Duration = Duration::from_secs(20);
 
-/// The state of a daemon's signal handling and reporting.
+/// The state of the task that handles a daemon's requests and reports its state.
 #[derive(Debug)]
 pub(super) struct Attendant {
     pub(super) args: Arc<Args>,
@@ -34,7 +34,7 @@ pub(super) struct Attendant {
     pub(super) running: WorkerConfig,
     /// The longest kill grace of all settings that have been in force.
     pub(super) longest_grace: Duration,
-    /// The longest time of a job by the settings in force. `None` if there is no limit.
+    /// The longest time that a job can take under the settings in force. `None` if a handler has no time limit.
     pub(super) longest_job: Option<Duration>,
     pub(super) supervisor: Option<Supervisor>,
     /// The task that reads the settings during a reload.
@@ -44,8 +44,8 @@ pub(super) struct Attendant {
 type Requests = UnboundedReceiver<Request>;
 
 impl Attendant {
-    /// Handles requests until the worker has stopped. The watchdog is notified here, because this task also handles signals, and
-    /// a status takes every lock that a job takes.
+    /// Handles requests until the worker has stopped. This task also notifies the watchdog: reading the status takes locks that
+    /// jobs take, so a deadlock there also stops the notifications.
     pub(super) async fn attend(mut self, mut requests: Requests) {
         let lifecycle = self.inspector.lifecycle.clone();
         let mut ticks = Ticks::every(self.supervisor.as_ref().map(Supervisor::period));
@@ -99,7 +99,8 @@ impl Attendant {
 
     fn tell_of(&mut self, stop: &Stop) {
         self.tell();
-        // A job that outlives SIGKILL hangs in the kernel. Stop extending then, so that the service manager's limit applies.
+        // A job that outlives SIGKILL hangs in the kernel. Stop extending the time limit of the stop then, so that the service
+        // manager enforces it.
         let is_in_time = stop.killed.is_none_or(|killed| killed.elapsed() < self.longest_grace + MARGIN);
         if let Some(supervisor) = self.supervisor.as_ref().filter(|_| is_in_time) {
             supervisor.extend();
@@ -109,7 +110,7 @@ impl Attendant {
     fn show(&self, stop: &Stop) {
         let Some(line) = self.log.live_line() else { return };
         let Status { running, .. } = self.inspector.worker();
-        // Show nothing during a short stop without jobs, because it ends before the line can be read.
+        // Show nothing in the first moments of a stop without jobs, which usually ends before the line can be read.
         if running == 0 && stop.begun.elapsed() < LIVE_PERIOD {
             return;
         }
@@ -126,7 +127,7 @@ impl Attendant {
     fn obey(&mut self, request: Request) {
         match request {
             Request::Status => log_status(&self.inspector.worker()),
-            // systemd sends SIGCONT after each SIGTERM.
+            // Ignore SIGCONT without a warning, because systemd sends it after each SIGTERM.
             Request::Resume if self.inspector.lifecycle.phase() >= Phase::Draining => {}
             _ if self.inspector.lifecycle.phase() >= Phase::Draining => {
                 warn!(?request, "signal ignored, the worker is stopping");
@@ -146,7 +147,7 @@ impl Attendant {
         }
     }
 
-    /// Starts to read the settings on a blocking thread, because files can be slow or endless.
+    /// Starts to read the settings on a blocking thread, because reading a file can be slow or never end.
     fn begin_reload(&mut self) {
         if let Some(supervisor) = &self.supervisor {
             supervisor.reloading();
@@ -172,14 +173,14 @@ impl Attendant {
         self.log.refilter(&config.log)?;
         let written = config.settings();
         config.take_over(&self.running);
-        // Skip unknown variables, because the environment of a process does not change.
+        // Skip the warnings about unknown variables: the start has logged them, and this process's environment does not change.
         let warnings =
             config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::UnknownVariable { .. }));
         warnings.for_each(|warning| warning.log());
         let new_stream = self.inspector.controls.reconnect(&config.worker);
         let needing_restart = self.inspector.renew(config.settings(), &written);
         self.longest_grace = self.longest_grace.max(config.handlers.longest_grace());
-        // The jobs of the old stream run by the handlers that were in force until now.
+        // Keep the old limit for the log message below: running jobs keep the handlers with which they were started.
         let longest_job = std::mem::replace(&mut self.longest_job, config.handlers.longest_job());
         self.inspector.controls.dispatcher().replace(config.handlers);
         self.running = config.worker;
@@ -198,7 +199,7 @@ impl Attendant {
     }
 }
 
-/// The progress of a stop.
+/// The times at which a stop began, was first seen as asked for, and was first seen as a kill.
 struct Stop {
     begun: Instant,
     asked: Option<Instant>,
@@ -223,7 +224,7 @@ impl Stop {
     }
 }
 
-/// Waits for a task's end, or forever without a task.
+/// Waits for a task's result, or forever if there is no task.
 async fn await_if_any<T>(task: &mut Option<JoinHandle<T>>) -> T {
     match task {
         Some(task) => task.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
@@ -231,7 +232,7 @@ async fn await_if_any<T>(task: &mut Option<JoinHandle<T>>) -> T {
     }
 }
 
-/// An interval, or none.
+/// An interval, or `None` for one that never ticks.
 struct Ticks(Option<Interval>);
 
 impl Ticks {

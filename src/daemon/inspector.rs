@@ -27,7 +27,7 @@ struct Answer<'a> {
     settings: BTreeMap<String, Shown>,
 }
 
-/// A setting without its secrets.
+/// A setting in the `/status` response, without secrets.
 #[derive(Serialize)]
 struct Shown {
     value: String,
@@ -57,8 +57,8 @@ impl Inspector {
         self.controls.status(&self.lifecycle)
     }
 
-    /// Replaces the settings in force, except those that need a restart. Returns the names of changed settings that need a
-    /// restart.
+    /// Replaces the settings in force, except those that need a restart. Returns the names of the settings that need a restart
+    /// and have another value in `written`.
     pub(super) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, _): (Vec<Setting>, Vec<Setting>) =

@@ -1,4 +1,4 @@
-//! [`Brake`]: keeps a handler that cannot be started from failing every job of a queue.
+//! [`Brake`]: delays the starts of a handler that cannot be started, so that it does not fail every job of a queue.
 
 use std::io;
 use std::pin::pin;
@@ -13,25 +13,26 @@ use tracing::{error, info};
 
 use super::BrakeStatus;
 
-/// The time that one job waits for a fault that may pass: a deploy that replaces the file, a machine short of resources.
+/// The time for which one job retries a start with a temporary error, for example while a deploy replaces the program file.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The first pause between retries within that time.
+/// The first pause between the retries of one job.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
-/// The longest such pause.
+/// The longest pause between the retries of one job.
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// The first delay of the next job's start after a start has failed for good.
+/// The first delay of the next job's start, after the retries of one job have failed. The delay doubles with each further
+/// failure.
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 
-/// The longest such delay.
+/// The longest delay of the next job's start.
 const LONGEST_DELAY: Duration = Duration::from_secs(30);
 
 /// The reason for which a job was not started.
 #[derive(Debug)]
 pub(super) enum NotStarted<C> {
-    /// The wait for a start was cut short, for this reason.
+    /// The wait for a start was cut short, for the given reason.
     CutShort(C),
     /// The handler cannot be started.
     Failed(io::Error),
@@ -39,26 +40,26 @@ pub(super) enum NotStarted<C> {
 
 /// A start that may still be in progress.
 pub(super) trait Begin {
-    /// Waits until the program runs.
+    /// Waits until the program runs and, if it is a warm process, has connected.
     ///
     /// # Errors
-    /// When the program could not be started.
+    /// When the start has failed.
     fn begun(&self) -> impl Future<Output = io::Result<()>> + Send;
 
-    /// Waits until the job's timeout, running or not.
+    /// Waits until the job's timeout, whether the program runs or not. Never returns if there is no timeout.
     fn overdue(&self) -> impl Future<Output = ()> + Send;
 }
 
 /// The event that shows that a handler works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ProvenBy {
-    /// Its program runs.
+    /// The handler's program runs.
     Start,
-    /// A process of it has done a job: see [`Brake::proven`].
+    /// A process of the handler has done a job, see [`Brake::proven`].
     Job,
 }
 
-/// The recent starts of one handler. While starts fail, they run one at a time, with a pause between them.
+/// The failed starts of one handler. While starts fail, they run one at a time, with a pause between them.
 #[derive(Debug)]
 pub(super) struct Brake {
     name: String,
@@ -66,7 +67,7 @@ pub(super) struct Brake {
     engaged: AtomicBool,
     turn: Mutex<()>,
     pace: sync::Mutex<Pace>,
-    /// Notified when the pause ends early.
+    /// Notified when the handler works again, to end the pause early.
     released: Notify,
 }
 
@@ -76,11 +77,11 @@ struct Pace {
     not_before: Option<Instant>,
     /// The time of the last counted failure.
     failed_at: Option<Instant>,
-    /// Whether processes start, and the failure is that they end without having done a job.
+    /// Whether the last start succeeded. The counted failure is then that processes end before they have done a job.
     runs: bool,
     /// The number of failures since the handler last worked.
     failures: u64,
-    /// The last failure.
+    /// The message of the last failure.
     error: String,
 }
 
@@ -94,23 +95,25 @@ impl Brake {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reports whether the last start of the handler failed.
+    /// Reports whether the handler has failed and has not worked since.
     pub(super) fn is_engaged(&self) -> bool {
         self.engaged.load(Ordering::Acquire)
     }
 
-    /// Reports whether the last start failed and no process runs.
+    /// Reports whether the brake is engaged because the last start failed, and not because processes end before they have done a
+    /// job.
     pub(super) fn holds_starts_that_fail(&self) -> bool {
         self.is_engaged() && !self.pace().runs
     }
 
-    /// Returns the end of the pause after the last failed start, or `None` while a start is in progress.
+    /// Returns the end of the pause after the last failed start, or `None` if there is no pause or a job holds the turn. That job
+    /// waits for the end of the pause, or its start is in progress.
     pub(super) fn pause_end(&self) -> Option<Instant> {
         let _turn = self.turn.try_lock().ok()?;
         self.pace().not_before
     }
 
-    /// Describes the failures in a row, if there are any.
+    /// Returns the failures since the handler last worked, if there are any.
     pub(super) fn status(&self) -> Option<BrakeStatus> {
         if !self.is_engaged() {
             return None;
@@ -128,9 +131,10 @@ impl Brake {
         &self.name
     }
 
-    /// Runs `spawn` as soon as this handler may be started. `fault` is the error of the previous start, if it failed. While
-    /// starts fail, each holds up the next one until its program runs, cannot run, or its time is up. `cut_short` ends every
-    /// wait. A process that exists by then is returned all the same, since it may run already, with the reason.
+    /// Runs `spawn` as soon as the handler may be started. `fault` is the error of the job's previous start, if that failed.
+    /// While starts fail, only one runs at a time, until its program runs, cannot run, or has reached the job's timeout.
+    /// `cut_short` ends every wait. If a process exists by then, it may already run, so it is returned together with the output
+    /// of `cut_short`.
     pub(super) async fn start<T: Begin, C>(
         &self,
         fault: Option<io::Error>,
@@ -148,7 +152,8 @@ impl Brake {
             return Err(NotStarted::Failed(error));
         }
         let mut cut_short = pin!(cut_short);
-        // Many jobs may find a fault at once. Each retries in its turn, so that the fault counts once and costs one job.
+        // Many jobs may meet a fault at once. Each job retries in its turn, so that the fault fails one job at a time, with a
+        // pause after each.
         let _turn = tokio::select! {
             biased;
             why = &mut cut_short => return Err(NotStarted::CutShort(why)),
@@ -172,8 +177,9 @@ impl Brake {
         turn
     }
 
-    /// Reports whether the error concerns this job alone: too long variables, or a zero byte in them, which has no errno. Any
-    /// other error is the handler's, or the machine's. A warm process has no variable of a job.
+    /// Reports whether the error concerns this job alone: its variables are too long (E2BIG), or contain a zero byte
+    /// (`InvalidInput` without an errno). Any other error is the handler's or the machine's. Returns false for a warm handler,
+    /// whose processes get no variables of a job.
     fn is_the_jobs_own(&self, error: &io::Error) -> bool {
         let is_about_variables = match Errno::from_io_error(error) {
             Some(errno) => errno == Errno::TOOBIG,
@@ -182,7 +188,7 @@ impl Brake {
         is_about_variables && self.proof == ProvenBy::Start
     }
 
-    /// Notes the result of a turn.
+    /// Records the result of a turn.
     fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<(T, Option<C>), NotStarted<C>> {
         match tried {
             StartEnd::Runs(started) => {
@@ -196,7 +202,7 @@ impl Brake {
                 Ok((started, None))
             }
             StartEnd::MayRun(started, why) => {
-                // Otherwise the next start would not wait for the result of this one.
+                // Start a new pause, otherwise the next start would not wait for the result of this one.
                 if self.proof == ProvenBy::Job {
                     self.pause();
                 }
@@ -212,34 +218,35 @@ impl Brake {
         }
     }
 
-    /// Notes that the handler cannot be started.
+    /// Records that the handler cannot be started. Logs only the first failure.
     pub(super) fn failed(&self, error: &io::Error) {
         if self.count_failure(false, error.to_string()) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
         }
     }
 
-    /// Notes that a process, started at that time, did not connect, and that no job has waited for that.
+    /// Records that a process started at `started` did not connect, unless another failure has been counted since then.
     pub(super) fn failed_since(&self, started: Instant, error: &io::Error) {
         if !self.has_failed_since(started) {
             self.failed(error);
         }
     }
 
-    /// Reports whether a failure has been counted since a process was started. Of processes that ran side by side, only the first
-    /// failure counts, otherwise all of them together would make the pause the longest.
+    /// Reports whether a failure has been counted since `started`, the start of a process. Among processes that ran at the same
+    /// time, only the first failure counts, otherwise one fault would raise the delay to its maximum at once.
     fn has_failed_since(&self, started: Instant) -> bool {
         self.pace().failed_at.is_some_and(|failed_at| started <= failed_at)
     }
 
-    /// Notes that a process has ended before it has shown that the handler works.
+    /// Records that a process started at `started` ended before it had shown that the handler works, unless another failure has
+    /// been counted since then.
     pub(super) fn crashed(&self, started: Instant, error: &str) {
         if !self.has_failed_since(started) && self.count_failure(true, error.to_owned()) {
             error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
         }
     }
 
-    /// Counts a failure. Returns whether it is the first one.
+    /// Counts a failure and starts the pause. Returns true for the first failure since the handler last worked.
     fn count_failure(&self, runs: bool, error: String) -> bool {
         {
             let mut pace = self.pace();
@@ -256,8 +263,9 @@ impl Brake {
         pace.not_before = (!pace.delay.is_zero()).then(|| Instant::now() + pace.delay);
     }
 
-    /// Notes that a process has done a job. A process from before the last failure does not show that another one can be started,
-    /// but it does the work, and no start has been needed for a long time.
+    /// Records that a process started at `started` has done a job. Releases the brake if no failure has been counted since that
+    /// start. An older process does not show that a new one can be started, so it releases the brake only if the pause ended more
+    /// than `LONGEST_DELAY` ago.
     pub(super) fn proven(&self, started: Instant) {
         if !self.is_engaged() {
             return;
@@ -268,7 +276,7 @@ impl Brake {
         }
     }
 
-    /// Notes that the handler works.
+    /// Records that the handler works: forgets the failures, and ends the pause.
     fn release(&self) {
         if self.engaged.swap(false, Ordering::AcqRel) {
             *self.pace() = Pace::default();
@@ -278,16 +286,16 @@ impl Brake {
     }
 }
 
-/// The end of one turn.
+/// The result of one turn.
 enum StartEnd<T, C> {
     Runs(T),
-    /// A process exists, and the wait for its program was cut short, for this reason if not by the job's timeout.
+    /// A process exists, but the wait for the start ended early, for the given reason or, if `None`, at the job's timeout.
     MayRun(T, Option<C>),
     CutShort(C),
     Failed(io::Error),
 }
 
-/// Retries while the fault may pass.
+/// Retries a start until it succeeds, fails with a lasting error, is cut short, or `PATIENCE` has elapsed.
 async fn start_patiently<T: Begin, C>(
     spawn: impl Fn() -> io::Result<T>,
     mut cut_short: impl Future<Output = C> + Unpin,
@@ -319,7 +327,7 @@ async fn start_patiently<T: Begin, C>(
     }
 }
 
-/// Reports whether a fault may pass: the handler worked when the worker started.
+/// Reports whether a fault may be temporary. ENOENT and EACCES may be, because the program was usable when the worker started.
 fn may_pass(error: &io::Error) -> bool {
     use Errno as E;
     matches!(
@@ -335,7 +343,7 @@ mod tests {
 
     use super::*;
 
-    /// A start that succeeds or fails after that long.
+    /// A start that succeeds or fails after `takes`.
     #[derive(Debug, Clone, Copy)]
     struct Fake {
         takes: Duration,
@@ -362,7 +370,7 @@ mod tests {
         Brake::new("handle.sh".to_owned(), ProvenBy::Start)
     }
 
-    /// Returns the error of a process that is not made.
+    /// Returns the error of a `spawn` that creates no process.
     fn refused(errno: Errno) -> io::Result<Fake> {
         Err(errno.into())
     }
@@ -432,7 +440,7 @@ mod tests {
         let (brake, begun, tries) = (brake(), Instant::now(), Cell::new(0));
         let spawn = || {
             tries.set(tries.get() + 1);
-            // The first job tries twice: at once, and in its turn.
+            // The first job tries twice: at once, and again in its turn.
             if tries.get() <= 4 { refused(Errno::NOEXEC) } else { Ok(WORKS) }
         };
         let start = || start(&brake, None, spawn);

@@ -10,12 +10,12 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-/// The most tasks that wait for a thread.
+/// The maximum number of tasks that wait for a thread.
 const MAX_WAITING: usize = 1024;
 
 type Task = Box<dyn FnOnce() + Send>;
 
-/// Threads that start when there is a task and end when there is none. Clones share one set.
+/// A set of threads that start when there is a task, and end when there is none. Clones share one set.
 #[derive(Debug, Clone)]
 pub(super) struct FileThreads(Arc<Shared>);
 
@@ -43,7 +43,7 @@ impl FileThreads {
         Self(Arc::new(Shared { max_threads, queue: Mutex::default() }))
     }
 
-    /// Queues a task. Returns false if too many tasks wait, or if the system has no thread left.
+    /// Queues a task. Returns false if too many tasks wait, or if there is no thread and none can be started.
     pub(super) fn run(&self, task: impl FnOnce() + Send + 'static) -> bool {
         let mut queue = self.queue();
         if queue.waiting.len() >= MAX_WAITING {
@@ -60,7 +60,8 @@ impl FileThreads {
         queue.threads > 0
     }
 
-    /// Runs `question` in a thread, and waits for the answer no longer than `patience`.
+    /// Runs `question` in a thread, and waits for the answer no longer than `patience`. Returns `None` if there is no answer by
+    /// then.
     pub(super) async fn ask<T: Send + 'static>(
         &self,
         patience: Duration,
@@ -69,7 +70,7 @@ impl FileThreads {
         let (tell, answer) = oneshot::channel();
         let is_asked = self.run(move || {
             if !tell.is_closed() {
-                // The send fails when the patience ends meanwhile.
+                // The send fails if `patience` has elapsed, because the receiver is then dropped.
                 let _ = tell.send(question());
             }
         });
@@ -86,12 +87,12 @@ impl FileThreads {
     /// Runs tasks until none waits.
     fn work(&self) {
         while let Some(task) = self.next() {
-            // A panic costs one task, and no thread.
+            // A panic ends the task and not the thread, otherwise `threads` would still count an ended thread.
             let _ = catch_unwind(AssertUnwindSafe(task));
         }
     }
 
-    /// Takes the next task. Without one, the thread counts as ended.
+    /// Takes the next task. If there is none, decrements the number of threads, because the calling thread then ends.
     fn next(&self) -> Option<Task> {
         let mut queue = self.queue();
         let next = queue.waiting.pop_front();

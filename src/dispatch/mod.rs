@@ -1,4 +1,4 @@
-//! [`Dispatcher`]: the work of a job. [`ExecDispatcher`] runs a handler for it.
+//! [`Dispatcher`], the trait that runs jobs, and [`ExecDispatcher`], which runs them in handler processes.
 
 mod brake;
 mod file_threads;
@@ -36,14 +36,14 @@ use routes::{Route, Routes};
 pub(crate) use variables::is_about_a_job;
 use warm::{Busy, Idle, Pool, StartError};
 
-/// Longest wait of a killed worker for a process that has outlived SIGKILL. The server redelivers the job as soon as the worker
-/// ends.
+/// The longest wait for a process that survives SIGKILL while the worker is being killed. Afterwards the worker ends, and the
+/// server redelivers the job even if the process still runs.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 
-/// Error types of a handler with a process for each job.
+/// The usual error types of a handler that starts a process for each job.
 const SPAWNED_FAILURES: [&str; 4] = ["ExitStatus", "Signal", "Timeout", "SpawnError"];
 
-/// Error types of a warm handler.
+/// The usual error types of a warm handler, whose processes run one job after another.
 const WARM_FAILURES: [&str; 8] =
     ["ExitStatus", "Signal", "Timeout", "SpawnError", "StartError", "HandlerError", "NoReply", "ProtocolError"];
 
@@ -52,20 +52,20 @@ const WARM_FAILURES: [&str; 8] =
 pub struct Ended {
     /// The outcome to report.
     pub outcome: Outcome,
-    /// The exit status of its process, if the process ended with the job.
+    /// The exit status of the job's process, if the process ended with the job.
     pub exit: Option<ExitStatus>,
-    /// The resources that its process used for the job, if it had a process.
+    /// The resources that the process used for the job, if known.
     pub usage: Option<ResourceUsage>,
-    /// The time of the work.
+    /// The time that the work took.
     pub took: Took,
 }
 
-/// The time of a job's work.
+/// The duration of a job's work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Took {
-    /// The time of the whole call of [`Dispatcher::dispatch`].
+    /// The duration of the whole call of [`Dispatcher::dispatch`].
     Dispatch,
-    /// This time. The rest of the call was a wait for the start.
+    /// The given duration. The rest of the call was a wait for the process.
     Run(Duration),
     /// No time, because the work was not started.
     Nothing,
@@ -78,42 +78,44 @@ impl From<Outcome> for Ended {
 }
 
 impl Ended {
-    /// Returns the end of a job whose work was not started.
+    /// Returns the `Ended` of a job whose work was not started.
     fn unstarted(outcome: Outcome) -> Self {
         Self { took: Took::Nothing, ..outcome.into() }
     }
 
-    /// Sets the time of the work to that from `began` until now.
+    /// Sets the duration of the work to the time since `began`.
     fn since(self, began: Instant) -> Self {
         Self { took: Took::Run(began.elapsed()), ..self }
     }
 }
 
-/// Does the work of a job.
+/// Runs jobs.
 ///
-/// A worker calls [`dispatch`](Self::dispatch) from all its loops at once. When the lifecycle reaches [`Phase::Killing`],
-/// `dispatch` stops the work and returns [`Outcome::Interrupted`], unless the work has already ended.
+/// The worker's loops call [`dispatch`](Self::dispatch) concurrently. When the lifecycle reaches [`Phase::Killing`], `dispatch`
+/// stops the work and returns [`Outcome::Interrupted`], unless the work has already ended.
 pub trait Dispatcher: Send + Sync + 'static {
-    /// Does the work of one job, and returns its end.
+    /// Runs one job, and returns its outcome with the time and resources used.
     fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> impl Future<Output = Ended> + Send;
 
-    /// Reports whether a job type always has a label of its own in the metrics. Of the other types, the first hundred have one.
-    /// Return true for a bounded number of types.
+    /// Reports whether a job type always has a label of its own in the metrics. Of the other types, only the first hundred have
+    /// one. An implementation must return true for a bounded number of types only, because each adds metrics that are never
+    /// removed.
     fn is_counted_apart(&self, _job_type: &str) -> bool {
         false
     }
 
-    /// Returns the types for which [`is_counted_apart`](Self::is_counted_apart) is true. Their metrics exist before their first job.
+    /// Returns the types for which [`is_counted_apart`](Self::is_counted_apart) is true. The metrics of these types exist before
+    /// their first job.
     fn types_counted_apart(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Returns the usual error types of a job type. Their metrics exist before the first failure.
+    /// Returns the error types that are usual for jobs of a type. The metrics of these errors exist before the first failure.
     fn usual_failures(&self, _job_type: &str) -> &'static [&'static str] {
         &[]
     }
 
-    /// Returns the id of the process that runs for a job, if there is one.
+    /// Returns the id of the process that runs a job, if there is one.
     fn pid(&self, _id: &JobId) -> Option<u32> {
         None
     }
@@ -123,7 +125,7 @@ pub trait Dispatcher: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Returns the processes that do one job after another.
+    /// Returns the long-lived processes, each of which runs one job after another.
     fn processes(&self) -> Vec<HandlerProcess> {
         Vec::new()
     }
@@ -133,79 +135,81 @@ pub trait Dispatcher: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Returns the number of started processes that do one job after another, by handler and reason.
+    /// Returns the number of starts of long-lived processes, by handler and by the reason for the start.
     fn process_starts(&self) -> Vec<ProcessStarts> {
         Vec::new()
     }
 
-    /// Ends the processes that are kept between jobs. Called when no job runs any more, before the stream closes.
+    /// Ends the processes that are kept between jobs. The worker calls this when no job runs any more, before it closes the take
+    /// stream.
     fn finish(&self, _lifecycle: &Lifecycle) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
 }
 
-/// A process that does one job after another.
+/// A long-lived process that runs one job after another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HandlerProcess {
-    /// The file name of its program.
+    /// The file name of the handler's program.
     pub handler: String,
     /// The process id.
     pub pid: u32,
     /// `starting`, `idle`, `busy` or `ending`.
     pub state: &'static str,
-    /// The number of jobs that it has done.
+    /// The number of jobs that the process has done.
     pub jobs: u64,
-    /// The time since its start.
+    /// The time since the start of the process.
     pub age_seconds: f64,
-    /// The resident memory, without its children.
+    /// The resident memory of the process, without that of its children.
     pub memory_bytes: Option<u64>,
-    /// The id of its current job, if any.
+    /// The id of the current job, if any.
     pub job: Option<String>,
 }
 
 /// A configured handler.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HandlerStatus {
-    /// The type of its jobs. `None` for the default handler.
+    /// The type of the handler's jobs. `None` for the default handler.
     pub r#type: Option<String>,
-    /// The file name of its program.
+    /// The file name of the handler's program.
     pub handler: String,
     /// `spawn` or `warm`.
     pub mode: &'static str,
-    /// The number of starts since it was configured, failed ones included.
+    /// The number of starts, including failed ones, since the handler was configured.
     pub starts: u64,
-    /// The failures that delay its starts, if any.
+    /// The failures that delay the handler's next start, if any.
     pub brake: Option<BrakeStatus>,
-    /// The processes that are kept between jobs.
+    /// The ids of the processes that are kept between jobs.
     pub pids: Vec<u32>,
 }
 
-/// The consecutive failures of a handler that cannot be started, or that ends before it has done a job.
+/// The consecutive failures of a handler that cannot be started, or whose processes end before they have done a job.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BrakeStatus {
     /// The number of failures since the handler last worked.
     pub failures: u64,
-    /// The last failure.
+    /// The message of the last failure.
     pub error: String,
-    /// The time until the next start.
+    /// The time until the next start is allowed.
     pub pause_seconds: f64,
 }
 
-/// The states of a process that does one job after another.
+/// The values of `HandlerProcess::state`.
 pub(crate) const PROCESS_STATES: [&str; 4] = ["starting", "idle", "busy", "ending"];
 
-/// The number of processes of a handler that were started for one reason.
+/// The number of processes of a handler that were started for the same reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessStarts {
-    /// The file name of its program.
+    /// The file name of the handler's program.
     pub handler: String,
-    /// The reason for which the process before it ended, or `demand` if there was none.
+    /// The reason for which the replaced process ended, or `demand` if the process replaced none.
     pub reason: &'static str,
     /// The number of started processes.
     pub count: u64,
 }
 
-/// A dispatcher that runs handlers, and decides outcomes by exit status and result file.
+/// A dispatcher that runs jobs in handler processes. The exit status and the result file, or the reply of a warm process, decide
+/// the outcome.
 #[derive(Debug)]
 pub struct ExecDispatcher {
     routes: watch::Sender<Arc<Routes>>,
@@ -218,10 +222,10 @@ pub struct ExecDispatcher {
 }
 
 impl ExecDispatcher {
-    /// Returns a dispatcher that runs up to `concurrency` of `handlers` at once, and passes `worker_id` to them. It keeps result
-    /// files in a directory of its own below `temp_dir`. It starts a process that ends at once, to find out how processes can be
-    /// started here. Register this program's signal handlers before the first job. Those registered later can run in a newly
-    /// started child.
+    /// Returns a dispatcher that runs up to `concurrency` jobs at once with `handlers`, and passes `worker_id` to the handlers.
+    /// Result files are kept in a new directory below `temp_dir`. To find out how processes can be started on this system, this
+    /// starts a process that exits at once. Register this program's signal handlers before the first job, because a signal
+    /// handler that is registered later can run in a newly started child.
     ///
     /// # Errors
     /// If the directory cannot be created, or its path is too long for the socket of a warm handler.
@@ -244,13 +248,15 @@ impl ExecDispatcher {
         })
     }
 
-    /// Replaces the handlers for jobs that start from now on, and for jobs that wait for a handler that cannot be started.
+    /// Replaces the handlers for all jobs that have not been started yet, including those that wait for a start or for a warm
+    /// process.
     pub fn replace(&self, handlers: Handlers) {
         self.routes.send_modify(|routes| *routes = Arc::new(routes.renewed(handlers)));
     }
 
-    /// Reaps the orphans of handlers while the future is polled, if this process is process 1 or a subreaper. It reaps every child
-    /// that no job has started, so do not poll it in a program with other children.
+    /// Reaps orphaned descendants of handlers while the returned future is polled, if this process is process 1 or a subreaper.
+    /// The future also reaps every child that this dispatcher has not started, so do not poll it in a program with other
+    /// children.
     ///
     /// # Errors
     /// If the operating system refuses the signal handler.
@@ -258,8 +264,8 @@ impl ExecDispatcher {
         self.children.clone().reap_orphans()
     }
 
-    /// Starts a process of each warm handler, waits until it connects, and ends it. Returns the handlers' names, each with the time
-    /// to connect or an error.
+    /// Starts a process of each warm handler, waits until it connects, and ends it. Returns each handler's name, with the time to
+    /// connect or an error.
     pub(crate) async fn start_each_warm(&self) -> Vec<(String, Result<Duration, String>)> {
         let mut tried = Vec::new();
         for route in self.routes().all() {
@@ -303,19 +309,19 @@ impl ExecDispatcher {
     }
 }
 
-/// A job, and the state that is kept between its attempts.
+/// A job, and the state that is kept between the tries to run it here.
 struct Task<'a> {
     job: &'a Job,
     lifecycle: &'a Lifecycle,
     routes: watch::Receiver<Arc<Routes>>,
-    /// The number of warm processes that have ended before they read the job.
+    /// The number of warm processes that ended before they had read the whole job.
     unread: usize,
 }
 
-/// The result of one attempt to run a job.
+/// The result of one try to run a job.
 enum Tried {
     Ended(Ended),
-    /// Another attempt is needed. Holds the error if the start failed.
+    /// Another try is needed. Holds the error if the start failed.
     Again(Option<io::Error>),
 }
 
@@ -374,7 +380,7 @@ impl ExecDispatcher {
                     route.brake.crashed(started, &why);
                 }
                 task.unread += 1;
-                // Bounded, because some jobs end every process that reads them.
+                // Limit the retries, because some jobs crash every process that reads them.
                 if task.unread < if pool.is_any_at_work() { MAX_UNREAD } else { MAX_UNREAD_ALONE } {
                     return Tried::Again(None);
                 }
@@ -427,7 +433,7 @@ impl ExecDispatcher {
             Ok(started) => started,
             Err(NotStarted::CutShort(WarmCut::Idle(idle))) => return Ok(pool.busy(idle, place)),
             Err(NotStarted::CutShort(WarmCut::Short(why))) => return Err(cut_short(why).await),
-            // The job waits for a process that works, and the brake delays the next start meanwhile.
+            // Do not fail the job. It can still get one of the processes that work, while the brake delays the next start.
             Err(NotStarted::Failed(_)) if pool.is_any_at_work() => return Err(Tried::Again(None)),
             Err(NotStarted::Failed(error)) => return Err(Tried::not_started(route, NotStarted::Failed(error)).await),
         };
@@ -549,10 +555,10 @@ enum WarmCut {
     Idle(Idle),
 }
 
-/// The number of processes that a job may find ended before they read it, while others work.
+/// The number of processes that may end before they have read a job until the job fails, if other processes of the pool work.
 const MAX_UNREAD: usize = 5;
 
-/// The same if no other process works.
+/// The same limit if no other process of the pool works.
 const MAX_UNREAD_ALONE: usize = 2;
 
 /// Returns the time at which the failed start began, or the present time if no process was started.
@@ -561,7 +567,7 @@ fn start_of(error: &io::Error) -> Instant {
     failed.map_or_else(Instant::now, StartError::started)
 }
 
-/// Reports whether a process ran, but did not connect.
+/// Reports whether the error is that of a process that was started, but did not connect.
 fn is_start_error(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|error| error.is::<StartError>())
 }
@@ -574,17 +580,17 @@ async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver
     tokio::select! {
         biased;
         () = lifecycle.awaited() => Cut::Stopping,
-        // `changed` fails only once the sender is dropped, and the dispatcher holds it.
+        // `changed` fails only once the sender is dropped, and the dispatcher holds the sender.
         _ = routes.changed() => Cut::Replaced,
     }
 }
 
-/// Waits until the worker is killed or the route is replaced. A job that waits for a busy pool waits until the end of the drain,
-/// and a reload that keeps its handler does not end the wait.
+/// Waits until the lifecycle reaches `Phase::Killing`, or a reload replaces the job's route. A drain does not end the wait,
+/// because jobs taken before the drain still run. Neither does a reload that keeps the handler.
 async fn killed_or_replaced(route: &Route, task: &mut Task<'_>) -> Cut {
     let Task { job, lifecycle, routes, .. } = task;
     loop {
-        // Check before the wait, because an earlier wait may have consumed the notification.
+        // Check before the wait, because an earlier wait on `routes` may have consumed the notification.
         let is_same = routes.borrow_and_update().find(&job.job_type).is_some_and(|found| std::ptr::eq(&**found, route));
         if !is_same {
             return Cut::Replaced;
@@ -592,16 +598,16 @@ async fn killed_or_replaced(route: &Route, task: &mut Task<'_>) -> Cut {
         tokio::select! {
             biased;
             () = lifecycle.reached(Phase::Killing) => return Cut::Stopping,
-            // `changed` fails only once the sender is dropped, and the dispatcher holds it.
+            // `changed` fails only once the sender is dropped, and the dispatcher holds the sender.
             _ = routes.changed() => {}
         }
     }
 }
 
-/// A process that is started for a job.
+/// A process that was started for one job.
 struct Started<'a> {
     process: Process,
-    /// Whether the stop was requested before the start. If so, the process needs no drain signal.
+    /// Whether a stop of the worker was requested before the start. If so, the process needs no drain signal.
     was_stopping: bool,
     since: Instant,
     job: &'a Job,
@@ -618,7 +624,7 @@ impl ExecDispatcher {
         lifecycle: &'a Lifecycle,
         result: &ResultFile<'_>,
     ) -> io::Result<Started<'a>> {
-        // Read this before the start. The handler can already run, and a stop be requested, before the start returns.
+        // Read `was_stopping` before the start, otherwise a process that starts just before the stop would get no drain signal.
         let (was_stopping, since) = (lifecycle.is_awaited(), Instant::now());
         let process = self.spawn(route, job, result).map_err(|error| blame(error, job))?;
         let listed = self.pids.list(&job.id, process.id());
@@ -637,7 +643,7 @@ impl Begin for Started<'_> {
 }
 
 impl Started<'_> {
-    /// Supervises the process until its end. Returns an error if the process turns out not to have started.
+    /// Supervises the process until it ends. Returns an error if the program could not be executed.
     async fn see_through(self, result: &ResultFile<'_>) -> io::Result<Ended> {
         let Self { process, was_stopping, since, job, handler, lifecycle, _listed } = self;
         let stops = Stops {
@@ -655,11 +661,11 @@ impl Started<'_> {
     }
 }
 
-/// The length of a job's texts from which a too long environment is the job's fault. The limit of one variable is 128 KiB
-/// (`execve(2)`).
+/// The total length of a job's id, type and queue from which E2BIG counts as the job's fault and not the handler's. The limit of
+/// one variable is 128 KiB (`execve(2)`).
 const LONG_TEXTS: usize = 64 * 1024;
 
-/// Turns the error of a too long environment into one of the handler, unless the job's own texts are long.
+/// Hides the errno of E2BIG unless the job's own texts are long, so that the brake attributes the error to the handler.
 fn blame(error: io::Error, job: &Job) -> io::Error {
     let texts = job.id.as_str().len() + job.job_type.len() + job.queue.len();
     if error.kind() == io::ErrorKind::ArgumentListTooLong && texts < LONG_TEXTS {
@@ -668,7 +674,7 @@ fn blame(error: io::Error, job: &Job) -> io::Error {
     error
 }
 
-/// Finds out how processes can be started here, and prepares for that many at once.
+/// Tests how processes can be started on this system, and raises the limit of open files for `processes` processes at once.
 fn starter(processes: usize) -> Starter {
     keep_exit_statuses();
     let trial = Trial::of_this_machine();
@@ -689,7 +695,8 @@ fn starter(processes: usize) -> Starter {
     Starter::new(trial.way(), open_files)
 }
 
-/// Waits until the worker gives up a process that has outlived SIGKILL.
+/// Waits until the worker gives up on a process that survives SIGKILL: `LAST_WAIT` after the kill, or when `Phase::Forcing` is
+/// reached.
 async fn last_wait(lifecycle: &Lifecycle) {
     lifecycle.reached(Phase::Killing).await;
     tokio::select! {
@@ -712,7 +719,7 @@ async fn time_is_up(handler: &Handler, since: Instant) {
     }
 }
 
-/// The log of spawned handlers' output.
+/// A printer that logs the output of spawned handlers.
 struct OutputLog;
 
 impl Printer for OutputLog {
@@ -728,7 +735,7 @@ impl Printer for OutputLog {
     }
 }
 
-/// Logs a line of output under the job's span. The line is a field, because every format escapes control characters in fields.
+/// Logs a line of output in the current span. The line is a field, because every log format escapes control characters in fields.
 fn log_line(channel: Channel, line: &str) {
     match channel {
         Channel::Stdout => info!(target: OUTPUT_TARGET, line, "stdout"),

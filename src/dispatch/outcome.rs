@@ -1,4 +1,4 @@
-//! [`of`]: decides a job's outcome from the exit, the handler's settings and the result file.
+//! [`of`], which decides a job's outcome from the exit, the handler's settings and the result file.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -14,9 +14,9 @@ use crate::process::{Exit, Signal, Tail, Termination};
 /// The reason why the worker terminated a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// The worker is killed.
+    /// The worker is being killed.
     Killing,
-    /// The handler's time was up.
+    /// The job reached its timeout.
     Timeout,
 }
 
@@ -45,7 +45,8 @@ pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Futur
     Ended { outcome, exit, usage, took: Took::Dispatch }
 }
 
-/// Decides the fate. A process that the worker terminated is cut short or timed out, whatever its exit status.
+/// Decides a job's fate. If the worker terminated the process, the exit status has no effect: the job is cut short or has timed
+/// out.
 fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
     let failed = |error_type, what| Fate::Failed { error_type, what, kill: false };
     match (&exit.ended, exit.terminated) {
@@ -61,7 +62,7 @@ fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
         (Err(error), None) => failed("WaitError", format!("ended, but its exit status could not be read: {error}")),
         (Ok((status, _)), None) => match (status.code(), status.signal()) {
             (Some(code), _) => fate_of_code(handler, code),
-            // The process had no handler for the drain signal and died of it.
+            // The drain signal killed the process, which had no signal handler for it.
             (None, signal) if exit.notified && signal == handler.drain_signal.map(Signal::as_raw) => Fate::CutShort,
             (None, _) => failed("Signal", killed_by(*status)),
         },
@@ -129,7 +130,7 @@ mod tests {
         Exit { ended, terminated: None, notified: false, stderr: Tail::default() }
     }
 
-    /// Waits for a future that needs no runtime.
+    /// Returns the output of a future that is ready at once.
     fn wait_for<T>(future: impl Future<Output = T>) -> T {
         future.now_or_never().unwrap()
     }

@@ -1,4 +1,4 @@
-//! [`Pids`]: the process of each running job, for the status.
+//! [`Pids`]: the process id of each running job, for the status.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use crate::job::JobId;
 #[derive(Debug, Default)]
 pub(super) struct Pids(Mutex<HashMap<JobId, u32>>);
 
-/// The entry of a process, removed when dropped.
+/// The entry of a job's process in `Pids`. Dropping this removes the entry.
 #[derive(Debug)]
 pub(super) struct Listed<'a> {
     pids: &'a Pids,

@@ -1,4 +1,4 @@
-//! [`ResultFile`]: the file in which a handler that fails may say more than its exit status.
+//! [`ResultFile`]: the file in which a handler that fails can tell more than its exit status.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -19,28 +19,28 @@ use tracing::warn;
 use super::file_threads::FileThreads;
 use crate::job::Failure;
 
-/// The most bytes of a result file: far more than a message and a backtrace need.
+/// The maximum size of a result file in bytes, far more than a message and a backtrace need.
 const MAX_BYTES: u64 = 1024 * 1024;
 
-/// The end of the year 9999, in Unix milliseconds. A server may refuse a later time, and with it the whole report.
+/// The latest `retry_at`: the end of the year 9999, in Unix milliseconds. A server may refuse a report with a later time.
 const LAST_TIME: u64 = 253_402_300_799_999;
 
-/// The longest `retry_in`: a thousand years. More is a mistake.
+/// The longest `retry_in`: a thousand years. A longer one is treated as a mistake.
 const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
 
 /// The time limit for the read of a result file. A file of 1 MiB on a disk takes milliseconds.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time that the end of a worker waits for the removal of files that handlers have left.
+/// The time limit for the removal of files that handlers have left, at the end of the worker.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A private directory for result files, removed with the dispatcher.
 #[derive(Debug)]
 pub(super) struct ResultDir {
     path: PathBuf,
-    /// The open directory, locked because programs that tidy up temporary directories skip a locked one.
+    /// The open directory. It is locked, because programs that clean up temporary directories skip a locked one.
     lock: File,
-    /// The device of the directory's file system.
+    /// The number of the device that holds the directory.
     device: (u32, u32),
     next: AtomicU64,
     reads: FileThreads,
@@ -59,8 +59,8 @@ impl ResultDir {
         Ok(Self { path: dir.keep(), lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
-    /// Reports whether the directory's path is short enough for sockets: they have 108 bytes at most, with the zero byte at the
-    /// end (unix(7)).
+    /// Reports whether the directory's path is short enough for sockets in it. The path of a socket has at most 108 bytes, with
+    /// the zero byte at the end (unix(7)).
     pub(super) fn has_room_for_sockets(&self) -> bool {
         self.path.as_os_str().len() + "/18446744073709551615.sock".len() < 108
     }
@@ -70,14 +70,15 @@ impl ResultDir {
         self.path.join(format!("{}.sock", self.next.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// Returns an unused path for one job. It is a number, because a path never contains data of a job.
+    /// Returns an unused path for one job's result file. The file name is a number and not the job's id, because a path must not
+    /// contain data of a job.
     pub(super) fn file(&self) -> ResultFile<'_> {
         let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
         ResultFile { dir: self, path: self.path.join(&name), name }
     }
 }
 
-/// The path that one job's handler gets. Dropping this removes whatever is there.
+/// The path of one job's result file. Dropping this removes any file or directory that the handler has left there.
 #[derive(Debug)]
 pub(super) struct ResultFile<'a> {
     dir: &'a ResultDir,
@@ -90,7 +91,7 @@ impl ResultFile<'_> {
         self.path.as_os_str()
     }
 
-    /// Reads the handler's verdict. An unusable file logs a warning, and counts as none.
+    /// Reads the handler's verdict. If the file is unusable, logs a warning and returns `None`.
     pub(super) async fn read(&self) -> Option<Verdict> {
         let read = match self.find() {
             LeftBehind::Nothing => return None,
@@ -115,14 +116,15 @@ impl ResultFile<'_> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LeftBehind {
     Nothing,
-    /// A small file in the worker's own directory, which the thread of all jobs may read.
+    /// A small file on the directory's own file system. Access to it does not hang, so it needs no other thread.
     SmallFile,
-    /// A tree, a large file, or a mounted file system, which may hang.
+    /// A directory, a large file or a mounted file system. Access to it may hang, so another thread does it.
     Other,
 }
 
 impl ResultFile<'_> {
-    /// Looks with statx(2), and asks the file system for no more than the kernel knows, so that no mount can hang the look.
+    /// Finds the kind of the file with statx(2). The flags limit the call to attributes that the kernel has cached, so that a
+    /// mounted file system cannot make it hang.
     fn find(&self) -> LeftBehind {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         match statx(&self.dir.lock, self.name.as_str(), flags, StatxFlags::TYPE | StatxFlags::SIZE) {
@@ -140,7 +142,7 @@ impl ResultFile<'_> {
 }
 
 fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
-    // Neither a symbolic link nor a named pipe at the path may mislead or block the worker.
+    // Do not follow a symbolic link, and do not block until a named pipe has a writer.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = match OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -157,7 +159,7 @@ fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
     Verdict::parse(&bytes).map(Some)
 }
 
-/// Removes the file. A small file is removed at once, and anything else in a thread, because that may take minutes.
+/// Removes the file. A small file is removed at once. Anything else is removed in a thread, because its removal may take minutes.
 impl Drop for ResultFile<'_> {
     fn drop(&mut self) {
         match self.find() {
@@ -166,7 +168,8 @@ impl Drop for ResultFile<'_> {
             LeftBehind::SmallFile => drop(fs::remove_file(&self.path)),
             LeftBehind::Other => {
                 let path = std::mem::take(&mut self.path);
-                // If too many removals are queued, skip this one. The end of the worker removes the file with the directory.
+                // If too many removals are queued, this one is skipped. The file is then removed with the directory when the
+                // worker ends.
                 let _ = self.dir.removals.run(move || drop(remove(&path)));
             }
         }
@@ -180,7 +183,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the directory, after the removals that have begun. Files that were written late may be deep trees as well.
+/// Removes the directory, after the removals that are queued. Files that handlers wrote late may also be deep directory trees.
 impl Drop for ResultDir {
     fn drop(&mut self) {
         if fs::remove_dir(&self.path).is_ok() {
@@ -197,8 +200,8 @@ impl Drop for ResultDir {
     }
 }
 
-/// Removes a directory of any depth. `fs::remove_dir_all` takes a stack frame and a descriptor for each level, and some ten
-/// thousand levels would crash the worker. Here each nested directory is first moved up to the top.
+/// Removes a directory of any depth. `fs::remove_dir_all` takes a stack frame and a descriptor for each level, so some ten
+/// thousand levels would crash the worker. This function first moves each nested directory up to `top`.
 fn remove_tree(top: &Path) -> io::Result<()> {
     loop {
         let mut is_flat = true;
@@ -223,7 +226,7 @@ fn empty_into(top: &Path, dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            // Not even its owner can move a directory that is not writable.
+            // A directory that is not writable cannot be moved, even by its owner.
             fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o700))?;
             fs::rename(entry.path(), top.join(format!("{:032x}", fastrand::u128(..))))?;
         } else {
@@ -246,7 +249,7 @@ pub(super) struct Verdict {
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Retry {
     In(Duration),
-    /// Unix milliseconds.
+    /// The time in Unix milliseconds.
     At(u64),
 }
 
@@ -274,7 +277,7 @@ impl Verdict {
         Self::of(serde_json::from_slice(bytes).map_err(|error| error.to_string())?)
     }
 
-    /// Checks a verdict.
+    /// Converts the JSON form of a verdict, and checks the time of the retry.
     ///
     /// # Errors
     /// When `retry_in` and `retry_at` are both set, or one is no valid time.
@@ -294,7 +297,7 @@ impl Verdict {
         })
     }
 
-    /// Returns the failure as the handler wants it reported. `retry_in` counts from now.
+    /// Returns `failure` with the values that the verdict sets. `retry_in` counts from now.
     pub(super) fn apply_to(self, failure: Failure) -> Failure {
         Failure {
             message: self.message.unwrap_or(failure.message),

@@ -1,4 +1,4 @@
-//! [`Routes`]: the handler of each job type, and the recent starts of each handler.
+//! [`Routes`]: the handler of each job type, with the record of the handler's starts.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -16,10 +16,10 @@ use super::warm::{Pool, Processes};
 use crate::handler::{Handler, Handlers, Mode};
 use crate::process::Command;
 
-/// The time that a failure waits for a look at the files that may explain it.
+/// The time limit for the check of the files that may explain a failed start.
 const HINT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A handler and its recent starts.
+/// A handler and the record of its starts.
 #[derive(Debug)]
 pub(super) struct Route {
     pub(super) handler: Handler,
@@ -32,7 +32,7 @@ pub(super) struct Route {
     starts: AtomicU64,
 }
 
-/// The latest look at a handler's file.
+/// The latest check of a handler's program file.
 #[derive(Debug, Default)]
 struct Look {
     is_under_way: bool,
@@ -46,7 +46,8 @@ fn lock(look: &Mutex<Look>) -> MutexGuard<'_, Look> {
 
 impl Route {
     fn new(mut handler: Handler, before: Option<&Self>, shared: &Shared) -> Arc<Self> {
-        // A variable that occurs twice has the later value. Only the worker sets variables about the job.
+        // If a variable occurs twice, the later value wins. Variables about the job are dropped, because only the worker sets
+        // them.
         let env: BTreeMap<_, _> = handler.env.into_iter().filter(|(name, _)| !is_about_a_job(name)).collect();
         handler.env = env.into_iter().collect();
         let (pool, proof) = match &handler.mode {
@@ -61,7 +62,7 @@ impl Route {
         Arc::new(Self { handler, brake, pool, command, look, files, starts })
     }
 
-    /// Returns the command that is started for each job.
+    /// Returns the command that is started for each process of the handler.
     ///
     /// # Errors
     /// When the handler's settings contain a zero byte.
@@ -91,8 +92,8 @@ impl Route {
         }
     }
 
-    /// Reports whether a start would fail, as far as that is known without one. Never blocks on a file: each call after the pause
-    /// of a failed start requests a look at the file, and uses the previous look.
+    /// Reports whether a start would probably fail, without trying one. Never blocks on a file: after the pause of a failed
+    /// start, each call requests a check of the program file in another thread, and uses the result of the previous check.
     fn is_broken(&self) -> bool {
         if let Some(pool) = &self.pool {
             return self.brake.holds_starts_that_fail() && !pool.is_any_at_work();
@@ -101,7 +102,8 @@ impl Route {
             return false;
         }
         let pause_end = self.brake.pause_end().filter(|end| *end <= Instant::now());
-        // While a start is in progress there is no end of the pause, and the start tells more than the file.
+        // During the pause, and while a start is in progress, `pause_end` is `None`. The handler then counts as broken until a
+        // start succeeds.
         pause_end.is_none_or(|pause_end| !self.looks_fine_since(pause_end))
     }
 
@@ -117,7 +119,8 @@ impl Route {
         look.is_fine && look.begun.is_some_and(|begun| begun >= pause_end)
     }
 
-    /// Returns the message of a failed start. The system's error does not tell a missing file, directory or interpreter apart.
+    /// Returns the message of a failed start. A hint is added, because the system's error is the same for a missing program,
+    /// working directory and interpreter.
     pub(super) async fn not_started(&self, error: &io::Error) -> String {
         let (program, cwd) = (self.handler.program.clone(), self.handler.cwd.clone());
         let (name, is_missing) = (program.file_name(), error.kind() == io::ErrorKind::NotFound);
@@ -131,7 +134,7 @@ impl Route {
     }
 }
 
-/// Each handler of a configuration.
+/// The handlers of one configuration.
 #[derive(Debug)]
 pub(super) struct Routes {
     by_type: HashMap<String, Arc<Route>>,
@@ -139,12 +142,12 @@ pub(super) struct Routes {
     shared: Shared,
 }
 
-/// The state that all routes share, those of earlier configurations included.
+/// The state that all routes share, including those of earlier configurations.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
-    /// The threads that look at handlers' files.
+    /// The threads that check handlers' files.
     files: FileThreads,
-    /// The number of jobs that run at once.
+    /// The maximum number of jobs that run at once.
     pub(super) concurrency: usize,
     pub(super) processes: Arc<Processes>,
 }
@@ -161,7 +164,8 @@ impl Routes {
         &self.shared.processes
     }
 
-    /// Returns the routes of new handlers. Unchanged ones keep the record of their starts. Every warm process ends once idle.
+    /// Returns the routes of a new configuration. An unchanged handler keeps the record of its starts. All running warm processes
+    /// end as soon as they are idle, even if their handler is unchanged.
     pub(super) fn renewed(&self, handlers: Handlers) -> Self {
         let route = |handler: Handler, before: Option<&Arc<Route>>| {
             let new = Route::new(handler, before.map(|before| &**before), &self.shared);
@@ -177,7 +181,7 @@ impl Routes {
         Self { by_type, default, shared: self.shared.clone() }
     }
 
-    /// Returns the route of a job type, or the default one. The type is only ever a key.
+    /// Returns the route of a job type, or the default route. The type comes from outside, and is used only as a key.
     pub(super) fn find(&self, job_type: &str) -> Option<&Arc<Route>> {
         self.by_type.get(job_type).or(self.default.as_ref())
     }
@@ -187,7 +191,7 @@ impl Routes {
         self.by_type.values().chain(&self.default)
     }
 
-    /// Describes each handler, in the order of the types, the handler of all other types last.
+    /// Returns the status of each handler, sorted by job type, with the default handler last.
     pub(super) fn list(&self) -> Vec<HandlerStatus> {
         let mut by_type: Vec<_> = self.by_type.iter().collect();
         by_type.sort_unstable_by_key(|(job_type, _)| *job_type);

@@ -34,7 +34,7 @@ const ALL: [&str; 11] = [
     SOCKET,
 ];
 
-/// Reports whether a variable of this name is about a job. Only the worker sets these.
+/// Reports whether this is the name of a variable that only the worker sets, such as `ZIZQ_JOB_ID`.
 pub(crate) fn is_about_a_job(name: &OsStr) -> bool {
     ALL.iter().any(|about_a_job| name == *about_a_job)
 }

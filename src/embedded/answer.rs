@@ -1,8 +1,9 @@
-//! Answers: whole bodies and streams, and the ways in which a request is turned down.
+//! Answers: responses with a whole body or a stream, and the rejections of requests.
 //!
 //! Statuses and error texts are the real server's, so that a client which logs or matches them
-//! sees the same from both. Where the real server falls back on its framework's plain text (a
-//! bad query on the take stream, an id that is not UTF-8), this one stays with its formats.
+//! sees the same from both. In two cases, the real server answers with its framework's plain text:
+//! a bad query on the take stream, and an id that is not UTF-8. This server always answers in JSON
+//! or MessagePack.
 
 use std::convert::Infallible;
 
@@ -20,31 +21,31 @@ use super::format::{Format, StreamFormat};
 use super::order::OrderError;
 use super::patch::PatchError;
 
-/// A whole or a streamed body. It never fails, and ends early only with its connection.
+/// The body of an answer, whole or streamed. Reading the body cannot fail.
 pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
 pub(super) type Answer = Response<Body>;
 
-/// A request that gets an error for an answer.
+/// The reason why a request is answered with an error.
 #[derive(Debug)]
 pub(super) enum Rejection {
-    /// 400: the text says what to change.
+    /// 400, with a text that says what is wrong.
     BadRequest(String),
     /// 403: valid, but only a real server supports it.
     Forbidden(String),
-    /// 404: no such path, no such job, or one that is not in flight.
+    /// 404: there is no such path or job, or the job is not in flight.
     NotFound(&'static str),
     /// 405, with the methods that the path allows.
     WrongMethod(&'static str),
-    /// 406, with the types that could be served.
+    /// 406, with the media types that the server can send.
     NotAcceptable(&'static [&'static str]),
-    /// 415, with the types that could be read.
+    /// 415, with the media types that the server can read.
     UnsupportedMediaType(&'static [&'static str]),
-    /// 422: well-formed, but not possible.
+    /// 422: the request is well-formed, but cannot be carried out.
     Unprocessable(String),
 }
 
 impl Rejection {
-    /// A query whose fields cannot be read, as opposed to one that asks for too much.
+    /// Returns the 400 for a query whose fields cannot be parsed.
     pub(super) fn bad_query(error: &str) -> Self {
         Self::BadRequest(format!("invalid query parameters: {error}"))
     }
@@ -54,7 +55,7 @@ impl From<OrderError> for Rejection {
     fn from(error: OrderError) -> Self {
         match error {
             OrderError::Invalid(text) => Self::BadRequest(text),
-            // A real server answers 403 for a feature outside its licence.
+            // 403 is the real server's answer to a request for a feature outside its licence.
             OrderError::Unsupported(text) => Self::Forbidden(text),
         }
     }
@@ -72,7 +73,7 @@ impl From<PatchError> for Rejection {
 }
 
 impl Rejection {
-    /// Writes the answer in the format that the client accepts.
+    /// Converts the rejection to an answer in the format that the client accepts.
     pub(super) fn into_answer(self, format: Format) -> Answer {
         let error = |status, text: &str| whole(format, status, &json!({"error": text}));
         match self {
@@ -93,7 +94,7 @@ impl Rejection {
     }
 }
 
-/// Writes a whole body.
+/// Returns an answer with a whole body.
 pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) -> Answer {
     let mut answer = Response::new(Full::new(format.write(value).into()).boxed_unsync());
     *answer.status_mut() = status;
@@ -101,12 +102,12 @@ pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) 
     answer
 }
 
-/// Returns a 204 without a body, because a body would violate HTTP/2.
+/// Returns a 204, which has no body.
 pub(super) fn no_content() -> Answer {
     empty(StatusCode::NO_CONTENT)
 }
 
-/// Writes a body that goes on as long as `frames` does.
+/// Returns an answer whose body ends when `frames` ends.
 pub(super) fn streamed<S>(format: StreamFormat, frames: S) -> Answer
 where
     S: Stream<Item = Result<Frame<Bytes>, Infallible>> + Send + 'static,
@@ -120,14 +121,14 @@ where
     answer
 }
 
-/// The one error without a text: the header says it all.
+/// Returns a 405. The body is empty, because the `allow` header lists the methods of the path.
 fn wrong_method(allowed: &'static str) -> Answer {
     let mut answer = empty(StatusCode::METHOD_NOT_ALLOWED);
     answer.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     answer
 }
 
-/// A status and nothing else.
+/// Returns an answer without a body.
 fn empty(status: StatusCode) -> Answer {
     let mut answer = Response::new(Empty::new().boxed_unsync());
     *answer.status_mut() = status;

@@ -1,7 +1,7 @@
 //! The API: one function per route, from a request to its answer.
 //!
-//! A handler reads, takes one step in the store, and writes. The store is locked for that step
-//! only, so neither a slow client nor a large body holds up the others.
+//! Each function parses the request, takes one step in the store, and serializes the answer. The
+//! store is locked for that step only, so neither a slow client nor a large body delays other requests.
 
 use std::collections::BTreeSet;
 
@@ -29,16 +29,16 @@ use super::state::Enqueued;
 use super::store::Store;
 use super::take::{self, TakeRequest};
 
-/// The real server reads bodies of any size; this one shares its memory with a worker.
+/// The maximum size of a request's body. The real server has no maximum, but this one shares its memory with a worker.
 const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
-/// The real server's default for a client that does not ask.
+/// The real server's default for `prefetch`.
 const DEFAULT_PREFETCH: usize = 1;
 /// The error for a report of a job that is finished, requeued or unknown.
 const NOT_IN_FLIGHT: &str = "job not found in in-flight set";
 const NO_SUCH_JOB: &str = "job not found";
 
-/// Jobs in an answer. A struct and not `json!`, which would take the payloads apart and put them
-/// together differently.
+/// Jobs in an answer. `json!` instead of this struct would parse the payloads and change their text,
+/// for example the order of keys.
 #[derive(Serialize)]
 struct JobList<'a> {
     jobs: Vec<JobView<'a>>,
@@ -53,13 +53,13 @@ struct ErrorList {
     pages: Links,
 }
 
-/// Answers one request, in the order of the real server: path and method, what the client
-/// accepts, then the rest.
+/// Answers one request. The checks have the real server's order: a wrong method (405), then a format
+/// that the client does not accept (406), then all others.
 pub(super) async fn answer(store: Store, request: Request<Incoming>) -> Answer {
     let (head, body) = request.into_parts();
     let route = Route::parse(&head.method, head.uri.path());
     let format = match route {
-        // A stream has formats of its own, and a 405 has no body.
+        // A take stream has its own formats, and a 405 has no body.
         Ok(Route::Take) | Err(Rejection::WrongMethod(_)) => Ok(Format::Json),
         _ => Format::accepted(&head.headers),
     };
@@ -75,7 +75,7 @@ pub(super) async fn answer(store: Store, request: Request<Incoming>) -> Answer {
     answer.unwrap_or_else(|error| error.into_answer(format))
 }
 
-/// A request without its body, and what is needed to answer it.
+/// A request without its body, with the store and the format for the answer.
 struct Call<'a> {
     store: &'a Store,
     head: &'a Parts,
@@ -84,7 +84,7 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Answers what the route asks for.
+    /// Calls the function of the route.
     async fn answer(&self, route: Route, body: Incoming) -> Result<Answer, Rejection> {
         match route {
             Route::Health => Ok(self.ok(&json!({"status": "ok"}))),
@@ -109,13 +109,13 @@ impl Call<'_> {
         }
     }
 
-    /// Reads the body in the format that its header names.
+    /// Deserializes the body in the format that the `content-type` header names.
     async fn read<T: DeserializeOwned>(&self, body: Incoming) -> Result<T, Rejection> {
         let format = Format::of_body(&self.head.headers)?;
         format.read(&collect(body).await?)
     }
 
-    /// The text after the `?`.
+    /// Returns the query: the text after the `?`.
     fn query(&self) -> &str {
         self.head.uri.query().unwrap_or_default()
     }
@@ -130,14 +130,14 @@ impl Call<'_> {
         whole(self.format, status, body)
     }
 
-    /// Lists the queues that have jobs, finished ones included.
+    /// Lists the queues that have jobs, including finished jobs.
     fn queues(&self) -> Answer {
         let queues: BTreeSet<String> =
             self.store.with(|state, _| state.jobs().map(|job| job.spec.queue.clone()).collect());
         self.ok(&json!({"queues": queues}))
     }
 
-    /// Answers 201 for a new job, and 200 for the job that holds the unique key already.
+    /// Enqueues a job. Answers 201 with the new job, or 200 with the job that already holds the unique key.
     fn enqueue(&self, request: EnqueueRequest) -> Result<Answer, Rejection> {
         let order = request.into_order()?;
         let Enqueued { job, duplicate } = self.store.with(|state, now| state.enqueue(now, order));
@@ -145,7 +145,7 @@ impl Call<'_> {
         Ok(self.with_status(status, &JobView::enqueued(&job, duplicate)))
     }
 
-    /// Enqueues all or nothing: every order is checked before the first one is accepted.
+    /// Enqueues all jobs or none: every order is checked before the first one is enqueued.
     fn enqueue_bulk(&self, request: BulkRequest) -> Result<Answer, Rejection> {
         let orders = request
             .jobs
@@ -155,7 +155,7 @@ impl Call<'_> {
         let orders = orders.collect::<Result<Vec<_>, OrderError>>()?;
         let enqueued: Vec<Enqueued> =
             self.store.with(|state, now| orders.into_iter().map(|order| state.enqueue(now, order)).collect());
-        // 200 only if every job was already there; an empty bulk is 201, as in the real server.
+        // 200 only if every job is a duplicate. As on the real server, an empty bulk gets a 201.
         let nothing_new = !enqueued.is_empty() && enqueued.iter().all(|one| one.duplicate);
         let status = if nothing_new { StatusCode::OK } else { StatusCode::CREATED };
         let jobs = enqueued.iter().map(|one| JobView::enqueued(&one.job, one.duplicate)).collect();
@@ -187,7 +187,7 @@ impl Call<'_> {
         Ok(self.ok(&json!({"count": count})))
     }
 
-    /// Changes a job in any state but the finished ones.
+    /// Changes a job that is not finished.
     fn patch(&self, id: &str, request: PatchRequest) -> Result<Answer, Rejection> {
         let patch = request.into_patch().map_err(Rejection::Unprocessable)?;
         let id = JobId::parse(id).ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
@@ -195,7 +195,7 @@ impl Call<'_> {
         Ok(self.ok(&JobView::bare(&job)))
     }
 
-    /// Changes all jobs that match but the finished ones. Without a filter, all jobs match.
+    /// Changes all matching jobs that are not finished. Without a filter, all jobs match.
     fn patch_matching(&self, request: PatchRequest) -> Result<Answer, Rejection> {
         let mut fields = Fields::parse(self.query(), &FILTERS).map_err(|e| Rejection::bad_query(&e))?;
         let filter = Filter::parse(&mut fields).map_err(|e| Rejection::bad_query(&e))?;
@@ -214,7 +214,7 @@ impl Call<'_> {
         Ok(self.ok(&json!({"deleted": deleted})))
     }
 
-    /// Opens a stream. The headers go out at once, with or without jobs; the body ends with the connection.
+    /// Opens a take stream. The headers are sent at once, even if no job is ready. The body ends with the connection.
     fn take(&self) -> Result<Answer, Rejection> {
         let format = StreamFormat::accepted(&self.head.headers)?;
         let request = Fields::parse(self.query(), &["prefetch", "queue"]).and_then(|mut fields| {
@@ -225,31 +225,31 @@ impl Call<'_> {
         Ok(streamed(format, take::frames(self.store.clone(), request, format)))
     }
 
-    /// Shows a job in any state.
+    /// Answers with a job in any state.
     fn get(&self, id: &str) -> Result<Answer, Rejection> {
         let job = JobId::parse(id).and_then(|id| self.store.with(|state, _| state.get(id).cloned()));
         let job = job.ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
         Ok(self.ok(&JobView::full(&job)))
     }
 
-    /// Deletes a job, even one in flight; its worker's report is then a 404.
+    /// Deletes a job, even one in flight. A later report of the job is answered as for an unknown job.
     fn delete(&self, id: &str) -> Result<Answer, Rejection> {
         let deleted = JobId::parse(id).is_some_and(|id| self.store.with(|state, _| state.delete(id)));
         if deleted { Ok(no_content()) } else { Err(Rejection::NotFound(NO_SUCH_JOB)) }
     }
 
-    /// Completes a job in flight, which is then gone unless its retention keeps it.
+    /// Completes a job in flight. The job is removed, unless a retention keeps it.
     fn complete(&self, id: &str) -> Result<Answer, Rejection> {
         let done = JobId::parse(id).is_some_and(|id| self.store.with(|state, now| state.complete(now, id)));
         if done { Ok(no_content()) } else { Err(Rejection::NotFound(NOT_IN_FLIGHT)) }
     }
 
-    /// Completes the jobs in flight and names the others. An id that is listed twice counts once.
+    /// Completes the listed jobs that are in flight, and answers 422 with the other ids, if any. A repeated id counts once.
     fn complete_bulk(&self, request: Successes) -> Result<Answer, Rejection> {
         if request.ids.is_empty() {
             return Err(Rejection::BadRequest("ids must not be empty".to_owned()));
         }
-        // One lock for all of them: a large bulk costs the streams one wait, not one per job.
+        // Lock once for all jobs, so that the streams wait once for a large bulk, not once per job.
         let mut seen = BTreeSet::new();
         let ids = request.ids.iter().filter(|id| seen.insert(id.as_str()));
         let not_found: Vec<&String> = self
@@ -261,16 +261,16 @@ impl Call<'_> {
         Ok(self.with_status(StatusCode::UNPROCESSABLE_ENTITY, &json!({"not_found": not_found})))
     }
 
-    /// Answers with the job, so that a worker can log when the retry is due, or that there is none.
+    /// Records a failure. Answers with the job, so that a worker can log the time of the retry, or that no retry follows.
     fn fail(&self, id: &str, failure: Failure) -> Result<Answer, Rejection> {
-        // The body is parsed before, so a malformed report gets 400 even if there is no such job.
+        // The caller has already parsed the body, so a malformed report gets a 400 even if there is no such job.
         let id = JobId::parse(id).ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
         let job = self.store.with(|state, now| state.fail(now, id, failure, fastrand::f64()));
         let job = job.ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
         Ok(self.ok(&JobView::bare(&job)))
     }
 
-    /// Lists the failed attempts of a job. They go when the job goes.
+    /// Lists the failed attempts of a job. The attempts are removed with the job.
     fn errors(&self, id: &str) -> Result<Answer, Rejection> {
         let page = Fields::parse(self.query(), &["from", "order", "limit"]).and_then(|mut fields| {
             let cursor = fields.value::<u32>("from")?;
@@ -285,7 +285,7 @@ impl Call<'_> {
         Ok(self.ok(&ErrorList { errors, pages }))
     }
 
-    /// Shows one failed attempt. A missing job and a missing attempt have different texts.
+    /// Answers with one failed attempt. The error text says whether the job or the attempt is missing.
     fn error(&self, id: &str, attempt: u32) -> Result<Answer, Rejection> {
         let errors = JobId::parse(id).and_then(|id| {
             self.store.with(|state, _| {
@@ -298,32 +298,32 @@ impl Call<'_> {
         Ok(self.ok(&error))
     }
 
-    /// Deletes all jobs. Streams stay open, and lose the jobs that they held.
+    /// Deletes all jobs, including jobs in flight. Streams stay open.
     fn reset(&self) -> Answer {
         self.store.with(|state, _| state.delete_matching(|_| true));
         no_content()
     }
 }
 
-/// Collects the whole body. A body that is too large is refused before its end.
+/// Reads the whole body. A body that is too large is refused as soon as it exceeds the maximum.
 async fn collect(body: Incoming) -> Result<Bytes, Rejection> {
     let body = Limited::new(body, MAX_BODY_BYTES).collect().await;
     let body = body.map_err(|e| Rejection::BadRequest(format!("failed to read body: {e}")))?;
     Ok(body.to_bytes())
 }
 
-/// The real server takes any text for a cursor and then finds nothing; an error helps more.
+/// Parses a cursor. The real server accepts an invalid cursor and finds no jobs, but an error is more helpful.
 fn cursor(id: &str) -> Result<JobId, Rejection> {
     JobId::parse(id).ok_or_else(|| Rejection::BadRequest(format!("invalid job ID: {id:?}")))
 }
 
-/// Reads the query of a route that knows no pages.
+/// Parses a query that has only filters, for the routes without pages.
 fn only_filter(query: &str) -> Result<Filter, Rejection> {
     let mut fields = Fields::parse(query, &FILTERS).map_err(|e| Rejection::bad_query(&e))?;
     filter(&mut fields)
 }
 
-/// Reads the filters, once the fields of a page are taken out.
+/// Parses the filters among the fields of a query. Refuses invalid ids and jq filters.
 fn filter(fields: &mut Fields) -> Result<Filter, Rejection> {
     let filter = Filter::parse(fields).map_err(|e| Rejection::bad_query(&e))?;
     filter.check_ids().map_err(Rejection::BadRequest)?;
@@ -331,7 +331,7 @@ fn filter(fields: &mut Fields) -> Result<Filter, Rejection> {
     Ok(filter)
 }
 
-/// Refuses a jq filter. Ignoring it would answer, change or delete jobs that were not meant.
+/// Refuses a jq filter. If it were ignored, the request would also match jobs that the filter excludes.
 fn check_no_jq(fields: &mut Fields) -> Result<(), Rejection> {
     match fields.text("filter") {
         Some(_) => Err(Rejection::BadRequest("invalid filter: jq needs a real server".to_owned())),

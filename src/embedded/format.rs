@@ -1,7 +1,7 @@
 //! Formats: JSON and MessagePack for bodies, and the three framings of a take stream.
 //!
-//! A header is searched for the name of a type, as the real server does: parameters and weights
-//! do not count, and MessagePack wins over JSON.
+//! As on the real server, a header is only searched for the names of media types. Parameters and
+//! weights are ignored, and MessagePack wins over JSON.
 
 use hyper::HeaderMap;
 use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderName};
@@ -18,12 +18,12 @@ const NDJSON: &str = "application/x-ndjson";
 const MSGPACK_STREAM: &str = "application/vnd.zizq.msgpack-stream";
 const ANY: &str = "*/*";
 
-/// Types of bodies, in both directions.
+/// The media types of request and response bodies.
 const BODIES: &[&str] = &[JSON, MSGPACK];
-/// Types of take streams.
+/// The media types of take streams.
 const STREAMS: &[&str] = &[EVENTS, NDJSON, MSGPACK_STREAM];
 
-/// A format of bodies.
+/// The format of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     Json,
@@ -31,7 +31,7 @@ pub(super) enum Format {
 }
 
 impl Format {
-    /// Finds the format for the answer. Without an `accept` header, it is JSON.
+    /// Returns the format for the answer. Without an `accept` header, the format is JSON.
     pub(super) fn accepted(headers: &HeaderMap) -> Result<Self, Rejection> {
         match header(headers, ACCEPT) {
             None => Ok(Self::Json),
@@ -41,7 +41,7 @@ impl Format {
         }
     }
 
-    /// Finds the format of the request's body; JSON if the client does not say.
+    /// Returns the format of the request's body. Without a `content-type` header, the format is JSON.
     pub(super) fn of_body(headers: &HeaderMap) -> Result<Self, Rejection> {
         match header(headers, CONTENT_TYPE) {
             None => Ok(Self::Json),
@@ -51,7 +51,7 @@ impl Format {
         }
     }
 
-    /// The value of `content-type`.
+    /// Returns the value for the `content-type` header.
     pub(super) fn media_type(self) -> &'static str {
         match self {
             Self::Json => JSON,
@@ -59,7 +59,7 @@ impl Format {
         }
     }
 
-    /// Reads a body.
+    /// Deserializes a body.
     pub(super) fn read<T: DeserializeOwned>(self, bytes: &[u8]) -> Result<T, Rejection> {
         let value = match self {
             Self::Json => serde_json::from_slice(bytes).map_err(|error| format!("invalid JSON: {error}")),
@@ -68,9 +68,9 @@ impl Format {
         value.map_err(Rejection::BadRequest)
     }
 
-    /// Writes a body.
+    /// Serializes a body.
     pub(super) fn write(self, value: &impl Serialize) -> Vec<u8> {
-        // Every value here has string keys and writes into memory, which cannot fail.
+        // Cannot fail, because all map keys are strings, and the output goes to memory.
         match self {
             Self::Json => serde_json::to_vec(value).unwrap_or_default(),
             Self::MsgPack => rmp_serde::to_vec_named(value).unwrap_or_default(),
@@ -78,19 +78,19 @@ impl Format {
     }
 }
 
-/// A framing of a take stream.
+/// The framing of a take stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StreamFormat {
     /// Server-sent events; a heartbeat is a comment.
     Events,
     /// A line of JSON for each job; a heartbeat is an empty line.
     Lines,
-    /// MessagePack behind its length in four bytes, the highest first; a heartbeat is a length of zero.
+    /// MessagePack after its length as a big-endian `u32`; a heartbeat is a length of zero.
     Frames,
 }
 
 impl StreamFormat {
-    /// Finds the framing for the stream. Without an `accept` header, it is lines.
+    /// Returns the framing for the stream. Without an `accept` header, the framing is lines of JSON.
     pub(super) fn accepted(headers: &HeaderMap) -> Result<Self, Rejection> {
         let Some(types) = header(headers, ACCEPT) else { return Ok(Self::Lines) };
         let has = |names: &[&str]| names.iter().any(|name| types.contains(name));
@@ -105,7 +105,7 @@ impl StreamFormat {
         }
     }
 
-    /// The value of `content-type`.
+    /// Returns the value for the `content-type` header.
     pub(super) fn media_type(self) -> &'static str {
         match self {
             Self::Events => EVENTS,
@@ -114,7 +114,7 @@ impl StreamFormat {
         }
     }
 
-    /// The message that tells a client that the server is alive, and the server that a client is not.
+    /// Returns a heartbeat. It shows the client that the server is alive, and fails to send if the client is dead.
     pub(super) fn heartbeat(self) -> &'static [u8] {
         match self {
             Self::Events => b": heartbeat\n\n",
@@ -131,7 +131,7 @@ impl StreamFormat {
             Self::Lines => wrap(b"", &Format::Json.write(&job), b"\n", chunk),
             Self::Frames => {
                 let body = Format::MsgPack.write(&job);
-                // A body has at most `MAX_BODY_BYTES`, which is far below the largest length.
+                // The length of a job from a request fits, because `MAX_BODY_BYTES` is far below `u32::MAX`.
                 let length = u32::try_from(body.len()).unwrap_or_default();
                 wrap(&length.to_be_bytes(), &body, b"", chunk);
             }
@@ -139,14 +139,14 @@ impl StreamFormat {
     }
 }
 
-/// Appends a body between its head and its tail.
+/// Appends `head`, `body` and `tail` to a chunk.
 fn wrap(head: &[u8], body: &[u8], tail: &[u8], chunk: &mut Vec<u8>) {
     for part in [head, body, tail] {
         chunk.extend_from_slice(part);
     }
 }
 
-/// Reads a header's text; one that is not text matches no type.
+/// Returns a header's text. A header that is not text becomes empty, so it matches no type.
 fn header(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name).map(|value| value.to_str().unwrap_or_default())
 }

@@ -1,7 +1,7 @@
 //! Job ids: 25 characters that sort by the time of the enqueue.
 //!
-//! To a client they are opaque, but they look like the real server's, length and alphabet
-//! included: `GET /jobs?id=` refuses anything else.
+//! Ids are opaque to clients, but have the length and the alphabet of the real server's ids.
+//! `GET /jobs?id=` refuses any other text.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 const LENGTH: usize = 25;
 const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
 
-/// One job's id. Its order is the order of enqueueing, and so the order within a priority.
+/// The id of a job. Ids sort in the order of enqueueing, which is also the order of ready jobs with the same priority.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct JobId([u8; LENGTH]);
 
@@ -22,13 +22,13 @@ impl JobId {
         bytes.iter().all(is_digit).then_some(Self(bytes))
     }
 
-    /// The id in text.
+    /// Returns the id as text.
     pub(super) fn as_str(&self) -> &str {
-        // Both constructors write nothing but ASCII digits and letters.
+        // Cannot fail, because both constructors allow only ASCII digits and letters.
         std::str::from_utf8(&self.0).unwrap_or_default()
     }
 
-    /// Writes `number` in base 36; 25 digits hold every `u128`.
+    /// Writes `number` in base 36. Every `u128` fits into 25 digits.
     fn from_number(mut number: u128) -> Self {
         let mut bytes = [b'0'; LENGTH];
         for byte in bytes.iter_mut().rev() {
@@ -57,7 +57,7 @@ impl Serialize for JobId {
     }
 }
 
-/// The source of ids: 48 bits of time, 48 bits of a counter, 32 random bits.
+/// The source of ids. An id is 48 bits of time, 48 bits of a counter and 32 random bits.
 #[derive(Debug, Default)]
 pub(super) struct IdSource {
     latest: u64,
@@ -65,7 +65,8 @@ pub(super) struct IdSource {
 }
 
 impl IdSource {
-    /// Returns the next id. If the clock steps back, the last time is used, otherwise the queue would be reordered.
+    /// Returns the next id. If the clock has stepped back, the latest time so far is used, otherwise the new job would sort
+    /// before older ones.
     pub(super) fn next(&mut self, now: u64) -> JobId {
         self.latest = self.latest.max(now);
         self.count += 1;

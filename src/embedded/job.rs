@@ -10,29 +10,29 @@ use super::id::JobId;
 use super::options::Backoff;
 use super::payload::Payload;
 
-/// Where a job is in its life. The order is the order of that life.
+/// The status of a job. The variants are in the order in which a job goes through them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
-    /// Waits for its `ready_at`.
+    /// The job waits until its `ready_at`.
     Scheduled,
-    /// Goes to the next worker.
+    /// The job waits for a worker.
     Ready,
-    /// A worker has it.
+    /// A worker has taken the job and not yet reported it.
     InFlight,
-    /// Done, and kept for a while.
+    /// The job has succeeded, and is kept until its `purge_at`.
     Completed,
-    /// Given up, and kept for a while.
+    /// The job has failed without a further retry, and is kept until its `purge_at`.
     Dead,
 }
 
 impl Status {
-    /// Whether nothing more happens to the job.
+    /// Reports whether the job is completed or dead.
     pub(super) fn is_finished(self) -> bool {
         matches!(self, Self::Completed | Self::Dead)
     }
 
-    /// Returns the name on the wire, in answers and in filters.
+    /// Returns the name of the status in answers and in filters.
     fn name(self) -> &'static str {
         match self {
             Self::Scheduled => "scheduled",
@@ -60,13 +60,13 @@ impl FromStr for Status {
     }
 }
 
-/// The fields of a job that its producer sets. Clones of the job share them until a patch.
+/// The fields of a job that its producer sets. Clones of a job share one `Spec`, which a patch copies before it changes it.
 #[derive(Debug, Clone)]
 pub(super) struct Spec {
-    /// `type` on the wire, which is a keyword here.
+    /// The field `type` of the API, renamed because `type` is a keyword in Rust.
     pub(super) kind: String,
     pub(super) queue: String,
-    /// 0 is the most urgent.
+    /// The priority, from 0 for the most urgent jobs.
     pub(super) priority: u16,
     pub(super) payload: Payload,
     // `None` in the next three fields means the server's default.
@@ -76,7 +76,7 @@ pub(super) struct Spec {
     pub(super) unique: Option<Unique>,
 }
 
-/// One job. Cheap to clone, so that JSON is written outside the store's lock.
+/// A job. Clones are cheap, so that a job can be cloned under the store's lock and serialized outside it.
 #[derive(Debug, Clone)]
 pub(super) struct Job {
     pub(super) id: JobId,
@@ -84,24 +84,24 @@ pub(super) struct Job {
     pub(super) status: Status,
     /// The time from which the job is ready. A retry changes the time, a requeue does not.
     pub(super) ready_at: u64,
-    /// How many attempts have failed. A closed connection is not a failed attempt.
+    /// The number of failed attempts. A closed connection is not a failed attempt.
     pub(super) attempts: u32,
-    /// The time at which a worker took the latest attempt. A requeue keeps it, as on the real server.
+    /// The time at which a worker last took the job. As on the real server, a requeue does not clear this time.
     pub(super) dequeued_at: Option<u64>,
     pub(super) failed_at: Option<u64>,
     pub(super) completed_at: Option<u64>,
-    /// When a finished job is forgotten.
+    /// The time at which a finished job is removed.
     pub(super) purge_at: Option<u64>,
 }
 
 impl Job {
-    /// Returns the place in the ready queue: by priority, then by age. A requeued job keeps its place.
+    /// Returns the job's sort key in the ready queue: priority, then age. A requeued job thus returns to its old position.
     pub(super) fn place(&self) -> (u16, JobId) {
         (self.spec.priority, self.id)
     }
 }
 
-/// A job's own backoff, in its wire form.
+/// A job's own backoff, as in the API.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct JobBackoff {
     exponent: f32,
@@ -116,7 +116,7 @@ impl From<JobBackoff> for Backoff {
     }
 }
 
-/// A job's own retention, in its wire form.
+/// A job's own retention, as in the API.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct Retention {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -125,28 +125,28 @@ pub(super) struct Retention {
     pub(super) dead_ms: Option<u64>,
 }
 
-/// A unique key. No second job with the key is enqueued while the first is within the scope.
+/// A unique key. The job is not enqueued while another job with the same key has a status that `scope` covers.
 #[derive(Debug, Clone)]
 pub(super) struct Unique {
     pub(super) key: String,
     pub(super) scope: UniqueScope,
 }
 
-/// The states in which a job blocks a new job with the same key. The new job's scope applies.
+/// The statuses in which a job blocks a new job with the same key. The new job's scope applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum UniqueScope {
-    /// Until a worker has it.
+    /// Scheduled or ready.
     #[default]
     Queued,
-    /// Until it is done or dead.
+    /// Scheduled, ready or in flight.
     Active,
-    /// As long as it is kept at all.
+    /// Any status, until the job is removed.
     Exists,
 }
 
 impl UniqueScope {
-    /// Whether a job of this status keeps a newcomer out. Relies on the order of [`Status`].
+    /// Reports whether a job with the status `other` blocks a new job with the same key. Relies on the order of [`Status`].
     pub(super) fn covers(self, other: Status) -> bool {
         match self {
             Self::Queued => other <= Status::Ready,
@@ -169,10 +169,10 @@ impl FromStr for UniqueScope {
     }
 }
 
-/// One failed attempt, as `GET /jobs/{id}/errors` shows it.
+/// A failed attempt, as in the answer to `GET /jobs/{id}/errors`.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct ErrorRecord {
-    /// From 1, so it is the job's `attempts` after the failure.
+    /// The number of the attempt, counted from 1: the job's `attempts` after the failure.
     pub(super) attempt: u32,
     pub(super) message: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,8 +183,8 @@ pub(super) struct ErrorRecord {
     pub(super) failed_at: u64,
 }
 
-/// A job in an answer, with the real server's field names, in its order. A field without a value
-/// is absent rather than null, and official clients rely on that.
+/// A job in an answer, with the field names and the field order of the real server. A field without
+/// a value is absent rather than null, because official clients rely on its absence.
 #[derive(Debug, Serialize)]
 pub(super) struct JobView<'a> {
     id: JobId,
@@ -222,12 +222,12 @@ pub(super) struct JobView<'a> {
 }
 
 impl<'a> JobView<'a> {
-    /// The whole job, as a stream or a look-up shows it.
+    /// Returns the view of a whole job, for take streams and look-ups.
     pub(super) fn full(job: &'a Job) -> Self {
         Self { payload: Some(&job.spec.payload), ..Self::bare(job) }
     }
 
-    /// Without the payload, as a failure report answers.
+    /// Returns the view without the payload, for the answers to failures and patches.
     pub(super) fn bare(job: &'a Job) -> Self {
         let spec = &*job.spec;
         let unique = spec.unique.as_ref();
@@ -254,7 +254,7 @@ impl<'a> JobView<'a> {
         }
     }
 
-    /// As an enqueue answers. Nothing is ever folded: that takes jq.
+    /// Returns the view for the answer to an enqueue. `folded` is always false, because folding needs jq.
     pub(super) fn enqueued(job: &'a Job, duplicate: bool) -> Self {
         Self { duplicate: Some(duplicate), folded: Some(false), ..Self::bare(job) }
     }

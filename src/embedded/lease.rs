@@ -1,7 +1,7 @@
-//! Leases: which stream holds which jobs in flight.
+//! Leases: the open streams, and the jobs in flight that each stream holds.
 //!
-//! A job is in flight exactly as long as a stream holds it. Streams are indexed by job as well, because reports name only the
-//! job.
+//! A job is in flight exactly as long as a stream holds it. Streams are indexed by job as well, because a report names only
+//! the job.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,15 +13,15 @@ pub(super) struct LeaseId(u64);
 
 #[derive(Debug)]
 struct Lease {
-    /// 0 means as many as the client reads.
+    /// The maximum number of held jobs; 0 means no limit.
     prefetch: usize,
-    /// None means all queues.
+    /// The queues whose jobs the stream takes; empty means all queues.
     queues: Vec<String>,
-    /// Jobs that were sent and are not yet reported.
+    /// The jobs that were taken by the stream and are not yet reported.
     held: HashSet<JobId>,
 }
 
-/// The open streams, and for every job in flight the one that holds it.
+/// The open streams, and for each job in flight the stream that holds it.
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     open: HashMap<LeaseId, Lease>,
@@ -30,7 +30,7 @@ pub(super) struct Leases {
 }
 
 impl Leases {
-    /// Opens a lease that holds nothing yet.
+    /// Opens a lease that holds no job yet.
     pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
         self.count += 1;
         let id = LeaseId(self.count);
@@ -44,14 +44,14 @@ impl Leases {
         self.holders.len()
     }
 
-    /// The queues that a stream may be given a job of, if it is open and has room.
+    /// Returns the queues of a stream, or `None` if the stream is closed or holds as many jobs as its prefetch allows.
     pub(super) fn open_for(&self, id: LeaseId) -> Option<&[String]> {
         let lease = self.open.get(&id)?;
         let has_room = lease.prefetch == 0 || lease.held.len() < lease.prefetch;
         has_room.then_some(&lease.queues)
     }
 
-    /// Records that a stream holds a job. Ignores a closed stream, because the job would be lost.
+    /// Records that a stream holds a job. Ignores a closed stream, because it would never release the job.
     pub(super) fn hold(&mut self, id: LeaseId, job: JobId) {
         if let Some(lease) = self.open.get_mut(&id) {
             lease.held.insert(job);

@@ -1,30 +1,30 @@
-//! [`Options`]: the settings of the real server's flags, with its defaults.
+//! [`Options`]: the settings that the real server takes as flags, with the same defaults.
 
 use std::time::Duration;
 
-/// The real server's `--heartbeat-interval`.
+/// The default of the real server's `--heartbeat-interval`.
 const DEFAULT_HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
-/// The real server's `--global-in-flight-limit`.
+/// The default of the real server's `--global-in-flight-limit`.
 const DEFAULT_IN_FLIGHT_LIMIT: usize = 1024;
-/// The real server's `--default-retry-limit`.
+/// The default of the real server's `--default-retry-limit`.
 const DEFAULT_RETRY_LIMIT: u32 = 25;
-/// The real server's `--default-dead-job-retention`: a week to look into a failure.
+/// The default of the real server's `--default-dead-job-retention`: a week to look into a failure.
 const DEFAULT_DEAD_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// The settings for jobs without their own.
+/// The settings of a server. A job's own retry limit, backoff and retention override those here.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The silence of a take stream after which a heartbeat is sent.
+    /// The time without a job after which a take stream sends a heartbeat.
     pub heartbeat_interval: Duration,
-    /// How many jobs may be in flight over all connections; 0 means no limit.
+    /// The maximum number of jobs in flight over all connections; 0 means no limit.
     pub in_flight_limit: usize,
-    /// A job whose `attempts` exceed this is dead.
+    /// The maximum number of retries. A job whose `attempts` exceed this number is dead.
     pub retry_limit: u32,
-    /// How long a failed job waits for its next attempt.
+    /// The wait of a failed job before its next attempt.
     pub backoff: Backoff,
-    /// How long a completed job stays visible; zero removes it at once.
+    /// The time for which a completed job is kept; zero removes the job at once.
     pub completed_retention: Duration,
-    /// How long a dead job stays visible; zero removes it at once.
+    /// The time for which a dead job is kept; zero removes the job at once.
     pub dead_retention: Duration,
 }
 
@@ -44,11 +44,11 @@ impl Default for Options {
 /// The wait before a retry: `base + attempts^exponent s + rand(0..jitter) × attempts`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Backoff {
-    /// The least wait.
+    /// The constant part of the wait.
     pub base: Duration,
     /// The exponent of the number of failed attempts.
     pub exponent: f32,
-    /// The random part, per attempt.
+    /// The maximum of the random part, which is multiplied by the number of failed attempts.
     pub jitter: Duration,
 }
 
@@ -59,18 +59,18 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// The wait after `attempts` failures, in milliseconds. `chance` is from 0 to 1, and an
-    /// argument so that the state machine stays a pure function of what it is given.
+    /// Returns the wait after `attempts` failures, in milliseconds. `chance`, from 0 to 1, is the
+    /// random factor of the jitter. It is an argument so that tests can choose it.
     pub(super) fn delay_ms(&self, attempts: u32, chance: f64) -> u64 {
         let attempts = f64::from(attempts);
         let growth = attempts.powf(f64::from(self.exponent)) * 1000.0;
         let jitter = chance * millis(self.jitter) as f64 * attempts;
-        // A float cast saturates, so an absurd exponent means "never" and not an overflow.
+        // The cast saturates, so a huge exponent gives `u64::MAX` and not an overflow.
         (millis(self.base) as f64 + growth + jitter) as u64
     }
 }
 
-/// A duration in the protocol's unit.
+/// Returns a duration in milliseconds, the protocol's unit.
 pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,7 +1,7 @@
-//! Orders: what a producer asks for in `POST /jobs`, and what is refused.
+//! Orders: the requests of producers to enqueue jobs, and their checks.
 //!
-//! Everything is checked before the store is touched, so that a bulk is accepted whole or not at
-//! all without ever taking anything back.
+//! Every job of a bulk is checked before the first one is stored, so that a bulk is accepted or
+//! refused as a whole without a rollback.
 
 use std::fmt;
 
@@ -11,16 +11,16 @@ use serde::de::IgnoredAny;
 use super::job::{JobBackoff, Retention, Spec, Unique};
 use super::payload::Payload;
 
-/// The middle of the range, as in the real server.
+/// The real server's default: the middle of the range.
 const DEFAULT_PRIORITY: u16 = 32_768;
-/// Reserved by the real server for patterns to come.
+/// The characters that the real server reserves for future patterns.
 const RESERVED: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
 
 /// A checked request for one job.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) spec: Spec,
-    /// Time of the first attempt. The job is ready at once if this time is absent or past.
+    /// The earliest time of the first attempt. The job is ready at once if this time is absent or past.
     pub(super) ready_at: Option<u64>,
 }
 
@@ -31,16 +31,16 @@ pub(super) struct EnqueueRequest {
     kind: String,
     queue: String,
     priority: Option<u16>,
-    /// Required, though it may be null: a job without a payload is most likely a mistake.
+    /// The payload, which may be null but not absent, because a request without it is most likely a mistake.
     payload: Payload,
     ready_at: Option<u64>,
     retry_limit: Option<u32>,
     backoff: Option<JobBackoff>,
     retention: Option<Retention>,
     unique_key: Option<String>,
-    /// Text until it is checked, for an error that names the values that would do.
+    /// The scope as text, so that the error for an unknown scope is the one of `UniqueScope`, which lists the valid values.
     unique_while: Option<String>,
-    /// Presence of a batch; the contents are ignored.
+    /// The batch of a batched job. Only its presence matters, because such a job is refused.
     batch: Option<IgnoredAny>,
 }
 
@@ -50,17 +50,17 @@ pub(super) struct BulkRequest {
     pub(super) jobs: Vec<EnqueueRequest>,
 }
 
-/// The reason why an order is refused. Each kind has its own status.
+/// The reason why an order is refused. Each variant has its own HTTP status.
 #[derive(Debug, PartialEq)]
 pub(super) enum OrderError {
-    /// The request is wrong.
+    /// The request is invalid.
     Invalid(String),
-    /// The request is right, but only a real server supports it.
+    /// The request is valid, but only a real server supports it.
     Unsupported(String),
 }
 
 impl OrderError {
-    /// Adds the index of the job in a bulk to the error.
+    /// Adds the job's index in the bulk to the text of an `Invalid` error.
     pub(super) fn at(self, index: usize) -> Self {
         match self {
             Self::Invalid(text) => Self::Invalid(format!("jobs[{index}]: {text}")),
@@ -77,7 +77,7 @@ impl fmt::Display for OrderError {
 }
 
 impl EnqueueRequest {
-    /// Checks the request, in the real server's order.
+    /// Checks the fields in the real server's order, so that a request with several errors gets the same answer from both.
     pub(super) fn into_order(self) -> Result<Order, OrderError> {
         check_name("type", &self.kind).map_err(OrderError::Invalid)?;
         check_name("queue", &self.queue).map_err(OrderError::Invalid)?;
@@ -118,7 +118,7 @@ pub(super) fn check_name(field: &str, name: &str) -> Result<(), String> {
     }
 }
 
-/// The unique key, if one is asked for. A scope alone would silently not be unique at all.
+/// Returns the unique key, if the request has one. A scope without a key is refused, because it would have no effect.
 fn unique(key: Option<String>, scope: Option<String>, is_batch: bool) -> Result<Option<Unique>, OrderError> {
     let invalid = |text: &str| OrderError::Invalid(text.to_owned());
     if scope.is_some() && key.is_none() {

@@ -1,7 +1,7 @@
 //! Pages: a limit, a direction and a cursor, and the links to the pages on either side.
 //!
-//! A cursor is the key of the last item seen, not an offset: jobs come and go between two pages,
-//! and an offset would then skip some or show some twice.
+//! A cursor is the key of an item, not an offset. Jobs are added and removed between two requests,
+//! so an offset would skip some jobs and repeat others.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,10 +12,10 @@ use super::query::Fields;
 
 /// The real server's default for `limit`.
 const DEFAULT_LIMIT: u16 = 50;
-/// The real server's largest page.
+/// The real server's maximum of `limit`.
 const MAX_LIMIT: u16 = 2000;
 
-/// Which way a list runs: oldest or newest first.
+/// The order of a list: oldest first or newest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Direction {
     #[default]
@@ -24,7 +24,7 @@ pub(super) enum Direction {
 }
 
 impl Direction {
-    /// The way back, for the link to the page before.
+    /// Returns the opposite direction, for the link to the previous page.
     fn reverse(self) -> Self {
         match self {
             Self::Asc => Self::Desc,
@@ -57,32 +57,32 @@ impl fmt::Display for Direction {
 /// The requested page of a list. The item at the cursor is not on the page.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PageRequest<C> {
-    /// Where the page starts; absent on the first one.
+    /// The key of the item before the page; absent on the first page.
     pub(super) cursor: Option<C>,
     pub(super) direction: Direction,
     pub(super) limit: u16,
 }
 
-/// Where the page is, and the pages on either side of it.
+/// The links to the page itself, to the next page and to the previous page.
 #[derive(Debug, Serialize, PartialEq)]
 pub(super) struct Links {
     #[serde(rename = "self")]
     this: String,
-    /// Null on the last page, which is how a client knows to stop.
+    /// Null on the last page, so that a client knows where to stop.
     next: Option<String>,
-    /// Null on the first page.
+    /// Null on the first page, and on an empty page.
     prev: Option<String>,
 }
 
 impl<C: Copy + fmt::Display> PageRequest<C> {
-    /// Reads `order` and `limit`. The caller parses the cursor.
+    /// Parses `order` and `limit`. The caller has parsed the cursor.
     pub(super) fn parse(fields: &mut Fields, cursor: Option<C>) -> Result<Self, String> {
         let direction = fields.value("order")?.unwrap_or_default();
         let limit = fields.value("limit")?.unwrap_or(DEFAULT_LIMIT);
         Ok(Self { cursor, direction, limit })
     }
 
-    /// The text of the error for a limit that is a number but not a useful one.
+    /// Checks that `limit` is within its range. The error is the text of a 400 answer.
     pub(super) fn check_limit(&self) -> Result<(), String> {
         if (1..=MAX_LIMIT).contains(&self.limit) {
             return Ok(());
@@ -90,12 +90,12 @@ impl<C: Copy + fmt::Display> PageRequest<C> {
         Err(format!("limit must be between 1 and {MAX_LIMIT}"))
     }
 
-    /// Returns the number of items to fetch: one more than the page has, to detect a next page.
+    /// Returns the number of items to fetch: one more than the page's limit, to detect a next page.
     pub(super) fn reach(&self) -> usize {
         usize::from(self.limit) + 1
     }
 
-    /// Cuts `items` to the page and links it. `filters` are repeated in every link.
+    /// Truncates `items` to the page's limit, and returns the page's links. `filters` is appended to every link.
     pub(super) fn cut<T>(&self, items: &mut Vec<T>, cursor_of: impl Fn(&T) -> C, path: &str, filters: &str) -> Links {
         let has_more = items.len() > usize::from(self.limit);
         items.truncate(self.limit.into());

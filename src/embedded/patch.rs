@@ -10,8 +10,8 @@ use super::id::JobId;
 use super::job::{Job, JobBackoff, Retention, Spec, Status};
 use super::order::check_name;
 
-/// The body of `PATCH /jobs` and `PATCH /jobs/{id}`. Unknown fields are ignored, as the real
-/// server does: a type and a payload never change.
+/// The body of `PATCH /jobs` and `PATCH /jobs/{id}`. Unknown fields are ignored, as on the real
+/// server. A patch cannot change a job's type or payload.
 #[derive(Debug, Deserialize)]
 pub(super) struct PatchRequest {
     #[serde(default, deserialize_with = "present")]
@@ -28,7 +28,7 @@ pub(super) struct PatchRequest {
     retention: Option<Option<RetentionPatch>>,
 }
 
-/// A patch within a patch: a retention's fields are kept and cleared one by one.
+/// The patch of a retention, whose fields are kept, set or cleared independently.
 #[derive(Debug, Clone, Copy, Deserialize)]
 struct RetentionPatch {
     #[serde(default, deserialize_with = "present")]
@@ -37,7 +37,7 @@ struct RetentionPatch {
     dead_ms: Option<Option<u64>>,
 }
 
-/// A patch, checked. Where there are two levels of `Option`, the inner `None` clears the field.
+/// A checked patch. An outer `None` keeps the field. In a field with two levels of `Option`, the inner `None` clears it.
 #[derive(Debug)]
 pub(super) struct Patch {
     queue: Option<String>,
@@ -48,7 +48,7 @@ pub(super) struct Patch {
     retention: Option<Option<RetentionPatch>>,
 }
 
-/// The reason why a job is not patched.
+/// The reason why a job was not patched.
 #[derive(Debug, PartialEq)]
 pub(super) enum PatchError {
     NoSuchJob,
@@ -56,7 +56,7 @@ pub(super) enum PatchError {
     Finished(JobId, Status),
 }
 
-/// Reads a field that is present, as null or as a value. serde's default is for an absent field.
+/// Deserializes a field that is present, null or not, to `Some`. An absent field becomes `None` through `serde(default)`.
 fn present<'de, T, D>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
 where
     T: Deserialize<'de>,
@@ -66,7 +66,7 @@ where
 }
 
 impl PatchRequest {
-    /// Checks the request; the error is the text of a 422.
+    /// Checks the request. The error is the text of a 422 answer.
     pub(super) fn into_patch(self) -> Result<Patch, String> {
         let Self { queue, priority, ready_at, retry_limit, backoff, retention } = self;
         let queue = set("queue", queue)?;
@@ -78,7 +78,7 @@ impl PatchRequest {
     }
 }
 
-/// Unwraps a field that has no default to return to.
+/// Returns the value of a field that must not be null.
 fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, String> {
     match field {
         Some(None) => Err(format!("{name} cannot be null")),
@@ -87,12 +87,12 @@ fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, String> {
 }
 
 impl Patch {
-    /// Changes a job that is not finished; its place in the indexes is up to the caller.
+    /// Changes a job that is not finished. The caller updates the indexes of the state.
     pub(super) fn apply(&self, job: &mut Job, now: u64) {
         self.apply_to_spec(Arc::make_mut(&mut job.spec));
         match self.ready_at {
             None => {}
-            // Clearing means "now", which only a scheduled job can become.
+            // A null means "ready now". Only a scheduled job changes, because other jobs were ready already.
             Some(None) if job.status == Status::Scheduled => {
                 job.ready_at = now;
                 job.status = Status::Ready;
@@ -100,7 +100,7 @@ impl Patch {
             Some(None) => {}
             Some(Some(time)) => {
                 job.ready_at = time;
-                // A job in flight stays there; the time counts for nothing until it is shown.
+                // A job in flight stays in flight, whatever the new time is.
                 if job.status != Status::InFlight {
                     job.status = if time > now { Status::Scheduled } else { Status::Ready };
                 }
@@ -108,7 +108,7 @@ impl Patch {
         }
     }
 
-    /// Changes the fields that the producer has chosen.
+    /// Changes the fields that the job's producer has set.
     fn apply_to_spec(&self, spec: &mut Spec) {
         if let Some(queue) = &self.queue {
             spec.queue.clone_from(queue);
@@ -123,7 +123,7 @@ impl Patch {
 }
 
 impl RetentionPatch {
-    /// Merges into a retention; one without any field is none at all.
+    /// Merges the patch into a retention. Returns `None` if no field is set in the result.
     fn apply(self, retention: Option<Retention>) -> Option<Retention> {
         let old = retention.unwrap_or(Retention { completed_ms: None, dead_ms: None });
         let new = Retention {

@@ -1,7 +1,7 @@
-//! Payloads: the producer's own JSON, whatever format it came in.
+//! Payloads: the data of a job, stored as JSON.
 //!
-//! A payload in JSON keeps its bytes, so that nothing here reorders keys or rounds numbers. One in
-//! MessagePack becomes JSON as it arrives, because workers and the other clients read JSON.
+//! A payload that arrives as JSON keeps its text, so that keys are not reordered and numbers are not
+//! rounded. A payload that arrives as MessagePack is converted, so that only one format is stored.
 
 use std::sync::Arc;
 
@@ -11,19 +11,19 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
-/// A payload on one line. Clones share it.
+/// A payload as JSON on one line. Clones share the text.
 #[derive(Debug, Clone)]
 pub(super) struct Payload(Arc<RawValue>);
 
 impl Payload {
-    /// Checks that every format can hold the payload. The real server refuses the rest as well:
-    /// numbers beyond 64 bits of float, half surrogates, and more than 127 levels.
+    /// Checks that the payload can be written in every format. As the real server does, refuses
+    /// numbers beyond the range of `f64`, lone surrogates, and more than 127 levels of nesting.
     fn check(text: Box<RawValue>) -> Result<Self, serde_json::Error> {
         serde_json::from_str::<Value>(text.get())?;
         Ok(Self(on_one_line(text).into()))
     }
 
-    /// The JSON.
+    /// Returns the JSON text.
     pub(super) fn get(&self) -> &str {
         self.0.get()
     }
@@ -50,8 +50,9 @@ impl Serialize for Payload {
     }
 }
 
-/// Makes the payload one line, as NDJSON and server-sent events need. A line break in JSON is
-/// white space between tokens: inside a string it must be escaped.
+/// Replaces line breaks with spaces, because a job is one line in NDJSON and in server-sent events.
+/// The payload keeps its meaning: line breaks in JSON strings are escaped, so the replaced ones are
+/// white space between tokens.
 fn on_one_line(payload: Box<RawValue>) -> Box<RawValue> {
     if !payload.get().contains(['\n', '\r']) {
         return payload;

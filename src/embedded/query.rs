@@ -1,4 +1,4 @@
-//! Queries: the fields after the `?`, and the filters that they spell.
+//! Queries: the fields after the `?` of a url, and the job filters in them.
 //!
 //! An unknown field is an error, as on the real server. Otherwise `DELETE /jobs` with a misspelt filter would delete all jobs.
 
@@ -13,19 +13,19 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 use super::id::JobId;
 use super::job::{Job, Status};
 
-/// The fields by which jobs are chosen.
+/// The names of the fields that filter jobs.
 pub(super) const FILTERS: [&str; 8] = ["id", "status", "queue", "type", "priority", "ready_at", "attempts", "filter"];
 
 /// The characters that are escaped in a link: all but the unreserved characters and the comma of a list. The real
-/// server leaves names as they are, and its links to a queue with a space in its name are broken.
+/// server does not escape names, so its link for a queue with a space in the name is broken.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b',');
 
-/// A query's fields, each at most once and each of them known.
+/// The fields of a query. Each field is known, and occurs at most once.
 #[derive(Debug)]
 pub(super) struct Fields(BTreeMap<String, String>);
 
 impl Fields {
-    /// Reads a query of which only the `known` fields make sense.
+    /// Parses a query. A field that is not in `known`, or occurs twice, is an error.
     pub(super) fn parse(query: &str, known: &[&str]) -> Result<Self, String> {
         let mut fields = BTreeMap::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -41,28 +41,28 @@ impl Fields {
         Ok(Self(fields))
     }
 
-    /// A field as it is. Taken out, like all the others here, because each is read once.
+    /// Removes a field and returns its text.
     pub(super) fn text(&mut self, name: &str) -> Option<String> {
         self.0.remove(name)
     }
 
-    /// A field that is one number or one word.
+    /// Removes a field and parses it as a single value.
     pub(super) fn value<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Option<T>, String> {
         let parse = |text: String| text.parse().map_err(|error| format!("{name}: {error}"));
         self.text(name).map(parse).transpose()
     }
 
-    /// The elements of a comma list; empty ones don't count. No name can contain a comma, so the
-    /// list can be split after its percent-decoding.
+    /// Removes a field and parses it as a comma-separated list, without empty elements. The list can
+    /// be split after percent-decoding, because no element can contain a comma.
     pub(super) fn list<T: FromStr<Err: Display> + Ord>(&mut self, name: &str) -> Result<BTreeSet<T>, String> {
-        // `status=` is the same as no status at all, as in the real server.
+        // As on the real server, an empty field such as `status=` is the same as no field.
         let text = self.text(name).unwrap_or_default();
         let elements = text.split(',').filter(|element| !element.is_empty());
         let parse = |element: &str| element.parse().map_err(|error| format!("{name}: {error}"));
         elements.map(parse).collect()
     }
 
-    /// Reads a range of numbers up to `max`; empty text is no range.
+    /// Removes a field and parses it as a range of numbers up to `max`. An empty field is the same as no field.
     fn range(&mut self, name: &str, max: impl Into<u64>) -> Result<Option<Range>, String> {
         match self.text(name).filter(|text| !text.is_empty()) {
             Some(text) => Range::parse(&text, max.into()).map(Some).map_err(|error| format!("{name}: {error}")),
@@ -71,16 +71,16 @@ impl Fields {
     }
 }
 
-/// A range of numbers with both ends in it: `5`, `5..9`, `5..` or `..9`.
+/// A range of numbers that includes both ends: `5`, `5..9`, `5..` or `..9`.
 #[derive(Debug, Clone, PartialEq)]
 struct Range {
     numbers: RangeInclusive<u64>,
-    /// The largest number of the field's type, and the high end of an open range.
+    /// The largest number of the field's type, which is also the upper end of a range such as `5..`.
     max: u64,
 }
 
 impl Range {
-    /// Reads a range of which no number may exceed `max`.
+    /// Parses a range. Neither end may exceed `max`.
     fn parse(text: &str, max: u64) -> Result<Self, String> {
         let number = |text: &str, default: u64| {
             let number = if text.is_empty() { Ok(default) } else { text.parse() };
@@ -96,7 +96,7 @@ impl Range {
     }
 }
 
-/// The shortest form, as in the real server's links.
+/// Writes the shortest form, as in the real server's links.
 impl fmt::Display for Range {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.numbers.clone().into_inner() {
@@ -108,21 +108,21 @@ impl fmt::Display for Range {
     }
 }
 
-/// Form encoding, in which a plus is a space. Bad UTF-8 becomes a name that matches nothing.
+/// Decodes a text in form encoding, in which a plus is a space. Invalid UTF-8 is replaced with U+FFFD.
 fn decode(text: &str) -> String {
     let text = text.replace('+', " ");
     percent_decode_str(&text).decode_utf8_lossy().into_owned()
 }
 
-/// The filters of a query. A job matches if it passes every one. An empty filter passes all jobs.
+/// The filters of a query. A job matches if it passes all of them. A filter without values passes all jobs.
 #[derive(Debug, Default)]
 pub(super) struct Filter {
-    /// Text, so that one that is no id can be named in the error.
+    /// The ids as text, so that the error for an invalid id can quote it.
     ids: BTreeSet<String>,
     statuses: BTreeSet<Status>,
-    /// Whole names; there are no patterns.
+    /// The exact names of queues. Patterns are not supported.
     queues: BTreeSet<String>,
-    /// `type` on the wire.
+    /// The field `type` of the API.
     kinds: BTreeSet<String>,
     priority: Option<Range>,
     ready_at: Option<Range>,
@@ -130,7 +130,7 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Reads the fields of [`FILTERS`] but for `filter`, which is up to the caller.
+    /// Parses all fields of [`FILTERS`] except `filter`, which the caller checks.
     pub(super) fn parse(fields: &mut Fields) -> Result<Self, String> {
         Ok(Self {
             ids: fields.list("id")?,
@@ -143,7 +143,7 @@ impl Filter {
         })
     }
 
-    /// The text of the error for something that cannot be the id of any job.
+    /// Checks that every id is well-formed. The error is the text of the answer.
     pub(super) fn check_ids(&self) -> Result<(), String> {
         match self.ids.iter().find(|id| JobId::parse(id).is_none()) {
             Some(id) => Err(format!("invalid job ID: {id:?}")),
@@ -151,7 +151,7 @@ impl Filter {
         }
     }
 
-    /// The text of the error for statuses of jobs that no patch changes.
+    /// Checks that no finished status is listed, because finished jobs cannot be patched. The error is the text of the answer.
     pub(super) fn check_patchable(&self) -> Result<(), String> {
         match self.statuses.iter().find(|status| status.is_finished()) {
             Some(status) => Err(format!("cannot patch jobs in {status:?} status")),
@@ -159,7 +159,7 @@ impl Filter {
         }
     }
 
-    /// Whether a job passes.
+    /// Reports whether a job passes the filter.
     pub(super) fn matches(&self, job: &Job) -> bool {
         let within =
             |range: &Option<Range>, value: u64| range.as_ref().is_none_or(|range| range.numbers.contains(&value));
@@ -173,7 +173,7 @@ impl Filter {
             && within(&self.attempts, job.attempts.into())
     }
 
-    /// The same filter as the tail of a link.
+    /// Returns the filter in the form of a query, to be appended to a link.
     pub(super) fn to_query(&self) -> String {
         let lists = [
             ("status", join(&self.statuses)),

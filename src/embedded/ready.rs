@@ -1,17 +1,18 @@
-//! The ready queue: which job goes out next, over all queues or some of them.
+//! The ready queue: the ready jobs in order, over all queues and for each queue.
 //!
-//! The queues are ordered sets, not heaps, because a deleted job leaves from the middle, and a requeued job returns to its
-//! old place.
+//! The queues are ordered sets, not heaps, because a deleted job is removed from the middle, and a requeued job returns to
+//! its old position.
 
 use std::collections::{BTreeSet, HashMap};
 
 use super::id::JobId;
 use super::job::Job;
 
-/// Urgency, then age.
+/// The sort key of a ready job: its priority, then its id, which rises with the time of enqueueing.
 type Place = (u16, JobId);
 
-/// The ready jobs, in one order over all queues and one order per queue, so that no taker skips over jobs of other queues.
+/// The ready jobs, sorted once over all queues and once per queue, so that a search in one queue does not iterate over the
+/// jobs of other queues.
 #[derive(Debug, Default)]
 pub(super) struct ReadyQueue {
     all: BTreeSet<Place>,
@@ -19,10 +20,10 @@ pub(super) struct ReadyQueue {
 }
 
 impl ReadyQueue {
-    /// Adds a job at its place.
+    /// Adds a job at its position.
     pub(super) fn insert(&mut self, job: &Job) {
         self.all.insert(job.place());
-        // Not the entry API, which would copy the name for every job.
+        // The entry API would clone the queue's name for every job, even if the queue exists.
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
             queue.insert(job.place());
         } else {
@@ -36,14 +37,14 @@ impl ReadyQueue {
         self.all.remove(&job.place());
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
             queue.remove(&job.place());
-            // Queue names come from outside; empty ones must not pile up.
+            // Clients choose the names of queues, so the map would grow without limit if empty queues stayed in it.
             if queue.is_empty() {
                 self.by_queue.remove(&job.spec.queue);
             }
         }
     }
 
-    /// Returns the next job for a taker of `queues`. An empty list means all queues.
+    /// Returns the next job of `queues`. An empty list means all queues.
     pub(super) fn first(&self, queues: &[String]) -> Option<JobId> {
         let place = if queues.is_empty() {
             self.all.first().copied()

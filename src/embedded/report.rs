@@ -1,7 +1,7 @@
-//! Reports: the bodies in which a worker says how a job ended.
+//! Reports: the request bodies in which a worker reports successes and failures of jobs.
 //!
-//! A report names a job by its id alone. Which connection it comes over does not matter, only
-//! that the job is in flight.
+//! A report names a job by its id alone. The job must be in flight, but the report may come over
+//! any connection.
 
 use serde::Deserialize;
 
@@ -16,19 +16,19 @@ pub(super) struct Successes {
 /// The body of `POST /jobs/{id}/failure`.
 #[derive(Debug, Deserialize)]
 pub(super) struct Failure {
-    /// Error text. Required, because a failure without one cannot be explained.
+    /// The error text, which is required because a failure without a text cannot be explained.
     message: String,
     error_type: Option<String>,
     backtrace: Option<String>,
-    /// Replaces the backoff; a time in the past means at once.
+    /// The time of the next attempt, instead of the backoff. A time in the past means at once.
     pub(super) retry_at: Option<u64>,
-    /// No further attempt, whatever the limit says.
+    /// Whether the job is dead now, even if the retry limit is not reached.
     #[serde(default)]
     pub(super) kill: bool,
 }
 
 impl Failure {
-    /// The record of the attempt that `job` has just failed.
+    /// Returns the record of the attempt of `job` that has just failed.
     pub(super) fn into_record(self, job: &Job, now: u64) -> ErrorRecord {
         ErrorRecord {
             attempt: job.attempts,

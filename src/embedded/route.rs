@@ -1,4 +1,4 @@
-//! [`Route`]: the endpoint of a method and a path.
+//! [`Route`]: the endpoint that a method and a path name.
 //!
 //! A path is split before its parts are percent-decoded, so an encoded slash stays within an id.
 //! A known path with another method is a 405, and any other unknown route is a 404.
@@ -52,7 +52,7 @@ pub(super) enum Route {
 }
 
 impl Route {
-    /// `HEAD` goes where `GET` goes; hyper leaves the body out.
+    /// Parses a method and a path. `HEAD` is treated as `GET`, because hyper omits the body.
     pub(super) fn parse(method: &Method, path: &str) -> Result<Self, Rejection> {
         let method = if method == Method::HEAD { &Method::GET } else { method };
         let path = path.strip_prefix('/').unwrap_or(path);
@@ -69,7 +69,7 @@ impl Route {
         }
     }
 
-    /// Paths of one part.
+    /// Parses a path of one part, except `/jobs`.
     fn top_level(method: &Method, name: &str) -> Result<Self, Rejection> {
         match (name, method) {
             ("health", &Method::GET) => Ok(Self::Health),
@@ -82,7 +82,7 @@ impl Route {
         }
     }
 
-    /// The methods of `/jobs` itself.
+    /// Returns the route of a method on `/jobs`.
     fn jobs(method: &Method) -> Result<Self, Rejection> {
         match *method {
             Method::GET => Ok(Self::List),
@@ -93,7 +93,7 @@ impl Route {
         }
     }
 
-    /// A fixed name wins over an id, whatever the method.
+    /// Parses a path `/jobs/{name}`. A fixed name like `bulk` is never an id, even with a method that only an id allows.
     fn jobs_child(method: &Method, name: &str) -> Result<Self, Rejection> {
         match (name, method) {
             ("", _) => Err(Rejection::NotFound("not found")),
@@ -110,7 +110,7 @@ impl Route {
         }
     }
 
-    /// Paths below one job.
+    /// Parses a path `/jobs/{id}/{rest}`.
     fn of_job(method: &Method, id: &str, rest: &str) -> Result<Self, Rejection> {
         match (rest, method) {
             ("success", &Method::POST) => Ok(Self::Complete(decode(id)?)),
@@ -123,14 +123,14 @@ impl Route {
     }
 }
 
-/// Decodes an id. Rejects an id that is not UTF-8. Any other invalid id is a 404 later.
+/// Percent-decodes an id. Rejects an id that is not UTF-8. Any other invalid id gets a 404 when the job is looked up.
 fn decode(id: &str) -> Result<String, Rejection> {
     let decoded = percent_decode_str(id).decode_utf8();
     let text = decoded.map_err(|_| Rejection::BadRequest("id is not UTF-8".to_owned()))?;
     Ok(text.into_owned())
 }
 
-/// Attempts count from 1, but a zero is merely not found.
+/// Parses the number of an attempt. A zero is accepted here and gets a 404 later, because attempts count from 1.
 fn number(attempt: &str) -> Result<u32, Rejection> {
     let error = |_| Rejection::BadRequest(format!("attempt is not a number: {attempt:?}"));
     attempt.parse().map_err(error)

@@ -1,6 +1,6 @@
-//! The server: a listener, its connections, and their abrupt end.
+//! The server: a listener and its connections.
 //!
-//! There is no graceful stop, because the worker's tests need a server that dies.
+//! A stop is not graceful, because the worker's tests need a server that dies abruptly.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use super::api;
 use super::store::Store;
 
-/// After a failed accept (out of descriptors, mostly) trying again at once would only spin.
+/// The wait after a failed accept. The usual cause is a lack of file descriptors, and a retry at once would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A server in this process, bound but not yet serving.
@@ -36,7 +36,7 @@ pub struct EmbeddedServer {
 }
 
 impl EmbeddedServer {
-    /// Binds `address`, and starts a server on the jobs of `store`. Jobs in flight under a previous server are requeued.
+    /// Binds `address` for a server with the jobs of `store`. Jobs in flight under a previous server are requeued.
     ///
     /// # Errors
     ///
@@ -48,24 +48,24 @@ impl EmbeddedServer {
         Ok(Self { listener, address, store, tls: None })
     }
 
-    /// Serves TLS. `config` decides whether clients need a certificate.
+    /// Makes the server use TLS. `config` decides whether clients need a certificate.
     #[must_use]
     pub fn with_tls(mut self, config: Arc<ServerConfig>) -> Self {
         self.tls = Some(config);
         self
     }
 
-    /// Where it listens; the port is known even if any free one was asked for.
+    /// Returns the address of the listener, with the actual port if port 0 was requested.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `stop`, then drops every connection as the death of a server process would:
-    /// no goodbye, and every job in flight is ready again.
+    /// Serves until `stop` is cancelled, then drops every connection, as if the server's process
+    /// had died. Every job in flight is requeued.
     pub async fn run(self, stop: CancellationToken) {
         let Self { listener, address, store, tls } = self;
         let connections = Connections { end: CancellationToken::new(), tasks: TaskTracker::new() };
-        // Dropping this future, instead of cancelling `stop`, also ends the connections.
+        // End the connections even if this future is dropped before `stop` is cancelled.
         let _end = connections.end.clone().drop_guard();
         tracing::debug!(%address, "embedded server started");
         connections.execute(store.clone().keep_time());
@@ -79,8 +79,8 @@ impl EmbeddedServer {
     }
 }
 
-/// The tasks of the server. hyper spawns its task for each HTTP/2 stream here too, otherwise these tasks would go on taking
-/// jobs after their connection has ended.
+/// The tasks of the server. hyper spawns a task for each HTTP/2 stream through this executor as well. Otherwise these tasks
+/// could continue to take jobs after the server has stopped.
 #[derive(Clone)]
 struct Connections {
     end: CancellationToken,
@@ -102,7 +102,7 @@ async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, store: Store, c
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                // Acks are small and awaited; Nagle would hold back the answers.
+                // Nagle's algorithm would delay small answers, for which the client waits.
                 let _ = stream.set_nodelay(true);
                 connections.execute(greet(stream, tls.clone(), store.clone(), connections.clone()));
             }
@@ -114,7 +114,8 @@ async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, store: Store, c
     }
 }
 
-/// Begins a connection, by a handshake where there is one: it may take as long as the client likes.
+/// Serves a new connection, after a handshake if the server uses TLS. The handshake runs here and not in `accept`, so that a
+/// slow client does not delay other connections.
 async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, store: Store, connections: Connections) {
     let Some(tls) = tls else { return serve(stream, store, connections).await };
     match tls.accept(stream).await {
@@ -123,7 +124,7 @@ async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, store: Store, connec
     }
 }
 
-/// Serves one connection, HTTP/1.1 or HTTP/2, on whatever carries it.
+/// Serves HTTP/1.1 or HTTP/2 over one stream of bytes: TCP, TLS, or a pipe in memory.
 async fn serve<S>(stream: S, store: Store, connections: Connections)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

@@ -1,4 +1,4 @@
-//! [`start`]: the server of `--embedded`, in this process, at the worker's url, with the jobs of a file.
+//! [`start`]: starts the server of `--embedded` in this process, at the worker's url, with jobs from a file.
 
 use std::io::Read;
 
@@ -9,10 +9,10 @@ use super::{EmbeddedServer, Options, Store};
 use crate::client::ServerUrl;
 use crate::config::{ConfigError, EmbeddedConfig, JobsSource, Source};
 
-/// Starts the server, which stops when the guard is dropped.
+/// Starts the server. Dropping the returned guard stops it.
 ///
 /// # Errors
-/// When the address cannot be listened on, or a line of the file is no job.
+/// If the address cannot be bound, the jobs cannot be read, or a line is not a valid job.
 pub async fn start(config: &EmbeddedConfig, url: &ServerUrl) -> Result<DropGuard, ConfigError> {
     let server = prepare(config, url).await?;
     warn!(address = %server.local_addr(), "embedded server started: nothing in it outlives this process");
@@ -21,7 +21,7 @@ pub async fn start(config: &EmbeddedConfig, url: &ServerUrl) -> Result<DropGuard
     Ok(stop.drop_guard())
 }
 
-/// Enqueues the jobs and listens, without answering yet.
+/// Enqueues the jobs and binds the address, but does not serve requests yet.
 pub(crate) async fn prepare(config: &EmbeddedConfig, url: &ServerUrl) -> Result<EmbeddedServer, ConfigError> {
     let store = Store::new(Options::default());
     if let Some(jobs) = &config.jobs {

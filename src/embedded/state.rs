@@ -1,6 +1,6 @@
 //! The state machine: `scheduled → ready → in_flight → completed | dead | scheduled`.
 //!
-//! The functions are pure: the time is an argument, and none of them waits or wakes a task. A flag tells the
+//! The functions do not read the clock, wait or wake tasks. The time is an argument, and a flag tells the
 //! [`Store`](super::Store) to wake the take streams.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,11 +17,11 @@ use super::patch::{Patch, PatchError};
 use super::ready::ReadyQueue;
 use super::report::Failure;
 
-/// A job, and the data that only the store needs.
+/// A job and its failed attempts.
 #[derive(Debug)]
 struct Entry {
     job: Job,
-    /// Oldest first; as many as there were failed attempts.
+    /// The failed attempts, oldest first.
     errors: Vec<ErrorRecord>,
 }
 
@@ -32,20 +32,20 @@ pub(super) struct Enqueued {
     pub(super) duplicate: bool,
 }
 
-/// Every job, and the indexes over them.
+/// All jobs, and the indexes over them.
 #[derive(Debug)]
 pub(super) struct State {
     options: Options,
     ids: IdSource,
-    /// By id, which is by age, which is the order of every list.
+    /// The jobs by id. Ids rise with the time of enqueueing, so the map has the order of every list.
     jobs: BTreeMap<JobId, Entry>,
     ready: ReadyQueue,
     /// The next change of each job: a scheduled job's `ready_at`, or a finished job's `purge_at`.
     due: BTreeSet<(u64, JobId)>,
-    /// The latest job of each unique key.
+    /// The job that last claimed each unique key.
     unique: HashMap<String, JobId>,
     leases: Leases,
-    /// Collected by the store after each step.
+    /// Whether a job or a slot has become free. The store reads and clears this flag after each step.
     takers_should_look: bool,
     is_halted: bool,
 }
@@ -65,22 +65,22 @@ impl State {
         }
     }
 
-    /// When [`advance`](Self::advance) next has something to do.
+    /// Returns the time at which [`advance`](Self::advance) next changes a job.
     pub(super) fn next_due(&self) -> Option<u64> {
         self.due.first().map(|(time, _)| *time)
     }
 
-    /// Whether a job or a slot has come free since the last call.
+    /// Reports whether a job or a slot has become free since the last call.
     pub(super) fn take_look_flag(&mut self) -> bool {
         std::mem::take(&mut self.takers_should_look)
     }
 
-    /// Does what is due by `now`: scheduled jobs become ready, finished ones are forgotten.
+    /// Makes the scheduled jobs ready and removes the finished jobs that are due by `now`.
     pub(super) fn advance(&mut self, now: u64) {
         while let Some((time, id)) = self.due.first().copied()
             && time <= now
         {
-            // Remove the entry first, because the change of its job may add a new one.
+            // Remove the entry, otherwise the loop would find it again.
             self.due.pop_first();
             match self.jobs.get(&id).map(|entry| entry.job.status) {
                 Some(Status::Scheduled) => self.make_ready(id),
@@ -90,7 +90,7 @@ impl State {
         }
     }
 
-    /// Accepts one job. If its unique key is taken, returns the holder of the key.
+    /// Enqueues one job. If another job holds the unique key, returns that job and enqueues nothing.
     pub(super) fn enqueue(&mut self, now: u64, order: Order) -> Enqueued {
         if let Some(job) = self.holder_of_key(&order.spec) {
             return Enqueued { job: job.clone(), duplicate: true };
@@ -112,20 +112,21 @@ impl State {
         Enqueued { job, duplicate: false }
     }
 
-    /// Returns the job that holds the unique key. The index may be stale, so the job's present status decides.
+    /// Returns the job that holds the unique key. The index may name a job that no longer blocks the key, so the job's
+    /// present status is checked.
     fn holder_of_key(&self, spec: &Spec) -> Option<&Job> {
         let unique = spec.unique.as_ref()?;
         let job = self.get(*self.unique.get(&unique.key)?)?;
         unique.scope.covers(job.status).then_some(job)
     }
 
-    /// A new take stream, which may hold `prefetch` jobs of `queues`.
+    /// Opens a take stream, which may hold `prefetch` jobs of `queues`.
     pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
         self.leases.open(prefetch, queues)
     }
 
-    /// Takes the next job for a stream. Returns `None` if no job is ready, the stream has no room or is closed, or the limit of
-    /// jobs in flight is reached. Takes one job per call, so that both limits are checked for each job.
+    /// Takes the next job for a stream. Returns `None` if no job is ready, the stream is full or closed, the limit of jobs in
+    /// flight is reached, or the server has halted. Takes one job per call, so that both limits are checked for each job.
     pub(super) fn take(&mut self, now: u64, lease: LeaseId) -> Option<Job> {
         let limit = self.options.in_flight_limit;
         if self.is_halted || (limit > 0 && self.leases.held() >= limit) {
@@ -147,13 +148,13 @@ impl State {
         }
     }
 
-    /// Stops all takes before the connections are dropped one by one. Otherwise a job that one connection requeues could
-    /// be sent over the next.
+    /// Stops all takes before the connections are dropped one by one. Otherwise a job that is requeued when one connection is
+    /// dropped could be sent over another.
     pub(super) fn halt(&mut self) {
         self.is_halted = true;
     }
 
-    /// Starts a server on these jobs. Jobs in flight under the previous server are requeued.
+    /// Allows takes for a new server. Requeues the jobs that were in flight under the previous server.
     pub(super) fn start(&mut self) {
         self.is_halted = false;
         for id in self.leases.close_all() {
@@ -161,7 +162,7 @@ impl State {
         }
     }
 
-    /// Acknowledges one job; false if it is not in flight.
+    /// Completes a job. Returns false if the job is not in flight.
     pub(super) fn complete(&mut self, now: u64, id: JobId) -> bool {
         if !self.release(id) {
             return false;
@@ -176,12 +177,13 @@ impl State {
         true
     }
 
-    /// Records a failed attempt and decides between a retry and death. `chance` is from 0 to 1.
+    /// Records a failed attempt, and either schedules a retry or marks the job as dead. Returns `None` if the job is not in
+    /// flight. `chance`, from 0 to 1, scales the jitter of the backoff.
     pub(super) fn fail(&mut self, now: u64, id: JobId, failure: Failure, chance: f64) -> Option<Job> {
         if !self.release(id) {
             return None;
         }
-        // Counted first: the backoff, the limit and the record all mean the attempt that just failed.
+        // Count the attempt first, because the backoff, the retry limit and the record include it.
         let entry = self.jobs.get_mut(&id)?;
         entry.job.attempts += 1;
         entry.job.failed_at = Some(now);
@@ -195,7 +197,7 @@ impl State {
 
     /// Schedules a retry. If `time` is past, the next [`advance`](Self::advance) makes the job ready.
     fn retry(&mut self, id: JobId, time: u64) -> Option<Job> {
-        // A scheduled job counts as queued, so it holds its unique key before it is ready.
+        // Restore the key now, not when the job becomes ready, because a scheduled job blocks its unique key too.
         self.restore_key(id);
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = Status::Scheduled;
@@ -204,24 +206,24 @@ impl State {
         Some(job.clone())
     }
 
-    /// No attempt is left.
+    /// Marks a job as dead.
     fn bury(&mut self, id: JobId, now: u64) -> Option<Job> {
         let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
         let keep = own.unwrap_or(millis(self.options.dead_retention));
         self.finish(id, Status::Dead, now, keep)
     }
 
-    /// The job of this id.
+    /// Returns the job with this id.
     pub(super) fn get(&self, id: JobId) -> Option<&Job> {
         self.jobs.get(&id).map(|entry| &entry.job)
     }
 
-    /// A job's failed attempts, oldest first.
+    /// Returns a job's failed attempts, oldest first.
     pub(super) fn errors(&self, id: JobId) -> Option<&[ErrorRecord]> {
         self.jobs.get(&id).map(|entry| entry.errors.as_slice())
     }
 
-    /// One page of a job's failed attempts, and one more if there are more.
+    /// Returns one page of a job's failed attempts, plus one more attempt if there is a next page.
     pub(super) fn errors_on(&self, id: JobId, page: &PageRequest<u32>) -> Option<Vec<ErrorRecord>> {
         let errors = self.errors(id)?.iter().cloned();
         let cursor = page.cursor;
@@ -237,12 +239,12 @@ impl State {
         })
     }
 
-    /// Every job, oldest first.
+    /// Returns all jobs, oldest first.
     pub(super) fn jobs(&self) -> impl Iterator<Item = &Job> {
         self.jobs.values().map(|entry| &entry.job)
     }
 
-    /// The jobs on one side of `cursor`, in that direction; all of them without a cursor.
+    /// Returns the jobs after `cursor` in `direction`, or all jobs without a cursor.
     pub(super) fn jobs_from(&self, cursor: Option<JobId>, direction: Direction) -> Box<dyn Iterator<Item = &Job> + '_> {
         let bound = cursor.map_or(Bound::Unbounded, Bound::Excluded);
         match direction {
@@ -270,38 +272,38 @@ impl State {
         Ok(job.clone())
     }
 
-    /// Changes the jobs that match, but for finished ones, and answers how many they were.
+    /// Changes the matching jobs that are not finished, and returns their number.
     pub(super) fn patch_matching(&mut self, now: u64, patch: &Patch, matches: impl Fn(&Job) -> bool) -> usize {
         let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
         ids.iter().filter(|id| self.patch(now, **id, patch).is_ok()).count()
     }
 
-    /// Forgets a job wherever it is; a stream that holds it gets its slot back.
+    /// Removes a job in any state, and frees the slot of the stream that holds the job. Returns false if there is no such job.
     pub(super) fn delete(&mut self, id: JobId) -> bool {
         self.release(id);
         let Some(job) = self.forget(id) else {
             return false;
         };
         self.ready.remove(&job);
-        // At most one of the two times is an entry, depending on how far the job had come.
+        // The entry of a finished job is at `purge_at`, that of a scheduled job at `ready_at`. Other jobs have no entry.
         self.due.remove(&(job.purge_at.unwrap_or(job.ready_at), id));
         true
     }
 
-    /// Forgets the jobs that match, and answers how many they were.
+    /// Removes the matching jobs, and returns their number.
     pub(super) fn delete_matching(&mut self, matches: impl Fn(&Job) -> bool) -> usize {
         let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
         ids.iter().filter(|id| self.delete(**id)).count()
     }
 
-    /// Takes a job from the stream that holds it; false if none does.
+    /// Releases a job from the stream that holds it. Returns false if no stream does.
     fn release(&mut self, id: JobId) -> bool {
         let released = self.leases.release(id);
         self.takers_should_look |= released;
         released
     }
 
-    /// Ready, whether for the first time or again.
+    /// Makes a scheduled or a requeued job ready.
     fn make_ready(&mut self, id: JobId) {
         self.restore_key(id);
         if let Some(entry) = self.jobs.get_mut(&id) {
@@ -311,7 +313,7 @@ impl State {
         }
     }
 
-    /// Gives a requeued job its unique key back, unless another job holds the key by now.
+    /// Gives a retried or requeued job its unique key back, unless another job has claimed the key meanwhile.
     fn restore_key(&mut self, id: JobId) {
         if let Some(entry) = self.jobs.get(&id)
             && let Some(unique) = &entry.job.spec.unique
@@ -320,7 +322,7 @@ impl State {
         }
     }
 
-    /// Finishes a job, and returns it. With `keep_ms` 0, the job is forgotten at once.
+    /// Sets the final status of a job, and returns the job. If `keep_ms` is 0, the job is removed at once.
     fn finish(&mut self, id: JobId, status: Status, now: u64, keep_ms: u64) -> Option<Job> {
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = status;
@@ -333,7 +335,7 @@ impl State {
         Some(job.clone())
     }
 
-    /// Removes a job, and its unique key unless another job holds the key by now.
+    /// Removes a job. Also removes its unique key, unless another job has claimed the key meanwhile.
     fn forget(&mut self, id: JobId) -> Option<Job> {
         let job = self.jobs.remove(&id)?.job;
         if let Some(unique) = &job.spec.unique
@@ -347,7 +349,7 @@ impl State {
 
 /// Returns the time of a failed job's next attempt, or `None` for no further attempt.
 ///
-/// The precedence is the real server's: `kill` beats `retry_at`, which beats the retry limit.
+/// As on the real server, `kill` takes precedence over `retry_at`, which takes precedence over the retry limit.
 fn retry_time(options: &Options, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {
     if failure.kill {
         return None;

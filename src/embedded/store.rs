@@ -1,7 +1,7 @@
-//! The handle on the jobs: one lock around the state machine, the clock, and the wake-ups.
+//! The store of jobs: the state machine under one lock, with the clock and the wake-ups.
 //!
-//! One lock is enough: each step under the lock is a few look-ups, and JSON is read before and written after. Tasks wait on
-//! watch channels, which lose no change between a check and the wait.
+//! One lock is enough, because the steps under it are short: JSON is parsed before the lock is taken and serialized after
+//! it is released. Tasks wait on watch channels, because these do not lose a change between a check and the wait.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,7 +16,7 @@ use super::options::{Options, millis};
 use super::order::EnqueueRequest;
 use super::state::State;
 
-/// The jobs of an embedded server. Clones share them, and they outlive any one server.
+/// The jobs of an embedded server. Clones share the same jobs, which outlive the server.
 #[derive(Clone)]
 pub struct Store {
     shared: Arc<Shared>,
@@ -25,14 +25,15 @@ pub struct Store {
 struct Shared {
     state: Mutex<State>,
     heartbeat_interval: Duration,
-    /// Takers look again whenever a job or a slot may have come free.
+    /// The signal to the take streams that a job or a slot may have become free.
     takers: watch::Sender<()>,
-    /// When the state next changes by itself; the server's timer sleeps until then.
+    /// The time at which a scheduled job next becomes ready or a finished job is removed. The timer, `keep_time`, sleeps until
+    /// then.
     next_due: watch::Sender<Option<u64>>,
 }
 
 impl Store {
-    /// An empty store.
+    /// Creates an empty store.
     pub fn new(options: Options) -> Self {
         let heartbeat_interval = options.heartbeat_interval;
         let shared = Shared {
@@ -44,11 +45,11 @@ impl Store {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Enqueues one line of NDJSON, which is the body of a `POST /jobs`, and answers the job's id.
+    /// Enqueues a job from one line of JSON in the format of a `POST /jobs` body, and returns the job's id.
     ///
     /// # Errors
     ///
-    /// The text that the API would answer: bad JSON, a name that is not allowed, and so on.
+    /// If the line is not a valid job. The error describes the problem.
     pub fn enqueue_line(&self, line: &str) -> Result<String, String> {
         let request: EnqueueRequest = serde_json::from_str(line).map_err(|error| format!("invalid JSON: {error}"))?;
         let order = request.into_order().map_err(|error| error.to_string())?;
@@ -56,7 +57,7 @@ impl Store {
         Ok(enqueued.job.id.to_string())
     }
 
-    /// Number of jobs by status; a status without jobs is absent.
+    /// Returns the number of jobs by status. A status without jobs is absent.
     pub fn counts(&self) -> BTreeMap<Status, usize> {
         let mut counts = BTreeMap::new();
         self.with(|state, _| {
@@ -67,56 +68,56 @@ impl Store {
         counts
     }
 
-    /// How many jobs have this status.
+    /// Returns the number of jobs with this status.
     pub fn count(&self, status: Status) -> usize {
         self.counts().get(&status).copied().unwrap_or_default()
     }
 
-    /// A job as `GET /jobs/{id}` answers it.
+    /// Returns a job as JSON, as `GET /jobs/{id}` does.
     pub fn job(&self, id: &str) -> Option<Value> {
         let id = JobId::parse(id)?;
         let job = self.with(|state, _| state.get(id).cloned())?;
         serde_json::to_value(JobView::full(&job)).ok()
     }
 
-    /// A job's failed attempts, oldest first, as `GET /jobs/{id}/errors` answers them.
+    /// Returns all failed attempts of a job, oldest first. Each has the JSON of `GET /jobs/{id}/errors/{attempt}`.
     pub fn errors(&self, id: &str) -> Vec<Value> {
         let records = JobId::parse(id).and_then(|id| self.with(|state, _| state.errors(id).map(<[_]>::to_vec)));
         let records = records.unwrap_or_default();
         records.iter().filter_map(|record| serde_json::to_value(record).ok()).collect()
     }
 
-    /// Runs `action` on the state as of now, then wakes the take streams and the timer if needed.
+    /// Advances the state to the current time, runs `action` on it, then wakes the take streams and the timer if needed.
     pub(super) fn with<T>(&self, action: impl FnOnce(&mut State, u64) -> T) -> T {
         // Ignore the poison, because a panic in one request must not stop all others.
         let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // Read under the lock, or a job could be dequeued before it was ready.
+        // Read the clock under the lock, otherwise a job's `dequeued_at` could be earlier than its `ready_at`.
         let now = now_ms();
         state.advance(now);
         let answer = action(&mut state, now);
         let should_look = state.take_look_flag();
         let next_due = state.next_due();
-        // Published under the lock, so that a later state cannot be overtaken by this one.
+        // Send under the lock, otherwise this value could overwrite the value of a later state.
         self.shared.next_due.send_if_modified(|due| std::mem::replace(due, next_due) != next_due);
         drop(state);
-        // Wake after the unlock, because a woken stream takes the lock first.
+        // Wake the streams after the unlock, because the first step of a woken stream is to take the lock.
         if should_look {
             self.shared.takers.send_replace(());
         }
         answer
     }
 
-    /// The part of the options that concerns the streams rather than the jobs.
+    /// Returns the heartbeat interval of the take streams.
     pub(super) fn heartbeat_interval(&self) -> Duration {
         self.shared.heartbeat_interval
     }
 
-    /// Tells whenever takers should look again.
+    /// Returns a receiver that changes whenever a job or a slot may have become free.
     pub(super) fn watch_for_takers(&self) -> watch::Receiver<()> {
         self.shared.takers.subscribe()
     }
 
-    /// Makes the scheduled jobs ready on time and forgets the finished ones, without polling.
+    /// Makes scheduled jobs ready and removes finished jobs when they are due, without polling.
     pub(super) async fn keep_time(self) {
         let mut next_due = self.shared.next_due.subscribe();
         loop {
@@ -137,7 +138,8 @@ impl std::fmt::Debug for Store {
     }
 }
 
-/// The wall clock may be set while this sleeps; the caller looks at it again afterwards.
+/// Sleeps until `due`, or forever without it. If the wall clock is set back meanwhile, this returns early, and the caller
+/// sleeps again.
 async fn until(due: Option<u64>) {
     match due {
         Some(due) => {
@@ -148,7 +150,7 @@ async fn until(due: Option<u64>) {
     }
 }
 
-/// The protocol's clock: Unix milliseconds.
+/// Returns the current Unix time in milliseconds, as the protocol uses it.
 #[expect(clippy::disallowed_methods, reason = "the protocol's times are wall times")]
 fn now_ms() -> u64 {
     millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())

@@ -1,8 +1,8 @@
-//! The take stream: jobs as they become ready, a heartbeat when there are none for a while.
+//! The take stream: sends jobs as they become ready, and a heartbeat after some time without jobs.
 //!
-//! The stream is pulled, not pushed: hyper asks for the next chunk when the connection has room
-//! for it. So there is no task and no channel beside the connection, nothing is taken that could
-//! not be sent, and the end of the response's body is the end of the lease.
+//! The stream is pulled, not pushed: hyper asks for the next chunk when the connection can buffer it.
+//! So the stream needs no task and no channel of its own, and takes no job that the connection cannot
+//! accept. When hyper drops the response's body, the lease is dropped too.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -18,18 +18,18 @@ use super::job::Job;
 use super::lease::LeaseId;
 use super::store::Store;
 
-/// The size from which a chunk takes no further job. Small jobs share a chunk, so that each does not cost a system call.
+/// The size at which a chunk is full. Small jobs share a chunk, because one chunk per job would cost a system call per job.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// About the size of a job without its payload; if it did not count, a chunk would hold any number of
-/// jobs with small payloads.
+/// The approximate size of a job without its payload. If only payloads counted, a chunk could hold
+/// almost any number of jobs with small payloads.
 const ENVELOPE_BYTES: usize = 256;
 
 /// The parameters of `GET /jobs/take`.
 #[derive(Debug)]
 pub(super) struct TakeRequest {
-    /// How many unreported jobs it will hold; 0 means no limit but the connection's.
+    /// The maximum number of unreported jobs; 0 means no limit except the connection's buffers.
     pub(super) prefetch: usize,
-    /// None means all queues.
+    /// The queues to take jobs from; empty means all queues.
     pub(super) queues: BTreeSet<String>,
 }
 
@@ -70,7 +70,7 @@ impl Drop for Lease {
     }
 }
 
-/// One stream at work.
+/// The state of an open take stream.
 #[derive(Debug)]
 struct Take {
     lease: Lease,
@@ -80,14 +80,14 @@ struct Take {
 }
 
 impl Take {
-    /// Waits for the next chunk: jobs, or a heartbeat. hyper asks for a chunk only when the connection has room, so an
-    /// unlimited prefetch takes no more jobs than the connection carries.
+    /// Waits for jobs or for the time of a heartbeat, and returns the next chunk. hyper asks for a chunk only when the
+    /// connection can buffer it, which bounds the jobs in flight even if the prefetch is unlimited.
     async fn next_chunk(&mut self) -> Option<Bytes> {
-        // Starts anew with every chunk, so a busy stream has no heartbeats.
+        // The timer restarts with every chunk, so a busy stream sends no heartbeats.
         let silence = tokio::time::sleep(self.heartbeat_interval);
         tokio::pin!(silence);
         loop {
-            // Mark as seen before the check, so that any later change ends the wait.
+            // Mark the latest change as seen before the take, so that any later change ends the wait.
             self.look_again.borrow_and_update();
             let jobs = self.lease.take();
             if !jobs.is_empty() {
@@ -101,7 +101,7 @@ impl Take {
         }
     }
 
-    /// Writes jobs, outside the store's lock.
+    /// Serializes jobs into a chunk, outside the store's lock.
     fn chunk(&self, jobs: &[Job]) -> Bytes {
         let mut chunk = Vec::new();
         for job in jobs {
@@ -111,7 +111,7 @@ impl Take {
     }
 }
 
-/// Opens a stream on the store; dropping it returns what it holds.
+/// Opens a take stream on the store. Dropping the stream requeues the jobs that it holds.
 pub(super) fn frames(
     store: Store,
     request: TakeRequest,

@@ -1,4 +1,4 @@
-//! [`Entries`]: the state of each job here, and its changes.
+//! [`Entries`]: the state of each job in the ledger, and the transitions between states.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -25,9 +25,9 @@ pub(super) struct Entries {
     pub(super) present_server: Option<Arc<Client>>,
     /// The number of runs that may still begin, if limited.
     pub(super) runs_left: Option<u64>,
-    /// The places that each open stream has lost to jobs whose reports were dropped.
+    /// The number of prefetch slots that each open stream has lost to jobs that are not reported.
     pub(super) lost_places: BTreeMap<StreamId, usize>,
-    /// The number of parked outcomes that were dropped for want of room.
+    /// The number of parked outcomes that were evicted because the limit `max_kept` was reached.
     pub(super) evicted: usize,
 }
 
@@ -37,11 +37,12 @@ pub(super) struct LedgerEntry {
     pub(super) delivery: Delivery,
     pub(super) stream: StreamId,
     pub(super) source: Arc<StreamSettings>,
-    /// Whether the server holds the job for this worker, over `stream`.
+    /// Whether the server has the job in flight for this worker, over `stream`.
     pub(super) is_held: bool,
-    /// The stream that delivered the job before `stream` did. The earlier stream holds the job if the later line was stale.
+    /// The stream that delivered the job before `stream` did, and that still holds the job if the delivery over `stream` was
+    /// stale.
     pub(super) earlier: Option<StreamId>,
-    /// Whether the server may hold the job over `stream` although its outcome is parked.
+    /// Whether the server may still hold the job over `stream` although the outcome is parked.
     pub(super) is_released: bool,
     pub(super) state: EntryState,
 }
@@ -56,19 +57,19 @@ pub(super) enum EntryState {
 }
 
 impl LedgerEntry {
-    /// Notes that the job has been redelivered.
+    /// Records a redelivery of the job. Returns the next step.
     pub(super) fn redeliver(&mut self, mut new: Self) -> Arrival {
         let same = self.attempts == new.attempts;
-        // A later attempt shows that no earlier stream holds the job any more.
+        // A different attempt shows that no earlier stream holds the job any more.
         let may_be_stale = self.is_held && self.stream != new.stream && same && new.attempts.is_some();
         new.earlier = may_be_stale.then_some(self.stream);
         match &self.state {
-            // Another worker has reported the waiting attempt meanwhile, so the entry is stale.
+            // The new delivery replaces the waiting one, for example because another worker has reported the earlier attempt.
             EntryState::Waiting => {
                 *self = new;
                 Arrival::New
             }
-            // The failure of the earlier attempt counts already: this delivery is the next attempt.
+            // The server has counted the failure of the earlier attempt, so this delivery is the next attempt.
             EntryState::Settled(Kind::Failure)
             | EntryState::Reporting(Kind::Failure)
             | EntryState::Parked(Report::Failure(_))
@@ -77,7 +78,7 @@ impl LedgerEntry {
                 *self = new;
                 Arrival::New
             }
-            // The run answers for the new attempt as well.
+            // The current run also counts as the run of the new attempt.
             EntryState::Running => {
                 *self = Self { state: EntryState::Running, ..new };
                 Arrival::UnderWay
@@ -87,7 +88,7 @@ impl LedgerEntry {
                 *self = Self { state: EntryState::Reporting(*kind), attempts: self.attempts, ..new };
                 Arrival::UnderWay
             }
-            // The server sent this line before the report arrived, and does not hold the job any more.
+            // The server sent this delivery before the report arrived, and no longer has the job in flight.
             EntryState::Settled(_) => Arrival::UnderWay,
             EntryState::Parked(report) => {
                 let report = report.clone();
@@ -97,7 +98,7 @@ impl LedgerEntry {
         }
     }
 
-    /// Reports whether the job still waits since that delivery.
+    /// Reports whether the job waits to be started, and `delivery` is its latest delivery.
     pub(super) fn waits_since(&self, delivery: Delivery) -> bool {
         self.delivery == delivery && matches!(self.state, EntryState::Waiting)
     }
@@ -109,12 +110,12 @@ impl LedgerEntry {
 }
 
 impl Entries {
-    /// Returns the server that a job is reported to: the one that it came from. If that one fails, and no stream holds the job,
-    /// the present server is asked instead: it may be the same server under another url.
+    /// Returns the server to which a job is reported. This is the server that delivered the job. If calls to that server fail and
+    /// no stream holds the job, it is the present server instead, because both urls may name the same server.
     pub(super) fn server_of(&self, entry: &LedgerEntry) -> Arc<Client> {
         let own = &entry.source.client;
         match &self.present_server {
-            // A reload of certificates leaves the url alone.
+            // The present client may have newer certificates, because a reload of certificates does not change the url.
             Some(present) if present.url() == own.url() => Arc::clone(present),
             Some(present) if !entry.is_held && own.health().is_failing() => Arc::clone(present),
             _ => Arc::clone(own),
@@ -137,13 +138,13 @@ impl Entries {
         arrival
     }
 
-    /// Returns the entry of an attempt that has ended here and is not settled. A waiting or running job of the same id is another
-    /// attempt.
+    /// Returns the entry of an attempt that has ended here and is not settled. A `Waiting` or `Running` entry belongs to another
+    /// attempt of the job.
     pub(super) fn ended(&mut self, attempt: &Attempt) -> Option<&mut LedgerEntry> {
         self.by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts && entry.is_unsettled())
     }
 
-    /// Adds an entry to the parked and settled ones, and evicts the oldest beyond the limit.
+    /// Adds a job to the parked and settled jobs as the newest one, and evicts the oldest jobs beyond the limit.
     pub(super) fn keep(&mut self, id: &JobId) {
         self.kept.retain(|kept| kept != id);
         self.kept.push_back(id.clone());

@@ -1,7 +1,8 @@
-//! [`Ledger`]: the jobs here, so that none runs twice because a connection was lost.
+//! [`Ledger`]: the jobs that this worker has taken, so that a lost connection does not make a job run twice.
 //!
-//! The server requeues a job as soon as the stream that took it is gone, while its run goes on here. An entry lives from a job's
-//! arrival until its report is accepted. An outcome that cannot be reported is parked until its job is redelivered.
+//! The server requeues a job as soon as the stream that took the job closes, even if the job still runs in this worker. A ledger
+//! entry lives from the arrival of the job until its report is accepted, so a redelivered job is recognised. An outcome that
+//! cannot be reported is parked until its job is redelivered. A job is held while the server has it in flight for this worker.
 //!
 //! | state | the job | held over an open stream |
 //! | --- | --- | --- |
@@ -9,7 +10,7 @@
 //! | Running | is in a worker loop | until its stream is lost |
 //! | Reporting | has ended, and its report is in flight | until its stream is lost |
 //! | Parked | has ended, and its outcome waits for a redelivery | never |
-//! | Settled | is reported; a stale line of the same attempt may still arrive | never |
+//! | Settled | is reported, and an outdated delivery of the same attempt may still arrive | never |
 
 mod entries;
 #[cfg(test)]
@@ -24,11 +25,11 @@ use crate::job::{JobId, Report};
 use crate::watch;
 use entries::{Entries, EntryState, LedgerEntry};
 
-/// One attempt of a job. The server identifies a job by the id alone.
+/// One attempt of a job. A report to the server contains only the id of the job, not the attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Attempt {
     pub(crate) id: JobId,
-    /// The number of failures before this attempt. Unknown for a malformed job.
+    /// The number of failures before this attempt, or `None` for a malformed job.
     pub(crate) attempts: Option<u32>,
 }
 
@@ -36,7 +37,7 @@ pub(crate) struct Attempt {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct StreamId(u64);
 
-/// A stream that is being opened. The guard is kept until the stream is noted as open.
+/// A guard for a stream that is being opened. The caller keeps the guard until `open_stream` has been called.
 #[derive(Debug)]
 pub(crate) struct ComingStream(Arc<Ledger>);
 
@@ -55,25 +56,25 @@ pub(crate) struct Delivery(u64);
 pub(crate) enum Arrival {
     /// Start the job.
     New,
-    /// Do nothing: a run, a report in flight, or an accepted report answers for the job.
+    /// Ignore the delivery: the job is running, its report is outstanding, or its report was accepted.
     UnderWay,
     /// Report the parked outcome.
     Ended(Report),
 }
 
-/// The jobs here, and the streams that hold them.
+/// The jobs that this worker has taken, and the open streams that hold them.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     entries: Mutex<Entries>,
-    /// Changes when a job leaves, is redelivered, or is parked, and when a stream is lost.
+    /// The signal that a job was removed, settled, redelivered or parked, or that a stream was lost.
     moved: watch::Sender<()>,
-    /// Changes when a report is dropped while the server still holds its job for this worker.
+    /// The signal that a stream may have lost a slot of its prefetch.
     place_lost: watch::Sender<()>,
-    /// Changes when an outcome is parked.
+    /// The signal that an outcome was parked.
     parkings: watch::Sender<()>,
 }
 
-/// The answer to whether a run may begin.
+/// The result of `Ledger::begin`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Beginning {
     /// The run has begun.
@@ -81,13 +82,13 @@ pub(crate) enum Beginning {
         /// Whether no further run may begin.
         is_last: bool,
     },
-    /// The delivery is stale: the server has the job again.
+    /// The delivery is stale: its stream was lost, or the job was redelivered.
     NotOurs,
-    /// The limit of runs is reached.
+    /// The maximum number of runs is reached.
     NoneLeft,
 }
 
-/// A job that runs or has ended here, and that no stream holds.
+/// A job that runs or has ended in this worker, and that no open stream holds.
 #[derive(Debug, Clone)]
 pub(crate) struct Unheld {
     pub(crate) id: JobId,
@@ -96,12 +97,12 @@ pub(crate) struct Unheld {
     pub(crate) has_ended: bool,
 }
 
-/// A parked outcome.
+/// A parked outcome, and the server to which it is reported.
 #[derive(Debug, Clone)]
 pub(crate) struct Parked {
     pub(crate) attempt: Attempt,
     pub(crate) kind: Kind,
-    /// `Same` if the job is released, and its stream still open.
+    /// `Same` if the job was released and its stream is still open, otherwise `Lost`.
     pub(crate) hold: Hold,
     pub(crate) client: Arc<Client>,
 }
@@ -131,17 +132,18 @@ impl Ledger {
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
-        // A panic leaves no entry half written, because each is replaced as a whole.
+        // Ignore poisoning: no operation panics in the middle of a change, so the entries are consistent.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Raises the limit of parked and settled jobs. The limit never shrinks, because the jobs of an old stream may still need it.
+    /// Raises the limit of parked and settled jobs. The limit never shrinks, because jobs of an earlier stream with a larger
+    /// prefetch may still need the room.
     pub(crate) fn make_room(&self, max_kept: usize) {
         let mut entries = self.entries();
         entries.max_kept = entries.max_kept.max(max_kept);
     }
 
-    /// Notes that a stream is being opened: the server may deliver jobs before the stream is known to be open.
+    /// Registers a stream that is being opened, because the server may send jobs over the stream before `open_stream` is called.
     pub(crate) fn expect_stream(self: &Arc<Self>) -> ComingStream {
         self.entries().coming += 1;
         ComingStream(Arc::clone(self))
@@ -155,7 +157,8 @@ impl Ledger {
         stream
     }
 
-    /// Notes that a stream is closed or lost, so that the server requeues its jobs. The jobs that wait here are forgotten.
+    /// Records that a stream was closed or lost. The server requeues the jobs of the stream, so those not started yet are
+    /// removed.
     pub(crate) fn lose_stream(&self, stream: StreamId) {
         let mut entries = self.entries();
         let Entries { by_id, kept, open, coming, lost_places, .. } = &mut *entries;
@@ -168,13 +171,14 @@ impl Ledger {
                 (entry.is_held, entry.is_released) = (false, false);
                 let earlier = entry.earlier.take().filter(|earlier| open.contains(earlier));
                 match (earlier, &entry.state) {
-                    // The stream's line was stale, and replaced the one that waited. That place is lost until its stream closes.
+                    // The delivery over the lost stream was stale, and replaced the delivery over `earlier`, which still holds
+                    // the job. The job is removed below, so its slot of the prefetch is lost until `earlier` closes.
                     (Some(earlier), EntryState::Waiting) => *lost_places.entry(earlier).or_default() += 1,
                     (Some(earlier), _) => (entry.stream, entry.is_held) = (earlier, true),
                     (None, _) => {}
                 }
             }
-            // Undelivered lines are lost with their stream.
+            // A settled entry is needed only while a stream is open that may bring a stale delivery of the job.
             let is_stale = matches!(entry.state, EntryState::Waiting) && is_of_stream
                 || matches!(entry.state, EntryState::Settled(_)) && is_last;
             !is_stale
@@ -185,7 +189,7 @@ impl Ledger {
         self.moved.send_replace(());
     }
 
-    /// Notes that a job has arrived over a stream.
+    /// Records the arrival of a job over a stream. Returns the next step, and the number of the delivery.
     pub(crate) fn arrive(
         &self,
         attempt: &Attempt,
@@ -214,7 +218,8 @@ impl Ledger {
         (arrival, delivery)
     }
 
-    /// Begins a run if one may begin. A job beyond the limit of runs is forgotten; the server requeues it when the stream closes.
+    /// Begins the run of a job if the delivery is not stale and the maximum number of runs is not reached. A job beyond that
+    /// number is removed, and the server requeues the job when the stream closes.
     pub(crate) fn begin(&self, id: &JobId, delivery: Delivery) -> Beginning {
         let mut entries = self.entries();
         let Entries { by_id, runs_left, .. } = &mut *entries;
@@ -234,7 +239,7 @@ impl Ledger {
         Beginning::Begun { is_last: *runs_left == Some(0) }
     }
 
-    /// Forgets a job that is not started here. The server requeues the job when the stream closes.
+    /// Removes a job that is not started in this worker. The server requeues the job when the stream closes.
     pub(crate) fn give_back(&self, id: &JobId, delivery: Delivery) {
         let mut entries = self.entries();
         if entries.by_id.get(id).is_some_and(|entry| entry.waits_since(delivery)) {
@@ -243,7 +248,8 @@ impl Ledger {
         }
     }
 
-    /// Notes that a run has ended. Returns the attempt to report: the job may have been redelivered since the run began.
+    /// Records that a run has ended. Returns the attempt to report, which is a later one if the job was redelivered as a later
+    /// attempt during the run.
     pub(crate) fn end(&self, id: &JobId, report: &Report) -> Option<Attempt> {
         let mut entries = self.entries();
         let entry = entries.by_id.get_mut(id)?;
@@ -251,7 +257,7 @@ impl Ledger {
         Some(Attempt { id: id.clone(), attempts: entry.attempts })
     }
 
-    /// Forgets a job whose run was interrupted. The server requeues the job when the stream closes.
+    /// Removes a job whose run was interrupted. The server requeues the job when the stream closes.
     pub(crate) fn interrupt(&self, id: &JobId) {
         self.entries().by_id.remove(id);
         self.moved.send_replace(());
@@ -262,21 +268,21 @@ impl Ledger {
         self.entries().present_server = Some(Arc::clone(client));
     }
 
-    /// Returns the server for an attempt's report, or none once no report is in flight.
+    /// Returns the server to which an attempt is reported, or `None` if no report of the attempt is outstanding.
     pub(crate) fn destination(&self, attempt: &Attempt) -> Option<Arc<Client>> {
         let entries = self.entries();
         let entry = entries.by_id.get(&attempt.id).filter(|entry| entry.attempts == attempt.attempts)?;
         matches!(entry.state, EntryState::Reporting(_)).then(|| entries.server_of(entry))
     }
 
-    /// Returns the delivery by which the server holds this attempt for this worker, if it does.
+    /// Returns the delivery that holds this attempt over an open stream, if there is one.
     pub(crate) fn held(&self, attempt: &Attempt) -> Option<Delivery> {
         let entries = self.entries();
         let entry = entries.by_id.get(&attempt.id)?;
         (entry.attempts == attempt.attempts && entry.is_held).then_some(entry.delivery)
     }
 
-    /// Compares the present hold of an attempt with the delivery `seen` that held it before.
+    /// Compares the delivery that holds an attempt now with `seen`, the delivery that held the attempt before.
     pub(crate) fn hold(&self, attempt: &Attempt, seen: Option<Delivery>) -> Hold {
         match self.held(attempt) {
             None => Hold::Lost,
@@ -285,7 +291,7 @@ impl Ledger {
         }
     }
 
-    /// Returns a check of whether an attempt is still held by the delivery `seen`.
+    /// Returns a closure that reports whether the delivery `seen` still holds an attempt.
     pub(crate) fn watch_hold(
         self: &Arc<Self>,
         attempt: &Attempt,
@@ -295,8 +301,8 @@ impl Ledger {
         move || ledger.hold(&attempt, seen) == Hold::Same
     }
 
-    /// Notes that the server has accepted the report of an attempt, which the delivery `seen` held. Returns false if the report
-    /// must be sent again: attempts without a number look the same, and a later one has been delivered since.
+    /// Records that the server has accepted the report of an attempt that the delivery `seen` held. Returns false if the report
+    /// must be sent again: an attempt without a number was redelivered after `seen`, so the redelivery may be a later attempt.
     pub(crate) fn settle(&self, attempt: &Attempt, seen: Option<Delivery>) -> bool {
         let mut entries = self.entries();
         let is_only_stream = entries.open.len() + entries.coming <= 1;
@@ -309,8 +315,8 @@ impl Ledger {
         if attempt.attempts.is_none() && entry.is_held && seen != Some(entry.delivery) {
             return false;
         }
-        // The server has not redelivered a job that the only stream holds, so no stale line can arrive. And an attempt without a
-        // number cannot be told from the next one.
+        // No stale delivery can arrive for a job that the only stream holds. An attempt without a number is removed too, because
+        // its settled entry would also match the next attempt.
         if (entry.is_held && is_only_stream) || attempt.attempts.is_none() {
             entries.remove(&attempt.id);
         } else {
@@ -322,7 +328,7 @@ impl Ledger {
         true
     }
 
-    /// Notes that a parked outcome is obsolete, unless its job has been redelivered since.
+    /// Settles a parked outcome that needs no report any more. Does nothing if its job has been redelivered since.
     pub(crate) fn settle_parked(&self, attempt: &Attempt) {
         let mut entries = self.entries();
         let Some(entry) = entries.ended(attempt) else { return };
@@ -332,8 +338,8 @@ impl Ledger {
         }
     }
 
-    /// Forgets an attempt whose report was dropped. If the server still holds the job for this worker, the stream loses that
-    /// place of its prefetch.
+    /// Removes an attempt whose report was dropped. If a stream still holds the job, the job occupies a slot of the stream's
+    /// prefetch until the stream closes, so the slot is counted as lost.
     pub(crate) fn forget(&self, attempt: &Attempt) {
         let mut entries = self.entries();
         let Some(entry) = entries.ended(attempt) else { return };
@@ -346,9 +352,10 @@ impl Ledger {
         self.moved.send_replace(());
     }
 
-    /// Parks an outcome until its job is redelivered. Returns the outcome if a redelivery came after the delivery `seen`: the
-    /// report can leave at once then. With `may_be_held`, the server may still hold the job over an open stream, which then
-    /// counts as one with a lost place: once it is replaced and closes, the job is redelivered.
+    /// Parks an outcome until its job is redelivered. Returns the outcome instead if the job was redelivered after `seen`,
+    /// because the report can then be sent at once. With `may_be_held`, the server may still hold the job over an open stream. A
+    /// slot of that stream's prefetch then counts as lost, so that the stream is replaced, and the server redelivers the job when
+    /// the stream closes.
     pub(crate) fn park(
         &self,
         attempt: &Attempt,
@@ -389,14 +396,15 @@ impl Ledger {
         parked.collect()
     }
 
-    /// Returns the parked outcomes of released jobs.
+    /// Returns the parked outcomes of released jobs, which the server may still hold over an open stream.
     pub(crate) fn released(&self) -> Vec<Parked> {
         let mut parked = self.parked();
         parked.retain(|parked| parked.hold == Hold::Same);
         parked
     }
 
-    /// Returns the outcome of a released job that the server still holds over its stream, to be reported.
+    /// Moves a released job back to the `Reporting` state, because a check has shown that the server still holds the job over its
+    /// stream. Returns the outcome to report, or `None` if the job is no longer released.
     pub(crate) fn reclaim(&self, attempt: &Attempt) -> Option<Report> {
         let mut entries = self.entries();
         let entry = entries.ended(attempt).filter(|entry| entry.is_released)?;
@@ -415,7 +423,7 @@ impl Ledger {
         Some(report)
     }
 
-    /// Returns the jobs that run or have ended here, are not settled, and are held by no stream.
+    /// Returns the jobs that run or have ended in this worker, are not settled, and are held by no open stream.
     pub(crate) fn unheld(&self) -> Vec<Unheld> {
         let entries = self.entries();
         let is_unheld = |entry: &LedgerEntry| !entry.is_held && !matches!(entry.state, EntryState::Settled(_));
@@ -435,12 +443,12 @@ impl Ledger {
         held.all(|entry| matches!(entry.state, EntryState::Waiting))
     }
 
-    /// Returns the number of parked outcomes that were dropped for want of room.
+    /// Returns the number of parked outcomes that were evicted because the limit `max_kept` was reached.
     pub(crate) fn evicted(&self) -> usize {
         self.entries().evicted
     }
 
-    /// Reports whether an attempt came from that server.
+    /// Reports whether the server of `client` delivered the job of an attempt. Returns true if the ledger no longer has the job.
     pub(crate) fn came_from(&self, attempt: &Attempt, client: &Client) -> bool {
         self.entries().by_id.get(&attempt.id).is_none_or(|entry| entry.source.client.url() == client.url())
     }
@@ -451,7 +459,7 @@ impl Ledger {
         entries.by_id.iter().filter(|(_, entry)| entry.is_unsettled()).map(|(id, _)| id.clone()).collect()
     }
 
-    /// Reports whether all jobs here are parked or settled.
+    /// Reports whether all jobs in the ledger are parked or settled.
     pub(crate) fn is_all_parked(&self) -> bool {
         self.entries().by_id.values().all(|entry| matches!(entry.state, EntryState::Parked(_) | EntryState::Settled(_)))
     }
@@ -468,12 +476,12 @@ impl Ledger {
         Delivery(self.entries().deliveries)
     }
 
-    /// Reports whether a stream has lost places of its prefetch.
+    /// Reports whether a stream has lost slots of its prefetch to jobs that are not reported.
     pub(crate) fn has_lost_places(&self, stream: StreamId) -> bool {
         self.entries().lost_places.contains_key(&stream)
     }
 
-    /// Returns a receiver that changes when a stream loses a place.
+    /// Returns a receiver that changes when a stream may have lost a slot of its prefetch.
     pub(crate) fn lost_places(&self) -> watch::Receiver<()> {
         self.place_lost.subscribe()
     }
@@ -483,7 +491,7 @@ impl Ledger {
         self.parkings.subscribe()
     }
 
-    /// Returns a receiver that changes when a job leaves, is redelivered, or is parked, and when a stream is lost.
+    /// Returns a receiver that changes when a job is removed, settled, redelivered or parked, and when a stream is lost.
     pub(crate) fn movements(&self) -> watch::Receiver<()> {
         self.moved.subscribe()
     }

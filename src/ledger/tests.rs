@@ -2,7 +2,7 @@ use super::*;
 use crate::config::WorkerConfig;
 use crate::job::Failure;
 
-/// A ledger and the one stream over which its jobs come.
+/// A ledger, and the stream over which its jobs arrive.
 struct Here {
     ledger: Ledger,
     source: Arc<StreamSettings>,
@@ -254,7 +254,7 @@ fn a_job_is_held_by_the_stream_that_brought_it_last() {
     assert!(here.held(&job).is_some());
 }
 
-/// A late line of the first stream arrives after the line of the second one.
+/// A stale delivery over the first stream arrives after the delivery over the second one.
 #[test]
 fn the_loss_of_a_stale_line_gives_the_hold_back() {
     let (here, job) = (Here::new(8), attempt("a", 0));

@@ -1,4 +1,4 @@
-//! [`Terminal`]: the terminal from which a worker was started, and the meaning of a SIGHUP there.
+//! [`Terminal`]: the terminal from which a worker was started, if any, and the meaning of a SIGHUP in that case.
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -11,9 +11,9 @@ use crate::process::is_ignored;
 pub(super) enum HangUp {
     /// A process sent the signal: reload the settings.
     Reload,
-    /// The terminal is gone, or its shell is.
+    /// The terminal is closed, or its shell has ended: drain.
     Gone,
-    /// The terminal is gone, and the worker outlives it.
+    /// The terminal is closed, and the worker continues without it.
     Outlived,
 }
 
@@ -22,15 +22,15 @@ pub(super) enum HangUp {
 pub(super) enum Terminal {
     /// No terminal: a service manager, cron or setsid started this process.
     None,
-    /// A terminal that the process outlives: nohup started it.
+    /// A terminal whose end does not stop the process, because nohup started the process.
     Outlived,
-    /// A terminal with which the process ends.
+    /// A terminal whose end stops the process.
     Controlling,
 }
 
 impl Terminal {
-    /// Looks for the controlling terminal, and for an ignored SIGHUP, which nohup leaves. Call this before a handler for SIGHUP
-    /// is registered.
+    /// Determines the relation from the controlling terminal, and from whether SIGHUP is ignored, as nohup arranges. Call this
+    /// before a handler for SIGHUP is registered, because SIGHUP is no longer ignored from then on.
     pub(super) fn of_this_process() -> Self {
         match open_terminal() {
             Ok(()) if is_ignored(SIGHUP) => Self::Outlived,
@@ -39,9 +39,9 @@ impl Terminal {
         }
     }
 
-    /// Decides by the `si_code` of a SIGHUP. The kernel sends SIGHUP when the terminal is closed, and when the session leader
-    /// ends: in the second case, before the terminal is gone. A shell passes the kernel's SIGHUP on to its background jobs with
-    /// the code of an ordinary process; by then the terminal is gone.
+    /// Returns the meaning of a SIGHUP with the `si_code` `code`. The kernel sends SIGHUP when the terminal is closed. It
+    /// also sends SIGHUP when the session leader ends, before it closes the terminal. A shell forwards the kernel's SIGHUP to its
+    /// background jobs with the `si_code` of an ordinary process. By then the terminal is closed.
     pub(super) fn meaning_of(self, code: i32) -> HangUp {
         match self {
             Self::None => HangUp::Reload,
@@ -52,13 +52,13 @@ impl Terminal {
         }
     }
 
-    /// Reports whether the terminal is gone and the process is to end with it.
+    /// Reports whether this is a terminal whose end stops the process, and the terminal is closed.
     pub(super) fn is_gone(self) -> bool {
         self == Self::Controlling && matches!(open_terminal(), Err(Errno::NXIO | Errno::IO))
     }
 }
 
-/// Opens the controlling terminal, and closes it again.
+/// Opens the controlling terminal, and closes the descriptor again.
 fn open_terminal() -> Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     open("/dev/tty", flags, Mode::empty()).map(drop)

@@ -1,4 +1,5 @@
-//! [`Census`]: the process groups that are alive. A signal reaches zombies as well, so only /proc tells.
+//! [`Census`]: a scan of /proc for living process groups. `kill` with signal 0 succeeds for zombies too, so only /proc tells them
+//! from living processes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,10 +10,11 @@ use rustix::process::{Pid, test_kill_process_group};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-/// The longest reuse of an answer. A look takes milliseconds on a busy machine, and hundreds of jobs may ask at once.
+/// The maximum age of a scan that is reused. A scan takes milliseconds on a busy machine, and hundreds of jobs may need one at
+/// once.
 const MAX_AGE: Duration = Duration::from_millis(50);
 
-/// The latest look at /proc. One look lists all groups, and serves all jobs that ask.
+/// The latest scan of /proc. One scan lists all groups, so all waiting jobs share it.
 static LATEST: Mutex<Census> =
     Mutex::const_new(Census { begun: None, groups: Groups { living: BTreeSet::new(), zombies: BTreeSet::new() } });
 
@@ -22,28 +24,28 @@ struct Census {
     groups: Groups,
 }
 
-/// The groups that have a living process, and those that have a zombie.
+/// The groups that have a living process, and the groups that have a zombie.
 #[derive(Debug, Default)]
 struct Groups {
     living: BTreeSet<i32>,
     zombies: BTreeSet<i32>,
 }
 
-/// Reports whether the group has a process that has not ended, by a look that began after `since`.
+/// Reports whether the group has a living process, according to a scan that did not begin before `since`.
 async fn is_alive(group: Pid, since: Instant) -> bool {
     let mut latest = LATEST.lock().await;
     if latest.begun.is_none_or(|begun| begun < since) {
         *latest = Census { begun: Some(Instant::now()), groups: groups() };
     }
     let (number, Groups { living, zombies }) = (group.as_raw_nonzero().get(), &latest.groups);
-    // With `hidepid`, /proc does not list the processes of other users.
+    // With `hidepid`, /proc does not list the processes of other users. EPERM shows that the group still has one.
     let is_hidden = || !zombies.contains(&number) && test_kill_process_group(group) == Err(Errno::PERM);
     living.contains(&number) || is_hidden()
 }
 
 /// Waits until every process of the group has ended, reaped or not.
 pub(super) async fn died_out(group: Pid) {
-    // An earlier look may miss processes that started since.
+    // An earlier scan could miss a process that started after it.
     let mut since = Instant::now();
     while is_alive(group, since).await {
         tokio::time::sleep(MAX_AGE / 2).await;
@@ -69,7 +71,7 @@ pub(super) fn zombies_of(parent: Pid) -> impl Iterator<Item = Pid> {
     processes().filter(move |(_, stat)| is_zombie(stat)).filter_map(|(pid, _)| Pid::from_raw(pid))
 }
 
-/// Returns all processes, each with its line in /proc.
+/// Returns the ids of all processes, each with its line of `/proc/PID/stat`.
 fn processes() -> impl Iterator<Item = (i32, String)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbered = entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry)));
@@ -81,7 +83,8 @@ fn zombies_parent(stat: &str) -> Option<i32> {
     rest.trim_start().strip_prefix('Z')?.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// Parses a process's group, and whether it is a zombie, from its line in /proc. The name may contain any character, even `)`.
+/// Parses a process's group, and whether the process is a zombie, from its line of `/proc/PID/stat`. The process's name may
+/// contain any character, even `)`.
 fn group_of(stat: &str) -> Option<(i32, bool)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();

@@ -1,4 +1,5 @@
-//! [`ChildSetup`]: a child between `clone` and `execve`, as the child runs it and as this process watches it.
+//! [`ChildSetup`]: a child between `clone` and `execve`: the code that runs in the child, and the means to watch it from this
+//! process.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -23,16 +24,17 @@ use super::open_files::OpenFiles;
 use super::stack::Stack;
 use super::starter::{Starter, Way};
 
-/// The first pause between two looks at a child that has not executed its program.
+/// The first pause between two checks of whether the child has executed its program.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// The longest such pause.
+/// The longest pause between two checks of whether the child has executed its program.
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
 /// The first descriptor after the standard ones.
 const FIRST_OTHER: RawFd = 3;
 
-/// The memory that a child uses until `execve`. A child may share our memory, so this is kept until the child has ended.
+/// The memory that a child uses until `execve`. A child may share our memory, so its `ChildSetup` is kept until the child has
+/// ended.
 #[derive(Debug)]
 pub(super) struct ChildSetup {
     command: Arc<Command>,
@@ -44,13 +46,13 @@ pub(super) struct ChildSetup {
     way: Way,
     /// The pipe on which a child with a copy of the memory reports an error.
     error_pipe: Option<ErrorPipe>,
-    /// Not 0 while the child uses our memory. The kernel sets it to 0 at `execve`.
+    /// A word that is not 0 while the child uses our memory. The kernel sets the word to 0 at `execve`.
     uses_our_memory: AtomicU32,
     /// The errno of a failed setup, or 0.
     failure: AtomicI32,
 }
 
-/// A pipe that carries an errno, or closes at `execve`.
+/// A pipe on which the child writes the errno of a failed setup. `execve` closes the child's end.
 #[derive(Debug)]
 struct ErrorPipe {
     ours: OwnedFd,
@@ -58,11 +60,11 @@ struct ErrorPipe {
 }
 
 impl ChildSetup {
-    /// Prepares a child. `variables` are added to the command's. `stdio` is the child's stdin, stdout and stderr, where they
-    /// differ from those of this process.
+    /// Prepares a child. `variables` are added to the command's environment. `stdio` has the child's stdin, stdout and stderr;
+    /// `None` means this process's own.
     ///
     /// # Errors
-    /// When there is a zero byte in a variable, or the system has no memory.
+    /// When a variable contains a zero byte, or the system has no memory.
     pub(super) fn of(
         starter: &Starter,
         command: Arc<Command>,
@@ -105,8 +107,9 @@ impl ChildSetup {
         Ok(Some(theirs))
     }
 
-    /// Waits until the child has executed its program, or cannot. No event signals this without a thread. The caller watches for
-    /// the child's exit as well, because the kernel leaves `uses_our_memory` alone for a child that dumps core.
+    /// Waits until the child has executed its program or has failed to. Polls, because only a dedicated thread could wait for
+    /// this event. The caller must watch for the child's exit as well, because the kernel does not clear `uses_our_memory` for a
+    /// child that dumps core.
     pub(super) async fn exec_done(&self) {
         let mut pause = FIRST_PAUSE;
         while self.is_before_exec() {
@@ -115,7 +118,7 @@ impl ChildSetup {
         }
     }
 
-    /// Returns the error for which the child has not executed its program, if known.
+    /// Returns the error that kept the child from executing its program, if an error is known.
     pub(super) fn failure(&self) -> Option<io::Error> {
         self.is_before_exec();
         match self.failure.load(Ordering::Acquire) {
@@ -132,7 +135,7 @@ impl ChildSetup {
         let mut errno = [0; size_of::<c_int>()];
         match rustix::io::read(&pipe.ours, &mut errno) {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return true,
-            // So few bytes are never split in a pipe.
+            // A pipe never splits a write of so few bytes.
             Ok(count) if count == errno.len() => self.failure.store(c_int::from_ne_bytes(errno), Ordering::Release),
             Ok(_) | Err(_) => {}
         }
@@ -140,12 +143,13 @@ impl ChildSetup {
         false
     }
 
-    /// Turns the child into its program. The child runs beside this process's threads: it may take no lock, allocate nothing, and
-    /// not touch the `errno` of the thread that made it. So calls that can fail bypass the C library. This process's files are
-    /// closed before any call that may hang, because another job waits for the end of its pipe.
+    /// Sets up the child and executes its program. The child runs concurrently with this process's threads, so it must take no
+    /// lock, allocate nothing, and not write to the `errno` of the thread that created it. So calls that can fail bypass the C
+    /// library. This process's files are closed before any call that may hang, otherwise the child would hold another job's pipe
+    /// open, and that job would wait for end of file.
     ///
     /// # Safety
-    /// The caller must be a child that `clone` has made for this.
+    /// Must run only in a child that `clone` has created for this `ChildSetup`.
     #[expect(unsafe_code, reason = "there is no safe way to be a process like that")]
     unsafe fn become_program(&self) -> Result<Infallible, Errno> {
         let command = &self.command;
@@ -153,14 +157,14 @@ impl ChildSetup {
         // needed, and the files are open. The kernel has given the child its own table of descriptors, working directory, limits
         // and signal actions, so nothing here changes those of the parent. The C library's calls do not fail for these arguments.
         unsafe {
-            // The kernel writes to `uses_our_memory` once, when the child leaves the memory. Not every C library's `clone` can
-            // ask for this.
+            // Asks the kernel to clear `uses_our_memory` when the child leaves the memory. Not every C library's `clone` can
+            // request this.
             let _ = syscall!(Sysno::set_tid_address, self.uses_our_memory.as_ptr());
             let _ = syscall!(Sysno::setpgid, 0, 0);
             set_signals_back(self.handled_signals);
             for (number, file) in (0..).zip(self.stdio) {
                 if let Some(file) = file {
-                    // `file` never equals `number`, because std keeps 0, 1 and 2 taken.
+                    // `dup3` fails for equal descriptors. `file` never equals `number`, because std keeps 0, 1 and 2 open.
                     syscall!(Sysno::dup3, file, number, 0)?;
                 }
             }
@@ -180,7 +184,7 @@ impl ChildSetup {
         }
     }
 
-    /// Closes every file but the standard ones and the error pipe, which becomes the first of the others.
+    /// Closes every descriptor but the standard ones and the error pipe, which is moved to `FIRST_OTHER`.
     ///
     /// # Safety
     /// As for `become_program`.
@@ -196,8 +200,8 @@ impl ChildSetup {
                 first += 1;
             }
             if syscall!(Sysno::close_range, first, c_int::MAX, 0).is_err() {
-                // Linux before 5.9, or a sandbox, does not know the call. `execve` closes files beyond `bound` that this process
-                // has opened.
+                // The call fails on Linux before 5.9 and in some sandboxes. `execve` closes the files beyond `bound`, because
+                // this process opens its files with O_CLOEXEC.
                 for file in first.cast_unsigned()..self.open_files.bound {
                     let _ = syscall!(Sysno::close, file);
                 }
@@ -212,7 +216,7 @@ impl ChildSetup {
         let errno = error.into_raw();
         self.failure.store(errno, Ordering::Release);
         if self.error_pipe.is_some() {
-            // SAFETY: the kernel reads as many bytes as the number has.
+            // SAFETY: the kernel reads `size_of::<c_int>()` bytes, which is the size of `errno`.
             let _ = unsafe { syscall!(Sysno::write, FIRST_OTHER, &raw const errno, size_of::<c_int>()) };
         }
     }
@@ -228,17 +232,16 @@ pub(super) extern "C" fn child_main(setup: *mut c_void) -> c_int {
         (setup, setup.become_program())
     };
     setup.record_failure(error);
-    // SAFETY: `_exit` runs none of the parent's code, and the kernel ends the child alone: a process that shares memory is no
-    // thread.
+    // SAFETY: `_exit` runs none of the parent's code. The kernel ends only the child, because the child is a process of its own,
+    // not a thread of the parent.
     unsafe { libc::_exit(127) }
 }
 
-/// The signals that a terminal sends to a whole group. A child is in this process's group until it leads its own.
+/// The signals that a terminal sends to a whole group. A child is in this process's group until its `setpgid`.
 const SIGNALS_OF_TERMINALS: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP];
 
-/// Restores default actions in the child, while it blocks all signals. Handled signals get their default action before a handler
-/// of this process could run in the child. A pending signal of the terminal is dropped, because the terminal meant this process
-/// and not the job.
+/// Restores the default signal actions in the child while all signals are blocked, so that no handler of this process ever runs
+/// in the child. A pending terminal signal is discarded, because the terminal sent it to this process's group and not to the job.
 #[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
 fn set_signals_back(handled: &[c_int]) {
     let set = |signal, action| {
@@ -246,7 +249,7 @@ fn set_signals_back(handled: &[c_int]) {
         unsafe { libc::signal(signal, action) }
     };
     for signal in SIGNALS_OF_TERMINALS {
-        // This drops a pending signal.
+        // Ignoring a signal discards a pending one.
         if set(signal, libc::SIG_IGN) != libc::SIG_IGN {
             set(signal, libc::SIG_DFL);
         }
@@ -256,11 +259,11 @@ fn set_signals_back(handled: &[c_int]) {
     });
 }
 
-/// The result of [`handled_signals`] at the first start, when all handlers are registered.
+/// The result of [`handled_signals`] at the first start of a child, when all signal handlers are registered.
 static HANDLED_SIGNALS: OnceLock<Vec<c_int>> = OnceLock::new();
 
-/// Returns the signals that this process handles, or ignores by itself: std ignores SIGPIPE. Any other ignored signal was
-/// inherited that way, and children inherit it too.
+/// Returns the signals that this process handles, and SIGPIPE, which std ignores. Any other ignored signal was already ignored
+/// when this process started, and stays ignored in its children.
 #[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal")]
 fn handled_signals() -> Vec<c_int> {
     let action_of = |signal: c_int| {

@@ -1,6 +1,8 @@
-//! [`Children`]: the processes that jobs here wait for. The kernel gives orphans to process 1 of a container, or to a subreaper
-//! (`PR_SET_CHILD_SUBREAPER`). If this process is one of the two, orphans stay zombies until it reaps them. But to reap a child
-//! that a job waits for would take the child's exit status away.
+//! [`Children`]: the list of child processes that jobs wait for, so that only orphans are reaped.
+//!
+//! The kernel gives orphans to process 1 of a container, or to a subreaper (`PR_SET_CHILD_SUBREAPER`). If this process is one of
+//! the two, orphans stay zombies until this process reaps them. But it must not reap a child that a job waits for, otherwise the
+//! job would lose the child's exit status.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -17,7 +19,8 @@ use tokio::time::sleep;
 use super::census::zombies_of;
 use super::reaper::{Killed, Reaper};
 
-/// The pause between two looks for orphans. A zombie does no harm meanwhile, and every child that ends triggers a look.
+/// The minimum pause between two scans for orphans. After the pause, SIGCHLD triggers the next scan. A zombie does no harm until
+/// then.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// The children of this process. Clones share one list.
@@ -30,19 +33,19 @@ pub(crate) struct Children {
 
 #[derive(Debug, Default)]
 struct Waited {
-    /// Locked for reading from the start of a child until the child is on the list.
+    /// A lock that is held for reading from the start of a child until the child is in `pids`.
     starting: RwLock<()>,
-    /// The count of each process id: an id may be reused before its last holder is off the list.
+    /// The number of listed children by process id. An id can be reused before its previous child is removed from the list.
     pids: Mutex<HashMap<Pid, usize>>,
 }
 
 impl Children {
-    /// Returns the list of this process.
+    /// Returns an empty list for this process.
     pub(crate) fn of_this_process() -> Self {
         Self { waited: inherits_orphans().then(Arc::default), reaper: Reaper::default() }
     }
 
-    /// Starts a child that a job waits for.
+    /// Starts a child that a job waits for, and adds the child to the list.
     pub(super) fn start<C>(&self, spawn: impl FnOnce() -> io::Result<C>, id: impl Fn(&C) -> Pid) -> io::Result<C> {
         let Some(waited) = &self.waited else { return spawn() };
         let _starting = waited.starting.read().unwrap_or_else(PoisonError::into_inner);
@@ -56,7 +59,7 @@ impl Children {
         self.reaper.take(Killed { id, _memory: memory, children: self.clone() });
     }
 
-    /// Notes that the child of a job has been reaped.
+    /// Removes a child that has been reaped from the list.
     pub(super) fn reaped(&self, pid: Pid) {
         let Some(waited) = &self.waited else { return };
         let mut pids = waited.pids();
@@ -68,7 +71,7 @@ impl Children {
         }
     }
 
-    /// Reaps inherited orphans while it is polled. Ends at once if this process inherits none.
+    /// Reaps inherited orphans for as long as the future is polled. Returns at once if this process does not inherit orphans.
     ///
     /// # Errors
     /// When the operating system refuses the signal handler.
@@ -85,7 +88,8 @@ impl Children {
     }
 }
 
-/// Reports whether this process inherits orphans: as process 1, or as a subreaper. A process stays a subreaper after `execve`.
+/// Reports whether this process inherits orphans: as process 1, or as a subreaper. The program that executed this one may have
+/// made the process a subreaper, because the attribute survives `execve`.
 fn inherits_orphans() -> bool {
     getpid() == Pid::INIT || child_subreaper().is_ok_and(|subreaper| subreaper.is_some())
 }
@@ -96,10 +100,10 @@ impl Waited {
     }
 
     fn reap_others(&self) {
-        // No child is between its start and the list now.
+        // With this lock, every started child is in `pids`, so any other zombie is an orphan.
         let _none_starts = self.starting.write().unwrap_or_else(PoisonError::into_inner);
         for pid in zombies_of(getpid()).filter(|pid| !self.pids().contains_key(pid)) {
-            // The job of the group may have been faster.
+            // The error is ignored, because the job of the orphan's group may have reaped the orphan first.
             let _ = waitpid(Some(pid), WaitOptions::NOHANG);
         }
     }

@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use rustix::process::Pid;
 
-/// Returns the id of a process's CPU clock. `clock_getcpuclockid` returns the same, after one more system call.
+/// Returns the id of a process's CPU clock. `clock_getcpuclockid` returns the same id, but needs an additional system call.
 fn clock_of(process: Pid) -> libc::clockid_t {
     const SCHEDULER: libc::clockid_t = 2;
     (!process.as_raw_nonzero().get() << 3) | SCHEDULER
 }
 
-/// Returns the CPU time that a process has used, its threads included. Returns none once the process is reaped, or if another
-/// user owns it.
+/// Returns the CPU time that a process has used, its threads included. Returns `None` once the process is reaped.
 #[expect(unsafe_code, reason = "no safe wrapper reads the clock of another process")]
 pub(super) fn cpu_time_of(process: Pid) -> Option<Duration> {
     let mut time = MaybeUninit::<libc::timespec>::zeroed();

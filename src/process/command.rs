@@ -17,13 +17,14 @@ pub(crate) struct Command {
     pub(super) environment: Arc<CStrings>,
     /// The working directory; this process's own by default.
     pub(super) cwd: Option<CString>,
-    /// Whether the last process printed more than a pipe holds. The next one may soon block until its output is read.
+    /// Whether the last process of this command printed more than a pipe holds. If so, the next process gets a larger pipe for
+    /// stdout and no read delay, otherwise it would soon block until its output is read.
     pub(super) prints_much: AtomicBool,
 }
 
 impl Command {
-    /// Prepares a command. `env` is the whole environment, except for the variables of a single start. Each name should occur
-    /// once.
+    /// Prepares a command. `env` is the whole environment, except for variables that are added at a single start. Duplicate names
+    /// are not removed.
     ///
     /// # Errors
     /// When an argument, a variable or a path contains a zero byte.
@@ -49,7 +50,7 @@ impl Command {
         })
     }
 
-    /// Returns the environment of one start.
+    /// Returns the command's environment, followed by the `added` variables of one start.
     pub(super) fn environment_and(&self, added: &[(&str, Cow<'_, OsStr>)]) -> io::Result<CStrings> {
         let bytes = added.iter().map(|(name, value)| name.len() + "=".len() + value.len() + "\0".len()).sum();
         let mut strings = Strings::with_capacity(added.len(), bytes);

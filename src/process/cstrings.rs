@@ -1,11 +1,11 @@
-//! [`CStrings`]: a list of strings in the form of `execve`.
+//! [`CStrings`]: a list of strings in the form that `execve` takes.
 
 use std::io;
 use std::os::raw::c_char;
 use std::ptr;
 use std::sync::Arc;
 
-/// Pointers to strings with a zero byte at the end, and a null pointer at the end of the list.
+/// A list of pointers to strings that end with a zero byte, with a null pointer at the end of the list.
 #[derive(Debug)]
 pub(super) struct CStrings {
     list: Vec<*const c_char>,
@@ -13,7 +13,7 @@ pub(super) struct CStrings {
     _before: Option<Arc<CStrings>>,
 }
 
-// SAFETY: the pointers are to memory that this owns or shares, and that is never written to.
+// SAFETY: a `CStrings` owns or shares the memory behind its pointers, and that memory is never written to.
 #[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
 unsafe impl Send for CStrings {}
 // SAFETY: as above.
@@ -39,19 +39,19 @@ pub(super) struct Strings {
 }
 
 impl Strings {
-    /// Returns an empty list with room for that many strings and bytes, zero bytes included.
+    /// Returns an empty list with capacity for `strings` strings of `bytes` bytes in total, zero bytes included.
     pub(super) fn with_capacity(strings: usize, bytes: usize) -> Self {
         Self { bytes: Vec::with_capacity(bytes), starts: Vec::with_capacity(strings) }
     }
 
-    /// Adds a string made of these pieces.
+    /// Adds the concatenation of `pieces` as one string.
     pub(super) fn push(&mut self, pieces: &[&[u8]]) {
         self.starts.push(self.bytes.len());
         pieces.iter().for_each(|piece| self.bytes.extend_from_slice(piece));
         self.bytes.push(0);
     }
 
-    /// Ends the list.
+    /// Returns the finished list.
     ///
     /// # Errors
     /// When a string contains a zero byte.
@@ -59,7 +59,7 @@ impl Strings {
         self.into_list(None)
     }
 
-    /// Ends the list, and puts it after another one.
+    /// Returns the finished list, preceded by the strings of `before`.
     ///
     /// # Errors
     /// When a string contains a zero byte.

@@ -8,10 +8,10 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
 
-/// The first pause between two looks at a child.
+/// The first pause between two polls of a child.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// The longest such pause.
+/// The longest pause between two polls of a child.
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
 /// The source of the exit event of a child.
@@ -19,7 +19,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 pub(super) enum ExitWatch {
     /// The reactor: a pidfd becomes readable at the exit of its process.
     Reactor(AsyncFd<OwnedFd>),
-    /// Polling, where the kernel gives no pidfd, or epoll has no room for it.
+    /// Polling at intervals, if there is no pidfd or its registration with epoll has failed.
     Intervals { child: Pid, pidfd: Option<OwnedFd> },
 }
 
@@ -31,7 +31,7 @@ impl ExitWatch {
         // SAFETY: an `OwnedFd` stays open, under the same number, for as long as the `AsyncFd` owns it.
         match unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) } {
             Ok(pidfd) => Self::Reactor(pidfd),
-            // The child runs already, and its job must not be ended for that.
+            // The child is already running, so poll instead of failing its job.
             Err(refused) => Self::Intervals { child, pidfd: Some(refused.into_parts().0) },
         }
     }
@@ -47,7 +47,7 @@ impl ExitWatch {
     /// Waits until the child is a zombie.
     pub(super) async fn exited(&self) {
         match self {
-            // The wait fails only when the reactor is gone, and this task with it.
+            // `readable` fails only when the runtime shuts down, which drops this task too.
             Self::Reactor(pidfd) => drop(pidfd.readable().await),
             Self::Intervals { child, .. } => {
                 let mut pause = FIRST_PAUSE;

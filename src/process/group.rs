@@ -1,4 +1,4 @@
-//! [`Group`]: a child that leads a process group, and the end of the group.
+//! [`Group`]: a child that leads a process group, and the signals, the exit and the cleanup of that group.
 
 use std::io;
 use std::os::unix::process::ExitStatusExt;
@@ -20,17 +20,18 @@ use super::children::Children;
 use super::exit_watch::ExitWatch;
 use super::spawn::Child;
 
-/// The time for a killed group to disappear. A process that is stuck in the kernel, or another user's, takes longer.
+/// The time limit for a killed group to disappear. A process that is stuck in the kernel, or that belongs to another user,
+/// exceeds it.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pauses between checks of whether a killed group is gone, zombies included. After them /proc tells the living from the zombies,
-/// so a process 1 that reaps late delays a job no longer than that.
+/// The pauses between checks of whether a killed group has disappeared, its zombies included. After the last pause, /proc is
+/// scanned for living processes only, so a process 1 that is slow to reap zombies delays a job no further.
 const PAUSES: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(2), Duration::from_millis(4)];
 
 /// The first pause between two tries to reap a leader that has exited.
 const FIRST_REAP_PAUSE: Duration = Duration::from_millis(1);
 
-/// The longest such pause.
+/// The longest pause between two tries to reap a leader that has exited.
 const LONGEST_REAP_PAUSE: Duration = Duration::from_millis(50);
 
 /// The resources that a process has used from start to end, including children that it waited for.
@@ -45,7 +46,8 @@ pub struct ResourceUsage {
 /// The exit status and resource usage of a leader, or the error of the wait.
 pub(crate) type WaitResult = io::Result<(ExitStatus, ResourceUsage)>;
 
-/// A process group whose leader is not reaped yet, so that no other process gets its number. Dropping it kills the group.
+/// A process group whose leader is not reaped yet, so that no other process gets the group's number. Dropping a `Group` kills its
+/// processes.
 #[derive(Debug)]
 pub(super) struct Group {
     leader: Pid,
@@ -56,21 +58,21 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// Returns the group of a leader that was started among `children`.
+    /// Returns the group of a leader that is listed in `children`.
     pub(super) fn of(leader: Child, children: Children) -> Self {
         let Child { id, pidfd, setup } = leader;
         Self { leader: id, children, exit: ExitWatch::of(id, pidfd), setup, reaped: false }
     }
 
-    /// Returns the process id of the leader, which is also the group's.
+    /// Returns the process id of the leader, which is also the id of the group.
     pub(super) fn id(&self) -> Pid {
         self.leader
     }
 
-    /// Signals the whole group, and the leader if it is in another one.
+    /// Signals the whole group, and also the leader if the leader has moved to another group.
     pub(super) fn signal(&self, signal: Signal) {
         let has_no_group = kill_process_group(self.id(), signal) == Err(Errno::SRCH);
-        // One signal only: a handler's trap would run twice.
+        // A leader that is still in its group already has the signal. With a second one, its signal handler would run twice.
         if has_no_group || getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader) {
             self.signal_leader(signal);
         }
@@ -83,13 +85,13 @@ impl Group {
         };
     }
 
-    /// Reports whether this process may signal the leader, which may have become another user.
+    /// Reports whether this process has permission to signal the leader, which may have changed its user.
     pub(super) fn may_signal_leader(&self) -> bool {
         test_kill_process(self.leader) != Err(Errno::PERM)
     }
 
-    /// Signals the leader once it has executed its program. Before that, the setup drops signals of the terminal, and a signal
-    /// that dumps core would kill this process too on Linux before 5.16.
+    /// Signals the leader once it has executed its program. Before that, the child's setup discards terminal signals such as
+    /// SIGINT, and a signal that dumps core would kill this process too on Linux before 5.16.
     pub(super) async fn signal_program(&self, signal: Signal) {
         self.setup.exec_done().await;
         self.signal_leader(signal);
@@ -108,7 +110,7 @@ impl Group {
         match self.setup.failure() {
             None => Ok(()),
             Some(error) => {
-                // A zombie is reaped without a wait.
+                // Once the leader is a zombie, dropping the group reaps it at once.
                 self.leader_exited().await;
                 Err(error)
             }
@@ -141,22 +143,22 @@ impl Group {
         }
     }
 
-    /// Waits for the leader's exit, and kills the group again at intervals: a leader may have changed its user back, so that this
-    /// process may signal it again.
+    /// Waits for the leader's exit, and kills the group again at intervals. A leader that was owned by another user may have
+    /// changed back to a user that this process has permission to signal.
     async fn leader_killed(&self) {
         while timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_err() {
             self.signal(Signal::KILL);
         }
     }
 
-    /// Kills the rest of the group, reaps the leader, which has exited, and waits until the rest is dead. The zombie keeps the
-    /// group's number until the signal has been sent.
+    /// Kills the rest of the group, reaps the leader, and waits until the rest is dead. The leader must have exited: its zombie
+    /// keeps the group's number from being reused until the signal has been sent.
     ///
     /// # Errors
     /// When the leader never executed its program.
     pub(super) async fn end(mut self) -> io::Result<WaitResult> {
         let id = self.id();
-        // A group that is gone is no error.
+        // The error is ignored, because the group may have no process left.
         let _ = kill_process_group(id, Signal::KILL);
         let Ok(ended) = timeout(DEATH_TIMEOUT, reap(id)).await else {
             let late = io::Error::new(io::ErrorKind::TimedOut, "another process traces it");
@@ -181,13 +183,14 @@ impl Drop for Group {
     }
 }
 
-/// Logs that processes have outlived SIGKILL, and the system's reason if there is one.
+/// Logs that processes have outlived SIGKILL, and the error of the signal if there is one.
 fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
     let error = signalled.err().map(|errno| io::Error::from(errno).to_string());
     warn!(group = group.as_raw_nonzero().get(), error, "killed processes of the job are still there");
 }
 
-/// Reaps a child that has exited. A debugger that traces the child must see its exit first.
+/// Reaps a child that has exited. Retries, because the kernel hides the exit of a traced child until the debugger has waited for
+/// it.
 async fn reap(pid: Pid) -> WaitResult {
     let mut pause = FIRST_REAP_PAUSE;
     loop {
@@ -208,7 +211,7 @@ fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, ResourceUsage)>> {
     let reaped = unsafe { libc::wait4(pid.as_raw_nonzero().get(), &raw mut status, libc::WNOHANG, usage.as_mut_ptr()) };
     match reaped {
         0 => Ok(None),
-        // SAFETY: the call has filled it in.
+        // SAFETY: `wait4` has initialised `usage`.
         1.. => Ok(Some((ExitStatus::from_raw(status), ResourceUsage::from(unsafe { usage.assume_init() })))),
         ..0 => Err(io::Error::last_os_error()),
     }
@@ -235,13 +238,14 @@ async fn until_gone(group: Pid) {
     reap_orphans_of(group);
 }
 
-/// Reports whether the group has no process, not even a zombie. Processes that this process may not signal count.
+/// Reports whether the group has no process, not even a zombie. Processes that this process has no permission to signal count as
+/// present.
 fn is_gone(group: Pid) -> bool {
     test_kill_process_group(group) == Err(Errno::SRCH)
 }
 
-/// Reaps zombies of the group that this process inherited as process 1 or as a subreaper. The call is limited to the group, so it
-/// takes no other job's status. Returns whether there were any.
+/// Reaps zombies of the group that this process inherited as process 1 or as a subreaper. `waitpgid` is limited to the group, so
+/// it takes no exit status from another job. Returns whether any zombie was reaped.
 fn reap_orphans_of(group: Pid) -> bool {
     let mut count = 0;
     while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {
@@ -269,7 +273,7 @@ mod tests {
         Group::of(child, Children::of_this_process())
     }
 
-    /// Starts a process that traces another one and never waits for it. The tracee's parent cannot reap the tracee then.
+    /// Starts a process that traces `id` and never waits for it, so that the tracee's parent cannot reap the tracee.
     #[expect(clippy::disallowed_methods, reason = "a debugger is a process of its own")]
     fn debugger_of(id: Pid) -> Option<Debugger> {
         let (seize, ptrace) = (libc::PTRACE_SEIZE, libc::SYS_ptrace);
@@ -313,7 +317,7 @@ mod tests {
         let group = group_of("sleep", "1000");
         group.setup.exec_done().await;
         let Some(debugger) = debugger_of(group.id()) else { return };
-        // Any other signal would stop the tracee.
+        // Any signal but SIGKILL would stop the traced leader instead of ending it.
         group.signal(Signal::KILL);
         group.leader_exited().await;
         let let_go = async {

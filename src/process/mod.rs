@@ -1,18 +1,19 @@
-//! One child in its own process group: feed its stdin, keep its output's tail, wait for it, terminate it. Knows neither jobs nor
-//! settings.
+//! A child process in its own process group: start, stdin, output, signals and exit. This module knows neither jobs nor settings.
 //!
-//! A start goes through these states. `ChildSetup` and `Stack` are memory of this process.
+//! A child goes through these states. `ChildSetup` and `Stack` are in this process's memory, which the child usually shares until
+//! `execve`.
 //!
 //! | state | begins with | `ChildSetup` and `Stack` belong to | the process number belongs to |
 //! | --- | --- | --- | --- |
 //! | in setup | `clone` | the child: this process keeps both alive, and only reads | the child |
 //! | running its program | `execve`: the kernel sets `uses_our_memory` to 0 | this process | the child |
-//! | zombie | the exit: the pidfd is readable, and the kernel has released the memory before | this process | the child |
-//! | reaped | `wait4` | none: `ChildSetup` is dropped, `Stack` is kept for another child | the group, while that has members |
+//! | zombie | the exit: the kernel releases the memory, then the pidfd becomes readable | this process | the child |
+//! | reaped | `wait4` | none: `ChildSetup` is dropped, `Stack` is kept for another child | the group, while it has members |
 //!
-//! Until `wait4`, a signal to the process number or to the group reaches no other job. A child whose setup fails becomes a zombie
-//! at once, and `ChildSetup::failure` has the error. A child with a copy of the memory (`Way::Copying`) reports both by a pipe. A
-//! child whose job is dropped is killed, and the [`reaper`] keeps its `ChildSetup` and reaps it.
+//! Until `wait4`, the process number cannot be reused, so a signal to the process or to the group reaches no other job. A child
+//! whose setup fails exits at once, and `ChildSetup::failure` returns the error. A child with a copy of the memory
+//! (`Way::Copying`) reports its `execve` or its error through a pipe. When a job is dropped, its child is killed, and the
+//! [`reaper`] keeps the `ChildSetup` until the child is reaped.
 
 mod census;
 mod child_setup;
@@ -68,7 +69,7 @@ pub use rustix::process::Signal;
 pub(crate) use signals::{is_ignored, keep_exit_statuses, without_signals};
 pub(crate) use starter::{Starter, Trial};
 
-/// The time for which output is still read after the leader has exited, when a process that lives on holds a pipe open.
+/// The time for which output is still read after the leader's exit if another process holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);
 
 /// The stdin of a child.
@@ -92,7 +93,7 @@ pub enum Output {
     Null,
 }
 
-/// The arguments of a start.
+/// The arguments for starting a process.
 #[derive(Debug)]
 pub(crate) struct Start<'a> {
     pub(crate) command: &'a Arc<Command>,
@@ -106,17 +107,17 @@ pub(crate) struct Start<'a> {
     pub(crate) children: &'a Children,
 }
 
-/// The ways to interfere with a running process. A future that never ends never interferes.
+/// The futures by which the caller intervenes in a running process. A future that never completes has no effect.
 #[derive(Debug)]
 pub(crate) struct Stops<C, F, G, H> {
-    /// Ends with the cause to terminate the process: SIGTERM to the group, and SIGKILL after `kill_grace`.
+    /// Completes with a cause when the process is to be terminated: the group gets SIGTERM, and SIGKILL after `kill_grace`.
     pub(crate) terminate: C,
     pub(crate) kill_grace: Duration,
-    /// Ends when the grace is to be cut short.
+    /// Completes when SIGKILL is due before the end of `kill_grace`.
     pub(crate) skip_grace: G,
-    /// Ends when a leader that has outlived SIGKILL is to be given up. Polled only then.
+    /// Completes when the caller gives up on a leader that has outlived SIGKILL. Not polled before that.
     pub(crate) give_up: H,
-    /// A signal that only informs the leader, and a future that ends when it is to be sent.
+    /// A signal that only informs the leader, and a future that completes when the signal is due.
     pub(crate) notify: Option<(Signal, F)>,
 }
 
@@ -125,18 +126,18 @@ pub(crate) struct Stops<C, F, G, H> {
 pub(crate) enum Termination {
     /// The process has ended, presumably because of the termination.
     Stopped,
-    /// The process has ended by itself, because this process may not signal it.
+    /// The process has ended without our signals, because this process has no permission to signal it.
     Denied,
-    /// The process lives on.
+    /// The process has outlived SIGKILL, and the caller has stopped waiting for its exit.
     GivenUp,
 }
 
-/// The end of a process.
+/// The result of [`Process::supervise`].
 #[derive(Debug)]
 pub(crate) struct Exit<C> {
-    /// The exit status and resource usage of the leader.
+    /// The exit status and resource usage of the leader, or the error of the wait.
     pub(crate) ended: WaitResult,
-    /// The cause and the result of the termination, if any. If the leader exits at the same moment, its own exit counts.
+    /// The cause and the result of the termination, if any. `None` if the leader exits by itself at the same moment.
     pub(crate) terminated: Option<(C, Termination)>,
     /// Whether the notification was sent.
     pub(crate) notified: bool,
@@ -176,7 +177,7 @@ impl Process {
         self.group.id().as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Waits until the program runs. Most callers need not, because [`Process::supervise`] returns the same error.
+    /// Waits until the child has executed the program. Optional, because [`Process::supervise`] returns the same error.
     ///
     /// # Errors
     /// When the program could not be started.
@@ -184,8 +185,8 @@ impl Process {
         self.group.begun().await
     }
 
-    /// Serves the pipes and waits for the end of the process. The rest of the group is killed when the leader exits by itself,
-    /// and has the grace as well when the group is terminated.
+    /// Serves the pipes and waits for the end of the process. When the leader exits by itself, the rest of the group is killed at
+    /// once. When the group is terminated, all its processes have `kill_grace`.
     ///
     /// # Errors
     /// When the program could not be started.
@@ -233,7 +234,8 @@ impl Process {
         Ok(Exit { ended, terminated, notified, stderr: tail })
     }
 
-    /// Reports whether the output can wait: the child has all its input, and its pipes are likely to hold its output.
+    /// Reports whether the first read of the output can be delayed: the child already has all its input, and its output probably
+    /// fits into the pipes.
     fn may_delay_reads(&self) -> bool {
         let has_output = self.stdout.is_some() || self.stderr.is_some();
         self.stdin.is_none() && has_output && !self.command.prints_much.load(Ordering::Relaxed)
@@ -253,19 +255,19 @@ async fn serve_pipes(
     tokio::join!(feed(stdin), out, err);
 }
 
-/// Reads the bytes that are in the pipes, and ignores bytes after the grace, which belong to a process that lives on. Only a
-/// busy worker takes longer.
+/// Drains the pipes after the leader's exit, to end of file or for `OUTPUT_GRACE`. A busy worker gets further grace periods until
+/// all bytes that were in the pipes at the exit are read. Later bytes come from a process that has left the group.
 async fn read_the_rest(
     mut io: Pin<&mut impl Future<Output = ()>>,
     group: &Group,
     read: &AtomicU64,
     pipes: [&Option<OwnedFd>; 2],
 ) {
-    // Most often the pipes are at their ends.
+    // In most cases, a single poll reaches end of file.
     if poll_fn(|context| Poll::Ready(io.as_mut().poll(context).is_ready())).await {
         return;
     }
-    // The rest of the group would hold the pipes open. A process that has left the group still may.
+    // Otherwise the rest of the group would hold the pipes open. A process that has left the group can still do so.
     group.signal(Signal::KILL);
     let unread = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
     let all = read.load(Ordering::Relaxed) + unread.sum::<u64>();
@@ -279,7 +281,7 @@ async fn read_the_rest(
     }
 }
 
-/// Waits until the leader has exited by itself (`None`), or there is a cause to terminate it. Sends the notification meanwhile.
+/// Waits for the leader's own exit (`None`) or for the cause to terminate the group. Sends the notification while waiting.
 async fn until_exit_or_cause<C>(
     group: &Group,
     terminate: impl Future<Output = C>,
@@ -306,8 +308,8 @@ async fn until_exit_or_cause<C>(
     }
 }
 
-/// Sends the group SIGTERM, waits for the grace, and then kills the group. The grace is for the whole group, because a shell dies
-/// of SIGTERM before the command that it runs.
+/// Sends the group SIGTERM, waits for the grace period, and then kills the group. The wait is for the whole group, because a
+/// shell dies of SIGTERM before the command that it runs.
 async fn terminate(
     group: &Group,
     kill_grace: Duration,
@@ -332,15 +334,15 @@ async fn terminate(
 /// The default capacity of a pipe (pipe(7)).
 const USUAL_PIPE: usize = 64 * 1024;
 
-/// The capacity of a pipe for large payloads and outputs. Beyond 64 MiB of pipes, an unprivileged user gets tiny ones
+/// The capacity of a pipe for large payloads and outputs. An unprivileged user whose pipes exceed 64 MiB in total gets tiny pipes
 /// (`/proc/sys/fs/pipe-user-pages-soft`).
 const LARGE_PIPE: usize = 256 * 1024;
 
-/// The least capacity of a pipe, which the kernel gives to a user with many pipes.
+/// The smallest capacity of a pipe, which the kernel gives to a user with many pipes.
 const SMALLEST_PIPE: usize = 4096;
 
-/// Opens a child's stdin. Returns the child's end, and the rest of the input if the pipe cannot hold all of it. The first part is
-/// written before the child exists, which needs no reactor, and for most jobs is all.
+/// Opens a child's stdin. Returns the child's end, and our end with the rest of the input if the pipe cannot hold all of it. The
+/// first part is written before the child starts, without the reactor. For most jobs, it is the whole input.
 fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     let Input::Bytes(mut input) = input else {
         return Ok((open_null(OFlags::RDONLY)?, None));
@@ -357,12 +359,13 @@ fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     Ok((read_end, unread))
 }
 
-/// Enlarges a pipe, so that both sides wait for each other less often. A user with many pipes keeps small ones.
+/// Enlarges a pipe, so that reader and writer block less often. The error is ignored, because a smaller pipe works too.
 fn enlarge(pipe: &OwnedFd) {
     let _ = fcntl_setpipe_size(pipe, LARGE_PIPE);
 }
 
-/// Opens an output. Returns our end if the output is read, and the child's end unless the child inherits this process's own.
+/// Opens the destination of a child's output. Returns our end if this process reads the output, and the child's end unless the
+/// child inherits this process's own file.
 fn open_output(output: Output, is_large: bool) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
     match output {
         Output::Log => {
@@ -395,7 +398,7 @@ fn fill(pipe: &OwnedFd, input: &mut Bytes) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes the rest of the input. A child need not read it, so errors are ignored.
+/// Writes the rest of the input. Errors are ignored, because a child may exit or close its stdin without reading all of it.
 async fn feed(stdin: Option<(Sender, Bytes)>) {
     if let Some((mut pipe, mut input)) = stdin {
         let _ = pipe.write_all_buf(&mut input).await;

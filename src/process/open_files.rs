@@ -6,28 +6,29 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::starter::Way;
 
-/// The open files besides those of children: the runtime, the log, connections.
+/// The number of open files that are not for children: the runtime, the log, connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// The least number of descriptors that a child closes one by one, where the kernel cannot close all at once.
+/// The minimum of `OpenFiles::bound`, unless the limit of open files is lower.
 const LEAST_BOUND: u64 = 1024;
 
-/// The soft limit that this process inherited. A second dispatcher of the same process finds a raised limit.
+/// The soft limit that this process inherited. Recorded once, because a second dispatcher in this process finds the limit already
+/// raised.
 static HANDED_DOWN: OnceLock<Option<u64>> = OnceLock::new();
 
-/// The open files as a child inherits them.
+/// The limit of open files that a child gets, and a bound for the descriptors that a child closes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OpenFiles {
-    /// The soft and hard limit that a child gets back, in the kernel's form, if this process has raised its own. A program that
-    /// uses `select` writes beyond its arrays with more than 1024 descriptors.
+    /// The inherited soft limit and the hard limit, in the kernel's form, if this process has raised its own soft limit. A child
+    /// gets the inherited limit back, because a program that uses `select` overflows its arrays with descriptors above 1023.
     pub(super) limit: Option<[u64; 2]>,
-    /// A number above the descriptors of this process.
+    /// A number above the descriptors of this process, for a child that must close them one by one.
     pub(super) bound: u32,
 }
 
 impl OpenFiles {
-    /// Raises the soft limit of open files so that `processes` children can run at once. Returns an error beside if the hard
-    /// limit is too low.
+    /// Raises the soft limit of open files so that `processes` children can run at once. Also returns an error if the limit stays
+    /// too low.
     pub(crate) fn ensure(processes: usize, way: Way) -> (Self, Result<(), TooFewDescriptors>) {
         let needed = way.descriptors() * processes as u64 + OTHER_DESCRIPTORS;
         let Rlimit { current, maximum } = getrlimit(Resource::Nofile);

@@ -27,20 +27,22 @@ const TAIL_BYTES: usize = 28 * 1024;
 /// The most bytes of one read: as many as a pipe holds.
 pub(super) const READ_BYTES: usize = 64 * 1024;
 
-/// The size of the first read. Later reads take as many bytes as one [`TURN`] allows, within the limits around.
+/// The size of the first read. Later reads take as many bytes as one [`TURN`] allows, between `SMALLEST_READ_BYTES` and
+/// `READ_BYTES`.
 const FIRST_READ_BYTES: usize = 16 * 1024;
 const SMALLEST_READ_BYTES: usize = 1024;
 
 /// The time that one read and its lines may take, because all other work of this thread waits.
 const TURN: Duration = Duration::from_millis(1);
 
-/// The memory that a job keeps between long lines.
+/// The capacity that a line buffer keeps after a long line.
 const KEPT_FOR_LINES: usize = 16 * 1024;
 
-/// The poll interval of a pipe that epoll has no room for. The job runs already, and must not be ended for that.
+/// The poll interval of a pipe whose registration with epoll has failed. The job is already running, so it is not failed for
+/// this.
 const PAUSE_WITHOUT_REACTOR: Duration = Duration::from_millis(10);
 
-/// The stream of a line.
+/// The output stream that a line comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Channel {
     Stdout,
@@ -49,10 +51,10 @@ pub(crate) enum Channel {
 
 /// The consumer of a child's output.
 pub(crate) trait Printer {
-    /// Reports whether the lines of an output are wanted now. If not, they are not even split.
+    /// Reports whether lines of `channel` are printed now. If not, the output is not even split into lines.
     fn wants(&self, channel: Channel) -> bool;
 
-    /// Takes a line, without its newline.
+    /// Prints a line, which comes without its newline.
     fn print(&self, channel: Channel, line: &str);
 }
 
@@ -81,13 +83,13 @@ pub(super) async fn read_lines(
     lines.finish(&on_line);
 }
 
-/// Reads a non-blocking pipe to its end. `read` reads up to that many bytes.
+/// Reads a non-blocking pipe to its end. `read` gets the maximum number of bytes to read, and returns the number of bytes read.
 async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize, Errno>) {
     let (mut watched, mut in_a_row, mut portion) = (None, 0, FIRST_READ_BYTES);
     loop {
         let begun = Instant::now();
         let count = read(portion);
-        // Short lines take the log longer than long ones.
+        // Many short lines take longer to log than a few long ones, so the size of a read follows the time it takes.
         if begun.elapsed() > TURN {
             portion = (portion / 2).max(SMALLEST_READ_BYTES);
         } else if count == Ok(portion) {
@@ -96,7 +98,7 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
         match count {
             Ok(0) => break,
             // The pipe of a child that prints without pause is always readable. Without this yield, other waits in the same task,
-            // above all the one for the stop, would starve.
+            // above all the wait for a termination, would starve.
             Ok(_) if in_a_row == 1 => {
                 in_a_row = 0;
                 tokio::task::yield_now().await;
@@ -110,7 +112,7 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
             }
             Err(_) => break,
         }
-        // A child that prints as fast as it is read would starve the other tasks of this thread.
+        // Otherwise a child that prints as fast as its pipe is read would starve the other tasks of this thread.
         tokio::task::coop::consume_budget().await;
     }
 }
@@ -135,7 +137,8 @@ impl SharedOutput {
     /// Reads the output line by line to its end.
     pub(super) async fn read(&self, on_line: impl Fn(&str)) {
         read_chunks(&self.pipe, |portion| {
-            // Locked before the read: bytes that are read and in no line yet would be missed at the end of their task.
+            // Locked before the read, otherwise `read_present` could run between the read and the push, and miss these bytes at
+            // the end of their task.
             let mut lines = self.lines();
             read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line))
         })
@@ -143,7 +146,7 @@ impl SharedOutput {
         self.lines().finish(&on_line);
     }
 
-    /// Reads the bytes that are in the pipe now, if it is readable. An unfinished line ends here.
+    /// Reads the bytes that are in the pipe now, if it is readable. An unfinished line is passed on as it is.
     fn read_present(&self, is_readable: bool, on_line: impl Fn(&str)) {
         let mut left = if is_readable { ioctl_fionread(&self.pipe).unwrap_or_default() } else { 0 };
         let mut lines = self.lines();
@@ -160,7 +163,7 @@ impl SharedOutput {
     }
 }
 
-/// Reads the bytes that are in some pipes now. One system call finds the readable pipes; mostly there are none.
+/// Reads the bytes that are in some pipes now. One system call finds the readable pipes, because usually there are none.
 pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N], on_line: impl Fn(Channel, &str)) {
     let mut looks = outputs.map(|(output, _)| PollFd::new(&output.pipe, PollFlags::IN));
     // After a failed poll, every pipe counts as readable.
@@ -171,7 +174,7 @@ pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N
     }
 }
 
-/// A pipe registered with the reactor. Most jobs end before this is needed, which saves two system calls per pipe.
+/// A pipe registered with the reactor. Most jobs end before the registration is needed, which saves two system calls per pipe.
 type Watched<'a> = io::Result<AsyncFd<BorrowedFd<'a>>>;
 
 #[expect(unsafe_code, reason = "the reactor has no safe way in for a descriptor that is borrowed")]
@@ -185,7 +188,7 @@ async fn readable(pipe: &Watched<'_>) {
     match pipe {
         Ok(pipe) => match pipe.readable().await {
             Ok(mut ready) => ready.clear_ready(),
-            // The reactor is gone, and drops this task.
+            // The runtime is shutting down, and drops this task.
             Err(_) => std::future::pending().await,
         },
         Err(_) => sleep(PAUSE_WITHOUT_REACTOR).await,
@@ -398,13 +401,13 @@ mod tests {
     async fn a_pipe_that_the_reactor_refuses_is_polled() {
         let (pipe, writer) = rustix::pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&pipe, true).unwrap();
-        // The reactor takes no descriptor twice.
+        // The reactor refuses a descriptor that is already registered.
         let _watched = watch(&pipe).unwrap();
         assert!(watch(&pipe).is_err());
         let (lines, read) = (RefCell::new(Vec::new()), AtomicU64::default());
         let printer = seen(|line: &str| lines.borrow_mut().push(line.to_owned()));
         let reading = read_lines(Some(&pipe), &read, (&printer, Channel::Stdout), None);
-        // The printing begins when a read has found nothing.
+        // The lines are written after the first read has found the pipe empty.
         let printing = async move { rustix::io::write(&writer, b"one\ntwo\n").unwrap() };
         tokio::join!(reading, printing);
         assert_eq!(lines.into_inner(), ["one", "two"]);

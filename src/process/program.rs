@@ -28,7 +28,7 @@ impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words = [self.path.as_os_str()].into_iter().chain(self.args.iter().map(OsString::as_os_str));
         let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
-        // Words with a zero byte can neither be typed nor be arguments.
+        // `try_join` fails only for a word with a zero byte, which cannot be an argument anyway.
         f.write_str(&shlex::try_join(words.iter().map(AsRef::as_ref)).unwrap_or_default())
     }
 }
@@ -57,8 +57,9 @@ impl Program {
         self.problem().map_or(Ok(self), Err)
     }
 
-    /// Returns the reason for which the system would not start the file, as far as it shows: the file must be a binary, or name
-    /// its interpreter in its first line. Does not block on a named pipe, but may block on a file system that hangs.
+    /// Returns the reason why the system would refuse to execute the file, as far as the file's content shows. The file must be
+    /// an ELF binary, or name its interpreter in its first line. Does not block on a named pipe, but may block on a file system
+    /// that hangs.
     pub(crate) fn problem(&self) -> Option<String> {
         let shown = self.path.display();
         let mut beginning = Vec::new();
@@ -69,7 +70,7 @@ impl Program {
             return Some(format!("{shown} is no regular file"));
         }
         let Ok(file) = opened else {
-            // An executable file may be unreadable. Then only a start can tell.
+            // An executable file may be unreadable. Then only a start can show whether it works.
             return (!self.path.exists()).then(|| format!("{shown} does not exist"));
         };
         file.take(MAX_FIRST_LINE).read_to_end(&mut beginning).ok()?;
@@ -78,7 +79,7 @@ impl Program {
                 .then(|| format!("{shown} is no program, and its first line names none (like #!/bin/sh)"));
         };
         let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        // A carriage return stays in the name, because the kernel takes it for a part of the name.
+        // A carriage return stays in the name, because the kernel treats it as part of the name.
         let mut words = line.split(|byte| matches!(byte, b' ' | b'\t')).filter(|word| !word.is_empty());
         let name = words.next().unwrap_or_default();
         let interpreter = String::from_utf8_lossy(name);

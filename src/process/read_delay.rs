@@ -7,15 +7,16 @@ use std::time::Duration;
 use futures_util::future::{FutureExt, Shared};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// The least time that a child with all its input runs before its output is read. Most children end within it, and their whole
-/// output is read at once. On a busy machine, a command of a millisecond takes several.
+/// The minimum delay between the start of a child that has all its input and the first read of its output. Most children exit
+/// within this time, and one read gets their whole output. On a busy machine, even a one-millisecond command takes several
+/// milliseconds.
 const LEAST: Duration = Duration::from_millis(5);
 
-/// The longest delay. Children that start within the difference share a timer, because a timer for each would cost more than to
-/// read their outputs.
+/// The maximum delay. Children that start within `MOST - LEAST` of each other share a timer, because a timer for each child would
+/// cost more than the reads that the delay saves.
 const MOST: Duration = Duration::from_millis(10);
 
-/// The delay of all children. Clones share one.
+/// The read delay of all children. Clones share the same timer.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ReadDelay(Arc<Mutex<Option<Latest>>>);
 
@@ -57,7 +58,7 @@ mod tests {
                 start.elapsed()
             });
             match number {
-                // A child that ends early holds up no other.
+                // Aborting one child does not stop the timer for the others.
                 0 => child.abort(),
                 _ => passed.push(child),
             }

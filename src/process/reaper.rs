@@ -1,4 +1,4 @@
-//! [`Reaper`]: reaps killed children whose jobs are over, in a thread that lives while there are any.
+//! [`Reaper`]: reaps killed children that no job waits for. Its thread runs only while there are such children.
 
 use std::any::Any;
 use std::io;
@@ -10,19 +10,19 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 
 use super::children::Children;
 
-/// The first pause between two looks at the killed children.
+/// The first pause between two polls of the killed children.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// The longest such pause.
+/// The longest pause between two polls of the killed children.
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
 /// A child that is killed and not reaped yet.
 #[derive(Debug)]
 pub(super) struct Killed {
     pub(super) id: Pid,
-    /// Memory that the child may use until it has ended.
+    /// The memory that the child may use until its end.
     pub(super) _memory: Arc<dyn Any + Send + Sync>,
-    /// The list that the child is on until it is reaped.
+    /// The list that contains the child until the child is reaped.
     pub(super) children: Children,
 }
 
@@ -43,7 +43,7 @@ struct ReaperState {
 }
 
 impl Reaper {
-    /// Reaps the child if it has ended, or else as soon as it has. Never blocks.
+    /// Reaps the child now if it has ended, otherwise later in the reaper's thread. Never blocks.
     pub(super) fn take(&self, killed: Killed) {
         if killed.is_reaped() {
             return;
@@ -52,7 +52,7 @@ impl Reaper {
         state.killed.push(killed);
         if !state.has_thread {
             let reaper = self.clone();
-            // If no thread starts, the list waits for the next killed child.
+            // If the thread cannot be started, a later call of `take` tries again.
             let started: io::Result<_> = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run());
             state.has_thread = started.is_ok();
         }
@@ -81,7 +81,7 @@ impl Reaper {
 }
 
 impl Killed {
-    /// Reaps the child if it has ended, and reports whether it has.
+    /// Reaps the child if it has ended. Reports whether the child is reaped.
     fn is_reaped(&self) -> bool {
         if matches!(waitpid(Some(self.id), WaitOptions::NOHANG), Ok(None)) {
             return false;

@@ -1,4 +1,4 @@
-//! [`Resident`]: a child that does one task after another. Its owner decides about its end.
+//! [`Resident`]: a child that does one task after another, until its owner ends it.
 
 use std::io;
 use std::time::Duration;
@@ -22,7 +22,7 @@ impl Resident {
     /// Starts a program in its own process group, and does not wait for `execve`.
     ///
     /// # Errors
-    /// When the system makes no process.
+    /// When the system cannot create the process.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let Process { group, stdout, stderr, .. } = Process::spawn(start)?;
         Ok(Self { group, stdout: stdout.map(SharedOutput::of), stderr: stderr.map(SharedOutput::of) })
@@ -56,7 +56,7 @@ impl Resident {
         memory::peak(self.group.id())
     }
 
-    /// Reads the output as it arrives, to its end.
+    /// Reads the output as it arrives, until end of file.
     pub(crate) async fn read_output(&self, on_line: impl Fn(Channel, &str)) {
         let read = async |output: &Option<SharedOutput>, channel| {
             if let Some(output) = output {
@@ -66,14 +66,14 @@ impl Resident {
         tokio::join!(read(&self.stdout, Channel::Stdout), read(&self.stderr, Channel::Stderr));
     }
 
-    /// Reads the output that has arrived. An unfinished line ends here.
+    /// Reads the output that is in the pipes now. An unfinished line is passed on as it is.
     pub(crate) fn read_present_output(&self, on_line: impl Fn(Channel, &str)) {
         if let (Some(stdout), Some(stderr)) = (&self.stdout, &self.stderr) {
             read_present([(stdout, Channel::Stdout), (stderr, Channel::Stderr)], on_line);
         }
     }
 
-    /// Sends the group SIGTERM, waits for the grace, and then kills the group.
+    /// Sends the group SIGTERM, waits for the grace period, and then kills the group.
     pub(crate) async fn terminate(
         &self,
         grace: Duration,
@@ -93,13 +93,13 @@ impl Resident {
         }
     }
 
-    /// Reads the rest of the output, kills the rest of the group, and reaps the leader, which has exited.
+    /// Kills the rest of the group, reads the rest of the output, and reaps the leader, which must have exited.
     ///
     /// # Errors
     /// When the leader never executed its program.
     pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<WaitResult> {
         let Self { group, stdout, stderr } = self;
-        // The rest of the group would hold the pipes open. A process that has left the group still may.
+        // Otherwise the rest of the group would hold the pipes open. A process that has left the group can still do so.
         group.signal(Signal::KILL);
         let read = async |output: &Option<SharedOutput>, channel| {
             if let Some(output) = output {
@@ -107,7 +107,7 @@ impl Resident {
             }
         };
         let rest = async { tokio::join!(read(&stdout, Channel::Stdout), read(&stderr, Channel::Stderr)) };
-        // Later output belongs to a process that lives on.
+        // Output after this time comes from a process that has left the group.
         let _ = timeout(OUTPUT_GRACE, rest).await;
         group.end().await
     }

@@ -1,8 +1,8 @@
 //! [`spawn`]: starts a program as the leader of a process group, and does not wait for `execve`.
 //!
-//! As with `posix_spawn`, the child uses this process's memory until `execve`, on a stack of its own. `posix_spawn` blocks its
-//! caller until then: for 0.06 ms on an idle machine, for 0.5 ms and more where all processors are busy with children, and
-//! forever where `execve` hangs. Here, this process goes on. So an error in the child is known later, and the child's
+//! As with `posix_spawn`, the child uses this process's memory until `execve`, on a stack of its own. But `posix_spawn` blocks
+//! its caller until `execve`: for 0.06 ms on an idle machine, for 0.5 ms and more if all processors are busy with children, and
+//! forever if `execve` hangs. [`spawn`] returns before `execve`. So an error in the child becomes known later, and the child's
 //! [`ChildSetup`] is kept until the child has ended.
 
 use std::io;
@@ -23,31 +23,33 @@ use super::starter::Way;
 #[derive(Debug)]
 pub(super) struct Child {
     pub(super) id: Pid,
-    /// The pidfd, if the system gives one.
+    /// The pidfd, if the kernel has opened one.
     pub(super) pidfd: Option<OwnedFd>,
     pub(super) setup: Arc<ChildSetup>,
 }
 
-/// Starts a child. An error is the system's reason for which there is no process. [`ChildSetup::failure`] has a later error.
+/// Starts a child. Fails if the system cannot create the process. [`ChildSetup::failure`] returns an error that occurs later in
+/// the child.
 #[expect(unsafe_code, reason = "see `clone`")]
 pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
-    // Closed once the child has its own end, so that `execve` closes the pipe.
+    // Dropped at the end of this function. Then only the child has this end open, so its `execve` closes the pipe.
     let _their_end = setup.open_error_pipe()?;
     let setup = Arc::new(setup);
-    // SAFETY: `setup` and its stack live until the child has ended: see `Child`. `child_main` is made for `clone`.
+    // SAFETY: `Child` keeps `setup` and its stack until the child has ended. `child_main` meets the requirements of `clone`.
     let (id, pidfd) = unsafe { clone(setup.way(), child_main, Arc::as_ptr(&setup).cast_mut().cast(), setup.stack()) }?;
-    // The child does the same, but can be signalled before it has, and until then a signal to this process's group reaches it. If
-    // the child was faster, this call fails without harm.
+    // The child calls `setpgid` too. Without the call here, the new group could be signalled before the child has created it, and
+    // a signal to this process's group could reach the child. The call fails if the child has already executed its program, which
+    // does no harm.
     let _ = setpgid(Some(id), Some(id));
     Ok(Child { id, pidfd, setup })
 }
 
-/// Makes a process that runs `child_main` on `stack`.
+/// Creates a process that runs `child_main` on `stack`.
 ///
 /// # Safety
-/// Where the child shares this process's memory, `argument` and the stack must live until the child has ended. `child_main` runs
-/// beside all threads of this process, with this thread's thread-local data. It must take no lock, allocate nothing, and leave
-/// `errno` alone.
+/// If the child shares this process's memory, `argument` and the stack must live until the child has ended. `child_main` runs
+/// concurrently with all threads of this process, and with this thread's thread-local data. So `child_main` must take no lock,
+/// allocate nothing, and not write to `errno`.
 #[expect(unsafe_code, reason = "no safe wrapper starts a process that shares memory")]
 pub(super) unsafe fn clone(
     way: Way,
@@ -58,8 +60,8 @@ pub(super) unsafe fn clone(
     let flags = libc::SIGCHLD | if way == Way::Sharing { libc::CLONE_VM | libc::CLONE_PIDFD } else { 0 };
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     let mut pidfd = -1;
-    // SAFETY: the C library initialises both sets before they are read. The kernel starts the child with this thread's mask, so
-    // that no handler of this process runs in a child that shares its memory. The child's stack is its own. The kernel copies the
+    // SAFETY: the C library initialises both sets before they are read. The child inherits this thread's mask, which blocks all
+    // signals, so no signal handler of this process runs in the child. The child has a stack of its own. The kernel copies the
     // table of descriptors, the working directory and the signal actions, so the child changes none of ours.
     let id = unsafe {
         libc::sigfillset(all.as_mut_ptr());
@@ -68,7 +70,7 @@ pub(super) unsafe fn clone(
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
         id
     };
-    // The id is negative when there is no child.
+    // `clone` returns -1 if it fails.
     let Some(id) = u32::try_from(id).ok().and_then(|_| Pid::from_raw(id)) else {
         return Err(io::Error::last_os_error());
     };
@@ -76,12 +78,13 @@ pub(super) unsafe fn clone(
         // SAFETY: the kernel has just opened the descriptor, for this process alone.
         Way::Sharing if pidfd >= 0 => Ok((id, Some(unsafe { OwnedFd::from_raw_fd(pidfd) }))),
         Way::Sharing => {
-            // An old kernel ignores the flag. The memory may be freed only after the child has ended.
+            // An old kernel ignores CLONE_PIDFD. Wait for the child's end, because the caller frees the shared memory after the
+            // error.
             let _ = kill_process(id, Signal::KILL);
             while matches!(waitpid(Some(id), WaitOptions::empty()), Err(Errno::INTR)) {}
             Err(io::Error::other("the kernel gives no pidfd"))
         }
-        // The process id belongs to the child until this process reaps the child.
+        // The process id cannot be reused until this process reaps the child, so the pidfd is the child's.
         Way::Copying => Ok((id, pidfd_open(id, PidfdFlags::empty()).ok())),
     }
 }
@@ -143,7 +146,7 @@ mod tests {
                 tokio::time::timeout(Duration::from_secs(60), child.setup.exec_done()).await.unwrap();
                 let exe = format!("/proc/{}/exe", child.id.as_raw_nonzero());
                 let begun = Instant::now();
-                // The kernel clears the word a moment before it shows the new program.
+                // The kernel clears `uses_our_memory` a moment before /proc shows the new program.
                 while std::fs::read_link(&exe).unwrap() == std::env::current_exe().unwrap() {
                     assert!(begun.elapsed() < Duration::from_secs(60));
                 }

@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// The size of a stack: many times the memory that a child uses, see the test of `spawn`. A multiple of every page size of Linux.
 pub(super) const SIZE: usize = 64 * 1024;
 
-/// The size of the guard below each stack. A child that needs more stack crashes there, and changes nothing.
+/// The size of the guard below each stack. A child that overflows its stack crashes in the guard, instead of overwriting memory.
 const GUARD: usize = 64 * 1024;
 
-/// The number of stacks that are kept for the next children. Mapping one takes longer than the rest of a start.
+/// The maximum number of unused stacks that are kept for reuse. Mapping a stack takes longer than the rest of a start.
 const MOST_SPARE: usize = 64;
 
-/// The most stacks with a guard. Each makes two mappings, and the kernel allows a process 65530 in all.
+/// The maximum number of stacks with a guard. A stack with a guard uses two mappings, and the kernel allows a process 65530 in
+/// total.
 const MOST_GUARDED: usize = 8192;
 
 /// The unused stacks. Clones share one list.
@@ -28,7 +29,7 @@ struct Kept {
     guarded: usize,
 }
 
-/// A stack of one child. It must not be dropped before its child has left it.
+/// The stack of one child. It must not be dropped before the child has executed its program or ended.
 #[derive(Debug)]
 pub(super) struct Stack {
     memory: Option<Memory>,
@@ -36,10 +37,10 @@ pub(super) struct Stack {
 }
 
 impl Stacks {
-    /// Takes an unused stack, or maps another one.
+    /// Takes an unused stack, or maps a new one.
     ///
     /// # Errors
-    /// When the system has no memory for another one.
+    /// When the system has no memory for a new stack.
     pub(super) fn take(&self) -> io::Result<Stack> {
         let mut kept = self.kept();
         let memory = match kept.spare.pop() {
@@ -89,7 +90,7 @@ struct Memory {
     is_guarded: bool,
 }
 
-// SAFETY: the mapping is memory of the whole process, and this process does not touch it.
+// SAFETY: the mapping is valid in every thread, and no thread of this process accesses the memory behind it.
 #[expect(unsafe_code, reason = "a pointer is not known to be that harmless")]
 unsafe impl Send for Memory {}
 // SAFETY: as above.
@@ -118,8 +119,8 @@ impl Memory {
 #[expect(unsafe_code, reason = "see `map`")]
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map`, and its last user is gone: see `Stack`. A child that shares this memory leaves
-        // it at `execve` or at its end, so the kernel unmaps nothing that a process runs on.
+        // SAFETY: the mapping was made by `map`. A `Stack` is dropped only after its child has left the memory, at `execve` or at
+        // the child's end, so no process runs on the mapping.
         unsafe { libc::munmap(self.start.as_ptr(), GUARD + SIZE) };
     }
 }

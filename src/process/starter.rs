@@ -1,4 +1,5 @@
-//! [`Starter`]: the way to start processes on this machine. [`Trial`]: a start that finds the way.
+//! [`Starter`]: the state that all starts of processes share. [`Trial`]: a test of which `Way` to start processes works on this
+//! machine.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,19 +16,18 @@ use super::open_files::OpenFiles;
 use super::spawn::clone;
 use super::stack::Stacks;
 
-/// The memory of a child until `execve`.
+/// The memory that a child runs on until `execve`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     /// The child shares this process's memory, and comes with a pidfd.
     Sharing,
-    /// The child has a copy of the memory, as by `fork`. This is slower, and works where a sandbox or an emulator refuses the
-    /// other.
+    /// The child has a copy of the memory, as by `fork`. Slower, but works where a sandbox or an emulator refuses `Sharing`.
     Copying,
 }
 
 impl Way {
-    /// Returns the number of open files of one child: its stdin, stdout, stderr and pidfd, the child's ends while it starts, and
-    /// the error pipe of a copy.
+    /// Returns the number of descriptors that this process needs for one child: our ends of stdin, stdout and stderr, the pidfd,
+    /// the child's three ends during the start, and with `Copying` the error pipe.
     pub(super) fn descriptors(self) -> u64 {
         match self {
             Self::Sharing => 7,
@@ -50,14 +50,14 @@ impl Starter {
     }
 }
 
-/// The result of starting a process that ends at once.
+/// The result of a trial start of a process that exits at once.
 #[derive(Debug)]
 pub(crate) enum Trial {
     /// [`Way::Sharing`] works.
     Usual,
-    /// Only [`Way::Copying`] works; the error of the other.
+    /// Only [`Way::Copying`] works. Contains the error of [`Way::Sharing`].
     Slow(io::Error),
-    /// Neither works, or the machine lacks a resource.
+    /// Neither way works, or the machine lacks a resource.
     Impossible(io::Error),
 }
 
@@ -74,7 +74,8 @@ impl Trial {
         }
     }
 
-    /// Returns the way to start processes from now on. A shortage may pass; until then each start fails with its own error.
+    /// Returns the way to start processes from now on. After `Impossible`, each start still tries and fails with its own error,
+    /// because a shortage of resources may be temporary.
     pub(crate) fn way(&self) -> Way {
         match self {
             Self::Usual | Self::Impossible(_) => Way::Sharing,
@@ -83,7 +84,7 @@ impl Trial {
     }
 }
 
-/// Reports whether an error is a lack of resources, and not a refusal of the way.
+/// Reports whether an error is a shortage of resources, which says nothing about the way to start a process.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE))
 }
@@ -91,12 +92,12 @@ fn is_shortage(error: &io::Error) -> bool {
 /// The memory that a trial's child writes to.
 #[derive(Debug, Default)]
 struct Trace {
-    /// Not 0 until the child has left the memory, as in `ChildSetup`.
+    /// A word that the kernel sets to 0 when the child leaves the shared memory, as in `ChildSetup`.
     uses_our_memory: AtomicU32,
     was_shared: AtomicBool,
 }
 
-/// The longest wait for the event of the child's exit. Only a kernel that never sends the event takes this long.
+/// The time limit for the event of the child's exit on the pidfd. Reached only if the kernel never sends the event.
 const LONGEST_EXIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 
 /// Starts a process that ends at once, and checks everything that a real start relies on.
@@ -104,7 +105,7 @@ const LONGEST_EXIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 fn try_start(way: Way) -> io::Result<()> {
     let trace = Trace { uses_our_memory: AtomicU32::new(1), ..Trace::default() };
     let stack = Stacks::default().take()?;
-    // SAFETY: `trace` and the stack live until the child is reaped, below. `leave` is made for `clone`.
+    // SAFETY: `trace` and the stack live until the child is reaped, below. `leave` meets the requirements of `clone`.
     let (id, pidfd) = unsafe { clone(way, leave, ptr::from_ref(&trace).cast_mut().cast(), &stack) }?;
     let told = pidfd.is_some_and(|pidfd| tells_of_exit(&pidfd));
     if way == Way::Sharing && !told {
@@ -133,7 +134,7 @@ fn tells_of_exit(pidfd: &OwnedFd) -> bool {
     }
 }
 
-/// Runs in the trial's child.
+/// Runs in the child of a trial: records that the child shares this process's memory, and exits.
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
 extern "C" fn leave(trace: *mut c_void) -> c_int {
     // SAFETY: `trace` is the argument of `clone`, and lives until the child has ended. The kernel writes to `uses_our_memory`

@@ -1,4 +1,4 @@
-//! [`Activity`]: a worker's running jobs and counts, kept without locks that jobs would wait for.
+//! [`Activity`]: a worker's running jobs and counts, for its status, its metrics and `exit_when_idle`.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,7 +22,7 @@ pub(super) struct Activity(Arc<Shared>);
 struct Shared {
     started: Instant,
     state: watch::Sender<State>,
-    /// The open streams. They change far less often than the state.
+    /// The open streams, in a channel of their own because they change far less often than `state`.
     connection: watch::Sender<Connection>,
     /// The current job of each worker loop.
     loops: Vec<Slot>,
@@ -99,7 +99,8 @@ struct State {
 }
 
 impl State {
-    /// Reports whether the worker is idle. Without a stream it is not, because the server can have waiting jobs.
+    /// Reports whether the worker is idle. A worker without a taking stream is not idle, because the server can have waiting
+    /// jobs.
     fn is_idle(&self) -> bool {
         self.is_taking && self.unfinished == 0
     }
@@ -112,7 +113,7 @@ pub(super) struct Counts {
     pub(super) waiting: usize,
 }
 
-/// A job that is taken and waits for a worker loop.
+/// A guard that counts a taken job as unfinished until the job's report is queued or the job is given back.
 #[derive(Debug)]
 pub(super) struct Unfinished(Activity);
 
@@ -122,7 +123,7 @@ impl Drop for Unfinished {
     }
 }
 
-/// A job that runs in a worker loop.
+/// A guard that marks a job as running in a worker loop.
 #[derive(Debug)]
 pub(super) struct Running {
     activity: Activity,
@@ -159,7 +160,7 @@ impl Activity {
         }))
     }
 
-    /// Records which streams are open.
+    /// Records the open streams.
     pub(super) fn set_connection(&self, connection: Connection) {
         let Connection { is_taking, is_open, .. } = connection;
         self.0.state.send_if_modified(|state| {
@@ -252,15 +253,15 @@ impl Activity {
         self.0.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
-    /// Drains once the worker has been connected for `limit` without a job or a waiting report. Waiting reports count, because
-    /// the server can hold back further jobs until it gets them.
+    /// Starts a drain once the worker has been connected for `limit` without a job or a waiting report. Waiting reports count,
+    /// because the server can hold back further jobs until it receives the reports.
     pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
         let (mut states, mut movements) = (self.0.state.subscribe(), ledger.movements());
         while states.wait_for(State::is_idle).await.is_ok() {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => return,
-                // Any change restarts the time, even one that is already undone.
+                // Any change restarts the time limit, even if the worker is idle again.
                 _ = states.changed() => {}
                 _ = movements.changed() => {}
                 () = tokio::time::sleep(limit), if ledger.is_all_parked() => {

@@ -39,8 +39,8 @@ impl<D: Dispatcher> Controls<D> {
         &self.dispatcher
     }
 
-    /// Pauses the worker. It takes no more jobs, and closes the stream once all taken jobs are reported, so that the server can
-    /// give further jobs to others. Returns whether the worker was taking jobs before.
+    /// Pauses the worker. A paused worker takes no more jobs, and closes its stream once all taken jobs are reported, so that the
+    /// server can give further jobs to other workers. Returns false if the worker was already paused.
     pub fn pause(&self) -> bool {
         self.intake.set_paused(true)
     }
@@ -50,9 +50,9 @@ impl<D: Dispatcher> Controls<D> {
         self.intake.set_paused(false)
     }
 
-    /// Opens a new stream with the URL, TLS settings, queues, prefetch and stream limits in `config`, and takes further jobs over it.
-    /// Returns whether any of them is new. The present stream stays open until all its jobs are reported to its server. If that
-    /// server stops answering, its jobs are reported to the new server.
+    /// Opens a new stream with the URL, TLS settings, queues, prefetch and stream limits in `config`, and takes further jobs over
+    /// the new stream. Does nothing and returns false if none of these settings has changed. The present stream stays open until
+    /// all its jobs are reported to its server. If that server stops answering, its jobs are reported to the new server.
     pub fn reconnect(&self, config: &WorkerConfig) -> bool {
         self.intake.change_settings(config)
     }
@@ -141,7 +141,7 @@ impl<D: Dispatcher> Controls<D> {
             process_starts: self.dispatcher.process_starts(),
             handlers: self.dispatcher.handlers(),
         };
-        // Encoding fails only for names that Prometheus rejects. A test shows that there are none.
+        // Encoding fails only for names that Prometheus rejects. A test checks that no metric has one.
         self.metrics.text(gauges).unwrap_or_default()
     }
 }

@@ -29,14 +29,14 @@ pub(super) struct History {
 
 #[derive(Debug, Default)]
 struct Buckets {
-    /// The number of the newest bucket, counted from the start.
+    /// The number of the newest bucket, counted from `History::started`.
     newest: u64,
     /// The counts of succeeded and failed jobs, oldest first.
     counts: VecDeque<[u32; 2]>,
 }
 
 impl Buckets {
-    /// Adds empty buckets up to the one with the number `to`. Takes bounded time after any idle time.
+    /// Adds empty buckets up to the bucket with the number `to`, but at most `BUCKETS`, so that a long idle time costs little.
     fn advance(&mut self, to: u64) {
         let missing = to.saturating_sub(self.newest).min(BUCKETS as u64);
         for _ in 0..missing {
@@ -66,7 +66,7 @@ impl History {
         self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts an ended job. An interrupted job has not ended.
+    /// Counts an ended job, unless the job was interrupted.
     pub(super) fn count(&self, outcome: &Outcome) {
         let kind = match outcome {
             Outcome::Success => 0,

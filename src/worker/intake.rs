@@ -1,4 +1,4 @@
-//! [`Intake`]: whether a worker takes jobs, and its stream settings. Both may change while the worker runs.
+//! [`Intake`]: the pause state and the stream settings of a worker. Both may change while the worker runs.
 
 use std::sync::Arc;
 
@@ -6,11 +6,11 @@ use crate::client::StreamSettings;
 use crate::config::WorkerConfig;
 use crate::watch;
 
-/// The intake of one worker. Clones share it.
+/// The pause state and the stream settings of one worker. Clones share them.
 #[derive(Debug, Clone)]
 pub(super) struct Intake(watch::Sender<IntakeState>);
 
-/// Whether jobs are taken, and with which settings.
+/// The pause state, and the settings for taking jobs.
 #[derive(Debug, Clone)]
 pub(super) struct IntakeState {
     paused: bool,
@@ -22,7 +22,7 @@ impl Intake {
         Self(watch::Sender::new(IntakeState { paused: false, settings: Arc::new(StreamSettings::of(config, None)) }))
     }
 
-    /// Pauses or resumes. Returns whether that changes the state.
+    /// Pauses or resumes the worker. Returns whether the state has changed.
     pub(super) fn set_paused(&self, paused: bool) -> bool {
         self.0.send_if_modified(|state| std::mem::replace(&mut state.paused, paused) != paused)
     }
@@ -43,7 +43,7 @@ impl Intake {
         })
     }
 
-    /// Returns the present settings, paused or not.
+    /// Returns the present settings, which a paused worker has too.
     pub(super) fn settings(&self) -> Arc<StreamSettings> {
         Arc::clone(&self.0.borrow().settings)
     }

@@ -1,4 +1,4 @@
-//! [`Worker`]: the producer, the dispatch queue, the worker loops, and the order of their end.
+//! [`Worker`]: the producer, the dispatch queue, the worker loops, and the order in which they stop.
 
 mod activity;
 mod controls;
@@ -45,9 +45,9 @@ struct Taken {
     job: Job,
     stream: StreamId,
     delivery: Delivery,
-    /// Held while the job waits in the dispatch queue.
+    /// The permit for the job's place in the dispatch queue.
     place: Option<OwnedSemaphorePermit>,
-    /// Held while the job keeps the worker busy.
+    /// The guard that counts the job as unfinished.
     _unfinished: Unfinished,
 }
 
@@ -127,7 +127,7 @@ impl<D: Dispatcher> Worker<D> {
         Self { config, dispatcher: Arc::new(dispatcher), intake, activity, metrics }
     }
 
-    /// Returns the handle by which the worker is watched and controlled.
+    /// Returns the handle to watch and control the worker.
     pub fn controls(&self) -> Controls<D> {
         let Self { dispatcher, intake, activity, metrics, .. } = self;
         Controls {
@@ -138,15 +138,15 @@ impl<D: Dispatcher> Worker<D> {
         }
     }
 
-    /// Runs until `lifecycle` is stopped and everything has ended. Each run takes a new lifecycle and makes its other state anew,
-    /// so a worker can run again. Dropping the run stops everything at once.
+    /// Runs until `lifecycle` is stopped and everything has ended. A worker can run again with a new lifecycle, because each run
+    /// creates its own ledger, queues and tasks. Dropping the future stops everything at once.
     ///
     /// # Errors
     /// When the server refuses the worker's very first request.
     pub async fn run(&self, lifecycle: &Lifecycle) -> Result<Summary, WorkerError> {
         self.config.announce();
         let (acks, run) = self.start_acks(lifecycle);
-        // The places of the stream bound this queue.
+        // Each stream's permits bound the queue to the stream's prefetch.
         let (dispatch_queue, jobs) = async_channel::unbounded();
         let loops = self.start_loops(&jobs, &run);
         let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &jobs, &run).run()));
@@ -209,8 +209,8 @@ impl<D: Dispatcher> Worker<D> {
         loops
     }
 
-    /// Ends everything in order: no more jobs, then no more running jobs and processes, then no more reports, then no stream. The
-    /// stream closes last because the server requeues its jobs at that moment, and two runs of one job must not overlap.
+    /// Stops everything in order: first new jobs, then running jobs and processes, then reports, then the stream. The stream
+    /// closes last because the server requeues its jobs at that moment, and two runs of one job must not overlap.
     async fn tear_down(
         &self,
         jobs: async_channel::Receiver<Taken>,
@@ -229,7 +229,7 @@ impl<D: Dispatcher> Worker<D> {
         TornDown { killed, ended_by_itself, reports_dropped, producer }
     }
 
-    /// Starts the tasks that end a run by themselves: the deadline of a drain, `max_time`, and idleness.
+    /// Starts the tasks that end a run without a signal: the deadline of a drain, `max_time`, and `exit_when_idle`.
     fn start_watches(&self, run: &Run) -> Vec<AbortOnDropHandle<()>> {
         let Run { activity, ledger, lifecycle, .. } = run.clone();
         let (deadline, draining) = (self.config.shutdown_deadline, lifecycle.clone());
@@ -249,11 +249,11 @@ impl<D: Dispatcher> Worker<D> {
     }
 }
 
-/// The least limit of parked and settled jobs: enough for several lost streams with a small prefetch. A failure takes up to 32
-/// KiB.
+/// The minimum for the limit of parked and settled jobs: enough for several lost streams with a small prefetch. A failure takes
+/// up to 32 KiB.
 const MIN_KEPT: usize = 100;
 
-/// Returns the most parked and settled jobs that are kept.
+/// Returns the maximum number of parked and settled jobs that the ledger keeps.
 fn max_kept(ack_capacity: usize, concurrency: usize) -> usize {
     ack_capacity.max(2 * concurrency).max(MIN_KEPT)
 }

@@ -1,4 +1,4 @@
-//! [`open`]: opens the stream that takes, with retries.
+//! [`open`]: opens the taking stream, with retries.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::ledger::ComingStream;
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
-/// The reason for which a stream was not opened.
+/// The reason why a stream was not opened.
 pub(super) enum Unopened {
     /// The server refused the very first request, so a retry would not help.
     Refused(ClientError),
@@ -37,8 +37,9 @@ impl Retryable for Unopened {
 /// A stream that is being opened.
 pub(super) type Opening = Pin<Box<dyn Future<Output = Result<(TakeStream, ComingStream), Unopened>> + Send>>;
 
-/// Opens a stream after a wait. Gives up once the worker drains. `is_first`: no stream has been open yet and the settings are the
-/// initial ones, so that a refusal means a mistake in them.
+/// Opens a stream after `wait`, or earlier if the server recovers. Gives up once the worker drains. `is_first` means that no
+/// stream has been open yet and the settings are the initial ones. A refusal then means a mistake in the settings, and is not
+/// retried.
 pub(super) fn open(run: &Run, settings: Arc<StreamSettings>, is_first: bool, wait: Duration, waits: Waits) -> Opening {
     let (ledger, lifecycle, metrics) = (Arc::clone(&run.ledger), run.lifecycle.clone(), run.metrics.clone());
     Box::pin(async move {

@@ -1,4 +1,4 @@
-//! [`Producer`]: decides which take streams exist and what each is for, and keeps the one that takes open.
+//! [`Producer`]: decides which take streams are open and which purpose each has, and reopens a lost taking stream.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub(super) struct Producer {
     pub(super) intake: Intake,
     pub(super) backoff: Backoff,
     pub(super) dispatch_queue: async_channel::Sender<Taken>,
-    /// The receiving end of the queue, for jobs that must not be started any more.
+    /// The receiving end of the dispatch queue, from which the jobs of a closed stream are removed.
     pub(super) waiting: async_channel::Receiver<Taken>,
     pub(super) run: Run,
     /// The number of jobs that run at once.
@@ -40,25 +40,25 @@ struct ProducerState {
     streams: Streams,
     /// The stream that will take, while it is being opened.
     opening: Option<(Arc<StreamSettings>, Opening)>,
-    /// After a loss, the wait before the next stream is opened, and the waits after that one.
+    /// After the loss of the taking stream, the wait before the next try to open one, and the backoff of later tries.
     pause: Option<(Duration, Waits)>,
     search: Option<Search>,
     searching: Option<Searching>,
-    /// The initial settings, until a stream has been open. A refusal of them is final.
+    /// The initial settings, until the first stream is open. If the server refuses them, the run ends.
     first: Option<Arc<StreamSettings>>,
-    /// The waits between replacements of streams that lose places of their prefetch.
+    /// The backoff between replacements of streams that lose part of their prefetch.
     renewals: Waits,
-    /// The moment of the last replacement.
+    /// The time of the last replacement.
     renewed: Option<Instant>,
-    /// The moment at which the present stream is to be replaced.
+    /// The time of the next replacement, if the taking stream has lost part of its prefetch.
     renewal_due: Option<Instant>,
-    /// The prefetch for which the ack queue has room.
+    /// The prefetch for which the ack queue and the ledger are sized.
     prefetch: usize,
 }
 
 /// An event of the producer.
 enum Event {
-    /// A phase, a setting, a job or a place has changed, and the producer decides anew.
+    /// A phase, a setting, a job, or the usable prefetch of a stream has changed, or a replacement is due.
     Changed,
     CloseReason(StreamId, Result<CloseReason, StreamError>),
     Opened(Arc<StreamSettings>, Result<(TakeStream, ComingStream), Unopened>),
@@ -66,7 +66,7 @@ enum Event {
 }
 
 impl Producer {
-    /// Runs until the lifecycle is stopped, through any number of streams. Any end of this task stops the worker.
+    /// Opens and closes streams until the lifecycle is stopped. If this task ends for another reason, the worker is stopped too.
     pub(super) async fn run(self) -> Result<(), WorkerError> {
         let _stop = StopOnDrop(self.run.lifecycle.clone());
         let mut state = ProducerState {
@@ -95,7 +95,7 @@ impl Producer {
         Ok(())
     }
 
-    /// Gives each stream its purpose, and opens the stream that is missing.
+    /// Assigns each stream its purpose, and starts to open a taking stream or a search stream if one is needed.
     fn decide(&self, state: &mut ProducerState) {
         let settings = self.intake.settings();
         self.run.ledger.set_present_server(&settings.client);
@@ -110,7 +110,7 @@ impl Producer {
         if !takes || is_taking {
             state.opening = None;
         } else if state.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {
-            // The pause concerns the server whose stream was lost, not another one.
+            // The pause applies to the server whose stream was lost. If the settings change during an opening, there is no pause.
             let pause = state.pause.take().filter(|_| state.opening.is_none());
             let (wait, waits) = pause.unwrap_or_else(|| (Duration::ZERO, self.backoff.waits()));
             let is_first = state.first.as_ref().is_some_and(|first| Arc::ptr_eq(first, &settings));
@@ -129,9 +129,9 @@ impl Producer {
         }
     }
 
-    /// Replaces the taking stream if dropped reports have used up places of its prefetch. Replacements are spaced by the
-    /// backoff, otherwise a job whose report is always refused would run again without pause. Until the next replacement, the
-    /// stream takes jobs with its remaining places.
+    /// Replaces the taking stream if part of its prefetch is lost, because the server still counts jobs as in flight whose
+    /// reports were dropped. Replacements are spaced by the backoff, otherwise a job whose report is always refused would run
+    /// again without pause. Until the next replacement, the stream takes jobs with the rest of its prefetch.
     fn renew_if_due(&self, state: &mut ProducerState) {
         if !state.streams.is_taking_one_spent() {
             state.renewal_due = None;
@@ -175,7 +175,7 @@ impl Producer {
                 Ok(())
             }
             Err(Unopened::Refused(error)) => Err(WorkerError::Refused(error)),
-            // The opening gives up only in a drain.
+            // `open` returns this error only while the worker drains.
             Err(Unopened::Unreachable(_)) => Ok(()),
         }
     }
@@ -209,7 +209,8 @@ impl Producer {
 
     /// Drops the waiting jobs of a closed stream, because the server has requeued them and they would delay other jobs.
     fn drop_waiting(&self, stream: StreamId) {
-        // A closed queue takes no jobs back. The loops refuse the jobs of a lost stream themselves.
+        // The other streams' jobs could not be put back into a closed queue. The worker loops skip the jobs of a lost stream
+        // themselves.
         if self.waiting.is_closed() {
             return;
         }
@@ -221,14 +222,15 @@ impl Producer {
                     "job not started: its stream was lost, and the server has it again"
                 );
             } else {
-                // If the queue has closed meanwhile, the job goes back with its stream.
+                // If the queue has been closed in the meantime, the server requeues the job when its stream closes.
                 let _ = self.dispatch_queue.try_send(taken);
             }
         }
     }
 }
 
-/// Returns the moment of the next replacement: the first loss is repaired at once, and each that follows soon waits longer.
+/// Returns the time of the next replacement. The first replacement is immediate, and each one that follows soon after waits
+/// longer.
 fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backoff) -> Instant {
     match renewed {
         Some(renewed) if renewed.elapsed() <= backoff.max_wait() * 2 => renewed + renewals.next_wait(),
@@ -272,7 +274,7 @@ async fn next_event(state: &mut ProducerState, changes: &mut Changes) -> Event {
     }
 }
 
-/// Receivers of all changes on which the streams depend.
+/// The receivers of all changes on which the streams depend.
 struct Changes {
     lifecycle: watch::Receiver<LifecycleState>,
     intake: watch::Receiver<IntakeState>,
@@ -290,9 +292,10 @@ impl Changes {
         }
     }
 
-    /// Waits for the next change. Movements of jobs count only with `with_movements`, otherwise each job would wake the producer.
+    /// Waits for the next change. Changes to jobs in the ledger count only if `with_movements` is set, otherwise each job would
+    /// wake the producer.
     async fn next(&mut self, with_movements: bool) {
-        // Each wait fails only once its sender is gone, and the producer holds all senders.
+        // A wait fails only after its sender is dropped, and the producer keeps all senders alive.
         tokio::select! {
             biased;
             _ = self.lifecycle.changed() => {}
@@ -306,7 +309,8 @@ impl Changes {
 fn log_lost(error: &StreamError, wait: Duration) {
     let reconnect_in = seconds(wait);
     match error {
-        // Neither the network nor a restart causes such a line, and the next stream may bring it again.
+        // This is an error, because neither a network fault nor a restart causes a malformed line, and the next stream may bring
+        // it again.
         StreamError::NotAJob(_) => error!(error = %Chain(error), reconnect_in, "stream lost, reconnecting"),
         StreamError::Ended => warn!(reconnect_in, "server ended the stream, reconnecting"),
         StreamError::Broken(_) | StreamError::Silent(_) => {
@@ -315,7 +319,7 @@ fn log_lost(error: &StreamError, wait: Duration) {
     }
 }
 
-/// Stops the worker, which cannot take jobs without its producer.
+/// A guard that stops the worker when the producer ends, because then no more jobs can be taken.
 struct StopOnDrop(Lifecycle);
 
 impl Drop for StopOnDrop {

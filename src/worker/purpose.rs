@@ -1,17 +1,18 @@
-//! [`Purpose`]: the use of a take stream. Pause, reload, bounded run, drain and kill all follow from it.
+//! [`Purpose`]: the use of a take stream. Pause, reload, bounded run, drain and kill all work by changing the purpose.
 //!
-//! At most one stream takes; any number of them finish.
+//! At most one stream takes, and any number of streams finish.
 //!
 //! | phase | paused | the stream's settings | the stream is for |
 //! | --- | --- | --- | --- |
 //! | running | no | are in force | taking |
-//! | running | no | are not, or the stream was replaced for lost places of its prefetch | finishing |
+//! | running | no | are not, or the stream was replaced because part of its prefetch is lost | finishing |
 //! | running | yes | | finishing |
 //! | draining, killing, forcing | | | finishing |
 //! | stopped | | | nothing |
 //!
 //! A stream that takes is reopened when it is lost. A stream that finishes keeps the server from redelivering its jobs, and
-//! closes once all of them are reported. For jobs whose stream is lost while none takes, see [`Search`](super::search::Search).
+//! closes once all its jobs are reported. For jobs whose stream is lost while no stream takes, see
+//! [`Search`](super::search::Search).
 
 use crate::lifecycle::Phase;
 
@@ -20,13 +21,14 @@ use crate::lifecycle::Phase;
 pub(super) enum Purpose {
     /// Jobs that arrive are started.
     Take,
-    /// Jobs that have arrived are finished.
+    /// Jobs that have arrived are finished. Most new jobs are held back.
     Finish,
     /// The stream closes now.
     Nothing,
 }
 
-/// Returns the use of a stream, see the table in the module's documentation. `is_in_force`: its settings are in force, and it has not been replaced.
+/// Returns the purpose of a stream, according to the table in the module's documentation. `is_in_force` means that the stream's
+/// settings are in force and that the stream has not been replaced.
 pub(super) fn purpose(phase: Phase, is_paused: bool, is_in_force: bool) -> Purpose {
     match phase {
         Phase::Running if !is_paused && is_in_force => Purpose::Take,

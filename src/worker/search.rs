@@ -1,12 +1,14 @@
-//! [`Search`]: brings back jobs that run or have ended here and whose stream is lost, while no stream takes.
+//! [`Search`]: gets jobs redelivered that run or have ended here, whose stream is lost, and that no taking stream redelivers.
 //!
-//! The server redelivers such a job to any worker. If this worker gets it, the job need not run a second time. The protocol
-//! cannot ask for a certain job, only for the next few of some queues. A redelivered job keeps its place in the order, so it is
-//! among the first, behind more urgent jobs. Each round opens a stream with the least prefetch that the jobs need. If the stream
-//! brings other jobs alone, the next round follows at once with twice the prefetch. The stream closes at once, and the server
-//! requeues its jobs with no attempt counted. After a round of the greatest size there is a wait, because other workers cannot
-//! have its jobs meanwhile. From the second round on, only jobs that are ready on the server are searched for, because a job that
-//! another worker runs is not available.
+//! The server redelivers such a job to any worker. If this worker gets the job, the job does not run a second time. The protocol
+//! cannot request a particular job, only the next few jobs of some queues. A requeued job keeps its position in the queue, so it
+//! is among the first, behind jobs of higher priority.
+//!
+//! Each round of a search opens a stream. The first round has a prefetch of one for each wanted job. If a stream brings only
+//! other jobs, it is closed at once, and the server requeues these jobs without counting an attempt. The next round follows at
+//! once with twice the prefetch. After a round with the greatest prefetch, the search waits, because no other worker can take the
+//! jobs that a search stream holds. From the second round on, a search is only for jobs that are ready on the server, because a
+//! job that another worker runs cannot be delivered.
 
 use std::sync::Arc;
 
@@ -20,13 +22,13 @@ use crate::ledger::{ComingStream, Unheld};
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
-/// The most jobs that a search holds at once: half of the jobs that the server holds in flight for all workers by default.
+/// The maximum prefetch of a search: half of the server's default limit of jobs in flight for all workers.
 pub(super) const MAX_PREFETCH: usize = 512;
 
-/// The number of doublings from one job to the most.
+/// The number of doublings from a prefetch of one to `MAX_PREFETCH`.
 const MAX_DOUBLINGS: u32 = MAX_PREFETCH.ilog2();
 
-/// The rounds of one search.
+/// The state of one search, which goes through rounds.
 #[derive(Debug)]
 pub(super) struct Search {
     waits: Waits,
@@ -37,7 +39,7 @@ pub(super) struct Search {
     last: Option<Arc<StreamSettings>>,
 }
 
-/// An open stream that may bring jobs back.
+/// An open stream that may redeliver wanted jobs.
 pub(super) struct SearchStream {
     pub(super) settings: Arc<StreamSettings>,
     pub(super) stream: TakeStream,
@@ -50,7 +52,7 @@ impl Search {
         Self { waits: backoff.waits(), round: 0, is_urgent: false, last: None }
     }
 
-    /// Returns the jobs to search for: jobs that no stream holds, and that the taking stream will not bring.
+    /// Returns the jobs to search for: jobs that no stream holds, and that the taking stream does not redeliver.
     pub(super) fn wanted(run: &Run, taking: Option<&Arc<StreamSettings>>) -> Vec<Unheld> {
         if run.lifecycle.phase() > Phase::Draining {
             return Vec::new();
@@ -60,7 +62,8 @@ impl Search {
         unheld
     }
 
-    /// Notes that a round has brought its full prefetch and no wanted job. The next round needs no wait if it will be larger.
+    /// Records that a round has brought its full prefetch and no wanted job. The next round starts without a wait if its prefetch
+    /// can be larger.
     pub(super) fn missed(&mut self, run: &Run, prefetch: usize) {
         let Some(settings) = &self.last else { return };
         let mut wanted = run.ledger.unheld();
@@ -68,7 +71,7 @@ impl Search {
         self.is_urgent = prefetch < greatest_prefetch(&wanted, settings);
     }
 
-    /// Makes one round, after a wait if one is due. Returns none if no stream can be opened, or no job is wanted.
+    /// Makes one round, after a wait if one is due. Returns `None` if no stream can be opened, or if no job is wanted.
     pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<SearchStream> {
         let settings = self.next_settings(&Self::wanted(run, taking))?;
         if !std::mem::take(&mut self.is_urgent) {
@@ -77,7 +80,8 @@ impl Search {
                 biased;
                 () = tokio::time::sleep(self.waits.next_wait()) => {}
                 () = settings.client.health().recovered() => self.waits.reset(),
-                // A job that has ended makes the search urgent. The wait fails only once the ledger is gone, and `run` holds it.
+                // A parked outcome is searched for at once. `changed` fails only after the ledger is dropped, and `run` keeps the
+                // ledger alive.
                 _ = parkings.changed() => self.waits.reset(),
             }
         }
@@ -102,7 +106,7 @@ impl Search {
         }
     }
 
-    /// Returns the settings of the next round. Jobs of different settings take turns.
+    /// Returns the settings of the next round. If the wanted jobs were taken under different settings, the settings take turns.
     fn next_settings(&mut self, wanted: &[Unheld]) -> Option<Arc<StreamSettings>> {
         let mut all: Vec<&Arc<StreamSettings>> = Vec::new();
         for Unheld { source, .. } in wanted {
@@ -125,7 +129,7 @@ impl Search {
         doubled.min(greatest_prefetch(wanted, settings))
     }
 
-    /// Returns the jobs that the server may deliver now.
+    /// Returns the wanted jobs that the server can deliver now. The first round assumes that it can deliver all of them.
     async fn to_be_had(&self, settings: &StreamSettings, wanted: Vec<Unheld>) -> Vec<Unheld> {
         if self.round == 0 {
             return wanted;
@@ -134,7 +138,7 @@ impl Search {
         for unheld in wanted {
             match settings.client.job(&unheld.id).await {
                 Ok(state) => to_be_had.extend(state.is_some_and(|state| state.is_ready()).then_some(unheld)),
-                // A proxy may refuse the look. At worst the search for this job is in vain.
+                // A proxy may refuse this request. Search for the job anyway; at worst, the search does not find it.
                 Err(error) if error.is_refusal() => to_be_had.push(unheld),
                 Err(error) => {
                     debug!(error = %Chain(&error), "cannot look at a job whose stream was lost");
@@ -146,9 +150,9 @@ impl Search {
     }
 }
 
-/// Returns the greatest prefetch of a search. A search for ended jobs goes deep, because its stream closes as soon as they are
-/// reported. A stream that brings running jobs stays open while they run, and other workers cannot have its other jobs. If
-/// all are running, the search does not go deeper at all.
+/// Returns the greatest prefetch of a search. A search for ended jobs may have a large prefetch, because its stream closes as
+/// soon as the jobs are reported. A stream that brings running jobs stays open while they run, and meanwhile no other worker can
+/// take the stream's other jobs. So if all wanted jobs are running, the prefetch is only their number.
 fn greatest_prefetch(wanted: &[Unheld], settings: &StreamSettings) -> usize {
     let ended = wanted.iter().filter(|unheld| unheld.has_ended).count();
     let deep = match ended {

@@ -20,7 +20,7 @@ use crate::lifecycle::Phase;
 use crate::stream::{Received, StreamError, TakeStream};
 use crate::watch;
 
-/// The time that a search stream has to bring its jobs, beyond the first round trip.
+/// The time limit for a search stream to bring wanted jobs, counted from the moment when the stream is open.
 const SEARCH_TIME: Duration = Duration::from_secs(1);
 
 /// An open stream and the queue for its jobs.
@@ -32,18 +32,19 @@ pub(super) struct Session {
     pub(super) settings: Arc<StreamSettings>,
     pub(super) stream: TakeStream,
     pub(super) purpose: watch::Receiver<Purpose>,
-    /// The places in the dispatch queue: as many as the prefetch, even if the server sends more jobs.
+    /// The permits for this stream's jobs in the dispatch queue: as many as the prefetch, even if the server sends more jobs.
     places: Arc<Semaphore>,
-    /// The jobs that the server holds for this worker and that are not started. They go back when the stream closes.
+    /// The received jobs that are not started. The server requeues them when the stream closes, unless the stream takes again
+    /// before.
     held_back: Vec<Job>,
-    /// While the stream finishes: the last delivery before that.
+    /// The last delivery before the stream began to finish its jobs, or `None` while the stream takes.
     finishing_since: Option<Delivery>,
     search: Option<SearchProgress>,
 }
 
 /// The progress of a search stream, which was opened for certain jobs.
 struct SearchProgress {
-    /// The end of the time to bring them.
+    /// The deadline for the wanted jobs to arrive.
     end: Instant,
     prefetch: usize,
     /// The number of jobs that the stream may still bring.
@@ -51,12 +52,12 @@ struct SearchProgress {
     has_found: bool,
 }
 
-/// The reason for which this worker closed a stream.
+/// The reason why this worker closed a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CloseReason {
     /// Every job that came over the stream has been reported, or the worker has stopped.
     Finished,
-    /// A search stream has brought none of its jobs.
+    /// A search stream has brought no wanted job.
     NotFound {
         prefetch: usize,
         /// Whether the stream has brought as many jobs as its prefetch.
@@ -129,13 +130,15 @@ impl Session {
         }
     }
 
-    /// Reports whether no job of the stream is under way, and none is awaited.
+    /// Reports whether the stream can close: no wanted job of a search can still arrive, and either no job of the stream is in
+    /// flight or another stream gets the stream's jobs.
     fn is_finished(&self) -> bool {
         let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
         !is_awaited && (self.run.ledger.under_way(self.id, None) == 0 || self.is_superseded())
     }
 
-    /// Reports whether another stream takes and no job of this one has started: its jobs then come over the other stream.
+    /// Reports whether another stream takes and no job of this stream has started. When this stream closes, the server redelivers
+    /// its jobs over the other stream.
     fn is_superseded(&self) -> bool {
         self.run.lifecycle.phase() == Phase::Running
             && !self.intake.is_paused()
@@ -175,8 +178,8 @@ impl Session {
         }
     }
 
-    /// Reports whether a job is started although the stream finishes. This requires that the worker takes jobs of this kind over
-    /// another stream, and that this stream must stay open for earlier jobs anyway.
+    /// Reports whether a job may start although the stream only finishes its jobs. This requires that the present settings cover
+    /// the job's queue, and that this stream must stay open for earlier jobs anyway.
     fn may_start(&self, job: &Job) -> bool {
         self.search.is_none()
             && !self.intake.is_paused()
@@ -184,7 +187,8 @@ impl Session {
             && self.finishing_since.is_some_and(|since| self.run.ledger.under_way(self.id, Some(since)) > 0)
     }
 
-    /// Notes the arrival of a job. Returns the job if it is to be started, and reports its outcome if it has ended here.
+    /// Records the arrival of a job in the ledger. Returns the job if the job is to be started. If the job has already ended
+    /// here, queues its report.
     async fn arrive(&self, job: Job) -> Option<Taken> {
         let Run { ledger, acks, activity, .. } = &self.run;
         let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
@@ -210,7 +214,7 @@ impl Session {
         None
     }
 
-    /// Queues a job, and waits for room. Holds the job back if the purpose of the stream changes meanwhile.
+    /// Queues a job once a permit is free. Holds the job back if the stream's purpose changes or the worker drains before that.
     async fn push(&mut self, mut taken: Taken, purpose: Purpose) {
         tokio::select! {
             biased;
@@ -219,7 +223,7 @@ impl Session {
             // The semaphore is never closed.
             place = Arc::clone(&self.places).acquire_owned() => taken.place = place.ok(),
         }
-        // The worker loops are gone.
+        // The queue is closed, because the worker is stopping.
         if let Err(refused) = self.dispatch_queue.try_send(taken) {
             self.hold_back(refused.into_inner());
         }
@@ -233,7 +237,7 @@ impl Session {
             debug!(job.id = job.id.as_str(), "job held back, because nothing more is taken over this stream");
         }
         self.run.ledger.give_back(&job.id, delivery);
-        // The same job may be redelivered after another worker has reported it.
+        // Keep only the newest delivery, because the job may be redelivered here after another worker has reported an attempt.
         self.held_back.retain(|other| other.id != job.id);
         self.held_back.push(job);
     }
@@ -266,7 +270,7 @@ impl Session {
     }
 }
 
-/// Waits until the purpose of the stream changes, or its sender is gone.
+/// Waits until the purpose of the stream changes, or its sender is dropped.
 async fn until_other(purposes: &mut watch::Receiver<Purpose>, present: Purpose) {
     let _ = purposes.wait_for(|purpose| *purpose != present).await.is_ok();
 }

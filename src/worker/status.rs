@@ -1,4 +1,4 @@
-//! [`Status`]: the state of a worker. [`Unready`]: a reason why it cannot start jobs.
+//! [`Status`]: the state of a worker. [`Unready`]: a reason why a worker cannot start jobs.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ pub struct Status {
     pub state: &'static str,
     /// Whether a take stream is open.
     pub connected: bool,
-    /// The number of streams from before a reload. They stay open until their jobs are reported.
+    /// The number of streams that were replaced, for example by a reload. They stay open until their jobs are reported.
     pub finishing_streams: usize,
     /// The time since the worker was created.
     pub uptime_seconds: f64,
@@ -106,7 +106,7 @@ pub enum Unready {
     NotConnected,
     /// The worker is paused.
     Paused,
-    /// The worker is stopping, in this state.
+    /// The worker is stopping. Contains the state, `draining` or `killing`.
     Stopping(&'static str),
     /// The handler of this name cannot be started.
     Broken(String),

@@ -33,7 +33,7 @@ struct OpenStream {
     id: StreamId,
     settings: Arc<StreamSettings>,
     purpose: watch::Sender<Purpose>,
-    /// Whether the stream never takes: it has lost places of its prefetch, or is a search stream.
+    /// Whether the stream never takes, because part of its prefetch is lost or because it is a search stream.
     only_finishes: bool,
     is_search: bool,
 }
@@ -78,7 +78,7 @@ impl Streams {
         Session::new(run, intake, dispatch_queue, Arc::clone(settings), stream, purpose)
     }
 
-    /// Gives each stream its purpose. Returns whether a stream takes.
+    /// Assigns each stream its purpose. Returns whether a stream takes.
     pub(super) fn assign(&mut self, phase: Phase, is_paused: bool, in_force: &StreamSettings) -> bool {
         let mut is_any_taking = false;
         for open in &self.open {
@@ -98,13 +98,13 @@ impl Streams {
         is_any_taking
     }
 
-    /// Reports whether the stream that takes has lost places of its prefetch.
+    /// Reports whether part of the taking stream's prefetch is lost to jobs that will not be reported.
     pub(super) fn is_taking_one_spent(&self) -> bool {
         let mut taking = self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Take);
         taking.any(|open| self.run.ledger.has_lost_places(open.id))
     }
 
-    /// Stops taking over streams that have lost places of their prefetch.
+    /// Marks each stream that has lost part of its prefetch as one that only finishes its jobs.
     pub(super) fn retire_spent(&mut self) {
         for open in &mut self.open {
             open.only_finishes |= self.run.ledger.has_lost_places(open.id);
@@ -115,7 +115,7 @@ impl Streams {
         self.open.iter().any(|open| *open.purpose.borrow() == Purpose::Take)
     }
 
-    /// Returns the number of streams that take no more, and finish the jobs that came over them.
+    /// Returns the number of streams that only finish the jobs that came over them. Search streams do not count.
     pub(super) fn count_finishing(&self) -> usize {
         self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Finish && !open.is_search).count()
     }
@@ -124,7 +124,7 @@ impl Streams {
         !self.open.is_empty()
     }
 
-    /// Reports whether a search stream is open that has brought none of its jobs yet.
+    /// Reports whether a search stream is open that has brought no wanted job yet.
     pub(super) fn is_searching(&self) -> bool {
         self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
     }
@@ -152,7 +152,7 @@ impl Streams {
     }
 }
 
-/// Warns once of each server version that does not fit this worker. Never ends.
+/// Warns once of each server version that does not fit this worker. Never returns.
 async fn warn_of_version(client: &Client, seen: &Mutex<Option<String>>) -> Infallible {
     match client.version().await {
         Ok(version) => {
@@ -162,7 +162,7 @@ async fn warn_of_version(client: &Client, seen: &Mutex<Option<String>>) -> Infal
                 warn!(version, misfit, "the server's version does not fit this worker's");
             }
         }
-        // A proxy may block all requests but those that a worker needs.
+        // Not a warning, because a proxy may block all requests but those that a worker needs.
         Err(error) => debug!(error = %Chain(&error), "the server does not tell its version"),
     }
     std::future::pending().await

@@ -24,7 +24,7 @@ pub(super) struct WorkerLoop<D> {
     /// The loop's number.
     pub(super) slot: usize,
     pub(super) name: String,
-    /// The number of waiting jobs beyond which a report is not urgent: a quarter as many as there are loops.
+    /// The number of waiting jobs beyond which a report is not urgent: a quarter of the number of loops.
     pub(super) reserve: usize,
     pub(super) jobs: async_channel::Receiver<Taken>,
     pub(super) dispatcher: Arc<D>,
@@ -64,7 +64,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
         log_ended(&outcome, usage, times);
         activity.note_end(&job, &outcome);
         tally.count(&outcome);
-        // Keep only the id, so that the payload is freed while the report waits for room.
+        // Keep only the id, so that the payload is freed before the report waits for space in the ack queue.
         let id = job.id;
         let Some(report) = Report::of(outcome) else { return ledger.interrupt(&id) };
         if let Some(attempt) = ledger.end(&id, &report) {
@@ -103,10 +103,10 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 }
 
-/// Shortest wait for a start that the log mentions.
+/// The shortest wait before a job's start that is logged.
 const NOTABLE_WAIT: Duration = Duration::from_millis(1);
 
-/// The run time of a job, if it was started, and its wait for the start.
+/// The run time of a job, if the job was started, and the wait before its start.
 #[derive(Debug, Clone, Copy)]
 struct Times {
     ran: Option<Duration>,
@@ -126,7 +126,7 @@ impl Times {
 
 /// Returns the span that names the job in each log line. `attempt` counts from 1, as in the server's list of errors.
 fn job_span(job: &Job) -> Span {
-    // With a lower level, a filter for errors would remove the job's id from them.
+    // The span has level error, otherwise a log filter that lets only errors pass would remove the job's id from them.
     error_span!(
         target: JOBS_TARGET,
         "job",

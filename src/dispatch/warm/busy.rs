@@ -1,4 +1,4 @@
-//! [`Busy`]: a process that runs a job, until the job's outcome.
+//! [`Busy`]: a process that runs a job, until the outcome of the job is known.
 
 use std::os::unix::process::ExitStatusExt;
 use std::pin::pin;
@@ -22,7 +22,8 @@ use crate::process::{ResourceUsage, Signal, Tail, Termination};
 /// Time limit for a process to exit after it has closed its connection during a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
 
-/// Time from the sending of a job within which a process that leaves it unread has not begun it.
+/// Time after the sending of a job during which `NoReply::Unread` means that the job has not begun. Later, the process may have
+/// begun the job without having read all of it.
 const UNREAD_LIMIT: Duration = Duration::from_secs(1);
 
 /// A process with a job.
@@ -41,14 +42,14 @@ enum ExchangeEnd {
     Exited,
 }
 
-/// The evidence that a job gives on whether the handler works.
+/// The evidence from one job about whether the handler works.
 pub(in crate::dispatch) enum HandlerHealth {
     /// The handler works.
     Works,
     /// The job failed without a reply, and no job of the handler has succeeded since the process started.
     Crashed(String),
-    /// A process ended before it read the whole job, so the job has not begun. If that was the process's first job, the reason
-    /// counts like that of a failed start.
+    /// The process ended before it had read the whole job, so the job has not begun. Holds the failure's message if this was the
+    /// process's first job. The brake then counts a crash.
     JobUnread(Option<String>),
     /// No evidence.
     Unknown,
@@ -73,7 +74,7 @@ impl Busy {
         if let ExchangeEnd::Replied(reply) = end {
             return (self.finish_with_reply(wire, reply, cpu_before), HandlerHealth::Works);
         }
-        // A process that works on a job may have left the newline unread.
+        // After `UNREAD_LIMIT`, the process may be at work on the job and have left only the newline unread.
         let is_unread = matches!(end, ExchangeEnd::NoReply(NoReply::Unread)) && since.elapsed() < UNREAD_LIMIT;
         let was_new = self.member.work().jobs == 0;
         let ended = self.finish_without_reply(wire, end, sent, cpu_before, lifecycle).await;
@@ -131,7 +132,7 @@ impl Busy {
         (end, sent)
     }
 
-    /// Returns the outcome in a reply. The process becomes idle, or is retired.
+    /// Returns the outcome given in the reply. Makes the process idle, or retires it.
     fn finish_with_reply(&mut self, wire: Wire, reply: Reply, cpu_before: Option<Duration>) -> Ended {
         let stderr = self.member.finish();
         let used = self.member.cpu_time_after_job().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
@@ -147,7 +148,7 @@ impl Busy {
             Some(reason) => self.pool.retire(&self.member, reason, Stop::Retire),
             None => {
                 self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
-                // The process may have ended since its reply. Its keeper then no longer removes it from the idle list.
+                // The process may have ended since its reply. In that case, its keeper no longer removes it from the idle list.
                 if self.member.has_ended() {
                     self.pool.remove_idle(&self.member);
                 }
@@ -161,7 +162,7 @@ impl Busy {
         verdict.apply_to(Failure::new("HandlerError", message).with_backtrace(stderr.text()))
     }
 
-    /// Ends the process, which sent no reply, and returns the job's outcome.
+    /// Ends the process, which has sent no reply, and returns the job's outcome.
     async fn finish_without_reply(
         &mut self,
         wire: Wire,

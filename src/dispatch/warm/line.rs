@@ -1,4 +1,4 @@
-//! [`Waiting`]: the idle processes of a pool, or the line of jobs that wait for one. There are never both.
+//! [`Waiting`]: the idle processes of a pool, and the line of jobs that wait for one. At least one of the two is empty.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -12,7 +12,7 @@ use super::Pool;
 use super::member::Member;
 use super::wire::Wire;
 
-/// A process without a job.
+/// A connected process without a job.
 #[derive(Debug)]
 pub(in crate::dispatch) struct Idle {
     pub(super) member: Arc<Member>,
@@ -20,12 +20,12 @@ pub(in crate::dispatch) struct Idle {
     pub(super) since: Instant,
 }
 
-/// The idle processes, or the jobs that wait for one.
+/// The idle processes of a pool, or the jobs that wait for an idle process.
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
     /// The idle processes, the most recently used one last.
     pub(super) idle: Vec<Idle>,
-    /// The jobs, in the order of their arrival. A job that has left the line has closed its channel.
+    /// The waiting jobs, in the order of their arrival. The channel of a job that no longer waits is closed.
     line: VecDeque<Sender<Idle>>,
 }
 
@@ -40,7 +40,8 @@ impl Waiting {
         })
     }
 
-    /// Hands an idle process to the first job in the line, so that no later job can overtake.
+    /// Sends an idle process to the first job in the line, so that no later job can take it. If no job waits, adds it to the idle
+    /// ones.
     pub(super) fn give(&mut self, mut idle: Idle) {
         while let Some(first) = self.line.pop_front() {
             match first.send(idle) {
@@ -52,7 +53,8 @@ impl Waiting {
     }
 }
 
-/// A job's place in the line. Resolves to an idle process. If dropped, a process that was handed over goes to the next job.
+/// A job's position in the line, a future that resolves to an idle process. If it is dropped after a process was sent to it, the
+/// process goes to the next job.
 #[derive(Debug)]
 pub(in crate::dispatch) struct InLine {
     pool: Arc<Pool>,
@@ -68,7 +70,7 @@ impl Future for InLine {
                 Some(idle) => Poll::Ready(idle),
                 None => self.join_again(context),
             },
-            // The pool holds the sender until it sends.
+            // An error is impossible, because the pool keeps the sender until it sends a process.
             Poll::Ready(Err(_)) | Poll::Pending => Poll::Pending,
         }
     }

@@ -19,19 +19,20 @@ use crate::watch;
 /// Longest interval between two checks of an idle process: its connection, its age and its idle time.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Maximum age of the CPU time read after a job for it to count as the CPU time before the next job.
+/// Maximum age at which the CPU time read after one job is reused as the CPU time before the next.
 const CPU_AGE: Duration = Duration::from_millis(1);
 
-/// Maximum age of the memory peak in the log. Reading the peak costs more than running a job.
+/// Maximum age of a memory peak that is reused. Reading the peak costs more than running a job.
 const PEAK_AGE: Duration = Duration::from_secs(1);
 
 /// The stop requested of a process, in order of severity. A request is never withdrawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Stop {
     NotRequested,
-    /// The connection closes, so that the process exits. SIGTERM follows after the grace, SIGKILL after another grace.
+    /// The connection is closed, so that the process exits. SIGTERM follows after `kill_grace`, and SIGKILL after another
+    /// `kill_grace`.
     Retire,
-    /// SIGTERM at once, and SIGKILL after the grace.
+    /// SIGTERM at once, and SIGKILL after `kill_grace`.
     Terminate,
     /// SIGKILL at once.
     Kill,
@@ -58,7 +59,7 @@ pub(super) struct End {
     /// The exit status and the resource usage, or the error if the exec failed or SIGKILL had no effect in time.
     pub(super) status: io::Result<(ExitStatus, ResourceUsage)>,
     pub(super) never_ran: bool,
-    /// The result of the termination, if the process was terminated.
+    /// The result of the termination, if the worker terminated the process.
     pub(super) termination: Option<Termination>,
 }
 
@@ -70,10 +71,10 @@ pub(super) struct Member {
     pub(super) started: Instant,
     /// The number of reloads before the start of the process.
     pub(super) generation: u64,
-    /// The limits at which another process replaces this one.
+    /// The limits at which the process is replaced.
     pub(super) max_jobs: Option<u64>,
     pub(super) max_age: Option<Duration>,
-    /// The span of output between jobs.
+    /// The log span of output between jobs.
     span: Span,
     /// The process handle, which the keeper drops when it ends the process.
     resident: Weak<Resident>,
@@ -86,7 +87,7 @@ pub(super) struct Member {
 pub(super) struct Work {
     pub(super) state: ProcessState,
     pub(super) job: Option<JobId>,
-    /// The span for output that arrives now: the job's, or the process's between jobs.
+    /// The log span of output that arrives now: the job's, or between jobs the process's.
     span: Span,
     /// The end of the job's stderr.
     tail: Tail,
@@ -132,14 +133,15 @@ impl Member {
         self.end.borrow().is_some()
     }
 
-    /// Records that a job begins. Output is logged in the job's span, which is the current one.
+    /// Records that a job begins. Output is logged in the job's span, which is the current span.
     pub(super) fn begin(&self, job: &JobId) {
         let mut work = self.work();
         (work.state, work.job, work.tail) = (ProcessState::Busy, Some(job.clone()), Tail::default());
         work.span = Span::current();
     }
 
-    /// Records that the job has ended, and returns the end of the job's stderr. Output still in the pipes is the job's.
+    /// Records that the job has ended, and returns the end of the job's stderr. First reads the output still in the pipes, which
+    /// belongs to the job.
     pub(super) fn finish(&self) -> Tail {
         if let Some(resident) = self.resident.upgrade() {
             resident.read_present_output(|channel, line| self.print(channel, line));
@@ -164,7 +166,7 @@ impl Member {
         known.map(|(_, cpu)| cpu).or_else(|| self.resident.upgrade()?.cpu_time())
     }
 
-    /// Reads the CPU time used until the end of a job.
+    /// Returns the process's CPU time at the end of a job, and keeps it for the start of the next one.
     pub(super) fn cpu_time_after_job(&self) -> Option<Duration> {
         let cpu = self.resident.upgrade()?.cpu_time()?;
         self.work().cpu = Some((Instant::now(), cpu));
@@ -186,7 +188,7 @@ impl Member {
         Some(peak)
     }
 
-    /// Returns the last line of stderr since the job began, or since the start of the process.
+    /// Returns the last line of stderr since the job began or, before the first job, since the start of the process.
     pub(super) fn last_line(&self) -> Option<String> {
         self.work().tail.last_line()
     }
@@ -209,11 +211,11 @@ pub(super) struct MemberConfig {
     pub(super) generation: u64,
     pub(super) max_jobs: Option<u64>,
     pub(super) max_age: Option<Duration>,
-    /// The process's slot, free again when the process has ended.
+    /// The process's slot, released when the process has ended.
     pub(super) slot: Arc<Place>,
 }
 
-/// Spawns the keeper of a process.
+/// Spawns the keeper task of a process, and returns the `Member`.
 pub(super) fn spawn_keeper(
     pool: &Arc<Pool>,
     resident: Resident,
@@ -223,7 +225,7 @@ pub(super) fn spawn_keeper(
     let MemberConfig { number, generation, max_jobs, max_age, slot } = config;
     let resident = Arc::new(resident);
     let pid = resident.id();
-    // No parent, because the process outlives the job that it is started for.
+    // The span has no parent, because the process outlives the job for which it is started.
     let span = info_span!(parent: None, "handler", handler = pool.name, pid);
     let work = Work {
         state: ProcessState::Starting,
@@ -292,7 +294,7 @@ impl Keeper {
         pool.remove_idle(member);
     }
 
-    /// Waits until the leader has exited. Returns `None` if it exited by itself.
+    /// Waits until the leader of the process group has exited. Returns `None` if the worker did not have to signal it.
     async fn wait_for_exit(&self, resident: &Resident) -> Option<Termination> {
         let mut stops = self.member.stop.subscribe();
         let grace = self.pool.handler.kill_grace;
@@ -332,7 +334,7 @@ impl Keeper {
         Some(resident.terminate(grace, skip_grace, last_wait(&self.lifecycle)).await)
     }
 
-    /// Checks the process periodically for as long as it lives.
+    /// Checks periodically whether the process is idle and has a reason to end.
     async fn check_while_idle(&self) {
         let period = self
             .pool
@@ -348,7 +350,7 @@ impl Keeper {
     }
 }
 
-/// Waits until this is the only reference. Other references are held only briefly.
+/// Waits until `resident` is the only reference. Other references are held only briefly.
 async fn sole_owner(mut resident: Arc<Resident>) -> Resident {
     loop {
         match Arc::try_unwrap(resident) {

@@ -1,14 +1,15 @@
 //! [`Pool`]: the processes of a warm handler. Each connects to a socket of its own and runs one job after another.
 //!
-//! There are as many places for jobs as processes are allowed. A job waits for a place. Then it takes the most recently
-//! used idle process. If there is none, the job joins the line for the next idle one, and starts one if there is a free slot.
-//! A process keeps its slot until it is seen dead, so the limit is never exceeded.
+//! A pool of `max_processes` has that many places for running jobs and that many slots for processes. A job first waits for a
+//! place. Then it takes the most recently used idle process. If no process is idle, the job waits in line for one and, if a slot
+//! is free, starts a new process meanwhile. A process keeps its slot until it has ended, so there are never more processes than
+//! slots.
 //!
 //! | a process is | from | until |
 //! | --- | --- | --- |
 //! | starting | its start | it connects; it is killed if it does not connect in time |
 //! | idle | it connects, or replies | a job takes it, or it is retired |
-//! | busy | a job takes it | its reply or its end; without a reply, the job has failed |
+//! | busy | a job takes it | its reply or its end; without a reply, the job fails, is interrupted, or is tried again |
 //! | ending | it is retired, terminated or killed; or it exits | it is reaped, and the rest of its group has ended |
 
 mod busy;
@@ -42,7 +43,8 @@ pub(super) use processes::Processes;
 use starting::Socket;
 pub(super) use starting::{StartError, Starting};
 
-/// Idle time after which a process is retired in a drain. A drain still starts the jobs taken before it.
+/// Idle time after which a process is retired in a drain. It is not retired at once, because jobs that were taken before the
+/// drain still start.
 const IDLE_IN_DRAIN: Duration = Duration::from_secs(1);
 
 /// The reason for ending a process that closed its connection or sent a line without a job.
@@ -60,14 +62,14 @@ pub(super) struct Pool {
     /// The slots for processes, each held until its process has ended.
     slots: Places,
     waiting: Mutex<Waiting>,
-    /// The number of reloads.
+    /// The number of reloads so far. A process with a lower `Member::generation` is outdated.
     generation: AtomicU64,
-    /// The reasons of ended processes that have no replacement yet. Each becomes the reason of a start.
+    /// The reasons for which processes ended that have not been replaced yet. Each becomes the reason for a later start.
     vacancies: Mutex<VecDeque<&'static str>>,
     has_warned: AtomicBool,
     /// Whether the last start failed while other processes worked.
     is_short_of_processes: AtomicBool,
-    /// The time of the last success.
+    /// The time at which a job last succeeded.
     last_success: Mutex<Option<Instant>>,
 }
 
@@ -139,7 +141,7 @@ impl Pool {
         }
     }
 
-    /// Returns the process if it can take a job. A process that cannot is ended.
+    /// Returns the process if it can take a job, and ends it otherwise.
     fn usable(&self, mut idle: Idle) -> Option<Idle> {
         if idle.member.has_ended() {
             return None;
@@ -151,19 +153,19 @@ impl Pool {
         Some(idle)
     }
 
-    /// Hands an idle process to the job that has waited for the longest time, or keeps it among the idle ones.
+    /// Gives an idle process to the job that has waited for the longest time, or keeps it if no job waits.
     fn give(&self, idle: Idle) {
         self.waiting().give(idle);
     }
 
-    /// Hands an idle process to a job.
+    /// Gives an idle process to the job that holds `place`.
     pub(super) fn busy(self: &Arc<Self>, idle: Idle, place: Place) -> Busy {
         let Idle { member, wire, .. } = idle;
         Busy { pool: Arc::clone(self), member, wire: Some(wire), _place: place }
     }
 
-    /// Leaves a starting process to itself. Once it connects, another job can have it. Otherwise `failed` gets the error, unless
-    /// the worker's stop has ended the process.
+    /// Waits in the background for a starting process that its job no longer needs. Once connected, the process can take any job.
+    /// If it does not connect, `failed` gets the error, except in a stop of the worker, which may have ended the process.
     pub(super) fn adopt(
         &self,
         starting: Starting,
@@ -180,7 +182,7 @@ impl Pool {
         });
     }
 
-    /// Reports whether a process has a job or can take one, and will take another one after that.
+    /// Reports whether any process is idle or busy, and will take a further job after its present or next one.
     pub(super) fn is_any_at_work(&self) -> bool {
         let generation = self.generation.load(Ordering::Relaxed);
         let remains = |member: &Member| {
@@ -202,7 +204,7 @@ impl Pool {
         self.retire(member, HANG_UP, Stop::Terminate);
     }
 
-    /// Removes a process from the idle ones, if it is one.
+    /// Removes a process from the idle ones, if it is idle.
     fn remove_idle(&self, member: &Member) {
         self.waiting().idle.retain(|idle| idle.member.number != member.number);
     }
@@ -215,7 +217,7 @@ impl Pool {
         member.stop(stop);
     }
 
-    /// Records why a process ended, as the reason for a later start.
+    /// Records why a process ended. This becomes the reason for a later start.
     fn record_vacancy(&self, reason: &'static str) {
         let mut vacancies = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner);
         vacancies.push_back(reason);
@@ -229,7 +231,7 @@ impl Pool {
         idle.iter().for_each(|idle| self.retire(&idle.member, "reload", Stop::Retire));
     }
 
-    /// Ends a process if it is idle and has a reason to end. Otherwise its position among the idle ones stays.
+    /// Ends a process if it is idle and has a reason to end. Otherwise the process stays at its position among the idle ones.
     fn check_idle(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
         let reason = {
             let all = &mut self.waiting().idle;
@@ -237,7 +239,7 @@ impl Pool {
             let reason = self.reason_to_end(&mut all[at], lifecycle);
             if reason.is_some() {
                 all.remove(at);
-                // Set under the lock, because the check of the next process counts the remaining ones.
+                // Set the state under the lock, because the check of the next process counts the processes that are not ending.
                 member.work().state = ProcessState::Ending;
             }
             reason
@@ -256,7 +258,7 @@ impl Pool {
         if !wire.is_idle() {
             Some(HANG_UP)
         } else if member.generation != self.generation.load(Ordering::Relaxed) {
-            // The process became idle while a reload ended the idle ones.
+            // The process became idle after the reload had ended the idle ones.
             Some("reload")
         } else if lifecycle.phase() >= Phase::Draining && since.elapsed() >= IDLE_IN_DRAIN {
             Some("drain")
@@ -287,7 +289,8 @@ impl Pool {
         own.filter(|(_, member)| counts(member)).count()
     }
 
-    /// Records the end of a process. If it had not connected, the failed start is logged by its caller.
+    /// Records the end of a process. If the process had not connected, nothing is logged here, because the caller handles the
+    /// failed start.
     fn ended(&self, member: &Member, end: &End, was_starting: bool) {
         self.processes.members().remove(&member.number);
         if !was_starting && !member.is_asked_to_end() {
@@ -324,8 +327,8 @@ impl Pool {
         Some(reason)
     }
 
-    /// Returns the parameters of a new process. Each limit is up to a quarter larger, by chance, so that processes
-    /// do not all end at once.
+    /// Returns the parameters of a new process. Each limit is randomly increased by up to a quarter, so that processes do not all
+    /// end at once.
     fn member_config(&self, slot: Arc<Place>) -> MemberConfig {
         let more = |whole: f64| whole * (1.0 + fastrand::f64() / 4.0);
         MemberConfig {

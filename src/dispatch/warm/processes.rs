@@ -12,7 +12,7 @@ use super::member::{Member, Stop};
 use crate::dispatch::{HandlerProcess, ProcessStarts};
 use crate::lifecycle::{Lifecycle, Phase};
 
-/// Processes with their pools, by process number.
+/// Processes with their pools, by `Member::number`.
 pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
 
 /// All warm processes of one dispatcher.
@@ -20,7 +20,8 @@ pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
 pub(in crate::dispatch) struct Processes {
     members: Mutex<Members>,
     pub(super) next: AtomicU64,
-    /// The keepers. The last one ends with the last process.
+    /// The keeper task of each process, and the tasks that wait for a process to connect. The last one ends with the last
+    /// process.
     pub(super) tasks: TaskTracker,
     starts: Mutex<BTreeMap<(String, &'static str), u64>>,
 }
@@ -39,7 +40,7 @@ impl Processes {
         *starts.entry((handler.to_owned(), reason)).or_default() += 1;
     }
 
-    /// Ends all processes, and waits for the end of their groups. No job may be running.
+    /// Ends all processes, and waits until their process groups have ended. The caller ensures that no job runs.
     pub(in crate::dispatch) async fn finish(&self, lifecycle: &Lifecycle) {
         self.stop_all(Stop::Retire);
         self.tasks.close();
@@ -65,7 +66,7 @@ impl Processes {
         self.stop_all(Stop::Kill);
     }
 
-    /// Describes each process.
+    /// Returns the status of each process.
     pub(in crate::dispatch) fn list(&self) -> Vec<HandlerProcess> {
         let all: Vec<_> = self.members().values().cloned().collect();
         let described = all.iter().map(|(pool, member)| {
@@ -84,7 +85,7 @@ impl Processes {
         described.collect()
     }
 
-    /// Returns the number of started processes, by handler and reason.
+    /// Returns the number of started processes, by handler and by the reason for the start.
     pub(in crate::dispatch) fn starts(&self) -> Vec<ProcessStarts> {
         let starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
         let count = |((handler, reason), count): (&(String, &'static str), &u64)| ProcessStarts {

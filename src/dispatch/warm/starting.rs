@@ -1,4 +1,4 @@
-//! [`Starting`]: a started process, until it connects.
+//! [`Starting`]: a process that has been started, but has not connected yet.
 
 use std::fmt;
 use std::io;
@@ -16,17 +16,17 @@ use crate::dispatch::brake::Begin;
 use crate::dispatch::outcome;
 use crate::places::Place;
 
-/// The path of a socket, removed on drop. A process connects only once.
+/// The path of a process's socket. The file is removed on drop, because a process connects only once.
 pub(super) struct Socket(pub(super) PathBuf);
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // If this fails, the socket goes with its directory.
+        // If this fails, the file is removed later with its directory.
         let _ = std::fs::remove_file(&self.0);
     }
 }
 
-/// A started process that has yet to connect. Dropped before a job takes it, it is killed.
+/// A started process that has not connected yet. Dropping this kills the process, unless the connection has been taken.
 pub(in crate::dispatch) struct Starting {
     pub(super) pool: Arc<Pool>,
     pub(super) member: Arc<Member>,
@@ -36,7 +36,7 @@ pub(in crate::dispatch) struct Starting {
 }
 
 impl Starting {
-    /// Hands the process to a job. Returns `None` if it has not connected.
+    /// Returns the process for the job that holds `place`, or `None` if the process has not connected.
     pub(in crate::dispatch) fn busy(self, place: Place) -> Option<Busy> {
         let wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         Some(Busy { pool: Arc::clone(&self.pool), member: Arc::clone(&self.member), wire: Some(wire), _place: place })
@@ -44,7 +44,7 @@ impl Starting {
 }
 
 impl Starting {
-    /// Lets any job have the connected process.
+    /// Gives the connected process to the first job that waits, or adds it to the idle ones.
     pub(super) fn give(self) {
         if let Some(wire) = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take() {
             self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
@@ -56,7 +56,7 @@ impl Starting {
         self.member.started
     }
 
-    /// Ends the connected process. Returns the time from its start until now.
+    /// Ends the connected process. Returns the time from the start of the process to this call.
     pub(in crate::dispatch) async fn end(self) -> Duration {
         let took = self.member.started.elapsed();
         drop(self.wire.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -68,7 +68,7 @@ impl Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        // The wire is gone if a job has taken the process.
+        // The wire of a connected process is `None` once the process has been given to a job or the pool.
         if self.wire.get_mut().is_ok_and(|wire| wire.is_some()) || self.member.work().state == ProcessState::Starting {
             self.member.stop(Stop::Kill);
         }
@@ -108,7 +108,7 @@ impl Begin for Starting {
 impl Starting {
     fn not_connected(&self, end: &End) -> io::Error {
         let what = match &end.status {
-            // The brake decides by the errno whether the fault may be temporary.
+            // Return the errno, by which the brake decides whether the fault may be temporary.
             Err(error) if end.never_ran => match error.raw_os_error() {
                 Some(errno) => return io::Error::from_raw_os_error(errno),
                 None => format!("could not be started: {error}"),

@@ -12,13 +12,13 @@ use tokio::net::UnixStream;
 use crate::dispatch::result_file::{NumberOrText, Verdict, Written};
 use crate::job::{Job, JobId};
 
-/// Maximum size of a reply.
+/// Maximum size of a reply in bytes.
 const MAX_REPLY_BYTES: usize = 1024 * 1024;
 
 /// Buffer size that an idle connection keeps for replies.
 const KEPT_BYTES: usize = 4096;
 
-/// Size of one read.
+/// Minimum free space in the buffer before a read.
 const READ_BYTES: usize = 4096;
 
 /// The first two bytes of U+2028 and U+2029 in UTF-8. Node's readline splits lines at these characters.
@@ -73,7 +73,7 @@ impl Wire {
         Self { stream, received: Vec::new(), searched: 0 }
     }
 
-    /// Sends a job, and waits for the reply. If dropped before the reply, the connection must not be used again.
+    /// Sends a job, and waits for the reply. If the future is dropped before the reply, the connection must not be used again.
     pub(super) async fn exchange(&mut self, job: &Job) -> Result<Reply, NoReply> {
         let mut line = JobLine::of(job);
         loop {
@@ -88,7 +88,7 @@ impl Wire {
             }
             let wanted =
                 if line.has_remaining() { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
-            // Fails only if the reactor is gone, and then this task is gone, too.
+            // `ready` fails only after the runtime has shut down, which drops this task as well.
             self.stream.ready(wanted).await.map_err(|_| NoReply::Closed)?;
         }
     }
@@ -106,7 +106,7 @@ impl Wire {
         NoReply::Invalid(format!("it sent more than one reply: {}", excerpt(&self.received)))
     }
 
-    /// Writes as much as the socket takes without waiting.
+    /// Writes as much of the line as the socket accepts without blocking.
     fn send(&self, line: &mut JobLine) -> Result<(), NoReply> {
         while line.has_remaining() {
             match self.stream.try_write_vectored(&line.slices()) {

@@ -1,4 +1,4 @@
-//! The life of a job, step by step, with the clock in hand.
+//! Tests of the state machine, with fixed times instead of a clock.
 
 use super::*;
 use crate::embedded::Backoff;
@@ -34,7 +34,7 @@ fn plain_failure() -> Failure {
     failure(r#"{"message":"no"}"#)
 }
 
-/// A stream without a limit, over every queue.
+/// Opens a stream over all queues, without a limit on the jobs that it holds.
 fn open(state: &mut State) -> LeaseId {
     state.open(0, Vec::new())
 }
