@@ -163,7 +163,8 @@ fn each_field_of_the_status_is_documented() {
     running.go();
 }
 
-/// Runs a job whose handler's file is missing in a directory of its own, and then replaces the directory's content.
+/// Runs a job whose handler file has been removed, and calls `replace` with the file's directory. Asserts that the worker
+/// stays live, but is not ready.
 fn break_handler<T>(replace: impl FnOnce(&Path) -> T) {
     let server = Server::start();
     let daemon = Daemon::of(&server).args(ADMIN);

@@ -15,14 +15,14 @@ fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// The rules of `config/alerts.yaml`.
+/// Returns the rules of `config/alerts.yaml`.
 fn rules() -> Vec<Value> {
     let file: Value = serde_yaml_ng::from_str(&fs::read_to_string(path("config/alerts.yaml")).unwrap()).unwrap();
     let groups = file["groups"].as_array().unwrap();
     groups.iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
 }
 
-/// Runs promtool, which must succeed. Skipped on machines without promtool, except in CI.
+/// Runs promtool, and asserts that it succeeds. Without promtool, panics in CI, and does nothing elsewhere.
 fn promtool(args: &[&str], file: &str) {
     let run = Command::new("promtool").args(args).arg(path(file)).output();
     let Ok(verdict) = run else {

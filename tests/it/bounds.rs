@@ -1,4 +1,4 @@
-//! Bounded runs: after a number of jobs, after a time, or after a time without jobs.
+//! Bounded runs, which end after a number of jobs, after a time, or after a time without jobs.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::support::{Daemon, Server, UNTIL_GO, eventually, jobs};
 
-/// Runs a daemon with these bounds over `count` jobs. Returns the last line of its log.
+/// Runs a daemon with the bounds that `daemon` sets, over `count` jobs. Returns the server and the last line of the log.
 fn run(count: usize, daemon: impl FnOnce(Daemon) -> Daemon) -> (Server, serde_json::Value) {
     let server = Server::start();
     server.enqueue_all(jobs(count));

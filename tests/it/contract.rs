@@ -22,8 +22,8 @@ fn env(daemon: impl FnOnce(Daemon) -> Daemon) -> Vec<String> {
     env
 }
 
-/// Sets a handler that saves its environment from the kernel, because a shell adds variables of its own. The script
-/// does not use `$DIR`, which the settings may remove.
+/// Sets a handler that copies its environment from `/proc`, where the variables that the shell adds do not appear. The script
+/// does not use `$DIR`, because `settings` may remove that variable.
 fn show_env(daemon: Daemon, settings: &str) -> Daemon {
     let path = daemon.dir().join("env");
     daemon.handler(&format!("/bin/cat /proc/$$/environ > {}", path.display()), settings)
@@ -120,7 +120,7 @@ fn cwd_is_where_it_runs() {
     assert_eq!(run(|daemon| daemon.handler("pwd > $DIR/pwd", "cwd = '/'")).read("pwd"), "/\n");
 }
 
-/// The worker runs the file found at its start, not another one of the same name in the handler's directory.
+/// The worker runs the file that it found at its own start, not a file of the same name in the handler's `cwd`.
 #[test]
 fn a_relative_command_is_found_from_the_workers_directory() {
     let finished = run(|daemon| {

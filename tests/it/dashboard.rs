@@ -27,7 +27,7 @@ fn exported(metrics: &str) -> Vec<(&str, &str)> {
     metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect()
 }
 
-/// Returns the series of a metric that a query can use. A histogram has three.
+/// Returns the names of a metric's series, as queries use them. A histogram has three.
 fn series(name: &str, kind: &str) -> Vec<String> {
     match kind {
         "histogram" => ["_bucket", "_sum", "_count"].map(|suffix| format!("{name}{suffix}")).to_vec(),
@@ -44,7 +44,7 @@ fn the_dashboard_shows_what_a_worker_exports_and_nothing_else() {
     let server = Server::start();
     let address = unused_address().to_string();
     let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("[ $ZIZQ_JOB_TYPE != bad ]");
-    // The process counts as started although it ends before it connects.
+    // The warm process counts as started although it ends before it connects.
     let daemon = daemon.config("[handlers.warm]\nmode = 'warm'\nexec = ['false']").start();
     let done = server.enqueue("q", "good", Value::Null);
     let failed = server.enqueue_with(json!({"queue": "q", "type": "bad", "payload": null}));

@@ -32,7 +32,7 @@ fn yaml(name: &str) -> Vec<Value> {
     serde_yaml_ng::Deserializer::from_str(&text(name)).map(|document| Value::deserialize(document).unwrap()).collect()
 }
 
-/// Resolves a configuration whose handler is only in the image.
+/// Resolves a configuration, with `/bin/true` in place of `/handler`, which exists only in the image.
 fn load(toml: &str) -> Config {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("zizq-worker.toml");
@@ -68,7 +68,7 @@ fn unit_setting(key: &str) -> String {
 fn systemd_accepts_the_units() {
     for (unit, name) in UNITS.into_iter().zip(["zizq-worker.service", "zizq-worker@mail.service"]) {
         let dir = TempDir::new().unwrap();
-        // systemd-analyze also checks that the program exists and, without --man=no, the manual page.
+        // systemd-analyze also checks that the program and, without --man=no, the manual page exist.
         let installed = text(unit).replace("=/usr/bin/zizq-worker", concat!("=", env!("CARGO_BIN_EXE_zizq-worker")));
         assert!(installed.contains(env!("CARGO_BIN_EXE_zizq-worker")));
         let path = dir.path().join(name);
@@ -96,7 +96,8 @@ fn the_unit_for_several_workers_differs_in_its_files_alone() {
     assert_eq!(rest.into_iter().map(file).collect::<Vec<_>>(), one);
 }
 
-/// Runs the first command of `ExecReload`, with `file` in place of the package's file.
+/// Runs the first `ExecReload` command of the unit, with `file` in place of `/etc/zizq-worker.toml`. Returns the exit status,
+/// stdout and stderr.
 fn check_before_reload(file: &Path, admin: &str) -> (i32, String, String) {
     let commands: Vec<String> =
         unit_settings().into_iter().filter(|(key, _)| key == "ExecReload").map(|(_, value)| value).collect();
@@ -117,7 +118,7 @@ fn a_reload_with_a_mistake_fails_before_the_signal() {
     let running = Daemon::of(&server).args(["--admin-listen", &address]).config("[handler]\nexec = ['true']").start();
     running.wait_for_message("admin server listening");
     let file = running.dir().join("zizq-worker.toml");
-    // The running worker itself uses the port of the admin server.
+    // The check passes although the running worker occupies the port of the admin server.
     assert_eq!(check_before_reload(&file, &address), (0, String::new(), String::new()));
     fs::write(&file, "[handler]\nexec = ['true']\nthreads = 3").unwrap();
     let (status, stdout, stderr) = check_before_reload(&file, &address);
@@ -126,7 +127,8 @@ fn a_reload_with_a_mistake_fails_before_the_signal() {
     running.stop();
 }
 
-/// Runs a maintainer script in a root directory of its own, with programs that only log their arguments.
+/// Runs a Debian maintainer script with `/etc/` moved below `root`, and with programs that only log their arguments. Returns
+/// the log. `dpkg-statoverride` reports an override for the path `overridden` alone.
 fn maintain(script: &str, root: &Path, args: &[&str], overridden: &str) -> String {
     let bin = root.join("bin");
     fs::create_dir_all(&bin).unwrap();
@@ -221,7 +223,8 @@ fn the_unit_leaves_the_jobs_to_the_worker_and_watches_it() {
     assert!(unit_setting("WatchdogSec").parse::<u32>().unwrap() > 0);
 }
 
-/// systemd.exec(5) says "NoNewPrivileges=yes is implied" of all these, in a service with a User.
+/// In a service with `User=`, each of these settings implies `NoNewPrivileges=yes` (systemd.exec(5)). A handler could then not
+/// use a setuid program.
 #[test]
 fn handlers_under_systemd_may_become_another_user() {
     let without_privileges = [
@@ -298,7 +301,7 @@ fn kubernetes_probes_a_worker_that_is_not_root() {
     assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
     let user = pod["securityContext"]["runAsUser"].as_u64().unwrap();
     assert!(text("Dockerfile").contains(&format!("USER {user}:{user}\n")));
-    // Every mount names an existing volume, and the file is where the worker looks for it.
+    // Every mount names an existing volume, and the configuration file is where the worker looks for it.
     let mounts = container["volumeMounts"].as_array().unwrap();
     let volumes: Vec<&Value> = pod["volumes"].as_array().unwrap().iter().map(|volume| &volume["name"]).collect();
     assert!(mounts.iter().all(|mount| volumes.contains(&&mount["name"])), "{mounts:?}");
@@ -318,7 +321,7 @@ fn one_copy_gives_the_image_its_handler() {
     assert!(dockerfile.contains("ENV ZIZQ_CONFIG=/etc/zizq-worker.toml "));
 }
 
-/// Cargo rejects a manifest that names missing files, and the image builds the dependencies without the source.
+/// The image first builds the dependencies without the source, and Cargo rejects a manifest that names missing files.
 #[test]
 fn the_dockerfile_has_a_stand_in_for_every_target() {
     let manifest: toml::Table = text("Cargo.toml").parse().unwrap();
@@ -348,7 +351,7 @@ fn the_package_is_of_this_version_and_its_files_are_there() {
     assert!(text("config/debian/postinst").contains(&format!(" {}\n", unit_setting("User"))));
 }
 
-/// Returns the Dockerfile's probe, as the shell gets it.
+/// Returns the shell script of the Dockerfile's `HEALTHCHECK`, with single spaces between its words.
 fn probe() -> String {
     let dockerfile = text("Dockerfile").replace("\\\n", "");
     let line = dockerfile.lines().find_map(|line| line.strip_prefix("HEALTHCHECK ")).unwrap();
@@ -363,11 +366,11 @@ fn probe() -> String {
 fn the_probe_of_compose_is_that_of_the_image() {
     let compose = &yaml("config/compose.yaml")[0];
     let test = compose["services"]["worker"]["healthcheck"]["test"].as_array().unwrap();
-    // Compose turns two dollars into one.
+    // Compose turns `$$` into `$`.
     assert_eq!(test[3].as_str().unwrap().replace("$$", "$"), probe());
 }
 
-/// Runs the probe against a server with this answer, and returns its request and its exit status.
+/// Runs the probe against a server that answers with `status`. Returns the probe's request and exit status.
 fn ask(status: &str) -> (String, i32) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("0.0.0.0:{}", listener.local_addr().unwrap().port());
@@ -389,7 +392,7 @@ fn the_probe_of_the_image_tells_a_worker_that_lives() {
     assert!(asked.starts_with("GET /live HTTP/1.1\nhost: "), "{asked}");
     assert_eq!(status, 0);
     assert_eq!(ask("503 Service Unavailable").1, 1);
-    // No server listens.
+    // No server listens on this port.
     let refused = Command::new("/bin/bash").args(["-c", &probe()]).env("ZIZQ_ADMIN_LISTEN", "127.0.0.1:1").output();
     assert_eq!(refused.unwrap().status.code(), Some(1));
 }

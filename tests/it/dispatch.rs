@@ -1,4 +1,4 @@
-//! The way of a job from its process to its report.
+//! The path of a job from the start of its process to its report.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -211,7 +211,7 @@ fn threads_times_fibers_jobs_run_at_once() {
     }
 }
 
-/// A process and the daemon that it has started, both killed on drop.
+/// A parent process that never reaps, and the directory with the pid of its daemon. Both processes are killed on drop.
 struct Negligent(Child, tempfile::TempDir);
 
 impl Drop for Negligent {

@@ -11,7 +11,7 @@ fn page(name: &str) -> String {
     fs::read_to_string(root().join("docs").join(name)).unwrap()
 }
 
-/// Returns every page for users: those at the root, and those in `docs/`.
+/// Returns the paths of the Markdown pages in the repository's root and in `docs/`.
 fn pages() -> Vec<PathBuf> {
     let found = [root(), &root().join("docs")].map(|directory| fs::read_dir(directory).unwrap());
     let paths = found.into_iter().flatten().map(|entry| entry.unwrap().path());

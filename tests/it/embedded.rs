@@ -1,4 +1,4 @@
-//! The embedded server as a user meets it, and `--exit-when-idle` with any server.
+//! The command line flags `--embedded` and `--jobs`, and `--exit-when-idle` with any server.
 
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -8,12 +8,12 @@ use serde_json::json;
 
 use crate::support::{Api, Daemon, Finished, Server, unused_address};
 
-/// A file of the project.
+/// Returns the absolute path of a file of the project.
 fn project(path: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path).to_str().unwrap().to_owned()
 }
 
-/// A daemon that works from a server of its own.
+/// Returns a daemon that runs the embedded server at `address`, and takes its jobs from there.
 fn embedded(address: SocketAddr) -> Daemon {
     Daemon::at(&format!("http://{address}")).args(["--embedded"])
 }

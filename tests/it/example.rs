@@ -22,7 +22,7 @@ fn text() -> String {
     fs::read_to_string(path()).unwrap()
 }
 
-/// Resolves the settings of a file and of `args` alone.
+/// Resolves the settings of a configuration file and of `args`.
 fn load(file: &Path, args: &[&str]) -> Config {
     let argv =
         ["zizq-worker", "--config", file.to_str().unwrap()].into_iter().chain(args.iter().copied()).map(OsString::from);
@@ -45,7 +45,7 @@ fn uncommented() -> String {
 #[test]
 fn every_value_in_the_example_is_the_default() {
     let Config { worker, log, .. } = load(&path(), &["--", "true"]);
-    // This process has the variable when the tests use a real server.
+    // Read the url from the text, because `ZIZQ_URL` overrides it when the tests use a real server.
     assert_eq!(text().parse::<toml::Table>().unwrap()["url"].as_str(), Some(DEFAULT_URL));
     assert_eq!(worker.queues, [""; 0]);
     assert_eq!((worker.threads, worker.fibers), (DEFAULT_THREADS, DEFAULT_FIBERS));
@@ -62,7 +62,7 @@ fn every_value_in_the_example_is_the_default() {
 fn commented_out_settings_are_accepted_when_uncommented() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("zizq-worker.toml");
-    // These certificates do not exist here, and the url is http.
+    // Drop the TLS settings, because their files do not exist here, and the url is http.
     let without_tls: Vec<String> =
         uncommented().lines().filter(|line| !line.contains("/etc/zizq/")).map(str::to_owned).collect();
     fs::write(&file, without_tls.join("\n")).unwrap();

@@ -27,7 +27,7 @@ fn go(daemon: &Running) {
     fs::write(daemon.dir().join("go"), "").unwrap();
 }
 
-/// Asserts that `count` jobs all succeed, each after one run with its own payload, despite faults on the stream.
+/// Asserts that `count` jobs all succeed, each after one run with its own payload, despite the faults set up by `lay`.
 fn jobs_arrive_in_spite_of(count: usize, lay: impl Fn(&Proxy)) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -133,7 +133,7 @@ fn a_stream_that_opens_and_ends_at_once_is_no_hot_loop() {
     assert_waits(&daemon.wait_for_messages(6, "server ended the stream, reconnecting"), 100.0);
 }
 
-/// Asserts that each wait is this long, plus a jitter of up to a quarter.
+/// Asserts that the wait in each event is `millis` milliseconds, plus a jitter of up to a quarter.
 #[track_caller]
 fn assert_waits(events: &[Value], millis: f64) {
     let wait = |event: &Value| event["reconnect_in"].as_str().unwrap().trim_end_matches('s').parse::<f64>().unwrap();
@@ -287,7 +287,7 @@ fn successes_wait_out_a_5xx_and_leave_together() {
     let daemon = Daemon::of(&proxy).args(QUICK).args(["--prefetch", "20"]).sh("true").start();
     let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 12]);
     daemon.wait_for_messages(12, "job completed");
-    // Two more tries, because only the second one is sure to include all outcomes.
+    // Wait for two more tries, because only the second one is sure to include all outcomes.
     let tries = daemon.wait_for_messages(1, "report failed, trying again").len();
     daemon.wait_for_messages(tries + 2, "report failed, trying again");
     proxy.heal();
@@ -398,7 +398,7 @@ fn redirects_are_not_followed() {
     assert!(elsewhere.requests().is_empty());
 }
 
-/// 12 failures of the maximum size fill all places, so that the worker stops taking jobs and its memory stays small.
+/// The worker holds six failures of the maximum size. It gets no more jobs until they are reported, so its memory stays small.
 #[test]
 fn memory_stays_bounded_while_large_failures_cannot_be_reported() {
     let server = Server::start();

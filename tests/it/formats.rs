@@ -1,7 +1,7 @@
-//! The API request by request in JSON and in MessagePack, against the embedded server and, when asked, against a real one.
+//! The API's answers in JSON and in MessagePack, from the embedded server and, in ignored tests, from a real one.
 //!
-//! A transcript holds the answers to one script. `real_answers.ndjson` has the transcript of a real server, in which only
-//! ids, times and the queue are replaced by words. The transcripts of both formats and of both servers are the same as it.
+//! A transcript holds the answers to one script of requests. `real_answers.ndjson` is the transcript of a real server, with
+//! fixed words in place of ids, times and the queue. Each format on each server must give the same transcript.
 
 use std::sync::LazyLock;
 
@@ -88,7 +88,7 @@ mod real_server {
 
 /// Sends a request and waits for the head of its answer.
 fn send(request: RequestBuilder) -> Response {
-    // A future made outside the runtime would not find its timer.
+    // The future is created inside the runtime, otherwise it would find no timer.
     runtime().block_on(async { request.send().await }).unwrap()
 }
 
@@ -121,7 +121,7 @@ fn decode(format: &str, bytes: &[u8]) -> Value {
     }
 }
 
-/// The answers to one script, with ids, times and the queue replaced by words.
+/// The answers to one script of requests, with ids, times and the queue replaced by fixed words.
 struct Transcript<'a> {
     server: &'a Api,
     format: &'static str,
@@ -130,10 +130,10 @@ struct Transcript<'a> {
     answers: Vec<Answer>,
 }
 
-/// A request, the status and the body of its answer.
+/// A request, with the status and the body of its answer.
 type Answer = (String, u16, Value);
 
-/// The transcript of a real server.
+/// Returns the recorded transcript of a real server.
 fn recorded() -> Vec<Answer> {
     let text = std::fs::read_to_string(RECORD).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -144,7 +144,7 @@ fn record(transcript: &Transcript<'_>) {
     std::fs::write(RECORD, lines.collect::<String>()).unwrap();
 }
 
-/// Compares answer by answer, for a short message.
+/// Asserts that a transcript equals the recorded one. Compares one answer at a time, to keep the panic message short.
 fn compare(transcript: &Transcript<'_>, recorded: &[Answer]) {
     for (answer, recorded) in transcript.answers.iter().zip(recorded) {
         assert_eq!(answer, recorded, "{}", transcript.format);
@@ -166,7 +166,7 @@ impl<'a> Transcript<'a> {
         transcript
     }
 
-    /// Sends a request, notes the answer, and returns it as it came.
+    /// Sends a request, adds the answer to the transcript, and returns the answer unchanged.
     fn call(&mut self, method: &str, path: &str, body: Option<Value>) -> Value {
         let path = path.replace("QUEUE", &self.queue);
         let (status, answer) = call(self.server, self.format, method, &path, body);
@@ -188,7 +188,7 @@ impl<'a> Transcript<'a> {
         json!({"queue": self.queue, "type": "t", "payload": payload})
     }
 
-    /// Replaces what differs from one run to the next.
+    /// Replaces ids, times and the queue, which differ from run to run, by fixed words.
     fn words(&self, value: Value) -> Value {
         match value {
             Value::String(text) => {
@@ -284,7 +284,7 @@ impl<'a> Transcript<'a> {
             self.answers.push(("taken".to_owned(), 200, self.words(job.clone())));
         }
         let path = |index: usize, rest: &str| format!("/jobs/{}{rest}", taken[index]["id"].as_str().unwrap());
-        // Also in flight, a job can be patched.
+        // A job in flight can be patched too.
         let patch = json!({"priority": 3, "queue": self.queue, "ready_at": 99_999_999_999_999_u64, "retry_limit": 5});
         self.call("PATCH", &path(0, ""), Some(patch));
         self.call("PATCH", &path(0, ""), Some(json!({"ready_at": null, "retention": {"dead_ms": 600_000}})));
@@ -326,7 +326,7 @@ impl<'a> Transcript<'a> {
     }
 }
 
-/// A take stream, whose framing is undone by hand.
+/// A take stream whose frames this test decodes itself.
 struct Stream {
     answer: Response,
     accept: &'static str,
@@ -341,7 +341,7 @@ impl Stream {
         Self { answer, accept, buffer: Vec::new() }
     }
 
-    /// Reads until there are `size` bytes, and takes them.
+    /// Returns the next `size` bytes of the stream.
     fn read(&mut self, size: usize) -> Vec<u8> {
         while self.buffer.len() < size {
             let chunk = runtime().block_on(self.answer.chunk()).unwrap().expect("the stream has ended");
@@ -358,7 +358,7 @@ impl Stream {
         line
     }
 
-    /// One message without its frame; empty for a heartbeat.
+    /// Returns the next message without its frame. The message is empty for a heartbeat.
     fn message(&mut self) -> Vec<u8> {
         if self.accept == FRAMES {
             let length: [u8; 4] = self.read(4).try_into().unwrap();
@@ -367,7 +367,7 @@ impl Stream {
         self.line().trim_ascii_end().to_vec()
     }
 
-    /// The next job.
+    /// Returns the next job.
     fn job(&mut self) -> Value {
         loop {
             let message = self.message();
@@ -378,7 +378,7 @@ impl Stream {
     }
 }
 
-/// Waits for the heartbeat of each kind of stream, then for a job as an event.
+/// Checks the heartbeat of each kind of stream, and then a job as a server-sent event.
 fn heartbeats(server: &Api) {
     let queue = format!("zizq-worker-test-{:x}", fastrand::u64(..));
     let open = |accept| Stream::open(server, &format!("/jobs/take?queue={queue}"), accept);

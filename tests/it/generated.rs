@@ -1,5 +1,6 @@
-//! The completions, the man page, the commented configuration file and the table of settings are generated from the declared settings. They are
-//! committed, so that a package needs no extra build step. `UPDATE=1 cargo test generated` regenerates them.
+//! The completions, the man page, the commented configuration file and the table of settings match the declared settings, from
+//! which they are generated. They are committed, so that a package needs no extra build step. `UPDATE=1 cargo test generated`
+//! regenerates them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use clap_mangen::roff::{Inline, Roff, bold, roman};
 use zizq_worker::cli;
 use zizq_worker::config::{Declared, Example as Written, Reload, SETTINGS};
 
-/// Compares a committed file with its expected text, or writes the file.
+/// Asserts that a committed file has the expected text. If `UPDATE` is set, writes the file first.
 #[track_caller]
 fn hold(path: &str, fresh: &[u8]) {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
@@ -72,7 +73,7 @@ const ROUTE: &str = "
 #timeout = \"30s\"
 ";
 
-/// The tables of the file, with the introduction of each.
+/// The tables of the configuration file, each with its introduction.
 const TABLES: [(&str, &str); 6] = [
     ("", ""),
     ("tls", "For an https url. The files are PEM, and are read and checked at start."),
@@ -98,7 +99,7 @@ fn commented_file() -> String {
     text
 }
 
-/// Returns a setting with its comment. A setting without a comment follows the one before without a gap.
+/// Returns the lines of a setting with its comment. A setting without a comment follows the previous one without a blank line.
 fn commented_setting(declared: &Declared, is_first: bool) -> String {
     let gap = if declared.comment.is_empty() || (is_first && declared.key != "url") { "" } else { "\n" };
     let names = declared.flag.as_ref().map(|flag| {
@@ -158,7 +159,7 @@ fn table_of_settings() -> String {
     head.to_owned() + &rows.collect::<String>()
 }
 
-/// A part of a section: a paragraph, an explained word, or an example.
+/// A part of a section of the man page: a paragraph, an explained word, or an example.
 enum Part {
     Text(&'static str),
     Item(&'static str, &'static str),
@@ -169,7 +170,7 @@ use Part::{Example, Item, Text};
 
 fn man_page() -> Vec<u8> {
     let source = format!("zizq-worker {}", env!("CARGO_PKG_VERSION"));
-    // Leave out the date, so that the page does not change daily. It is a space, because troff skips an empty argument.
+    // A space in place of the date keeps the page from changing daily. An empty date fails, because troff skips empty arguments.
     let man = Man::new(cli::command()).date(" ").source(source).manual("User Commands");
     let mut page = Vec::new();
     man.render_title(&mut page).unwrap();
@@ -390,7 +391,7 @@ const SEE_ALSO: &[Part] = &[
     Text("The configuration file's own comments explain every setting of it."),
 ];
 
-/// The package must install the files by the right names, because each shell looks for its own.
+/// The package lists its files one by one, so a newly generated file could be missing.
 #[test]
 fn every_generated_file_is_in_the_package() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

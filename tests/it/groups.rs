@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Running, Server, UNTIL_GO, eventually, is_alive, jobs};
 
-/// A time limit far above the duration of any step without a wait, and far below any wrong wait.
+/// A time limit far above the duration of an immediate stop, and far below the timeouts that must not be waited for.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// A script with three processes that ignore SIGTERM. It records their pids, and each SIGTERM.
+/// A script whose three processes survive SIGTERM. It records their pids, and each SIGTERM to the first process.
 const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
 sh -c 'trap \"\" TERM; sh -c \"echo \\$\\$ >> $DIR/pids; while :; do sleep 0.05; done\" & echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
 echo started >&2
@@ -64,7 +64,7 @@ fn a_job_that_exits_0_after_its_timeout_has_failed() {
     let script = "trap 'echo bye >&2; exit 0' TERM; while :; do sleep 0.02; done";
     let (error, _) = fail(script, "timeout = '1s'");
     assert_eq!(error["error_type"], "Timeout");
-    // The shell may print that its command was terminated.
+    // Before that, the shell may print that its command was terminated.
     assert!(error["backtrace"].as_str().unwrap().ends_with("bye\n"), "{error}");
 }
 
@@ -98,7 +98,7 @@ fn a_stopped_handler_that_hears_nothing_is_killed() {
     assert_dead(&finished.read("pid"));
 }
 
-/// The handler's child does not hold its output, so only the process group shows that the child lives.
+/// The child does not hold the handler's output open, so only the process group shows that the child is alive.
 #[test]
 fn a_child_that_outlives_its_leader_has_the_whole_grace() {
     for output in ["log", "null", "inherit"] {
@@ -169,7 +169,7 @@ open my $pid, q(>), qq($ENV{DIR}/child); print $pid $child; close $pid;
 select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
     let (error, finished) = fail(script, "timeout = '1s'\nkill_grace = '100ms'");
     assert_eq!(error["error_type"], "Timeout");
-    // The process has moved to a group that is not the job's.
+    // The child leads a group of its own, so the worker has not killed it.
     kill(&finished.read("child"));
 }
 
@@ -221,7 +221,8 @@ fn a_process_of_another_user_is_not_taken_for_gone() {
     assert!(running.stop().has(STILL_THERE));
 }
 
-/// Stops a worker whose job survives SIGKILL, with this many signals. Returns the time until the exit.
+/// Stops a worker whose job survives SIGKILL, with up to `signals` signals. Returns the time until the exit, or `None` if the
+/// test cannot start a process as root.
 fn kill_with_survivor(signals: usize) -> Option<Duration> {
     let server = Server::start();
     let daemon = Daemon::of(&server).handler(&as_root(200), "kill_grace = '0s'");
@@ -259,7 +260,7 @@ fn a_third_signal_shortens_the_wait_for_a_sigkill_survivor() {
     assert!((5.0..14.0).contains(&took.as_secs_f64()), "{took:?}");
 }
 
-/// Starts a worker with `count` running jobs that ignore SIGTERM.
+/// Starts a worker with `count` running jobs that ignore SIGTERM, and begins a drain. Also returns the jobs' pids.
 fn stubborn(server: &Server, count: usize, kill_grace: &str) -> (Running, Vec<String>) {
     server.enqueue_all(jobs(count));
     let settings = format!("kill_grace = '{kill_grace}'");
@@ -416,7 +417,7 @@ fn no_job_leaves_a_descriptor_or_a_zombie_in_the_worker() {
     };
     let after_one = round();
     let after_three = [round(), round()];
-    // The number of connections to the server varies.
+    // The number of connections to the server varies by a few.
     assert!(after_three[1] <= after_one + 4, "{after_one} and then {after_three:?}");
     running.stop();
 }

@@ -1,4 +1,4 @@
-//! The handlers in `config/handlers`, compared with the docs.
+//! The example handlers in `config/handlers`: they work, and the docs show them.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, RawServer, Server, unused_address};
 
-/// Reports whether a program is installed. Otherwise prints a message, or panics in CI, where each must be.
+/// Reports whether a program is installed. If it is not, panics in CI, and prints a message elsewhere.
 pub fn has(program: &str) -> bool {
     let mut version = Command::new(program);
     version.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -20,7 +20,7 @@ pub fn has(program: &str) -> bool {
     found
 }
 
-/// A handler and its server.
+/// An example handler, and a server for its jobs.
 struct Example {
     server: Server,
     path: String,
@@ -69,7 +69,7 @@ fn the_docs_show_them_as_they_are() {
         let (name, text) = (path.file_name().unwrap().to_str().unwrap(), fs::read_to_string(&path).unwrap());
         let is_shown = docs.contains(&format!("\n{text}```\n"));
         let is_linked = docs.contains(&format!("(../config/handlers/{name})"));
-        // The docs show one warm handler. The others are the same in other languages.
+        // Of the warm handlers, the docs show `warm.py`. The others are the same in other languages.
         assert!(is_linked && (is_shown || (name.starts_with("warm.") && name != "warm.py")), "{name}");
     }
 }

@@ -1,4 +1,4 @@
-//! Starts that hang in `execve`, as on a network file system whose server is gone, caused by a lease on the file.
+//! Starts that hang in `execve`, as on a network file system with a dead server. Here a lease on the file causes the hang.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -24,7 +24,7 @@ fn write(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// Runs a job whose handler is first missing, and then hangs in `execve`. Returns the job and the lease on it.
+/// Runs a job whose handler is first missing, and then hangs in `execve`. Returns the job's id and the lease on the handler.
 fn hang_after_a_fault(running: &Running, server: &Server) -> (String, Lease) {
     let (path, aside) = (running.dir().join("hung.sh"), running.dir().join("aside"));
     fs::remove_file(&path).unwrap();
@@ -93,7 +93,7 @@ fn a_start_that_hangs_holds_no_other_jobs_pipe() {
     write(&hung);
     let reads = format!("{UNTIL_GO}; cat > $DIR/read; echo >> $DIR/ended");
     let running = daemon.handler(&reads, "[handlers.hung]\nexec = '$DIR/hung.sh'").start();
-    // More than the capacity of a pipe, so the worker still has its end when the other job starts.
+    // The payload exceeds the capacity of a pipe, so the worker still writes to stdin when the other job starts.
     let large = server.enqueue("q", "large", json!("x".repeat(300_000)));
     running.wait_for_lines(1, "started");
     let lease = Lease::on(&hung);

@@ -1,4 +1,4 @@
-//! The library runs a worker in the user's own program, without any process.
+//! The library runs a worker inside the user's program, without child processes.
 
 use std::fs;
 use std::num::NonZeroUsize;
@@ -17,7 +17,7 @@ use zizq_worker::{
 use crate::support::{Api, Call, PATIENCE, Proxy, RawServer, Server, eventually, runtime};
 use crate::warm_handlers::built_example;
 
-/// A dispatcher that does what the job's type says, and records the payloads.
+/// A dispatcher that chooses the outcome by the job's type, and records the payloads.
 #[derive(Debug, Clone, Default)]
 struct Obedient {
     payloads: Arc<Mutex<Vec<String>>>,
@@ -59,7 +59,7 @@ fn run(worker: &Arc<Worker<Obedient>>, lifecycle: &Lifecycle) -> Run {
     runtime().spawn(async move { worker.run(&lifecycle).await })
 }
 
-/// Starts a run that is busy with one job, and returns it with the job's id.
+/// Starts a worker that runs one endless job. Returns the run and the job's id.
 fn run_an_endless_job(server: &Server, lifecycle: &Lifecycle) -> (Run, String) {
     let dispatcher = Obedient::default();
     let running = run(&worker(server, &dispatcher), lifecycle);
@@ -181,7 +181,7 @@ fn a_dispatcher_that_panics_fails_its_job_and_nothing_else() {
     let server = Server::start();
     let lifecycle = Lifecycle::new();
     let running = run(&worker(&server, &Obedient::default()), &lifecycle);
-    // Use more jobs than loops, so that a loop that died of one would show.
+    // There are more jobs than loops, otherwise the death of a loop could go unnoticed.
     let bad = server.enqueue_all(vec![json!({"queue": "q", "type": "panic", "payload": null}); 5]);
     for id in &bad {
         let error = server.wait_for_error(id, 1);
@@ -231,7 +231,7 @@ fn the_example_runs_its_own_jobs_and_those_of_a_server() {
     server.wait_until_done(&id);
 }
 
-/// Each Rust block of the page is part of the example, or of a doc comment that the doc tests compile.
+/// Each Rust block of `docs/library.md` is part of the example, or of a doc comment that the doc tests compile.
 #[test]
 fn the_page_shows_code_that_compiles() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

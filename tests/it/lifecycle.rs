@@ -9,7 +9,7 @@ use crate::support::{
     Call, Daemon, Event, Fault, Proxy, RawServer, Running, Server, UNTIL_GO, is_alive, jobs, unused_address,
 };
 
-/// Waits too short to slow a test down.
+/// Backoff flags with waits too short to slow a test down.
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
 /// A script that runs until it is killed. It ignores SIGTERM, and so does its child.
@@ -18,7 +18,7 @@ sh -c 'trap \"\" TERM; echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
 echo $$ >> $DIR/pids
 while :; do sleep 0.05; done";
 
-/// A time limit far below any deadline that would end a wait, and far above an immediate stop.
+/// A time limit far above the duration of an immediate stop, and far below the timeouts that must not be waited for.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
 /// Asserts that the job is ready again, without a failed attempt.
@@ -38,7 +38,7 @@ fn drains_on(signal: Signal) {
     daemon.signal(signal);
     let draining = daemon.wait_for_message("shutting down, waiting for workers to finish");
     assert_eq!((&draining["running"], &draining["waiting"]), (&json!(1), &json!(2)));
-    // Each report frees a place, which the server fills. Here a report from elsewhere frees it, because no job can end.
+    // After each report, the server sends another job. Here another client reports, because no job of this worker can end.
     assert_eq!(server.call("POST", &format!("/jobs/{}/success", ids[2]), None).0, 204);
     daemon.wait_for_message("job received while draining, it goes back to the server");
     daemon.go();
@@ -164,7 +164,7 @@ echo not reached >&2";
 fn handlers_that_print_without_pause_do_not_delay_a_stop() {
     let server = Server::start();
     let ids = server.enqueue_all(jobs(4));
-    // The output is read, but not kept in this test's memory.
+    // The worker reads the output, but this log level keeps the output out of the log, and so out of this test's memory.
     let daemon = Daemon::of(&server).threads(4).env("RUST_LOG", "warn,zizq_worker::lifecycle=info");
     let daemon = daemon.sh("echo >> $DIR/started; exec yes").start();
     daemon.wait_for_lines(4, "started");
@@ -199,7 +199,7 @@ fn the_deadline_kills_like_a_second_signal() {
     assert!(finished.has("job interrupted, it goes back to the server"));
 }
 
-/// Starts a worker with two jobs: the server has temporarily refused the report of one, and the other one is running.
+/// Starts a worker and begins a drain, while the report of one job waits for its next try, and another job runs.
 fn one_reported_in_vain_and_one_running(server: &Server, proxy: &Proxy) -> (Running, Vec<String>) {
     proxy.fault(Call::Successes, Fault::Answer(503, ""));
     let script = format!("[ $ZIZQ_JOB_TYPE = quick ] || {{ {UNTIL_GO}; }}");
@@ -245,7 +245,7 @@ fn the_last_tries_end_if_the_server_does_not_answer() {
     let proxy = Proxy::before(&server);
     let gates = [proxy.hold(Call::Failure), proxy.hold(Call::Successes)];
     let daemon = Daemon::of(&proxy).args(["--prefetch", "30"]).sh("[ $ZIZQ_JOB_TYPE = good ]").start();
-    // Several times the number of reports in flight at once.
+    // Three times the number of failures that the worker reports at once.
     let bad = vec![json!({"queue": "q", "type": "bad", "payload": null}); 24];
     let good = vec![json!({"queue": "q", "type": "good", "payload": null}); 2];
     let ids = server.enqueue_all([good, bad].concat());
@@ -397,7 +397,7 @@ fn a_stream_lost_while_draining_stays_closed_without_jobs() {
     let daemon = Daemon::of(&proxy).args(["--retry-min-wait", "1h", "--retry-max-wait", "1h"]).sh("true").start();
     gate.wait_for(1);
     daemon.sigterm().wait_for_message("shutting down, waiting for workers to finish");
-    // The job is done on the server. Once the report is answered, no job needs a stream.
+    // Another client completes the job on the server. Once the worker's own report is answered, no job needs a stream.
     let (status, _) = server.call("POST", &format!("/jobs/{id}/success"), None);
     assert_eq!(status, 204);
     proxy.cut_streams();

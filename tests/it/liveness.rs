@@ -12,7 +12,7 @@ use crate::support::{
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// A backoff whose second wait is longer than any test.
+/// Backoff flags with a second wait that is longer than any test.
 const STEEP: [&str; 6] = ["--retry-min-wait", "100ms", "--retry-max-wait", "1h", "--retry-multiplier", "10000"];
 
 /// A script that records its start, and fails for the type `bad`.
@@ -26,13 +26,13 @@ fn urgent() -> Value {
     json!({"queue": "q", "type": "urgent", "payload": null, "priority": 0})
 }
 
-/// Returns a script that runs until `go`, and fails by the job's type.
+/// Returns a script that runs until the file `go` exists, and fails for the type `bad`.
 fn until_go() -> String {
     format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE != bad ]")
 }
 
-/// Starts a bounded run that drains, and whose only job has failed while no stream could be opened. Then streams can be
-/// opened again, but first deliver other jobs.
+/// Starts a run that drains after one job, and lets the job fail while no stream can be opened. Then enqueues `others`
+/// more urgent jobs, which are delivered first, and allows streams again.
 fn draining_with_a_parked_failure(others: usize) -> (Server, Proxy, Running, String) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -57,7 +57,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     let finished = running.assert_exit(0);
     assert_eq!(finished.read("started"), format!("{id}\n"));
     eventually("the others are ready", || (server.count("ready") == 100).then_some(()));
-    // Eight rounds, with a wait only before the first one.
+    // There are eight rounds, with a wait only before the first one.
     let rounds = finished.all("opening a stream for jobs that are here, and whose stream was lost");
     let prefetch: Vec<u64> = rounds.iter().map(|round| round["prefetch"].as_u64().unwrap()).collect();
     assert_eq!(prefetch, [1, 2, 4, 8, 16, 32, 64, 128]);
@@ -72,7 +72,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     assert!(took < Duration::from_secs(20), "{took}");
 }
 
-/// The limit leaves room on the server for other workers.
+/// Jobs beyond the limit stay available to other workers.
 #[test]
 fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     let server = RawServer::start();
@@ -109,7 +109,8 @@ fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     assert!(full[2] - full[0] >= Duration::from_millis(600), "{:?}", full[2] - full[0]);
 }
 
-/// The stream for a running job stays open for long, and would keep any other job on it from other workers.
+/// A stream that brings the running job stays open until the job ends. A prefetch above 1 could withhold other jobs from other
+/// workers for that time.
 #[test]
 fn a_search_for_a_running_job_holds_no_other_job() {
     let server = RawServer::start();
@@ -189,7 +190,7 @@ fn a_parked_outcome_ends_no_later_than_the_deadline() {
 fn a_404_that_is_not_the_servers_settles_no_failure() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
-    // As many faults as the prefetch.
+    // As many faults as jobs in flight: the default prefetch is 2.
     proxy.fault_times(2, Call::Failure, Fault::Answer(404, "<html>no backend</html>"));
     let running = Daemon::of(&proxy).args(QUICK).sh(BY_TYPE).start();
     let ids = server.enqueue_all(vec![job("bad"); 6]);
@@ -269,7 +270,8 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     let ids = server.enqueue_all((0..20).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
     // Three refusals cost two or three successes, because a refused bulk of two is sent again in halves.
     running.wait_for_messages(5, "report dropped");
-    // The other jobs run again when their stream closes. It is still open for the long job.
+    // A job whose report was dropped runs again when its stream closes, but the long job keeps the stream open. The dropped jobs
+    // fill the prefetch of this stream, so the remaining jobs need another stream.
     running.wait_for_message("opening another stream: the server still holds jobs whose reports were dropped");
     eventually("all others", || {
         let is_done = |id: &&String| server.job(id).is_none_or(|job| job["attempts"] == 1);
@@ -284,7 +286,7 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     assert_eq!(finished.read("started").lines().filter(|line| *line == long).count(), 1);
 }
 
-/// Each new stream first redelivers this job.
+/// Each new stream first redelivers the job whose report is refused.
 #[test]
 fn a_report_that_is_always_refused_does_not_stop_the_others() {
     let server = RawServer::start();
@@ -334,7 +336,7 @@ fn a_worker_with_reports_that_wait_is_not_idle() {
     proxy.fault(Call::Successes, Fault::Answer(503, ""));
     let ids = server.enqueue_all(jobs(20));
     let running = Daemon::of(&proxy).args(QUICK).args(["--exit-when-idle", "200ms"]).sh("true").start();
-    // Longer than twice the limit.
+    // Twelve retries take longer than twice the limit of 200 ms.
     let failed = running.wait_for_messages(2, "report failed, trying again").len();
     running.wait_for_messages(failed + 12, "report failed, trying again");
     proxy.heal();
@@ -391,7 +393,7 @@ fn a_paused_worker_keeps_its_job_when_the_stream_is_lost() {
     let later = server.enqueue_with(job("t"));
     proxy.cut_streams();
     running.wait_for_message("job received again while it is here, not started");
-    // The search for the one job holds no other job.
+    // The stream that was opened to search for the running job holds no other job.
     assert_eq!(server.wait_for_status(&later, "ready")["attempts"], 0);
     let other = Daemon::of(&server).args(QUICK).sh("echo $ZIZQ_JOB_ID >> $DIR/started").start();
     server.wait_until_done(&later);
@@ -463,7 +465,7 @@ fn more_prefetch_makes_the_ack_queue_longer() {
     running.wait_for_messages(2, "connected, listening for jobs");
     let gate = proxy.hold(Call::Successes);
     let ids = server.enqueue_all(jobs(15));
-    // The old queue had room for four outcomes.
+    // With the old prefetch, the ack queue held four outcomes.
     running.wait_for_messages(15, "job completed");
     gate.release();
     ids.iter().for_each(|id| server.wait_until_done(id));

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Recorder, Server, eventually};
 
-/// Runs one job of this type, with this script as its handler, and ends.
+/// Runs one job of type `job_type` with `script` as its handler, and stops the worker. Returns the job's id too.
 fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
     let server = Server::start();
     let id = server.enqueue("mail", job_type, json!(null));
@@ -22,13 +22,13 @@ fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
 
 const FAILING: &str = "echo to stdout; echo to stderr >&2; exit 3";
 
-/// Reports whether a line begins with a timestamp like `2026-11-24T02:51:11.323140Z`.
+/// Reports whether a text is a timestamp like `2026-11-24T02:51:11.323140Z`.
 fn is_stamp(text: &str) -> bool {
     let shape: String = text.chars().map(|char| if char.is_ascii_digit() { '0' } else { char }).collect();
     shape == "0000-00-00T00:00:00.000000Z"
 }
 
-/// Reports whether a plain line begins like every event, with its time and level.
+/// Reports whether a line without colours begins with a time and a level, as each event does.
 fn is_event(line: &str) -> bool {
     let mut words = line.split_whitespace();
     words.next().is_some_and(is_stamp)
@@ -151,7 +151,7 @@ fn successes_can_be_turned_down_without_losing_the_rest() {
     }
 }
 
-/// Returns the value of `JOURNAL_STREAM` for a file.
+/// Returns the value of `JOURNAL_STREAM` that names a file.
 fn stream_of(path: &Path) -> String {
     let file = fs::metadata(path).unwrap();
     format!("{}:{}", file.dev(), file.ino())

@@ -32,7 +32,7 @@ fn complains(daemon: Daemon, status: i32, line: &str) {
 /// Checks the same mistake in the flag, in the variable, and in the file.
 #[track_caller]
 fn refuse_everywhere(flag: &str, bad: &str, toml: &str, problem: &str) {
-    // A mistake in the url needs no server.
+    // `refuse` sets the url of its own server, so it cannot test a bad url.
     let refuse = if flag == "--url" { complains } else { refuse };
     let variable = format!("ZIZQ_{}", flag.trim_start_matches('-').to_uppercase().replace('-', "_"));
     let file = format!("# a comment\n\n{toml}\n");
@@ -94,7 +94,7 @@ fn queues_must_be_names_that_the_server_takes() {
     );
 }
 
-/// An unset shell variable between quotes must not take the jobs of all queues.
+/// An empty value, as from an unset shell variable in quotes, does not select all queues.
 #[test]
 fn a_list_of_queues_has_no_empty_name() {
     let problem = |got: &str| {
@@ -317,7 +317,7 @@ fn no_setting_of_a_handler_has_a_zero_byte() {
     }
 }
 
-/// The handler itself is at fault, so the exit status is 78 wherever it is set.
+/// The handler's file is at fault and not the setting, so the exit status is 78 wherever the handler is set.
 #[test]
 fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {
     let daemon = || {

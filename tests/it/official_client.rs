@@ -1,4 +1,4 @@
-//! The official client enqueues, this worker works, and the official client reads what became of it.
+//! The official client enqueues jobs for this worker and reads their results. It also works with the embedded server.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ case $payload in
 esac
 echo \"$payload\" >> $DIR/charged";
 
-/// A client at its defaults, which speaks MessagePack.
+/// Returns a client with default settings, which speaks MessagePack.
 fn client(server: &Api) -> Client {
     Client::builder().url(&server.url).build().unwrap()
 }
@@ -76,7 +76,7 @@ fn jobs_enqueued_in_bulk_run_and_show_their_errors() {
     assert_eq!(daemon.assert_exit(0).read("charged").lines().count(), 19);
 }
 
-/// One test for each case and server: `zizq-worker --embedded`, and a real one when asked.
+/// Defines two tests of each case: one against `zizq-worker --embedded`, and an ignored one against a real server at `ZIZQ_URL`.
 macro_rules! cases {
     ($($case:ident)*) => {
         mod against_embedded {
@@ -102,7 +102,7 @@ cases! {
     the_clients_own_worker_runs_jobs
 }
 
-/// A worker with a server of its own, which leaves the jobs of this test alone.
+/// Starts a worker with an embedded server. The worker takes from another queue, so it leaves the test's jobs alone.
 fn embedded() -> (Running, Api) {
     let url = format!("http://{}", unused_address());
     let daemon = Daemon::at(&url).args(["--embedded", "--queues", "another"]).sh("true").start();
@@ -110,7 +110,7 @@ fn embedded() -> (Running, Api) {
     (daemon, Api::new(url))
 }
 
-/// A queue of one test.
+/// Returns the name of a queue that no other test uses.
 fn queue() -> String {
     format!("zizq-worker-test-{:x}", fastrand::u64(..))
 }
@@ -150,7 +150,7 @@ async fn jobs_are_enqueued_taken_and_reported(client: &Client, queue: &str) {
 
     client.report_success(&taken[0]).await.unwrap();
     assert_eq!(status_of(client.report_success(&taken[0]).await), Some(404));
-    // The second answer has a body, which the client ignores.
+    // The server answers the repeated report with a body, which the client ignores.
     client.report_success_bulk(&taken[1..3]).await.unwrap();
     client.report_success_bulk(&taken[1..3]).await.unwrap();
     let failed = client.report_failure(&taken[3], "declined").error_type("Bank").backtrace("here\n");
@@ -220,7 +220,7 @@ async fn a_patched_job_is_taken_as_it_is_now(client: &Client, queue: &str) {
     client.patch_job(&ids[0], JobPatch::new().move_to_queue(&other)).await.unwrap();
     let mut stream = client.take().queues([queue]).prefetch(3).await.unwrap();
     assert_eq!((next(&mut stream).await.id, next(&mut stream).await.id), (ids[2].clone(), ids[1].clone()));
-    // A job in flight goes back to the queue that it has now.
+    // When its stream closes, a job in flight returns to the queue that the patch has set.
     client.patch_job(&ids[1], JobPatch::new().move_to_queue(&other).priority(1)).await.unwrap();
     drop(stream);
     let mut stream = client.take().queues([&other]).prefetch(3).await.unwrap();
@@ -252,7 +252,7 @@ async fn the_clients_own_worker_runs_jobs(client: &Client, queue: &str) {
     let running = tokio::spawn(worker.run(async { stopped.await.unwrap_or_default() }));
     let seen = tokio::time::timeout(PATIENCE, both).await.expect("the jobs were not run");
     assert_eq!(seen, [good.clone(), bad.clone()]);
-    // The end of the worker sends the reports that are still to be sent.
+    // The worker sends its outstanding reports before it ends.
     stop.send(()).unwrap();
     running.await.unwrap().unwrap();
     assert_eq!(status_of(client.get_job(&good).await), Some(404));

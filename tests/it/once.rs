@@ -10,7 +10,7 @@ use crate::support::{Call, Daemon, Fault, Gate, Proxy, RawServer, Restartable, R
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// Waits with which parked outcomes are never checked during a test, because the check follows the longest wait.
+/// Backoff flags with which no parked outcome is looked up during a test, because each lookup follows the longest wait.
 const NO_LOOKS: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "1h"];
 
 /// A script that runs until the test's directory has a file `go`. It succeeds for the type `good`.
@@ -18,7 +18,7 @@ const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
 
-/// A script whose first attempt fails at once, and whose next attempt runs until `go`.
+/// A script whose first attempt fails at once, and whose next attempt runs until the file `go` exists.
 const FAILS_FIRST: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 [ $ZIZQ_JOB_ATTEMPTS != 0 ] || exit 1
 until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
@@ -40,7 +40,7 @@ fn quick_job(job_type: &str) -> Value {
     json!({"queue": "q", "type": job_type, "payload": null, "backoff": backoff})
 }
 
-/// Starts a daemon behind a proxy, with one job that runs until `go`.
+/// Starts a daemon behind a proxy, with one job that runs until the file `go` exists.
 fn with_a_running_job(job_type: &str) -> (Server, Proxy, Running, String) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -72,7 +72,7 @@ fn jobs_that_wait_are_redelivered_after_a_lost_stream() {
     proxy.cut_streams();
     let dropped = daemon.wait_for_messages(2, NOT_STARTED);
     assert_eq!(dropped.iter().map(|event| event["job"]["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
-    // The loop is free again, and no job is waiting.
+    // The running job ends, and the loop has no other job to start.
     go(&daemon);
     daemon.wait_for_message(DENIED_SUCCESS);
     assert_eq!(daemon.wait_for_lines(1, "started").len(), 1);
@@ -120,7 +120,7 @@ fn jobs_run_once_over_restarts(server: &mut Restartable) {
     daemon.wait_for_lines(4, "started");
     for restart in 1..=2 {
         server.restart(Duration::from_millis(200));
-        // The running jobs are redelivered first, and not started.
+        // The running jobs are redelivered first, and are not started again.
         daemon.wait_for_messages(4 * restart, AGAIN);
     }
     server.restart(Duration::from_millis(200));
@@ -212,7 +212,7 @@ fn a_denied_report_waits_for_the_redelivery() {
         go(&daemon);
         for id in ["1", "2"] {
             stream.typed_job(id, job_type);
-            // If the last report were sent in a loop, it would arrive before this one.
+            // If the worker repeated the report of the previous job in a loop, that report would arrive here.
             let report = server.request();
             assert!(report.line().contains(&format!("/{id}/failure")) || report.body.contains(id), "{}", report.line());
             match job_type {
@@ -227,7 +227,7 @@ fn a_denied_report_waits_for_the_redelivery() {
         let mut stream = server.take();
         stream.typed_job("1", job_type);
         daemon.wait_for_message(ENDED);
-        // The redelivery shows that no failure of this attempt counts, so a failure needs no further look.
+        // The redelivery shows that no failure of this attempt counts, so the report needs no further `GET` of the job.
         let again = server.request();
         let path = if job_type == "bad" { "/jobs/1/failure" } else { "/jobs/success" };
         assert_eq!(again.line(), format!("POST {path} HTTP/1.1"));
@@ -236,7 +236,8 @@ fn a_denied_report_waits_for_the_redelivery() {
     }
 }
 
-/// Loses the answer to a failure. When the failure is sent again, the next attempt is already in flight.
+/// Loses the answer to a failure. The worker looks up the job and finds the next attempt in flight, so it does not send the
+/// failure again.
 fn a_failure_whose_answer_is_lost_costs_one_attempt(fault: Fault) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -328,7 +329,7 @@ fn a_failure_in_doubt_spares_the_next_attempt_elsewhere() {
         format!("[ $ZIZQ_JOB_ID != {blocker} ] || exec sh -c 'until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done'");
     let first =
         Daemon::of(&proxy).args(QUICK).args(["--prefetch", "1"]).sh(&format!("{script}\n{FAILS_FIRST}")).start();
-    // The failure has made room for the blocker, so there is no room for the next attempt.
+    // With a prefetch of 1, the blocker has taken the place of the failed job, so this worker does not get the next attempt.
     first.wait_for_lines(1, "started");
     look.wait_for(1);
     server.wait_for_status(&blocker, "in_flight");
@@ -355,7 +356,7 @@ fn a_success_whose_answer_is_lost_is_sent_again() {
     assert_eq!(daemon.assert_exit(0).read("started"), format!("{id}\n"));
 }
 
-/// The worker cannot ask for the state of one job in a denied bulk report.
+/// The server denies one job of a bulk report, and the worker cannot find out the state of that job.
 #[test]
 fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     let server = RawServer::start();
@@ -364,7 +365,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     stream.job("0");
     let first = server.request();
     stream.job("1").job("2").job("3");
-    // When the third job has ended, the outcome of the second one is in the ack queue.
+    // The only loop queues an outcome before it takes the next job, so the outcomes of jobs 1 and 2 are in the ack queue.
     daemon.wait_for_messages(4, "job completed");
     first.answer("204 No Content", "");
     let all = server.request();
@@ -437,7 +438,7 @@ fn a_success_counts_though_a_later_attempt_comes_meanwhile() {
     assert_eq!(daemon.wait_for_lines(1, "started"), ["1 0"]);
 }
 
-/// The server has redelivered the job over a new stream, and accepts its report before the worker reads that line.
+/// The server has redelivered the job over a new stream, and accepts its report before the worker reads the redelivered line.
 #[test]
 fn a_line_that_a_report_has_overtaken_starts_nothing() {
     for job_type in ["good", "bad"] {
@@ -446,7 +447,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
         let mut stream = server.take();
         stream.typed_job("1", job_type);
         daemon.wait_for_lines(1, "started");
-        // A failure is sent only while the job is held, so it must be in flight when the stream ends.
+        // A failure is sent only while a stream holds the job, so the report must be in flight when the stream ends.
         let report = if job_type == "good" {
             stream.end();
             stream = server.take();
@@ -460,7 +461,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
             report
         };
         report.answer("204 No Content", "");
-        // The next report follows only when this one is settled.
+        // By the time of the next report, the report of job 1 is settled.
         stream.typed_job("2", "good");
         server.request().answer("204 No Content", "");
         stream.typed_job("1", job_type);

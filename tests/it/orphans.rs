@@ -1,4 +1,4 @@
-//! The worker as process 1 of a container without an init. It reaps orphans, and does not take any handler's status.
+//! The worker as process 1 of a container without an init. It reaps orphans without losing the exit status of a handler.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::support::{Daemon, Server, eventually, jobs};
 
-/// Counts the zombies below `parent`.
+/// Counts the zombies among the children of `parent`.
 fn zombies_below(parent: u32) -> usize {
     let stats = fs::read_dir("/proc").unwrap().flatten();
     let stats = stats.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
@@ -18,7 +18,7 @@ fn zombies_below(parent: u32) -> usize {
     stats.filter(is_zombie).count()
 }
 
-/// Returns the worker's pid outside its namespace.
+/// Returns the worker's pid as seen outside its namespace. The worker is a child of `pid`.
 fn inside(pid: u32) -> u32 {
     eventually("the worker in its namespace", || {
         let children = fs::read_dir("/proc").unwrap().flatten();

@@ -9,13 +9,13 @@ use crate::support::{Admin, Browser, Daemon, Running, Server, UNTIL_GO, eventual
 
 const ADMIN: [&str; 2] = ["--admin-listen", "127.0.0.1:0"];
 
-/// A job type that is markup.
+/// A job type that is HTML markup.
 const MARKUP: &str = "<script>alert(1)</script>";
 
 /// A secret that the page must never show.
 const SECRET: &str = "hunter2";
 
-/// A worker with a running job and a failed one. Their type is markup, and so is the failure's message.
+/// A worker with a running job and a failed one. Their type and the failure's message are HTML markup.
 struct Markup {
     server: Server,
     running: Running,
@@ -164,7 +164,7 @@ fn the_address_of_the_page_is_printed_with_embedded() {
     assert!(finished.has("open this page to watch the worker") && !without.has("open this page to watch the worker"));
 }
 
-/// Handlers of a shop. One is warm, one fails sometimes, and one is missing.
+/// The settings of an example shop. One handler is warm, one fails sometimes, and one is missing.
 const SHOP: &str = "
 [worker]
 worker_id = 'web-1'
@@ -181,7 +181,8 @@ exec = ['$DIR/charge-card.sh']
 exec = ['$DIR/bin/export-report.sh']
 ";
 
-/// A warm handler that handles a job of `send_email` within 20 ms, or at the end of the test.
+/// The source of a warm handler. A job takes as many seconds as its payload says, or until the file `go` exists if the payload
+/// is null.
 const WARM: &str = "
 import json, os, socket, time
 server = socket.socket(socket.AF_UNIX)
@@ -254,7 +255,7 @@ fn fill(server: &Server, running: &Running) {
     }
 }
 
-/// Writes the picture for the documentation if `UPDATE` is set, and checks that it exists.
+/// Writes the picture for the documentation if `UPDATE` is set. Asserts that the picture exists and is at most 120 KiB large.
 fn picture(browser: &mut Browser) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/admin-page.png");
     browser.resize(1080, 800, "light");

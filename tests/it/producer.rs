@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Call, Daemon, Fault, Proxy, RawServer, Running, Server, unused_address};
 
-/// Waits too short to slow a test down, and far enough apart to be distinguished.
+/// Backoff flags with waits that are too short to slow a test down, and that differ clearly from each other.
 const QUICK: [&str; 6] = ["--retry-min-wait", "100ms", "--retry-max-wait", "10s", "--retry-multiplier", "3"];
 
 /// Returns the announced wait in seconds.
@@ -14,7 +14,7 @@ fn wait_of(event: &Value) -> f64 {
     text.strip_suffix('s').unwrap().parse().unwrap()
 }
 
-/// Asserts the length of the wait with this number, plus a jitter of up to a quarter, rounded to two decimals.
+/// Asserts the length of wait `number`, with a jitter of up to a quarter, rounded to two decimals.
 #[track_caller]
 fn assert_wait(event: &Value, number: i32) {
     let (wait, least) = (wait_of(event), 0.1 * 3f64.powi(number));
@@ -146,7 +146,7 @@ fn a_server_that_restarts_is_found_again() {
     server.wait_until_done(&id);
 }
 
-/// Asserts an exit with status 1, and one line with the server's message.
+/// Asserts an exit with status 1, and a last log line with the server's message.
 fn assert_refused(daemon: Running, said: &str) {
     let finished = daemon.assert_exit(1);
     let complaint = finished.log.last().unwrap();

@@ -112,7 +112,7 @@ enum Sender {
     Http2(http2::SendRequest<Body>),
 }
 
-/// An executor of a connection's tasks, which end on drop. hyper's HTTP/2 client has several tasks.
+/// An executor for the tasks of one connection, of which hyper's HTTP/2 client has several. The token cancels all of them.
 #[derive(Clone)]
 struct Tasks(CancellationToken);
 
@@ -301,7 +301,7 @@ async fn a_closed_connection_returns_its_jobs_with_attempts_unchanged() {
     server.count_is(Status::Ready, 3).await;
     let job = server.store.job(&ids[0]).unwrap();
     assert_eq!((&job["attempts"], &job["status"]), (&json!(0), &json!("ready")));
-    // The job keeps its place before younger jobs.
+    // The job stays ahead of younger jobs.
     assert_eq!(server.take("").await.id().await, ids[0]);
 }
 
@@ -433,7 +433,7 @@ async fn the_in_flight_limit_spans_all_connections() {
     assert_eq!([first.id().await, first.id().await], [ids[0].clone(), ids[1].clone()]);
     let mut second = server.take("?prefetch=0").await;
     server.succeed(&ids[0]).await;
-    // Either stream may receive the job, but only from now on.
+    // Either stream can receive the third job, but only after this success.
     tokio::select! {
         id = first.id() => assert_eq!(id, ids[2]),
         id = second.id() => assert_eq!(id, ids[2]),
@@ -450,7 +450,7 @@ async fn an_unlimited_stream_takes_no_more_than_its_client_reads() {
     }
     let mut stream = server.take("?prefetch=0").await;
     stream.id().await;
-    // The server has time to send more jobs.
+    // These requests give the server time to send more jobs.
     for _ in 0..50 {
         server.get("/health").await;
     }

@@ -1,4 +1,4 @@
-//! SIGUSR2 pauses a worker. It finishes the jobs that it has, takes no more, and holds none back. SIGCONT resumes it.
+//! SIGUSR2 pauses a worker. A paused worker finishes its jobs, takes no more, and withholds none from others. SIGCONT resumes it.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ fn a_quiet_worker_finishes_its_jobs_and_closes_the_stream() {
     running.go();
     ids.iter().for_each(|id| server.wait_until_done(id));
     proxy.wait_until_closed(take);
-    // The job that came over the stream meanwhile is ready for other workers, without an attempt.
+    // The job that arrived during the pause is ready for other workers, without a failed attempt.
     let job = server.wait_for_status(&later, "ready");
     assert_eq!(job["attempts"], 0);
     assert_eq!(running.wait_for_lines(2, "started").len(), 2);
@@ -83,7 +83,7 @@ fn a_redelivery_in_the_quiet_keeps_the_stream_of_another_job() {
     running.wait_for_lines(1, "started");
     running.signal(Signal::USR2);
     running.wait_for_message("paused");
-    // Another worker has reported the job as failed meanwhile.
+    // The second line is the job's next attempt, as after a failure that another client has reported.
     stream.attempt("held", 0).attempt("held", 1);
     running.wait_for_messages(3, "job received");
     assert!(stream.is_open(), "the stream was closed over a running job");

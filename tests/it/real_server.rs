@@ -1,5 +1,5 @@
-//! The cases that hold end to end, against the embedded server and, when asked, against a real one:
-//! `ZIZQ_URL=http://… cargo test -- --ignored real_server`. Their queues are their own, so a server in use does no harm.
+//! End-to-end cases, against the embedded server and, in ignored tests, against a real one:
+//! `ZIZQ_URL=http://… cargo test -- --ignored real_server`. Each case has a queue of its own, so the server may be in use.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Api, Daemon, Finished, Running, Server};
 
-/// One test for each case and server.
+/// Defines a test for each case and each server.
 macro_rules! cases {
     ($($case:ident)*) => {
         mod against_embedded {
@@ -36,7 +36,7 @@ fn real_server() -> Api {
     Api::new(std::env::var("ZIZQ_URL").expect("ZIZQ_URL names the server").trim_end_matches('/'))
 }
 
-/// A queue of this test alone.
+/// A queue that no other test uses.
 struct Queue<'a> {
     server: &'a Api,
     name: String,
@@ -144,7 +144,7 @@ fn jobs_enqueued_in_bulk_are_all_run_once(server: &Api) {
     assert_eq!(seen, ids);
 }
 
-/// Runs until the test's directory has a file `go`.
+/// A script that runs until the test's directory has a file `go`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
 
 fn a_drain_finishes_what_was_taken_and_gives_the_rest_back(server: &Api) {

@@ -7,12 +7,12 @@ use serde_json::json;
 
 use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, Recorder, Running, Server, UNTIL_GO, eventually};
 
-/// Starts a daemon with this file. `$URL` in it stands for the server's url.
+/// Starts a daemon with `toml` as its configuration file, in which `$URL` stands for the server's url.
 fn start(server: &Api, toml: &str) -> Running {
     start_with(server, toml, "true")
 }
 
-/// Starts a daemon like [`start`], with a further script `script.sh`.
+/// Starts a daemon like [`start`], with `script` as a further file `script.sh`.
 fn start_with(server: &Api, toml: &str, script: &str) -> Running {
     let daemon = Daemon::bare().args(["--log-format", "json", "--admin-listen", "127.0.0.1:0"]);
     daemon.script("old.sh", "echo old $ZIZQ_JOB_TYPE >> $DIR/ran");
@@ -25,7 +25,7 @@ fn start_with(server: &Api, toml: &str, script: &str) -> Running {
     running
 }
 
-/// Replaces the file's text, and reloads.
+/// Replaces the text of the configuration file, and sends SIGHUP.
 fn reload(running: &Running, server: &Api, toml: &str) {
     let toml = toml.replace("$URL", &server.url).replace("$DIR", running.dir().to_str().unwrap());
     fs::write(running.dir().join("zizq-worker.toml"), toml).unwrap();
@@ -104,7 +104,7 @@ fn a_bad_file_changes_nothing_and_is_reported() {
     assert_eq!(running.stop().read("ran"), "old t\nnew t\n");
 }
 
-/// Runs until `go`, unless its type is `quick`.
+/// A script that runs until the file `go` exists, unless the job's type is `quick`.
 const WAIT_UNLESS_QUICK: &str = "echo $ZIZQ_JOB_ID >> $DIR/started
 [ $ZIZQ_JOB_TYPE = quick ] || until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
 
@@ -121,7 +121,7 @@ fn other_queues_are_taken_at_once_while_the_old_stream_finishes() {
     reloaded(&running, &proxy, &toml("new"));
     let unfit = server.enqueue("old", "quick", json!(null));
     let new = server.enqueue("new", "quick", json!(null));
-    // A second reload during the first one changes nothing.
+    // A second reload of the same settings changes nothing while the old stream finishes.
     reloaded(&running, &proxy, &toml("new"));
     server.wait_until_done(&new);
     let take = proxy.calls(Call::Take)[0].connection;
@@ -149,7 +149,7 @@ fn a_job_that_comes_over_the_old_stream_is_run_if_it_still_fits() {
     let gate = proxy.hold(Call::Take);
     reloaded(&running, &proxy, &toml(4));
     gate.wait_for(1);
-    // The new stream is not open yet.
+    // The new stream is not open yet, so these jobs come over the old one.
     let ids = [(); 3].map(|()| server.enqueue("q", "quick", json!(null)));
     ids.iter().for_each(|id| server.wait_until_done(id));
     gate.release();
@@ -314,7 +314,7 @@ fn a_handler_that_is_as_it_was_is_still_known_to_be_broken() {
     admin.wait_until_ready(false);
     fs::write(running.dir().join("old.sh"), "#!/bin/sh\n").unwrap();
     reloaded(&running, &server, &format!("{toml}\n[handlers.b]\nexec = ['$DIR/new.sh']"));
-    // The handler has not been started since, but its file can be run now.
+    // The handler has not been started since the failure, but its file is executable now.
     admin.wait_until_ready(true);
     running.stop();
 }

@@ -6,7 +6,7 @@ use crate::support::{Call, Daemon, Fault, Proxy, RawServer, Server};
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// A script that succeeds or fails by the job's type.
+/// A script that succeeds for the type `good` only.
 const BY_TYPE: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; [ $ZIZQ_JOB_TYPE = good ]";
 
 fn jobs(count: usize, job_type: &str) -> Vec<Value> {
@@ -22,7 +22,7 @@ fn successes_that_wait_for_a_request_leave_in_one() {
     let first = server.enqueue("q", "good", json!(null));
     gate.wait_for(1);
     let ids = server.enqueue_all(jobs(5, "good"));
-    // The only loop takes the next job after it has pushed the success of the last one.
+    // The only loop queues each success before it takes the next job, so all five are queued once this job has failed.
     let bad = server.enqueue("q", "bad", json!(null));
     server.wait_for_error(&bad, 1);
     gate.release();
@@ -67,7 +67,7 @@ fn successes_do_not_wait_behind_failures() {
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Failure);
     let _daemon = Daemon::of(&proxy).args(["--prefetch", "20"]).sh(BY_TYPE).start();
-    // More than the failures in flight at once.
+    // More failures than the eight that are in flight at once.
     server.enqueue_all(jobs(12, "bad"));
     gate.wait_for(8);
     let good = server.enqueue("q", "good", json!(null));
@@ -196,7 +196,8 @@ fn a_full_ack_queue_holds_back_the_loops() {
     for number in 2..=8 {
         stream.job(&number.to_string());
     }
-    // The loop holds job 5 and waits for a place. Jobs 6 and 7 wait in the dispatch queue, and the producer has job 8.
+    // The loop holds the outcome of job 5 and waits for a slot in the ack queue. Jobs 6 and 7 wait in the dispatch queue, and the
+    // producer has job 8.
     daemon.wait_for_messages(5, "job completed");
     daemon.wait_for_messages(8, "job received");
     assert_eq!(daemon.wait_for_lines(5, "started"), ["1", "2", "3", "4", "5"]);

@@ -1,4 +1,4 @@
-//! The result file of a handler that fails, and files that must do no harm.
+//! The result file of a handler that fails, and hostile result files, which do no harm.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -145,7 +145,7 @@ fn the_directory_is_gone_after_a_kill_too() {
     assert!(!std::path::Path::new(path.trim()).parent().unwrap().exists());
 }
 
-/// Asserts that the file is ignored with a warning, and that the failure is reported as without a file.
+/// Asserts that the result file is ignored with a warning, and that the failure is reported as without a result file.
 #[track_caller]
 fn assert_ignored(script: &str, reason: &str) {
     let failed = fail(script, "");
@@ -192,7 +192,7 @@ fn a_result_file_that_is_not_regular_is_ignored_without_delay() {
     assert_ignored("ln -s $ZIZQ_RESULT_FILE $ZIZQ_RESULT_FILE", "cannot be opened");
 }
 
-/// The depth exceeds the stack and the number of descriptors.
+/// The directory is too deep for a recursive removal, and for one open descriptor for each level.
 #[test]
 fn a_directory_of_any_depth_is_removed() {
     if !crate::handlers::has("python3") {

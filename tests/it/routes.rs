@@ -1,4 +1,4 @@
-//! The choice of a job's handler by the exact type, and settings inherited from the default handler.
+//! The choice of a handler by the job's exact type, and the settings that a handler inherits from the default handler.
 
 use serde_json::{Value, json};
 
@@ -17,7 +17,7 @@ fn job(job_type: &str) -> Value {
     json!({"queue": "q", "type": job_type, "payload": "p"})
 }
 
-/// Runs jobs of these types in order. Returns the lines of their handlers.
+/// Runs jobs of these types in order. Returns the lines that their handlers record.
 fn ran(toml: &str, job_types: &[&str]) -> String {
     let server = Server::start();
     let ids = server.enqueue_all(job_types.iter().map(|job_type| job(job_type)));
@@ -52,7 +52,7 @@ fn the_default_may_come_from_the_command_line() {
     assert_eq!(running.stop().read("ran"), "one mail\ndefault else\n");
 }
 
-/// A script that shows each setting of its handler.
+/// A script that records the effect of each setting of its handler.
 const SHOW: &str = "echo $ZIZQ_JOB_TYPE: $ZIZQ_JOB_TIMEOUT $(cat) $PWD $ONE $TWO >> $DIR/ran; echo said >&2
 [ $ZIZQ_JOB_TYPE = bare ] && exit 99; exit 98";
 

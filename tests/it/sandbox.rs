@@ -5,14 +5,14 @@ use serde_json::json;
 
 use crate::support::{Daemon, Finished, Refused, Server, jobs};
 
-/// The log message about the slower way.
+/// The log message about the slower method of starting processes.
 const SLOW: &str = "processes are started in a slower way, the system refuses the usual one";
 
 fn no_shared_memory() -> Refused {
     Refused::clone(libc::CLONE_VM, Errno::INVAL)
 }
 
-/// Runs jobs of all kinds, and checks the end of each.
+/// Runs jobs that succeed, fail, time out, have a large payload, or cannot be started, and checks each outcome.
 fn run_all_kinds(server: &Server, daemon: Daemon) -> Finished {
     let handlers = "[handlers.plain]\nexec = 'true'\n[handlers.large]\nexec = '/usr/bin/wc -c'\n[handlers.slow]
 exec = 'sleep 600'\ntimeout = '1s'\n[handlers.fails]\nexec = 'false'\n[handlers.broken]\nexec = '$DIR/broken.sh'";

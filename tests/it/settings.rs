@@ -1,4 +1,4 @@
-//! Each setting comes from its flag, else its variable, else the file, else its default, as seen from outside.
+//! Each setting comes from its flag, else its variable, else the file, else its default. The tests observe its effect.
 
 use std::ffi::OsString;
 
@@ -12,7 +12,7 @@ use crate::support::{Daemon, Finished, RawServer, Recorder, Server, eventually, 
 /// An address on which no server listens.
 const NOWHERE: &str = "http://127.0.0.1:1";
 
-/// A setting with a value from each source, and the values that are seen from outside.
+/// A setting with a value from each source, and the values that a test observes from outside.
 struct Setting {
     flag: &'static str,
     variable: &'static str,
@@ -41,7 +41,7 @@ impl Setting {
     }
 }
 
-/// Returns the settings that the daemon logs at its start. It finds no server.
+/// Returns the settings that the daemon logs at its start. The daemon finds no server.
 fn starting(daemon: Daemon) -> Value {
     started(daemon.args(["--url", NOWHERE]))
 }
@@ -236,7 +236,7 @@ fn shutdown_deadline() {
         key: "worker.shutdown_deadline",
         given: ["10ms", "0.02", "0.03"],
         seen: ["10ms", "20ms", "30ms"],
-        // Too long to wait for: see below.
+        // The default is too long to wait for. It is checked below.
         default: None,
         see: deadline,
     }
@@ -245,7 +245,7 @@ fn shutdown_deadline() {
     assert_eq!(resolve(&["--exec", "true"]).worker.shutdown_deadline, DEFAULT_SHUTDOWN_DEADLINE);
 }
 
-/// Returns the deadline at which the daemon gives up a job.
+/// Returns the shutdown deadline that the daemon logs when it kills a job.
 fn deadline(daemon: Daemon) -> String {
     let server = Server::start();
     server.enqueue("mail", "endless", json!(null));
@@ -336,7 +336,7 @@ fn stream_idle_timeout() {
         key: "worker.stream_idle_timeout",
         given: ["10ms", "0.02", "'30ms'"],
         seen: ["nothing came for 10ms", "nothing came for 20ms", "nothing came for 30ms"],
-        // Too long to wait for: see below.
+        // The default is too long to wait for. It is checked below.
         default: None,
         see: |daemon| {
             let server = RawServer::start();
@@ -365,7 +365,7 @@ fn max_job_size() {
     assert_eq!(resolve(&["--exec", "true"]).worker.stream_limits.max_job_size, DEFAULT_MAX_JOB_SIZE);
 }
 
-/// Returns the first of some jobs that the daemon refuses for its size.
+/// Returns the size of the largest job that the daemon accepts.
 fn largest_job(daemon: Daemon) -> String {
     let server = Server::start();
     let payload = |kib: usize| json!({"queue": "q", "type": "t", "payload": "x".repeat(kib * 1024 - 512)});
@@ -495,7 +495,7 @@ fn levels(finished: &Finished) -> String {
     levels.join(" ")
 }
 
-/// Runs a daemon that logs at every level.
+/// Runs a job whose handler prints and fails, so that the daemon has messages of every level to log.
 fn failing(daemon: Daemon) -> Finished {
     let server = Server::start();
     let id = server.enqueue("mail", "fail", json!(null));

@@ -63,7 +63,7 @@ struct Soak {
     daemon: Running,
     random: fastrand::Rng,
     time: Duration,
-    /// The number of failures of each job.
+    /// The expected number of failed attempts of each job, by id.
     jobs: BTreeMap<String, u32>,
     /// The number of injections of each fault.
     faults: BTreeMap<&'static str, usize>,
@@ -84,7 +84,7 @@ impl Soak {
     fn run(mut self) {
         self.daemon.wait_for_message("connected, listening for jobs");
         let (started, idle) = (Instant::now(), self.daemon.descriptors());
-        // By then the daemon has met all faults, and its memory has reached its full size.
+        // After a quarter of the time the daemon has met all faults, and its memory has reached its full size.
         self.lay_faults_until(started + self.time / 4);
         let before = (self.daemon.resident_kib(), idle);
         self.lay_faults_until(started + self.time);
@@ -113,7 +113,7 @@ impl Soak {
         }
     }
 
-    /// Enqueues jobs directly at the server, not through the proxy.
+    /// Fills the backlog up with new jobs. Enqueues them directly at the server, not through the proxy.
     fn refill(&mut self) {
         let missing = BACKLOG.saturating_sub(self.server.unfinished());
         let kinds: Vec<(u32, Value)> = (0..missing).map(|_| self.kind()).collect();
@@ -169,7 +169,7 @@ impl Soak {
 
     fn wait_until_done(&self) {
         let mut last = u64::MAX;
-        // No limit for the whole, as long as there is progress.
+        // Only the time without progress is limited, not the whole wait.
         while last > 0 {
             let left = eventually("progress", || Some(self.server.unfinished()).filter(|left| *left < last));
             last = left;
@@ -201,7 +201,7 @@ impl Soak {
     }
 }
 
-/// Kills a worker with all loops busy. A second worker must run exactly these jobs again.
+/// Kills a worker while all its loops are busy. A second worker must run exactly the interrupted jobs again.
 fn only_what_ran_when_a_worker_was_killed_runs_again(server: &Restartable) {
     let script = "echo $ZIZQ_JOB_ID >> $DIR/ran
 [ $ZIZQ_JOB_TYPE = quick ] || until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";

@@ -45,7 +45,8 @@ fn a_handler_that_is_missing_for_a_moment_fails_no_job() {
     assert!(!finished.has("job failed") && !finished.has("handler cannot be started, its jobs are slowed down"));
 }
 
-/// A replacement of `clone` that fails, and records the call, while a file in the test's directory has an errno.
+/// A replacement of `clone`. While the file `errno` in the test's directory contains a number, it records the call and fails
+/// with that error.
 const FAULTY_CLONE: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -204,7 +205,7 @@ fn the_wait_for_a_broken_handler_is_no_run_time() {
     assert!(finished.all("job failed").iter().all(|failed| failed["seconds"].is_null()), "{:?}", finished.log);
 }
 
-/// ENOEXEC is not temporary, so a job fails at once. Then the brake holds the others back.
+/// ENOEXEC is not temporary, so the first job fails at once. After that, the brake delays the other jobs.
 #[test]
 fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     let server = Server::start();
@@ -222,7 +223,7 @@ fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     deploy(&running, GOOD);
     let mended = Instant::now();
     running.wait_for_lines(8 + 60 - failed.len() - 1, "ran");
-    // At most the two seconds of the third pause, and then no more pauses.
+    // The pause under way lasts at most two seconds, and no further pause follows.
     assert!(mended.elapsed() < Duration::from_secs(15), "{:?}", mended.elapsed());
     running.wait_for_message("handler can be started again");
     let finished = running.stop();

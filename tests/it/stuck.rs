@@ -1,4 +1,4 @@
-//! Reports that something holds up: odd proxies, silent and stale streams, replaced certificates. All of them leave.
+//! Reports that odd proxies, silent or stale streams, or replaced certificates delay. Each report is sent in the end.
 
 use std::fs;
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -14,14 +14,14 @@ use crate::support::{
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// The 404 of a gateway that has no backend, in JSON.
+/// The JSON body of a 404 from a gateway that has no backend.
 const GATEWAY: &str = r#"{"timestamp":"2026-01-01T00:00:00Z","status":404,"error":"Not Found","path":"/jobs"}"#;
 
 fn job(job_type: &str) -> Value {
     json!({"queue": "q", "type": job_type, "payload": null})
 }
 
-/// Returns a script that runs until `go`, and fails by the job's type.
+/// Returns a script that runs until the file `go` exists, and fails for the type `bad`.
 fn until_go() -> String {
     format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE != bad ]")
 }
@@ -96,14 +96,14 @@ fn a_malformed_job_redelivered_before_the_answer_costs_no_place() {
     stream.chunk("{\"id\":\"m\",\"type\":7,\"attempts\":0}\n");
     let first = server.request();
     assert!(first.line().contains("/jobs/m/failure"), "{}", first.line());
-    // The server has counted the failure, and delivers the next attempt before its answer arrives.
+    // The server has counted the failure, and delivers the next attempt before the worker gets the answer to the report.
     stream.chunk("{\"id\":\"m\",\"type\":7,\"attempts\":1}\n");
     running.wait_for_messages(2, "malformed job, reported as failed");
     first.answer("200 OK", r#"{"id":"m"}"#);
     assert!(server.request().line().contains("/jobs/m/failure"));
 }
 
-/// The proxy lets reports through, and refuses looks at jobs.
+/// A proxy lets reports through, but refuses each `GET` of a job.
 #[test]
 fn a_failure_in_doubt_leaves_though_looks_are_refused() {
     for refusal in ["403 Forbidden", "404 Not Found", "405 Method Not Allowed"] {
@@ -172,7 +172,7 @@ fn a_success_that_always_gets_a_500_holds_up_no_other() {
         open.retain(|id| !request.body.contains(id));
         request.answer("204 No Content", "");
         if open.is_empty() {
-            // Later ones do not join those that fail.
+            // Later successes do not join the bulk requests that fail.
             later.iter().for_each(|id| _ = stream.job(id));
             open = std::mem::take(&mut later);
         }
@@ -213,7 +213,7 @@ fn a_search_for_a_running_job_holds_few_others() {
     };
     let greatest = server.answer_until("six rounds", |request| search(request, &|_, rounds| rounds >= 6));
     assert_eq!(greatest, 4, "the prefetch of two loops");
-    // Both have ended, so the search goes deep, because its stream closes at once.
+    // Both jobs have ended, so a search stream closes at once, and its prefetch can grow to 512.
     running.go();
     server.answer_until("a deep round", |request| search(request, &|greatest, _| greatest >= 512));
 }
@@ -257,7 +257,7 @@ impl Forwarder {
     }
 }
 
-/// The stream stays open over the old certificate, and new connections need the new one.
+/// The stream stays open on a connection with the old certificate, but new connections need the new certificate.
 #[test]
 fn a_reload_of_certificates_helps_waiting_reports() {
     let (server, one, two) = (Server::start(), Authority::new(), Authority::new());

@@ -1,4 +1,4 @@
-//! The worker notifies the service manager, whose part a test plays.
+//! The worker's messages to the service manager, whose socket each test provides.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::support::{Admin, Daemon, PATIENCE, Server, UNTIL_GO, jobs};
 struct Manager(UnixDatagram);
 
 impl Manager {
-    /// Listens in the daemon's own directory.
+    /// Binds a socket in the daemon's directory, and sets `NOTIFY_SOCKET` for the daemon.
     fn of(daemon: Daemon) -> (Self, Daemon) {
         let path = daemon.dir().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
@@ -86,7 +86,7 @@ fn the_watchdog_is_fed_for_as_long_as_the_worker_lives() {
     for _ in 0..5 {
         manager.wait_for("WATCHDOG=1");
     }
-    // A stopped worker sends no sign of life.
+    // A stopped worker sends no watchdog message.
     running.signal(Signal::STOP);
     manager.0.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
     while manager.0.recv(&mut [0; 4096]).is_ok() {}

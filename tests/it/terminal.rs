@@ -10,7 +10,7 @@ use crate::support::{Daemon, Running, Server, UNTIL_GO, eventually};
 /// The log message after the terminal was closed.
 const GONE: &str = "draining: the terminal is gone; finishing what was taken";
 
-/// Starts a worker on a terminal, with one job that runs until `go`.
+/// Starts a worker on a terminal, with one job that runs until the file `go` exists.
 fn watched(daemon: Daemon, server: &Server) -> Running {
     server.enqueue("q", "t", json!(null));
     let running = daemon.on_terminal().args(["--url", &server.url]).sh(UNTIL_GO).start();

@@ -135,11 +135,11 @@ fn a_worker_without_a_client_certificate_is_turned_away() {
     let (port, _guard) = server.with_tls(authority.issue(&["localhost"]).server(&BOTH, Some(&clients)));
     let daemon = || daemon(&at(port), "").pem("--tls-ca", &authority.pem());
     assert_refuses(&server, daemon(), "CertificateRequired");
-    // The server need not give a more precise reason.
+    // The kind of alert is the server's choice, so it is not checked.
     assert_refuses(&server, daemon().identity(&Authority::new().issue(&["worker"])), "received fatal alert");
 }
 
-/// The stream has HTTP/1.1 and a connection of its own; reports speak HTTP/2 where the server offers it.
+/// The stream uses HTTP/1.1 on its own connection. Reports use HTTP/2 if the server offers it.
 #[test]
 fn alpn_decides_which_protocol_the_reports_speak() {
     for (offered, http1_only, spoken) in
@@ -324,7 +324,7 @@ fn a_port_that_closes_at_plain_http_may_speak_tls() {
     unread.peek(&mut [0]).unwrap();
     drop(unread);
     assert!(refused(2).contains(explanation), "{}", refused(2));
-    // The same close is only an outage once the server has answered.
+    // After the server has answered once, the worker takes the same close for an outage.
     server.take().end();
     drop(server.request());
     assert!(refused(3).starts_with("the request failed"), "{}", refused(3));

@@ -1,4 +1,4 @@
-//! The warning about an incompatible server, at each connect.
+//! The check of the server's version at each connect, and the warning about a version that does not fit.
 
 use crate::support::{Daemon, RawServer};
 

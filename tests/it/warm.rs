@@ -19,7 +19,7 @@ fn one_process_does_many_jobs_in_their_order() {
     assert_eq!(finished.event("worker stopped")["succeeded"], 300);
 }
 
-/// Lasts longer than the interval between checks of idle processes.
+/// The test lasts longer than the interval between checks of idle processes.
 #[test]
 fn the_process_that_was_used_last_is_used_first() {
     let warm = Warm::with("", "", |daemon| daemon.threads(4));
@@ -157,7 +157,7 @@ fn a_default_mode_holds_for_types_that_name_none() {
     assert_eq!(finished.read("ran").lines().count(), 2);
 }
 
-/// An incomplete line ends with its job.
+/// An incomplete line of output ends with its job.
 #[test]
 fn what_was_printed_before_a_reply_belongs_to_its_job() {
     let warm = Warm::with("", "", |daemon| daemon.threads(2));

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::handlers::has;
 use crate::support::{Admin, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// A card in characters that some locales lack. Node's readline splits lines at the last one.
+/// A card in characters that some locales lack. Node's readline takes the last character for a line break.
 const CARD: &str = "ä€😀\u{2028}";
 
 struct Example {
@@ -131,8 +131,8 @@ fn the_warm_one_in_rust() {
     Example::of(built_example("warm_handler"), "HandleError").runs_both_ways();
 }
 
-/// Returns the path of a program in `examples`, and builds it if needed, because `cargo test` does so only with all
-/// tests selected.
+/// Returns the path of a program in `examples`. Builds the program if it is missing or old, because `cargo test` builds examples
+/// only with all tests selected.
 pub fn built_example(name: &str) -> PathBuf {
     let deps = std::env::current_exe().unwrap();
     let profile = deps.parent().unwrap().parent().unwrap();

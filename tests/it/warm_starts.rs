@@ -8,7 +8,8 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 
 use crate::support::{Admin, Warm, assert_none_failed, eventually, replace, warm_handler};
 
-/// Runs jobs for four processes while only the first one works, and asserts that it runs them all. The worker is ready.
+/// Runs enough jobs for four processes while only the first process works. Asserts that this process runs them all, that
+/// `message` is logged, and that the worker is ready.
 fn the_first_process_runs_all(warm: &Warm, first: &str, message: &str) {
     let ids = warm.enqueue_many(100, "time.sleep(0.02)");
     ids.iter().for_each(|id| warm.server.wait_until_done(id));
@@ -48,13 +49,13 @@ fn too_few_descriptors_burn_none_while_a_process_works() {
     let warm = with_four_loops();
     let first = warm.succeed("");
     let pid = Pid::from_raw(warm.running.pid().cast_signed());
-    // Enough for a connection to the server, and too few for a process.
+    // Enough descriptors for a connection to the server, but too few to start a process.
     let few = warm.running.descriptors() as u64 + 3;
     let maximum = getrlimit(Resource::Nofile).maximum;
     let before = prlimit(pid, Resource::Nofile, Rlimit { current: Some(few), maximum }).unwrap();
     let message = "another handler process cannot be started, jobs wait for the present ones";
     the_first_process_runs_all(&warm, &first, message);
-    // Two such jobs take longer than one start waits for descriptors.
+    // Two of these jobs take longer than a start waits for descriptors.
     let ids = warm.enqueue_many(4, "time.sleep(3)");
     ids.iter().for_each(|id| warm.server.wait_until_done(id));
     prlimit(pid, Resource::Nofile, before).unwrap();
@@ -62,7 +63,7 @@ fn too_few_descriptors_burn_none_while_a_process_works() {
     assert_none_failed(&warm.stop());
 }
 
-/// A later job must not take the process from one that waits.
+/// A later job does not get the process before a job that already waits.
 #[test]
 fn jobs_that_wait_for_the_only_process_take_turns() {
     let warm = with_four_loops();
@@ -101,7 +102,7 @@ fn no_job_waits_for_a_hanging_start_beside_an_idle_process() {
     warm.stop();
 }
 
-/// The first start fails, so the second one holds the turn.
+/// The first start fails, and the second one hangs for longer than the test.
 #[test]
 fn a_reload_ends_the_wait_for_a_start_that_hangs() {
     let warm = Warm::before("if is_first(): sys.exit(1)\ntime.sleep(1000)", "start_timeout = '10m'");

@@ -15,10 +15,10 @@ use crate::support::{
     warm_handler,
 };
 
-/// A time limit far below any deadline that would end a wait, and far above an immediate stop.
+/// A time limit far above the duration of an immediate stop, and far below the timeouts that must not be waited for.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// A state of a process that ignores SIGTERM and has a child that ignores it.
+/// A state in which a drain finds a warm process. The process and its child ignore SIGTERM.
 struct State {
     name: &'static str,
     /// Code that runs before the process connects.
@@ -216,7 +216,7 @@ fn warm_handlers_of_a_killed_worker_end_by_themselves() {
     assert_eq!(warm.lines("ended")[0], idle);
 }
 
-/// The embedding program drops the worker. No process may be left, and the job is redelivered.
+/// The embedding program drops the worker. No process is left, and the job is redelivered.
 #[test]
 fn a_worker_dropped_in_a_warm_job_leaves_no_process() {
     let (server, dir) = (Server::start(), TempDir::new().unwrap());

@@ -30,7 +30,7 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 
 type Answered = Response<Either<Full<Bytes>, Lines>>;
 
-/// The error that breaks the connection instead of an answer.
+/// An error that makes hyper close the connection without an answer.
 #[derive(Debug)]
 struct Broken;
 
@@ -85,13 +85,13 @@ impl Asked {
 }
 
 impl Server {
-    /// Serves a connection until it ends.
+    /// Starts a task that serves a connection until the connection ends.
     pub fn serve(&self, stream: DuplexStream, link: &Arc<Link>) {
         let (server, link) = (self.clone(), Arc::clone(link));
         tokio::spawn(async move {
             let answering = service_fn(|request| server.answer(request, &link));
             let mut http = http1::Builder::new();
-            // An error ends the connection, and the network has already recorded that.
+            // An error ends only this connection: a fault was injected, or the worker closed the connection.
             let _ = http.auto_date_header(false).serve_connection(TokioIo::new(stream), answering).await;
         });
     }
@@ -208,7 +208,7 @@ fn told(status: u16, value: &Value) -> Answered {
     response
 }
 
-/// The body of a take stream.
+/// The body of the answer to a take request: lines with jobs, and heartbeats.
 struct Lines {
     lines: mpsc::UnboundedReceiver<Bytes>,
     heartbeat: Pin<Box<Sleep>>,

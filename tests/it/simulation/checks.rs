@@ -1,4 +1,4 @@
-//! [`Book`]: the record of all runs and reports, with the checks that must hold at each of them.
+//! [`Book`]: a record of all runs and reports, which checks each of them and collects violations.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -11,7 +11,7 @@ use super::network::{Link, MAX_LATENCY};
 use super::trace::Trace;
 use super::weather::Call;
 
-/// The beginning of a worker's report of a malformed job.
+/// The first words of a worker's failure message for a malformed job.
 const MALFORMED: &str = "the worker cannot read this job";
 
 /// The book of one world. Clones share it.
@@ -36,17 +36,17 @@ struct Pages {
 /// The record of one worker.
 #[derive(Default)]
 struct Page {
-    /// The numbers of the present runs.
+    /// The indices in `Pages::runs` of the runs in progress.
     running: BTreeSet<usize>,
-    /// The numbers of the runs of each job.
+    /// The indices of each job's runs, by job id.
     runs: BTreeMap<String, Vec<usize>>,
-    /// The number of times that the server sent each job.
+    /// The deliveries of each job to the worker, oldest first, by job id.
     deliveries: BTreeMap<String, Vec<Delivery>>,
-    /// The runs that have ended, and whose reports the server has not accepted.
+    /// The indices of the succeeded and failed runs whose reports the server has not accepted.
     untold: BTreeSet<usize>,
-    /// The number of begins and ends of runs.
+    /// The number of run starts and run ends so far.
     progress: usize,
-    /// The time after which received jobs must not be started.
+    /// The time of the stop or pause. The worker must not start jobs that it receives later.
     quiet: Option<Instant>,
     /// Whether the worker has vanished.
     has_crashed: bool,
@@ -57,8 +57,9 @@ struct Page {
     /// The jobs with a report that was refused for good. The worker may drop such a report. The job then stays in
     /// flight until its stream closes, and can run again.
     exempt: BTreeSet<String>,
-    /// The times of the last answer about a job, and of the last reported failure of the job.
+    /// The time of the server's last answer to `GET /jobs/{id}`, by job id.
     looks: BTreeMap<String, Instant>,
+    /// The time of the last accepted failure report, by job id.
     failures: BTreeMap<String, Instant>,
     talk: Talk,
 }
@@ -68,11 +69,11 @@ struct Page {
 pub struct Talk {
     /// The number of connects in progress and of requests without an answer.
     pub under_way: usize,
-    /// The last time at which this number was 0.
+    /// The time at which a connect or request last ended.
     pub silent_since: Option<Instant>,
-    /// The time of the first proper answer since [`Book::listen_anew`].
+    /// The time of the first genuine answer (not replaced by a fault) since [`Book::listen_anew`].
     pub heard: Option<Instant>,
-    /// The time of the last report.
+    /// The time of the last report or `GET /jobs/{id}`.
     pub reported: Option<Instant>,
 }
 
@@ -81,11 +82,11 @@ pub struct Talk {
 pub struct Run {
     /// The worker of the run.
     pub worker: String,
-    /// The job.
+    /// The id of the job.
     pub id: String,
     /// The number of failed attempts before the run.
     pub attempts: u32,
-    /// The time of the run's begin.
+    /// The start time of the run.
     pub begun: Instant,
     /// The duration of the run if nothing ends it earlier.
     pub lasts: Duration,
@@ -93,7 +94,7 @@ pub struct Run {
     pub ended: Option<(Instant, Ending)>,
 }
 
-/// The end of a run.
+/// The result of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
     /// The run succeeded.
@@ -112,7 +113,7 @@ struct Delivery {
     at: Instant,
 }
 
-/// A run in progress. If dropped before its end, the run has vanished.
+/// A run in progress. A drop before `end` records the run as vanished.
 pub struct Running {
     book: Book,
     /// The number of the run.
@@ -146,7 +147,7 @@ impl Drop for Running {
     }
 }
 
-/// A wait of a worker, from creation to drop.
+/// A guard that counts one connect or request of a worker as under way until it is dropped.
 pub struct UnderWay(Book, String);
 
 impl Drop for UnderWay {
@@ -183,7 +184,7 @@ impl Book {
         self.violated.notify_one();
     }
 
-    /// Waits for a violation.
+    /// Waits until there is a violation.
     pub async fn violated(&self) {
         while self.pages().violations.is_empty() {
             self.violated.notified().await;
@@ -224,24 +225,26 @@ impl Book {
         untold.into_iter().flatten().map(|number| pages.runs[*number].clone()).collect()
     }
 
-    /// Returns the present runs of a worker.
+    /// Returns the runs in progress of a worker.
     pub fn running_in(&self, worker: &str) -> Vec<Run> {
         let pages = self.pages();
         let running = pages.workers.get(worker).map(|page| &page.running);
         running.into_iter().flatten().map(|number| pages.runs[*number].clone()).collect()
     }
 
-    /// Returns the number of present runs of a worker, and its number of begins and ends, which grows with progress.
+    /// Returns the number of a worker's runs in progress, and its number of run starts and ends so far. The second number
+    /// grows as long as the worker makes progress.
     pub fn progress_of(&self, worker: &str) -> (usize, usize) {
         self.page(worker, |page| (page.running.len(), page.progress))
     }
 
-    /// Reports whether a worker may have dropped its report of a job after a refusal for good.
+    /// Reports whether a worker may have dropped its report of a job because the server refused the report for good.
     pub fn is_exempt(&self, worker: &str, id: &str) -> bool {
         self.page(worker, |page| page.exempt.contains(id))
     }
 
-    /// Returns the number of jobs on their way to a worker or waiting in it, from streams still open for it.
+    /// Returns the number of jobs that were delivered over a stream that the worker has not closed, and that the worker has
+    /// not started.
     pub fn waiting_in(&self, worker: &str) -> usize {
         let pages = self.pages();
         let Some(page) = pages.workers.get(worker) else { return 0 };
@@ -295,7 +298,7 @@ impl Book {
         self.page(worker, |page| page.has_crashed = true);
     }
 
-    /// Records that a worker waits for a connection or an answer.
+    /// Records that a worker waits for a connection or an answer, until the returned guard is dropped.
     pub fn under_way(&self, worker: &str) -> UnderWay {
         self.page(worker, |page| page.talk.under_way += 1);
         UnderWay(self.clone(), worker.to_owned())
@@ -309,12 +312,12 @@ impl Book {
         }
     }
 
-    /// Records a proper answer to a request.
+    /// Records the time of the first genuine answer to a worker.
     pub fn heard(&self, worker: &str) {
         self.page(worker, |page| _ = page.talk.heard.get_or_insert_with(Instant::now));
     }
 
-    /// Forgets which workers have had a proper answer.
+    /// Forgets which workers have received a genuine answer.
     pub fn listen_anew(&self) {
         self.pages().workers.values_mut().for_each(|page| page.talk.heard = None);
     }
@@ -324,7 +327,7 @@ impl Book {
         self.page(worker, |page| page.talk)
     }
 
-    /// Records an answer to a worker about a job.
+    /// Records an answer to a worker's `GET /jobs/{id}`.
     pub fn looked(&self, worker: &str, id: &str) {
         self.page(worker, |page| page.looks.insert(id.to_owned(), Instant::now()));
     }
@@ -344,8 +347,8 @@ impl Book {
         self.page(worker, |page| page.was_turned_away)
     }
 
-    /// Checks that a worker has not closed a sound stream during a run. The server would redeliver the job, and the two
-    /// runs would overlap.
+    /// Checks that a worker has not closed a fault-free stream while a job from it ran. Otherwise the server would
+    /// redeliver the job, and the two runs would overlap.
     pub fn stream_ended(&self, link: &Link, held: &BTreeSet<String>) {
         let Some(closed) = link.closed().filter(|_| !link.is_faulted()) else { return };
         if self.page(&link.worker, |page| page.has_crashed) {
@@ -357,7 +360,7 @@ impl Book {
         }
     }
 
-    /// Records the begin of a run, and checks that it is allowed.
+    /// Records the start of a run, and checks that the worker may start the job.
     pub fn begin(&self, worker: &str, id: &str, attempts: u32, lasts: Duration) -> Running {
         let mut pages = self.pages();
         let number = pages.runs.len();
@@ -378,7 +381,7 @@ impl Book {
         Running { book: self.clone(), number, has_ended: false }
     }
 
-    /// Checks that a success accepted by the server has happened.
+    /// Checks that a worker whose report of a success was accepted has a successful run of the job.
     pub fn success_counted(&self, link: &Link, id: &str) {
         let has_happened = {
             let mut pages = self.pages();
@@ -394,7 +397,7 @@ impl Book {
         }
     }
 
-    /// Checks that a failure accepted by the server is of this attempt, and is accepted only once.
+    /// Checks that a failure accepted by the server belongs to this attempt, and is accepted only once.
     pub fn failure_counted(&self, link: &Link, id: &str, attempts: u32, message: &str) {
         let problem = self.pages().problem_of_failure(link, id, attempts, message);
         if let Some(problem) = problem {
@@ -404,7 +407,8 @@ impl Book {
 }
 
 impl Pages {
-    /// Returns a job that was running when the worker closed the job's stream, if the worker could know of both.
+    /// Returns a job that ran while the worker closed the stream that had delivered the job. Skips jobs that the server
+    /// sent so shortly before the close that the worker may not have received them.
     fn run_under(&self, link: &Link, held: &BTreeSet<String>, closed: Instant) -> Option<String> {
         let page = self.workers.get(&link.worker)?;
         let has_come = |id: &str| {
@@ -432,7 +436,8 @@ impl Pages {
             return Some("it has run already");
         }
         let Some(deliveries) = page.deliveries.get(id) else { return Some("no stream has delivered it") };
-        // The worker may not know yet that the job's earlier stream is lost.
+        // The job may also have arrived before the drain or pause, over a stream that the server has lost but the worker
+        // still considers open.
         let came_in_time = |quiet| {
             let mut known = deliveries.iter().filter(|delivery| delivery.attempts == attempts);
             known.any(|delivery| delivery.at <= quiet && delivery.link.closed().is_none())
@@ -448,7 +453,8 @@ impl Pages {
     fn problem_of_failure(&mut self, link: &Link, id: &str, attempts: u32, message: &str) -> Option<String> {
         let page = self.workers.get_mut(&link.worker)?;
         let reported_before = page.failures.insert(id.to_owned(), Instant::now());
-        // A report that the worker had given up has arrived late. No worker can prevent this.
+        // The worker gave up this request and closed the connection, but the request still arrived. No worker can
+        // prevent this.
         if link.closed().is_some() {
             return None;
         }
@@ -465,9 +471,9 @@ impl Pages {
         }
         let ran_as = run.attempts;
         let deliveries = page.deliveries.get(id).map_or(&[][..], Vec::as_slice);
-        // The job was redelivered, as this attempt, during the run.
+        // The job was redelivered, as the reported attempt, before the run ended.
         let became_this = deliveries.iter().any(|delivery| delivery.attempts == attempts && delivery.at <= ended);
-        // When the worker sent the report, it could not know that it no longer held the attempt.
+        // When the worker sent the report, the stream that had delivered the attempt still seemed open to the worker.
         let sent = link.sent().unwrap_or_else(Instant::now);
         let of_run = deliveries.iter().rev().find(|delivery| delivery.attempts == ran_as);
         let seemed_held = of_run.is_some_and(|held| held.link.closed().is_none_or(|closed| closed >= sent));

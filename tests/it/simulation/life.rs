@@ -1,4 +1,4 @@
-//! [`Life`]: one worker from its start to its end, with the requests to it.
+//! [`Life`]: one worker from its start to its end, with methods to stop, pause, reload and crash the worker.
 
 use std::time::Duration;
 
@@ -15,17 +15,17 @@ use super::world::World;
 pub struct Life {
     /// The unique name of the worker.
     pub name: String,
-    /// The present settings.
+    /// The current settings.
     pub config: WorkerConfig,
     /// Whether the worker is paused.
     pub is_paused: bool,
-    /// The result of the worker's run.
+    /// The result of the worker's run, once the run has ended.
     pub summary: Option<Summary>,
     grace: Duration,
     lifecycle: Lifecycle,
     controls: Controls<Player>,
     task: JoinHandle<Result<Summary, WorkerError>>,
-    /// The deadline of the worker's end, with its reason.
+    /// The time by which the worker must have ended, and the reason.
     due: Option<(Instant, &'static str)>,
     world: World,
 }
@@ -76,7 +76,7 @@ impl Life {
         max_jobs.is_some() || max_time.is_some() || exit_when_idle.is_some()
     }
 
-    /// Returns the present runs of the worker.
+    /// Returns the worker's runs in progress.
     pub fn running(&self) -> Vec<Run> {
         self.world.book.running_in(&self.name)
     }
@@ -96,7 +96,7 @@ impl Life {
         self.must_end_within(bounds::drain(&self.config, self.grace), "drain");
     }
 
-    /// Kills the runs.
+    /// Kills the worker. Its runs are interrupted after their grace period.
     pub fn kill(&mut self) {
         self.note(format_args!("is killed"));
         self.world.book.quiet(&self.name);
@@ -151,7 +151,7 @@ impl Life {
         self.world.network.cut_worker(&self.name);
     }
 
-    /// Waits for the worker's end, and checks it. An end after the deadline is a violation.
+    /// Waits for the worker's end, and checks the summary. An end after the deadline is a violation.
     pub async fn ended(&mut self) {
         let result = match self.due {
             Some((due, why)) => match tokio::time::timeout_at(due, &mut self.task).await {

@@ -2,11 +2,11 @@
 //! in-memory network. One seed determines all events, so the same seed gives the same trace, byte for byte.
 //!
 //! Time is Tokio's paused clock. It stands still while a task can run, and otherwise jumps to the next timer, so that
-//! minutes cost milliseconds. (turmoil instead steps all hosts in ticks of a millisecond.)
+//! minutes cost milliseconds. (The crate turmoil instead steps all hosts in ticks of a millisecond.)
 //!
-//! `cargo test simulation` runs some hundreds of seeds. `cargo test --release -- --ignored simulation` runs
-//! `ZIZQ_SIM_SEEDS` seeds, from `ZIZQ_SIM_FIRST` on. It prints the trace of a seed that fails. `ZIZQ_SIM_SEED` runs one
-//! seed alone. A seed that has failed becomes a test with `seed(…)`.
+//! `cargo test simulation` runs a few hundred seeds. `cargo test --release -- --ignored simulation` runs
+//! `ZIZQ_SIM_SEEDS` seeds, starting with `ZIZQ_SIM_FIRST`. Both print the trace of the first seed that fails.
+//! `ZIZQ_SIM_SEED` runs one seed alone. A seed that has failed becomes a test in `scenarios.rs`, with `seed(…)`.
 
 mod api;
 mod bounds;

@@ -19,10 +19,10 @@ use super::draw::{chance, millis, one_of};
 use super::server::Server;
 use super::trace::Trace;
 
-/// The longest latency of a link in one direction, including splitting.
+/// The longest random latency in one direction, including the delay of the second piece of split bytes.
 pub const MAX_LATENCY: Duration = Duration::from_millis(150);
 
-/// The maximum of bytes in flight in one direction.
+/// The size in bytes of each buffer between the two ends of a connection.
 const CAPACITY: usize = 16 * 1024;
 
 /// A network between workers and servers. Clones share it.
@@ -31,7 +31,7 @@ pub struct Network(Arc<Inner>);
 
 struct Inner {
     state: Mutex<State>,
-    /// Cancelled when faults stop. Broken connections are then reset.
+    /// A token that is cancelled when the faults end. Broken connections are then reset.
     calm: CancellationToken,
     book: Book,
     trace: Trace,
@@ -85,9 +85,9 @@ enum Fate {
     Sound,
     /// A cut that both ends see.
     Cut { after: Duration },
-    /// A cut that both ends see, in the middle of bytes from the server.
+    /// A cut that both ends see, after this many bytes from the server.
     CutWithin { bytes: usize },
-    /// A stall that passes.
+    /// A stall after which all bytes arrive.
     Stall { after: Duration, lasting: Duration },
     /// A silent loss. No bytes arrive, and neither end notices.
     Silent { after: Duration, lasting: Duration },
@@ -134,7 +134,7 @@ impl Fate {
     }
 }
 
-/// The course of a connect.
+/// The result of a connection attempt.
 enum Opening {
     At(Duration),
     Refused,
@@ -156,7 +156,7 @@ impl Network {
         Self(Arc::new(Inner { state: Mutex::new(state), calm: CancellationToken::new(), book, trace }))
     }
 
-    /// Resolves this host name to a server.
+    /// Makes a host name resolve to this server.
     pub fn name(&self, host: &'static str, server: &Server) {
         self.0.state.lock().unwrap().hosts.insert(host, server.clone());
     }
@@ -166,17 +166,17 @@ impl Network {
         self.0.state.lock().unwrap().hosts[host].clone()
     }
 
-    /// Sets the share of further connections that meet a fault.
+    /// Sets the probability that a new connection meets a fault.
     pub fn set_trouble(&self, trouble: f64) {
         self.0.state.lock().unwrap().trouble = trouble;
     }
 
-    /// Sets the latency of further connections.
+    /// Sets the latency of new connections.
     pub fn set_latency(&self, latency: Duration) {
         self.0.state.lock().unwrap().latency = Some(latency);
     }
 
-    /// Sets the duration of further connects.
+    /// Sets the time that new connections take to open.
     pub fn set_opening(&self, opening: Option<Duration>) {
         self.0.state.lock().unwrap().opening = opening;
     }
@@ -342,7 +342,7 @@ impl Network {
         self.hold(&link, lasting).await;
     }
 
-    /// Holds all bytes for a time.
+    /// Waits until the fault has lasted this long, all faults end, or the connection is cut. No bytes pass meanwhile.
     async fn hold(&self, link: &Link, lasting: Duration) {
         tokio::select! {
             biased;

@@ -15,9 +15,9 @@ pub struct Player {
     pub worker: String,
     /// The book that records the runs.
     pub book: Book,
-    /// The time that a run goes on after a stop, like a process.
+    /// The time for which a run continues after a kill, like a process in its grace period.
     pub grace: Duration,
-    /// The time of the world's begin.
+    /// The start time of the world.
     pub start: Instant,
 }
 
@@ -39,7 +39,7 @@ impl Dispatcher for Player {
 }
 
 impl Player {
-    /// Waits until a stopped run must end, after its grace or without one.
+    /// Waits until the worker's stop interrupts the run: `grace` after `Phase::Killing`, or at `Phase::Forcing`.
     async fn stopped(&self, lifecycle: &Lifecycle) {
         lifecycle.reached(Phase::Killing).await;
         tokio::select! {
@@ -61,7 +61,7 @@ impl From<End> for Ending {
 }
 
 fn outcome(ending: Ending, end: End, run: usize, now_ms: u64) -> Outcome {
-    // The number tells the server's side of the book which run is reported.
+    // The message names the run, so that the book can match the report to the run.
     let mut failure = Failure::new("Played", format!("run {run}"));
     match (ending, end) {
         (Ending::Interrupted | Ending::Vanished, _) => return Outcome::Interrupted,

@@ -1,4 +1,4 @@
-//! Scripted scenes on the same model: states found by hand, and named scenes from seeds that failed.
+//! Tests on the simulated world: scripted scenarios, and seeds that once failed.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::weather::{Answer, Call, Fault};
 use super::world::{World, until_violated};
 use super::{in_virtual_time, judge, seed};
 
-/// Plays a scene in fair weather, and panics with its trace if there are violations.
+/// Plays a scenario in a world without random faults, and panics with the trace if there are violations.
 #[track_caller]
 fn scene(play: impl AsyncFnOnce(&World)) {
     let (trace, violations) = in_virtual_time(0, async {
@@ -29,7 +29,7 @@ fn scene(play: impl AsyncFnOnce(&World)) {
     judge(&trace, &violations);
 }
 
-/// Returns settings with one loop, a prefetch of two, and waits from 1 s to 30 s.
+/// Returns settings with one loop, a prefetch of two, and backoff waits from 1 s to 30 s.
 fn settings() -> WorkerConfig {
     WorkerConfig { url: "http://a".parse().unwrap(), ..WorkerConfig::default() }
 }
@@ -75,7 +75,7 @@ impl World {
         ids.iter().all(|id| self.is_completed(id))
     }
 
-    /// Waits until a condition holds, which must be within a time limit.
+    /// Waits until a condition holds. Records a violation if this takes longer than `seconds`.
     async fn within(&self, seconds: u64, what: &str, is_so: impl Fn() -> bool) {
         let due = Instant::now() + Duration::from_secs(seconds);
         while !is_so() {
@@ -95,7 +95,8 @@ fn bad(ms: u64) -> Script {
     Script(vec![Step { ms, end: End::Bad }, Step { ms: 0, end: End::Good }])
 }
 
-/// Starts a job whose stream is then lost, and enqueues more urgent jobs.
+/// Starts a job, enqueues more urgent jobs, and cuts the worker's connections. The server then redelivers the more urgent
+/// jobs first.
 async fn run_one_that_is_not_redelivered_soon(world: &World, life: &Life) -> String {
     let id = world.put(1, Script::good(5000));
     world.within(1, "its start", || !life.running().is_empty()).await;
@@ -239,12 +240,12 @@ fn all_reports_leave_soon_after_a_recovery() {
         sleep(seconds(20)).await;
         world.weather.clear();
         world.network.cut_worker(&life.name);
-        // At most one first wait of the stream and one of the reports.
+        // Enough time for one first backoff wait of the stream and one of the reports.
         world.within(3, "the reports", || ids.iter().all(|id| world.has_failed(id))).await;
     });
 }
 
-/// Reloads a worker with one loop in a long job. The other loops go on at once.
+/// Reloads a worker while one of its loops runs a long job, and checks that the other loops run new jobs soon.
 #[track_caller]
 fn reload_stalls_nothing(change: impl FnOnce(&mut WorkerConfig)) {
     scene(async |world| {
@@ -302,7 +303,8 @@ fn a_job_that_another_stream_brings_after_its_report_runs_once() {
         world.within(1, "its start", || !life.running().is_empty()).await;
         world.network.set_latency(MAX_LATENCY / 2);
         life.reload(|config| config.url = "http://b".parse().unwrap());
-        // Shortly before the run's end, so that the line of the other stream is in flight when the report arrives.
+        // The server loses the old stream shortly before the run's end, so that the redelivery over the new stream is
+        // still in flight when the report arrives.
         sleep_until(life.running()[0].begun + Duration::from_millis(4980)).await;
         world.network.lose_at_server(world.servers[0].streams_of(&life.name)[0]);
         sleep(seconds(5)).await;
@@ -323,8 +325,9 @@ fn a_smaller_prefetch_forgets_no_outcome() {
     });
 }
 
-/// Returns the first connections of a worker.
+/// The number of the first worker's first connection for a stream.
 const FIRST_STREAM: u64 = 1;
+/// The number of the first worker's first connection for reports.
 const FIRST_OF_REPORTS: u64 = 2;
 
 #[test]

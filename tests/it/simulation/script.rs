@@ -46,7 +46,7 @@ impl Script {
         Self(vec![Step { ms, end: End::Good }])
     }
 
-    /// Returns a script that fails once at once, and then succeeds at once.
+    /// Returns a script whose first attempt fails immediately, and whose second succeeds immediately.
     pub fn bad_then_good() -> Self {
         Self(vec![Step { ms: 0, end: End::Bad }, Step { ms: 0, end: End::Good }])
     }
@@ -79,7 +79,8 @@ impl Script {
     }
 }
 
-/// Draws the duration of a run. Most runs are short, and some hang until their handler's timeout.
+/// Draws the duration of a run in milliseconds. Most runs are short. A few are very long, like a handler that hangs until
+/// its timeout.
 fn lasting(rng: &mut Rng) -> u64 {
     let range = match rng.u8(0..100) {
         0..30 => return 0,

@@ -1,4 +1,5 @@
-//! [`Server`]: a model of the Zizq server, written from its public API, with jobs, take streams and the jobs they hold.
+//! [`Server`]: a model of the Zizq server, written from the server's public API. The model has jobs, take streams, and the
+//! jobs in flight on each stream.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,7 +20,7 @@ use super::weather::Weather;
 /// The model's Unix time at its start, in milliseconds.
 pub const EPOCH_MS: u64 = 1_800_000_000_000;
 
-/// The upper limit of priority numbers in the model.
+/// The number of priorities in the model, which are `0..PRIORITIES`.
 pub const PRIORITIES: u32 = 3;
 
 /// Returns the longest backoff of the server for a job with this many failures.
@@ -44,12 +45,12 @@ struct Shared {
 struct State {
     rng: Rng,
     is_up: bool,
-    /// Whether completed jobs are kept.
+    /// Whether the API still shows completed jobs.
     keeps_completed: bool,
     jobs: BTreeMap<String, Record>,
     /// The ready jobs, by priority and then by id.
     ready: BTreeSet<(u32, String)>,
-    /// The jobs that are not finished.
+    /// The ids of the jobs that are neither completed nor dead.
     open: BTreeSet<String>,
     streams: BTreeMap<u64, Stream>,
 }
@@ -61,7 +62,7 @@ pub struct NewJob {
     pub queue: String,
     /// The priority. 0 is the most urgent.
     pub priority: u32,
-    /// The number of retries. The next failure makes the job dead.
+    /// The maximum number of retries. One more failure makes the job dead.
     pub retry_limit: u32,
     /// The defect of the job's line, for a malformed job.
     pub malformed: Option<Malformed>,
@@ -95,7 +96,7 @@ pub struct Record {
 /// The state of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// The job waits for its time.
+    /// The job waits until its retry is due.
     Scheduled,
     /// The job can be taken.
     Ready,
@@ -221,8 +222,8 @@ impl Server {
         self.state().open.iter().cloned().collect()
     }
 
-    /// Reports whether an unfinished job can still end. A job cannot if only a worker holds it whose report of the job
-    /// was refused for good.
+    /// Reports whether any unfinished job can still end. A job cannot end while it is in flight to a worker that no longer
+    /// runs the job, and whose report of the job was refused for good.
     pub fn has_open(&self) -> bool {
         let state = self.state();
         state.open.iter().any(|id| !self.is_stranded(&state, id))
@@ -246,7 +247,8 @@ impl Server {
         self.state().is_up
     }
 
-    /// Stops the server. Jobs in flight become ready, and the network resets the connections.
+    /// Stops the server. Jobs in flight become ready. The caller must also reset the connections, with
+    /// `Network::cut_server`.
     pub fn go_down(&self) {
         self.note(format_args!("down"));
         let mut state = self.state();
@@ -261,7 +263,7 @@ impl Server {
         self.state().is_up = true;
     }
 
-    /// Opens a take stream. Returns the lines of the stream.
+    /// Opens a take stream. Returns a guard that closes the stream on drop, and the lines of the stream.
     pub(super) fn take(
         &self,
         link: &Arc<Link>,
@@ -290,7 +292,7 @@ impl Server {
         self.fill(state);
     }
 
-    /// Sends ready jobs to streams with room in their prefetch. The streams' order is random, as on a real server.
+    /// Sends ready jobs to each stream until its prefetch is full. The streams' order is random, as on a real server.
     fn fill(&self, state: &mut State) {
         let State { rng, jobs, ready, streams, .. } = state;
         let mut order: Vec<u64> = streams.keys().copied().collect();
@@ -308,7 +310,7 @@ impl Server {
                 record.delivered = Some(Instant::now());
                 self.note(format_args!("{id} attempt {} to {} by {number}", record.attempts, stream.link.worker));
                 self.0.book.delivered(&stream.link, &id, record.attempts);
-                // Fails if the connection is gone, which the server notices later.
+                // The send fails if the connection has closed. The drop of `Disconnect` then requeues the job.
                 let _ = stream.lines.send(self.line(&id, record));
                 stream.held.insert(id);
             }
@@ -431,7 +433,7 @@ impl Server {
 /// The `max_job_size` of the model's workers.
 pub const MAX_JOB_SIZE: usize = 4000;
 
-/// Ends a stream on drop, when its connection has ended.
+/// A guard that closes a take stream and requeues its jobs. It is dropped when the stream's connection ends.
 pub struct Disconnect {
     server: Server,
     stream: u64,

@@ -1,4 +1,4 @@
-//! [`Trace`]: all events in virtual time, including the worker's log lines.
+//! [`Trace`]: a recording of all events in virtual time, including the worker's log lines.
 
 use std::fmt::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -55,7 +55,7 @@ impl Trace {
 /// A layer that records the worker's log lines, with the job of their span.
 struct LogLines(Trace);
 
-/// Fields as text.
+/// The fields of an event or span, as text.
 #[derive(Default)]
 struct Text {
     message: String,

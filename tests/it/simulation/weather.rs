@@ -1,4 +1,4 @@
-//! [`Weather`]: the faults of requests, at the server or in front of it.
+//! [`Weather`]: the faults injected into requests, as by the server or by a proxy in front of it.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -55,12 +55,12 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Returns a wrong answer of the server, without effect.
+    /// Returns an answer from the server with this status. The request has no effect.
     pub fn of(status: u16) -> Self {
         Self { status, is_servers: true, retry_after: None, with_effect: false }
     }
 
-    /// Returns a page of a proxy.
+    /// Returns an HTML page from a proxy with this status. The request has no effect.
     pub fn page(status: u16) -> Self {
         Self { is_servers: false, ..Self::of(status) }
     }
@@ -115,7 +115,7 @@ struct State {
     level: f64,
     /// Faults scheduled for certain requests.
     laid: Vec<Laid>,
-    /// The end of the longest `Retry-After`.
+    /// The latest end of a `Retry-After`, each counted as at most 300 s.
     retry_after: Option<Instant>,
 }
 
@@ -134,13 +134,13 @@ impl Laid {
 }
 
 impl Weather {
-    /// Returns fair weather in which these kinds of faults are possible.
+    /// Returns weather without faults. After `set_level`, requests meet random faults of these kinds.
     pub fn new(rng: Rng, kinds: Vec<Kind>, book: Book) -> Self {
         let state = State { rng, kinds, level: 0.0, laid: Vec::new(), retry_after: None };
         Self(Arc::new(Mutex::new(state)), book)
     }
 
-    /// Sets the share of further requests that meet a fault.
+    /// Sets the probability that a request meets a random fault.
     pub fn set_level(&self, level: f64) {
         self.0.lock().unwrap().level = level;
     }
@@ -162,12 +162,12 @@ impl Weather {
         state.laid.clear();
     }
 
-    /// Returns the end of the longest `Retry-After` so far.
+    /// Returns the latest end of a `Retry-After` so far, each counted as at most 300 s.
     pub fn retry_after(&self) -> Option<Instant> {
         self.0.lock().unwrap().retry_after
     }
 
-    /// Draws the fault of a request.
+    /// Returns the fault of a request: a scheduled one, or else a random one.
     pub fn draw(&self, call: Call, ids: &BTreeSet<String>) -> Option<Fault> {
         let mut state = self.0.lock().unwrap();
         let State { rng, kinds, level, laid, .. } = &mut *state;
@@ -202,7 +202,7 @@ fn draw_fault(kind: Kind, rng: &mut Rng) -> Fault {
             429 => instead(429, rng.bool(), retry_after, false),
             status => instead(status, rng.bool(), None, false),
         },
-        // Rare, because each final refusal can cost a report.
+        // Mostly a short delay instead, because each final refusal can cost a report.
         Kind::Finals if chance(rng, 0.7) => Fault::Late(millis(rng, 0..300)),
         Kind::Finals => instead(one_of(rng, &[400, 413, 422]), rng.bool(), None, false),
         Kind::ForeignNotFound => instead(404, false, None, false),

@@ -1,5 +1,5 @@
-//! [`World`]: one seed's servers, network, workers and jobs. Each world has a time of faults, and then a calm in which
-//! all jobs and workers that can end must end.
+//! [`World`]: one seed's servers, network, workers and jobs. Each world has a phase with faults, and then a calm phase
+//! in which all jobs and workers that can end must end.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -34,22 +34,22 @@ const LOOK: Duration = Duration::from_millis(500);
 pub struct World {
     /// The network.
     pub network: Network,
-    /// The server at the hosts `a` and `b`, and the one at `c`.
+    /// The server at the hosts `a` and `b`, and the server at `c`.
     pub servers: [Server; 2],
     /// The faults of requests.
     pub weather: Weather,
     /// The record of runs and reports.
     pub book: Book,
-    /// The trace, for people.
+    /// The trace that a failed test prints.
     pub trace: Trace,
-    /// The time of the world's begin.
+    /// The start time of the world.
     pub start: Instant,
     calm: CancellationToken,
     workers: Arc<AtomicUsize>,
 }
 
 impl World {
-    /// Returns a world in fair weather.
+    /// Returns a world without faults.
     pub fn new(rng: &mut Rng, trace: Trace) -> Self {
         let book = Book::new(trace.clone());
         let kinds = KINDS.into_iter().filter(|_| rng.bool()).collect();
@@ -70,7 +70,7 @@ impl World {
         format!("w{}", self.workers.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Returns the server of a worker.
+    /// Returns the server at a worker's configured url.
     fn server_of(&self, life: &Life) -> Server {
         self.network.server(life.config.url.host())
     }
@@ -85,7 +85,7 @@ impl World {
     }
 }
 
-/// Runs one seed. The book has the violations.
+/// Runs one seed. Violations are recorded in the world's `book`.
 pub async fn live(world: &World, mut rng: Rng) {
     let lasting = millis(&mut rng, 30_000..150_000);
     let mut acting = JoinSet::new();
@@ -116,7 +116,7 @@ async fn put_in(world: World, mut rng: Rng, lasting: Duration) {
     let has_second = chance(&mut rng, 0.25);
     let mut times: Vec<Duration> = (0..rng.usize(90..160)).map(|_| lasting.mul_f64(rng.f64() * 0.9)).collect();
     if rng.bool() {
-        // All at once, for a backlog.
+        // Enqueue all jobs at the start, so that there is a backlog.
         times.iter_mut().for_each(|time| *time = Duration::ZERO);
     }
     times.sort();
@@ -138,7 +138,7 @@ fn draw_job(rng: &mut Rng) -> NewJob {
     }
 }
 
-/// Changes the weather and restarts servers at random times.
+/// Changes the rates of faults and restarts servers at random times.
 async fn make_trouble(world: World, mut rng: Rng) {
     loop {
         world.weather.set_level(one_of(&mut rng, &[0.0, 0.0, 0.05, 0.2, 0.5, 1.0]));
@@ -195,7 +195,8 @@ fn draw_bounds(rng: &mut Rng, config: &mut WorkerConfig) {
     }
 }
 
-/// Starts one worker after another, with random requests to each. Returns the worker at the start of the calm.
+/// Runs one worker after another until the calm, and applies random actions to each. Returns the worker that runs when
+/// the calm begins, if any.
 async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     loop {
         let mut config = draw_settings(&mut rng);
@@ -223,7 +224,8 @@ async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     }
 }
 
-/// Sends a random request to a worker. Returns the worker, unless it has vanished.
+/// Applies a random action to a worker: pause, resume, reload, stop, kill, crash, or nothing. Returns the worker unless it
+/// has crashed.
 async fn act(mut life: Life, rng: &mut Rng) -> Option<Life> {
     match rng.u8(0..20) {
         0..4 if life.is_paused => life.resume(),
@@ -250,7 +252,7 @@ fn reload(config: &mut WorkerConfig, rng: &mut Rng) {
     }
 }
 
-/// Changes the prefetch, or the host name of the same server.
+/// Changes the prefetch, or switches between the two host names of one server.
 fn reload_in_place(config: &mut WorkerConfig, rng: &mut Rng) {
     match config.url.host() {
         "a" if rng.bool() => config.url = "http://b".parse().unwrap(),
@@ -259,7 +261,7 @@ fn reload_in_place(config: &mut WorkerConfig, rng: &mut Rng) {
     }
 }
 
-/// Runs the calm after the faults. Stopping workers end, waiting outcomes are reported, and then all jobs end.
+/// Runs the calm after the faults, and checks that stopping workers end, pending outcomes are reported, and all jobs end.
 async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     leave_with_a_cut(world, rng, &mut lives).await;
     let (ending, mut lives): (Vec<_>, Vec<_>) = lives.into_iter().partition(Life::is_ending);
@@ -278,9 +280,9 @@ async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     let recovery = lives.iter().map(|life| bounds::recovery(&life.config, &world.weather)).max().unwrap_or_default();
     let recovered = Instant::now() + recovery;
     finish_all(world, rng, &mut lives, recovered).await;
-    // Requests in flight at the end of the faults have failed by now, and were retried.
+    // By then, requests that were in flight at the end of the faults have failed and been retried.
     sleep_until(recovered).await;
-    // A job may be finished elsewhere during a run of it.
+    // A worker may still run a job that another worker has already finished.
     while lives.iter().any(|life| !life.running().is_empty()) {
         sleep(LOOK).await;
     }
@@ -298,7 +300,7 @@ async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     }
 }
 
-/// Drains or pauses some workers, and cuts their connections meanwhile, as the last faults.
+/// Drains or pauses some workers, and then cuts the connections of some. These are the last faults.
 async fn leave_with_a_cut(world: &World, rng: &mut Rng, lives: &mut [Life]) {
     for life in lives.iter_mut() {
         match rng.u8(0..4) {
@@ -341,7 +343,7 @@ fn employ_the_healthy(world: &World, lives: &mut Vec<Life>) {
     }
 }
 
-/// Waits until paused workers have reported their outcomes. They take no jobs, but must report.
+/// Waits until the paused workers have reported their outcomes. A paused worker takes no jobs, but must report.
 async fn hear_the_paused(world: &World, lives: &[Life]) {
     for life in lives.iter().filter(|life| life.is_paused) {
         let running = life.running().iter().map(|run| run.lasts).max().unwrap_or_default();
@@ -356,7 +358,8 @@ async fn hear_the_paused(world: &World, lives: &[Life]) {
     }
 }
 
-/// Returns a job that the server would send to this worker, and that runs or has ended in this worker.
+/// Returns a job that is ready for redelivery although this worker still runs it or has not reported its outcome. Only
+/// jobs of the worker's queues count.
 fn withheld_by(world: &World, life: &Life) -> Option<String> {
     let server = world.server_of(life);
     let is_withheld = |run: &&Run| {
@@ -371,7 +374,7 @@ fn withheld_by(world: &World, life: &Life) -> Option<String> {
     here.iter().find(is_withheld).map(|run| run.id.clone())
 }
 
-/// Waits until all jobs are finished, and checks that no worker is idle meanwhile.
+/// Waits until all jobs are finished, and checks meanwhile that no worker idles or withholds reports.
 async fn finish_all(world: &World, rng: &mut Rng, lives: &mut [Life], recovered: Instant) {
     let bound = recovered + bounds::work(&world.servers.iter().flat_map(Server::open_records).collect::<Vec<_>>());
     let mut idle_since: Vec<(usize, Instant)> = lives.iter().map(|_| (0, recovered)).collect();
@@ -407,14 +410,16 @@ fn check_that_it_works(world: &World, life: &Life, (progress, since): &mut (usiz
     }
 }
 
-/// Checks that a worker with unreported outcomes sends them within its first wait after a proper answer of the server.
+/// Checks that a worker with unreported outcomes sends them within its first backoff wait after a genuine answer of the
+/// server.
 fn check_that_it_reports(world: &World, life: &Life) {
     let Talk { under_way, silent_since, heard, reported } = world.book.talk_of(&life.name);
     let (Some(heard), Some(silent_since), 0) = (heard, silent_since, under_way) else { return };
     let from = [Some(heard), Some(silent_since), reported, world.weather.retry_after()].into_iter().flatten().max();
     let allowance = bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
     let due = from.unwrap_or(heard) + allowance;
-    // A worker stops reading at a full prefetch. The server may count some of these jobs as finished, and send more.
+    // A worker in which `prefetch` jobs wait stops reading its stream, so it may not know of a redelivery. More jobs can be
+    // in flight to it than `prefetch`, because the server may already count some of the waiting jobs as finished.
     let reads = world.book.waiting_in(&life.name) < life.config.prefetch.get();
     if Instant::now() <= due || !reads {
         return;
@@ -437,10 +442,11 @@ fn check_that_it_reports(world: &World, life: &Life) {
     }
 }
 
-/// The number of failures that a worker reports at once.
+/// The number of failure reports that a worker sends concurrently.
 const FAILURES_AT_ONCE: usize = 8;
 
-/// Lets the server refuse as many failures of one worker as it reports at once, and checks that others leave nevertheless.
+/// Makes the server refuse as many failure reports as one worker sends concurrently, and checks that the worker still
+/// reports another failure.
 async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [Life]) {
     let has_room = |life: &&mut Life| life.config.prefetch.get() > FAILURES_AT_ONCE && !life.is_bounded();
     let able: Vec<String> = lives.iter_mut().filter(has_room).map(|life| life.name.clone()).collect();
@@ -458,7 +464,7 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
     let stuck: Vec<String> = (0..FAILURES_AT_ONCE).map(|_| fail()).collect();
     let refusal = Fault::Instead(Answer::of(503));
     stuck.iter().for_each(|id| world.weather.lay_for(id, Call::Failure, refusal));
-    // Every one of them has been refused at least once.
+    // Wait until each of the stuck reports has been refused at least once.
     sleep(bounds::runs(&server.open_records()) + MAX_LATENCY * 8 + bounds::SLACK).await;
     let other = fail();
     sleep(MAX_LATENCY * 8 + bounds::SLACK).await;
@@ -466,7 +472,8 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
         world.book.violation(format!("{name} does not report how {other} ended beside failures that are refused"));
     }
     world.weather.clear();
-    // Without a recovery, the reports take turns.
+    // Other calls succeeded meanwhile, so the worker sees no recovery that would retry all reports at once. They are
+    // retried one by one.
     let turns = u32::try_from(FAILURES_AT_ONCE + 2).unwrap();
     sleep((bounds::first_wait(config) + MAX_LATENCY * 2) * turns + bounds::SLACK).await;
     if let Some(id) = stuck.iter().find(|id| !has_failed(id)) {
@@ -476,7 +483,8 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
     others.iter_mut().for_each(|life| life.resume());
 }
 
-/// Gives each worker jobs that only it takes, to check that no place in its prefetch is lost.
+/// Enqueues jobs for each worker in turn while all others are paused. The worker would not finish them in time if it had
+/// leaked a part of its prefetch.
 async fn probe_each(world: &World, lives: &mut [Life]) {
     const LASTS: Duration = Duration::from_millis(100);
     for at in 0..lives.len() {
@@ -485,7 +493,7 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let (server, config) = (world.server_of(&lives[at]), &lives[at].config);
         let count = if lives[at].is_bounded() { 0 } else { 2 * config.prefetch.get() };
         let queue = config.queues.first().map_or(QUEUES[0], String::as_str).to_owned();
-        // A job whose report was refused for good becomes ready again when its stream is closed.
+        // These jobs may run as well: a job whose report was refused for good becomes ready again when its stream closes.
         let others: Vec<Record> = server.open_jobs().iter().filter_map(|id| server.job(id)).collect();
         let probes: Vec<String> = (0..count)
             .map(|_| {
@@ -505,7 +513,7 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
     }
 }
 
-/// Waits for the end of a world, or for the first violation.
+/// Runs `living` until it ends, or until the first violation. More than an hour of virtual time is a violation.
 pub async fn until_violated(world: &World, living: impl Future<Output = ()>) {
     tokio::select! {
         biased;

@@ -28,7 +28,7 @@ impl Admin {
         body
     }
 
-    /// Waits until `GET /ready` says that the daemon is ready, or not ready.
+    /// Waits until `GET /ready` answers that the daemon is ready, or not ready, and returns the reasons.
     pub fn wait_until_ready(&self, ready: bool) -> Vec<String> {
         eventually(&format!("ready: {ready}"), || {
             let (status, body) = self.call("GET", "/ready");
@@ -55,7 +55,7 @@ impl Admin {
         })
     }
 
-    /// Waits until a metric has this value. `name` includes the labels, in alphabetical order.
+    /// Waits until a metric has this value. `name` is without `zizq_worker_`, and with the labels in alphabetical order.
     pub fn wait_for_metric(&self, name: &str, value: &str) {
         let line = format!("zizq_worker_{name} {value}");
         eventually(&line, || self.metrics().lines().any(|found| found == line).then_some(()));

@@ -21,7 +21,7 @@ pub struct Identity {
 impl Authority {
     pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
-        // Distinguishes this authority from others.
+        // A random name distinguishes this authority from others.
         params.distinguished_name.push(DnType::CommonName, format!("authority {:x}", fastrand::u64(..)));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())

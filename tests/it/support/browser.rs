@@ -35,7 +35,7 @@ const FLAGS: [&str; 13] = [
     "--remote-debugging-pipe",
 ];
 
-/// The lock of the only running browser. Several browsers at once start slowly, or not at all if memory is short.
+/// The lock that a running browser holds. Several browsers at once start slowly, or not at all if memory is short.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// A browser with one page.
@@ -62,7 +62,7 @@ fn find() -> Option<PathBuf> {
 }
 
 impl Browser {
-    /// Opens a page, if there is a browser.
+    /// Opens a page. Returns `None` if no browser is installed.
     pub fn open(url: &str) -> Option<Self> {
         let mut browser = Self::start(&find()?);
         let target = browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();
@@ -169,7 +169,7 @@ impl Browser {
         requests.map(|request| request["request"]["url"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// Returns the complaints so far: script errors, policy violations, and dialogs.
+    /// Returns the complaints so far: script errors, console and log messages (including policy violations), and dialogs.
     pub fn complaints(&mut self) -> Vec<String> {
         self.evaluate("0");
         let methods =

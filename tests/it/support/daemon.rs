@@ -32,12 +32,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Returns a daemon for this server, which logs JSON at level debug.
+    /// Returns a daemon that takes jobs from this server, and logs JSON at level debug.
     pub fn of(server: &Api) -> Self {
         Self::at(&server.url)
     }
 
-    /// Returns a daemon for the server at this url.
+    /// Returns a daemon that takes jobs from the server at this url, and logs JSON at level debug.
     pub fn at(url: &str) -> Self {
         Self::bare().args(["--url", url, "--log-format", "json", "--log-level", "debug"])
     }
@@ -88,8 +88,8 @@ impl Daemon {
         daemon
     }
 
-    /// Starts the daemon from `leader`, the leader of a session whose controlling terminal is stdin. The log does not
-    /// go to the terminal.
+    /// Starts the daemon from the command `leader`, which leads a session whose controlling terminal is stdin. The log
+    /// does not go to the terminal.
     pub fn in_session_of<const N: usize>(self, leader: [&str; N]) -> Self {
         let mut setsid = Command::new("setsid");
         setsid.arg("-c").args(leader);
@@ -157,7 +157,7 @@ impl Daemon {
         self.config(&toml)
     }
 
-    /// Sets one shell script for all jobs, with these settings.
+    /// Sets a shell script as the handler of all jobs, with these settings of the handler.
     pub fn handler(self, script: &str, settings: &str) -> Self {
         self.script("handle.sh", script);
         self.handlers(&format!("[handler]\nexec = ['$DIR/handle.sh']\n{settings}"))
@@ -183,7 +183,7 @@ impl Daemon {
     }
 
     /// Starts the daemon in a sandbox that refuses these system calls to the daemon and to its children. Must be called
-    /// last, because the sandbox also applies to the commands that wrap the daemon.
+    /// last, because methods that start the daemon from another command discard the sandbox.
     pub fn in_sandbox<const N: usize>(mut self, refused: [Refused; N]) -> Self {
         seccomp::refuse(&mut self.command, &refused);
         self
@@ -192,7 +192,7 @@ impl Daemon {
     /// Starts the daemon as process 1 of a namespace, as in a container without an init.
     pub fn in_pid_namespace(self) -> Self {
         let mut unshare = Command::new("unshare");
-        // In a user namespace, any user becomes root.
+        // An unprivileged user becomes root in a new user namespace.
         if !rustix::process::getuid().is_root() {
             unshare.args(["--user", "--map-root-user"]);
         }
@@ -269,7 +269,7 @@ impl Daemon {
         let lines = Arc::clone(&log);
         let keep = move |line: &String| self.keep_output || !line.contains(r#""message":"stderr""#);
         let reading = std::thread::spawn(move || {
-            // A read from a closed terminal returns an error.
+            // The log ends at the first error, because a read from a closed terminal fails.
             let all = BufReader::new(stderr).split(b'\n').map_while(Result::ok);
             for line in all.map(|line| String::from_utf8_lossy(&line).into_owned()).filter(keep) {
                 lines.lock().unwrap().push(line);
@@ -295,11 +295,11 @@ impl Daemon {
 /// All text that a terminal has received.
 type Screen = Arc<Mutex<Vec<u8>>>;
 
-/// A terminal. Unlike the log, it also shows incomplete lines.
+/// A reader of a terminal, which copies all text to `screen`. Unlike the log, `screen` also has incomplete lines.
 struct Watched {
     terminal: File,
     screen: Screen,
-    /// The end of a pipe whose other end closes when the terminal hangs up.
+    /// The end of a pipe whose other end closes when the test hangs up the terminal.
     hung_up: PipeReader,
 }
 
@@ -318,7 +318,7 @@ impl Read for Watched {
     }
 }
 
-/// A running daemon. Dropped before its end, it is killed. When a test fails, it prints its command, log and output.
+/// A running daemon. A drop kills the daemon if it still runs, and prints its command and log if the test fails.
 pub struct Running {
     child: Child,
     command: String,
@@ -326,7 +326,7 @@ pub struct Running {
     screen: Screen,
     reading: Option<JoinHandle<()>>,
     output: Option<JoinHandle<String>>,
-    /// The end of a pipe, or of the controlling terminal. Closing it hangs the terminal up.
+    /// One end of the controlling terminal, or of the pipe to `Watched`. Closing this end hangs up the terminal.
     terminal: Option<OwnedFd>,
     dir: TempDir,
     exited: bool,
@@ -356,7 +356,7 @@ impl Running {
         self
     }
 
-    /// Signals another process of the daemon.
+    /// Sends a signal to another process, for example a handler.
     pub fn signal_process(&self, pid: u32, signal: Signal) {
         kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), signal).unwrap();
     }
@@ -394,7 +394,7 @@ impl Running {
         })
     }
 
-    /// Waits for an event with this message.
+    /// Waits for an event whose message contains this text.
     pub fn wait_for_message(&self, message: &str) -> Value {
         self.wait_for(&format!("log: {message}"), |event| {
             event["message"].as_str().is_some_and(|text| text.contains(message))
@@ -432,7 +432,7 @@ impl Running {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
-    /// Waits until a thread of the daemon is in a read of stdin.
+    /// Waits until a thread of the daemon is blocked in a read from stdin.
     pub fn wait_for_blocked_read(&self) {
         let tasks = Path::new("/proc").join(self.pid().to_string()).join("task");
         eventually("a read from stdin", || {
@@ -462,7 +462,7 @@ impl Running {
         fs::write(self.dir().join("go"), "").unwrap();
     }
 
-    /// Stops the daemon, and waits for its end.
+    /// Stops the daemon with SIGTERM, and asserts that it exits with status 0.
     pub fn stop(self) -> Finished {
         self.sigterm();
         self.assert_exit(0)
@@ -480,7 +480,7 @@ impl Running {
         Finished { status, log: self.log(), stdout, screen: self.screen(), dir }
     }
 
-    /// Waits for the daemon's end and its exit status.
+    /// Waits for the daemon's end, and asserts its exit status.
     pub fn assert_exit(self, code: i32) -> Finished {
         self.finish().assert_exit(code)
     }
@@ -493,7 +493,8 @@ impl Finished {
         self
     }
 
-    /// Asserts an exit with status 0, or a death by the signal if it arrived before the daemon installed its handlers.
+    /// Asserts an exit with status 0, or a death by SIGTERM, which is possible if the signal arrives before the daemon has
+    /// installed its signal handlers.
     #[track_caller]
     pub fn assert_obeyed(self) {
         let obeyed = self.status.code() == Some(0) || self.status.signal() == Some(Signal::TERM.as_raw());
@@ -505,7 +506,7 @@ impl Finished {
         self.log.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// Returns the only event with this message.
+    /// Returns the first event with this message. Panics if there is none.
     #[track_caller]
     pub fn event(&self, message: &str) -> Value {
         let found = self.events().into_iter().find(|event| event["message"] == message);

@@ -1,4 +1,4 @@
-//! A file system that hangs, like a network file system whose server is gone.
+//! A file system that hangs, like a network file system whose server is unreachable.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-/// A file system on which every access waits until the process is killed. Unmounted on drop.
+/// A file system on which every access blocks until the accessing process is killed. Unmounted on drop.
 pub struct HungFileSystem {
     mount_point: PathBuf,
     /// The FUSE device. The kernel's requests on it are never answered.

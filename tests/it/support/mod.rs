@@ -52,7 +52,7 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// A script that runs until the test's directory has a file `go`.
+/// A script that appends the job's id to `started`, and runs until the test's directory has a file `go` or is deleted.
 pub const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
 
 /// Returns `count` equal jobs.

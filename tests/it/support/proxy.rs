@@ -30,7 +30,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::server::{Server, runtime};
 use super::{Api, eventually};
 
-/// A running proxy. Its API is the server's, through the proxy.
+/// A running proxy. Dereferences to an `Api` whose calls go through the proxy.
 pub struct Proxy {
     api: Api,
     shared: Arc<Shared>,
@@ -68,7 +68,7 @@ pub enum Fault {
     Body(BodyFault),
 }
 
-/// A fault of an answer's body, which for a take stream is the stream.
+/// A fault in the body of an answer. The body of the answer to a take call is the stream.
 #[derive(Debug, Clone, Copy)]
 pub enum BodyFault {
     /// The connection is cut after this many bytes.
@@ -95,7 +95,7 @@ struct Held {
 #[derive(Debug, Clone)]
 pub enum Event {
     Request(Seen),
-    /// The connection with this number has ended, from either side.
+    /// The connection with this number has been closed by either side.
     Closed(usize),
 }
 
@@ -142,7 +142,7 @@ impl Proxy {
         Self::start(server.address(), None, true)
     }
 
-    /// Starts a proxy in front of any server.
+    /// Starts a proxy without faults in front of the server at this address. The proxy speaks only HTTP/1.1.
     pub fn before_address(server: SocketAddr) -> Self {
         Self::start(server, None, true)
     }
@@ -290,7 +290,7 @@ struct Connection {
     is_reset: Arc<AtomicBool>,
 }
 
-/// Ends all tasks of the proxy on drop.
+/// Accepts and serves connections. A drop of this future ends all tasks of the proxy.
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = tokio::task::JoinSet::new();
     for number in 0.. {
@@ -332,7 +332,7 @@ impl Connection {
         if self.shared.http1_only {
             builder = builder.http1_only();
         }
-        // To cut a connection is to drop it, with all bytes in flight.
+        // A cut drops the connection, with all bytes that are not sent yet.
         let _ = self.cut.run_until_cancelled(builder.serve_connection(TokioIo::new(stream), service)).await;
     }
 
@@ -370,9 +370,10 @@ impl Connection {
         }
     }
 
-    /// Records the request.
+    /// Records the request, and returns the kind of the call.
     fn record(&self, request: &Request<Bytes>) -> Option<Call> {
-        // Not recorded: a worker asks for the version after each connect, and waits for no answer.
+        // Version requests are not recorded. A worker sends one after each connect and does not wait for the answer, so
+        // tests cannot predict its position among the other requests.
         if request.uri().path() == "/version" {
             return None;
         }
@@ -435,9 +436,9 @@ struct Passing {
     body: Incoming,
     fault: Option<BodyFault>,
     connection: Connection,
-    /// The number of bytes or jobs that have passed, as the fault counts them.
+    /// The number of bytes (for `CutAfterBytes`) or jobs that have been forwarded.
     passed: usize,
-    /// Bytes that have arrived and not yet passed.
+    /// The bytes from the server that have not been forwarded yet.
     rest: Bytes,
     _upstream: AbortOnDropHandle<()>,
 }
@@ -470,7 +471,7 @@ impl Passing {
     }
 
     async fn end<T>(self) -> T {
-        // hyper flushes a frame only when it polls for the next one and has to wait.
+        // hyper flushes a frame only when the next frame is not ready. Without this pause, a cut could lose the last frame.
         tokio::time::sleep(Duration::from_millis(20)).await;
         if !matches!(self.fault, Some(BodyFault::StallAfterJobs(_))) {
             self.connection.cut.cancel();
@@ -478,13 +479,13 @@ impl Passing {
         pending().await
     }
 
-    /// Returns the next part to pass of the bytes that have arrived.
+    /// Removes the next part to forward from `rest`, and returns the part.
     async fn next(&mut self) -> Bytes {
         let all = self.rest.len();
         let length = match self.fault {
             None => all,
             Some(BodyFault::Drip) => {
-                // A pause after each byte, so that the reader sees it alone.
+                // Pause between the bytes, so that the client reads each byte separately.
                 tokio::time::sleep(Duration::from_micros(200)).await;
                 1
             }

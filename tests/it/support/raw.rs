@@ -26,7 +26,7 @@ impl RawServer {
         Self::at("127.0.0.1:0".parse().unwrap())
     }
 
-    /// Listens on this port.
+    /// Listens on this address.
     pub fn at(address: SocketAddr) -> Self {
         let listener = TcpListener::bind(address).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -38,8 +38,8 @@ impl RawServer {
         format!("http://{}", self.address)
     }
 
-    /// Waits for the next connection and its first request. Requests for the version are answered here, because a
-    /// worker sends one after each connect, does not wait for the answer, and may cancel the request before it is sent.
+    /// Waits for the next connection and its first request. Answers and skips version requests, because a worker sends one
+    /// after each connect, does not wait for the answer, and may cancel the request before it is sent.
     pub fn request(&self) -> RawRequest {
         loop {
             match RawRequest::read(self.connection()) {
@@ -50,7 +50,7 @@ impl RawServer {
         }
     }
 
-    /// Hands each request to `answer` until it returns a value. Requests for the version are answered here.
+    /// Passes each request to `answer` until `answer` returns a value. Answers and skips version requests.
     pub fn answer_until<T>(&self, what: &str, mut answer: impl FnMut(RawRequest) -> Option<T>) -> T {
         eventually(what, || {
             let (stream, _) = self.listener.accept().ok()?;
@@ -77,7 +77,7 @@ impl RawServer {
         patient(stream)
     }
 
-    /// Reports whether no request is waiting for an answer.
+    /// Reports whether no request is waiting for an answer. Answers and skips version requests.
     pub fn is_quiet(&self) -> bool {
         while let Ok((stream, _)) = self.listener.accept() {
             match RawRequest::read(patient(stream)) {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Api, Server, eventually};
 
-/// A server, and a queue on it for this test alone.
+/// A server, and the name of a queue that only this test uses.
 pub struct Restartable {
     api: Api,
     embedded: Option<Server>,
@@ -49,7 +49,7 @@ impl Restartable {
         json!({"queue": self.queue, "type": job_type, "payload": payload})
     }
 
-    /// Crashes and restarts the server. The embedded one restarts after `pause`, a real one by the command.
+    /// Crashes and restarts the server. An embedded server restarts after `pause`. `ZIZQ_RESTART_CMD` restarts a real one.
     pub fn restart(&mut self, pause: Duration) {
         match &mut self.embedded {
             Some(server) => {

@@ -12,9 +12,9 @@ use rustix::io::Errno;
 #[derive(Debug, Clone, Copy)]
 pub struct Refused {
     pub call: libc::c_long,
-    /// Bits of which the first argument must have at least one. 0 means any argument.
+    /// Bits of the first argument. The call is refused only if at least one of them is set. 0 sets no condition.
     pub with: libc::c_int,
-    /// Bits of which the first argument must have none.
+    /// Bits of the first argument. The call is refused only if none of them is set.
     pub without: libc::c_int,
     pub errno: Errno,
 }
@@ -25,12 +25,12 @@ impl Refused {
         Self { call, with: 0, without: 0, errno }
     }
 
-    /// Returns the refusal of a `clone` with one of these flags that starts a process. Threads can still be started.
+    /// Returns the refusal of each `clone` that has one of these flags and starts a process. Threads can still be started.
     pub fn clone(flags: libc::c_int, errno: Errno) -> Self {
         Self { call: libc::SYS_clone, with: flags, without: libc::CLONE_THREAD, errno }
     }
 
-    /// Returns the part of the filter for this call: it compares the call's number, and then the first argument.
+    /// Returns the filter instructions for this call. They compare the call's number, and then the first argument.
     fn filter(self) -> Vec<libc::sock_filter> {
         let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
         let equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
@@ -51,7 +51,7 @@ impl Refused {
     }
 }
 
-/// Starts the command in a sandbox that refuses these calls.
+/// Makes the command start in a sandbox that refuses these calls.
 pub fn refuse(command: &mut Command, refused: &[Refused]) {
     let mut filter: Vec<libc::sock_filter> = refused.iter().flat_map(|refused| refused.filter()).collect();
     let code = (libc::BPF_RET | libc::BPF_K) as u16;

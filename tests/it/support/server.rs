@@ -18,7 +18,7 @@ pub fn runtime() -> &'static Runtime {
     RUNTIME.get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap())
 }
 
-/// The API of a server.
+/// A client of a server's API.
 #[derive(Clone)]
 pub struct Api {
     pub url: String,
@@ -79,13 +79,13 @@ impl Api {
         })
     }
 
-    /// Sends a call without a body, and returns the status of the answer, if there is one.
+    /// Sends a call without a body. Returns the status of the answer, or `None` if the call fails.
     pub fn try_call(&self, method: &str, path: &str) -> Option<u16> {
         let request = self.http.request(method.parse().unwrap(), format!("{}{path}", self.url));
         runtime().block_on(async { Some(request.send().await.ok()?.status().as_u16()) })
     }
 
-    /// Waits until the job is gone, which means that it has succeeded.
+    /// Waits until the server no longer has the job, which means that the job has succeeded.
     pub fn wait_until_done(&self, id: &str) {
         eventually(&format!("job {id} done"), || self.job(id).is_none().then_some(()));
     }
@@ -95,7 +95,7 @@ impl Api {
         eventually(&format!("job {id} {status}"), || self.job(id).filter(|job| job["status"] == status))
     }
 
-    /// Waits until the job has failed this many times, and returns the last error.
+    /// Waits until the job has failed in this attempt, counted from 1, and returns the error.
     pub fn wait_for_error(&self, id: &str, attempt: usize) -> Value {
         eventually(&format!("error {attempt} of job {id}"), || self.errors(id).get(attempt - 1).cloned())
     }
@@ -127,7 +127,7 @@ impl Server {
         Self::bind(SocketAddr::from(([127, 0, 0, 1], 0)), options)
     }
 
-    /// Starts a server on this port.
+    /// Starts a server on this address.
     pub fn at(address: SocketAddr) -> Self {
         Self::bind(address, Options::default())
     }
@@ -157,7 +157,7 @@ impl Server {
         self.address
     }
 
-    /// Starts a second server, with TLS, over the same jobs. Returns its port.
+    /// Starts a second server, with TLS and the same jobs. Returns its port, and a guard that stops it on drop.
     pub fn with_tls(&self, config: Arc<ServerConfig>) -> (u16, DropGuard) {
         let server = runtime().block_on(EmbeddedServer::bind("127.0.0.1:0", self.store.clone())).unwrap();
         let (port, stop) = (server.local_addr().port(), CancellationToken::new());
@@ -179,7 +179,7 @@ fn serve(server: EmbeddedServer) -> (CancellationToken, JoinHandle<()>) {
     (stop.clone(), runtime().spawn(server.run(stop)))
 }
 
-/// Returns a free port.
+/// Returns a local address with a free port.
 pub fn unused_address() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }

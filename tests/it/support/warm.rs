@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Api, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// The prelude of the handler, with functions for the code before and after the connect.
+/// The first part of the handler, with functions for the code in `before` and in the jobs.
 const PRELUDE: &str = r#"#!/usr/bin/env -S python3 -S
 import json, os, signal, socket, sys, time
 DIR = os.environ["DIR"]
@@ -112,7 +112,7 @@ impl Warm {
         enqueue_many(&self.server, count, code)
     }
 
-    /// Runs a job that succeeds. Returns its process.
+    /// Runs a job that succeeds. Returns the pid of its process.
     pub fn succeed(&self, code: &str) -> String {
         let id = self.enqueue(code);
         self.server.wait_until_done(&id);
@@ -125,7 +125,7 @@ impl Warm {
         self.server.wait_for_error(&id, 1)
     }
 
-    /// Returns the process of the job's last attempt.
+    /// Waits until the job has run, and returns the pid of the process of its last attempt.
     pub fn process_of(&self, id: &str) -> String {
         eventually(&format!("a process with job {id}"), || {
             let ran = self.lines("ran");
@@ -140,7 +140,7 @@ impl Warm {
         text.lines().map(str::to_owned).collect()
     }
 
-    /// Writes a file for which code in a handler waits.
+    /// Creates a file that code in a handler waits for with `until`.
     pub fn allow(&self, name: &str) {
         fs::write(self.running.dir().join(name), "").unwrap();
     }
