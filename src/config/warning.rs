@@ -36,6 +36,11 @@ pub enum Warning {
         /// The number of worker loops.
         concurrency: usize,
     },
+    /// A handler for a job type with a `*`.
+    Pattern {
+        /// The table of the handler.
+        handler: String,
+    },
     /// A handler whose time limit is longer than the shutdown deadline.
     LongTimeout {
         /// The table of the handler.
@@ -63,6 +68,8 @@ const LOW_PREFETCH: &str = "prefetch is below threads x fibers: the server never
 
 const FEW_PROCESSES: &str = "max_processes is below threads x fibers: jobs beyond it wait in their worker loops, and jobs of other types wait behind them; raise max_processes, or lower threads or fibers";
 
+const PATTERN: &str = "a job type is not a pattern: the handler gets only jobs whose type has that very `*`; name each type in a table of its own";
+
 const LONG_TIMEOUT: &str = "timeout is longer than the shutdown deadline: a job that takes its time is stopped at a shutdown and runs again; raise shutdown_deadline, or lower timeout";
 
 const LONG_GRACE: &str = "kill_grace is longer than the shutdown deadline: a stopped job may take longer to end than all others to finish; lower kill_grace, or raise shutdown_deadline";
@@ -80,6 +87,7 @@ impl Warning {
             Self::FewProcesses { handler, max_processes, concurrency } => {
                 warn!(handler, max_processes, concurrency, "{FEW_PROCESSES}");
             }
+            Self::Pattern { handler } => warn!(handler, "{PATTERN}"),
             Self::LongTimeout { handler, timeout, shutdown_deadline } => {
                 let (timeout, shutdown_deadline) = (duration(*timeout), duration(*shutdown_deadline));
                 warn!(handler, timeout, shutdown_deadline, "{LONG_TIMEOUT}");
@@ -106,6 +114,7 @@ impl fmt::Display for Warning {
             Self::FewProcesses { handler, max_processes, concurrency } => {
                 write!(f, "{FEW_PROCESSES} ({handler}.max_processes {max_processes}, threads x fibers {concurrency})")
             }
+            Self::Pattern { handler } => write!(f, "{PATTERN} ({handler})"),
             Self::LongTimeout { handler, timeout, shutdown_deadline } => {
                 let (timeout, deadline) = (duration(*timeout), duration(*shutdown_deadline));
                 write!(f, "{LONG_TIMEOUT} ({handler}.timeout {timeout}, shutdown_deadline {deadline})")
@@ -127,7 +136,10 @@ impl Config {
     pub fn warnings(&self) -> Vec<Warning> {
         let handlers = self.handlers.by_type().flat_map(|(job_type, handler)| {
             let table = table_of(job_type);
-            self.pool_warning(&table, handler).into_iter().chain(self.deadline_warnings(&table, handler))
+            let pattern = job_type.filter(|job_type| job_type.contains('*'));
+            let pattern = pattern.map(|_| Warning::Pattern { handler: table.clone() });
+            let pool = self.pool_warning(&table, handler);
+            pattern.into_iter().chain(pool).chain(self.deadline_warnings(&table, handler))
         });
         let mut handlers: Vec<Warning> = handlers.collect();
         handlers.sort_by_key(ToString::to_string);

@@ -201,6 +201,15 @@ fn an_offline_check_says_all_that_a_start_warns_of() {
 }
 
 #[test]
+fn a_job_type_with_a_star_is_a_warning() {
+    let daemon = Daemon::at("http://127.0.0.1:1").args(["--check", "--offline"]);
+    let finished = daemon.config("[handlers.'img.*']\nexec = ['true']").run().assert_exit(0);
+    let warnings: Vec<&str> = finished.stdout.lines().filter(|line| line.starts_with("warning: ")).collect();
+    assert_eq!(warnings.len(), 1, "{warnings:#?}");
+    assert!(warnings[0].starts_with("warning: a job type is not a pattern: ") && warnings[0].contains("img.*"));
+}
+
+#[test]
 fn a_full_check_says_the_same_warnings() {
     let server = Server::start();
     let file = DOUBTFUL.replace("mode = 'warm'\nmax_processes = 2", "");

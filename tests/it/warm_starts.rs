@@ -5,6 +5,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
+use serde_json::json;
 
 use crate::support::{Admin, Warm, assert_none_failed, eventually, replace, warm_handler};
 
@@ -115,4 +116,17 @@ fn a_reload_ends_the_wait_for_a_start_that_hangs() {
     warm.running.signal(Signal::HUP);
     warm.server.wait_until_done(&id);
     assert_none_failed(&warm.stop());
+}
+
+#[test]
+fn a_process_that_is_slow_to_connect_is_logged() {
+    let warm = Warm::before("time.sleep(7)", "start_timeout = '60s'");
+    let id = warm.enqueue("");
+    let warning = warm.running.wait_for_message("handler process has not connected to ZIZQ_SOCKET yet, its jobs wait");
+    assert_eq!((&warning["handler"], &warning["start_timeout"]), (&json!("handle.py"), &json!("1m")));
+    assert!(warning["pid"].is_u64(), "{warning}");
+    warm.server.wait_until_done(&id);
+    let finished = warm.stop();
+    assert_none_failed(&finished);
+    assert_eq!(finished.all("handler process has not connected to ZIZQ_SOCKET yet, its jobs wait").len(), 1);
 }

@@ -1,5 +1,6 @@
 //! [`Starting`]: a process that has been started, but has not connected yet.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use tokio::net::UnixListener;
 use tokio::time::Instant;
+use tracing::warn;
 
 use super::member::{End, Member, ProcessState, Stop};
 use super::wire::Wire;
@@ -15,6 +17,9 @@ use super::{Busy, Idle, Pool};
 use crate::dispatch::brake::Begin;
 use crate::dispatch::outcome;
 use crate::places::Place;
+
+/// The time after its start at which a process without a connection is logged.
+const SLOW_START: Duration = Duration::from_secs(5);
 
 /// The path of a process's socket. The file is removed on drop, because a process connects only once.
 pub(super) struct Socket(pub(super) PathBuf);
@@ -90,6 +95,7 @@ impl Begin for Starting {
                 Ok(())
             }
             end = self.member.ended() => Err(self.not_connected(&end)),
+            never = self.warn_of_slow_start() => match never {},
             () = tokio::time::sleep_until(self.member.started + limit) => {
                 self.member.stop(Stop::Kill);
                 self.member.ended().await;
@@ -106,6 +112,22 @@ impl Begin for Starting {
 }
 
 impl Starting {
+    /// Logs once that the process has not connected [`SLOW_START`] after its start.
+    async fn warn_of_slow_start(&self) -> Infallible {
+        let due = self.member.started + SLOW_START;
+        if due > Instant::now() {
+            tokio::time::sleep_until(due).await;
+            let start_timeout = humantime::format_duration(self.pool.settings.start_timeout).to_string();
+            warn!(
+                handler = self.pool.name,
+                pid = self.member.pid,
+                start_timeout,
+                "handler process has not connected to ZIZQ_SOCKET yet, its jobs wait"
+            );
+        }
+        std::future::pending().await
+    }
+
     fn not_connected(&self, end: &End) -> io::Error {
         let what = match &end.status {
             // Return the errno, by which the brake decides whether the fault may be temporary.
