@@ -1,4 +1,4 @@
-//! A worker inside a Rust program. A job is a function call and not a process.
+//! A worker inside a Rust program. Each job is a function call instead of a process.
 //!
 //!     cargo run --example library_worker                          # three jobs of a server in memory
 //!     cargo run --example library_worker -- http://localhost:7890 # jobs of that server
@@ -57,7 +57,7 @@ const JOBS: [&str; 3] = [
     r#"{"queue": "mail", "type": "send_email", "payload": 7}"#,
 ];
 
-/// Starts a server in memory with a few jobs, and returns its url.
+/// Starts an in-memory server with a few jobs, and returns its url.
 async fn start_server() -> Result<String, Box<dyn Error>> {
     let store = Store::new(Options::default());
     for job in JOBS {

@@ -23,7 +23,8 @@ fn handle(payload: &Value) -> Result<(), Box<dyn Error>> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let Some(socket) = std::env::var_os("ZIZQ_SOCKET") else {
-        // Without a socket, the program is spawned for one job, with the payload on stdin. An error becomes exit status 1.
+        // Without `ZIZQ_SOCKET`, the program is spawned for a single job and gets the payload on stdin. An error becomes exit
+        // status 1.
         return handle(&serde_json::from_reader(stdin())?);
     };
     let mut wire = UnixStream::connect(socket)?;

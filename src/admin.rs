@@ -22,21 +22,23 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-/// Limit of open connections. Further clients wait, otherwise many clients could use up the worker's file descriptors.
+/// Maximum number of open connections. Further clients wait. Without a limit, many clients could use up the worker's file
+/// descriptors.
 const MAX_CONNECTIONS: usize = 64;
 
-/// Time limit of a connection, which serves one request. Without it, silent clients could occupy all `MAX_CONNECTIONS` slots.
+/// Time limit of a connection, which serves one request. Without a time limit, silent clients could occupy all
+/// `MAX_CONNECTIONS` slots.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pause after a failed accept. Most accepts fail for lack of file descriptors, and an immediate retry would only spin.
+/// Pause after a failed accept. The usual cause is a lack of file descriptors, so immediate retries would fail in a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Content type that Prometheus asks for.
+/// Content type of the text format of Prometheus.
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 const JSON: &str = "application/json";
 
-/// Headers of every response. They keep other sites' pages from reading a response or running it as a script.
+/// Headers of every response. They forbid caching, content sniffing, referrers, and the use of a response by other sites.
 const HEADERS: [(HeaderName, &str); 4] = [
     (CACHE_CONTROL, "no-store"),
     (X_CONTENT_TYPE_OPTIONS, "nosniff"),
@@ -44,7 +46,7 @@ const HEADERS: [(HeaderName, &str); 4] = [
     (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
 ];
 
-/// The worker behind an admin server.
+/// A worker whose health, status and metrics an admin server serves.
 pub(crate) trait Inspected: Send + Sync + 'static {
     /// Returns the reasons why the worker cannot run jobs now, or an empty list if it can.
     fn unready(&self) -> Vec<String>;
@@ -56,12 +58,12 @@ pub(crate) trait Inspected: Send + Sync + 'static {
     fn metrics(&self) -> String;
 }
 
-/// An admin server that listens and does not serve yet.
+/// An admin server that listens, and serves requests once `serve` is called.
 #[derive(Debug)]
 pub(crate) struct AdminServer(TcpListener);
 
 impl AdminServer {
-    /// Listens on an address.
+    /// Starts to listen on an address.
     ///
     /// # Errors
     /// If the address cannot be bound.
@@ -69,7 +71,7 @@ impl AdminServer {
         TcpListener::bind(address).await.map(Self)
     }
 
-    /// Returns the page's URL for browsers on this machine.
+    /// Returns the URL at which a browser on this machine can open the status page.
     pub(crate) fn page_url(&self) -> io::Result<String> {
         let mut address = self.0.local_addr()?;
         if address.ip().is_unspecified() {

@@ -9,15 +9,15 @@ use crate::lifecycle::{Lifecycle, Phase};
 /// The default first wait. It is short, so that a restart of the server causes little delay.
 pub const DEFAULT_RETRY_MIN_WAIT: Duration = Duration::from_secs(1);
 
-/// The default longest wait. It is long enough not to burden an overloaded server, and short enough for a worker to reconnect
+/// The default maximum wait. It is long enough not to burden an overloaded server, and short enough for a worker to reconnect
 /// soon after the server recovers.
 pub const DEFAULT_RETRY_MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// The default factor from one wait to the next.
+/// The default factor by which each wait is longer than the previous one.
 pub const DEFAULT_RETRY_MULTIPLIER: f64 = 2.0;
 
-/// The maximum random extension of each wait, as a share of the wait. Otherwise all workers that lose the server at the same
-/// moment would reconnect at the same moment.
+/// The maximum random extension of each wait, as a fraction of the wait. Without it, all workers that lose the server at the
+/// same moment would also reconnect at the same moment.
 const JITTER: f64 = 0.25;
 
 /// Waits that grow by a fixed factor from a minimum to a maximum, each extended by up to 25 % at random.
@@ -66,7 +66,7 @@ impl Backoff {
         (self.min_wait, self.max_wait, self.multiplier)
     }
 
-    /// Returns the longest first wait, jitter included.
+    /// Returns the first wait with the maximum jitter.
     pub(crate) fn longest_first_wait(&self) -> Duration {
         self.min_wait.mul_f64(1.0 + JITTER)
     }
@@ -76,7 +76,7 @@ impl Backoff {
         self.min_wait
     }
 
-    /// Returns the longest wait, without its jitter.
+    /// Returns the maximum wait, without its jitter.
     pub fn max_wait(&self) -> Duration {
         self.max_wait
     }
@@ -115,7 +115,7 @@ pub(crate) trait Retryable {
     /// Reports whether a retry may succeed.
     fn is_retryable(&self) -> bool;
 
-    /// Returns the wait that the server has asked for. [`retry`] waits at least that long, even if `early` completes before.
+    /// Returns the wait that the server has asked for, if any. [`retry`] does not let `early` end the wait sooner than that.
     fn retry_after(&self) -> Option<Duration> {
         None
     }
@@ -133,9 +133,9 @@ pub(crate) enum Early {
 /// Calls `attempt` until it succeeds, or fails with an error that is not retryable, or fails once the phase `until` is reached.
 /// Reaching `until` ends a wait at once, for one last try. The first try always runs.
 ///
-/// `on_error` receives each retryable error, and the wait if a new one begins. A wait also ends when `early` completes, but not
-/// before the error's `retry_after`. If a try after an [`Early::Turn`] fails, the rest of the interrupted wait follows, unless
-/// the server asks for a wait.
+/// `on_error` receives each error after which `attempt` is called again, and the wait if a new one begins. A wait also ends
+/// when `early` completes, but not before the error's `retry_after`. If a try after an [`Early::Turn`] fails, the rest of the
+/// interrupted wait follows, unless the server asks for a wait.
 pub(crate) async fn retry<T, E, F, S>(
     mut waits: Waits,
     lifecycle: &Lifecycle,

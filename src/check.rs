@@ -21,13 +21,13 @@ use crate::version::misfit;
 /// The reason why a check failed.
 #[derive(Debug)]
 pub enum CheckError {
-    /// A mistake in the settings. A start of the worker would fail with the same error.
+    /// A mistake in the settings. The worker would fail to start with the same error.
     Mistake(ConfigError),
-    /// The server did not report its version. The text is a sentence with the reason.
+    /// The server did not report its version. The text names the reason.
     Server(String),
     /// No process can be started.
     Process(io::Error),
-    /// Warm handlers did not connect. The text is a sentence with the reasons.
+    /// One or more warm handlers did not connect. The text names the reasons.
     Handler(String),
     /// The output cannot be written.
     Output(io::Error),
@@ -41,13 +41,15 @@ impl From<io::Error> for CheckError {
     }
 }
 
-/// Prints every setting in force with its origin, and every start-up warning. Unless `reach` is `Offline`, also starts a test
-/// process that ends at once and one process of each warm handler, and asks the server for its version.
+/// Prints every setting in force with its origin, and every start-up warning, and checks the addresses on which the worker would
+/// listen. Unless `reach` is `Offline`, also starts a test process and one process of each warm handler, and asks the server for
+/// its version.
 ///
 /// If the reader of `out` closes its end, the check continues without output.
 ///
 /// # Errors
-/// If a start of the worker would fail, or the server cannot be reached, or a signal asks for a stop.
+/// If the worker would fail to start, the server does not report its version, the output cannot be written, or a signal asks for
+/// a stop.
 pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
     let lifecycle = Lifecycle::new();
     let (asking, _requests) = mpsc::unbounded_channel();
@@ -63,7 +65,7 @@ pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
 
 async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
     out.write_all(table(&config.settings()).as_bytes())?;
-    // No check is needed here: with a handler that cannot be run, the configuration would not have been resolved.
+    // No check is needed here, because the settings are resolved only if the file of each handler can be run.
     writeln!(out, "\nhandlers: their files can be run")?;
     for warning in config.warnings() {
         writeln!(out, "{}", warning_line(&warning))?;
@@ -87,12 +89,12 @@ async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
 /// Formats a warning as one line.
 fn warning_line(warning: &impl Display) -> String {
     let mut line = String::new();
-    // Writing to a string does not fail.
+    // Writing to a string never fails.
     let _ = write!(OneLine(&mut line), "warning: {warning}");
     line
 }
 
-/// Checks that the admin server can listen. An address in use is only a warning, because the worker with these settings
+/// Checks that the admin server can listen. If the address is in use, only prints a warning, because a worker with these settings
 /// may already be running.
 async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     let Some(admin) = &config.admin else { return Ok(()) };
@@ -104,8 +106,8 @@ async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<()
     Ok(())
 }
 
-/// Checks that the embedded server can listen, and that each line of its jobs file is a job. An address in use is only a
-/// warning, because the worker with these settings may already be running. Jobs from stdin are not read.
+/// Checks that the embedded server can listen, and that each line of its jobs file is a valid job. If the address is in
+/// use, only prints a warning, because a worker with these settings may already be running. Jobs from stdin are not read.
 #[cfg(feature = "embedded")]
 async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
     let Some(embedded) = &config.embedded else { return Ok(()) };
@@ -117,7 +119,7 @@ async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), Che
     Ok(())
 }
 
-/// Returns a dispatcher as a start of the worker would create it, together with its directory for result files.
+/// Creates a dispatcher and its directory for result files, as the worker does at its start.
 fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
     let worker_id = config.worker.worker_id.to_string();
     let made = ExecDispatcher::new(
@@ -174,7 +176,7 @@ async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), Check
 fn table(settings: &[Setting]) -> String {
     let longest = |length: fn(&Setting) -> usize| settings.iter().map(length).max().unwrap_or_default();
     let names = longest(|setting| setting.name.chars().count());
-    // Cap the width of the values' column, because one long value would push all origins off the screen.
+    // Cap the width of the column of values, otherwise one long value would push all origins off the screen.
     let values = longest(|setting| setting.value.chars().count()).min(40);
     let mut text = String::new();
     for Setting { name, value, source, .. } in settings {
@@ -185,7 +187,7 @@ fn table(settings: &[Setting]) -> String {
     text
 }
 
-/// A writer that silently drops all output after the reader has closed the pipe, as `head` does.
+/// A writer that silently drops all output after the reader, for example `head`, has closed the pipe.
 struct UntilClosed<W>(W);
 
 impl<W: Write> Write for UntilClosed<W> {

@@ -1,4 +1,4 @@
-//! [`Args`]: the command line and the environment, not yet resolved. The only module that uses clap.
+//! [`Args`]: the command line and the environment, from which the settings are resolved. This is the only module that uses clap.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Write as _};
@@ -16,7 +16,7 @@ use crate::client::url::{without_secrets, without_user};
 use crate::config::{ConfigError, Flag, Heading, SETTINGS, Source, Warning};
 use crate::dispatch::is_about_a_job;
 
-/// The end of the long help. Each paragraph is one line, because clap wraps lines at the terminal's width.
+/// The end of the help. Each paragraph is one line, because clap wraps lines at the terminal's width.
 const AFTER_HELP: &str = "\
 Each setting is taken from its flag, else its environment variable, else the configuration file, else its default. \
 Durations are written like 500ms or \"1m 30s\"; a bare number is seconds.
@@ -48,12 +48,12 @@ pub(crate) struct Given {
     pub(crate) source: Source,
 }
 
-/// The extent of `--check`.
+/// The scope of `--check`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
-    /// Everything, the server included.
+    /// All checks, including those that start processes or ask the server.
     Everything,
-    /// Settings, files and addresses of this machine alone. No process is started.
+    /// Only settings, files and addresses of this machine. No process is started, and no server is asked.
     Offline,
 }
 
@@ -61,19 +61,19 @@ pub enum Reach {
 #[derive(Debug)]
 pub struct Args {
     matches: ArgMatches,
-    /// `RUST_LOG`, which wins over the log level.
+    /// `RUST_LOG`, which overrides the log level in the settings.
     pub(crate) rust_log: Option<String>,
-    /// `PATH`, on which handlers are looked up.
+    /// `PATH`, in which handlers are looked up.
     pub(crate) path_list: Option<OsString>,
-    /// The whole environment, from which handlers inherit.
+    /// The whole environment, from which handlers inherit variables.
     pub(crate) environment: Vec<(OsString, OsString)>,
-    /// `NO_COLOR` (<https://no-color.org>).
+    /// Whether `NO_COLOR` is set and not empty (<https://no-color.org>).
     pub(crate) no_color: bool,
     /// `JOURNAL_STREAM`, see systemd.exec(5).
     pub(crate) journal_stream: Option<OsString>,
 }
 
-/// Reads `JOURNAL_STREAM`, which names the stream that systemd's journal reads.
+/// Reads `JOURNAL_STREAM`, which identifies the stream that systemd's journal reads.
 #[expect(clippy::disallowed_methods, reason = "this is the room that reads the environment")]
 pub fn journal_stream() -> Option<OsString> {
     std::env::var_os("JOURNAL_STREAM")
@@ -104,7 +104,7 @@ impl fmt::Display for Usage {
         }
         let text = self.0.to_string();
         let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
-        // Drop clap's tip to put the flag after `--`, because that would run the mistyped flag as the handler.
+        // Drop clap's tip to put a mistyped flag after `--`, because the worker would then run the flag as the handler.
         let idle = ["For more information", "tip: to pass"];
         let telling: Vec<&str> =
             lines.filter(|line| !line.is_empty() && !idle.iter().any(|start| line.starts_with(start))).collect();
@@ -152,19 +152,20 @@ impl Args {
         }
     }
 
-    /// Returns the words after `--`.
+    /// Returns the words after `--`, if there are any.
     pub(crate) fn trailing_command(&self) -> Option<Vec<OsString>> {
         Some(self.matches.get_many::<OsString>("command")?.cloned().collect())
     }
 
-    /// Returns the extent of the check if `--check` is given.
+    /// Returns the scope of the check if `--check` is given.
     pub fn check(&self) -> Option<Reach> {
         let reach = if self.is_set("offline") { Reach::Offline } else { Reach::Everything };
         self.is_set("check").then_some(reach)
     }
 
-    /// Returns a warning for each environment variable that begins with `ZIZQ_` and belongs to no setting. Variables about a job
-    /// give no warning, because a worker that a handler starts inherits them. An empty variable counts as not set.
+    /// Returns a warning for each environment variable that begins with `ZIZQ_` and belongs to no setting. The variables
+    /// that a worker sets for its handlers give no warning, because a worker that a handler starts inherits them. An empty
+    /// variable counts as not set.
     pub(crate) fn unknown_variables(&self) -> Vec<Warning> {
         let command = command();
         let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
@@ -185,17 +186,17 @@ impl Args {
         self.environment.iter().any(|(name, value)| name == "NOTIFY_SOCKET" && !value.is_empty())
     }
 
-    /// Reports whether a boolean flag, which takes no value, is given.
+    /// Reports whether a flag that takes no value is given.
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.matches.get_flag(name)
     }
 }
 
-/// Prefix of the environment variable of every setting.
+/// Prefix of each setting's environment variable.
 const PREFIX: &str = "ZIZQ_";
 
-/// Minimum similarity (0 to 1) of a mistyped variable and the intended one. With a lower limit, short names would match
-/// unrelated ones.
+/// Similarity (0 to 1) above which a known variable is suggested for a mistyped one. A lower limit would suggest unrelated names
+/// for short ones.
 const MIN_LIKENESS: f64 = 0.8;
 
 /// Returns the name of a setting's environment variable.
@@ -203,7 +204,7 @@ fn variable(name: &str) -> String {
     format!("{PREFIX}{}", name.to_uppercase().replace('-', "_"))
 }
 
-/// Returns the most similar known name, if one is similar enough.
+/// Returns the known name that is most similar to `name`, if the similarity is above `min_likeness`.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str], min_likeness: f64) -> Option<&'a str> {
     let likeness = |known: &str| strsim::jaro(name.trim_start_matches(PREFIX), known.trim_start_matches(PREFIX));
     let alike = known.iter().map(|known| (likeness(known), *known)).filter(|(likeness, _)| *likeness > min_likeness);

@@ -30,7 +30,7 @@ pub type Fatal = Box<dyn std::error::Error + Send + Sync>;
 /// takes less time than the wake-up.
 ///
 /// # Errors
-/// If the operating system refuses file descriptors.
+/// If the operating system refuses the runtime's file descriptors.
 pub fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
@@ -74,7 +74,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let attending = AbortOnDropHandle::new(tokio::spawn(attendant.attend(requests)));
 
     let ended = worker.run(&lifecycle).await;
-    // Wait for the attendant, which clears the last line of the terminal.
+    // Wait for the attendant, which removes the live line from the terminal before it ends.
     attending.await?;
     Ok(ended?)
 }

@@ -1,8 +1,8 @@
-//! [`fate`]: the one function that decides the next step for an outcome.
+//! [`fate`]: the one function that decides the next step for the outcome of a job.
 //!
 //! The decision depends on the kind of the outcome, the server's [answer](Answer) to the report, the [state](Told) of the job on
-//! the server, and the [hold](Hold) of this worker on the job. In the table, "…" is any value, and the first row that fits
-//! counts.
+//! the server, and the [hold](Hold) of this worker on the job. In the table, "…" matches any value, and the first
+//! matching row applies.
 //!
 //! | outcome | answer | told | hold | step |
 //! | --- | --- | --- | --- | --- |
@@ -30,16 +30,16 @@
 //! | … | Kept, KeptElsewhere | … | … | Park |
 //!
 //! The server accepts a success for any job in flight, whichever attempt that is and wherever it runs. A failure costs the job an
-//! attempt, and the server identifies the job by its id alone. So a failure is sent only while this worker holds the job as the
+//! attempt, and the server identifies the job by its id alone. So a failure is sent only while this worker holds the very
 //! attempt that failed.
 //!
-//! If the answer to a failure was lost, the failure is sent again only after a query of the job (`GET /jobs/{id}`) has shown that
-//! the first report did not arrive. A redelivery of the same attempt shows this too. If a proxy refuses the query, the job is
-//! released: the server then redelivers the job if it has not counted the failure.
+//! If the answer to a failure report was lost, the report is sent again only after a query of the job (`GET /jobs/{id}`) has
+//! shown that the first report did not arrive. A redelivery of the same attempt shows this too. If a proxy refuses the query, the
+//! job is released (`Step::Release`), and the server then redelivers the job if it has not counted the failure.
 
 use crate::job::Report;
 
-/// The kind of an outcome that is reported.
+/// The kind of a reported outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Success,
@@ -52,24 +52,25 @@ impl Kind {
     }
 }
 
-/// The server's answer to the report.
+/// The server's answer to the report, or the reason why there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Answer {
     /// No report has been sent.
     Unsent,
-    /// A report was sent, and its answer was lost.
+    /// The report was sent, and the server's answer was lost.
     InDoubt,
-    /// The report counts.
+    /// The server accepted the report.
     Accepted,
     /// The server denied the report, because the job was not in flight.
     Denied,
     /// The request failed, and a retry may succeed.
     Failed,
-    /// The server refuses the report for good.
+    /// The server refuses the report permanently.
     Refused,
     /// The outcome is parked: its report waits until the job is redelivered.
     Kept,
-    /// The outcome is parked, the worker drains, and the previous query of the job already found the job in flight.
+    /// The outcome is parked while the worker drains, and the previous query already found the job in flight, probably on another
+    /// worker.
     KeptElsewhere,
 }
 
@@ -79,28 +80,29 @@ pub(crate) enum Told {
     NotAsked,
     /// The server did not answer.
     Unreachable,
-    /// A proxy refuses the query, or the job is unknown to the queried server, which is not the one that the job came from.
+    /// The state is unknown: a proxy refuses the query, or the queried server does not have the job and is not the server that
+    /// the job came from.
     Withheld,
     /// The server does not have the job.
     Gone,
     /// The job is completed or dead.
     Over,
-    /// The server has counted a failure since the attempt began.
+    /// The outcome is a failure, and the server has counted a failure since the attempt began.
     Past,
     /// The job is ready or scheduled.
     Waiting,
     InFlight,
 }
 
-/// The hold of this worker on the attempt now, compared with the hold at an earlier moment. For a denied report, that is the
-/// moment when the report was sent. Otherwise it is the last query of the job, or the start of the try without a query.
+/// The hold of this worker on the attempt now, compared with the hold at an earlier moment. For a denied report, the earlier
+/// moment is when the report was sent. Otherwise, it is the last query of the job, or the start of the try if there was no query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// The worker holds the job by the same delivery as before, over a stream that is still open.
+    /// The worker holds the attempt through the same delivery as before, over a stream that is still open.
     Same,
-    /// The worker holds the job by a later delivery, over a stream that is still open.
+    /// The worker holds the attempt through a later delivery, over a stream that is still open.
     Anew,
-    /// The worker no longer holds the attempt, because its stream is lost.
+    /// The worker does not hold the attempt: its stream is lost, or the job was redelivered as another attempt.
     Lost,
 }
 
@@ -124,7 +126,7 @@ pub(crate) enum Step {
     Drop,
 }
 
-/// Decides the next step for an outcome, as the table says.
+/// Decides the next step for an outcome, by the table in this module's documentation.
 pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
     match (answer, kind) {
         (Answer::Accepted, _) => Step::Settle,
@@ -149,7 +151,7 @@ pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
     }
 }
 
-/// Decides about a failure whose report may have arrived, while this worker holds the job.
+/// Decides the next step for a failure whose report may have arrived, while this worker holds the attempt.
 fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::InFlight, _) | (Told::Waiting, Hold::Anew) => Step::Send,
@@ -159,7 +161,7 @@ fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     }
 }
 
-/// Decides about a denied report of a job that is neither completed nor dead.
+/// Decides the next step after a denied report of a job that is not known to be completed, dead or deleted.
 fn fate_of_denied(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::Unreachable, _) => Step::Retry,
@@ -203,7 +205,7 @@ mod tests {
         })
     }
 
-    /// Returns the rows of the table in this module's documentation, as cells.
+    /// Returns the rows of the table in this module's documentation, each as a list of cells.
     fn table() -> Vec<Vec<&'static str>> {
         let rows = include_str!("fate.rs").lines().filter_map(|line| line.strip_prefix("//! | "));
         rows.skip(2).map(|row| row.trim_end_matches(" |").split(" | ").collect()).collect()

@@ -23,7 +23,7 @@ pub enum Stdin {
     None,
 }
 
-/// The way to start a handler: for each job, or once for many.
+/// The number of jobs that a process of a handler runs: one, or many.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Mode {
     /// One process for each job.
@@ -39,15 +39,15 @@ pub const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(60);
 /// The size of a warm handler's pool, and the limits of its processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
-    /// The number of processes that `idle_timeout` does not end.
+    /// The number of processes that are kept even after `idle_timeout`.
     pub min_processes: usize,
     /// The maximum number of processes. `None` means one for each worker loop.
     pub max_processes: Option<NonZeroUsize>,
-    /// The time limit from a process's start until it connects.
+    /// The time limit for a process to connect after its start.
     pub start_timeout: Duration,
-    /// The number of jobs after which a process is replaced, plus a random share of up to a quarter.
+    /// The number of jobs after which a process is replaced, extended by up to 25 % at random.
     pub max_jobs: Option<NonZeroU64>,
-    /// The age at which a process is replaced, plus a random share of up to a quarter.
+    /// The age at which a process is replaced, extended by up to 25 % at random.
     pub max_age: Option<Duration>,
     /// The resident memory in bytes, measured after each job, above which a process is replaced.
     pub max_memory: Option<u64>,
@@ -69,14 +69,14 @@ impl Default for Pool {
     }
 }
 
-/// The command for a job, and the meaning of its exit status.
+/// The command for a job, and its settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handler {
     /// The executable and its arguments.
     pub program: Program,
-    /// The way to start the command.
+    /// The mode: one process for each job, or one for many.
     pub mode: Mode,
-    /// The whole environment of the command, except the variables about the job.
+    /// The whole environment of the command, except the variables that the worker adds for each process.
     pub env: Vec<(OsString, OsString)>,
     /// The working directory. `None` means the worker's own.
     pub cwd: Option<PathBuf>,
@@ -130,8 +130,8 @@ impl Handlers {
         self.routes.values().chain(&self.default).any(|handler| matches!(handler.mode, Mode::Warm(_)))
     }
 
-    /// Returns the maximum number of simultaneous processes if `concurrency` jobs run at once. Warm processes also count between
-    /// jobs.
+    /// Returns the number of simultaneous processes to expect if up to `concurrency` jobs run at once: the sizes of all warm
+    /// pools together, or `concurrency` if that is greater.
     pub(crate) fn max_processes(&self, concurrency: usize) -> usize {
         let all = self.routes.values().chain(&self.default);
         let warm = all.filter_map(|handler| match &handler.mode {

@@ -19,12 +19,12 @@ fn as_str<S: serde::Serializer>(id: &Arc<str>, serializer: S) -> Result<S::Ok, S
 }
 
 impl JobId {
-    /// Returns the id as the server wrote it.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Finds the id in the JSON text of a malformed or truncated job. Reads no further than the id.
+    /// Finds the id in the JSON text of a malformed or truncated job. Parses the text only up to the id.
     pub(crate) fn find(text: &[u8]) -> Option<Self> {
         let mut found = None;
         // Ignore a parse error: `found` alone shows whether the id was read.
@@ -80,12 +80,12 @@ impl fmt::Debug for JobId {
     }
 }
 
-/// One job of the take stream.
+/// One job from the take stream.
 #[derive(Debug, Clone)]
 pub struct Job {
     /// The server's id of the job.
     pub id: JobId,
-    /// The kind of work, for example `send_email`. Data, never a path or a command.
+    /// The kind of work, for example `send_email`. The type comes from the server, and is never used as a path or a command.
     pub job_type: String,
     /// The queue of the job.
     pub queue: String,
@@ -93,11 +93,11 @@ pub struct Job {
     pub priority: u32,
     /// The number of failed attempts before this one.
     pub attempts: u32,
-    /// The time since which the job is ready, in Unix milliseconds.
+    /// The time at which the job became ready, in Unix milliseconds.
     pub ready_at: u64,
     /// The number of retries after which the next failure makes the job dead. `None` means the server's default.
     pub retry_limit: Option<u32>,
-    /// The payload's JSON text, exactly as the server sent it: a slice of the received line, never parsed or copied.
+    /// The payload's JSON text, exactly as the server sent it: a slice of the received line, neither decoded nor copied.
     pub payload: Bytes,
     /// The whole job as JSON text: the received line.
     pub object: Bytes,
@@ -124,9 +124,10 @@ impl Job {
     /// Parses a line of the take stream.
     ///
     /// # Errors
-    /// When the line is not a JSON object, or lacks a field that every job has.
+    /// When the line is not a JSON object, or a required field is missing, or a field has the wrong type.
     pub fn from_line(line: &Bytes) -> Result<Self, serde_json::Error> {
-        // simdutf8 checks UTF-8 several times faster than `serde_json::from_slice`, which is called only for its error message.
+        // simdutf8 checks UTF-8 several times faster than `serde_json::from_slice`, which is called only to produce the
+        // error message for invalid UTF-8.
         let read: JobLine<'_> = match simdutf8::basic::from_utf8(line) {
             Ok(text) => serde_json::from_str(text)?,
             Err(_) => serde_json::from_slice(line)?,
@@ -150,10 +151,10 @@ impl Job {
 pub enum Outcome {
     /// The work is done, and the server may forget the job.
     Success,
-    /// The work failed, and the server decides about a retry.
+    /// The work failed. Unless the failure says otherwise, the server decides whether and when to retry.
     Failure(Failure),
-    /// The stop of this worker interrupted the work. Nothing is reported and no attempt is counted: the server requeues the job
-    /// when the stream closes.
+    /// The work was interrupted because this worker stops. Nothing is reported, and no attempt is counted. The server requeues
+    /// the job when the stream closes.
     Interrupted,
 }
 
@@ -188,10 +189,10 @@ pub struct Failure {
     /// The time of the retry, in Unix milliseconds. `None` lets the server decide.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_at: Option<u64>,
-    /// Whether the job is dead, with no further retry.
+    /// Whether the server marks the job as dead instead of retrying it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub kill: bool,
-    /// Whether the handler chose the error type. The metrics count all of these error types under one label.
+    /// Whether the handler chose the error type. The metrics count all error types chosen by handlers under one label.
     #[serde(skip)]
     pub is_named_by_handler: bool,
 }
@@ -209,7 +210,7 @@ impl Failure {
         }
     }
 
-    /// Adds a backtrace. An empty text adds none.
+    /// Sets the backtrace. A blank text sets none.
     #[must_use]
     pub fn with_backtrace(mut self, backtrace: String) -> Self {
         self.backtrace = Some(backtrace).filter(|text| !text.trim().is_empty());

@@ -6,8 +6,8 @@
 //! server ◀── POST /jobs/success (bulk) · /jobs/{id}/failure ◀── reporter ◀─────── ack queue (2 × prefetch) ◀───┘
 //! ```
 //!
-//! Jobs flow in one direction. A worker loop runs one job at a time, and queues its outcome before it takes the next job. A full
-//! ack queue blocks the loops, and the server then sends no more jobs than `prefetch` allows.
+//! Jobs flow in one direction. A worker loop runs one job at a time, and queues the job's outcome before it takes the next job.
+//! A full ack queue blocks the loops, and the server then sends no more jobs than `prefetch` allows.
 //!
 //! | module | content |
 //! | --- | --- |
@@ -16,8 +16,8 @@
 //! | [`handler`] | the command for a job, and its settings |
 //! | [`job`] | a job, an outcome, a failure |
 //! | [`lifecycle`] | the phases of a stop, and signals |
-//! | [`config`] | the settings, from flag or variable, else file, else default |
-//! | [`client`] | the calls of the server's API |
+//! | [`config`] | the settings, each from its flag, else its variable, else the file, else its default |
+//! | [`client`] | the calls to the server's API |
 //! | [`stream`] | the take stream and its limits |
 //! | [`backoff`] | the waits between retries |
 //! | [`daemon`] | a worker with signals, service manager, admin server and terminal |

@@ -1,4 +1,5 @@
-//! [`Lifecycle`]: the phase of a worker's stop. [`WorkerSignals`]: the signals that stop, reload, pause or query a worker.
+//! [`Lifecycle`]: the handle that stops a worker phase by phase. [`WorkerSignals`]: the signals that stop, reload, pause or query
+//! a worker.
 
 mod terminal;
 
@@ -19,14 +20,14 @@ use crate::process::without_signals;
 use crate::watch;
 use terminal::{HangUp, Terminal};
 
-/// A phase of a worker's stop. Later phases compare as greater, and the phase never falls.
+/// A phase of a worker's run or stop. Later phases compare as greater. A worker never returns to an earlier phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// The worker takes and runs jobs.
     Running,
     /// The worker takes no more jobs, and finishes and reports the jobs that it has taken.
     Draining,
-    /// Running jobs are stopped and not reported. Each finished report gets one last try.
+    /// Running jobs are terminated and not reported. The report of each finished job gets one last try.
     Killing,
     /// Jobs that are being terminated are killed without further grace.
     Forcing,
@@ -48,7 +49,7 @@ impl fmt::Display for Phase {
 
 /// A handle that stops one run of a worker, and notifies the worker's parts of the stop.
 ///
-/// Clones share one phase, which only ever rises. Any thread or task may use the handle.
+/// Clones share one phase, which only ever advances. Any thread or task may use the handle.
 #[derive(Debug, Clone)]
 pub struct Lifecycle {
     state: watch::Sender<LifecycleState>,
@@ -59,7 +60,7 @@ pub struct Lifecycle {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LifecycleState {
     phase: Phase,
-    /// Whether the stop was asked for. A worker that ends by itself has no deadline.
+    /// Whether a stop was asked for. Otherwise, a drain has no deadline.
     awaited: bool,
 }
 
@@ -81,7 +82,8 @@ impl Lifecycle {
         self.state.borrow().phase
     }
 
-    /// Asks for a drain: the worker finishes and reports the jobs that it has taken, within the shutdown deadline, and stops.
+    /// Asks for a drain: the worker finishes and reports the jobs that it has taken, within the shutdown deadline, and then
+    /// stops.
     pub fn stop(&self) {
         self.rise(Phase::Draining, true, None);
     }
@@ -91,17 +93,18 @@ impl Lifecycle {
         self.rise(Phase::Draining, true, Some(reason.into()));
     }
 
-    /// Begins a drain that was not asked for. It has no deadline until a stop is asked for.
+    /// Begins a drain that was not asked for, such as one at the limit `max_jobs`. The drain has no deadline until a stop is
+    /// asked for.
     pub(crate) fn finish_because(&self, reason: impl Into<String>) {
         self.rise(Phase::Draining, false, Some(reason.into()));
     }
 
-    /// Returns the reason for which the stop first began, if one was given.
+    /// Returns the reason that was given at the beginning of the stop, if any.
     pub fn reason(&self) -> Option<&str> {
         self.reason.get().map(String::as_str)
     }
 
-    /// Asks for a stop now: running jobs are terminated, and the server requeues them.
+    /// Asks for an immediate stop: running jobs are terminated, and the server requeues them.
     pub fn kill(&self) {
         self.rise(Phase::Killing, true, None);
     }
@@ -116,8 +119,8 @@ impl Lifecycle {
         self.rise(Phase::Stopped, true, None);
     }
 
-    /// Raises the phase to `phase`, unless a later phase is reached. Once set, `awaited` stays set. `reason` is stored only if
-    /// the phase was `Running`.
+    /// Advances to `phase`, unless that phase or a later one is already reached. Once true, the state's `awaited` stays true.
+    /// `reason` is stored only if the phase was `Running`.
     fn rise(&self, phase: Phase, awaited: bool, reason: Option<String>) {
         self.state.send_if_modified(|state| {
             if let Some(reason) = reason.filter(|_| state.phase == Phase::Running) {
@@ -130,7 +133,7 @@ impl Lifecycle {
         });
     }
 
-    /// Returns a receiver that changes when the phase does, or when the stop is first asked for.
+    /// Returns a receiver that is notified when the phase changes, and when a stop is first asked for.
     pub(crate) fn changes(&self) -> watch::Receiver<LifecycleState> {
         self.state.subscribe()
     }
@@ -151,8 +154,8 @@ impl Lifecycle {
         let _ = self.state.subscribe().wait_for(|state| state.awaited).await;
     }
 
-    /// Waits until a stop is asked for, and kills the worker if the drain takes longer than `deadline` from then on. Returns once
-    /// the phase is `Killing` or later.
+    /// Waits until a stop is asked for, and then kills the worker if it has not stopped within `deadline`. Returns once the phase
+    /// is `Killing` or later.
     pub(crate) async fn enforce(&self, deadline: Duration) {
         self.awaited().await;
         tokio::select! {
@@ -166,7 +169,7 @@ impl Lifecycle {
     }
 }
 
-/// A request by a signal, other than a stop.
+/// A request that a signal makes, other than a stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
     /// SIGHUP: reload the settings.
@@ -193,10 +196,10 @@ impl Request {
 /// The time that a shell may take to end after it has sent SIGHUP to its jobs.
 const SHELL_END: Duration = Duration::from_secs(2);
 
-/// The number of checks during `SHELL_END` whether the terminal is still open.
+/// The number of times that the terminal is checked during `SHELL_END`.
 const SHELL_END_LOOKS: u32 = 20;
 
-/// The signals of a worker, received from the moment [`listen`](Self::listen) returns.
+/// The signals that control a worker, received from the moment [`listen`](Self::listen) returns.
 pub struct WorkerSignals {
     signals: Signals,
     /// The SIGHUPs, each with the `siginfo` that shows its sender.
@@ -218,16 +221,16 @@ impl WorkerSignals {
     pub fn listen() -> io::Result<Self> {
         // Inspect the terminal first, because a registered handler for SIGHUP hides whether SIGHUP was ignored.
         let terminal = Terminal::of_this_process();
-        // Block signals during the registration, otherwise one that arrives meanwhile would be lost.
+        // Block signals during the registration, otherwise a signal that arrives before the end of it could be lost.
         without_signals(|| {
             let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
             Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })
         })
     }
 
-    /// Handles signals until the process ends. The first SIGTERM or SIGINT drains, the second kills, the third kills without
-    /// grace. A SIGHUP drains if the terminal is closed. All other signals are sent to `requests`, because handling a request may
-    /// take long and must not delay a stop.
+    /// Handles signals until the process ends. The first SIGTERM or SIGINT drains, the second kills, and the third kills without
+    /// grace. A SIGHUP from the end of the terminal drains, or is ignored under nohup. Every other signal is sent to
+    /// `requests` as a `Request`, because handling a request may take long and must not delay a stop.
     pub async fn obey(mut self, lifecycle: Lifecycle, requests: mpsc::UnboundedSender<Request>) {
         let mut count = 0;
         let ask = |request| {
@@ -257,8 +260,8 @@ impl WorkerSignals {
     }
 }
 
-/// Drains if the terminal is closed soon after a process has sent SIGHUP. Before they end, some shells send SIGHUP to their jobs:
-/// zsh, and bash with `huponexit`.
+/// Drains if the terminal closes within `SHELL_END` after a process has sent SIGHUP. Some shells (zsh, and bash with `huponexit`)
+/// send SIGHUP to their jobs shortly before they end.
 async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
     let mut looks = tokio::time::interval(SHELL_END / SHELL_END_LOOKS);
     for _ in 0..SHELL_END_LOOKS {
@@ -269,8 +272,8 @@ async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
     }
 }
 
-/// Drains because the terminal is closed. A second SIGHUP has no further effect, because a shell forwards the kernel's SIGHUP to
-/// its jobs.
+/// Drains because the terminal is closed. A second call has no further effect, because one closed terminal can cause two SIGHUPs:
+/// the kernel's, and one that the shell forwards.
 fn stop_without_terminal(lifecycle: &Lifecycle) {
     let was_running = lifecycle.phase() == Phase::Running;
     lifecycle.stop_because("the terminal is gone");
@@ -279,7 +282,7 @@ fn stop_without_terminal(lifecycle: &Lifecycle) {
     }
 }
 
-/// Raises the phase as the `count`th SIGTERM or SIGINT demands. The log message follows, because the log may be slow.
+/// Advances the phase at the `count`th SIGTERM or SIGINT. The message is logged only afterwards, because the log may be slow.
 fn stop(lifecycle: &Lifecycle, count: usize, signal: &'static str) {
     match lifecycle.phase() {
         Phase::Running | Phase::Draining if count == 1 => {

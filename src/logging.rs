@@ -107,7 +107,7 @@ fn wrong_filter(directives: &str, problem: &dyn fmt::Display) -> ConfigError {
 }
 
 /// Reports whether a filter sets a level for the worker's own events, `off` included. A mistyped level is parsed as a module
-/// name, and a filter that names only that module silences the worker.
+/// name, and a filter that names only that module would silence the worker.
 fn says_how_to_log_the_worker(filter: &Targets) -> bool {
     const OWN: &str = "zizq_worker";
     let is_own = |target: &str| OWN.starts_with(target) || target.starts_with("zizq_worker::");
@@ -124,20 +124,21 @@ fn level(level: LogLevel) -> Level {
     }
 }
 
-/// Returns the prefix of the error line with which the process ends: the priority, if systemd's journal reads stderr.
+/// Returns the prefix of the error line that the process prints before it ends: the priority if systemd's journal reads stderr,
+/// else nothing.
 pub fn complaint_prefix(journal_stream: Option<&OsStr>) -> &'static str {
     if is_journal(journal_stream) { priority(Level::ERROR) } else { "" }
 }
 
-/// Reports whether stderr is the stream that `JOURNAL_STREAM` names by device and inode. The comparison is needed because an
-/// inherited variable can name another stream than this process's stderr.
+/// Reports whether stderr is the stream that `JOURNAL_STREAM` names by device and inode. The comparison is needed because the
+/// variable is inherited even by a process whose stderr is redirected.
 fn is_journal(journal_stream: Option<&OsStr>) -> bool {
     let named = journal_stream.and_then(OsStr::to_str).and_then(|name| name.split_once(':'));
     let Some((device, inode)) = named else { return false };
     fstat(stderr()).is_ok_and(|ours| device.parse() == Ok(ours.st_dev) && inode.parse() == Ok(ours.st_ino))
 }
 
-/// Returns the syslog(3) priority in the notation of sd-daemon(3).
+/// Returns the syslog(3) priority of a level, in the notation of sd-daemon(3).
 fn priority(level: Level) -> &'static str {
     match level {
         Level::ERROR => "<3>",
@@ -147,13 +148,13 @@ fn priority(level: Level) -> &'static str {
     }
 }
 
-/// A factory of writers of plain events to stderr.
+/// A factory for writers that write plain events to stderr.
 #[derive(Debug, Clone, Copy)]
 struct Lines {
     have_priorities: bool,
 }
 
-/// A writer of one event to stderr. It puts the priority, if any, before each line.
+/// A writer that writes one event to stderr. It puts the priority, if any, before each line.
 #[derive(Debug)]
 struct Line {
     priority: Option<&'static str>,
@@ -185,7 +186,7 @@ impl Write for Line {
     }
 }
 
-/// A factory of writers of JSON events to stderr.
+/// A factory for writers that write JSON events to stderr.
 #[derive(Debug, Clone, Copy)]
 struct JsonLines(Lines);
 
@@ -201,7 +202,7 @@ impl MakeWriter<'_> for JsonLines {
     }
 }
 
-/// A formatter of events as flat JSON objects, with the fields of the job under `job`.
+/// A formatter that writes events as flat JSON objects, with the fields of the job under `job`.
 #[derive(Debug)]
 struct JsonLine;
 
@@ -239,7 +240,7 @@ struct Members {
 }
 
 impl Members {
-    /// Adds the members of the JSON object `object`, to `job` if `are_of_job`.
+    /// Adds the members of the JSON object `object`: to `job` if `are_of_job`, else to `event`.
     fn push_all(&mut self, object: &str, are_of_job: bool) {
         let fields = object.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')).unwrap_or_default();
         if !fields.is_empty() {
@@ -249,7 +250,7 @@ impl Members {
         }
     }
 
-    /// Adds a field of the event, to `job` if the field's name begins with `job.`.
+    /// Adds a field of the event: to `job` if the field's name begins with `job.`, else to `event`.
     fn push(&mut self, field: &Field, value: &impl Serialize) {
         let (members, name) = match field.name().strip_prefix("job.") {
             Some(name) => (&mut self.job, name),
@@ -305,7 +306,7 @@ impl LiveLine {
     pub fn show(&self, text: &str) {
         let mut shown = self.lock();
         if !(shown.is_empty() && text.is_empty()) {
-            // Cut the text to one row, because `CLEAR` would leave the first rows of a wrapped line.
+            // Cut the text to one row, because `CLEAR` clears only the last row of a wrapped line.
             *shown = text.chars().take(width().saturating_sub(1)).collect();
             // Ignore a failed write, which means that the terminal is closed.
             let _ = write!(Stderr, "{CLEAR}{shown}");
@@ -317,7 +318,7 @@ impl LiveLine {
     }
 }
 
-/// Returns the terminal's width in characters. Unlimited if the width is unknown.
+/// Returns the terminal's width in characters, or `usize::MAX` if the width is unknown.
 fn width() -> usize {
     let columns = tcgetwinsize(stderr()).map_or(0, |size| usize::from(size.ws_col));
     if columns == 0 { usize::MAX } else { columns }
@@ -393,8 +394,9 @@ fn wait_for_room() -> io::Result<()> {
     }
 }
 
-/// A writer that escapes characters that JSON allows unescaped but a terminal interprets: control characters beyond ASCII, line
-/// separators and direction marks. In JSON, these characters occur only within strings, where an escape is valid.
+/// A writer that escapes characters that JSON allows unescaped but a terminal interprets: control characters from
+/// U+007F upwards, and Unicode's separators and controls of direction. In JSON, these characters occur only within strings,
+/// where an escape is valid.
 struct JsonWriter<W>(W);
 
 impl<W: Write> Write for JsonWriter<W> {

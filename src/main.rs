@@ -1,4 +1,4 @@
-//! `zizq-worker`: arguments, settings, log, runtime, run, exit status.
+//! The program `zizq-worker`: resolves the settings, starts the log and the runtime, runs the worker, returns the exit status.
 
 use std::fmt::Display;
 use std::io::Write;

@@ -16,21 +16,22 @@ use prometheus::{
 use crate::dispatch::{Ended, HandlerProcess, HandlerStatus, PROCESS_STATES, ProcessStarts};
 use crate::job::{Failure, Job, Outcome};
 
-/// Label shared by all names without a label of their own. Their number is limited, because each label costs memory, here and in
-/// Prometheus.
+/// Label shared by all names without a label of their own. The number of labels is limited, because each label costs memory, here
+/// and in Prometheus.
 const OTHER: &str = "(other)";
 
-/// Limit of queues, and of job types, with a label of their own. Configured queues and types always have one. Configured queues
-/// count towards the limit, configured types do not.
+/// Maximum number of queues with a label of their own, and likewise of job types. Configured queues and types always have a label
+/// of their own. Configured queues count towards the limit, and configured types do not.
 const MAX_NAMES: usize = 100;
 
 /// Maximum length in bytes of a name with a label of its own, unless the name is configured.
 const MAX_NAME_LENGTH: usize = 200;
 
-/// Maximum number of pairs of a configured queue and a configured type whose series are created before their first job.
+/// Maximum number of pairs of a configured queue and a configured type whose series are created before the first job of the
+/// pair.
 const MAX_PAIRS: usize = 100;
 
-/// The names of outcomes.
+/// The values of the label `outcome`.
 const OUTCOMES: [&str; 3] = ["succeeded", "failed", "interrupted"];
 
 /// The worker's own error types. All error types chosen by handlers share the label `OTHER`.
@@ -51,11 +52,11 @@ const FAILURES: [&str; 12] = [
 
 const MALFORMED: &str = "MalformedJob";
 
-/// Buckets of run times in seconds, from a program that does nothing to one that runs for hours.
+/// Histogram buckets for run times in seconds, from a program that does nothing to one that runs for hours.
 const RUN_BUCKETS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0];
 
-/// Buckets of wait times in seconds, from an idle worker to a backlog of a day.
+/// Histogram buckets for wait times in seconds, from an idle worker to a backlog of a day.
 const WAIT_BUCKETS: &[f64] =
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0];
 
@@ -102,11 +103,11 @@ struct Counters {
     failed_starts: IntGaugeVec,
 }
 
-/// A job type that has a label of its own from the start.
+/// A job type that always has a label of its own.
 #[derive(Debug, Clone)]
 pub(crate) struct CountedType {
     pub(crate) name: String,
-    /// The usual error types of its failures.
+    /// The usual error types of failures of this type.
     pub(crate) failures: &'static [&'static str],
 }
 
@@ -114,7 +115,7 @@ pub(crate) struct CountedType {
 #[derive(Debug, Clone)]
 pub(crate) struct Age {
     pub(crate) job_type: String,
-    /// Whether the type has a label of its own from the start.
+    /// Whether the type always has a label of its own.
     pub(crate) is_apart: bool,
     pub(crate) seconds: f64,
 }
@@ -142,8 +143,8 @@ impl Names {
     }
 }
 
-/// The series that count the jobs of one queue and type. They are looked up once for each job, because a lookup by labels costs
-/// more than the counting itself.
+/// The series that count the jobs of one queue and type. They are looked up only once for each job, because a lookup by labels
+/// costs more than the counting itself.
 #[derive(Debug)]
 pub(crate) struct JobSeries {
     type_label: String,
@@ -152,9 +153,9 @@ pub(crate) struct JobSeries {
     interrupted: IntCounter,
     run_seconds: Histogram,
     cpu_seconds: Counter,
-    /// Created for the first process that exits with status 0.
+    /// The count of exits with status 0, created at the first such exit.
     good_exits: OnceLock<IntCounter>,
-    /// Created for the first process whose resource usage is known.
+    /// The peak memory, created for the first process whose resource usage is known.
     peak_memory: OnceLock<IntGauge>,
 }
 
@@ -174,7 +175,7 @@ impl SeriesByNames {
     }
 }
 
-/// Values read at the moment of a scrape.
+/// Values that are read when Prometheus scrapes the metrics.
 #[derive(Debug, Clone)]
 pub(crate) struct Gauges {
     pub(crate) running: usize,
@@ -268,14 +269,14 @@ impl Metrics {
         self
     }
 
-    /// Records the start of a job. Returns the series that count the job's end, and creates them unless they exist.
+    /// Records the start of a job. Returns the series that count the job's end, which are created unless they exist.
     pub(crate) fn job_started(
         &self,
         job: &Job,
         is_apart: bool,
         usual_failures: impl FnOnce() -> &'static [&'static str],
     ) -> Arc<JobSeries> {
-        // Saturate, because the server's clock can be ahead of ours.
+        // Saturate, because the server's clock can be ahead of this machine's.
         let waited = unix_time().saturating_sub(Duration::from_millis(job.ready_at));
         self.0.wait_seconds.observe(waited.as_secs_f64());
         self.0.series.get(&job.queue, &job.job_type).unwrap_or_else(|| self.find_series(job, is_apart, usual_failures))
@@ -378,7 +379,7 @@ impl Metrics {
         }
     }
 
-    /// Sets the age of the oldest running job of each type, 0 for a type without one.
+    /// Sets the age of the oldest running job of each type, or 0 for a type without a running job.
     fn set_ages(&self, now: &Gauges) {
         let oldest = &self.0.oldest_running;
         let seen = self.0.types.known().clone();
@@ -450,7 +451,7 @@ impl Metrics {
         for HandlerStatus { handler, brake, .. } in &now.handlers {
             let failures = brake.as_ref().map_or(0, |brake| brake.failures);
             let gauge = failed_starts.with_label_values(&[handler.as_str()]);
-            // Take the maximum, because the handlers of several types may share a program, whose name is the label.
+            // Take the maximum, because several handlers may share a program, and the label is the program's name.
             gauge.set(gauge.get().max(i64::try_from(failures).unwrap_or(i64::MAX)));
         }
         for ProcessStarts { handler, reason, count } in &now.process_starts {
@@ -477,7 +478,7 @@ fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// A factory of metrics with the worker's prefix.
+/// A factory for metrics whose names begin with `zizq_worker_`.
 struct Maker(Registry);
 
 impl Maker {

@@ -14,7 +14,7 @@ pub(crate) struct Places {
 #[derive(Debug)]
 struct Size {
     capacity: usize,
-    /// The number of taken places beyond `capacity`, after a reduction. When these are released, their permits are discarded.
+    /// The number of places that are taken beyond a reduced `capacity`. The permits of that many places are discarded on release.
     surplus: usize,
 }
 

@@ -1,4 +1,4 @@
-//! [`TakeStream`]: the jobs in the body of `GET /jobs/take`. [`Decoder`]: the split of that body into lines, without I/O.
+//! [`TakeStream`]: the stream of jobs that answers `GET /jobs/take`. [`Decoder`]: splits that answer into lines, without I/O.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -13,22 +13,23 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::job::{Job, JobId};
 
-/// The number of bytes kept of a line that is too long. They are enough to find the job's id, which comes first in the line.
+/// The number of bytes that are kept of a line that is too long. They are enough to find the job's id, which comes first in the
+/// line.
 const BEGINNING_BYTES: usize = 64 * 1024;
 
 /// The limits of a take stream and its lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamLimits {
-    /// The longest time without any received byte. Heartbeats count as bytes.
+    /// The time without a received byte after which the connection counts as dead. Heartbeats count as received bytes.
     pub idle_timeout: Duration,
     /// The maximum length of a job's line, in bytes.
     pub max_job_size: usize,
 }
 
-/// The default idle timeout: ten of the server's heartbeats, so that only a dead connection is silent for that long.
+/// The default idle timeout: ten heartbeat intervals of the server, so that only a dead connection is silent for that long.
 pub const DEFAULT_STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The default limit of a job's line: far more than a job needs, and small enough to fit into a worker's memory.
+/// The default maximum length of a job's line: far more than a job needs, and small enough to fit into a worker's memory.
 pub const DEFAULT_MAX_JOB_SIZE: usize = 64 * 1024 * 1024;
 
 impl Default for StreamLimits {
@@ -70,7 +71,7 @@ pub enum Received {
     Malformed {
         /// The id in the line.
         id: JobId,
-        /// The parse error.
+        /// The parse error, or that the line is too long.
         reason: String,
     },
 }
@@ -123,7 +124,7 @@ pub enum StreamError {
     Ended,
     /// The connection failed.
     Broken(hyper::Error),
-    /// Nothing arrived within the idle timeout, so the connection is dead.
+    /// Nothing arrived within the idle timeout, so the connection counts as dead.
     Silent(Duration),
     /// A line was not a valid job, and contained no id under which to report a failure.
     NotAJob(String),
@@ -159,7 +160,7 @@ pub enum Line {
 }
 
 impl Line {
-    /// Reports whether the line is empty: the server sends empty lines as heartbeats.
+    /// Reports whether the line is a heartbeat, which the server sends as an empty line.
     fn is_heartbeat(&self) -> bool {
         matches!(self, Self::Whole(line) if line.is_empty() || &line[..] == b"\r")
     }
@@ -220,11 +221,12 @@ impl Buffers {
     }
 }
 
-/// A splitter of body bytes into lines, wherever the chunks are cut. A line within one chunk is a slice of the chunk, not a copy.
+/// A decoder that splits the body into lines, wherever the chunks are cut. A line that lies within one chunk is returned as a
+/// slice of the chunk, not a copy.
 #[derive(Debug)]
 pub struct Decoder {
     max_line: usize,
-    /// The bytes that have arrived and are not yet searched for a newline.
+    /// The bytes that have arrived and have not been searched for a newline yet.
     chunk: Bytes,
     /// The beginning of a line whose end has not arrived.
     partial: BytesMut,
@@ -240,7 +242,7 @@ impl Decoder {
         Self { max_line, chunk: Bytes::new(), partial: BytesMut::new(), buffers: Buffers::default(), too_long: false }
     }
 
-    /// Adds bytes of the body.
+    /// Adds the next chunk of the body.
     pub fn push(&mut self, chunk: Bytes) {
         if !self.chunk.is_empty() {
             let mut joined = BytesMut::from(std::mem::take(&mut self.chunk));
@@ -268,12 +270,13 @@ impl Decoder {
         Some(if std::mem::take(&mut self.too_long) { Line::TooLong(line) } else { Line::Whole(line) })
     }
 
-    /// Frees the buffers that are kept for further long lines.
+    /// Frees the buffers that are kept for reuse.
     fn free_buffers(&mut self) {
         self.buffers = Buffers::default();
     }
 
-    /// Moves `partial` into a large buffer if `additional` more bytes do not fit and make the line long.
+    /// Moves `partial` into a large buffer if `additional` more bytes do not fit, and make the line longer than
+    /// `LONG_LINE_BYTES`.
     fn make_room(&mut self, additional: usize) {
         let length = self.partial.len() + additional;
         if length > self.partial.capacity() && length > LONG_LINE_BYTES {
@@ -421,8 +424,8 @@ mod tests {
         lines.into_iter().map(line).collect()
     }
 
-    /// Returns the decoded lines of a text that is pushed in pieces of `lengths`, repeated cyclically. After a piece whose flag
-    /// is false, no lines are read before the next piece is pushed.
+    /// Returns the decoded lines of a text that is pushed in pieces of the given lengths, which are repeated cyclically. After a
+    /// piece whose flag is false, no lines are read before the next piece is pushed.
     fn lines_in_pieces(max_line: usize, text: &[u8], lengths: &[(usize, bool)]) -> Vec<Line> {
         let (mut decoder, mut found, mut rest) = (Decoder::new(max_line), Vec::new(), text);
         for (length, is_read) in lengths.iter().cycle() {
@@ -439,7 +442,7 @@ mod tests {
         found
     }
 
-    /// Returns a strategy for texts with short and long lines of arbitrary bytes.
+    /// Returns a strategy for texts of arbitrary bytes and long runs of one byte.
     fn any_text() -> impl Strategy<Value = Vec<u8>> {
         let byte = prop_oneof![1 => Just(b'\n'), 6 => any::<u8>(), 2 => Just(b'"'), 1 => Just(0xc3)];
         let long = (0..2 * BEGINNING_BYTES).prop_map(|length| vec![b'x'; length]);

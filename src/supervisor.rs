@@ -9,13 +9,14 @@ use tracing::warn;
 
 use crate::worker::Status;
 
-/// Interval of status messages if the watchdog needs no shorter one.
+/// Interval between status messages, unless the watchdog needs a shorter one.
 const PERIOD: Duration = Duration::from_secs(5);
 
-/// Extension of the stop's time limit, requested in each period. Three requests in a row can be lost without harm.
+/// Time by which each request extends the time limit of the stop. There is a request in each period, so three in a row can be
+/// lost without harm.
 const EXTENSION: Duration = PERIOD.saturating_mul(4);
 
-/// Limit of queued messages. While a service manager does not read, further messages are dropped.
+/// Maximum number of queued messages. If the service manager does not read them, further messages are dropped.
 const MAX_WAITING: usize = 16;
 
 /// The connection to a service manager.
@@ -49,7 +50,7 @@ impl Supervisor {
         Ok(Self { watchdog, told: String::new(), messages })
     }
 
-    /// Returns the interval of messages, at most half the watchdog's limit.
+    /// Returns the interval at which to call `tell`, which is at most half the watchdog's limit.
     pub(crate) fn period(&self) -> Duration {
         self.watchdog.map_or(PERIOD, |limit| (limit / 2).min(PERIOD))
     }
@@ -64,7 +65,7 @@ impl Supervisor {
         self.send(Message::Reloading);
     }
 
-    /// Reports that the worker is stopping, and extends the stop's time limit.
+    /// Reports that the worker is stopping, and asks for an extension of the time limit of the stop.
     pub(crate) fn stopping(&mut self, status: &Status) {
         self.send(Message::Stopping);
         self.tell(status);
@@ -89,7 +90,7 @@ impl Supervisor {
     }
 
     fn send(&self, message: Message) {
-        // Drop the message if the queue is full. To wait would hold up all jobs if the service manager does not read.
+        // Drop the message if the queue is full. Waiting would hold up all jobs if the service manager does not read.
         let _ = self.messages.try_send(message);
     }
 }

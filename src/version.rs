@@ -1,10 +1,10 @@
-//! The check that the server's version fits. A worker fits servers of the same major version, and an equal or higher minor
-//! version.
+//! The check that the server's version is compatible with the worker's. A worker is compatible with servers of the same major
+//! version and an equal or higher minor version.
 
 /// The version of this worker.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Returns a sentence that says why a server's version does not fit. `None` if the version fits or cannot be parsed.
+/// Returns a message that says why a server's version is incompatible, or `None` if it is compatible or cannot be parsed.
 pub(crate) fn misfit(server: &str) -> Option<String> {
     misfit_between(VERSION, server)
 }

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// The writing side. Clones share one value.
+/// The writing side of the channel. Clones share one value.
 pub(crate) struct Sender<T>(Arc<Shared<T>>);
 
-/// The waiting side.
+/// The waiting side of the channel.
 pub(crate) struct Receiver<T> {
     shared: Arc<Shared<T>>,
     /// The last version that this receiver has seen.
@@ -34,7 +34,7 @@ struct Versioned<T> {
     version: u64,
 }
 
-/// The value, locked.
+/// A reference to the value, which stays locked until the reference is dropped.
 pub(crate) struct Ref<'a, T>(MutexGuard<'a, Versioned<T>>);
 
 impl<T> Deref for Ref<'_, T> {
@@ -113,7 +113,7 @@ impl<T> Sender<T> {
         self.send_modify(|slot| *slot = value);
     }
 
-    /// Changes the value, and wakes the waiters if `modify` returns true. Returns the result of `modify`.
+    /// Calls `modify` with the value, and wakes the waiters if it returns true. Returns the result of `modify`.
     pub(crate) fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
         let mut slot = self.0.lock();
         let is_modified = modify(&mut slot.value);

@@ -1,6 +1,6 @@
-//! The bare loop: for each job, a thread starts a process with three pipes, writes its input, reads both outputs and waits
-//! for the exit. The loop uses `std::process`, which calls `posix_spawn`. The kernel does as much for a job as it does
-//! under a worker.
+//! The bare loop: for each job, a thread starts a process with three pipes, writes the input, reads both outputs and waits for
+//! the exit. The loop uses `std::process`, which calls `posix_spawn`. The kernel's work for a job is the same as under a
+//! worker.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -12,7 +12,7 @@ use crate::{Result, meter, server};
 
 pub(crate) const ROLE: &str = "contender:bare";
 
-/// Runs the loop. The arguments are the concurrency, the number of jobs, the bytes of payload, and the handler.
+/// Runs the loop. `words` are the concurrency, the number of jobs, the size of the payload, and the handler's command.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [at_once, jobs, bytes, handler @ ..] = words else { return Err("too few words".into()) };
     let (at_once, jobs): (usize, usize) = (at_once.parse()?, jobs.parse()?);

@@ -1,6 +1,6 @@
-//! The baseline: a minimal worker with the official client and `tokio::process`. The client's default prefetch is the
-//! concurrency, so a busy baseline receives a new job only after the report of another. The default prefetch of
-//! zizq-worker is twice the concurrency.
+//! The baseline: a minimal worker built on the official client and `tokio::process`. The client's default prefetch equals the
+//! concurrency, so a busy baseline receives a new job only after it has reported another. The default prefetch of zizq-worker
+//! is twice the concurrency.
 
 use std::io;
 use std::process::Stdio;
@@ -15,7 +15,7 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "contender:baseline";
 
-/// Runs the worker. The arguments are the url, the queue, the concurrency, and the handler.
+/// Runs the worker. `words` are the url, the queue, the concurrency, and the handler's command.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
     let handler: Arc<[String]> = handler.iter().map(|word| (*word).to_owned()).collect();

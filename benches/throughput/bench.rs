@@ -13,7 +13,7 @@ use crate::plan::Plan;
 use crate::server::Server;
 
 pub(crate) struct Bench {
-    /// The path of this executable, which is also the server, the compiled handlers, and every contender except
+    /// The path of this executable, which also serves as the server, the compiled handlers, and every contender except
     /// zizq-worker and `xargs`.
     pub(crate) exe: String,
     pub(crate) server: Server,
@@ -39,7 +39,7 @@ impl Bench {
         Ok(Self { exe, server, plan: plan.clone(), dir })
     }
 
-    /// Returns the count for a full run, or a tenth of it for a quick run.
+    /// Returns `count`, or a tenth of it for `--quick`.
     pub(crate) fn scaled(&self, count: usize) -> usize {
         if self.plan.quick { count.div_ceil(10) } else { count }
     }
@@ -68,7 +68,7 @@ impl Bench {
         ];
         match interpreter() {
             Some(python) => {
-                // The script replaces an empty input by `0`, because xargs passes no payload.
+                // The script replaces an empty input with `0`, because xargs passes no payload.
                 let text =
                     format!("#!{python}\nimport json, sys\njson.loads(sys.stdin.read() or '0')\nprint('done')\n");
                 let command = vec![self.script("load.py", &text)?];
@@ -87,8 +87,8 @@ impl Bench {
     }
 }
 
-/// Builds the worker as shipped. `cargo bench` has built it with the extra features that the tests' libraries enable in
-/// shared dependencies. The new build replaces that binary.
+/// Builds the worker as it is shipped. `cargo bench` has built a worker with additional features, which the dev-dependencies
+/// enable in shared dependencies. This build replaces it.
 fn build_release() -> Result<()> {
     let mut command = Command::new(std::env::var("CARGO").unwrap_or("cargo".to_owned()));
     // Remove the variables that Cargo sets for a benchmark. Otherwise the inner Cargo would rebuild some libraries.

@@ -1,4 +1,4 @@
-//! A worker with the official client that handles jobs in its own process, and starts no process for a job.
+//! A worker that is built on the official client, and handles jobs in its own process.
 
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ use crate::{Result, stamp, warm_handler};
 
 pub(crate) const ROLE: &str = "contender:client";
 
-/// Runs the worker. The arguments are the url, the queue, the concurrency, and the handler. The handler's command is not
-/// run: only the path of the socket for stamps is read from its words.
+/// Runs the worker. `words` are the url, the queue, the concurrency, and the handler's command. The command is not run. If it
+/// ends with `STAMP` and the path of a socket, the worker sends a stamp there for each job.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
     let stamps = match handler {
@@ -37,7 +37,7 @@ async fn work(url: &str, queue: &str, at_once: usize, stamps: Option<Arc<str>>) 
     Ok(())
 }
 
-/// Runs a job, whose payload the client has already parsed.
+/// Handles a job. The client has already parsed the payload.
 fn one(job: Job, stamps: Option<&str>) -> Result<()> {
     if let Some(socket) = stamps {
         stamp::send(socket, stamp::now())?;

@@ -1,4 +1,4 @@
-//! [`Contender`]: a worker to compare; [`Contest`]: the jobs that each contender runs.
+//! [`Contender`]: a program to compare. [`Contest`]: the jobs that each contender runs.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -17,15 +17,15 @@ pub(crate) enum Contender {
     Bare,
     Xargs,
     Baseline,
-    /// This worker, with a dispatcher that starts no process.
+    /// zizq-worker as a library, with a dispatcher that starts no process.
     Protocol,
-    /// A build of this worker.
+    /// A build of zizq-worker, with additional command-line options.
     Worker {
         name: &'static str,
         path: PathBuf,
         options: &'static [&'static str],
     },
-    /// A worker with the official client that starts no process.
+    /// A worker that is built on the official client and starts no process.
     Client,
 }
 
@@ -58,7 +58,8 @@ impl Contender {
         }
     }
 
-    /// Measures one run: from the start of a worker to its last report, or from the start to the end of another contender.
+    /// Measures one run. A worker is timed from its start to its last report, and `xargs` from its start to its exit. The bare
+    /// loop times itself.
     pub(crate) fn run(&self, bench: &Bench, contest: &Contest) -> Result<Sample> {
         match self {
             Self::Bare => run_bare(bench, contest),
@@ -88,7 +89,7 @@ impl Contender {
         self.start_at(&bench.server.url, bench, at_once, handler, options)
     }
 
-    /// Starts a worker that reaches the server at another url.
+    /// Starts a worker that connects to `url`, which can be a proxy in front of the benchmark's server.
     pub(crate) fn start_at(
         &self,
         url: &str,
@@ -101,7 +102,7 @@ impl Contender {
         let mut command = match self {
             Self::Worker { path, options: own, .. } => {
                 let mut command = Command::new(path);
-                // Do not log the handlers' output, because the baseline drops it.
+                // Do not log the handlers' output, because the baseline does not log it either.
                 command.args(["--url", url, "--queues", queue, "--threads", &at_once, "--log-level", "error"]);
                 command.args(*own).args(options).arg("--");
                 command
@@ -140,7 +141,8 @@ fn run_bare(bench: &Bench, contest: &Contest) -> Result<Sample> {
     })
 }
 
-/// Runs the jobs with `xargs`, which gives handlers no input and reads no output. The result is an upper bound of speed.
+/// Runs the jobs with `xargs`, which gives handlers no input and does not read their output. Its speed is an upper bound for
+/// that of a worker.
 fn run_xargs(contest: &Contest) -> Result<Sample> {
     let started = Instant::now();
     let (reader, mut writer) = std::io::pipe()?;
@@ -163,7 +165,7 @@ fn run_xargs(contest: &Contest) -> Result<Sample> {
     })
 }
 
-/// A process, killed on drop.
+/// A running process, which is killed on drop.
 pub(crate) struct Running(Option<Child>);
 
 impl Running {
@@ -187,8 +189,8 @@ impl Running {
         if status == 0 { Ok(cpu) } else { Err(format!("a contender ended with the wait status {status}").into()) }
     }
 
-    /// Waits until the process has exited, and reads its CPU time before it is reaped. Threads that ended earlier are not
-    /// included.
+    /// Waits for the exit, and returns the CPU time of the process. Does not reap the process, because the CPU time could
+    /// then not be read. Threads that ended before the process are not included.
     fn own_cpu_at_its_end(&self) -> Result<std::time::Duration> {
         waitid(WaitId::Pid(self.pid()?), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
         self.process().own_cpu()

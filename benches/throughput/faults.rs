@@ -1,4 +1,4 @@
-//! A minute in which reports fail for ten seconds, compared with a minute without faults.
+//! The throughput of a minute in which reports fail for ten seconds, compared with a minute without faults.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -20,7 +20,7 @@ const HANDLER: [&str; 2] = ["sleep", "0.2"];
 /// More jobs than the 2,400 that eight loops can run in a minute.
 const JOBS: usize = 3000;
 
-/// The server's default limit of unreported jobs. While reports fail, a worker can run no more than this many jobs.
+/// The server's default limit on unreported jobs. While reports fail, a worker can run at most this many jobs.
 const DEEP_PREFETCH: &str = "1024";
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {
@@ -41,7 +41,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, vec![Target::at_least(about, 0.95, Some(ratio(deep)))]))
 }
 
-/// Returns the number of jobs reported in the minute.
+/// Runs a worker for a minute, and returns the number of reported jobs. If `failing` is true, reports fail for ten seconds of it.
 fn minute(bench: &Bench, contender: &Contender, options: &[&str], failing: bool) -> Result<u64> {
     let proxy = Proxy::start(&bench.server.url)?;
     bench.server.enqueue(JOBS, &server::payload(PAYLOAD_BYTES))?;

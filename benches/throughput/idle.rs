@@ -10,7 +10,7 @@ use crate::report::{Line, Section, Target};
 
 const FOR: Duration = Duration::from_secs(12);
 
-/// The wait before the measurement, in which the worker starts and connects.
+/// The wait before the measurement, during which the worker starts and connects.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {

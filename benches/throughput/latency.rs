@@ -46,7 +46,7 @@ fn one_round(bench: &Bench, contender: &Contender, stamps: &Stamps) -> Result<Ve
         return (0..jobs).map(|_| timed(stamps, || bare::one(&payload, &words))).collect();
     }
     let worker = contender.start(bench, 4, &handler, &[])?;
-    // Do not time the first job, which opens the connections.
+    // Do not time the first job, because it also opens the connections.
     bench.server.enqueue_one(&payload)?;
     stamps.receive()?;
     let times = (0..jobs).map(|_| timed(stamps, || bench.server.enqueue_one(&payload))).collect();

@@ -1,5 +1,5 @@
-//! A benchmark of the cost of a job. It compares this worker with a bare loop, `xargs -P` and a simple worker built on
-//! the official client. Each contender is a separate process, and they run one at a time. `cargo bench -- --help` lists
+//! A benchmark of the cost of a job. It compares zizq-worker with a bare loop, `xargs -P` and a simple worker built on the
+//! official client. Each contender is a separate process, and only one contender runs at a time. `cargo bench -- --help` lists
 //! the options.
 
 #![expect(clippy::disallowed_methods, reason = "a benchmark starts processes, waits, and reads its environment")]

@@ -25,7 +25,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, targets))
 }
 
-/// Returns the peak memory with all jobs running at once. Each job runs until after the last one has started.
+/// Returns the peak memory with all jobs running at once. Each job sleeps long enough for the last one to start.
 fn peak(bench: &Bench, contender: &Contender, at_once: usize) -> Result<u64> {
     let handler = vec!["sleep".to_owned(), "6".to_owned()];
     let contest = Contest { handler, at_once, jobs: at_once, payload_bytes: PAYLOAD_BYTES };
@@ -33,7 +33,7 @@ fn peak(bench: &Bench, contender: &Contender, at_once: usize) -> Result<u64> {
     Ok(sample.peak_memory.unwrap_or_default())
 }
 
-/// The numbers of jobs before the first and before the last measurement of the memory.
+/// The numbers of jobs that have run at the first and at the last measurement of the memory.
 const FEW_JOBS: usize = 2000;
 const MANY_JOBS: usize = 200_000;
 

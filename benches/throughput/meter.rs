@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::Result;
 
-/// A process, by its pid.
+/// A process, identified by its pid.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Process(pub(crate) u32);
 
@@ -15,13 +15,13 @@ impl Process {
         Self(std::process::id())
     }
 
-    /// Returns the CPU time of the living threads, to the nanosecond, without children.
+    /// Returns the CPU time of the live threads, with nanosecond resolution. Ended threads and children are not included.
     pub(crate) fn own_cpu(self) -> Result<Duration> {
         let times = self.of_threads("schedstat", |text| text.split(' ').next()?.parse().ok())?;
         Ok(Duration::from_nanos(times))
     }
 
-    /// Returns the number of times that the living threads went to sleep.
+    /// Returns the number of times that the live threads have gone to sleep.
     pub(crate) fn sleeps(self) -> Result<u64> {
         self.of_threads("status", |text| number_after(text, "voluntary_ctxt_switches:"))
     }
@@ -31,7 +31,7 @@ impl Process {
         self.memory("VmHWM:")
     }
 
-    /// Returns the present resident memory in bytes.
+    /// Returns the current resident memory in bytes.
     pub(crate) fn memory_now(self) -> Result<u64> {
         self.memory("VmRSS:")
     }
@@ -61,7 +61,8 @@ fn number_after(status: &str, name: &str) -> Option<u64> {
 #[expect(unsafe_code, reason = "no safe wrapper of getrusage is at hand")]
 pub(crate) fn own_cpu_so_far() -> Duration {
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `rusage`.
+    // SAFETY: the pointer is to live memory of the right type, and `usage` is initialised, because all zeroes is a valid
+    // `rusage`.
     let usage = unsafe {
         libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
         usage.assume_init()
@@ -69,11 +70,12 @@ pub(crate) fn own_cpu_so_far() -> Duration {
     cpu(&usage)
 }
 
-/// Waits for a child. Returns its wait status, and the CPU time of the child and of the descendants that it waited for.
+/// Waits for a child. Returns the wait status, and the CPU time of the child and of the descendants for which the child waited.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
 pub(crate) fn reap(child: Process) -> Result<(i32, Duration)> {
     let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::zeroed());
-    // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
+    // SAFETY: both pointers are to live memory of the right type, and `usage` is initialised, because all zeroes is a valid
+    // `rusage`.
     let (reaped, usage) = unsafe {
         let reaped = libc::wait4(child.0.cast_signed(), &raw mut status, 0, usage.as_mut_ptr());
         (reaped, usage.assume_init())

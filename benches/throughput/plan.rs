@@ -104,7 +104,7 @@ impl Part {
     }
 }
 
-/// The choice of parts and options on the command line.
+/// The parts and options that are given on the command line.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Plan {
     pub(crate) help: bool,

@@ -1,5 +1,5 @@
-//! The cost of the protocol alone: this worker with a dispatcher that starts no process. Without processes, jobs and
-//! reports travel in large batches, so the figure is a lower bound.
+//! The cost of the protocol alone, measured with zizq-worker and a dispatcher that starts no process. Without processes, jobs
+//! and reports travel in large batches, so the figure is a lower bound.
 
 use tokio::signal::unix::{SignalKind, signal};
 use zizq_worker::{Dispatcher, Ended, Job, Lifecycle, Outcome, Worker, WorkerConfig};
@@ -26,7 +26,7 @@ impl Dispatcher for DoesNothing {
     }
 }
 
-/// Runs the worker. The arguments are the url, the queue, and the concurrency.
+/// Runs the worker. `words` are the url, the queue, and the concurrency.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once] = words else { return Err("not three words".into()) };
     let threads: std::num::NonZeroUsize = at_once.parse()?;
@@ -67,8 +67,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::new(rows, targets))
 }
 
-/// Returns the least possible own CPU of a worker, as a multiple of the bare loop's: the own CPU of the bare loop plus
-/// that of the protocol alone.
+/// Returns a lower bound for a worker's own CPU time, relative to the bare loop: the own CPU time of the bare loop plus that of
+/// the protocol alone, divided by that of the bare loop.
 fn floor(rows: &[Row]) -> Option<Target> {
     let [bare, protocol] = rows else { return None };
     let about = format!("(own CPU of the bare loop and of the protocol alone / bare loop), {} at once", bare.at_once);

@@ -8,7 +8,7 @@ use std::thread::spawn;
 
 use crate::Result;
 
-/// The first bytes of the request for a take stream. All other connections are for reports.
+/// The first bytes of a connection for a take stream. Every other connection counts as one for reports.
 const TAKE: &[u8] = b"GET /jobs/take";
 
 pub(crate) struct Proxy {
@@ -32,21 +32,21 @@ impl Proxy {
         spawn(move || {
             for connection in listener.incoming().flatten() {
                 let (server, reports) = (server.clone(), Arc::clone(&shared));
-                // An error only ends this connection.
+                // Ignore an error, because it ends only this connection.
                 spawn(move || pass_on(connection, &server, &reports));
             }
         });
         Ok(Self { url, reports })
     }
 
-    /// Makes reports fail from now on.
+    /// Closes all connections for reports, and new ones at their first request, until `mend_reports` is called.
     pub(crate) fn cut_reports(&self) {
         self.reports.cut.store(true, Ordering::SeqCst);
         let mut connections = self.reports.connections.lock().unwrap_or_else(PoisonError::into_inner);
         connections.drain(..).for_each(|connection| drop(connection.shutdown(Shutdown::Both)));
     }
 
-    /// Lets reports pass from now on.
+    /// Lets new connections for reports pass again.
     pub(crate) fn mend_reports(&self) {
         self.reports.cut.store(false, Ordering::SeqCst);
     }

@@ -14,11 +14,11 @@ use crate::chart;
 use crate::plan::{PARTS, Part, Plan};
 use crate::sample::{Sample, Spread};
 
-/// The committed page with the figures, and its chart.
+/// The page in the repository that shows the figures, and the chart on the page.
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.md");
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.svg");
 
-/// The marks around the figures in the page. `--save` replaces the text between the marks.
+/// The markers around the figures in the page. `--save` replaces the text between the markers.
 const BEGIN: &str = "<!-- figures -->";
 const END: &str = "<!-- end of figures -->";
 
@@ -40,8 +40,8 @@ impl Row {
         Spread::of(self.samples.iter().filter_map(of))
     }
 
-    /// Returns the median of the ratios of all rounds. A ratio compares two runs of the same round, because a disturbance of
-    /// the machine probably affects both.
+    /// Returns the median, over all rounds, of this row's figure divided by that of `other`. Each ratio compares two runs of the
+    /// same round, because a disturbance of the machine probably affects both.
     pub(crate) fn ratio_to(&self, other: &Self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         let pairs = self.samples.iter().zip(&other.samples);
         let ratios = pairs.filter_map(|(this, other)| Some(of(this)? / of(other)?));
@@ -86,7 +86,7 @@ impl Target {
     }
 }
 
-/// The results of a part.
+/// The results of one part of the benchmark.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Section {
     pub(crate) rows: Vec<Row>,
@@ -108,7 +108,7 @@ impl Section {
     }
 }
 
-/// The results of all parts, by the part's name and the server's suffix.
+/// The results by the name of the part, with the suffix of the server appended.
 type Sections = BTreeMap<String, Section>;
 
 pub(crate) struct Report {
@@ -117,7 +117,7 @@ pub(crate) struct Report {
     sections: Sections,
 }
 
-/// The suffixes to the name of a part, for the embedded server and for the server at `ZIZQ_URL`.
+/// The suffixes of a part's name, for the embedded server and for the server at `ZIZQ_URL`.
 const EMBEDDED: &str = "";
 const GIVEN: &str = ", real server";
 
@@ -127,7 +127,7 @@ impl Report {
         Self { server, rounds: plan.rounds, sections: Sections::new() }
     }
 
-    /// Prints the results of a part, and keeps them for the files.
+    /// Prints the results of a part, and keeps them for `write`.
     pub(crate) fn add(&mut self, part: Part, section: Section) {
         let name = format!("{}{}", part.name(), self.server);
         println!("\n{}", text(&name, part, &section));
@@ -187,7 +187,7 @@ impl Report {
     }
 }
 
-/// Splits the figures of the page into parts, by name.
+/// Splits the figures of the page into one block of text for each part. Returns the blocks by the name of the part.
 fn blocks(figures: &str) -> BTreeMap<String, String> {
     let blocks = figures.split("\n**").filter_map(|block| {
         let (name, _) = block.split_once("**")?;
@@ -196,7 +196,7 @@ fn blocks(figures: &str) -> BTreeMap<String, String> {
     blocks.collect()
 }
 
-/// Returns every part with its name for each server, in the order of the page.
+/// Returns every part twice, with its name for each of the two servers, in the order of the page.
 fn names() -> impl Iterator<Item = (Part, String)> {
     let names = PARTS.into_iter().flat_map(|part| [EMBEDDED, GIVEN].map(|server| (part, server)));
     names.map(|(part, server)| (part, format!("{}{server}", part.name())))
@@ -225,7 +225,7 @@ fn targets(targets: &[Target]) -> String {
     text
 }
 
-/// Returns the directory for the figures and the chart, in the target directory.
+/// Returns the directory for the figures and the chart, inside Cargo's target directory.
 fn beside_the_worker() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_zizq-worker")).with_file_name("performance")
 }

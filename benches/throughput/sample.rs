@@ -1,4 +1,4 @@
-//! [`Sample`]: the figures of one run; [`Spread`]: the spread over several runs.
+//! [`Sample`]: the figures of one run. [`Spread`]: the spread of a figure over several runs.
 
 use std::time::Duration;
 
@@ -8,15 +8,15 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Sample {
     pub(crate) jobs_per_second: f64,
-    /// CPU per job including children, in milliseconds.
+    /// The CPU time per job including children, in milliseconds.
     pub(crate) cpu: f64,
-    /// CPU per job of the contender's process alone, in milliseconds.
+    /// The CPU time per job of the contender's process alone, in milliseconds.
     pub(crate) own_cpu: Option<f64>,
     /// The peak memory in bytes.
     pub(crate) peak_memory: Option<u64>,
 }
 
-/// The median, the least and the greatest of some values.
+/// The median, the minimum and the maximum of some values.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
@@ -38,7 +38,7 @@ pub(crate) fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
     values
 }
 
-/// Returns the quantile `part` (0 to 1) of the sorted values.
+/// Returns the quantile `part` (0 to 1) of the sorted values, or NaN if there are none.
 pub(crate) fn percentile(sorted: &[f64], part: f64) -> f64 {
     let last = sorted.len().saturating_sub(1);
     sorted.get((last as f64 * part).round() as usize).copied().unwrap_or(f64::NAN)

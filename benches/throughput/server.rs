@@ -1,4 +1,4 @@
-//! [`Server`]: the embedded server in a separate process, or the one at `ZIZQ_URL`, and the enqueuing of jobs.
+//! [`Server`]: starts the embedded server in a separate process, or uses the server at `ZIZQ_URL`, and enqueues jobs.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
@@ -23,13 +23,14 @@ const NEAR_THE_END: u64 = 100;
 /// The time limit of a single run. A run that takes longer is stuck.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// The limits of a bulk request, below the server's limit. A request of this size is quick to read.
+/// The limits of a bulk request, so that the server reads each request quickly.
 const MAX_BULK_BYTES: usize = 4_000_000;
 const MAX_BULK_JOBS: usize = 500;
 
-/// Runs the server until stdin is closed.
+/// Runs the embedded server until stdin is closed.
 pub(crate) fn run() -> Result<()> {
-    // Use one thread, so that the server leaves one of two cores to the contenders. A remote server would leave both.
+    // Use one thread, so that on a machine with two cores the server leaves one to the contenders. A remote server would leave
+    // both.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let server = runtime.block_on(EmbeddedServer::bind("127.0.0.1:0", Store::new(Options::default())))?;
     println!("http://{}", server.local_addr());
@@ -45,7 +46,7 @@ pub(crate) fn payload(bytes: usize) -> String {
 
 pub(crate) struct Server {
     pub(crate) url: String,
-    /// A queue for this benchmark alone.
+    /// The name of a queue that only this benchmark uses.
     pub(crate) queue: String,
     runtime: Runtime,
     http: reqwest::Client,
@@ -80,7 +81,7 @@ impl Server {
         self.send(self.post("/jobs", self.job(payload))).map(drop)
     }
 
-    /// Returns the number of unfinished jobs.
+    /// Returns the number of unfinished jobs in the queue.
     pub(crate) fn pending(&self) -> Result<u64> {
         let answer = self.send(self.http.get(format!("{}/jobs/count?queue={}", self.url, self.queue)))?;
         answer["count"].as_u64().ok_or_else(|| format!("no count in {answer}").into())
@@ -119,7 +120,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         if let Some(process) = &mut self.process {
             drop(process.stdin.take());
-            // The closed stdin ends the server, even if the wait fails.
+            // Ignore an error of the wait, because the closed stdin ends the server in any case.
             let _ = process.wait();
         }
     }

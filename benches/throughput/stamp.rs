@@ -1,5 +1,5 @@
-//! A handler that sends the time of its start to the benchmark, and the receiver. Both use the monotonic clock, which all
-//! processes share.
+//! A handler that sends the time of its start, called a stamp, to the benchmark, and the receiver of the stamps. All times are
+//! from the monotonic clock, which is the same for all processes.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::Result;
 
 pub(crate) const ROLE: &str = "handler:stamp";
 
-/// The time limit for the next stamp, longer than any job waits. Without the limit, a lost job would hang the run.
+/// The time limit for receiving a stamp. No job takes this long to start, so a longer wait means that the job was lost.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Returns the monotonic time.
@@ -49,7 +49,7 @@ impl Stamps {
         self.path.to_string_lossy().into_owned()
     }
 
-    /// Waits for the next stamp. Returns the start time of the handler.
+    /// Waits for the next stamp, and returns it.
     pub(crate) fn receive(&self) -> Result<Duration> {
         let mut bytes = [0; size_of::<u128>()];
         self.socket.recv(&mut bytes)?;

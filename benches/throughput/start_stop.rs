@@ -16,7 +16,7 @@ use crate::{Result, server};
 
 const STARTS: usize = 20;
 
-/// A pause after which the worker is idle.
+/// The pause before SIGTERM, so that the worker is idle when it gets the signal.
 const REST: Duration = Duration::from_millis(100);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {

@@ -1,4 +1,5 @@
-//! Warm handlers, compared with the same handler in spawn mode and with the official client in process.
+//! Warm handlers, compared with the same handlers in spawn mode, and with a worker that is built on the official client and
+//! handles jobs in its own process.
 
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -30,7 +31,7 @@ const MANY: usize = 200;
 
 const WARM: &[&str] = &["--mode", "warm"];
 
-/// A handler that reads jobs from the worker's socket, or one payload from stdin if there is no socket.
+/// The script of the Python handler. It reads jobs from the worker's socket, or one payload from stdin if there is no socket.
 const PYTHON: &str = r#"
 import json, os, sys
 if "ZIZQ_SOCKET" not in os.environ:
@@ -97,7 +98,7 @@ fn warm() -> Contender {
     worker("warm", WARM)
 }
 
-/// Runs all contenders in turn, round after round. Each has as many jobs as it runs in a few seconds.
+/// Runs all contenders in turn, round after round. Each gets as many jobs as it can run in a few seconds.
 fn compete(bench: &Bench, handler: &Handler, at_once: usize) -> Result<Vec<Row>> {
     let entrants =
         [(worker("spawned", &[]), handler.spawned_jobs), (warm(), WARM_JOBS), (Contender::Client, WARM_JOBS)];
@@ -189,7 +190,7 @@ fn latency(bench: &Bench) -> Result<(Vec<Line>, Target)> {
 fn one_round(bench: &Bench, contender: &Contender, handler: &[String], stamps: &Stamps) -> Result<Vec<f64>> {
     let payload = server::payload(PAYLOAD_BYTES);
     let running = contender.start(bench, FEW, handler, &[])?;
-    // Do not time the first job, which opens the connections and starts the process.
+    // Do not time the first job, because it also opens the connections and starts the process.
     bench.server.enqueue_one(&payload)?;
     stamps.receive()?;
     let times = (0..bench.scaled(LATENCY_JOBS)).map(|_| {

@@ -1,4 +1,4 @@
-//! The compiled handler of the warm runs, which also runs in spawn mode.
+//! The compiled handler for the `warm` part of the benchmark. It runs in warm mode and in spawn mode.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -12,12 +12,13 @@ use crate::{Result, stamp};
 
 pub(crate) const ROLE: &str = "handler:warm";
 
-/// The option to send a stamp for each job, followed by the path of the socket.
+/// The option to send a stamp for each job. The path of the socket for stamps follows it.
 pub(crate) const STAMP: &str = "stamp";
 /// The option to sleep for `A_WHILE` in each job.
 pub(crate) const PAUSE: &str = "pause";
 
-/// The duration of a job, longer than it takes to start all processes, so that every process has a job at the same time.
+/// The duration of a job with `PAUSE`. It is longer than the start of all processes, so that all processes have a job at the
+/// same time.
 const A_WHILE: Duration = Duration::from_secs(4);
 
 #[derive(Deserialize)]
@@ -26,7 +27,7 @@ struct Job {
     payload: Value,
 }
 
-/// Runs jobs one after another from the worker's socket, or one job in spawn mode, with its payload on stdin.
+/// Runs the jobs from the worker's socket one after another. In spawn mode, runs one job with the payload from stdin.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let Ok(socket) = std::env::var("ZIZQ_SOCKET") else {
         return handle(&serde_json::from_reader(std::io::stdin().lock())?, words);

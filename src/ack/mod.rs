@@ -39,12 +39,13 @@ impl Drop for AckSlot {
     }
 }
 
-/// The urgency of a success report. Failure reports have no urgency, because they share no requests.
+/// The urgency of a success report. Failure reports have no urgency, because each is sent in its own request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Urgency {
-    /// Send at once: the worker loops need jobs, and the server sends new jobs only as reports arrive.
+    /// Send at once. Used while the worker loops need jobs, because the server sends new jobs only as reports arrive.
     Now,
-    /// Wait a few milliseconds for further successes to share the request: enough jobs are queued for the worker loops.
+    /// Wait a few milliseconds, so that more successes can share the request. Used while enough jobs are queued for the worker
+    /// loops.
     Soon,
 }
 
@@ -72,10 +73,11 @@ pub(crate) struct AckQueue {
 }
 
 impl AckQueue {
-    /// Queues a report, and waits while the queue is full.
+    /// Queues a report. If the queue is full, waits for a slot first.
     pub(crate) async fn report(&self, attempt: Attempt, report: Report, urgency: Urgency) {
         let _slot = AckSlot::take(self.places.take().await, &self.metrics);
-        // A send fails only after the worker has stopped. The server then requeues the job, so the error is ignored.
+        // A send fails only after `AckProcessor::finish` has closed the queue. The server requeues the job when the stream
+        // closes, so the error can be ignored.
         match report {
             Report::Success => drop(self.successes.send(SuccessReport { attempt, urgency, _slot })),
             Report::Failure(failure) => drop(self.failures.send(FailureReport { attempt, failure, _slot })),
@@ -88,8 +90,8 @@ impl AckQueue {
     }
 }
 
-/// The tasks that send the queued reports. Each report is retried until it is accepted, parked, refused, or dropped because the
-/// worker is killed.
+/// The tasks that send the queued reports. Each report is retried until it is accepted, refused or parked, or until its last try
+/// in `Phase::Killing` fails.
 #[derive(Debug)]
 pub(crate) struct AckProcessor {
     tasks: [AbortOnDropHandle<()>; 3],
@@ -113,9 +115,9 @@ impl AckProcessor {
         (Self { tasks, closing, reporter }, queue)
     }
 
-    /// Waits until every outcome is settled or dropped, then stops the tasks. All runs have ended before this call, so no new
-    /// report arrives. Once only parked outcomes are left, the wait lasts at most `patience` more, and the outcomes that are
-    /// still parked are dropped. Returns the number of reports dropped since the start.
+    /// Waits until every outcome is settled or dropped, then stops the tasks. Must be called after all runs have ended, so that
+    /// no new report arrives. Once all remaining outcomes are parked, waits at most `patience` longer, then drops them. Returns
+    /// the number of reports dropped since `start`.
     pub(crate) async fn finish(self, patience: Duration) -> usize {
         self.reporter.await_outcomes(patience).await;
         self.closing.cancel();

@@ -1,4 +1,5 @@
-//! Polls the server about the jobs of parked outcomes, because another worker may be running or may have finished a job.
+//! Polls the server for the state of jobs whose outcomes are parked, because the server may have redelivered these jobs to other
+//! workers.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +14,7 @@ use crate::ledger::Parked;
 use crate::lifecycle::Phase;
 
 impl Reporter {
-    /// Checks the jobs of parked outcomes on the server, with backoff, until `closing` is cancelled or the worker is killed.
+    /// Checks the jobs of parked outcomes repeatedly, until `closing` is cancelled or the worker enters `Phase::Killing`.
     pub(super) async fn watch_parked(self, acks: AckQueue, closing: CancellationToken) {
         tokio::select! {
             biased;
@@ -37,8 +38,8 @@ impl Reporter {
         }
     }
 
-    /// Waits before the next round of checks. While the worker takes jobs, the wait is the maximum backoff, because most parked
-    /// jobs are redelivered within that time. During a drain, the waits grow from the minimum.
+    /// Waits before the next round of checks. Before a drain, the wait is the maximum backoff, because most parked jobs are
+    /// redelivered within that time. A drain ends this wait. From then on, the waits grow from the minimum backoff.
     async fn wait_for_next_look(&self, waits: &mut Waits) {
         if self.lifecycle.phase() < Phase::Draining {
             let (_, longest, _) = self.backoff.parts();
@@ -51,9 +52,10 @@ impl Reporter {
         tokio::time::sleep(waits.next_wait()).await;
     }
 
-    /// Checks released jobs: parked jobs that the server may still have in flight for this worker. If a check finds the job in
-    /// flight, its report is sent. Rounds are as frequent as the probes of a failing server. A check that is refused or gets no
-    /// answer ends the round.
+    /// Checks the released jobs, which are parked jobs that the server may still have in flight for this worker. If a check finds
+    /// a job in flight, the job's report is sent. The wait before a round is the first wait of the backoff, or a longer
+    /// `Retry-After`. Without a `Retry-After`, a recovery of the server ends the wait. A check that is refused or gets no answer
+    /// ends the round.
     async fn look_at_released(&self, acks: &AckQueue) {
         let (mut parkings, mut asked) = (self.ledger.parkings(), None);
         loop {
@@ -68,7 +70,8 @@ impl Reporter {
                 () = pause => {}
             }
             let mut released = self.ledger.released();
-            // Otherwise a job whose check is always refused could come first in each round, and end the round before the others.
+            // Without the shuffle, a job whose check is always refused could come first in every round, and end the round
+            // before the other jobs are checked.
             fastrand::shuffle(&mut released);
             asked = None;
             for parked in released {
@@ -81,8 +84,9 @@ impl Reporter {
         }
     }
 
-    /// Checks the job of each parked outcome once, except for the other jobs of a server that does not answer. `elsewhere`
-    /// contains the jobs that the previous round found in flight. Returns the jobs that this round finds in flight.
+    /// Checks the job of each parked outcome once. After a check fails because the server is unreachable, the remaining jobs of
+    /// that server are skipped. `elsewhere` contains the jobs that the previous round found in flight. Returns the jobs that this
+    /// round finds in flight.
     async fn look_at_all(&self, acks: &AckQueue, elsewhere: &BTreeSet<JobId>) -> BTreeSet<JobId> {
         let (mut in_flight, mut unreachable) = (BTreeSet::new(), Vec::new());
         for parked in self.ledger.parked() {

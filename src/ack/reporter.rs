@@ -1,5 +1,5 @@
-//! [`Reporter`]: sends each report, with retries until the report is accepted, parked, refused, or dropped because the worker is
-//! killed.
+//! [`Reporter`]: sends each report, with retries until the report is accepted, refused or parked, or until its last try in
+//! `Phase::Killing` fails.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -21,27 +21,28 @@ use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
-/// The time limit of the last try that a report gets once the worker is killed.
+/// The time limit of the last try of each report, after the worker has entered `Phase::Killing`.
 const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time limit of all last tries together. The limit is enough for two tries in sequence: one for the reports in flight at the
-/// kill, then one for the reports that were queued behind them.
+/// The time limit of all last tries together. The limit is enough for two tries in sequence: one for the reports in flight when
+/// `Phase::Killing` begins, then one for the reports that were queued behind them.
 const LAST_TRIES_TIMEOUT: Duration = LAST_TRY_TIMEOUT.saturating_mul(2);
 
-/// The state that all reports share.
+/// The sender of all reports. Clones share the ledger and the count of dropped reports.
 #[derive(Debug, Clone)]
 pub(crate) struct Reporter {
     pub(super) ledger: Arc<Ledger>,
     pub(super) backoff: Backoff,
     pub(super) lifecycle: Lifecycle,
     metrics: Metrics,
-    /// The moment at which the first report noticed the kill. `LAST_TRIES_TIMEOUT` counts from this moment.
+    /// The moment at which the first report noticed `Phase::Killing`. `LAST_TRIES_TIMEOUT` counts from this moment.
     killed: Arc<OnceLock<Instant>>,
     dropped: Arc<AtomicUsize>,
 }
 
 /// The result of the tries to report a failure, unless they end with an error. Each variant contains the delivery that held the
-/// job when the report was last sent or, for a report without an answer, when the job was last checked.
+/// job when the last try sent the report. If that try sent no report, this is the delivery at its last check of the job, or else
+/// at its start.
 enum ReportEnd {
     Settle(Option<Delivery>),
     Park(Option<Delivery>),
@@ -55,8 +56,8 @@ const MAX_REFUSED_LOOKS: usize = 5;
 /// The uncertainty after the answer to a failure report was lost: the server may or may not have counted the failure.
 #[derive(Debug, Default)]
 struct Doubt {
-    /// The delivery that held the job when the report was sent, or `None` if no answer was lost. A later delivery shows that the
-    /// server has not counted the failure.
+    /// The delivery that held the job when the report was sent, or `None` if no answer was lost. A later delivery of the same
+    /// attempt shows that the server has not counted the failure.
     delivery: Option<Delivery>,
     /// The number of refused checks of the job since the answer was lost.
     refused_looks: usize,
@@ -67,8 +68,8 @@ impl Reporter {
         Self { ledger, backoff, lifecycle, metrics, killed: Arc::default(), dropped: Arc::default() }
     }
 
-    /// Waits until no report is outstanding and no outcome is parked, or until the worker is killed. Once only parked outcomes
-    /// are left, the wait lasts at most `patience` more.
+    /// Waits until no report is outstanding and no outcome is parked, or until the worker enters `Phase::Killing`. Once all
+    /// remaining outcomes are parked, waits at most `patience` longer.
     pub(super) async fn await_outcomes(&self, patience: Duration) {
         let mut movements = self.ledger.movements();
         let mut all_parked_since = None;
@@ -110,7 +111,7 @@ impl Reporter {
     async fn report_failure(&self, report: FailureReport) {
         let FailureReport { attempt, mut failure, _slot } = report;
         let doubt = Mutex::default();
-        // `None` means that a later attempt has replaced this one, which then needs no report.
+        // `None` means that no report is needed, because a later attempt has replaced this one.
         while let Some(client) = self.ledger.destination(&attempt) {
             let ended = self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &doubt)).await;
             let (seen, may_be_held) = match ended {
@@ -128,7 +129,7 @@ impl Reporter {
         }
     }
 
-    /// Makes one try to report a failure. [`fate`] decides when to send the report and when to ask for the state of the job.
+    /// Makes one try to report a failure. [`fate`] decides when to send the report and when to query the state of the job.
     async fn try_failure(
         &self,
         attempt: &Attempt,
@@ -145,7 +146,7 @@ impl Reporter {
         loop {
             match fate(Kind::Failure, answer, told, self.ledger.hold(attempt, seen)) {
                 Step::Ask => {
-                    // A denial applies to the delivery that held the job when the report was sent, so `seen` stays that delivery.
+                    // A denial applies to the delivery that held the job when the report was sent, so `seen` does not change.
                     if answer != Answer::Denied {
                         seen = self.ledger.held(attempt);
                     }
@@ -159,7 +160,8 @@ impl Reporter {
                 Step::Send => {
                     seen = self.ledger.held(attempt);
                     told = Told::NotAsked;
-                    // Opening a connection may take long. The report is withdrawn if `seen` no longer holds the job by then.
+                    // Opening a connection may take a long time. The report is withdrawn if the delivery `seen` no longer holds
+                    // the job by then.
                     let is_held = self.ledger.watch_hold(attempt, seen);
                     let sent = client.failure_if(&attempt.id, failure, is_held).await;
                     if matches!(sent, Err(ClientError::Withdrawn)) {
@@ -178,8 +180,8 @@ impl Reporter {
         }
     }
 
-    /// Retries with backoff until the server answers or the error is final. Once the worker is killed, a try in flight is the
-    /// last, and a wait ends at once with one last try.
+    /// Calls `attempt` with backoff until it succeeds or fails with an error that is not retryable. When the worker enters
+    /// `Phase::Killing`, a try in flight becomes the last one, and a wait ends at once, for one last try.
     pub(super) async fn retry_until_answered<T, F>(
         &self,
         client: &Client,
@@ -209,7 +211,7 @@ impl Reporter {
         }
     }
 
-    /// Makes one try, which has a time limit once the worker is killed.
+    /// Makes one try. Once the worker enters `Phase::Killing`, the try has a time limit.
     async fn in_time<T>(&self, attempt: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
         tokio::select! {
             biased;
@@ -229,7 +231,8 @@ impl Reporter {
         }
     }
 
-    /// Asks the server for the state of a job whose report was denied, was not answered, or is parked.
+    /// Queries the server for the state of a job whose report was denied or not answered, or whose outcome is parked. Returns the
+    /// state, and the error if the query failed.
     pub(super) async fn ask(&self, client: &Client, attempt: &Attempt, kind: Kind) -> (Told, Option<ClientError>) {
         let state = match client.job(&attempt.id).await {
             Ok(state) => state,
@@ -249,7 +252,7 @@ impl Reporter {
             }
         }
         match told(state, attempt, kind) {
-            // A 404 says nothing about the job if the job came from another server.
+            // A 404 says nothing about a job that came from another server.
             Told::Gone if !self.ledger.came_from(attempt, client) => (Told::Withheld, None),
             told => (told, None),
         }
@@ -287,7 +290,7 @@ fn is_in_doubt(doubt: &Mutex<Doubt>, held: Option<Delivery>) -> bool {
     lock(doubt).delivery.is_some_and(|doubted| held.is_none_or(|held| held == doubted))
 }
 
-/// Counts a refused check of the job, and reports whether another check may succeed.
+/// Counts a refused check of the job, and reports whether the job may be checked again.
 fn may_look_again(doubt: &Mutex<Doubt>) -> bool {
     let mut doubt = lock(doubt);
     doubt.refused_looks += 1;

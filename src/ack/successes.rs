@@ -1,4 +1,4 @@
-//! Reports successes in bulk, one request at a time to each server.
+//! Reports successes in bulk requests. While a request to a server is in flight, further successes for that server gather.
 
 use std::collections::HashSet;
 use std::future::poll_fn;
@@ -24,11 +24,12 @@ use crate::ledger::{Attempt, Delivery};
 /// The maximum number of ids in one bulk request, small enough for the size limits of servers and proxies.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
-/// The longest time that a success without urgency waits for others to share its request. The cost of a request outweighs the
-/// cost of the successes in it.
+/// The longest time that a success of `Urgency::Soon` waits for other successes to share its request. A request costs more than
+/// the successes in it.
 const LONGEST_HOLD: Duration = Duration::from_millis(5);
 
-/// The number of times that a bulk request yields to the runtime, so that jobs that end at the same moment share the request.
+/// The number of yields to the runtime before a bulk request is built, so that jobs that end at the same moment share the
+/// request.
 const TURNS: usize = 3;
 
 /// The maximum number of parts into which a bulk request is split after server errors.
@@ -45,7 +46,7 @@ const MAX_LOOKS_IN_FLIGHT: usize = 8;
 #[derive(Default)]
 struct Gathered {
     by_server: Mutex<Vec<Bulk>>,
-    /// Whether a success has been moved to another server since `rerouted` last completed.
+    /// Whether `reroute` has queued a success since `rerouted` last completed.
     is_rerouted: AtomicBool,
 }
 
@@ -91,7 +92,7 @@ impl Gathered {
         bulks[at].add(success);
     }
 
-    /// Returns the time at which the next request is due.
+    /// Returns the earliest due time of the servers that have waiting successes and no request in flight.
     fn next_due(&self) -> Option<Instant> {
         self.lock().iter().filter(|bulk| bulk.is_held()).map(|bulk| bulk.due).min()
     }
@@ -109,7 +110,7 @@ impl Gathered {
             .collect()
     }
 
-    /// Moves a server's successes into `batch`, up to the limit of a request.
+    /// Moves waiting successes for a server into `batch`, up to the maximum size of a request.
     fn take(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>) {
         let mut bulks = self.lock();
         if let Some(bulk) = bulks.iter_mut().find(|bulk| Arc::ptr_eq(&bulk.client, client)) {
@@ -118,13 +119,13 @@ impl Gathered {
         }
     }
 
-    /// Waits until a success is rerouted. No waker is needed, because the requests that reroute are polled before this future, in
-    /// the same task.
+    /// Waits until a success is rerouted. No waker is needed, because only `report_batch` reroutes, and the same task polls
+    /// `report_batch` before this future.
     fn rerouted(&self) -> impl Future<Output = ()> {
         poll_fn(|_| if self.is_rerouted.swap(false, Ordering::Relaxed) { Poll::Ready(()) } else { Poll::Pending })
     }
 
-    /// Records that the request to a server has ended, and removes the server if no success waits for it.
+    /// Records that the request to a server has ended, and removes the server if no success waits for a request.
     fn end(&self, client: &Arc<Client>) {
         self.lock().retain_mut(|bulk| {
             if Arc::ptr_eq(&bulk.client, client) {
@@ -136,7 +137,8 @@ impl Gathered {
 }
 
 impl Reporter {
-    /// Sends one bulk request at a time to each server. While a request is in flight, further successes gather for the next one.
+    /// Sends the queued successes in bulk requests. While a request to a server is in flight, further successes for that server
+    /// gather for the next one. The failed parts of a request are retried separately.
     pub(super) async fn report_successes(
         self,
         mut queue: mpsc::UnboundedReceiver<SuccessReport>,
@@ -169,9 +171,8 @@ impl Reporter {
         }
     }
 
-    /// Reports successes, with retries until the server has answered for all of them. Each try also takes the successes that have
-    /// gathered in `joining`. Returns the parts that got server errors while other parts were accepted. The caller reports those
-    /// parts separately.
+    /// Reports a batch of successes, with retries. Each try also takes the successes that have gathered in `joining`. Returns the
+    /// parts that got server errors while other parts were accepted. The caller reports those parts separately.
     async fn report_batch(
         &self,
         client: Arc<Client>,
@@ -207,7 +208,8 @@ impl Reporter {
                 self.drop_reports(&unsettled, &error);
             }
         }
-        // Requeue the successes that still need a report, for example because another server has redelivered the job.
+        // Put the successes that still need a report back into `gathered`, for example because another server has redelivered the
+        // job.
         batch.into_iter().for_each(|success| self.reroute(gathered, success));
         if joining.is_some() {
             gathered.end(&client);
@@ -215,9 +217,9 @@ impl Reporter {
         apart
     }
 
-    /// Sends all successes in one request. After a server error, sends them again in `count` parts, so that one success that
-    /// always causes a server error does not block the others for ever. Returns the failed parts, or the error if the whole try
-    /// failed.
+    /// Sends all successes in one request. If this causes a server error and `count` is greater than 1, sends them again in up to
+    /// `count` parts, so that one success that always causes a server error does not block the others forever. Returns the failed
+    /// parts, or the error if the whole try failed.
     async fn try_parts(
         &self,
         client: &Arc<Client>,
@@ -231,7 +233,7 @@ impl Reporter {
             Err(error) if error.is_server_error() => {}
             ended => return ended.map(|()| Vec::new()),
         }
-        // Otherwise the same parts could fail first at each try, and end the try before the other parts are sent.
+        // Without the shuffle, the same successes could fail first in every try, and end the try before the other parts are sent.
         fastrand::shuffle(&mut attempts);
         let (mut failed, mut is_any_accepted) = (Vec::new(), false);
         for part in attempts.chunks(attempts.len().div_ceil(count)) {
@@ -258,7 +260,7 @@ impl Reporter {
         }
     }
 
-    /// Keeps the successes whose destination is this server, and reroutes the others.
+    /// Keeps the successes whose destination is the server of `client`, and reroutes the others.
     fn keep_own(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>, gathered: &Gathered) {
         for success in std::mem::take(batch) {
             if self.ledger.destination(&success.attempt).is_some_and(|server| Arc::ptr_eq(&server, client)) {
@@ -270,7 +272,7 @@ impl Reporter {
     }
 
     /// Sends one bulk request, and another one for jobs that were redelivered during the first. If the server refuses a batch,
-    /// each half is sent by itself, so that one bad id does not block the reports of the others.
+    /// each half is sent separately, so that one bad id does not block the reports of the others.
     async fn try_successes(&self, client: &Arc<Client>, attempts: Vec<Attempt>) -> Result<(), ClientError> {
         let mut batches = vec![attempts];
         while let Some(mut attempts) = batches.pop() {
@@ -302,7 +304,7 @@ impl Reporter {
         destinations.any(|destination| !Arc::ptr_eq(&destination, client))
     }
 
-    /// Settles the attempts that the server has accepted. Returns the attempts whose jobs were not in flight.
+    /// Settles the attempts that the server has accepted. Returns the denied attempts, whose jobs were not in flight.
     fn settle_accepted(
         &self,
         attempts: Vec<Attempt>,
@@ -318,7 +320,7 @@ impl Reporter {
         denied
     }
 
-    /// Checks the successes whose jobs are not in flight. Returns the attempts whose reports are to be sent again.
+    /// Checks the jobs of denied successes. Returns the attempts whose reports must be sent again.
     async fn look_into_all(
         &self,
         client: &Client,
@@ -332,7 +334,7 @@ impl Reporter {
         Ok(looked.into_iter().flatten().collect())
     }
 
-    /// Checks a success whose job is not in flight. Returns the attempt if its report is to be sent again.
+    /// Checks the job of a denied success. Returns the attempt if its report must be sent again.
     async fn look_into(
         &self,
         client: &Client,
@@ -357,7 +359,7 @@ impl Reporter {
         }
     }
 
-    /// Sends a parked success whose job is in flight again, on this worker or another. Returns whether the server has accepted
+    /// Sends a parked success whose job is in flight again, on this worker or another. Reports whether the server has accepted
     /// the success.
     pub(super) async fn report_parked(&self, client: &Client, attempt: &Attempt) -> bool {
         let accepted = client.success(std::slice::from_ref(&attempt.id)).await;
@@ -369,8 +371,8 @@ impl Reporter {
     }
 }
 
-/// Gives each ready task of this runtime its turn, so that jobs that end at the same moment share a request. An idle runtime
-/// spends no time here.
+/// Lets the other ready tasks of the runtime run, so that jobs that end at the same moment share a request. Returns almost at
+/// once if the runtime is idle.
 async fn yield_to_ready_tasks() {
     for _ in 0..TURNS {
         yield_now().await;

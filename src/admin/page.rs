@@ -1,6 +1,6 @@
 //! The page of `GET /`: markup, style and script in one response. The script fetches all displayed data from `/status`.
 
-/// Content security policy that allows only this script, this style, `data:` images and requests to this server.
+/// Content security policy that allows only the page's script and style, `data:` images, and requests to this server.
 pub(super) const POLICY: &str = concat!(
     "default-src 'none'; ",
     "script-src 'sha256-J5EKaEC2LgjiUWEM9KYA0QOHaHsnrH8uiOjNxJJHP88='; ",
@@ -34,7 +34,7 @@ mod tests {
         format!("'sha256-{}'", BASE64_STANDARD.encode(digest(&SHA256, text.as_bytes())))
     }
 
-    /// Returns the content of the only element with a tag name.
+    /// Returns the content of the only element with the tag `name`.
     fn content(name: &str) -> &'static str {
         let (_, rest) = text().split_once(&format!("<{name}")).unwrap();
         let (inside, rest) = rest.split_once(&format!("</{name}>")).unwrap();

@@ -17,8 +17,8 @@ use super::skimmer::Skimmer;
 use super::{Acceptance, ClientError, JobState, MAX_RETRY_AFTER, NDJSON, within_request_timeout};
 use crate::job::JobId;
 
-/// The maximum size of an answer that is read whole. The server's answers are shorter, except for a job with a large payload,
-/// which is read through `Skimmer`.
+/// The maximum size of an answer that is read whole. The server's answers are shorter, except for the answer to `GET /jobs/{id}`,
+/// which contains the payload and is read through `Skimmer`.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 
 #[derive(Deserialize)]
@@ -32,7 +32,7 @@ struct FailedJob {
     id: String,
 }
 
-/// The JSON body of a refusal. The server sends no field but `error`. Gateways add others.
+/// The JSON body of a refusal. The server sends only the field `error`. Gateways add other fields.
 #[derive(Deserialize)]
 struct Refusal {
     error: String,
@@ -40,8 +40,8 @@ struct Refusal {
     others: Map<String, Value>,
 }
 
-/// The fields that mark a refusal as that of a common gateway or framework. Any other field is accepted, because a later version
-/// of the server may add it.
+/// The fields that show that a refusal comes from a common gateway or framework, not from the server. Other unknown fields are
+/// accepted, because a later version of the server may add them.
 const FIELDS_OF_GATEWAYS: [&str; 4] = ["path", "status", "statusCode", "timestamp"];
 
 impl Refusal {
@@ -53,7 +53,7 @@ impl Refusal {
     }
 }
 
-/// Reports whether the answer has the content type of a take stream, unlike the page of a proxy or another server.
+/// Reports whether the answer has the content type of a take stream, unlike a page from a proxy or another server.
 pub(super) fn is_ndjson(response: &Response<Incoming>) -> bool {
     let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     content_type.is_some_and(|content_type| content_type.starts_with(NDJSON))
@@ -80,7 +80,7 @@ pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>
     }
 }
 
-/// Reads the answer to a report of a failure.
+/// Reads the answer to a failure report about the job `id`.
 pub(super) async fn acceptance(response: Response<Incoming>, id: &JobId) -> Result<Acceptance, ClientError> {
     let is_of_job =
         |body: &[u8]| serde_json::from_slice::<FailedJob>(body).is_ok_and(|failed| failed.id == id.as_str());
@@ -91,7 +91,8 @@ pub(super) async fn acceptance(response: Response<Incoming>, id: &JobId) -> Resu
     }
 }
 
-/// Reads the answer to `GET /jobs/{id}`, and skips the payload, which has no size limit.
+/// Reads the answer to `GET /jobs/{id}`, and skips the payload, which has no size limit. Returns `None` if the server does not
+/// have the job.
 pub(super) async fn job_state(response: Response<Incoming>) -> Result<Option<JobState>, ClientError> {
     match response.status() {
         status if status.is_success() => {
@@ -103,7 +104,7 @@ pub(super) async fn job_state(response: Response<Incoming>) -> Result<Option<Job
     }
 }
 
-/// Reads the answer of `GET /version`.
+/// Reads the answer to `GET /version`.
 pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, ClientError> {
     #[derive(Deserialize)]
     struct Version {
@@ -118,7 +119,7 @@ pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, C
 }
 
 /// Reads an answer with a 2xx status. Fails unless the status is 204 or `is_the_servers` recognises the body. The body is read to
-/// its end, otherwise the connection could not be reused.
+/// its end, because otherwise the connection could not be reused.
 async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -> bool) -> Result<(), ClientError> {
     let status = response.status();
     let (_, body) = read(response).await?;
@@ -139,7 +140,7 @@ async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     }
 }
 
-/// Turns an answer with any other status into an error.
+/// Turns an answer whose status the caller does not expect into an error.
 pub(super) async fn refusal(response: Response<Incoming>) -> ClientError {
     let status = response.status();
     if let Some(location) = response.headers().get(LOCATION).filter(|_| status.is_redirection()) {
@@ -167,7 +168,8 @@ fn first_line(body: &[u8]) -> String {
     String::from_utf8_lossy(body).lines().next().unwrap_or_default().chars().take(200).collect()
 }
 
-/// Reads `Retry-After`: seconds, or a date (RFC 9110, 10.2.3).
+/// Reads `Retry-After`, which contains seconds or a date (RFC 9110, section 10.2.3). Returns the wait, limited to
+/// `MAX_RETRY_AFTER`.
 #[expect(clippy::disallowed_methods, reason = "the header's date is wall time")]
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 
-/// The body of a request, in one piece. hyper polls the body only when the request has a connection, and writes the bytes at
+/// The body of a request, in one piece. hyper polls the body only when the request has a connection, and then writes the bytes at
 /// once.
 pub(super) struct Body {
     bytes: Option<Bytes>,
@@ -24,7 +24,7 @@ impl Body {
         Self { bytes: Some(bytes).filter(|bytes| !bytes.is_empty()), is_wanted: None }
     }
 
-    /// Withdraws the request if `is_wanted` returns false when the body is about to be sent.
+    /// Sets a check that is called when the body is about to be sent. If `is_wanted` returns false, the request is withdrawn.
     pub(super) fn leave_only_if(&mut self, is_wanted: impl Fn() -> bool + Send + Sync + 'static) {
         self.is_wanted = Some(Box::new(is_wanted));
     }

@@ -1,4 +1,4 @@
-//! [`Connector`]: opens a client's connections to its server, over the network or by a function of the embedding program.
+//! [`Connector`]: opens a client's connections to its server, over TCP or through a function of the embedding program.
 
 use std::error::Error;
 use std::fmt;
@@ -27,7 +27,7 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
 /// The interval between keepalive probes.
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The number of unanswered keepalive probes after which the connection is dead.
+/// The number of unanswered keepalive probes after which the kernel drops the connection.
 const TCP_KEEPALIVE_RETRIES: u32 = 3;
 
 /// The time after which the kernel drops a connection with unacknowledged data. Keepalive covers only idle connections.
@@ -88,7 +88,7 @@ impl Connector {
     }
 }
 
-/// Two connectors are the same if both use the network, or one is a clone of the other.
+/// Two connectors are equal if both use TCP, or if they are clones of one connector.
 impl PartialEq for Connector {
     fn eq(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {
@@ -160,7 +160,7 @@ impl Service<Uri> for Dialer {
     }
 }
 
-/// A connection, without TLS.
+/// An open connection, before TLS is added.
 pub(super) enum Wire {
     Network(TokioIo<TcpStream>),
     Supplied(TokioIo<Box<dyn Stream>>),

@@ -16,15 +16,16 @@ pub enum ClientError {
     Connect(Box<dyn Error + Send + Sync>),
     /// The connection of a take stream failed before the stream began.
     Transport(hyper::Error),
-    /// A request failed after it began to be sent. The server may have executed the request.
+    /// A request failed after its connection was opened. The server may have executed the request.
     Request(hyper_util::client::legacy::Error),
-    /// The peer closed the connection without an answer, and has never answered before. A TLS port may do so on plain HTTP.
+    /// The peer closed the connection without an answer, and has never answered before. A TLS port may do this when it receives
+    /// plain HTTP.
     ClosedUnanswered(Box<Self>),
-    /// The answer could not be read to its end.
+    /// The answer could not be read to its end, or could not be parsed.
     Answer(Box<dyn Error + Send + Sync>),
     /// No answer arrived in time. The server may have executed the request.
     TimedOut(Duration),
-    /// The server, or a proxy in front of the server, refused the request.
+    /// The server, or a proxy in front of the server, answered with a status that the call does not expect.
     Refused {
         /// The status of the answer.
         status: StatusCode,
@@ -33,16 +34,16 @@ pub enum ClientError {
         /// The wait that the answer asks for (`Retry-After`), at most [`MAX_RETRY_AFTER`].
         retry_after: Option<Duration>,
     },
-    /// The answer is not recognisably the server's, for example the error of a proxy without a backend, or a login page.
+    /// The answer does not seem to come from a Zizq server, for example an error from a proxy without a backend, or a login page.
     NotTheServer {
         /// The status of the answer.
         status: StatusCode,
         /// The first line of the answer, or an empty text.
         message: String,
     },
-    /// A request for the state of a job was refused, and a retry may succeed.
+    /// A query of the state of a job was refused, and a retry may succeed.
     Hidden(Box<Self>),
-    /// The answer to a take request is no stream of jobs.
+    /// The answer to a take request is not a stream of jobs.
     NotAStream,
     /// The request was withdrawn before it was sent.
     Withdrawn,
@@ -50,10 +51,11 @@ pub enum ClientError {
     Unsendable(Box<dyn Error + Send + Sync>),
 }
 
-/// The limit of `Retry-After`. Without the limit, a wrong header could stop a worker for hours.
+/// The longest wait that a `Retry-After` header can cause. Without this limit, a wrong header could stop a worker for hours.
 pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(5 * 60);
 
-/// The 4xx statuses that are retried: expired credentials, a rate limit, a proxy that is starting.
+/// The 4xx statuses after which a refused request is retried, because their cause may pass, for example expired credentials or a
+/// rate limit.
 const PASSING: [StatusCode; 7] = [
     StatusCode::UNAUTHORIZED,
     StatusCode::FORBIDDEN,
@@ -64,7 +66,7 @@ const PASSING: [StatusCode; 7] = [
     StatusCode::TOO_MANY_REQUESTS,
 ];
 
-/// The 4xx statuses that are temporary: the same request may succeed a moment later.
+/// The 4xx statuses with a short-lived cause: the same request may succeed a moment later.
 const MOMENTARY: [StatusCode; 4] = [
     StatusCode::REQUEST_TIMEOUT,
     StatusCode::MISDIRECTED_REQUEST,
@@ -80,7 +82,8 @@ impl ClientError {
     pub fn may_have_arrived(&self) -> bool {
         match self {
             Self::Connect(_) | Self::Hidden(_) | Self::NotAStream | Self::Withdrawn | Self::Unsendable(_) => false,
-            // A proxy that lost the answer sends a 5xx. A 4xx other than 408 means that the request was not executed.
+            // A proxy that has lost the server's answer sends a 5xx. A 4xx other than 408 means that the request was not
+            // executed.
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
                 !status.is_client_error() || *status == StatusCode::REQUEST_TIMEOUT
             }
@@ -100,8 +103,8 @@ impl ClientError {
         }
     }
 
-    /// Reports whether this error, if it is that of the first request, indicates a wrong setting: the url, the queues or the
-    /// credentials.
+    /// Reports whether this error, if the worker's first request fails with it, indicates a wrong setting, such as the url, the
+    /// queues or the credentials.
     pub(crate) fn is_mistake(&self) -> bool {
         match self {
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
@@ -112,7 +115,7 @@ impl ClientError {
         }
     }
 
-    /// Reports whether the server or a proxy refused the call, and will refuse it again.
+    /// Reports whether the server or a proxy refused the call, and would probably refuse it again.
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
             Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
@@ -132,7 +135,7 @@ impl ClientError {
         causes(self).any(|cause| cause.downcast_ref().is_some_and(hyper::Error::is_parse))
     }
 
-    /// Reports whether the peer closed the connection before it sent an answer.
+    /// Reports whether the peer closed or reset the connection before the answer was complete.
     pub(super) fn is_closed_connection(&self) -> bool {
         causes(self).any(|cause| {
             cause.downcast_ref().is_some_and(hyper::Error::is_incomplete_message)
@@ -140,7 +143,7 @@ impl ClientError {
         })
     }
 
-    /// Returns the answer's `Retry-After`.
+    /// Returns the wait that the answer asks for (`Retry-After`), if there is one.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Refused { retry_after, .. } => *retry_after,
@@ -159,8 +162,8 @@ fn is_without_tls(error: &(dyn Error + 'static)) -> bool {
     matches!(tls_error(error), Some(rustls::Error::InvalidMessage(_)))
 }
 
-/// Finds the TLS error among the causes. The `source` of an `io::Error` skips the wrapped error, so the wrapped error is searched
-/// explicitly.
+/// Finds the TLS error among an error and its causes. The `source` of an `io::Error` skips the wrapped error, so the wrapped
+/// error is searched explicitly.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     if let Some(outer) = error.downcast_ref::<io::Error>() {
         return tls_error(outer.get_ref()?);

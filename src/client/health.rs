@@ -9,16 +9,16 @@ use tokio::time::Instant;
 use super::ClientError;
 use crate::watch;
 
-/// The minimum duration of a run of failed calls after which a success counts as a recovery. Otherwise, each success of another
-/// call would trigger a retry of a call that always fails.
+/// The minimum duration of a run of failed calls before a success counts as a recovery. Without a minimum, a call that always
+/// fails would be retried at every success of another call.
 const DISTURBANCE: Duration = Duration::from_secs(1);
 
-/// The start of the current run of failed calls, and the waiters for a recovery.
+/// The health of the calls to one server: the start of the current run of failed calls, and the waiters for a recovery.
 #[derive(Debug)]
 pub(crate) struct Health {
     failing_since: Mutex<Option<Instant>>,
     recoveries: watch::Sender<()>,
-    /// The single permit to probe a failing server. The other failed calls wait.
+    /// The single permit to probe a failing server, so that failed calls probe one at a time.
     probe: Semaphore,
 }
 
@@ -29,7 +29,8 @@ impl Default for Health {
 }
 
 impl Health {
-    /// Records the result of a call, and returns the result. A withdrawn call is ignored.
+    /// Records the result of a call, and returns the result. Only a retryable error counts as a failure. A withdrawn call is not
+    /// recorded.
     pub(super) fn observe<T>(&self, called: Result<T, ClientError>) -> Result<T, ClientError> {
         if matches!(called, Err(ClientError::Withdrawn)) {
             return called;
@@ -49,7 +50,8 @@ impl Health {
         self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Records that a take stream has been opened. If the latest call failed, this is a recovery, however short the failure was.
+    /// Records that a take stream has been opened. If the latest call failed, this counts as a recovery, however short the run of
+    /// failed calls was.
     pub(super) fn connected(&self) {
         let failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).take();
         if failing_since.is_some() {
@@ -63,10 +65,10 @@ impl Health {
         let _ = self.recoveries.subscribe().changed().await;
     }
 
-    /// Waits for the turn to probe the server. Callers return one at a time, in the order in which they began to wait, with
-    /// `pause` before each.
+    /// Waits for the caller's turn to probe the server. Turns are granted one at a time, in the order of the calls, each after
+    /// its own `pause`.
     pub(crate) async fn probe_turn(&self, pause: Duration) {
-        // The semaphore is never closed.
+        // The semaphore is never closed, so `acquire` cannot fail.
         let _turn = self.probe.acquire().await;
         tokio::time::sleep(pause).await;
     }

@@ -45,8 +45,8 @@ pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 /// The content type of a take stream.
 const NDJSON: &str = "application/x-ndjson";
 
-/// The time limit of a request up to the headers of the answer, and again for the body of the answer. The body of a take stream
-/// has no such limit.
+/// The time limit from the start of a request to the headers of its answer, and a separate limit of the same length for the body
+/// of the answer. The body of a take stream has no such limit.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The interval and the timeout of HTTP/2 pings while requests are in flight. All reports share one connection, so without pings
@@ -59,7 +59,8 @@ const MAX_FAILURES_IN_FLIGHT: usize = 8;
 /// The characters that a path segment or query value leaves unescaped (RFC 3986, unreserved).
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// A client for one server, under one worker id. Reports share pooled connections; each take stream has its own.
+/// A client for one server, under one worker id. Reports share pooled connections, and each take stream has a connection of its
+/// own.
 #[derive(Debug)]
 pub struct Client {
     url: ServerUrl,
@@ -77,9 +78,9 @@ pub struct Client {
 /// The server's answer to a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acceptance {
-    /// The report counts.
+    /// The server has recorded the report.
     Accepted,
-    /// The job was not in flight: it was reported before, or has been redelivered since.
+    /// The job was not in flight, for example because it was reported before or has been requeued.
     AlreadyHandled,
 }
 
@@ -115,7 +116,7 @@ struct Successes<'a> {
 }
 
 impl Client {
-    /// Returns a client. Connections are opened on demand.
+    /// Returns a client for the server at `url`. Connections are opened on demand.
     pub fn new(url: ServerUrl, worker_id: WorkerId, tls: &Tls, connector: &Connector) -> Self {
         let dialer = connector.dialer(&url);
         let connector = HttpsConnector::from((dialer.clone(), tls.speaking(&["http/1.1"])));
@@ -141,7 +142,7 @@ impl Client {
 
     /// Waits for a slot to report a failure. A report that waits for its retry holds no slot.
     pub(crate) async fn failure_slot(&self) -> Option<SemaphorePermit<'_>> {
-        // The semaphore is never closed.
+        // The semaphore is never closed, so the result is always `Some`.
         self.failure_slots.acquire().await.ok()
     }
 
@@ -160,7 +161,7 @@ impl Client {
             let (mut sender, connection) =
                 http1::handshake(self.connect().await?).await.map_err(ClientError::Transport)?;
             let connection = AbortOnDropHandle::new(tokio::spawn(async {
-                // The response body reports the end of the connection, including an error.
+                // Ignore the result, because the response body reports the end of the connection and any error.
                 let _ = connection.await;
             }));
             let sent = sender.send_request(self.take_request(queues, prefetch)?).await;
@@ -188,8 +189,8 @@ impl Client {
         let filter = if names.is_empty() { String::new() } else { format!("&queue={}", names.join(",")) };
         let mut request =
             self.request(Method::GET, &format!("/jobs/take?prefetch={prefetch}{filter}"), Bytes::new())?;
-        // Unlike the pool, a low-level hyper connection adds no host header, and does not reduce the target to its path and
-        // query.
+        // Unlike `PooledClient`, a low-level hyper connection does not add a `Host` header, and does not reduce the target to its
+        // path and query.
         let host = request.uri().authority().map(|authority| authority.as_str().to_owned()).unwrap_or_default();
         let target = request.uri().path_and_query().map(|target| target.as_str().to_owned()).unwrap_or_default();
         *request.uri_mut() = target.parse().map_err(invalid)?;
@@ -198,7 +199,7 @@ impl Client {
         Ok(request)
     }
 
-    /// Reports jobs as succeeded, in one request. Returns the jobs that were not in flight. All others are completed.
+    /// Reports jobs as succeeded, in one request. Returns the jobs that were not in flight. The server completes all other jobs.
     ///
     /// # Errors
     /// When the request fails, or the server refuses it as a whole.
@@ -216,11 +217,11 @@ impl Client {
         self.failure_if(id, failure, || true).await
     }
 
-    /// Reports a job as failed, unless `is_wanted` returns false when the report is about to be sent, after any wait for a
-    /// connection.
+    /// Reports a job as failed, unless `is_wanted` returns false. `is_wanted` is called when the report is about to be sent,
+    /// after any wait for a connection.
     ///
     /// # Errors
-    /// When the report is not wanted, the request fails, or the server refuses it.
+    /// When `is_wanted` returns false, the request fails, or the server refuses it.
     pub(crate) async fn failure_if(
         &self,
         id: &JobId,
@@ -246,7 +247,7 @@ impl Client {
     /// Asks for the server's version.
     ///
     /// # Errors
-    /// When the request fails, or the answer names no version.
+    /// When the request fails, or the answer contains no version.
     pub async fn version(&self) -> Result<String, ClientError> {
         let request = self.request(Method::GET, "/version", Bytes::new())?;
         version_of(self.send(request).await?).await
@@ -270,8 +271,8 @@ impl Client {
         .await
     }
 
-    /// Records an answer. If a peer that has never answered closes a plain HTTP connection, the port may speak TLS, and the error
-    /// becomes `ClosedUnanswered`.
+    /// Records whether the server has answered. If a peer that has never answered closes a plain HTTP connection, the error
+    /// becomes `ClosedUnanswered`, because the port may speak TLS.
     fn first_answer<T>(&self, answer: Result<T, ClientError>) -> Result<T, ClientError> {
         if answer.is_ok() {
             self.has_answered.store(true, Ordering::Relaxed);

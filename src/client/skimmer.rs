@@ -1,15 +1,16 @@
-//! [`Skimmer`]: extracts the short top-level fields of a JSON object. The server sends a job with its payload, which may be of
-//! any size.
+//! [`Skimmer`]: extracts the short top-level fields of a JSON object, without buffering the rest. The server sends a job together
+//! with its payload, which may be of any size.
 
 /// The maximum length of a string that is kept.
 const MAX_STRING_BYTES: usize = 256;
 
-/// A filter that keeps the top-level names, numbers and short strings of a JSON object. Long strings become empty, and nested
-/// objects and arrays lose their contents. Truncated JSON stays invalid.
+/// A filter that keeps the top-level names, numbers, literals and short strings of a JSON object. Long strings become empty, and
+/// nested objects and arrays lose their contents. Truncated input gives invalid output.
 #[derive(Debug, Default)]
 pub(super) struct Skimmer {
     depth: usize,
     /// The index in `kept` at which the current string starts, or `usize::MAX - MAX_STRING_BYTES` once the string is too long.
+    /// `None` outside strings.
     string: Option<usize>,
     is_escaped: bool,
     kept: Vec<u8>,
@@ -78,7 +79,7 @@ mod tests {
 
     fn skimmed(text: &str) -> String {
         let mut skimmer = Skimmer::default();
-        // The result does not depend on the size of the pieces.
+        // Pieces of three bytes split strings and escapes. The result must be the same as without a split.
         text.as_bytes().chunks(3).for_each(|piece| skimmer.push(piece));
         String::from_utf8(skimmer.kept().to_vec()).unwrap()
     }

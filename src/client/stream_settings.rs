@@ -18,10 +18,11 @@ pub(crate) struct StreamSettings {
 }
 
 impl StreamSettings {
-    /// Returns the stream settings in `config`. The client of the `previous` settings is reused if the url, TLS and the connector
-    /// are unchanged.
+    /// Extracts the stream settings from `config`. The client of the `previous` settings is reused if the url, the TLS settings
+    /// and the connector are unchanged.
     pub(crate) fn of(config: &WorkerConfig, previous: Option<&Self>) -> Self {
-        // Jobs beyond `max_jobs` would not be started, and would go back to the server.
+        // Do not prefetch more than `max_jobs` jobs, because the worker would not start the excess jobs, and the server would
+        // requeue them.
         let most = config.max_jobs.map_or(usize::MAX, |most| usize::try_from(most.get()).unwrap_or(usize::MAX));
         let same_server = |previous: &&Self| {
             *previous.client.url() == config.url && previous.tls == config.tls && previous.connector == config.connector
@@ -49,19 +50,19 @@ impl StreamSettings {
             && *connector == other.connector
     }
 
-    /// Reports whether these settings would also take a job that was taken under the `other` settings.
+    /// Reports whether a stream with these settings could also deliver `job`, which was delivered under the `other` settings.
     pub(crate) fn fits(&self, job: &Job, other: &Self) -> bool {
         self.client.url() == other.client.url() && (self.queues.is_empty() || self.queues.contains(&job.queue))
     }
 
-    /// Reports whether a stream with these settings redelivers every job that was taken under the `other` settings.
+    /// Reports whether a stream with these settings could redeliver every job that was delivered under the `other` settings.
     pub(crate) fn covers(&self, other: &Self) -> bool {
         let of_these = |queue: &String| self.queues.contains(queue);
         self.client.url() == other.client.url()
             && (self.queues.is_empty() || (!other.queues.is_empty() && other.queues.iter().all(of_these)))
     }
 
-    /// Opens a stream over which the server holds at most `prefetch` unreported jobs.
+    /// Opens a stream over which the server keeps at most `prefetch` unreported jobs in flight.
     pub(crate) async fn open(&self, prefetch: usize) -> Result<TakeStream, ClientError> {
         self.client.take(&self.queues, prefetch, self.limits).await
     }

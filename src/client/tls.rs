@@ -1,4 +1,4 @@
-//! [`Tls`]: the certificates that a client trusts, and its own certificate.
+//! [`Tls`]: the certificates that a client trusts, and the client's own certificate.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -8,8 +8,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
-/// The TLS settings of a client. Verification cannot be turned off. Two values are equal if they were made from the same
-/// certificates and keys.
+/// The TLS settings of a client. The verification of certificates cannot be turned off. Two values are equal if they were made
+/// from the same certificates and keys.
 #[derive(Clone)]
 pub struct Tls {
     config: Arc<ClientConfig>,
@@ -28,7 +28,7 @@ impl fmt::Debug for Tls {
     }
 }
 
-/// Trusts no certificate. Suitable for plain HTTP only.
+/// The default trusts no certificate, so it is suitable for plain HTTP only.
 impl Default for Tls {
     fn default() -> Self {
         Self::trusting(RootCertStore::empty())
@@ -42,7 +42,7 @@ impl Tls {
     /// Returns settings that trust the certificates that the system trusts.
     ///
     /// # Errors
-    /// When the system has no certificates. The error is a sentence that says what to do.
+    /// When the system has no trusted certificates. The error is a sentence that tells the user what to do.
     pub fn system() -> Result<Self, String> {
         Ok(Self::trusting(system_roots()?))
     }
@@ -66,7 +66,7 @@ impl Tls {
         Ok(Self { config: Arc::new(config), fingerprint })
     }
 
-    /// Returns the configuration for connections with these ALPN protocols.
+    /// Returns the configuration for connections that offer these ALPN protocols.
     pub(super) fn speaking(&self, protocols: &[&str]) -> ClientConfig {
         let mut config = ClientConfig::clone(&self.config);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();

@@ -35,7 +35,7 @@ impl FromStr for ServerUrl {
             && !authority.as_str().contains('@')
             && uri.query().is_none()
             && !text.contains('#')
-            // A client cannot connect to port 0, and an embedded server that binds port 0 listens on an arbitrary port.
+            // A client cannot connect to port 0. An embedded server that binds port 0 would listen on an arbitrary port.
             && authority.port_u16() != Some(0)
             && (authority.port_u16().is_some() || authority.as_str() == authority.host());
         if fits { Ok(Self(uri)) } else { Err(wanted()) }
@@ -53,12 +53,12 @@ impl ServerUrl {
         self.0.clone()
     }
 
-    /// Returns the host name or address, without brackets.
+    /// Returns the host name or address, without the brackets of an IPv6 address.
     pub fn host(&self) -> &str {
         self.0.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']')
     }
 
-    /// Returns the port, or the scheme's default.
+    /// Returns the port, or the default port of the scheme.
     pub fn port(&self) -> u16 {
         self.0.port_u16().unwrap_or(if self.is_https() { 443 } else { 80 })
     }
@@ -68,7 +68,7 @@ impl ServerUrl {
         self.0.scheme_str() == Some("https")
     }
 
-    /// Returns the path prefix of each request, before the API's own path.
+    /// Returns the path prefix, which precedes the API's own path in each request. May be empty.
     pub fn prefix(&self) -> &str {
         self.0.path().trim_end_matches('/')
     }
@@ -83,19 +83,19 @@ pub(crate) fn without_secrets(url: &str) -> String {
     }
 }
 
-/// Hides the user and password of a url within a text.
+/// Hides the user and password of a url in a text. A text without a url is not changed.
 pub(crate) fn without_user(text: &str) -> String {
     if text.contains("://") { hide_user(text) } else { text.to_owned() }
 }
 
-/// Replaces everything between the scheme and the last `@`, because a password may contain any character, even `@`.
+/// Replaces everything between the scheme and the last `@` with `…`, because a password may contain any character, even `@`.
 fn hide_user(text: &str) -> String {
     let Some(end) = text.rfind('@') else { return text.to_owned() };
     let start = text.find("://").map(|colon| colon + "://".len()).filter(|start| *start <= end).unwrap_or(0);
     format!("{}…{}", &text[..start], &text[end..])
 }
 
-/// The name of a worker in the server's log: a legal header value. `HOSTNAME-PID` by default.
+/// The name of a worker in the server's log, in printable ASCII because it is sent as a header. The default is `HOSTNAME-PID`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerId(HeaderValue);
 

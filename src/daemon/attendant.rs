@@ -21,10 +21,11 @@ use crate::worker::{LoopStatus, RunningJob, Status};
 /// Update interval of the live line on the terminal.
 const LIVE_PERIOD: Duration = Duration::from_secs(1);
 
-/// Time after the longest kill grace for a killed worker to exit. It is twice the time limit of the last report attempts.
+/// Time that a killed worker has for its exit after the longest kill grace. It is twice the time limit of the last report
+/// attempts.
 const MARGIN: Duration = Duration::from_secs(20);
 
-/// The state of the task that handles a daemon's requests and reports its state.
+/// The task that handles the requests from signals, and reports the worker's state.
 #[derive(Debug)]
 pub(super) struct Attendant {
     pub(super) args: Arc<Args>,
@@ -32,7 +33,7 @@ pub(super) struct Attendant {
     pub(super) inspector: Arc<Inspector>,
     /// The settings of the running worker.
     pub(super) running: WorkerConfig,
-    /// The longest kill grace of all settings that have been in force.
+    /// The longest kill grace of all handlers since the start, including those that a reload has replaced.
     pub(super) longest_grace: Duration,
     /// The longest time that a job can take under the settings in force. `None` if a handler has no time limit.
     pub(super) longest_job: Option<Duration>,
@@ -44,8 +45,8 @@ pub(super) struct Attendant {
 type Requests = UnboundedReceiver<Request>;
 
 impl Attendant {
-    /// Handles requests until the worker has stopped. This task also notifies the watchdog: reading the status takes locks that
-    /// jobs take, so a deadlock there also stops the notifications.
+    /// Handles requests until the worker has stopped. This task also notifies the watchdog, each time after it
+    /// has read the worker's status. The read takes locks that jobs take too, so a deadlock there stops the notifications.
     pub(super) async fn attend(mut self, mut requests: Requests) {
         let lifecycle = self.inspector.lifecycle.clone();
         let mut ticks = Ticks::every(self.supervisor.as_ref().map(Supervisor::period));
@@ -99,8 +100,8 @@ impl Attendant {
 
     fn tell_of(&mut self, stop: &Stop) {
         self.tell();
-        // A job that outlives SIGKILL hangs in the kernel. Stop extending the time limit of the stop then, so that the service
-        // manager enforces it.
+        // A process that survives SIGKILL hangs in the kernel. Once `MARGIN` is over, no longer ask the service manager for more
+        // time, so that it enforces its time limit for the stop.
         let is_in_time = stop.killed.is_none_or(|killed| killed.elapsed() < self.longest_grace + MARGIN);
         if let Some(supervisor) = self.supervisor.as_ref().filter(|_| is_in_time) {
             supervisor.extend();
@@ -110,7 +111,7 @@ impl Attendant {
     fn show(&self, stop: &Stop) {
         let Some(line) = self.log.live_line() else { return };
         let Status { running, .. } = self.inspector.worker();
-        // Show nothing in the first moments of a stop without jobs, which usually ends before the line can be read.
+        // Show nothing at first if no job is running, because the stop then usually ends before the line could be read.
         if running == 0 && stop.begun.elapsed() < LIVE_PERIOD {
             return;
         }
@@ -147,7 +148,7 @@ impl Attendant {
         }
     }
 
-    /// Starts to read the settings on a blocking thread, because reading a file can be slow or never end.
+    /// Starts to read the settings on a blocking thread, because reading a file can be slow or block forever.
     fn begin_reload(&mut self) {
         if let Some(supervisor) = &self.supervisor {
             supervisor.reloading();
@@ -173,7 +174,7 @@ impl Attendant {
         self.log.refilter(&config.log)?;
         let written = config.settings();
         config.take_over(&self.running);
-        // Skip the warnings about unknown variables: the start has logged them, and this process's environment does not change.
+        // Skip the warnings about unknown variables: they were logged at the start, and the environment does not change.
         let warnings =
             config.warnings().into_iter().filter(|warning| !matches!(warning, Warning::UnknownVariable { .. }));
         warnings.for_each(|warning| warning.log());
@@ -199,7 +200,8 @@ impl Attendant {
     }
 }
 
-/// The times at which a stop began, was first seen as asked for, and was first seen as a kill.
+/// The times at which the stop began, at which a stop was first seen to be asked for, and at which `Phase::Killing` was first
+/// seen to be reached.
 struct Stop {
     begun: Instant,
     asked: Option<Instant>,

@@ -12,7 +12,7 @@ use crate::lifecycle::Lifecycle;
 use crate::version::VERSION;
 use crate::worker::{Controls, Status};
 
-/// Version of the `/status` format. It rises when a field is removed or changes its meaning, but not for a new field.
+/// Version of the `/status` format. It increases when a field is removed or changes its meaning, but not when a field is added.
 const FORMAT: u32 = 1;
 
 /// The response body of `/status`.
@@ -34,7 +34,7 @@ struct Shown {
     source: String,
 }
 
-/// A worker, and the settings in force.
+/// The running worker, and the settings in force.
 #[derive(Debug)]
 pub(super) struct Inspector {
     pub(super) controls: Controls<ExecDispatcher>,
@@ -57,8 +57,8 @@ impl Inspector {
         self.controls.status(&self.lifecycle)
     }
 
-    /// Replaces the settings in force, except those that need a restart. Returns the names of the settings that need a restart
-    /// and have another value in `written`.
+    /// Replaces the settings in force, except those that need a restart. Returns the names of the excepted settings
+    /// whose value in force differs from the value in `written`, the settings as the reload has read them.
     pub(super) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, _): (Vec<Setting>, Vec<Setting>) =

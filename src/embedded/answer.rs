@@ -1,9 +1,8 @@
 //! Answers: responses with a whole body or a stream, and the rejections of requests.
 //!
-//! Statuses and error texts are the real server's, so that a client which logs or matches them
-//! sees the same from both. In two cases, the real server answers with its framework's plain text:
-//! a bad query on the take stream, and an id that is not UTF-8. This server always answers in JSON
-//! or MessagePack.
+//! Statuses and error texts are the real server's, so that a client that logs or matches them gets the same from both
+//! servers. There are two exceptions: a bad query on the take stream, and an id that is not UTF-8. In these cases, the real
+//! server answers in the plain text of its web framework, and this server answers in JSON or MessagePack.
 
 use std::convert::Infallible;
 
@@ -28,11 +27,11 @@ pub(super) type Answer = Response<Body>;
 /// The reason why a request is answered with an error.
 #[derive(Debug)]
 pub(super) enum Rejection {
-    /// 400, with a text that says what is wrong.
+    /// 400, with a text that describes the error.
     BadRequest(String),
-    /// 403: valid, but only a real server supports it.
+    /// 403: the request is valid, but only a real server supports it.
     Forbidden(String),
-    /// 404: there is no such path or job, or the job is not in flight.
+    /// 404: there is no such path, job or failed attempt, or the job is not in flight.
     NotFound(&'static str),
     /// 405, with the methods that the path allows.
     WrongMethod(&'static str),
@@ -45,7 +44,7 @@ pub(super) enum Rejection {
 }
 
 impl Rejection {
-    /// Returns the 400 for a query whose fields cannot be parsed.
+    /// Returns the rejection for a query whose fields cannot be parsed.
     pub(super) fn bad_query(error: &str) -> Self {
         Self::BadRequest(format!("invalid query parameters: {error}"))
     }
@@ -94,7 +93,7 @@ impl Rejection {
     }
 }
 
-/// Returns an answer with a whole body.
+/// Returns an answer whose body is `value`, serialized in `format`.
 pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) -> Answer {
     let mut answer = Response::new(Full::new(format.write(value).into()).boxed_unsync());
     *answer.status_mut() = status;
@@ -102,12 +101,12 @@ pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) 
     answer
 }
 
-/// Returns a 204, which has no body.
+/// Returns a 204 answer, which has no body.
 pub(super) fn no_content() -> Answer {
     empty(StatusCode::NO_CONTENT)
 }
 
-/// Returns an answer whose body ends when `frames` ends.
+/// Returns a 200 answer with the body `frames`. The body ends when the stream ends.
 pub(super) fn streamed<S>(format: StreamFormat, frames: S) -> Answer
 where
     S: Stream<Item = Result<Frame<Bytes>, Infallible>> + Send + 'static,
@@ -121,7 +120,7 @@ where
     answer
 }
 
-/// Returns a 405. The body is empty, because the `allow` header lists the methods of the path.
+/// Returns a 405 answer. The body is empty, because the `allow` header lists the methods of the path.
 fn wrong_method(allowed: &'static str) -> Answer {
     let mut answer = empty(StatusCode::METHOD_NOT_ALLOWED);
     answer.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));

@@ -1,7 +1,7 @@
-//! The API: one function per route, from a request to its answer.
+//! The API: one function per route, which turns a request into an answer.
 //!
-//! Each function parses the request, takes one step in the store, and serializes the answer. The
-//! store is locked for that step only, so neither a slow client nor a large body delays other requests.
+//! Each function parses the request, runs one operation on the store, and serializes the answer. The store is locked only
+//! during the operation, so neither a slow client nor a large body delays other requests.
 
 use std::collections::BTreeSet;
 
@@ -29,16 +29,17 @@ use super::state::Enqueued;
 use super::store::Store;
 use super::take::{self, TakeRequest};
 
-/// The maximum size of a request's body. The real server has no maximum, but this one shares its memory with a worker.
+/// The maximum size of a request's body, in bytes. The real server has no maximum, but this server may share a process,
+/// and so its memory, with a worker.
 const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
 /// The real server's default for `prefetch`.
 const DEFAULT_PREFETCH: usize = 1;
-/// The error for a report of a job that is finished, requeued or unknown.
+/// The error text for a report about a job that is finished, requeued or unknown.
 const NOT_IN_FLIGHT: &str = "job not found in in-flight set";
 const NO_SUCH_JOB: &str = "job not found";
 
-/// Jobs in an answer. `json!` instead of this struct would parse the payloads and change their text,
-/// for example the order of keys.
+/// A list of jobs in an answer. `json!` instead of this struct would parse the payloads and change their text, for
+/// example the order of keys.
 #[derive(Serialize)]
 struct JobList<'a> {
     jobs: Vec<JobView<'a>>,
@@ -46,20 +47,20 @@ struct JobList<'a> {
     pages: Option<Links>,
 }
 
-/// A job's failed attempts in an answer.
+/// A list of a job's failed attempts in an answer.
 #[derive(Serialize)]
 struct ErrorList {
     errors: Vec<ErrorRecord>,
     pages: Links,
 }
 
-/// Answers one request. The checks have the real server's order: a wrong method (405), then a format
-/// that the client does not accept (406), then all others.
+/// Answers one request. The checks run in the real server's order: first for a wrong method (405), then for a format that
+/// the client does not accept (406), then all others.
 pub(super) async fn answer(store: Store, request: Request<Incoming>) -> Answer {
     let (head, body) = request.into_parts();
     let route = Route::parse(&head.method, head.uri.path());
     let format = match route {
-        // A take stream has its own formats, and a 405 has no body.
+        // Skip the check, because a take stream has its own formats, and a 405 has no body.
         Ok(Route::Take) | Err(Rejection::WrongMethod(_)) => Ok(Format::Json),
         _ => Format::accepted(&head.headers),
     };
@@ -75,16 +76,16 @@ pub(super) async fn answer(store: Store, request: Request<Incoming>) -> Answer {
     answer.unwrap_or_else(|error| error.into_answer(format))
 }
 
-/// A request without its body, with the store and the format for the answer.
+/// A request without its body, with the store and the format of the answer.
 struct Call<'a> {
     store: &'a Store,
     head: &'a Parts,
-    /// The format that the client accepts.
+    /// The format of any answer that is not a take stream.
     format: Format,
 }
 
 impl Call<'_> {
-    /// Calls the function of the route.
+    /// Calls the function for the route.
     async fn answer(&self, route: Route, body: Incoming) -> Result<Answer, Rejection> {
         match route {
             Route::Health => Ok(self.ok(&json!({"status": "ok"}))),
@@ -115,22 +116,22 @@ impl Call<'_> {
         format.read(&collect(body).await?)
     }
 
-    /// Returns the query: the text after the `?`.
+    /// Returns the query, which is the part of the URL after the `?`.
     fn query(&self) -> &str {
         self.head.uri.query().unwrap_or_default()
     }
 
-    /// Answers 200 with a body.
+    /// Returns a 200 answer with this body.
     fn ok(&self, body: &impl Serialize) -> Answer {
         self.with_status(StatusCode::OK, body)
     }
 
-    /// Answers with a body in the format that the client accepts.
+    /// Returns an answer with this status, and with this body in the format that the client accepts.
     fn with_status(&self, status: StatusCode, body: &impl Serialize) -> Answer {
         whole(self.format, status, body)
     }
 
-    /// Lists the queues that have jobs, including finished jobs.
+    /// Lists the queues that have jobs. Finished jobs count too.
     fn queues(&self) -> Answer {
         let queues: BTreeSet<String> =
             self.store.with(|state, _| state.jobs().map(|job| job.spec.queue.clone()).collect());
@@ -155,14 +156,14 @@ impl Call<'_> {
         let orders = orders.collect::<Result<Vec<_>, OrderError>>()?;
         let enqueued: Vec<Enqueued> =
             self.store.with(|state, now| orders.into_iter().map(|order| state.enqueue(now, order)).collect());
-        // 200 only if every job is a duplicate. As on the real server, an empty bulk gets a 201.
+        // Answer 200 only if every job is a duplicate. As on the real server, an empty bulk request gets a 201.
         let nothing_new = !enqueued.is_empty() && enqueued.iter().all(|one| one.duplicate);
         let status = if nothing_new { StatusCode::OK } else { StatusCode::CREATED };
         let jobs = enqueued.iter().map(|one| JobView::enqueued(&one.job, one.duplicate)).collect();
         Ok(self.with_status(status, &JobList { jobs, pages: None }))
     }
 
-    /// Lists one page of the jobs that match, with their payloads.
+    /// Lists one page of the matching jobs, with their payloads.
     fn list(&self) -> Result<Answer, Rejection> {
         let known = [&FILTERS[..], &["from", "order", "limit"]].concat();
         let mut fields = Fields::parse(self.query(), &known).map_err(|e| Rejection::bad_query(&e))?;
@@ -170,7 +171,7 @@ impl Call<'_> {
         let page = PageRequest::parse(&mut fields, cursor).map_err(|e| Rejection::bad_query(&e))?;
         page.check_limit().map_err(Rejection::BadRequest)?;
         let filter = filter(&mut fields)?;
-        // Clones share their payloads, so a page of large jobs is not copied under the lock.
+        // Cloned jobs share their payloads, so no payload is copied under the lock.
         let mut jobs: Vec<Job> = self.store.with(|state, _| {
             let jobs = state.jobs_from(page.cursor, page.direction);
             jobs.filter(|job| filter.matches(job)).take(page.reach()).cloned().collect()
@@ -180,7 +181,7 @@ impl Call<'_> {
         Ok(self.ok(&JobList { jobs, pages: Some(pages) }))
     }
 
-    /// Counts the jobs that match.
+    /// Counts the matching jobs.
     fn count(&self) -> Result<Answer, Rejection> {
         let filter = only_filter(self.query())?;
         let count = self.store.with(|state, _| state.jobs().filter(|job| filter.matches(job)).count());
@@ -207,14 +208,15 @@ impl Call<'_> {
         Ok(self.ok(&json!({"patched": patched})))
     }
 
-    /// Deletes all jobs that match. Without a filter, all jobs match.
+    /// Deletes all matching jobs. Without a filter, all jobs match.
     fn delete_matching(&self) -> Result<Answer, Rejection> {
         let filter = only_filter(self.query())?;
         let deleted = self.store.with(|state, _| state.delete_matching(|job| filter.matches(job)));
         Ok(self.ok(&json!({"deleted": deleted})))
     }
 
-    /// Opens a take stream. The headers are sent at once, even if no job is ready. The body ends with the connection.
+    /// Opens a take stream. The headers are sent at once, even if no job is ready. The body ends only with the
+    /// connection.
     fn take(&self) -> Result<Answer, Rejection> {
         let format = StreamFormat::accepted(&self.head.headers)?;
         let request = Fields::parse(self.query(), &["prefetch", "queue"]).and_then(|mut fields| {
@@ -225,31 +227,32 @@ impl Call<'_> {
         Ok(streamed(format, take::frames(self.store.clone(), request, format)))
     }
 
-    /// Answers with a job in any state.
+    /// Answers with the job, whatever its status is.
     fn get(&self, id: &str) -> Result<Answer, Rejection> {
         let job = JobId::parse(id).and_then(|id| self.store.with(|state, _| state.get(id).cloned()));
         let job = job.ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
         Ok(self.ok(&JobView::full(&job)))
     }
 
-    /// Deletes a job, even one in flight. A later report of the job is answered as for an unknown job.
+    /// Deletes a job, even one in flight. A later report about the job gets the same answer as for an unknown job.
     fn delete(&self, id: &str) -> Result<Answer, Rejection> {
         let deleted = JobId::parse(id).is_some_and(|id| self.store.with(|state, _| state.delete(id)));
         if deleted { Ok(no_content()) } else { Err(Rejection::NotFound(NO_SUCH_JOB)) }
     }
 
-    /// Completes a job in flight. The job is removed, unless a retention keeps it.
+    /// Completes a job in flight. The job is removed at once, unless the job's or the server's retention keeps it.
     fn complete(&self, id: &str) -> Result<Answer, Rejection> {
         let done = JobId::parse(id).is_some_and(|id| self.store.with(|state, now| state.complete(now, id)));
         if done { Ok(no_content()) } else { Err(Rejection::NotFound(NOT_IN_FLIGHT)) }
     }
 
-    /// Completes the listed jobs that are in flight, and answers 422 with the other ids, if any. A repeated id counts once.
+    /// Completes the listed jobs that are in flight. If any listed job is not in flight, answers 422 with the ids of
+    /// these jobs. A repeated id counts once.
     fn complete_bulk(&self, request: Successes) -> Result<Answer, Rejection> {
         if request.ids.is_empty() {
             return Err(Rejection::BadRequest("ids must not be empty".to_owned()));
         }
-        // Lock once for all jobs, so that the streams wait once for a large bulk, not once per job.
+        // Lock once for all jobs, so that a large report wakes the take streams once, not once per job.
         let mut seen = BTreeSet::new();
         let ids = request.ids.iter().filter(|id| seen.insert(id.as_str()));
         let not_found: Vec<&String> = self
@@ -261,16 +264,17 @@ impl Call<'_> {
         Ok(self.with_status(StatusCode::UNPROCESSABLE_ENTITY, &json!({"not_found": not_found})))
     }
 
-    /// Records a failure. Answers with the job, so that a worker can log the time of the retry, or that no retry follows.
+    /// Records a failure. Answers with the updated job, so that a worker can log when the job is retried, or that it is
+    /// dead.
     fn fail(&self, id: &str, failure: Failure) -> Result<Answer, Rejection> {
-        // The caller has already parsed the body, so a malformed report gets a 400 even if there is no such job.
+        // The caller has already parsed the body, so a malformed report gets a 400 even if the job does not exist.
         let id = JobId::parse(id).ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
         let job = self.store.with(|state, now| state.fail(now, id, failure, fastrand::f64()));
         let job = job.ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
         Ok(self.ok(&JobView::bare(&job)))
     }
 
-    /// Lists the failed attempts of a job. The attempts are removed with the job.
+    /// Lists one page of a job's failed attempts. They are removed together with the job.
     fn errors(&self, id: &str) -> Result<Answer, Rejection> {
         let page = Fields::parse(self.query(), &["from", "order", "limit"]).and_then(|mut fields| {
             let cursor = fields.value::<u32>("from")?;
@@ -305,19 +309,20 @@ impl Call<'_> {
     }
 }
 
-/// Reads the whole body. A body that is too large is refused as soon as it exceeds the maximum.
+/// Reads the whole body. Rejects a body as soon as it exceeds the maximum size.
 async fn collect(body: Incoming) -> Result<Bytes, Rejection> {
     let body = Limited::new(body, MAX_BODY_BYTES).collect().await;
     let body = body.map_err(|e| Rejection::BadRequest(format!("failed to read body: {e}")))?;
     Ok(body.to_bytes())
 }
 
-/// Parses a cursor. The real server accepts an invalid cursor and finds no jobs, but an error is more helpful.
+/// Parses a cursor. The real server accepts an invalid cursor and finds no jobs. This server returns an error, which is
+/// more helpful.
 fn cursor(id: &str) -> Result<JobId, Rejection> {
     JobId::parse(id).ok_or_else(|| Rejection::BadRequest(format!("invalid job ID: {id:?}")))
 }
 
-/// Parses a query that has only filters, for the routes without pages.
+/// Parses a query that may contain only filters, for the routes without pages.
 fn only_filter(query: &str) -> Result<Filter, Rejection> {
     let mut fields = Fields::parse(query, &FILTERS).map_err(|e| Rejection::bad_query(&e))?;
     filter(&mut fields)

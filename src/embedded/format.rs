@@ -1,7 +1,7 @@
 //! Formats: JSON and MessagePack for bodies, and the three framings of a take stream.
 //!
-//! As on the real server, a header is only searched for the names of media types. Parameters and
-//! weights are ignored, and MessagePack wins over JSON.
+//! As on the real server, a header is only searched for the names of media types. Parameters and weights are ignored, and
+//! MessagePack takes precedence over JSON.
 
 use hyper::HeaderMap;
 use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderName};
@@ -81,11 +81,11 @@ impl Format {
 /// The framing of a take stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StreamFormat {
-    /// Server-sent events; a heartbeat is a comment.
+    /// One server-sent event for each job; a heartbeat is a comment.
     Events,
-    /// A line of JSON for each job; a heartbeat is an empty line.
+    /// One line of JSON for each job; a heartbeat is an empty line.
     Lines,
-    /// MessagePack after its length as a big-endian `u32`; a heartbeat is a length of zero.
+    /// Each job in MessagePack, after its length as a big-endian `u32`; a heartbeat is a length of zero.
     Frames,
 }
 
@@ -114,7 +114,8 @@ impl StreamFormat {
         }
     }
 
-    /// Returns a heartbeat. It shows the client that the server is alive, and fails to send if the client is dead.
+    /// Returns a heartbeat. A heartbeat shows the client that the server is alive. If the client is dead, the write of
+    /// the heartbeat fails.
     pub(super) fn heartbeat(self) -> &'static [u8] {
         match self {
             Self::Events => b": heartbeat\n\n",
@@ -131,7 +132,8 @@ impl StreamFormat {
             Self::Lines => wrap(b"", &Format::Json.write(&job), b"\n", chunk),
             Self::Frames => {
                 let body = Format::MsgPack.write(&job);
-                // The length of a job from a request fits, because `MAX_BODY_BYTES` is far below `u32::MAX`.
+                // The length of a job that was enqueued by a request fits, because `MAX_BODY_BYTES` is far below
+                // `u32::MAX`.
                 let length = u32::try_from(body.len()).unwrap_or_default();
                 wrap(&length.to_be_bytes(), &body, b"", chunk);
             }
@@ -146,7 +148,7 @@ fn wrap(head: &[u8], body: &[u8], tail: &[u8], chunk: &mut Vec<u8>) {
     }
 }
 
-/// Returns a header's text. A header that is not text becomes empty, so it matches no type.
+/// Returns a header's text. A value that is not text becomes an empty string, which matches no media type.
 fn header(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name).map(|value| value.to_str().unwrap_or_default())
 }

@@ -1,7 +1,7 @@
-//! Job ids: 25 characters that sort by the time of the enqueue.
+//! Job ids: strings of 25 characters that sort in the order of enqueueing.
 //!
-//! Ids are opaque to clients, but have the length and the alphabet of the real server's ids.
-//! `GET /jobs?id=` refuses any other text.
+//! Ids are opaque to clients, but have the same length and alphabet as the real server's ids. `GET /jobs?id=` rejects any
+//! other text.
 
 use std::fmt;
 
@@ -15,7 +15,7 @@ const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
 pub(super) struct JobId([u8; LENGTH]);
 
 impl JobId {
-    /// Parses an id. Returns `None` if `text` has another length or alphabet.
+    /// Parses an id. Returns `None` unless `text` consists of exactly 25 lower-case ASCII letters and digits.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let bytes: [u8; LENGTH] = text.as_bytes().try_into().ok()?;
         let is_digit = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
@@ -28,7 +28,7 @@ impl JobId {
         std::str::from_utf8(&self.0).unwrap_or_default()
     }
 
-    /// Writes `number` in base 36. Every `u128` fits into 25 digits.
+    /// Returns `number` in base 36 as an id. Every `u128` fits into 25 digits.
     fn from_number(mut number: u128) -> Self {
         let mut bytes = [b'0'; LENGTH];
         for byte in bytes.iter_mut().rev() {
@@ -57,7 +57,8 @@ impl Serialize for JobId {
     }
 }
 
-/// The source of ids. An id is 48 bits of time, 48 bits of a counter and 32 random bits.
+/// The source of new ids. An id consists, from the most significant bit, of 48 bits of time, 48 bits of a counter and 32
+/// random bits.
 #[derive(Debug, Default)]
 pub(super) struct IdSource {
     latest: u64,
@@ -65,8 +66,8 @@ pub(super) struct IdSource {
 }
 
 impl IdSource {
-    /// Returns the next id. If the clock has stepped back, the latest time so far is used, otherwise the new job would sort
-    /// before older ones.
+    /// Returns the next id. If the clock has stepped back, uses the latest time seen so far, because the new job would
+    /// otherwise sort before older ones.
     pub(super) fn next(&mut self, now: u64) -> JobId {
         self.latest = self.latest.max(now);
         self.count += 1;

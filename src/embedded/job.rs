@@ -1,4 +1,5 @@
-//! [`Job`]: the store's record of a job. [`JobView`]: a job in an answer, with exactly the real server's fields.
+//! [`Job`]: the store's record of a job. [`JobView`]: a job as it appears in an answer, with exactly the real server's
+//! fields.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +11,7 @@ use super::id::JobId;
 use super::options::Backoff;
 use super::payload::Payload;
 
-/// The status of a job. The variants are in the order in which a job goes through them.
+/// The status of a job. The order of the variants matters, because `UniqueScope::covers` compares statuses with `<=`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
@@ -18,11 +19,11 @@ pub enum Status {
     Scheduled,
     /// The job waits for a worker.
     Ready,
-    /// A worker has taken the job and not yet reported it.
+    /// A worker has taken the job and has not yet reported a result.
     InFlight,
     /// The job has succeeded, and is kept until its `purge_at`.
     Completed,
-    /// The job has failed without a further retry, and is kept until its `purge_at`.
+    /// The job has failed and is not retried. It is kept until its `purge_at`.
     Dead,
 }
 
@@ -32,7 +33,7 @@ impl Status {
         matches!(self, Self::Completed | Self::Dead)
     }
 
-    /// Returns the name of the status in answers and in filters.
+    /// Returns the status's name, as used in answers and in filters.
     fn name(self) -> &'static str {
         match self {
             Self::Scheduled => "scheduled",
@@ -60,13 +61,14 @@ impl FromStr for Status {
     }
 }
 
-/// The fields of a job that its producer sets. Clones of a job share one `Spec`, which a patch copies before it changes it.
+/// The fields of a job that its producer sets. Clones of a job share one `Spec`. A patch copies a shared `Spec` before it
+/// changes a field.
 #[derive(Debug, Clone)]
 pub(super) struct Spec {
     /// The field `type` of the API, renamed because `type` is a keyword in Rust.
     pub(super) kind: String,
     pub(super) queue: String,
-    /// The priority, from 0 for the most urgent jobs.
+    /// The priority. Jobs with lower numbers are taken first; 0 is the most urgent.
     pub(super) priority: u16,
     pub(super) payload: Payload,
     // `None` in the next three fields means the server's default.
@@ -76,15 +78,15 @@ pub(super) struct Spec {
     pub(super) unique: Option<Unique>,
 }
 
-/// A job. Clones are cheap, so that a job can be cloned under the store's lock and serialized outside it.
+/// A job. Cloning is cheap, so that a job can be cloned under the store's lock and serialized after the lock is released.
 #[derive(Debug, Clone)]
 pub(super) struct Job {
     pub(super) id: JobId,
     pub(super) spec: Arc<Spec>,
     pub(super) status: Status,
-    /// The time from which the job is ready. A retry changes the time, a requeue does not.
+    /// The time at which the job becomes ready. A retry changes this time, but a requeue does not.
     pub(super) ready_at: u64,
-    /// The number of failed attempts. A closed connection is not a failed attempt.
+    /// The number of failed attempts. An attempt that ends because the take stream closes is not counted.
     pub(super) attempts: u32,
     /// The time at which a worker last took the job. As on the real server, a requeue does not clear this time.
     pub(super) dequeued_at: Option<u64>,
@@ -95,13 +97,14 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Returns the job's sort key in the ready queue: priority, then age. A requeued job thus returns to its old position.
+    /// Returns the job's sort key in the ready queue: priority, then id. A requeue changes neither, so a requeued job
+    /// returns to its old position.
     pub(super) fn place(&self) -> (u16, JobId) {
         (self.spec.priority, self.id)
     }
 }
 
-/// A job's own backoff, as in the API.
+/// A job's own backoff, in the format of the API.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct JobBackoff {
     exponent: f32,
@@ -116,7 +119,7 @@ impl From<JobBackoff> for Backoff {
     }
 }
 
-/// A job's own retention, as in the API.
+/// A job's own retention, in the format of the API. `None` means the server's default.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct Retention {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -125,14 +128,15 @@ pub(super) struct Retention {
     pub(super) dead_ms: Option<u64>,
 }
 
-/// A unique key. The job is not enqueued while another job with the same key has a status that `scope` covers.
+/// A job's unique key. The job is not enqueued while another job with the same key has a status that `scope` covers.
 #[derive(Debug, Clone)]
 pub(super) struct Unique {
     pub(super) key: String,
     pub(super) scope: UniqueScope,
 }
 
-/// The statuses in which a job blocks a new job with the same key. The new job's scope applies.
+/// The statuses in which an existing job blocks a new job with the same key. The scope of the new job applies, not the
+/// scope of the existing one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum UniqueScope {
@@ -146,7 +150,8 @@ pub(super) enum UniqueScope {
 }
 
 impl UniqueScope {
-    /// Reports whether a job with the status `other` blocks a new job with the same key. Relies on the order of [`Status`].
+    /// Reports whether an existing job with the status `other` blocks a new job with the same key. Relies on the order of
+    /// [`Status`].
     pub(super) fn covers(self, other: Status) -> bool {
         match self {
             Self::Queued => other <= Status::Ready,
@@ -169,10 +174,10 @@ impl FromStr for UniqueScope {
     }
 }
 
-/// A failed attempt, as in the answer to `GET /jobs/{id}/errors`.
+/// A failed attempt, in the format of `GET /jobs/{id}/errors`.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct ErrorRecord {
-    /// The number of the attempt, counted from 1: the job's `attempts` after the failure.
+    /// The number of the attempt, counted from 1. It equals the job's `attempts` after the failure.
     pub(super) attempt: u32,
     pub(super) message: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,8 +188,8 @@ pub(super) struct ErrorRecord {
     pub(super) failed_at: u64,
 }
 
-/// A job in an answer, with the field names and the field order of the real server. A field without
-/// a value is absent rather than null, because official clients rely on its absence.
+/// A job as it appears in an answer, with the field names and the field order of the real server. A field without a value
+/// is omitted rather than null, because the official clients rely on this.
 #[derive(Debug, Serialize)]
 pub(super) struct JobView<'a> {
     id: JobId,
@@ -222,12 +227,12 @@ pub(super) struct JobView<'a> {
 }
 
 impl<'a> JobView<'a> {
-    /// Returns the view of a whole job, for take streams and look-ups.
+    /// Returns the view with the payload, for take streams and lookups.
     pub(super) fn full(job: &'a Job) -> Self {
         Self { payload: Some(&job.spec.payload), ..Self::bare(job) }
     }
 
-    /// Returns the view without the payload, for the answers to failures and patches.
+    /// Returns the view without the payload, for the answers to failure reports and patches.
     pub(super) fn bare(job: &'a Job) -> Self {
         let spec = &*job.spec;
         let unique = spec.unique.as_ref();
@@ -254,7 +259,8 @@ impl<'a> JobView<'a> {
         }
     }
 
-    /// Returns the view for the answer to an enqueue. `folded` is always false, because folding needs jq.
+    /// Returns the view for the answer to an enqueue. `folded` is always false, because folding needs jq, which this
+    /// server does not support.
     pub(super) fn enqueued(job: &'a Job, duplicate: bool) -> Self {
         Self { duplicate: Some(duplicate), folded: Some(false), ..Self::bare(job) }
     }

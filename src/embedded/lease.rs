@@ -1,27 +1,28 @@
-//! Leases: the open streams, and the jobs in flight that each stream holds.
+//! Leases: the open take streams, and the jobs in flight that each stream holds.
 //!
-//! A job is in flight exactly as long as a stream holds it. Streams are indexed by job as well, because a report names only
-//! the job.
+//! A job is in flight exactly as long as a stream holds it. The leases are also indexed by job, because a report names
+//! only the job.
 
 use std::collections::{HashMap, HashSet};
 
 use super::id::JobId;
 
-/// The id of a take stream. Ids are not reused, so a stream whose lease is closed cannot use another lease.
+/// The id of a take stream. Ids are not reused, so a stream whose lease is closed cannot affect the lease of another
+/// stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct LeaseId(u64);
 
 #[derive(Debug)]
 struct Lease {
-    /// The maximum number of held jobs; 0 means no limit.
+    /// The maximum number of jobs that the stream may hold; 0 means no limit.
     prefetch: usize,
     /// The queues whose jobs the stream takes; empty means all queues.
     queues: Vec<String>,
-    /// The jobs that were taken by the stream and are not yet reported.
+    /// The jobs that the stream has taken and that are not yet reported.
     held: HashSet<JobId>,
 }
 
-/// The open streams, and for each job in flight the stream that holds it.
+/// The open streams, and the stream that holds each job in flight.
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     open: HashMap<LeaseId, Lease>,
@@ -30,7 +31,7 @@ pub(super) struct Leases {
 }
 
 impl Leases {
-    /// Opens a lease that holds no job yet.
+    /// Opens a lease that holds no jobs yet, and returns its id.
     pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
         self.count += 1;
         let id = LeaseId(self.count);
@@ -51,7 +52,8 @@ impl Leases {
         has_room.then_some(&lease.queues)
     }
 
-    /// Records that a stream holds a job. Ignores a closed stream, because it would never release the job.
+    /// Records that a stream holds a job. Does nothing if the stream is closed, because a closed stream never releases
+    /// the job.
     pub(super) fn hold(&mut self, id: LeaseId, job: JobId) {
         if let Some(lease) = self.open.get_mut(&id) {
             lease.held.insert(job);
@@ -59,7 +61,7 @@ impl Leases {
         }
     }
 
-    /// Releases a job from the stream that holds it. Returns false if no stream does.
+    /// Removes a job from the stream that holds it. Returns false if no stream holds the job.
     pub(super) fn release(&mut self, job: JobId) -> bool {
         let Some(holder) = self.holders.remove(&job) else {
             return false;

@@ -1,19 +1,19 @@
-//! A Zizq server in memory, for `--embedded` and for tests.
+//! An in-memory Zizq server, for `--embedded` and for tests.
 //!
-//! The server implements the part of the HTTP API that a worker, its tests and its tools need, as
-//! a real server of version [`PROTOCOL_VERSION`] does: the take stream with prefetch and heartbeats,
-//! reports by job id, retries with backoff, and the look-ups. Nothing is kept on disk.
+//! The server implements the part of the HTTP API that a worker, its tests and its tools need, and behaves like a real
+//! server of version [`PROTOCOL_VERSION`]. This part consists of the take stream with prefetch and heartbeats, reports by
+//! job id, retries with backoff, and lookups. Nothing is written to disk.
 //!
-//! The jobs live in a [`Store`], which outlives the [`EmbeddedServer`]: stopping the server and
-//! binding a new one to the same store is a restart.
+//! The jobs are in a [`Store`], which outlives the [`EmbeddedServer`]. A test restarts a server by stopping it and
+//! binding a new one to the same store.
 //!
-//! - [`Store`]: the lock, the clock and the wake-ups around `state`, which is the pure state
-//!   machine with its `ready` queue and its `lease`s;
-//! - `api`: one function per `route`, which parses an `order` with its `payload`, a `patch`, a `report`
-//!   or a `query` and its `page`, and returns an `answer` in a `format`;
-//! - `take`: the stream.
+//! - [`Store`]: a lock, a clock and wake-up signals around `state`, which is the pure state machine with its
+//!   `ready` queue and its `lease`s.
+//! - `api`: one function per `route`. The function parses the request, which is an `order` with its `payload`,
+//!   a `patch`, a `report`, or a `query` with its `page`. Then it returns an `answer` in a `format`.
+//! - `take`: the take stream.
 //!
-//! Crons, batched jobs and jq filters need a real server. This one answers 404, 403 and 400 to them.
+//! Crons, batched jobs and jq filters need a real server. This server rejects them with 404, 403 and 400 respectively.
 
 mod answer;
 mod api;
@@ -43,5 +43,5 @@ pub(crate) use start::prepare;
 pub use start::start;
 pub use store::Store;
 
-/// The version of the real server that this one reproduces, and the answer to `GET /version`.
+/// The version of the real server that this server imitates. `GET /version` returns this version.
 pub const PROTOCOL_VERSION: &str = "0.6.1";

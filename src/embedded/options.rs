@@ -8,10 +8,10 @@ const DEFAULT_HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
 const DEFAULT_IN_FLIGHT_LIMIT: usize = 1024;
 /// The default of the real server's `--default-retry-limit`.
 const DEFAULT_RETRY_LIMIT: u32 = 25;
-/// The default of the real server's `--default-dead-job-retention`: a week to look into a failure.
+/// The default of the real server's `--default-dead-job-retention`: one week, in which a failure can be investigated.
 const DEFAULT_DEAD_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// The settings of a server. A job's own retry limit, backoff and retention override those here.
+/// The settings of a server. A job's own retry limit, backoff and retention override the ones here.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The time without a job after which a take stream sends a heartbeat.
@@ -20,11 +20,11 @@ pub struct Options {
     pub in_flight_limit: usize,
     /// The maximum number of retries. A job whose `attempts` exceed this number is dead.
     pub retry_limit: u32,
-    /// The wait of a failed job before its next attempt.
+    /// The wait before a failed job's next attempt.
     pub backoff: Backoff,
-    /// The time for which a completed job is kept; zero removes the job at once.
+    /// The time for which a completed job is kept. If zero, the job is removed at once.
     pub completed_retention: Duration,
-    /// The time for which a dead job is kept; zero removes the job at once.
+    /// The time for which a dead job is kept. If zero, the job is removed at once.
     pub dead_retention: Duration,
 }
 
@@ -41,14 +41,14 @@ impl Default for Options {
     }
 }
 
-/// The wait before a retry: `base + attempts^exponent s + rand(0..jitter) × attempts`.
+/// The wait before a retry: `base + (attempts ^ exponent) seconds + random(0..jitter) × attempts`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Backoff {
     /// The constant part of the wait.
     pub base: Duration,
-    /// The exponent of the number of failed attempts.
+    /// The power to which the number of failed attempts is raised.
     pub exponent: f32,
-    /// The maximum of the random part, which is multiplied by the number of failed attempts.
+    /// The maximum of the random part, before its multiplication by the number of failed attempts.
     pub jitter: Duration,
 }
 
@@ -59,13 +59,13 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// Returns the wait after `attempts` failures, in milliseconds. `chance`, from 0 to 1, is the
-    /// random factor of the jitter. It is an argument so that tests can choose it.
+    /// Returns the wait after `attempts` failures, in milliseconds. `chance`, from 0 to 1, is the random factor for the
+    /// jitter. It is an argument so that tests can choose it.
     pub(super) fn delay_ms(&self, attempts: u32, chance: f64) -> u64 {
         let attempts = f64::from(attempts);
         let growth = attempts.powf(f64::from(self.exponent)) * 1000.0;
         let jitter = chance * millis(self.jitter) as f64 * attempts;
-        // The cast saturates, so a huge exponent gives `u64::MAX` and not an overflow.
+        // The cast saturates, so a huge exponent results in `u64::MAX` instead of an overflow.
         (millis(self.base) as f64 + growth + jitter) as u64
     }
 }

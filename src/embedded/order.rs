@@ -1,7 +1,7 @@
-//! Orders: the requests of producers to enqueue jobs, and their checks.
+//! Orders: requests from producers to enqueue jobs, and the checks on these requests.
 //!
-//! Every job of a bulk is checked before the first one is stored, so that a bulk is accepted or
-//! refused as a whole without a rollback.
+//! Every job of a bulk request is checked before the first one is stored, so that the request is accepted or rejected as
+//! a whole, without a rollback.
 
 use std::fmt;
 
@@ -11,16 +11,16 @@ use serde::de::IgnoredAny;
 use super::job::{JobBackoff, Retention, Spec, Unique};
 use super::payload::Payload;
 
-/// The real server's default: the middle of the range.
+/// The real server's default priority: the middle of the range.
 const DEFAULT_PRIORITY: u16 = 32_768;
-/// The characters that the real server reserves for future patterns.
+/// The characters in names that the real server reserves for future patterns.
 const RESERVED: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
 
-/// A checked request for one job.
+/// A checked request to enqueue one job.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) spec: Spec,
-    /// The earliest time of the first attempt. The job is ready at once if this time is absent or past.
+    /// The time at which the job becomes ready. The job is ready at once if this time is absent or in the past.
     pub(super) ready_at: Option<u64>,
 }
 
@@ -31,16 +31,16 @@ pub(super) struct EnqueueRequest {
     kind: String,
     queue: String,
     priority: Option<u16>,
-    /// The payload, which may be null but not absent, because a request without it is most likely a mistake.
+    /// The payload. It may be null, but must not be absent, because a request without a payload is most likely a mistake.
     payload: Payload,
     ready_at: Option<u64>,
     retry_limit: Option<u32>,
     backoff: Option<JobBackoff>,
     retention: Option<Retention>,
     unique_key: Option<String>,
-    /// The scope as text, so that the error for an unknown scope is the one of `UniqueScope`, which lists the valid values.
+    /// The scope as text. `UniqueScope` parses it, so that the error for an unknown scope lists the valid ones.
     unique_while: Option<String>,
-    /// The batch of a batched job. Only its presence matters, because such a job is refused.
+    /// The batch of a batched job. Its contents are ignored, because batched jobs are refused.
     batch: Option<IgnoredAny>,
 }
 
@@ -60,7 +60,7 @@ pub(super) enum OrderError {
 }
 
 impl OrderError {
-    /// Adds the job's index in the bulk to the text of an `Invalid` error.
+    /// Adds the job's index in the bulk request to the text of an `Invalid` error.
     pub(super) fn at(self, index: usize) -> Self {
         match self {
             Self::Invalid(text) => Self::Invalid(format!("jobs[{index}]: {text}")),
@@ -77,7 +77,8 @@ impl fmt::Display for OrderError {
 }
 
 impl EnqueueRequest {
-    /// Checks the fields in the real server's order, so that a request with several errors gets the same answer from both.
+    /// Checks the request and converts it to an order. The checks run in the real server's order, so that a request with
+    /// several errors gets the same answer from both servers.
     pub(super) fn into_order(self) -> Result<Order, OrderError> {
         check_name("type", &self.kind).map_err(OrderError::Invalid)?;
         check_name("queue", &self.queue).map_err(OrderError::Invalid)?;
@@ -118,7 +119,8 @@ pub(super) fn check_name(field: &str, name: &str) -> Result<(), String> {
     }
 }
 
-/// Returns the unique key, if the request has one. A scope without a key is refused, because it would have no effect.
+/// Returns the unique key, if the request has one. Refuses a scope without a key, because it would have no effect, and a
+/// key for a batched job.
 fn unique(key: Option<String>, scope: Option<String>, is_batch: bool) -> Result<Option<Unique>, OrderError> {
     let invalid = |text: &str| OrderError::Invalid(text.to_owned());
     if scope.is_some() && key.is_none() {

@@ -1,7 +1,8 @@
-//! Pages: a limit, a direction and a cursor, and the links to the pages on either side.
+//! Pages of lists: the request for a page, with a limit, a direction and a cursor, and the links to the next and the
+//! previous page.
 //!
-//! A cursor is the key of an item, not an offset. Jobs are added and removed between two requests,
-//! so an offset would skip some jobs and repeat others.
+//! A cursor is the key of an item, not an offset. Jobs can be added and removed between two requests, so an offset would
+//! skip some jobs and repeat others.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,7 +13,7 @@ use super::query::Fields;
 
 /// The real server's default for `limit`.
 const DEFAULT_LIMIT: u16 = 50;
-/// The real server's maximum of `limit`.
+/// The real server's maximum for `limit`.
 const MAX_LIMIT: u16 = 2000;
 
 /// The order of a list: oldest first or newest first.
@@ -54,10 +55,10 @@ impl fmt::Display for Direction {
     }
 }
 
-/// The requested page of a list. The item at the cursor is not on the page.
+/// A request for one page of a list. The page starts after the item at the cursor.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PageRequest<C> {
-    /// The key of the item before the page; absent on the first page.
+    /// The key of the last item before the page. `None` for the first page.
     pub(super) cursor: Option<C>,
     pub(super) direction: Direction,
     pub(super) limit: u16,

@@ -1,6 +1,7 @@
 //! Patches: the fields that `PATCH` changes in jobs that are not finished.
 //!
-//! In a body, an absent field keeps its value, and a null field returns to the server's default.
+//! In the body, an absent field leaves the job's field unchanged. A null field resets the job's field to the server's
+//! default, but `queue` and `priority` must not be null.
 
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ pub(super) struct PatchRequest {
     retention: Option<Option<RetentionPatch>>,
 }
 
-/// The patch of a retention, whose fields are kept, set or cleared independently.
+/// A patch of a job's retention. Each field is kept, set or cleared independently of the other.
 #[derive(Debug, Clone, Copy, Deserialize)]
 struct RetentionPatch {
     #[serde(default, deserialize_with = "present")]
@@ -37,7 +38,8 @@ struct RetentionPatch {
     dead_ms: Option<Option<u64>>,
 }
 
-/// A checked patch. An outer `None` keeps the field. In a field with two levels of `Option`, the inner `None` clears it.
+/// A checked patch. `None` leaves the job's field unchanged. In a field with two levels of `Option`, `Some(None)` clears
+/// the job's field.
 #[derive(Debug)]
 pub(super) struct Patch {
     queue: Option<String>,
@@ -56,7 +58,8 @@ pub(super) enum PatchError {
     Finished(JobId, Status),
 }
 
-/// Deserializes a field that is present, null or not, to `Some`. An absent field becomes `None` through `serde(default)`.
+/// Deserializes a field that is present to `Some`, even if the field is null. An absent field becomes `None` through
+/// `serde(default)`.
 fn present<'de, T, D>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
 where
     T: Deserialize<'de>,
@@ -66,7 +69,7 @@ where
 }
 
 impl PatchRequest {
-    /// Checks the request. The error is the text of a 422 answer.
+    /// Checks the request and converts it to a patch. The error is the text of a 422 answer.
     pub(super) fn into_patch(self) -> Result<Patch, String> {
         let Self { queue, priority, ready_at, retry_limit, backoff, retention } = self;
         let queue = set("queue", queue)?;
@@ -78,7 +81,7 @@ impl PatchRequest {
     }
 }
 
-/// Returns the value of a field that must not be null.
+/// Returns the value of a field, or `None` if the field is absent. Refuses a null.
 fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, String> {
     match field {
         Some(None) => Err(format!("{name} cannot be null")),
@@ -87,12 +90,12 @@ fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, String> {
 }
 
 impl Patch {
-    /// Changes a job that is not finished. The caller updates the indexes of the state.
+    /// Applies the patch to a job that is not finished. The caller updates the indexes of the state.
     pub(super) fn apply(&self, job: &mut Job, now: u64) {
         self.apply_to_spec(Arc::make_mut(&mut job.spec));
         match self.ready_at {
             None => {}
-            // A null means "ready now". Only a scheduled job changes, because other jobs were ready already.
+            // A null means "ready now". Only a scheduled job changes, because other jobs are already ready or in flight.
             Some(None) if job.status == Status::Scheduled => {
                 job.ready_at = now;
                 job.status = Status::Ready;
@@ -108,7 +111,7 @@ impl Patch {
         }
     }
 
-    /// Changes the fields that the job's producer has set.
+    /// Applies the patch to the fields that the job's producer has set.
     fn apply_to_spec(&self, spec: &mut Spec) {
         if let Some(queue) = &self.queue {
             spec.queue.clone_from(queue);

@@ -1,4 +1,4 @@
-//! Payloads: the data of a job, stored as JSON.
+//! Payloads: the data of jobs, stored as JSON.
 //!
 //! A payload that arrives as JSON keeps its text, so that keys are not reordered and numbers are not
 //! rounded. A payload that arrives as MessagePack is converted, so that only one format is stored.
@@ -16,7 +16,7 @@ use serde_json::value::{RawValue, to_raw_value};
 pub(super) struct Payload(Arc<RawValue>);
 
 impl Payload {
-    /// Checks that the payload can be written in every format. As the real server does, refuses
+    /// Checks that the payload can be written in every format, and puts it on one line. Like the real server, refuses
     /// numbers beyond the range of `f64`, lone surrogates, and more than 127 levels of nesting.
     fn check(text: Box<RawValue>) -> Result<Self, serde_json::Error> {
         serde_json::from_str::<Value>(text.get())?;
@@ -50,9 +50,8 @@ impl Serialize for Payload {
     }
 }
 
-/// Replaces line breaks with spaces, because a job is one line in NDJSON and in server-sent events.
-/// The payload keeps its meaning: line breaks in JSON strings are escaped, so the replaced ones are
-/// white space between tokens.
+/// Replaces line breaks with spaces, because a job is one line in NDJSON and in server-sent events. The payload keeps its
+/// meaning, because line breaks in JSON strings are escaped, so the replaced ones are white space between tokens.
 fn on_one_line(payload: Box<RawValue>) -> Box<RawValue> {
     if !payload.get().contains(['\n', '\r']) {
         return payload;

@@ -1,4 +1,4 @@
-//! Queries: the fields after the `?` of a url, and the job filters in them.
+//! Queries: the fields after the `?` of a URL, and the job filters among them.
 //!
 //! An unknown field is an error, as on the real server. Otherwise `DELETE /jobs` with a misspelt filter would delete all jobs.
 
@@ -16,8 +16,8 @@ use super::job::{Job, Status};
 /// The names of the fields that filter jobs.
 pub(super) const FILTERS: [&str; 8] = ["id", "status", "queue", "type", "priority", "ready_at", "attempts", "filter"];
 
-/// The characters that are escaped in a link: all but the unreserved characters and the comma of a list. The real
-/// server does not escape names, so its link for a queue with a space in the name is broken.
+/// The characters that are escaped in a link: all except the unreserved characters and the comma, which separates list
+/// elements. The real server does not escape names, so its link for a queue with a space in the name is broken.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b',');
 
 /// The fields of a query. Each field is known, and occurs at most once.
@@ -108,13 +108,13 @@ impl fmt::Display for Range {
     }
 }
 
-/// Decodes a text in form encoding, in which a plus is a space. Invalid UTF-8 is replaced with U+FFFD.
+/// Decodes form-encoded text, in which a plus sign is a space. Invalid UTF-8 is replaced with U+FFFD.
 fn decode(text: &str) -> String {
     let text = text.replace('+', " ");
     percent_decode_str(&text).decode_utf8_lossy().into_owned()
 }
 
-/// The filters of a query. A job matches if it passes all of them. A filter without values passes all jobs.
+/// The filters of a query. A job matches if it passes every filter. A filter without values lets all jobs pass.
 #[derive(Debug, Default)]
 pub(super) struct Filter {
     /// The ids as text, so that the error for an invalid id can quote it.
@@ -143,7 +143,7 @@ impl Filter {
         })
     }
 
-    /// Checks that every id is well-formed. The error is the text of the answer.
+    /// Checks that every id is well-formed. The error is the error text for the answer.
     pub(super) fn check_ids(&self) -> Result<(), String> {
         match self.ids.iter().find(|id| JobId::parse(id).is_none()) {
             Some(id) => Err(format!("invalid job ID: {id:?}")),
@@ -151,7 +151,8 @@ impl Filter {
         }
     }
 
-    /// Checks that no finished status is listed, because finished jobs cannot be patched. The error is the text of the answer.
+    /// Checks that no finished status is listed, because finished jobs cannot be patched. The error is the error text for
+    /// the answer.
     pub(super) fn check_patchable(&self) -> Result<(), String> {
         match self.statuses.iter().find(|status| status.is_finished()) {
             Some(status) => Err(format!("cannot patch jobs in {status:?} status")),
@@ -159,7 +160,7 @@ impl Filter {
         }
     }
 
-    /// Reports whether a job passes the filter.
+    /// Reports whether a job passes all filters.
     pub(super) fn matches(&self, job: &Job) -> bool {
         let within =
             |range: &Option<Range>, value: u64| range.as_ref().is_none_or(|range| range.numbers.contains(&value));
@@ -173,7 +174,7 @@ impl Filter {
             && within(&self.attempts, job.attempts.into())
     }
 
-    /// Returns the filter in the form of a query, to be appended to a link.
+    /// Returns the filters as query fields, each after a `&`, to be appended to a link.
     pub(super) fn to_query(&self) -> String {
         let lists = [
             ("status", join(&self.statuses)),
@@ -189,7 +190,7 @@ impl Filter {
     }
 }
 
-/// Returns a comma-separated list. The set is ordered, so equal filters have equal links.
+/// Returns a comma-separated list. The set is sorted, so equal filters produce equal links.
 fn join<T: Display>(elements: &BTreeSet<T>) -> String {
     let elements: Vec<String> = elements.iter().map(ToString::to_string).collect();
     elements.join(",")

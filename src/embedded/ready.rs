@@ -1,7 +1,7 @@
-//! The ready queue: the ready jobs in order, over all queues and for each queue.
+//! The ready queue: the ready jobs in the order in which they are taken, both over all queues and per queue.
 //!
-//! The queues are ordered sets, not heaps, because a deleted job is removed from the middle, and a requeued job returns to
-//! its old position.
+//! The jobs are kept in ordered sets, not in heaps or lists. A deleted or patched job is removed from the middle, and a
+//! requeued job is inserted at its old position.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -37,14 +37,14 @@ impl ReadyQueue {
         self.all.remove(&job.place());
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
             queue.remove(&job.place());
-            // Clients choose the names of queues, so the map would grow without limit if empty queues stayed in it.
+            // Clients choose the names of queues, so the map would grow without limit if it kept empty queues.
             if queue.is_empty() {
                 self.by_queue.remove(&job.spec.queue);
             }
         }
     }
 
-    /// Returns the next job of `queues`. An empty list means all queues.
+    /// Returns the next job in `queues`, without removing it. An empty list means all queues.
     pub(super) fn first(&self, queues: &[String]) -> Option<JobId> {
         let place = if queues.is_empty() {
             self.all.first().copied()

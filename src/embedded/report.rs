@@ -1,7 +1,6 @@
-//! Reports: the request bodies in which a worker reports successes and failures of jobs.
+//! Reports: the request bodies in which a worker reports that jobs have succeeded or failed.
 //!
-//! A report names a job by its id alone. The job must be in flight, but the report may come over
-//! any connection.
+//! A report names a job by its id alone. The job must be in flight, but the report may arrive over any connection.
 
 use serde::Deserialize;
 
@@ -16,19 +15,20 @@ pub(super) struct Successes {
 /// The body of `POST /jobs/{id}/failure`.
 #[derive(Debug, Deserialize)]
 pub(super) struct Failure {
-    /// The error text, which is required because a failure without a text cannot be explained.
+    /// The error text. It is required, because a failure without a text cannot be explained.
     message: String,
     error_type: Option<String>,
     backtrace: Option<String>,
-    /// The time of the next attempt, instead of the backoff. A time in the past means at once.
+    /// The time of the next attempt, which replaces the time from the backoff. A time in the past means at once.
     pub(super) retry_at: Option<u64>,
-    /// Whether the job is dead now, even if the retry limit is not reached.
+    /// Whether the job becomes dead at once, even if its retry limit is not reached.
     #[serde(default)]
     pub(super) kill: bool,
 }
 
 impl Failure {
-    /// Returns the record of the attempt of `job` that has just failed.
+    /// Returns the record of the attempt of `job` that has just failed. The caller has already increased the job's
+    /// `attempts`.
     pub(super) fn into_record(self, job: &Job, now: u64) -> ErrorRecord {
         ErrorRecord {
             attempt: job.attempts,

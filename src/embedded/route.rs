@@ -1,7 +1,7 @@
-//! [`Route`]: the endpoint that a method and a path name.
+//! [`Route`]: the endpoint that is selected by a method and a path.
 //!
-//! A path is split before its parts are percent-decoded, so an encoded slash stays within an id.
-//! A known path with another method is a 405, and any other unknown route is a 404.
+//! A path is split before its parts are percent-decoded, so an encoded slash does not split an id. A known path with an
+//! unsupported method gets a 405, and an unknown path gets a 404.
 
 use hyper::Method;
 use percent_encoding::percent_decode_str;
@@ -52,7 +52,8 @@ pub(super) enum Route {
 }
 
 impl Route {
-    /// Parses a method and a path. `HEAD` is treated as `GET`, because hyper omits the body.
+    /// Parses a method and a path. `HEAD` is treated as `GET`, because hyper omits the body of the answer to a `HEAD`
+    /// request.
     pub(super) fn parse(method: &Method, path: &str) -> Result<Self, Rejection> {
         let method = if method == Method::HEAD { &Method::GET } else { method };
         let path = path.strip_prefix('/').unwrap_or(path);
@@ -69,7 +70,7 @@ impl Route {
         }
     }
 
-    /// Parses a path of one part, except `/jobs`.
+    /// Parses a path of one segment, other than `/jobs`.
     fn top_level(method: &Method, name: &str) -> Result<Self, Rejection> {
         match (name, method) {
             ("health", &Method::GET) => Ok(Self::Health),
@@ -82,7 +83,7 @@ impl Route {
         }
     }
 
-    /// Returns the route of a method on `/jobs`.
+    /// Returns the route for a method on `/jobs`.
     fn jobs(method: &Method) -> Result<Self, Rejection> {
         match *method {
             Method::GET => Ok(Self::List),
@@ -93,7 +94,8 @@ impl Route {
         }
     }
 
-    /// Parses a path `/jobs/{name}`. A fixed name like `bulk` is never an id, even with a method that only an id allows.
+    /// Parses a path `/jobs/{name}`. A fixed name such as `bulk` is never an id, even with a method that is allowed only
+    /// for ids.
     fn jobs_child(method: &Method, name: &str) -> Result<Self, Rejection> {
         match (name, method) {
             ("", _) => Err(Rejection::NotFound("not found")),
@@ -123,14 +125,15 @@ impl Route {
     }
 }
 
-/// Percent-decodes an id. Rejects an id that is not UTF-8. Any other invalid id gets a 404 when the job is looked up.
+/// Percent-decodes an id. Rejects an id that is not UTF-8. Any other invalid id is accepted here and gets a 404 later,
+/// when the job is looked up.
 fn decode(id: &str) -> Result<String, Rejection> {
     let decoded = percent_decode_str(id).decode_utf8();
     let text = decoded.map_err(|_| Rejection::BadRequest("id is not UTF-8".to_owned()))?;
     Ok(text.into_owned())
 }
 
-/// Parses the number of an attempt. A zero is accepted here and gets a 404 later, because attempts count from 1.
+/// Parses the number of an attempt. A zero is accepted here and gets a 404 later, because attempts are counted from 1.
 fn number(attempt: &str) -> Result<u32, Rejection> {
     let error = |_| Rejection::BadRequest(format!("attempt is not a number: {attempt:?}"));
     attempt.parse().map_err(error)

@@ -1,6 +1,6 @@
 //! The server: a listener and its connections.
 //!
-//! A stop is not graceful, because the worker's tests need a server that dies abruptly.
+//! The server stops abruptly, not gracefully, because the worker's tests need a server that dies like a killed process.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -23,7 +23,8 @@ use tokio_util::task::TaskTracker;
 use super::api;
 use super::store::Store;
 
-/// The wait after a failed accept. The usual cause is a lack of file descriptors, and a retry at once would spin.
+/// The wait after a failed accept. The usual cause is a lack of file descriptors, so an immediate retry would fail again
+/// and the loop would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A server in this process, bound but not yet serving.
@@ -36,7 +37,7 @@ pub struct EmbeddedServer {
 }
 
 impl EmbeddedServer {
-    /// Binds `address` for a server with the jobs of `store`. Jobs in flight under a previous server are requeued.
+    /// Binds `address` for a server with the jobs of `store`. Requeues the jobs that a previous server left in flight.
     ///
     /// # Errors
     ///
@@ -48,7 +49,7 @@ impl EmbeddedServer {
         Ok(Self { listener, address, store, tls: None })
     }
 
-    /// Makes the server use TLS. `config` decides whether clients need a certificate.
+    /// Makes the server use TLS. `config` determines whether clients need a certificate.
     #[must_use]
     pub fn with_tls(mut self, config: Arc<ServerConfig>) -> Self {
         self.tls = Some(config);
@@ -79,8 +80,8 @@ impl EmbeddedServer {
     }
 }
 
-/// The tasks of the server. hyper spawns a task for each HTTP/2 stream through this executor as well. Otherwise these tasks
-/// could continue to take jobs after the server has stopped.
+/// The tasks of the server, which all end when `end` is cancelled. hyper uses this executor too, because it spawns a task
+/// for each HTTP/2 stream. Such a task could otherwise continue to take jobs after the server has stopped.
 #[derive(Clone)]
 struct Connections {
     end: CancellationToken,
@@ -102,7 +103,7 @@ async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, store: Store, c
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                // Nagle's algorithm would delay small answers, for which the client waits.
+                // Nagle's algorithm would delay small answers, although the client waits for them.
                 let _ = stream.set_nodelay(true);
                 connections.execute(greet(stream, tls.clone(), store.clone(), connections.clone()));
             }
@@ -124,7 +125,7 @@ async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, store: Store, connec
     }
 }
 
-/// Serves HTTP/1.1 or HTTP/2 over one stream of bytes: TCP, TLS, or a pipe in memory.
+/// Serves HTTP/1.1 or HTTP/2 over one byte stream, which is TCP, TLS or an in-memory pipe.
 async fn serve<S>(stream: S, store: Store, connections: Connections)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

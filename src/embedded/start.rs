@@ -1,4 +1,5 @@
-//! [`start`]: starts the server of `--embedded` in this process, at the worker's url, with jobs from a file.
+//! [`start`]: the function that starts the server of `--embedded` in this process, at the worker's URL, with jobs from a
+//! file or from stdin.
 
 use std::io::Read;
 
@@ -9,7 +10,7 @@ use super::{EmbeddedServer, Options, Store};
 use crate::client::ServerUrl;
 use crate::config::{ConfigError, EmbeddedConfig, JobsSource, Source};
 
-/// Starts the server. Dropping the returned guard stops it.
+/// Starts the server. Dropping the returned guard stops the server.
 ///
 /// # Errors
 /// If the address cannot be bound, the jobs cannot be read, or a line is not a valid job.
@@ -21,7 +22,7 @@ pub async fn start(config: &EmbeddedConfig, url: &ServerUrl) -> Result<DropGuard
     Ok(stop.drop_guard())
 }
 
-/// Enqueues the jobs and binds the address, but does not serve requests yet.
+/// Enqueues the jobs and binds the address. The returned server does not serve requests until it is run.
 pub(crate) async fn prepare(config: &EmbeddedConfig, url: &ServerUrl) -> Result<EmbeddedServer, ConfigError> {
     let store = Store::new(Options::default());
     if let Some(jobs) = &config.jobs {

@@ -1,6 +1,6 @@
-//! The state machine: `scheduled → ready → in_flight → completed | dead | scheduled`.
+//! The state machine of jobs: `scheduled → ready → in_flight → completed | dead | scheduled`.
 //!
-//! The functions do not read the clock, wait or wake tasks. The time is an argument, and a flag tells the
+//! The functions do not read the clock, wait or wake tasks. The caller passes the time, and a flag tells the
 //! [`Store`](super::Store) to wake the take streams.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -37,15 +37,17 @@ pub(super) struct Enqueued {
 pub(super) struct State {
     options: Options,
     ids: IdSource,
-    /// The jobs by id. Ids rise with the time of enqueueing, so the map has the order of every list.
+    /// The jobs by id. Ids sort in the order of enqueueing, so the map yields the jobs oldest first.
     jobs: BTreeMap<JobId, Entry>,
     ready: ReadyQueue,
-    /// The next change of each job: a scheduled job's `ready_at`, or a finished job's `purge_at`.
+    /// The time of each job's next change: `ready_at` for a scheduled job, `purge_at` for a finished job. Other jobs have
+    /// no entry.
     due: BTreeSet<(u64, JobId)>,
     /// The job that last claimed each unique key.
     unique: HashMap<String, JobId>,
     leases: Leases,
-    /// Whether a job or a slot has become free. The store reads and clears this flag after each step.
+    /// Whether a take stream may now be able to take a job, because a job has become ready or a slot has become free.
+    /// The store reads and clears this flag after each operation.
     takers_should_look: bool,
     is_halted: bool,
 }
@@ -65,22 +67,22 @@ impl State {
         }
     }
 
-    /// Returns the time at which [`advance`](Self::advance) next changes a job.
+    /// Returns the time at which [`advance`](Self::advance) next changes a job, or `None` if no change is due.
     pub(super) fn next_due(&self) -> Option<u64> {
         self.due.first().map(|(time, _)| *time)
     }
 
-    /// Reports whether a job or a slot has become free since the last call.
+    /// Reports whether a job has become ready or a slot has become free since the last call, and clears the flag.
     pub(super) fn take_look_flag(&mut self) -> bool {
         std::mem::take(&mut self.takers_should_look)
     }
 
-    /// Makes the scheduled jobs ready and removes the finished jobs that are due by `now`.
+    /// Handles the jobs that are due by `now`: makes the scheduled ones ready and removes the finished ones.
     pub(super) fn advance(&mut self, now: u64) {
         while let Some((time, id)) = self.due.first().copied()
             && time <= now
         {
-            // Remove the entry, otherwise the loop would find it again.
+            // Remove the entry, otherwise the loop would find it again and never end.
             self.due.pop_first();
             match self.jobs.get(&id).map(|entry| entry.job.status) {
                 Some(Status::Scheduled) => self.make_ready(id),
@@ -90,7 +92,7 @@ impl State {
         }
     }
 
-    /// Enqueues one job. If another job holds the unique key, returns that job and enqueues nothing.
+    /// Enqueues one job. If another job already holds the unique key, returns that job and enqueues nothing.
     pub(super) fn enqueue(&mut self, now: u64, order: Order) -> Enqueued {
         if let Some(job) = self.holder_of_key(&order.spec) {
             return Enqueued { job: job.clone(), duplicate: true };
@@ -112,21 +114,23 @@ impl State {
         Enqueued { job, duplicate: false }
     }
 
-    /// Returns the job that holds the unique key. The index may name a job that no longer blocks the key, so the job's
-    /// present status is checked.
+    /// Returns the existing job that blocks `spec` because of the unique key. The index may name a job whose status no
+    /// longer blocks the key, so the status is checked too.
     fn holder_of_key(&self, spec: &Spec) -> Option<&Job> {
         let unique = spec.unique.as_ref()?;
         let job = self.get(*self.unique.get(&unique.key)?)?;
         unique.scope.covers(job.status).then_some(job)
     }
 
-    /// Opens a take stream, which may hold `prefetch` jobs of `queues`.
+    /// Opens a take stream that may hold up to `prefetch` jobs from `queues`. A `prefetch` of 0 means no limit, and empty
+    /// `queues` mean all queues.
     pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
         self.leases.open(prefetch, queues)
     }
 
-    /// Takes the next job for a stream. Returns `None` if no job is ready, the stream is full or closed, the limit of jobs in
-    /// flight is reached, or the server has halted. Takes one job per call, so that both limits are checked for each job.
+    /// Takes the next job for a stream. Returns `None` if no job is ready, the stream is full or closed, the limit on
+    /// jobs in flight is reached, or the server has halted. Takes one job per call, so that the prefetch and the limit
+    /// are checked for each job.
     pub(super) fn take(&mut self, now: u64, lease: LeaseId) -> Option<Job> {
         let limit = self.options.in_flight_limit;
         if self.is_halted || (limit > 0 && self.leases.held() >= limit) {
@@ -141,20 +145,21 @@ impl State {
         Some(job.clone())
     }
 
-    /// Closes a stream, and requeues its jobs with no attempt counted.
+    /// Closes a stream and requeues its jobs, without counting a failed attempt.
     pub(super) fn close(&mut self, lease: LeaseId) {
         for id in self.leases.close(lease) {
             self.make_ready(id);
         }
     }
 
-    /// Stops all takes before the connections are dropped one by one. Otherwise a job that is requeued when one connection is
-    /// dropped could be sent over another.
+    /// Stops all takes. The server calls this before it drops its connections one by one. Otherwise a job that is
+    /// requeued when one connection is dropped could be sent over a connection that is still open.
     pub(super) fn halt(&mut self) {
         self.is_halted = true;
     }
 
-    /// Allows takes for a new server. Requeues the jobs that were in flight under the previous server.
+    /// Allows takes again, for a new server. Closes the streams of the previous server and requeues the jobs that they
+    /// held.
     pub(super) fn start(&mut self) {
         self.is_halted = false;
         for id in self.leases.close_all() {
@@ -183,7 +188,7 @@ impl State {
         if !self.release(id) {
             return None;
         }
-        // Count the attempt first, because the backoff, the retry limit and the record include it.
+        // Count the attempt first, because the backoff, the retry limit and the error record all use the new count.
         let entry = self.jobs.get_mut(&id)?;
         entry.job.attempts += 1;
         entry.job.failed_at = Some(now);
@@ -195,7 +200,7 @@ impl State {
         }
     }
 
-    /// Schedules a retry. If `time` is past, the next [`advance`](Self::advance) makes the job ready.
+    /// Schedules a retry. If `time` is in the past, the next [`advance`](Self::advance) makes the job ready.
     fn retry(&mut self, id: JobId, time: u64) -> Option<Job> {
         // Restore the key now, not when the job becomes ready, because a scheduled job blocks its unique key too.
         self.restore_key(id);
@@ -206,7 +211,7 @@ impl State {
         Some(job.clone())
     }
 
-    /// Marks a job as dead.
+    /// Marks a job as dead, and keeps it for the job's or the server's retention of dead jobs.
     fn bury(&mut self, id: JobId, now: u64) -> Option<Job> {
         let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
         let keep = own.unwrap_or(millis(self.options.dead_retention));
@@ -244,7 +249,7 @@ impl State {
         self.jobs.values().map(|entry| &entry.job)
     }
 
-    /// Returns the jobs after `cursor` in `direction`, or all jobs without a cursor.
+    /// Returns the jobs after `cursor` in `direction`, or all jobs if there is no cursor.
     pub(super) fn jobs_from(&self, cursor: Option<JobId>, direction: Direction) -> Box<dyn Iterator<Item = &Job> + '_> {
         let bound = cursor.map_or(Bound::Unbounded, Bound::Excluded);
         match direction {
@@ -253,13 +258,14 @@ impl State {
         }
     }
 
-    /// Changes a job that is not finished. A job in flight stays with the stream that holds it.
+    /// Applies a patch to a job. Fails if the job does not exist or is finished. A job in flight stays with the stream
+    /// that holds it.
     pub(super) fn patch(&mut self, now: u64, id: JobId, patch: &Patch) -> Result<Job, PatchError> {
         let job = &mut self.jobs.get_mut(&id).ok_or(PatchError::NoSuchJob)?.job;
         if job.status.is_finished() {
             return Err(PatchError::Finished(id, job.status));
         }
-        // Remove the job from the indexes before its keys change.
+        // Remove the job from the indexes before its keys change, otherwise its old entries could not be found.
         self.ready.remove(job);
         self.due.remove(&(job.ready_at, id));
         patch.apply(job, now);
@@ -272,31 +278,34 @@ impl State {
         Ok(job.clone())
     }
 
-    /// Changes the matching jobs that are not finished, and returns their number.
+    /// Applies a patch to the matching jobs that are not finished, and returns the number of patched jobs.
     pub(super) fn patch_matching(&mut self, now: u64, patch: &Patch, matches: impl Fn(&Job) -> bool) -> usize {
         let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
         ids.iter().filter(|id| self.patch(now, **id, patch).is_ok()).count()
     }
 
-    /// Removes a job in any state, and frees the slot of the stream that holds the job. Returns false if there is no such job.
+    /// Removes a job in any state. If the job is in flight, its slot in the stream becomes free. Returns false if there
+    /// is no such job.
     pub(super) fn delete(&mut self, id: JobId) -> bool {
         self.release(id);
         let Some(job) = self.forget(id) else {
             return false;
         };
         self.ready.remove(&job);
-        // The entry of a finished job is at `purge_at`, that of a scheduled job at `ready_at`. Other jobs have no entry.
+        // `due` lists a finished job at its `purge_at` and a scheduled job at its `ready_at`. It does not list other
+        // jobs.
         self.due.remove(&(job.purge_at.unwrap_or(job.ready_at), id));
         true
     }
 
-    /// Removes the matching jobs, and returns their number.
+    /// Removes the matching jobs, and returns the number of removed jobs.
     pub(super) fn delete_matching(&mut self, matches: impl Fn(&Job) -> bool) -> usize {
         let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
         ids.iter().filter(|id| self.delete(**id)).count()
     }
 
-    /// Releases a job from the stream that holds it. Returns false if no stream does.
+    /// Releases a job from the stream that holds it, and notes that a slot is free. Returns false if no stream holds the
+    /// job.
     fn release(&mut self, id: JobId) -> bool {
         let released = self.leases.release(id);
         self.takers_should_look |= released;
@@ -313,7 +322,7 @@ impl State {
         }
     }
 
-    /// Gives a retried or requeued job its unique key back, unless another job has claimed the key meanwhile.
+    /// Registers the unique key of a retried or requeued job again, unless the key is registered for another job.
     fn restore_key(&mut self, id: JobId) {
         if let Some(entry) = self.jobs.get(&id)
             && let Some(unique) = &entry.job.spec.unique
@@ -322,7 +331,8 @@ impl State {
         }
     }
 
-    /// Sets the final status of a job, and returns the job. If `keep_ms` is 0, the job is removed at once.
+    /// Sets the final status of a job and the time of its removal, and returns the job. If `keep_ms` is 0, removes the
+    /// job at once.
     fn finish(&mut self, id: JobId, status: Status, now: u64, keep_ms: u64) -> Option<Job> {
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = status;
@@ -335,7 +345,7 @@ impl State {
         Some(job.clone())
     }
 
-    /// Removes a job. Also removes its unique key, unless another job has claimed the key meanwhile.
+    /// Removes a job and its unique key. The key stays if it is registered for another job.
     fn forget(&mut self, id: JobId) -> Option<Job> {
         let job = self.jobs.remove(&id)?.job;
         if let Some(unique) = &job.spec.unique
@@ -347,7 +357,7 @@ impl State {
     }
 }
 
-/// Returns the time of a failed job's next attempt, or `None` for no further attempt.
+/// Returns the time of a failed job's next attempt, or `None` if the job is not retried.
 ///
 /// As on the real server, `kill` takes precedence over `retry_at`, which takes precedence over the retry limit.
 fn retry_time(options: &Options, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {

@@ -1,7 +1,8 @@
-//! The store of jobs: the state machine under one lock, with the clock and the wake-ups.
+//! The store of jobs: the state machine under one lock, a clock, and the signals that wake waiting tasks.
 //!
-//! One lock is enough, because the steps under it are short: JSON is parsed before the lock is taken and serialized after
-//! it is released. Tasks wait on watch channels, because these do not lose a change between a check and the wait.
+//! One lock is sufficient, because it is held only briefly: JSON is parsed before the lock is taken and serialized after
+//! the lock is released. Tasks wait on watch channels, because a watch channel does not lose a change that happens
+//! between a check and the wait.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,10 +26,10 @@ pub struct Store {
 struct Shared {
     state: Mutex<State>,
     heartbeat_interval: Duration,
-    /// The signal to the take streams that a job or a slot may have become free.
+    /// The signal to the take streams that a job may have become ready or that a slot may have become free.
     takers: watch::Sender<()>,
-    /// The time at which a scheduled job next becomes ready or a finished job is removed. The timer, `keep_time`, sleeps until
-    /// then.
+    /// The next time at which a scheduled job becomes ready or a finished job is removed, if any. The timer, `keep_time`,
+    /// sleeps until then.
     next_due: watch::Sender<Option<u64>>,
 }
 
@@ -73,23 +74,25 @@ impl Store {
         self.counts().get(&status).copied().unwrap_or_default()
     }
 
-    /// Returns a job as JSON, as `GET /jobs/{id}` does.
+    /// Returns a job in the JSON format of `GET /jobs/{id}`, or `None` if there is no such job.
     pub fn job(&self, id: &str) -> Option<Value> {
         let id = JobId::parse(id)?;
         let job = self.with(|state, _| state.get(id).cloned())?;
         serde_json::to_value(JobView::full(&job)).ok()
     }
 
-    /// Returns all failed attempts of a job, oldest first. Each has the JSON of `GET /jobs/{id}/errors/{attempt}`.
+    /// Returns all failed attempts of a job, oldest first, each in the JSON format of `GET /jobs/{id}/errors/{attempt}`.
+    /// An unknown job has none.
     pub fn errors(&self, id: &str) -> Vec<Value> {
         let records = JobId::parse(id).and_then(|id| self.with(|state, _| state.errors(id).map(<[_]>::to_vec)));
         let records = records.unwrap_or_default();
         records.iter().filter_map(|record| serde_json::to_value(record).ok()).collect()
     }
 
-    /// Advances the state to the current time, runs `action` on it, then wakes the take streams and the timer if needed.
+    /// Advances the state to the current time, runs `action` on the state, then wakes the take streams and the timer if
+    /// needed.
     pub(super) fn with<T>(&self, action: impl FnOnce(&mut State, u64) -> T) -> T {
-        // Ignore the poison, because a panic in one request must not stop all others.
+        // Ignore the poisoning, because a panic in one request must not stop all others.
         let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         // Read the clock under the lock, otherwise a job's `dequeued_at` could be earlier than its `ready_at`.
         let now = now_ms();
@@ -112,12 +115,13 @@ impl Store {
         self.shared.heartbeat_interval
     }
 
-    /// Returns a receiver that changes whenever a job or a slot may have become free.
+    /// Returns a receiver that is notified whenever a job may have become ready or a slot may have become free.
     pub(super) fn watch_for_takers(&self) -> watch::Receiver<()> {
         self.shared.takers.subscribe()
     }
 
-    /// Makes scheduled jobs ready and removes finished jobs when they are due, without polling.
+    /// Makes scheduled jobs ready and removes finished jobs when they are due. Sleeps until the next due time instead of
+    /// polling.
     pub(super) async fn keep_time(self) {
         let mut next_due = self.shared.next_due.subscribe();
         loop {
@@ -138,8 +142,8 @@ impl std::fmt::Debug for Store {
     }
 }
 
-/// Sleeps until `due`, or forever without it. If the wall clock is set back meanwhile, this returns early, and the caller
-/// sleeps again.
+/// Sleeps until the wall-clock time `due`, or forever if `due` is `None`. Returns early if the wall clock is set back
+/// during the sleep. The caller then sleeps again.
 async fn until(due: Option<u64>) {
     match due {
         Some(due) => {
@@ -150,7 +154,7 @@ async fn until(due: Option<u64>) {
     }
 }
 
-/// Returns the current Unix time in milliseconds, as the protocol uses it.
+/// Returns the current Unix time in milliseconds, the protocol's unit.
 #[expect(clippy::disallowed_methods, reason = "the protocol's times are wall times")]
 fn now_ms() -> u64 {
     millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())

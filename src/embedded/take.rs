@@ -1,8 +1,8 @@
 //! The take stream: sends jobs as they become ready, and a heartbeat after some time without jobs.
 //!
-//! The stream is pulled, not pushed: hyper asks for the next chunk when the connection can buffer it.
-//! So the stream needs no task and no channel of its own, and takes no job that the connection cannot
-//! accept. When hyper drops the response's body, the lease is dropped too.
+//! The stream is pulled, not pushed: hyper asks for the next chunk only when the connection can buffer it. So the stream
+//! needs no task and no channel of its own, and takes no job that the connection cannot accept. When the connection ends,
+//! hyper drops the response's body, and with the body the lease.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -18,23 +18,24 @@ use super::job::Job;
 use super::lease::LeaseId;
 use super::store::Store;
 
-/// The size at which a chunk is full. Small jobs share a chunk, because one chunk per job would cost a system call per job.
+/// The size in bytes at which a chunk is full. Small jobs share a chunk, because one chunk per job would cost one system
+/// call per job.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// The approximate size of a job without its payload. If only payloads counted, a chunk could hold
-/// almost any number of jobs with small payloads.
+/// The approximate size in bytes of a job without its payload. If only payloads counted, a chunk could hold almost any
+/// number of jobs with small payloads.
 const ENVELOPE_BYTES: usize = 256;
 
 /// The parameters of `GET /jobs/take`.
 #[derive(Debug)]
 pub(super) struct TakeRequest {
-    /// The maximum number of unreported jobs; 0 means no limit except the connection's buffers.
+    /// The maximum number of unreported jobs that the stream may hold; 0 means no limit except the connection's buffers.
     pub(super) prefetch: usize,
     /// The queues to take jobs from; empty means all queues.
     pub(super) queues: BTreeSet<String>,
 }
 
-/// The lease of a stream on its jobs. Dropping the lease closes the stream. hyper drops a response's body, and the lease with
-/// it, as soon as the connection ends.
+/// The lease of a stream on its jobs. Dropping the lease closes the stream in the store. When the connection ends, hyper
+/// drops the response's body, and with the body the lease.
 #[derive(Debug)]
 struct Lease {
     store: Store,
@@ -48,7 +49,7 @@ impl Lease {
         Self { store, id }
     }
 
-    /// Takes the jobs of the next chunk: ready ones, within the prefetch, until the chunk is full.
+    /// Takes jobs for the next chunk, until the chunk is full or the state gives this stream no further job.
     fn take(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         let mut size = 0;
@@ -80,8 +81,9 @@ struct Take {
 }
 
 impl Take {
-    /// Waits for jobs or for the time of a heartbeat, and returns the next chunk. hyper asks for a chunk only when the
-    /// connection can buffer it, which bounds the jobs in flight even if the prefetch is unlimited.
+    /// Waits for jobs, but no longer than the heartbeat interval, and returns a chunk with the jobs or a heartbeat. hyper
+    /// asks for a chunk only when the connection can buffer it, which limits the jobs in flight even if the prefetch is
+    /// unlimited.
     async fn next_chunk(&mut self) -> Option<Bytes> {
         // The timer restarts with every chunk, so a busy stream sends no heartbeats.
         let silence = tokio::time::sleep(self.heartbeat_interval);
@@ -101,7 +103,7 @@ impl Take {
         }
     }
 
-    /// Serializes jobs into a chunk, outside the store's lock.
+    /// Serializes jobs into a chunk. The store is not locked.
     fn chunk(&self, jobs: &[Job]) -> Bytes {
         let mut chunk = Vec::new();
         for job in jobs {

@@ -23,9 +23,9 @@ pub(super) struct Entries {
     pub(super) coming: usize,
     /// The server from which jobs are taken now.
     pub(super) present_server: Option<Arc<Client>>,
-    /// The number of runs that may still begin, if limited.
+    /// The number of runs that may still begin, or `None` without a limit.
     pub(super) runs_left: Option<u64>,
-    /// The number of prefetch slots that each open stream has lost to jobs that are not reported.
+    /// The number of prefetch slots that each open stream has lost to jobs that this worker does not report.
     pub(super) lost_places: BTreeMap<StreamId, usize>,
     /// The number of parked outcomes that were evicted because the limit `max_kept` was reached.
     pub(super) evicted: usize,
@@ -60,7 +60,7 @@ impl LedgerEntry {
     /// Records a redelivery of the job. Returns the next step.
     pub(super) fn redeliver(&mut self, mut new: Self) -> Arrival {
         let same = self.attempts == new.attempts;
-        // A different attempt shows that no earlier stream holds the job any more.
+        // A different attempt number shows that no earlier stream still holds the job.
         let may_be_stale = self.is_held && self.stream != new.stream && same && new.attempts.is_some();
         new.earlier = may_be_stale.then_some(self.stream);
         match &self.state {
@@ -78,7 +78,7 @@ impl LedgerEntry {
                 *self = new;
                 Arrival::New
             }
-            // The current run also counts as the run of the new attempt.
+            // The current run also serves as the run of the new attempt.
             EntryState::Running => {
                 *self = Self { state: EntryState::Running, ..new };
                 Arrival::UnderWay
@@ -103,7 +103,7 @@ impl LedgerEntry {
         self.delivery == delivery && matches!(self.state, EntryState::Waiting)
     }
 
-    /// Reports whether the attempt has ended here and its outcome is not settled.
+    /// Reports whether the attempt has ended in this worker and its outcome is not settled.
     pub(super) fn is_unsettled(&self) -> bool {
         matches!(self.state, EntryState::Reporting(_) | EntryState::Parked(_))
     }
@@ -111,7 +111,8 @@ impl LedgerEntry {
 
 impl Entries {
     /// Returns the server to which a job is reported. This is the server that delivered the job. If calls to that server fail and
-    /// no stream holds the job, it is the present server instead, because both urls may name the same server.
+    /// no stream holds the job, the job is reported to the present server instead, because both urls may refer to the same
+    /// server.
     pub(super) fn server_of(&self, entry: &LedgerEntry) -> Arc<Client> {
         let own = &entry.source.client;
         match &self.present_server {
@@ -138,13 +139,13 @@ impl Entries {
         arrival
     }
 
-    /// Returns the entry of an attempt that has ended here and is not settled. A `Waiting` or `Running` entry belongs to another
-    /// attempt of the job.
+    /// Returns the entry of an attempt that has ended in this worker and is not settled. A `Waiting` or `Running` entry belongs
+    /// to another attempt of the job.
     pub(super) fn ended(&mut self, attempt: &Attempt) -> Option<&mut LedgerEntry> {
         self.by_id.get_mut(&attempt.id).filter(|entry| entry.attempts == attempt.attempts && entry.is_unsettled())
     }
 
-    /// Adds a job to the parked and settled jobs as the newest one, and evicts the oldest jobs beyond the limit.
+    /// Adds a job to the parked and settled jobs as the newest one, and evicts jobs beyond the limit.
     pub(super) fn keep(&mut self, id: &JobId) {
         self.kept.retain(|kept| kept != id);
         self.kept.push_back(id.clone());

@@ -1,4 +1,4 @@
-//! [`Ledger`]: the jobs that this worker has taken, so that a lost connection does not make a job run twice.
+//! [`Ledger`]: records the jobs that this worker has taken, so that a lost connection does not make a job run twice.
 //!
 //! The server requeues a job as soon as the stream that took the job closes, even if the job still runs in this worker. A ledger
 //! entry lives from the arrival of the job until its report is accepted, so a redelivered job is recognised. An outcome that
@@ -25,7 +25,7 @@ use crate::job::{JobId, Report};
 use crate::watch;
 use entries::{Entries, EntryState, LedgerEntry};
 
-/// One attempt of a job. A report to the server contains only the id of the job, not the attempt.
+/// One attempt of a job. A report to the server contains only the id of the job, not the number of the attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Attempt {
     pub(crate) id: JobId,
@@ -66,9 +66,9 @@ pub(crate) enum Arrival {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     entries: Mutex<Entries>,
-    /// The signal that a job was removed, settled, redelivered or parked, or that a stream was lost.
+    /// The signal that a job was removed, settled, redelivered, parked or reclaimed, or that a stream was lost.
     moved: watch::Sender<()>,
-    /// The signal that a stream may have lost a slot of its prefetch.
+    /// The signal that a stream may have lost one of its prefetch slots.
     place_lost: watch::Sender<()>,
     /// The signal that an outcome was parked.
     parkings: watch::Sender<()>,
@@ -79,12 +79,12 @@ pub(crate) struct Ledger {
 pub(crate) enum Beginning {
     /// The run has begun.
     Begun {
-        /// Whether no further run may begin.
+        /// Whether this is the last run that may begin.
         is_last: bool,
     },
     /// The delivery is stale: its stream was lost, or the job was redelivered.
     NotOurs,
-    /// The maximum number of runs is reached.
+    /// The maximum number of runs has been reached.
     NoneLeft,
 }
 
@@ -136,8 +136,8 @@ impl Ledger {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Raises the limit of parked and settled jobs. The limit never shrinks, because jobs of an earlier stream with a larger
-    /// prefetch may still need the room.
+    /// Raises the limit of parked and settled jobs to `max_kept`. The limit is never lowered, because jobs of an earlier stream
+    /// with a larger prefetch may still need the space.
     pub(crate) fn make_room(&self, max_kept: usize) {
         let mut entries = self.entries();
         entries.max_kept = entries.max_kept.max(max_kept);
@@ -157,8 +157,8 @@ impl Ledger {
         stream
     }
 
-    /// Records that a stream was closed or lost. The server requeues the jobs of the stream, so those not started yet are
-    /// removed.
+    /// Records that a stream was closed or lost. The server requeues the jobs of the stream, so those that have not been started
+    /// are removed.
     pub(crate) fn lose_stream(&self, stream: StreamId) {
         let mut entries = self.entries();
         let Entries { by_id, kept, open, coming, lost_places, .. } = &mut *entries;
@@ -172,13 +172,13 @@ impl Ledger {
                 let earlier = entry.earlier.take().filter(|earlier| open.contains(earlier));
                 match (earlier, &entry.state) {
                     // The delivery over the lost stream was stale, and replaced the delivery over `earlier`, which still holds
-                    // the job. The job is removed below, so its slot of the prefetch is lost until `earlier` closes.
+                    // the job. The job is removed below, so one prefetch slot of `earlier` is lost until that stream closes.
                     (Some(earlier), EntryState::Waiting) => *lost_places.entry(earlier).or_default() += 1,
                     (Some(earlier), _) => (entry.stream, entry.is_held) = (earlier, true),
                     (None, _) => {}
                 }
             }
-            // A settled entry is needed only while a stream is open that may bring a stale delivery of the job.
+            // A settled entry is needed only while an open stream may still bring a stale delivery of the job.
             let is_stale = matches!(entry.state, EntryState::Waiting) && is_of_stream
                 || matches!(entry.state, EntryState::Settled(_)) && is_last;
             !is_stale
@@ -218,8 +218,8 @@ impl Ledger {
         (arrival, delivery)
     }
 
-    /// Begins the run of a job if the delivery is not stale and the maximum number of runs is not reached. A job beyond that
-    /// number is removed, and the server requeues the job when the stream closes.
+    /// Begins the run of a job if the delivery is not stale and the maximum number of runs has not been reached. A job beyond
+    /// that maximum is removed, and the server requeues the job when the stream closes.
     pub(crate) fn begin(&self, id: &JobId, delivery: Delivery) -> Beginning {
         let mut entries = self.entries();
         let Entries { by_id, runs_left, .. } = &mut *entries;
@@ -239,7 +239,7 @@ impl Ledger {
         Beginning::Begun { is_last: *runs_left == Some(0) }
     }
 
-    /// Removes a job that is not started in this worker. The server requeues the job when the stream closes.
+    /// Removes a waiting job that is held back instead of started. The server requeues the job when the stream closes.
     pub(crate) fn give_back(&self, id: &JobId, delivery: Delivery) {
         let mut entries = self.entries();
         if entries.by_id.get(id).is_some_and(|entry| entry.waits_since(delivery)) {
@@ -248,8 +248,8 @@ impl Ledger {
         }
     }
 
-    /// Records that a run has ended. Returns the attempt to report, which is a later one if the job was redelivered as a later
-    /// attempt during the run.
+    /// Records that a run has ended. Returns the attempt to report. If the job was redelivered as a later attempt during the run,
+    /// this is the later attempt.
     pub(crate) fn end(&self, id: &JobId, report: &Report) -> Option<Attempt> {
         let mut entries = self.entries();
         let entry = entries.by_id.get_mut(id)?;
@@ -302,7 +302,8 @@ impl Ledger {
     }
 
     /// Records that the server has accepted the report of an attempt that the delivery `seen` held. Returns false if the report
-    /// must be sent again: an attempt without a number was redelivered after `seen`, so the redelivery may be a later attempt.
+    /// must be sent again. This happens if an attempt without a number was redelivered after `seen`, because the redelivery may
+    /// be a later attempt.
     pub(crate) fn settle(&self, attempt: &Attempt, seen: Option<Delivery>) -> bool {
         let mut entries = self.entries();
         let is_only_stream = entries.open.len() + entries.coming <= 1;
@@ -315,8 +316,8 @@ impl Ledger {
         if attempt.attempts.is_none() && entry.is_held && seen != Some(entry.delivery) {
             return false;
         }
-        // No stale delivery can arrive for a job that the only stream holds. An attempt without a number is removed too, because
-        // its settled entry would also match the next attempt.
+        // If only one stream is open, no stale delivery can arrive for a job that this stream holds. An attempt without a number
+        // is removed too, because its settled entry would also match the next attempt.
         if (entry.is_held && is_only_stream) || attempt.attempts.is_none() {
             entries.remove(&attempt.id);
         } else {
@@ -328,7 +329,7 @@ impl Ledger {
         true
     }
 
-    /// Settles a parked outcome that needs no report any more. Does nothing if its job has been redelivered since.
+    /// Settles a parked outcome that no longer needs a report. Does nothing if its job has been redelivered since.
     pub(crate) fn settle_parked(&self, attempt: &Attempt) {
         let mut entries = self.entries();
         let Some(entry) = entries.ended(attempt) else { return };
@@ -338,8 +339,8 @@ impl Ledger {
         }
     }
 
-    /// Removes an attempt whose report was dropped. If a stream still holds the job, the job occupies a slot of the stream's
-    /// prefetch until the stream closes, so the slot is counted as lost.
+    /// Removes an attempt whose report was dropped. If a stream still holds the job, the job occupies a prefetch slot of that
+    /// stream until the stream closes, so the slot is counted as lost.
     pub(crate) fn forget(&self, attempt: &Attempt) {
         let mut entries = self.entries();
         let Some(entry) = entries.ended(attempt) else { return };
@@ -353,9 +354,9 @@ impl Ledger {
     }
 
     /// Parks an outcome until its job is redelivered. Returns the outcome instead if the job was redelivered after `seen`,
-    /// because the report can then be sent at once. With `may_be_held`, the server may still hold the job over an open stream. A
-    /// slot of that stream's prefetch then counts as lost, so that the stream is replaced, and the server redelivers the job when
-    /// the stream closes.
+    /// because the report can then be sent at once. `may_be_held` means that the server may still hold the job over an open
+    /// stream. A prefetch slot of that stream then counts as lost, so that the stream is replaced. The server redelivers the job
+    /// when the stream closes.
     pub(crate) fn park(
         &self,
         attempt: &Attempt,
@@ -464,7 +465,7 @@ impl Ledger {
         self.entries().by_id.values().all(|entry| matches!(entry.state, EntryState::Parked(_) | EntryState::Settled(_)))
     }
 
-    /// Returns the number of jobs that the server holds over a stream. With `until`, later deliveries do not count.
+    /// Returns the number of jobs that the server holds over a stream. If `until` is given, later deliveries are not counted.
     pub(crate) fn under_way(&self, stream: StreamId, until: Option<Delivery>) -> usize {
         let counts = |entry: &&LedgerEntry| {
             entry.is_held && entry.stream == stream && until.is_none_or(|until| entry.delivery <= until)
@@ -476,22 +477,23 @@ impl Ledger {
         Delivery(self.entries().deliveries)
     }
 
-    /// Reports whether a stream has lost slots of its prefetch to jobs that are not reported.
+    /// Reports whether a stream has lost prefetch slots to jobs that this worker does not report.
     pub(crate) fn has_lost_places(&self, stream: StreamId) -> bool {
         self.entries().lost_places.contains_key(&stream)
     }
 
-    /// Returns a receiver that changes when a stream may have lost a slot of its prefetch.
+    /// Returns a receiver that is notified when a stream may have lost one of its prefetch slots.
     pub(crate) fn lost_places(&self) -> watch::Receiver<()> {
         self.place_lost.subscribe()
     }
 
-    /// Returns a receiver that changes when an outcome is parked.
+    /// Returns a receiver that is notified when an outcome is parked.
     pub(crate) fn parkings(&self) -> watch::Receiver<()> {
         self.parkings.subscribe()
     }
 
-    /// Returns a receiver that changes when a job is removed, settled, redelivered or parked, and when a stream is lost.
+    /// Returns a receiver that is notified when a job is removed, settled, redelivered, parked or reclaimed, and when a stream is
+    /// lost.
     pub(crate) fn movements(&self) -> watch::Receiver<()> {
         self.moved.subscribe()
     }

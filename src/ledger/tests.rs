@@ -35,7 +35,7 @@ impl Here {
         self.stream.set(self.ledger.open_stream());
     }
 
-    /// Reports whether all jobs here are settled.
+    /// Reports whether all jobs in the ledger are settled.
     fn is_empty(&self) -> bool {
         self.entries().by_id.values().all(|entry| matches!(entry.state, EntryState::Settled(_)))
     }
@@ -360,7 +360,7 @@ fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
     assert_eq!(here.ended(), [job.id]);
 }
 
-/// The server has seen the end of the first stream, and has redelivered the job over the second.
+/// The server has already noticed the end of the first stream, and has redelivered the job over the second. The worker has not.
 #[test]
 fn a_stale_line_over_another_stream_is_expected_of_a_held_job() {
     let (here, job) = (Here::new(8), attempt("a", 0));

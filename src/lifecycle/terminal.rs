@@ -1,4 +1,4 @@
-//! [`Terminal`]: the terminal from which a worker was started, if any, and the meaning of a SIGHUP in that case.
+//! [`Terminal`]: whether a worker was started from a terminal, and the meaning of a SIGHUP that the worker receives.
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -17,7 +17,7 @@ pub(super) enum HangUp {
     Outlived,
 }
 
-/// The relation of this process to a terminal at its start.
+/// Whether this process had a terminal when it started, and whether the end of the terminal stops the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Terminal {
     /// No terminal: a service manager, cron or setsid started this process.
@@ -29,8 +29,8 @@ pub(super) enum Terminal {
 }
 
 impl Terminal {
-    /// Determines the relation from the controlling terminal, and from whether SIGHUP is ignored, as nohup arranges. Call this
-    /// before a handler for SIGHUP is registered, because SIGHUP is no longer ignored from then on.
+    /// Checks whether this process has a controlling terminal, and whether SIGHUP is ignored, as it is under nohup. Call this
+    /// before a handler for SIGHUP is registered, because SIGHUP is not ignored afterwards.
     pub(super) fn of_this_process() -> Self {
         match open_terminal() {
             Ok(()) if is_ignored(SIGHUP) => Self::Outlived,
@@ -39,9 +39,9 @@ impl Terminal {
         }
     }
 
-    /// Returns the meaning of a SIGHUP with the `si_code` `code`. The kernel sends SIGHUP when the terminal is closed. It
-    /// also sends SIGHUP when the session leader ends, before it closes the terminal. A shell forwards the kernel's SIGHUP to its
-    /// background jobs with the `si_code` of an ordinary process. By then the terminal is closed.
+    /// Returns the meaning of a SIGHUP whose `si_code` is `code`. The kernel sends SIGHUP when the terminal is closed, and when
+    /// the session leader ends, before the terminal is closed. A SIGHUP that a shell forwards to its background jobs has the
+    /// `si_code` of any signal from a process, so the terminal is checked as well. It is closed by then.
     pub(super) fn meaning_of(self, code: i32) -> HangUp {
         match self {
             Self::None => HangUp::Reload,
@@ -52,13 +52,13 @@ impl Terminal {
         }
     }
 
-    /// Reports whether this is a terminal whose end stops the process, and the terminal is closed.
+    /// Reports whether this process had a terminal whose end stops the process, and that terminal is now closed.
     pub(super) fn is_gone(self) -> bool {
         self == Self::Controlling && matches!(open_terminal(), Err(Errno::NXIO | Errno::IO))
     }
 }
 
-/// Opens the controlling terminal, and closes the descriptor again.
+/// Checks that the controlling terminal can be opened, and closes the descriptor again.
 fn open_terminal() -> Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     open("/dev/tty", flags, Mode::empty()).map(drop)

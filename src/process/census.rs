@@ -1,5 +1,5 @@
-//! [`Census`]: a scan of /proc for living process groups. `kill` with signal 0 succeeds for zombies too, so only /proc tells them
-//! from living processes.
+//! [`Census`]: a scan of /proc for living process groups. `kill` with signal 0 succeeds for zombies too, so only /proc
+//! distinguishes zombies from living processes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -31,21 +31,22 @@ struct Groups {
     zombies: BTreeSet<i32>,
 }
 
-/// Reports whether the group has a living process, according to a scan that did not begin before `since`.
+/// Reports whether the group has a living process, according to a scan that began at `since` or later.
 async fn is_alive(group: Pid, since: Instant) -> bool {
     let mut latest = LATEST.lock().await;
     if latest.begun.is_none_or(|begun| begun < since) {
         *latest = Census { begun: Some(Instant::now()), groups: groups() };
     }
     let (number, Groups { living, zombies }) = (group.as_raw_nonzero().get(), &latest.groups);
-    // With `hidepid`, /proc does not list the processes of other users. EPERM shows that the group still has one.
+    // With the mount option `hidepid`, /proc does not list the processes of other users. If /proc shows no zombie of the group,
+    // EPERM means that the group still has a hidden process.
     let is_hidden = || !zombies.contains(&number) && test_kill_process_group(group) == Err(Errno::PERM);
     living.contains(&number) || is_hidden()
 }
 
 /// Waits until every process of the group has ended, reaped or not.
 pub(super) async fn died_out(group: Pid) {
-    // An earlier scan could miss a process that started after it.
+    // Require a new scan, because an earlier one does not show processes that have started since.
     let mut since = Instant::now();
     while is_alive(group, since).await {
         tokio::time::sleep(MAX_AGE / 2).await;
@@ -83,8 +84,8 @@ fn zombies_parent(stat: &str) -> Option<i32> {
     rest.trim_start().strip_prefix('Z')?.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// Parses a process's group, and whether the process is a zombie, from its line of `/proc/PID/stat`. The process's name may
-/// contain any character, even `)`.
+/// Parses a line of `/proc/PID/stat`. Returns the group of the process, and whether the process is a zombie. The fields follow
+/// the last `)`, because the process's name may contain any character, even `)`.
 fn group_of(stat: &str) -> Option<(i32, bool)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();

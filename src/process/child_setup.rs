@@ -1,5 +1,5 @@
-//! [`ChildSetup`]: a child between `clone` and `execve`: the code that runs in the child, and the means to watch it from this
-//! process.
+//! [`ChildSetup`]: the code that a child runs between `clone` and `execve`, and the state by which this process follows the
+//! child.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -33,8 +33,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 /// The first descriptor after the standard ones.
 const FIRST_OTHER: RawFd = 3;
 
-/// The memory that a child uses until `execve`. A child may share our memory, so its `ChildSetup` is kept until the child has
-/// ended.
+/// The data that a child uses until `execve`. A child may share this process's memory, so its `ChildSetup` is kept until the
+/// child has ended.
 #[derive(Debug)]
 pub(super) struct ChildSetup {
     command: Arc<Command>,
@@ -46,13 +46,14 @@ pub(super) struct ChildSetup {
     way: Way,
     /// The pipe on which a child with a copy of the memory reports an error.
     error_pipe: Option<ErrorPipe>,
-    /// A word that is not 0 while the child uses our memory. The kernel sets the word to 0 at `execve`.
+    /// A word that is not 0 until the child leaves this process's memory. The kernel sets the word to 0 at `execve` or at the
+    /// child's exit. For a child with a copy of the memory, `is_before_exec` does so.
     uses_our_memory: AtomicU32,
     /// The errno of a failed setup, or 0.
     failure: AtomicI32,
 }
 
-/// A pipe on which the child writes the errno of a failed setup. `execve` closes the child's end.
+/// A pipe to which the child writes the errno of a failed setup. `execve` closes the child's end.
 #[derive(Debug)]
 struct ErrorPipe {
     ours: OwnedFd,
@@ -61,7 +62,7 @@ struct ErrorPipe {
 
 impl ChildSetup {
     /// Prepares a child. `variables` are added to the command's environment. `stdio` has the child's stdin, stdout and stderr;
-    /// `None` means this process's own.
+    /// `None` means that of this process.
     ///
     /// # Errors
     /// When a variable contains a zero byte, or the system has no memory.
@@ -107,9 +108,9 @@ impl ChildSetup {
         Ok(Some(theirs))
     }
 
-    /// Waits until the child has executed its program or has failed to. Polls, because only a dedicated thread could wait for
-    /// this event. The caller must watch for the child's exit as well, because the kernel does not clear `uses_our_memory` for a
-    /// child that dumps core.
+    /// Waits until the child has executed its program, or the setup has failed. Polls, because only a dedicated thread could wait
+    /// for this event. The caller must watch for the child's exit as well, because the kernel does not clear `uses_our_memory`
+    /// for a child that dumps core.
     pub(super) async fn exec_done(&self) {
         let mut pause = FIRST_PAUSE;
         while self.is_before_exec() {
@@ -118,7 +119,7 @@ impl ChildSetup {
         }
     }
 
-    /// Returns the error that kept the child from executing its program, if an error is known.
+    /// Returns the error that kept the child from executing its program, if one is known.
     pub(super) fn failure(&self) -> Option<io::Error> {
         self.is_before_exec();
         match self.failure.load(Ordering::Acquire) {
@@ -145,8 +146,8 @@ impl ChildSetup {
 
     /// Sets up the child and executes its program. The child runs concurrently with this process's threads, so it must take no
     /// lock, allocate nothing, and not write to the `errno` of the thread that created it. So calls that can fail bypass the C
-    /// library. This process's files are closed before any call that may hang, otherwise the child would hold another job's pipe
-    /// open, and that job would wait for end of file.
+    /// library, which would set `errno`. Inherited files are closed before any call that may hang, otherwise the child would hold
+    /// another job's pipe open, and that job would wait for end of file.
     ///
     /// # Safety
     /// Must run only in a child that `clone` has created for this `ChildSetup`.
@@ -164,7 +165,8 @@ impl ChildSetup {
             set_signals_back(self.handled_signals);
             for (number, file) in (0..).zip(self.stdio) {
                 if let Some(file) = file {
-                    // `dup3` fails for equal descriptors. `file` never equals `number`, because std keeps 0, 1 and 2 open.
+                    // `dup3` fails for equal descriptors. `file` never equals `number`, because std makes sure that 0, 1 and 2
+                    // are open from the start.
                     syscall!(Sysno::dup3, file, number, 0)?;
                 }
             }
@@ -191,7 +193,7 @@ impl ChildSetup {
     #[expect(unsafe_code, reason = "see `become_program`")]
     unsafe fn close_others(&self) -> Result<(), Errno> {
         let mut first = FIRST_OTHER;
-        // SAFETY: the kernel has given the child its own table of descriptors, so nothing else uses a file of it.
+        // SAFETY: the kernel has given the child its own table of descriptors, so nothing else uses these descriptors.
         unsafe {
             if let Some(pipe) = &self.error_pipe {
                 if pipe.theirs != FIRST_OTHER {
@@ -200,8 +202,8 @@ impl ChildSetup {
                 first += 1;
             }
             if syscall!(Sysno::close_range, first, c_int::MAX, 0).is_err() {
-                // The call fails on Linux before 5.9 and in some sandboxes. `execve` closes the files beyond `bound`, because
-                // this process opens its files with O_CLOEXEC.
+                // The call fails on Linux before 5.9 and in some sandboxes. Close the files below `bound` one by one. `execve`
+                // closes the others, because this process opens its files with O_CLOEXEC.
                 for file in first.cast_unsigned()..self.open_files.bound {
                     let _ = syscall!(Sysno::close, file);
                 }
@@ -237,19 +239,22 @@ pub(super) extern "C" fn child_main(setup: *mut c_void) -> c_int {
     unsafe { libc::_exit(127) }
 }
 
-/// The signals that a terminal sends to a whole group. A child is in this process's group until its `setpgid`.
+/// The signals that a terminal sends to a whole group. A child can receive them, because it is in this process's group until its
+/// `setpgid`.
 const SIGNALS_OF_TERMINALS: [c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP];
 
-/// Restores the default signal actions in the child while all signals are blocked, so that no handler of this process ever runs
-/// in the child. A pending terminal signal is discarded, because the terminal sent it to this process's group and not to the job.
+/// Resets the signals that this process handles to their default actions in the child. All signals are blocked during the reset,
+/// so no handler of this process runs in the child. A pending terminal signal is discarded, because the terminal sent it to this
+/// process's group and not to the job.
 #[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
 fn set_signals_back(handled: &[c_int]) {
     let set = |signal, action| {
-        // SAFETY: neither action runs code, and the kernel has given the child its own actions.
+        // SAFETY: `action` is `SIG_IGN` or `SIG_DFL`, so no handler is installed. The child has its own table of signal actions,
+        // so the parent's do not change.
         unsafe { libc::signal(signal, action) }
     };
     for signal in SIGNALS_OF_TERMINALS {
-        // Ignoring a signal discards a pending one.
+        // `SIG_IGN` discards a pending signal. A signal that was ignored before stays ignored.
         if set(signal, libc::SIG_IGN) != libc::SIG_IGN {
             set(signal, libc::SIG_DFL);
         }
@@ -259,7 +264,7 @@ fn set_signals_back(handled: &[c_int]) {
     });
 }
 
-/// The result of [`handled_signals`] at the first start of a child, when all signal handlers are registered.
+/// The result of [`handled_signals`] at the first start of a child. By then, all signal handlers are registered.
 static HANDLED_SIGNALS: OnceLock<Vec<c_int>> = OnceLock::new();
 
 /// Returns the signals that this process handles, and SIGPIPE, which std ignores. Any other ignored signal was already ignored

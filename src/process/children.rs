@@ -1,8 +1,8 @@
-//! [`Children`]: the list of child processes that jobs wait for, so that only orphans are reaped.
+//! [`Children`]: the list of child processes that jobs wait for. A scan for orphans skips these children.
 //!
 //! The kernel gives orphans to process 1 of a container, or to a subreaper (`PR_SET_CHILD_SUBREAPER`). If this process is one of
-//! the two, orphans stay zombies until this process reaps them. But it must not reap a child that a job waits for, otherwise the
-//! job would lose the child's exit status.
+//! these, orphans stay zombies until this process reaps them. But the scan must not reap a child that a job waits for, otherwise
+//! the job would lose the child's exit status.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -19,21 +19,21 @@ use tokio::time::sleep;
 use super::census::zombies_of;
 use super::reaper::{Killed, Reaper};
 
-/// The minimum pause between two scans for orphans. After the pause, SIGCHLD triggers the next scan. A zombie does no harm until
-/// then.
+/// The minimum pause between two scans for orphans. A SIGCHLD during or after the pause triggers the next scan. A zombie does no
+/// harm until then.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// The children of this process. Clones share one list.
 #[derive(Debug, Clone)]
 pub(crate) struct Children {
-    /// The children that jobs wait for, if this process inherits orphans.
+    /// The children that jobs wait for, which a scan for orphans must not reap. `None` if this process does not inherit orphans.
     waited: Option<Arc<Waited>>,
     reaper: Reaper,
 }
 
 #[derive(Debug, Default)]
 struct Waited {
-    /// A lock that is held for reading from the start of a child until the child is in `pids`.
+    /// A lock that each start of a child holds for reading until the child is in `pids`.
     starting: RwLock<()>,
     /// The number of listed children by process id. An id can be reused before its previous child is removed from the list.
     pids: Mutex<HashMap<Pid, usize>>,
@@ -59,7 +59,7 @@ impl Children {
         self.reaper.take(Killed { id, _memory: memory, children: self.clone() });
     }
 
-    /// Removes a child that has been reaped from the list.
+    /// Removes a reaped child from the list.
     pub(super) fn reaped(&self, pid: Pid) {
         let Some(waited) = &self.waited else { return };
         let mut pids = waited.pids();
@@ -100,7 +100,7 @@ impl Waited {
     }
 
     fn reap_others(&self) {
-        // With this lock, every started child is in `pids`, so any other zombie is an orphan.
+        // While this lock is held, every started child is in `pids`, so any other zombie is an orphan.
         let _none_starts = self.starting.write().unwrap_or_else(PoisonError::into_inner);
         for pid in zombies_of(getpid()).filter(|pid| !self.pids().contains_key(pid)) {
             // The error is ignored, because the job of the orphan's group may have reaped the orphan first.

@@ -11,7 +11,7 @@ fn clock_of(process: Pid) -> libc::clockid_t {
     (!process.as_raw_nonzero().get() << 3) | SCHEDULER
 }
 
-/// Returns the CPU time that a process has used, its threads included. Returns `None` once the process is reaped.
+/// Returns the CPU time that all threads of a process have used. Returns `None` once the process is reaped.
 #[expect(unsafe_code, reason = "no safe wrapper reads the clock of another process")]
 pub(super) fn cpu_time_of(process: Pid) -> Option<Duration> {
     let mut time = MaybeUninit::<libc::timespec>::zeroed();

@@ -15,16 +15,16 @@ pub(crate) struct Command {
     pub(super) path: CString,
     pub(super) arguments: CStrings,
     pub(super) environment: Arc<CStrings>,
-    /// The working directory; this process's own by default.
+    /// The working directory of the child. `None` means that of this process.
     pub(super) cwd: Option<CString>,
     /// Whether the last process of this command printed more than a pipe holds. If so, the next process gets a larger pipe for
-    /// stdout and no read delay, otherwise it would soon block until its output is read.
+    /// stdout and no read delay, otherwise the process would soon block on a full pipe.
     pub(super) prints_much: AtomicBool,
 }
 
 impl Command {
-    /// Prepares a command. `env` is the whole environment, except for variables that are added at a single start. Duplicate names
-    /// are not removed.
+    /// Prepares a command. `env` is the whole environment, except for the variables that are added for a single start. Duplicate
+    /// names are not removed.
     ///
     /// # Errors
     /// When an argument, a variable or a path contains a zero byte.

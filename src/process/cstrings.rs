@@ -5,7 +5,7 @@ use std::os::raw::c_char;
 use std::ptr;
 use std::sync::Arc;
 
-/// A list of pointers to strings that end with a zero byte, with a null pointer at the end of the list.
+/// A list of pointers to strings. Each string ends with a zero byte, and the list ends with a null pointer.
 #[derive(Debug)]
 pub(super) struct CStrings {
     list: Vec<*const c_char>,
@@ -21,7 +21,7 @@ unsafe impl Send for CStrings {}
 unsafe impl Sync for CStrings {}
 
 impl CStrings {
-    /// Returns a pointer that is valid as long as `self` is.
+    /// Returns a pointer to the list, which is valid as long as `self` lives.
     pub(super) fn as_ptr(&self) -> *const *const c_char {
         self.list.as_ptr()
     }
@@ -31,7 +31,7 @@ impl CStrings {
     }
 }
 
-/// Strings under construction, in one piece of memory.
+/// A list of strings under construction, in one buffer.
 #[derive(Debug, Default)]
 pub(super) struct Strings {
     bytes: Vec<u8>,
@@ -39,7 +39,8 @@ pub(super) struct Strings {
 }
 
 impl Strings {
-    /// Returns an empty list with capacity for `strings` strings of `bytes` bytes in total, zero bytes included.
+    /// Returns an empty list with capacity for `strings` strings of `bytes` bytes in total, including the zero byte at the end of
+    /// each.
     pub(super) fn with_capacity(strings: usize, bytes: usize) -> Self {
         Self { bytes: Vec::with_capacity(bytes), starts: Vec::with_capacity(strings) }
     }

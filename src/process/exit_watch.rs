@@ -1,4 +1,4 @@
-//! [`ExitWatch`]: waits for the exit of a child, and leaves the child a zombie.
+//! [`ExitWatch`]: waits for the exit of a child, but does not reap the child.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub(super) enum ExitWatch {
 }
 
 impl ExitWatch {
-    /// Watches a child of this process. Nothing else may reap the child.
+    /// Returns a watch for a child of this process. No other code may reap the child while the watch is in use.
     #[expect(unsafe_code, reason = "the reactor has no safe way in for a pidfd")]
     pub(super) fn of(child: Pid, pidfd: Option<OwnedFd>) -> Self {
         let Some(pidfd) = pidfd else { return Self::Intervals { child, pidfd: None } };
@@ -36,7 +36,7 @@ impl ExitWatch {
         }
     }
 
-    /// Returns the child's pidfd, if the kernel has given one.
+    /// Returns the child's pidfd, if there is one.
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Reactor(pidfd) => Some(pidfd.get_ref().as_fd()),

@@ -20,12 +20,12 @@ use super::children::Children;
 use super::exit_watch::ExitWatch;
 use super::spawn::Child;
 
-/// The time limit for a killed group to disappear. A process that is stuck in the kernel, or that belongs to another user,
-/// exceeds it.
+/// The time limit for a killed group to disappear. A process that is stuck in the kernel, or that belongs to another user, may
+/// exceed this limit.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The pauses between checks of whether a killed group has disappeared, its zombies included. After the last pause, /proc is
-/// scanned for living processes only, so a process 1 that is slow to reap zombies delays a job no further.
+/// The pauses between checks of whether a killed group has disappeared, its zombies included. After the last pause, only living
+/// processes count, as listed in /proc. Otherwise a process 1 that is slow to reap zombies would delay the job.
 const PAUSES: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(2), Duration::from_millis(4)];
 
 /// The first pause between two tries to reap a leader that has exited.
@@ -39,7 +39,8 @@ const LONGEST_REAP_PAUSE: Duration = Duration::from_millis(50);
 pub struct ResourceUsage {
     /// CPU time, in user space and in the kernel.
     pub cpu: Duration,
-    /// The peak of resident memory, in bytes. The kernel counts from the fork, so this is at least the worker's own size.
+    /// The peak of resident memory, in bytes. The kernel counts from the fork, when the process still has the worker's memory, so
+    /// this is at least the size of the worker.
     pub max_rss: u64,
 }
 
@@ -72,7 +73,7 @@ impl Group {
     /// Signals the whole group, and also the leader if the leader has moved to another group.
     pub(super) fn signal(&self, signal: Signal) {
         let has_no_group = kill_process_group(self.id(), signal) == Err(Errno::SRCH);
-        // A leader that is still in its group already has the signal. With a second one, its signal handler would run twice.
+        // A leader that is still in its group has received the signal already. A second signal would run its handler twice.
         if has_no_group || getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader) {
             self.signal_leader(signal);
         }
@@ -85,13 +86,13 @@ impl Group {
         };
     }
 
-    /// Reports whether this process has permission to signal the leader, which may have changed its user.
+    /// Reports whether the worker has permission to signal the leader. The leader may have changed its user since its start.
     pub(super) fn may_signal_leader(&self) -> bool {
         test_kill_process(self.leader) != Err(Errno::PERM)
     }
 
     /// Signals the leader once it has executed its program. Before that, the child's setup discards terminal signals such as
-    /// SIGINT, and a signal that dumps core would kill this process too on Linux before 5.16.
+    /// SIGINT, and on Linux before 5.16, a signal that dumps core would kill the worker too.
     pub(super) async fn signal_program(&self, signal: Signal) {
         self.setup.exec_done().await;
         self.signal_leader(signal);
@@ -110,7 +111,7 @@ impl Group {
         match self.setup.failure() {
             None => Ok(()),
             Some(error) => {
-                // Once the leader is a zombie, dropping the group reaps it at once.
+                // Wait until the leader is a zombie, so that dropping the group reaps the leader at once.
                 self.leader_exited().await;
                 Err(error)
             }
@@ -143,22 +144,22 @@ impl Group {
         }
     }
 
-    /// Waits for the leader's exit, and kills the group again at intervals. A leader that was owned by another user may have
-    /// changed back to a user that this process has permission to signal.
+    /// Waits for the leader's exit, and kills the group again at intervals, because a leader that ran as another user may have
+    /// changed back to a user that the worker has permission to signal.
     async fn leader_killed(&self) {
         while timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_err() {
             self.signal(Signal::KILL);
         }
     }
 
-    /// Kills the rest of the group, reaps the leader, and waits until the rest is dead. The leader must have exited: its zombie
-    /// keeps the group's number from being reused until the signal has been sent.
+    /// Kills the rest of the group, reaps the leader, and waits up to [`DEATH_TIMEOUT`] until the rest is dead. The leader must
+    /// have exited. Its zombie keeps the group's number from being reused before the signal is sent.
     ///
     /// # Errors
     /// When the leader never executed its program.
     pub(super) async fn end(mut self) -> io::Result<WaitResult> {
         let id = self.id();
-        // The error is ignored, because the group may have no process left.
+        // The error is ignored. The group may be empty, or its processes may belong to another user.
         let _ = kill_process_group(id, Signal::KILL);
         let Ok(ended) = timeout(DEATH_TIMEOUT, reap(id)).await else {
             let late = io::Error::new(io::ErrorKind::TimedOut, "another process traces it");
@@ -173,7 +174,7 @@ impl Group {
     }
 }
 
-/// Kills the group. The leader is reaped in another thread, because a leader that hangs in the kernel would block this one.
+/// Kills the group. A leader that does not exit at once is reaped in another thread, because this thread must not block.
 impl Drop for Group {
     fn drop(&mut self) {
         if !self.reaped {
@@ -190,7 +191,7 @@ fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
 }
 
 /// Reaps a child that has exited. Retries, because the kernel hides the exit of a traced child until the debugger has waited for
-/// it.
+/// the child.
 async fn reap(pid: Pid) -> WaitResult {
     let mut pause = FIRST_REAP_PAUSE;
     loop {
@@ -226,7 +227,7 @@ impl From<libc::rusage> for ResourceUsage {
     }
 }
 
-/// Waits until no process of a killed group is alive. Dying takes a moment, and no event signals the end.
+/// Waits until no process of a killed group is alive. Polls, because no event signals the end of a group.
 async fn until_gone(group: Pid) {
     for pause in PAUSES {
         if is_gone(group) || (reap_orphans_of(group) && is_gone(group)) {
@@ -238,14 +239,14 @@ async fn until_gone(group: Pid) {
     reap_orphans_of(group);
 }
 
-/// Reports whether the group has no process, not even a zombie. Processes that this process has no permission to signal count as
+/// Reports whether the group has no process, not even a zombie. Processes that the worker has no permission to signal count as
 /// present.
 fn is_gone(group: Pid) -> bool {
     test_kill_process_group(group) == Err(Errno::SRCH)
 }
 
 /// Reaps zombies of the group that this process inherited as process 1 or as a subreaper. `waitpgid` is limited to the group, so
-/// it takes no exit status from another job. Returns whether any zombie was reaped.
+/// no other job loses an exit status. Returns whether any zombie was reaped.
 fn reap_orphans_of(group: Pid) -> bool {
     let mut count = 0;
     while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {

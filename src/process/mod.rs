@@ -115,9 +115,9 @@ pub(crate) struct Stops<C, F, G, H> {
     pub(crate) kill_grace: Duration,
     /// Completes when SIGKILL is due before the end of `kill_grace`.
     pub(crate) skip_grace: G,
-    /// Completes when the caller gives up on a leader that has outlived SIGKILL. Not polled before that.
+    /// Completes when the caller stops waiting for a leader that has outlived SIGKILL. Polled only while there is such a leader.
     pub(crate) give_up: H,
-    /// A signal that only informs the leader, and a future that completes when the signal is due.
+    /// A signal that does not ask the leader to end, and a future that completes when the signal is due.
     pub(crate) notify: Option<(Signal, F)>,
 }
 
@@ -126,9 +126,9 @@ pub(crate) struct Stops<C, F, G, H> {
 pub(crate) enum Termination {
     /// The process has ended, presumably because of the termination.
     Stopped,
-    /// The process has ended without our signals, because this process has no permission to signal it.
+    /// The process has ended by itself. The worker had no permission to signal it.
     Denied,
-    /// The process has outlived SIGKILL, and the caller has stopped waiting for its exit.
+    /// The process has outlived SIGKILL, and its exit is no longer waited for.
     GivenUp,
 }
 
@@ -137,15 +137,16 @@ pub(crate) enum Termination {
 pub(crate) struct Exit<C> {
     /// The exit status and resource usage of the leader, or the error of the wait.
     pub(crate) ended: WaitResult,
-    /// The cause and the result of the termination, if any. `None` if the leader exits by itself at the same moment.
+    /// The cause and the result of the termination. `None` if the leader has exited by itself, even if a cause came at the same
+    /// moment.
     pub(crate) terminated: Option<(C, Termination)>,
-    /// Whether the notification was sent.
+    /// Whether the signal of `Stops::notify` was sent.
     pub(crate) notified: bool,
-    /// The beginning and the end of the stderr.
+    /// The beginning and the end of the output on stderr.
     pub(crate) stderr: Tail,
 }
 
-/// A running process and our ends of its pipes. Dropping it kills the process and its group.
+/// A running process and the worker's ends of its pipes. Dropping a `Process` kills the process and its group.
 #[derive(Debug)]
 pub(crate) struct Process {
     command: Arc<Command>,
@@ -186,7 +187,7 @@ impl Process {
     }
 
     /// Serves the pipes and waits for the end of the process. When the leader exits by itself, the rest of the group is killed at
-    /// once. When the group is terminated, all its processes have `kill_grace`.
+    /// once. When the group is terminated, all its processes have `kill_grace` to end.
     ///
     /// # Errors
     /// When the program could not be started.
@@ -210,7 +211,7 @@ impl Process {
                 let cause = until_exit_or_cause(&group, cause, notify, &mut notified).await?;
                 Some((cause, terminate(&group, kill_grace, skip_grace, give_up).await))
             });
-            // All three pipes are served while waiting: a child blocked on any of them would never exit.
+            // Serve all three pipes while waiting, because a child that blocks on any of them would never exit.
             tokio::select! {
                 biased;
                 terminated = &mut ending => {
@@ -234,8 +235,8 @@ impl Process {
         Ok(Exit { ended, terminated, notified, stderr: tail })
     }
 
-    /// Reports whether the first read of the output can be delayed: the child already has all its input, and its output probably
-    /// fits into the pipes.
+    /// Reports whether the first read of the output can be delayed. This requires that the child already has all its input, and
+    /// that its output probably fits into the pipes.
     fn may_delay_reads(&self) -> bool {
         let has_output = self.stdout.is_some() || self.stderr.is_some();
         self.stdin.is_none() && has_output && !self.command.prints_much.load(Ordering::Relaxed)
@@ -255,8 +256,9 @@ async fn serve_pipes(
     tokio::join!(feed(stdin), out, err);
 }
 
-/// Drains the pipes after the leader's exit, to end of file or for `OUTPUT_GRACE`. A busy worker gets further grace periods until
-/// all bytes that were in the pipes at the exit are read. Later bytes come from a process that has left the group.
+/// Reads the rest of the output after the leader's exit, to end of file or for `OUTPUT_GRACE`. Continues after that only while it
+/// makes progress on the bytes that the pipes held at the exit. Later bytes come from a process that has left the group, and are
+/// not waited for.
 async fn read_the_rest(
     mut io: Pin<&mut impl Future<Output = ()>>,
     group: &Group,
@@ -281,7 +283,8 @@ async fn read_the_rest(
     }
 }
 
-/// Waits for the leader's own exit (`None`) or for the cause to terminate the group. Sends the notification while waiting.
+/// Waits until the leader exits by itself, and returns `None`, or until `terminate` completes, and returns the cause. While
+/// waiting, sends the signal of `notify` when it is due, and sets `notified`.
 async fn until_exit_or_cause<C>(
     group: &Group,
     terminate: impl Future<Output = C>,
@@ -308,8 +311,8 @@ async fn until_exit_or_cause<C>(
     }
 }
 
-/// Sends the group SIGTERM, waits for the grace period, and then kills the group. The wait is for the whole group, because a
-/// shell dies of SIGTERM before the command that it runs.
+/// Sends the group SIGTERM, and kills the group if it has not ended after `kill_grace` or when `skip_grace` completes. Waits for
+/// the whole group, because a shell dies of SIGTERM before the command that it runs.
 async fn terminate(
     group: &Group,
     kill_grace: Duration,
@@ -334,15 +337,16 @@ async fn terminate(
 /// The default capacity of a pipe (pipe(7)).
 const USUAL_PIPE: usize = 64 * 1024;
 
-/// The capacity of a pipe for large payloads and outputs. An unprivileged user whose pipes exceed 64 MiB in total gets tiny pipes
-/// (`/proc/sys/fs/pipe-user-pages-soft`).
+/// The capacity of a pipe for large payloads and outputs. A larger one would be a risk: an unprivileged user whose pipes exceed
+/// 64 MiB in total gets tiny pipes (`/proc/sys/fs/pipe-user-pages-soft`).
 const LARGE_PIPE: usize = 256 * 1024;
 
 /// The smallest capacity of a pipe, which the kernel gives to a user with many pipes.
 const SMALLEST_PIPE: usize = 4096;
 
-/// Opens a child's stdin. Returns the child's end, and our end with the rest of the input if the pipe cannot hold all of it. The
-/// first part is written before the child starts, without the reactor. For most jobs, it is the whole input.
+/// Opens a child's stdin. Returns the child's end, and also the worker's end with the rest of the input if the pipe cannot hold
+/// all of the input. The first part is written before the child starts, without the reactor. For most jobs, the first part is the
+/// whole input.
 fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     let Input::Bytes(mut input) = input else {
         return Ok((open_null(OFlags::RDONLY)?, None));
@@ -359,13 +363,13 @@ fn open_stdin(input: Input) -> io::Result<(OwnedFd, Option<(Sender, Bytes)>)> {
     Ok((read_end, unread))
 }
 
-/// Enlarges a pipe, so that reader and writer block less often. The error is ignored, because a smaller pipe works too.
+/// Enlarges a pipe, so that the reader and the writer block less often. The error is ignored, because a smaller pipe works too.
 fn enlarge(pipe: &OwnedFd) {
     let _ = fcntl_setpipe_size(pipe, LARGE_PIPE);
 }
 
-/// Opens the destination of a child's output. Returns our end if this process reads the output, and the child's end unless the
-/// child inherits this process's own file.
+/// Opens the destination of a child's output. Returns the worker's end if the worker reads the output, and the child's end unless
+/// the child inherits the worker's own file.
 fn open_output(output: Output, is_large: bool) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
     match output {
         Output::Log => {
@@ -398,7 +402,8 @@ fn fill(pipe: &OwnedFd, input: &mut Bytes) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes the rest of the input. Errors are ignored, because a child may exit or close its stdin without reading all of it.
+/// Writes the rest of the input. Errors are ignored, because a child may exit or close its stdin without reading all of the
+/// input.
 async fn feed(stdin: Option<(Sender, Bytes)>) {
     if let Some((mut pipe, mut input)) = stdin {
         let _ = pipe.write_all_buf(&mut input).await;

@@ -1,4 +1,4 @@
-//! [`OpenFiles`]: the limit of open files of this process and its children.
+//! [`OpenFiles`]: the limits on open files of this process and its children.
 
 use std::sync::OnceLock;
 
@@ -6,28 +6,29 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::starter::Way;
 
-/// The number of open files that are not for children: the runtime, the log, connections.
+/// The number of descriptors that this process needs apart from its children: for the runtime, the log and connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// The minimum of `OpenFiles::bound`, unless the limit of open files is lower.
+/// The minimum of `OpenFiles::bound`, unless the limit on open files is lower.
 const LEAST_BOUND: u64 = 1024;
 
 /// The soft limit that this process inherited. Recorded once, because a second dispatcher in this process finds the limit already
 /// raised.
 static HANDED_DOWN: OnceLock<Option<u64>> = OnceLock::new();
 
-/// The limit of open files that a child gets, and a bound for the descriptors that a child closes.
+/// The limit on open files that a child gets, and an upper bound for the descriptors that a child closes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OpenFiles {
-    /// The inherited soft limit and the hard limit, in the kernel's form, if this process has raised its own soft limit. A child
-    /// gets the inherited limit back, because a program that uses `select` overflows its arrays with descriptors above 1023.
+    /// The inherited soft limit and the hard limit, in the form that `prlimit64` takes. `None` if this process has not raised its
+    /// soft limit. A child gets the inherited limit back, because a program that uses `select` overflows its arrays with
+    /// descriptors above 1023.
     pub(super) limit: Option<[u64; 2]>,
     /// A number above the descriptors of this process, for a child that must close them one by one.
     pub(super) bound: u32,
 }
 
 impl OpenFiles {
-    /// Raises the soft limit of open files so that `processes` children can run at once. Also returns an error if the limit stays
+    /// Raises the soft limit on open files so that `processes` children can run at once. Also returns an error if the limit stays
     /// too low.
     pub(crate) fn ensure(processes: usize, way: Way) -> (Self, Result<(), TooFewDescriptors>) {
         let needed = way.descriptors() * processes as u64 + OTHER_DESCRIPTORS;
@@ -49,14 +50,14 @@ impl OpenFiles {
     }
 }
 
-/// Returns a number above all present descriptors, inherited ones included.
+/// Returns a number above all descriptors that are open now, including inherited ones.
 fn beyond_present() -> u32 {
     let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     numbers.max().map_or(0, |highest| highest.saturating_add(1))
 }
 
-/// The error of a limit of open files that is too low.
+/// The error that the limit on open files is too low.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TooFewDescriptors {
     pub(crate) limit: u64,

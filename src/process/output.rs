@@ -15,31 +15,31 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
 
-/// The longest line that is kept whole.
+/// The maximum number of bytes kept of a line. The rest of a longer line is cut.
 const MAX_LINE_BYTES: usize = 64 * 1024;
 
-/// The bytes kept of an output's beginning, because the first error often explains the rest.
+/// The number of bytes kept from the beginning of an output, because the first error often explains the others.
 const HEAD_BYTES: usize = 4 * 1024;
 
-/// The bytes kept of an output's end.
+/// The number of bytes kept from the end of an output.
 const TAIL_BYTES: usize = 28 * 1024;
 
-/// The most bytes of one read: as many as a pipe holds.
+/// The maximum number of bytes per read, which is also the default capacity of a pipe.
 pub(super) const READ_BYTES: usize = 64 * 1024;
 
-/// The size of the first read. Later reads take as many bytes as one [`TURN`] allows, between `SMALLEST_READ_BYTES` and
-/// `READ_BYTES`.
+/// The size of the first read, in bytes. The size then doubles up to `READ_BYTES`, or halves down to `SMALLEST_READ_BYTES` if a
+/// read takes longer than [`TURN`].
 const FIRST_READ_BYTES: usize = 16 * 1024;
 const SMALLEST_READ_BYTES: usize = 1024;
 
-/// The time that one read and its lines may take, because all other work of this thread waits.
+/// The target duration of one read, including the handling of its lines. All other tasks of this thread wait during that time.
 const TURN: Duration = Duration::from_millis(1);
 
 /// The capacity that a line buffer keeps after a long line.
 const KEPT_FOR_LINES: usize = 16 * 1024;
 
-/// The poll interval of a pipe whose registration with epoll has failed. The job is already running, so it is not failed for
-/// this.
+/// The poll interval of a pipe whose registration with epoll has failed. The job is already running, so it must not fail because
+/// of that.
 const PAUSE_WITHOUT_REACTOR: Duration = Duration::from_millis(10);
 
 /// The output stream that a line comes from.
@@ -54,11 +54,12 @@ pub(crate) trait Printer {
     /// Reports whether lines of `channel` are printed now. If not, the output is not even split into lines.
     fn wants(&self, channel: Channel) -> bool;
 
-    /// Prints a line, which comes without its newline.
+    /// Prints a line. `line` does not contain the newline.
     fn print(&self, channel: Channel, line: &str);
 }
 
-/// Reads a non-blocking pipe, if there is one, line by line to its end. Adds the number of bytes to `read`.
+/// Reads a non-blocking pipe, if there is one, line by line to its end. Adds the number of bytes to `read`, and the bytes to
+/// `tail` if there is one.
 pub(super) async fn read_lines(
     pipe: Option<&OwnedFd>,
     read: &AtomicU64,
@@ -83,13 +84,15 @@ pub(super) async fn read_lines(
     lines.finish(&on_line);
 }
 
-/// Reads a non-blocking pipe to its end. `read` gets the maximum number of bytes to read, and returns the number of bytes read.
+/// Reads a non-blocking pipe to its end. `read` is called with the maximum number of bytes to read, and returns the number of
+/// bytes that it has read.
 async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize, Errno>) {
     let (mut watched, mut in_a_row, mut portion) = (None, 0, FIRST_READ_BYTES);
     loop {
         let begun = Instant::now();
         let count = read(portion);
-        // Many short lines take longer to log than a few long ones, so the size of a read follows the time it takes.
+        // Many short lines take longer to log than a few long ones, so the size of the next read depends on the time that this
+        // one took.
         if begun.elapsed() > TURN {
             portion = (portion / 2).max(SMALLEST_READ_BYTES);
         } else if count == Ok(portion) {
@@ -97,13 +100,13 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
         }
         match count {
             Ok(0) => break,
-            // The pipe of a child that prints without pause is always readable. Without this yield, other waits in the same task,
-            // above all the wait for a termination, would starve.
+            // If a child prints without pause, its pipe is always readable. Without this yield, the other futures of this task
+            // would starve, above all the one that waits for a termination.
             Ok(_) if in_a_row == 1 => {
                 in_a_row = 0;
                 tokio::task::yield_now().await;
             }
-            // A short job needs two reads: one for its output and one for the end.
+            // The first read does not yield, because a short job needs two reads: one for its output and one for end of file.
             Ok(_) => in_a_row = 1,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
@@ -117,7 +120,8 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
     }
 }
 
-/// The output of a process that does one task after another: read as it arrives, and emptied between two tasks.
+/// One output pipe of a process that runs one task after another. The output is read as it arrives, and the pipe is emptied
+/// between two tasks.
 #[derive(Debug)]
 pub(super) struct SharedOutput {
     pipe: OwnedFd,
@@ -125,7 +129,7 @@ pub(super) struct SharedOutput {
 }
 
 impl SharedOutput {
-    /// Returns the output of a non-blocking pipe.
+    /// Wraps a non-blocking pipe.
     pub(super) fn of(pipe: OwnedFd) -> Self {
         Self { pipe, lines: Mutex::default() }
     }
@@ -137,8 +141,8 @@ impl SharedOutput {
     /// Reads the output line by line to its end.
     pub(super) async fn read(&self, on_line: impl Fn(&str)) {
         read_chunks(&self.pipe, |portion| {
-            // Locked before the read, otherwise `read_present` could run between the read and the push, and miss these bytes at
-            // the end of their task.
+            // Lock before the read. Otherwise `read_present` could run between the read and the push, and these bytes would be
+            // missing at the end of their task.
             let mut lines = self.lines();
             read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line))
         })
@@ -146,7 +150,8 @@ impl SharedOutput {
         self.lines().finish(&on_line);
     }
 
-    /// Reads the bytes that are in the pipe now, if it is readable. An unfinished line is passed on as it is.
+    /// Reads the bytes that are in the pipe now, or none if `is_readable` is false. A last line without a newline is passed to
+    /// `on_line` too.
     fn read_present(&self, is_readable: bool, on_line: impl Fn(&str)) {
         let mut left = if is_readable { ioctl_fionread(&self.pipe).unwrap_or_default() } else { 0 };
         let mut lines = self.lines();
@@ -163,7 +168,7 @@ impl SharedOutput {
     }
 }
 
-/// Reads the bytes that are in some pipes now. One system call finds the readable pipes, because usually there are none.
+/// Reads the bytes that are in the pipes of `outputs` now. Usually all pipes are empty, so one system call checks them together.
 pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N], on_line: impl Fn(Channel, &str)) {
     let mut looks = outputs.map(|(output, _)| PollFd::new(&output.pipe, PollFlags::IN));
     // After a failed poll, every pipe counts as readable.
@@ -174,7 +179,8 @@ pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N
     }
 }
 
-/// A pipe registered with the reactor. Most jobs end before the registration is needed, which saves two system calls per pipe.
+/// A pipe that is registered with the reactor, or the error of the registration. A pipe is registered once a read finds it empty.
+/// Most jobs end before that, which saves two system calls per pipe.
 type Watched<'a> = io::Result<AsyncFd<BorrowedFd<'a>>>;
 
 #[expect(unsafe_code, reason = "the reactor has no safe way in for a descriptor that is borrowed")]
@@ -183,7 +189,7 @@ fn watch(pipe: &OwnedFd) -> Watched<'_> {
     Ok(unsafe { AsyncFd::register_with_interest(pipe.as_fd(), Interest::READABLE) }?)
 }
 
-/// Waits until the pipe may be readable, after a read has found nothing.
+/// Waits until the pipe may be readable. Call this after a read has found the pipe empty.
 async fn readable(pipe: &Watched<'_>) {
     match pipe {
         Ok(pipe) => match pipe.readable().await {
@@ -196,7 +202,7 @@ async fn readable(pipe: &Watched<'_>) {
 }
 
 thread_local! {
-    /// The read buffer of a thread, shared by all children because it is empty whenever a task waits.
+    /// The read buffer of a thread. All tasks of the thread share it, because none keeps data in it across an `await`.
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
 }
 
@@ -208,7 +214,7 @@ fn read_some(pipe: &OwnedFd, portion: usize, take: impl FnOnce(&[u8])) -> Result
     })
 }
 
-/// Splits bytes into lines. Invalid UTF-8 is replaced, and a line that is too long keeps only its beginning.
+/// A splitter of bytes into lines. Invalid UTF-8 is replaced, and a line longer than `MAX_LINE_BYTES` is cut.
 #[derive(Debug, Default)]
 struct Lines {
     partial: Vec<u8>,
@@ -248,7 +254,7 @@ impl Lines {
         emit(&self.partial, self.left_out, on_line);
         self.left_out = 0;
         self.partial.clear();
-        // One long line must not occupy memory until its job ends.
+        // Otherwise the memory for one long line would stay allocated until the job ends.
         self.partial.shrink_to(KEPT_FOR_LINES);
     }
 }
@@ -261,7 +267,7 @@ fn emit(line: &[u8], left_out: usize, on_line: &impl Fn(&str)) {
     }
 }
 
-/// The beginning and the end of an output.
+/// The beginning and the end of an output. The middle of a long output is left out.
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
     head: Vec<u8>,
@@ -287,7 +293,7 @@ impl Tail {
         self.left_out += (surplus + rest.len() - end.len()) as u64;
     }
 
-    /// Returns the kept text, with a count where bytes are left out.
+    /// Returns the kept text. If bytes are left out, a line in their place says how many.
     pub(crate) fn text(&self) -> String {
         let end: Vec<u8> = self.end.iter().copied().collect();
         if self.left_out == 0 {
@@ -297,7 +303,7 @@ impl Tail {
         format!("{head}\n[{} bytes left out]\n{end}", self.left_out)
     }
 
-    /// Returns the last line that is not blank.
+    /// Returns the last line that is not blank, shortened to 500 characters.
     pub(crate) fn last_line(&self) -> Option<String> {
         let text = self.text();
         let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
@@ -365,7 +371,7 @@ mod tests {
         assert!(tail.end.capacity() <= 2 * TAIL_BYTES);
     }
 
-    /// A printer that wants all lines, or none.
+    /// A printer that accepts all lines, or none.
     struct Seen<F> {
         wants: bool,
         on_line: F,

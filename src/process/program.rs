@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-/// The number of bytes that the kernel reads of a `#!` line.
+/// The maximum number of bytes that the kernel reads of a `#!` line.
 const MAX_FIRST_LINE: u64 = 256;
 
 /// An executable file and its fixed arguments.
@@ -18,12 +18,12 @@ const MAX_FIRST_LINE: u64 = 256;
 pub struct Program {
     /// The name as it was given, which becomes the first argument.
     pub(super) name: OsString,
-    /// The absolute path of the file, so that it is the same file in every working directory.
+    /// The path of the file. It is absolute, so it means the same file in every working directory.
     pub(super) path: PathBuf,
     pub(super) args: Vec<OsString>,
 }
 
-/// Writes the command as for a shell.
+/// Writes the command, quoted as for a shell.
 impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words = [self.path.as_os_str()].into_iter().chain(self.args.iter().map(OsString::as_os_str));
@@ -37,7 +37,7 @@ impl Program {
     /// Finds `name` as a shell does: on the search path `path_list`, or as a path if it has a slash.
     ///
     /// # Errors
-    /// A sentence that says what is wrong, and what to do.
+    /// When there is no such program. The error is a sentence for the user, with advice where possible.
     pub fn find(name: OsString, args: Vec<OsString>, path_list: Option<&OsString>) -> Result<Self, String> {
         if name.is_empty() {
             return Err("the command is an empty word".to_owned());
@@ -70,7 +70,7 @@ impl Program {
             return Some(format!("{shown} is no regular file"));
         }
         let Ok(file) = opened else {
-            // An executable file may be unreadable. Then only a start can show whether it works.
+            // An executable file may be unreadable. Then only a start of the program can show whether the file works.
             return (!self.path.exists()).then(|| format!("{shown} does not exist"));
         };
         file.take(MAX_FIRST_LINE).read_to_end(&mut beginning).ok()?;

@@ -1,4 +1,4 @@
-//! [`ReadDelay`]: a short delay before a child's output is first read, with few timers.
+//! [`ReadDelay`]: a short delay before the first read of a child's output. Children share timers.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +8,7 @@ use futures_util::future::{FutureExt, Shared};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// The minimum delay between the start of a child that has all its input and the first read of its output. Most children exit
-/// within this time, and one read gets their whole output. On a busy machine, even a one-millisecond command takes several
+/// within this time, so that one read returns their whole output. On a busy machine, even a one-millisecond command takes several
 /// milliseconds.
 const LEAST: Duration = Duration::from_millis(5);
 
@@ -27,7 +27,7 @@ struct Latest {
 }
 
 impl ReadDelay {
-    /// Waits for the read delay of a newly started child, counted from now.
+    /// Returns a future that completes at the end of the read delay of a new child. The delay begins with this call.
     pub(super) fn for_new_child(&self) -> impl Future<Output = ()> + use<> {
         let now = Instant::now();
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);

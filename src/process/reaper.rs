@@ -16,17 +16,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The longest pause between two polls of the killed children.
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
-/// A child that is killed and not reaped yet.
+/// A child that has been killed and is not reaped yet.
 #[derive(Debug)]
 pub(super) struct Killed {
     pub(super) id: Pid,
-    /// The memory that the child may use until its end.
+    /// The memory that the child may use until it ends, kept alive until the child is reaped.
     pub(super) _memory: Arc<dyn Any + Send + Sync>,
     /// The list that contains the child until the child is reaped.
     pub(super) children: Children,
 }
 
-/// The killed children that are not reaped yet. Clones share one list.
+/// The list of killed children that are not reaped yet. Clones share the list.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Reaper(Arc<Shared>);
 
@@ -52,7 +52,7 @@ impl Reaper {
         state.killed.push(killed);
         if !state.has_thread {
             let reaper = self.clone();
-            // If the thread cannot be started, a later call of `take` tries again.
+            // If the thread cannot be started, a later call to `take` tries again.
             let started: io::Result<_> = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run());
             state.has_thread = started.is_ok();
         }
@@ -81,7 +81,7 @@ impl Reaper {
 }
 
 impl Killed {
-    /// Reaps the child if it has ended. Reports whether the child is reaped.
+    /// Reaps the child if it has ended. Returns false if the child is still alive.
     fn is_reaped(&self) -> bool {
         if matches!(waitpid(Some(self.id), WaitOptions::NOHANG), Ok(None)) {
             return false;

@@ -1,4 +1,4 @@
-//! [`Resident`]: a child that does one task after another, until its owner ends it.
+//! [`Resident`]: a child that runs one task after another, until its owner ends it.
 
 use std::io;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::memory;
 use super::output::{SharedOutput, read_present};
 use super::{Channel, OUTPUT_GRACE, Process, Signal, Start, Termination, clock, terminate};
 
-/// A running process and our ends of its output pipes. Dropping it kills the process and its group.
+/// A running process and the worker's ends of its output pipes. Dropping a `Resident` kills the process and its group.
 #[derive(Debug)]
 pub(crate) struct Resident {
     group: Group,
@@ -41,7 +41,7 @@ impl Resident {
         self.group.leader_exited().await;
     }
 
-    /// Sends the leader a signal that only informs it. The leader must have executed its program.
+    /// Sends the leader a signal that does not ask it to end. The leader must have executed its program.
     pub(crate) fn tell(&self, signal: Signal) {
         self.group.signal_leader(signal);
     }
@@ -66,14 +66,15 @@ impl Resident {
         tokio::join!(read(&self.stdout, Channel::Stdout), read(&self.stderr, Channel::Stderr));
     }
 
-    /// Reads the output that is in the pipes now. An unfinished line is passed on as it is.
+    /// Reads the output that is in the pipes now. A last line without a newline is passed to `on_line` too.
     pub(crate) fn read_present_output(&self, on_line: impl Fn(Channel, &str)) {
         if let (Some(stdout), Some(stderr)) = (&self.stdout, &self.stderr) {
             read_present([(stdout, Channel::Stdout), (stderr, Channel::Stderr)], on_line);
         }
     }
 
-    /// Sends the group SIGTERM, waits for the grace period, and then kills the group.
+    /// Sends the group SIGTERM, and kills the group if it has not ended after `grace` or when `skip_grace` completes. Stops
+    /// waiting for a leader that outlives SIGKILL when `give_up` completes.
     pub(crate) async fn terminate(
         &self,
         grace: Duration,
@@ -107,7 +108,7 @@ impl Resident {
             }
         };
         let rest = async { tokio::join!(read(&stdout, Channel::Stdout), read(&stderr, Channel::Stderr)) };
-        // Output after this time comes from a process that has left the group.
+        // After this time, only a process that has left the group can still hold a pipe open. Its output is not waited for.
         let _ = timeout(OUTPUT_GRACE, rest).await;
         group.end().await
     }

@@ -15,7 +15,7 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
     }
 }
 
-/// Calls `register` while this thread blocks all signals. A signal that arrives meanwhile is delivered afterwards.
+/// Calls `register` with all signals blocked in this thread. A signal that arrives during the call is delivered afterwards.
 #[expect(unsafe_code, reason = "no safe wrapper changes the signal mask of a thread")]
 pub(crate) fn without_signals<T>(register: impl FnOnce() -> T) -> T {
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
@@ -32,11 +32,12 @@ pub(crate) fn without_signals<T>(register: impl FnOnce() -> T) -> T {
     registered
 }
 
-/// Resets an inherited SIG_IGN for SIGCHLD, with which the kernel would discard the exit statuses of children.
+/// Resets SIGCHLD to its default action if this process inherited it as ignored. Otherwise the kernel would discard the exit
+/// statuses of children.
 #[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
 pub(crate) fn keep_exit_statuses() {
     if is_ignored(libc::SIGCHLD) {
-        // SAFETY: the default action of SIGCHLD runs no code, and replaces no handler of the embedding program.
+        // SAFETY: `SIG_DFL` installs no handler, and replaces none, because the present action is `SIG_IGN`.
         unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     }
 }

@@ -23,7 +23,7 @@ use super::starter::Way;
 #[derive(Debug)]
 pub(super) struct Child {
     pub(super) id: Pid,
-    /// The pidfd, if the kernel has opened one.
+    /// The child's pidfd, if the kernel could open one.
     pub(super) pidfd: Option<OwnedFd>,
     pub(super) setup: Arc<ChildSetup>,
 }
@@ -32,14 +32,15 @@ pub(super) struct Child {
 /// the child.
 #[expect(unsafe_code, reason = "see `clone`")]
 pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
-    // Dropped at the end of this function. Then only the child has this end open, so its `execve` closes the pipe.
+    // This process's copy of the child's end is closed when this function returns. Then only the child has that end open, so the
+    // pipe reaches end of file at the child's `execve`.
     let _their_end = setup.open_error_pipe()?;
     let setup = Arc::new(setup);
     // SAFETY: `Child` keeps `setup` and its stack until the child has ended. `child_main` meets the requirements of `clone`.
     let (id, pidfd) = unsafe { clone(setup.way(), child_main, Arc::as_ptr(&setup).cast_mut().cast(), setup.stack()) }?;
-    // The child calls `setpgid` too. Without the call here, the new group could be signalled before the child has created it, and
-    // a signal to this process's group could reach the child. The call fails if the child has already executed its program, which
-    // does no harm.
+    // The child calls `setpgid` too. Without the call here, this process could signal the new group before the child has created
+    // it, and a signal to this process's own group could reach the child. The call fails if the child has already executed its
+    // program, and the error does no harm.
     let _ = setpgid(Some(id), Some(id));
     Ok(Child { id, pidfd, setup })
 }
@@ -48,8 +49,8 @@ pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
 ///
 /// # Safety
 /// If the child shares this process's memory, `argument` and the stack must live until the child has ended. `child_main` runs
-/// concurrently with all threads of this process, and with this thread's thread-local data. So `child_main` must take no lock,
-/// allocate nothing, and not write to `errno`.
+/// concurrently with all threads of this process, and uses the thread-local data of this thread. So `child_main` must take no
+/// lock, allocate nothing, and not write to `errno`.
 #[expect(unsafe_code, reason = "no safe wrapper starts a process that shares memory")]
 pub(super) unsafe fn clone(
     way: Way,
@@ -62,7 +63,7 @@ pub(super) unsafe fn clone(
     let mut pidfd = -1;
     // SAFETY: the C library initialises both sets before they are read. The child inherits this thread's mask, which blocks all
     // signals, so no signal handler of this process runs in the child. The child has a stack of its own. The kernel copies the
-    // table of descriptors, the working directory and the signal actions, so the child changes none of ours.
+    // table of descriptors, the working directory and the signal actions, so the child does not change those of this process.
     let id = unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
@@ -75,11 +76,11 @@ pub(super) unsafe fn clone(
         return Err(io::Error::last_os_error());
     };
     match way {
-        // SAFETY: the kernel has just opened the descriptor, for this process alone.
+        // SAFETY: the kernel has just opened the descriptor, and nothing else owns it.
         Way::Sharing if pidfd >= 0 => Ok((id, Some(unsafe { OwnedFd::from_raw_fd(pidfd) }))),
         Way::Sharing => {
-            // An old kernel ignores CLONE_PIDFD. Wait for the child's end, because the caller frees the shared memory after the
-            // error.
+            // An old kernel ignores CLONE_PIDFD. Kill the child and wait for its end, because the caller frees the shared memory
+            // after the error.
             let _ = kill_process(id, Signal::KILL);
             while matches!(waitpid(Some(id), WaitOptions::empty()), Err(Errno::INTR)) {}
             Err(io::Error::other("the kernel gives no pidfd"))

@@ -1,21 +1,22 @@
-//! [`Stack`]: memory that a child runs on until `execve`.
+//! [`Stack`]: the stack that a child runs on until `execve`. Unused stacks are kept for reuse.
 
 use std::io;
 use std::os::raw::c_void;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The size of a stack: many times the memory that a child uses, see the test of `spawn`. A multiple of every page size of Linux.
+/// The size of a stack: many times what a child uses, as a test of `spawn` checks. It is a multiple of every page size of Linux.
 pub(super) const SIZE: usize = 64 * 1024;
 
-/// The size of the guard below each stack. A child that overflows its stack crashes in the guard, instead of overwriting memory.
+/// The size of the guard below each stack. A child that overflows its stack crashes in the guard, instead of overwriting other
+/// memory.
 const GUARD: usize = 64 * 1024;
 
 /// The maximum number of unused stacks that are kept for reuse. Mapping a stack takes longer than the rest of a start.
 const MOST_SPARE: usize = 64;
 
-/// The maximum number of stacks with a guard. A stack with a guard uses two mappings, and the kernel allows a process 65530 in
-/// total.
+/// The maximum number of stacks with a guard. A stack with a guard uses two mappings, and the kernel's default limit is 65530
+/// mappings per process.
 const MOST_GUARDED: usize = 8192;
 
 /// The unused stacks. Clones share one list.
@@ -25,7 +26,7 @@ pub(super) struct Stacks(Arc<Mutex<Kept>>);
 #[derive(Debug, Default)]
 struct Kept {
     spare: Vec<Memory>,
-    /// The number of stacks with a guard, used or not.
+    /// The number of stacks with a guard, in use or spare.
     guarded: usize,
 }
 
@@ -60,7 +61,7 @@ impl Stacks {
 }
 
 impl Stack {
-    /// Returns the end of the memory, because a stack grows downwards.
+    /// Returns the upper end of the stack, where a child begins because a stack grows downwards.
     pub(super) fn top(&self) -> *mut c_void {
         self.memory.as_ref().map_or(ptr::null_mut(), |memory| memory.start.as_ptr().wrapping_byte_add(GUARD + SIZE))
     }
@@ -129,7 +130,7 @@ impl Drop for Memory {
 mod tests {
     use super::*;
 
-    /// Returns the bounds and the permissions of the mapping of this address.
+    /// Returns the bounds and the permissions of the mapping that contains `address`.
     fn mapping_of(address: usize) -> (usize, usize, String) {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let number = |text| usize::from_str_radix(text, 16).unwrap();

@@ -1,5 +1,5 @@
-//! [`Starter`]: the state that all starts of processes share. [`Trial`]: a test of which `Way` to start processes works on this
-//! machine.
+//! [`Starter`]: the state that all starts of processes share. [`Trial`]: a test that finds the [`Way`] of starting processes that
+//! works on this machine.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,18 +16,18 @@ use super::open_files::OpenFiles;
 use super::spawn::clone;
 use super::stack::Stacks;
 
-/// The memory that a child runs on until `execve`.
+/// The way of starting processes, which differs in the memory that a child uses until `execve`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// The child shares this process's memory, and comes with a pidfd.
+    /// The child shares this process's memory, and the kernel returns a pidfd for the child.
     Sharing,
     /// The child has a copy of the memory, as by `fork`. Slower, but works where a sandbox or an emulator refuses `Sharing`.
     Copying,
 }
 
 impl Way {
-    /// Returns the number of descriptors that this process needs for one child: our ends of stdin, stdout and stderr, the pidfd,
-    /// the child's three ends during the start, and with `Copying` the error pipe.
+    /// Returns the number of descriptors that this process needs for one child: this process's ends of stdin, stdout and stderr,
+    /// the pidfd, the child's three ends during the start, and with `Copying` the error pipe.
     pub(super) fn descriptors(self) -> u64 {
         match self {
             Self::Sharing => 7,
@@ -36,7 +36,7 @@ impl Way {
     }
 }
 
-/// The state that the starts of all handlers share.
+/// The state that all starts of processes share.
 #[derive(Debug)]
 pub(crate) struct Starter {
     pub(super) way: Way,
@@ -62,7 +62,7 @@ pub(crate) enum Trial {
 }
 
 impl Trial {
-    /// Starts a process in each way until one works. Takes well under a millisecond.
+    /// Starts a process in each way until one works, or until the machine lacks a resource. Takes well under a millisecond.
     pub(crate) fn of_this_machine() -> Self {
         match try_start(Way::Sharing) {
             Ok(()) => Self::Usual,
@@ -74,8 +74,8 @@ impl Trial {
         }
     }
 
-    /// Returns the way to start processes from now on. After `Impossible`, each start still tries and fails with its own error,
-    /// because a shortage of resources may be temporary.
+    /// Returns the way to start processes from now on. `Impossible` leads to [`Way::Sharing`], because a shortage of resources
+    /// may be temporary. If it is not, each start fails with its own error.
     pub(crate) fn way(&self) -> Way {
         match self {
             Self::Usual | Self::Impossible(_) => Way::Sharing,
@@ -84,7 +84,8 @@ impl Trial {
     }
 }
 
-/// Reports whether an error is a shortage of resources, which says nothing about the way to start a process.
+/// Reports whether an error is a shortage of resources. Such an error does not mean that the system refuses this way of starting
+/// a process.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE))
 }
@@ -97,7 +98,7 @@ struct Trace {
     was_shared: AtomicBool,
 }
 
-/// The time limit for the event of the child's exit on the pidfd. Reached only if the kernel never sends the event.
+/// The time limit for the pidfd to report the child's exit. Reached only if the kernel does not report exits on a pidfd.
 const LONGEST_EXIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 
 /// Starts a process that ends at once, and checks everything that a real start relies on.

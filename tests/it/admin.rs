@@ -92,7 +92,8 @@ fn a_broken_handler_makes_the_worker_not_ready() {
     admin.wait_until_ready(true);
 }
 
-/// Collects the paths of all values, such as `loops[].job.id`. Leaves out the names of settings, which the user chooses.
+/// Collects the paths of all values in a JSON document, such as `loops[].job.id`. A `*` replaces the names of settings, which
+/// depend on the configuration.
 fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
     match value {
         Value::Object(fields) => {
@@ -138,7 +139,7 @@ fn each_field_of_the_status_is_documented() {
     let documented: BTreeSet<String> = fields.map(str::to_owned).collect();
     let (new, old): (Vec<_>, Vec<_>) =
         (found.difference(&documented).collect(), documented.difference(&found).collect());
-    // These fields are `null` in some elements, and objects in others.
+    // Each of these fields is `null` or an object. If it is an object in every element, only the paths below it are found.
     let of_both = ["handlers[].brake", "loops[].job"];
     assert!(new.is_empty() && old.iter().all(|path| of_both.contains(&path.as_str())), "{new:?} {old:?}\n{status:#}");
     let handlers: Vec<_> = status["handlers"]
@@ -163,7 +164,7 @@ fn each_field_of_the_status_is_documented() {
     running.go();
 }
 
-/// Runs a job whose handler file has been removed, and calls `replace` with the file's directory. Asserts that the worker
+/// Runs a job whose handler file has been removed, and then calls `replace` with the file's directory. Asserts that the worker
 /// stays live, but is not ready.
 fn break_handler<T>(replace: impl FnOnce(&Path) -> T) {
     let server = Server::start();
@@ -178,7 +179,7 @@ fn break_handler<T>(replace: impl FnOnce(&Path) -> T) {
     let id = server.enqueue("q", "t", json!(null));
     server.wait_for_error(&id, 1);
     let replaced = replace(&bin);
-    // For a second the worker does not check the file, because the start has just failed.
+    // The worker checks the file only after the pause of one second that follows the failed start, so poll for longer than that.
     let until = Instant::now() + Duration::from_secs(3);
     eventually("the end of the pause", || {
         assert_eq!(admin.wait_until_ready(false), ["handler handle.sh cannot be started"]);
@@ -207,7 +208,7 @@ fn the_status_has_what_each_loop_is_at() {
     let running = running.sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
     let admin = Admin::of(&running);
     let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
-    // A handler can run before the worker has recorded its process.
+    // The handler can write its pid to the file before the worker has recorded the pid.
     let status = admin.wait_for_status("a running process", |status| {
         status["loops"].as_array().unwrap().iter().any(|status| status["job"]["pid"] == pid)
     });
@@ -465,7 +466,7 @@ fn a_paused_worker_is_not_ready_and_says_so() {
 
 #[test]
 fn an_address_that_may_appear_later_is_exit_status_1() {
-    // An address from the example network (RFC 5737), which no machine has.
+    // This address is reserved for documentation (RFC 5737), so no machine has it.
     let address = "192.0.2.1:9290";
     let finished =
         Daemon::at("http://127.0.0.1:1").args(["--admin-listen", address, "--", "true"]).run().assert_exit(1);

@@ -15,14 +15,14 @@ fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// Returns the rules of `config/alerts.yaml`.
+/// Returns the alerting rules in `config/alerts.yaml`.
 fn rules() -> Vec<Value> {
     let file: Value = serde_yaml_ng::from_str(&fs::read_to_string(path("config/alerts.yaml")).unwrap()).unwrap();
     let groups = file["groups"].as_array().unwrap();
     groups.iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
 }
 
-/// Runs promtool, and asserts that it succeeds. Without promtool, panics in CI, and does nothing elsewhere.
+/// Runs promtool, and asserts that it succeeds. If promtool is not installed, panics in CI, and only prints a message elsewhere.
 fn promtool(args: &[&str], file: &str) {
     let run = Command::new("promtool").args(args).arg(path(file)).output();
     let Ok(verdict) = run else {

@@ -6,7 +6,8 @@ use serde_json::json;
 
 use crate::support::{Daemon, Server, UNTIL_GO, eventually, jobs};
 
-/// Runs a daemon with the bounds that `daemon` sets, over `count` jobs. Returns the server and the last line of the log.
+/// Enqueues `count` jobs, and runs a daemon with the bounds that the closure sets. Returns the server and the last event of the
+/// log.
 fn run(count: usize, daemon: impl FnOnce(Daemon) -> Daemon) -> (Server, serde_json::Value) {
     let server = Server::start();
     server.enqueue_all(jobs(count));
@@ -59,7 +60,7 @@ fn a_run_that_ends_by_itself_has_no_deadline() {
     let daemon = Daemon::of(&server).args(["--max-jobs", "1", "--shutdown-deadline", "300ms"]);
     let running = daemon.handler(&script, "drain_signal = 'USR1'").start();
     running.wait_for_message("max_jobs have been started: draining");
-    // Three times the deadline. There is no event to wait for, because the drain signal must not be sent.
+    // Sleep for three times the deadline. There is no event to wait for, because the drain signal must not be sent.
     std::thread::sleep(Duration::from_secs(1));
     assert!(!running.dir().join("told").exists(), "the drain signal was sent without a deadline");
     running.sigterm();

@@ -1,10 +1,10 @@
-//! `--check` shows every setting with its origin, and tests all that can be tested without taking a job.
+//! `--check` shows every setting with its origin, and tests everything that can be tested without taking a job.
 
 use serde_json::json;
 
 use crate::support::{Authority, Daemon, Finished, RawServer, Server, unused_address, wait_until_dead};
 
-/// Returns the row of a setting: its value and its origin.
+/// Returns the value and the origin that the output shows for a setting.
 fn row(finished: &Finished, name: &str) -> Vec<String> {
     let rows = finished.stdout.lines().filter(|line| line.split_whitespace().next() == Some(name));
     let rows: Vec<&str> = rows.collect();
@@ -156,7 +156,7 @@ fn a_check_of_the_embedded_server_tries_its_port_and_jobs() {
     assert!(finished.log.last().unwrap().contains("jobs.ndjson:2: "), "{:?}", finished.log);
 }
 
-/// A warm handler is in a process group of its own, so Ctrl-C does not reach it.
+/// A warm handler is in a process group of its own, so Ctrl-C does not reach it. The interrupted check must kill it.
 #[test]
 fn an_interrupted_check_leaves_no_handler_behind() {
     let server = Server::start();
@@ -173,7 +173,7 @@ fn an_interrupted_check_leaves_no_handler_behind() {
     assert_eq!(std::fs::read_dir(finished.dir().join("temp")).unwrap().count(), 0);
 }
 
-/// Settings that cause every warning of a start.
+/// Settings that cause four of the warnings that the worker logs at its start.
 const DOUBTFUL: &str = "worker = { threads = 4, prefetch = 1, shutdown_deadline = '10s' }\n[handler]\nexec = ['true']\n\
      timeout = '11s'\nkill_grace = '12s'\nmode = 'warm'\nmax_processes = 2";
 

@@ -1,10 +1,10 @@
-//! The handler's interface: stdin, environment, directory and exit status.
+//! The handler's interface: stdin, environment, working directory and exit status.
 
 use serde_json::json;
 
 use crate::support::{Daemon, Finished, RawServer, Server};
 
-/// Runs one job, and stops.
+/// Runs one job that succeeds on a daemon that `daemon` sets up, and stops the daemon.
 fn run(daemon: impl FnOnce(Daemon) -> Daemon) -> Finished {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!({"secret": "s3cr3t"}));
@@ -13,7 +13,7 @@ fn run(daemon: impl FnOnce(Daemon) -> Daemon) -> Finished {
     running.stop()
 }
 
-/// Returns the environment of a job's process.
+/// Runs one job, and returns the sorted variables that its handler has written to the file `env`.
 fn env(daemon: impl FnOnce(Daemon) -> Daemon) -> Vec<String> {
     let finished = run(daemon);
     let mut env: Vec<String> = finished.read("env").split('\0').map(str::to_owned).collect();

@@ -14,7 +14,7 @@ fn dashboard() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/grafana.json")).unwrap()
 }
 
-/// Returns the names of metrics in the dashboard.
+/// Returns the names of the worker's metrics that appear in the dashboard's file.
 fn named() -> BTreeSet<String> {
     let is_of_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
     let text = dashboard();
@@ -22,7 +22,7 @@ fn named() -> BTreeSet<String> {
     words.map(str::to_owned).collect()
 }
 
-/// Returns the metrics in a response, with their kinds, from the `# TYPE` lines.
+/// Returns the name and the kind of each metric in a response, from its `# TYPE` lines.
 fn exported(metrics: &str) -> Vec<(&str, &str)> {
     metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect()
 }

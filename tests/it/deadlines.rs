@@ -1,10 +1,10 @@
-//! A start warns of two deadlines that contradict each other, and names both.
+//! At its start, the worker warns of a handler's time limit that is longer than the shutdown deadline, and names both.
 
 use serde_json::Value;
 
 use crate::support::{Daemon, Server};
 
-/// Returns the warnings of a worker with these handlers.
+/// Returns the warnings that a worker with these handlers logs.
 fn warnings(handlers: &str) -> Vec<Value> {
     let server = Server::start();
     let toml = format!("worker.shutdown_deadline = '10s'\n{handlers}");

@@ -42,10 +42,10 @@ fn load(toml: &str) -> Config {
     Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
 }
 
-/// The unit of one worker, and the template unit of several.
+/// The systemd unit for one worker, and the template unit for several.
 const UNITS: [&str; 2] = ["config/zizq-worker.service", "config/zizq-worker@.service"];
 
-/// Returns the lines `key=value` of a unit that are not commented out.
+/// Returns the keys and the values of a unit's lines `key=value` that are not commented out.
 fn settings_of(unit: &str) -> Vec<(String, String)> {
     let text = text(unit);
     let settings = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('='));
@@ -68,7 +68,8 @@ fn unit_setting(key: &str) -> String {
 fn systemd_accepts_the_units() {
     for (unit, name) in UNITS.into_iter().zip(["zizq-worker.service", "zizq-worker@mail.service"]) {
         let dir = TempDir::new().unwrap();
-        // systemd-analyze also checks that the program and, without --man=no, the manual page exist.
+        // systemd-analyze also checks that the program exists, so use the one that is built here. --man=no skips the check of the
+        // manual page.
         let installed = text(unit).replace("=/usr/bin/zizq-worker", concat!("=", env!("CARGO_BIN_EXE_zizq-worker")));
         assert!(installed.contains(env!("CARGO_BIN_EXE_zizq-worker")));
         let path = dir.path().join(name);
@@ -127,8 +128,9 @@ fn a_reload_with_a_mistake_fails_before_the_signal() {
     running.stop();
 }
 
-/// Runs a Debian maintainer script with `/etc/` moved below `root`, and with programs that only log their arguments. Returns
-/// the log. `dpkg-statoverride` reports an override for the path `overridden` alone.
+/// Runs a Debian maintainer script with `/etc/` moved below `root`, and with stubs of the programs that change the system.
+/// Returns the log of the stubs, which record their arguments. The stub of `dpkg-statoverride` reports an override only for the
+/// path `overridden`.
 fn maintain(script: &str, root: &Path, args: &[&str], overridden: &str) -> String {
     let bin = root.join("bin");
     fs::create_dir_all(&bin).unwrap();
@@ -261,7 +263,7 @@ fn compose_waits_longer_than_the_worker_takes_to_stop() {
     let deadline = duration(&worker["environment"]["ZIZQ_SHUTDOWN_DEADLINE"]);
     assert!(duration(&worker["stop_grace_period"]) > deadline + DEFAULT_KILL_GRACE);
     assert_eq!(worker["restart"], "unless-stopped");
-    // With a read-only root, result files need a writable directory.
+    // With a read-only root file system, result files need a writable directory.
     assert_eq!((&worker["read_only"], &worker["tmpfs"][0]), (&Value::Bool(true), &Value::from("/tmp")));
     let mounted = worker["volumes"][0].as_str().unwrap().split(':').next().unwrap();
     assert!(path("config").join(mounted).exists(), "{mounted}");
@@ -301,7 +303,7 @@ fn kubernetes_probes_a_worker_that_is_not_root() {
     assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
     let user = pod["securityContext"]["runAsUser"].as_u64().unwrap();
     assert!(text("Dockerfile").contains(&format!("USER {user}:{user}\n")));
-    // Every mount names an existing volume, and the configuration file is where the worker looks for it.
+    // Every mount names a declared volume, and the configuration file is mounted where the worker looks for it.
     let mounts = container["volumeMounts"].as_array().unwrap();
     let volumes: Vec<&Value> = pod["volumes"].as_array().unwrap().iter().map(|volume| &volume["name"]).collect();
     assert!(mounts.iter().all(|mount| volumes.contains(&&mount["name"])), "{mounts:?}");
@@ -321,7 +323,8 @@ fn one_copy_gives_the_image_its_handler() {
     assert!(dockerfile.contains("ENV ZIZQ_CONFIG=/etc/zizq-worker.toml "));
 }
 
-/// The image first builds the dependencies without the source, and Cargo rejects a manifest that names missing files.
+/// The Dockerfile first builds the dependencies without the source. It creates empty files in place of the targets, because Cargo
+/// rejects a manifest that names missing files.
 #[test]
 fn the_dockerfile_has_a_stand_in_for_every_target() {
     let manifest: toml::Table = text("Cargo.toml").parse().unwrap();
@@ -346,7 +349,7 @@ fn the_package_is_of_this_version_and_its_files_are_there() {
     }
     let changelog = text(deb["changelog"].as_str().unwrap());
     assert!(changelog.starts_with(concat!("zizq-worker (", env!("CARGO_PKG_VERSION"), "-1) ")), "{changelog}");
-    // The unit and the package agree on program and user.
+    // The unit and the package use the same program path and the same user.
     assert!(unit_setting("ExecStart").starts_with("/usr/bin/zizq-worker "));
     assert!(text("config/debian/postinst").contains(&format!(" {}\n", unit_setting("User"))));
 }

@@ -211,7 +211,8 @@ fn threads_times_fibers_jobs_run_at_once() {
     }
 }
 
-/// A parent process that never reaps, and the directory with the pid of its daemon. Both processes are killed on drop.
+/// A parent process that never reaps its children, and a directory with the pid of its daemon in the file `worker`. Dropping this
+/// kills both processes.
 struct Negligent(Child, tempfile::TempDir);
 
 impl Drop for Negligent {
@@ -233,7 +234,7 @@ fn start_below_a_process_that_does_not_reap(server: &Server, script: &str) -> Ne
     command.args(["-c", r#""$@" & exec sleep 600"#, "sh", env!("CARGO_BIN_EXE_zizq-worker")]);
     command.args(["--url", &server.url, "--", "sh", "-c", script]).env("DIR", dir.path());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // SAFETY: one system call, between fork and exec.
+    // SAFETY: between fork and exec, the closure makes one system call and allocates no memory.
     unsafe { command.pre_exec(|| Ok(set_child_subreaper(Pid::from_raw(1))?)) };
     Negligent(command.spawn().unwrap(), dir)
 }
@@ -242,7 +243,7 @@ fn start_below_a_process_that_does_not_reap(server: &Server, script: &str) -> Ne
 fn the_next_job_does_not_wait_until_leftovers_are_reaped() {
     let server = Server::start();
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 20]);
-    // A wait of five seconds for each job would exceed the time limit of this test.
+    // If each job waited five seconds until its leftover is reaped, the test would exceed its time limit.
     let _daemon = start_below_a_process_that_does_not_reap(&server, "echo $PPID > $DIR/worker; sleep 600 & exit 0");
     eventually("all jobs done", || (server.count("ready,in_flight") == 0).then_some(()));
 }

@@ -27,7 +27,7 @@ fn section(name: &str, heading: &str) -> String {
     text[start..end].to_owned()
 }
 
-/// Returns the rows of the tables in a section, cell by cell.
+/// Returns the rows of the tables in a section, each as a list of its cells.
 fn rows(section: &str) -> Vec<Vec<String>> {
     let lines = section.lines().filter(|line| line.starts_with('|') && !line.starts_with("| ---"));
     lines.map(|line| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()).collect()

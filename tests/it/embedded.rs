@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::support::{Api, Daemon, Finished, Server, unused_address};
 
-/// Returns the absolute path of a file of the project.
+/// Returns the absolute path of a file in the project.
 fn project(path: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path).to_str().unwrap().to_owned()
 }
@@ -122,7 +122,7 @@ fn a_worker_without_a_connection_is_not_idle() {
     let address = unused_address();
     let daemon = Daemon::at(&format!("http://{address}")).args(["--exit-when-idle", "100ms"]);
     let daemon = daemon.args(["--retry-min-wait", "100ms", "--retry-multiplier", "1"]).sh("true").start();
-    // By now the worker has had no job for several times the limit.
+    // After six failed attempts, the worker has had no job for several times the idle limit.
     daemon.wait_for_messages(6, "server unreachable, reconnecting");
     let _server = Server::at(address);
     let finished = daemon.assert_exit(0);

@@ -1,4 +1,4 @@
-//! `config/zizq-worker.toml` and the table of faults agree with the code.
+//! `config/zizq-worker.toml` and the fault table in `docs/reliability.md` agree with the code.
 
 use std::ffi::OsString;
 use std::fs;
@@ -22,14 +22,15 @@ fn text() -> String {
     fs::read_to_string(path()).unwrap()
 }
 
-/// Resolves the settings of a configuration file and of `args`.
+/// Resolves the settings from a configuration file and from the flags in `args`.
 fn load(file: &Path, args: &[&str]) -> Config {
     let argv =
         ["zizq-worker", "--config", file.to_str().unwrap()].into_iter().chain(args.iter().copied()).map(OsString::from);
     Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
 }
 
-/// Reports whether a line is a commented setting, `#key = value`. A sentence has a space after its `#`.
+/// Reports whether a line is a setting or a table that is commented out, such as `#key = value`. A line of prose has a space
+/// after `#`.
 fn is_commented_setting(line: &str) -> bool {
     line.starts_with('#') && (line.contains(" = ") || line.starts_with("#[")) && !line.starts_with("# ")
 }

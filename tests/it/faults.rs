@@ -1,4 +1,4 @@
-//! Faults of networks and servers, and the daemon's reaction.
+//! The daemon's reactions to faults of the network and of the server.
 
 use std::fs;
 use std::net::TcpStream;
@@ -15,19 +15,19 @@ const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"
 /// A script that records the job's id, attempt and payload.
 const NOTES: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS $(cat) >> $DIR/ran";
 
-/// A script that runs until the test's directory has a file `go`. It succeeds for the type `good`.
+/// A script that runs until the test's directory has a file `go`. It succeeds only for jobs of type `good`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started
 until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
 
-/// The text of each job, with characters of one to four bytes.
+/// The beginning of each job's payload, with characters of one to four bytes in UTF-8.
 const TEXT: &str = "aß€😀";
 
 fn go(daemon: &Running) {
     fs::write(daemon.dir().join("go"), "").unwrap();
 }
 
-/// Asserts that `count` jobs all succeed, each after one run with its own payload, despite the faults set up by `lay`.
+/// Asserts that `count` jobs all succeed, each after one run with its own payload, despite the faults that `lay` sets up.
 fn jobs_arrive_in_spite_of(count: usize, lay: impl Fn(&Proxy)) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -133,7 +133,7 @@ fn a_stream_that_opens_and_ends_at_once_is_no_hot_loop() {
     assert_waits(&daemon.wait_for_messages(6, "server ended the stream, reconnecting"), 100.0);
 }
 
-/// Asserts that the wait in each event is `millis` milliseconds, plus a jitter of up to a quarter.
+/// Asserts that the wait that each event announces is `millis` milliseconds, plus a jitter of up to a quarter.
 #[track_caller]
 fn assert_waits(events: &[Value], millis: f64) {
     let wait = |event: &Value| event["reconnect_in"].as_str().unwrap().trim_end_matches('s').parse::<f64>().unwrap();
@@ -142,7 +142,7 @@ fn assert_waits(events: &[Value], millis: f64) {
     assert!(waits.iter().all(|wait| possible.contains(wait)), "{waits:?}");
 }
 
-/// The waits cannot grow, so only the jitter makes them differ.
+/// The minimum and the maximum wait are equal, so only the jitter makes the waits differ.
 #[test]
 fn the_first_wait_and_the_capped_ones_have_their_jitter() {
     let server = RawServer::start();
@@ -156,7 +156,7 @@ fn the_first_wait_and_the_capped_ones_have_their_jitter() {
     assert!(events.iter().any(|event| event["reconnect_in"] != events[0]["reconnect_in"]), "no jitter in {events:?}");
 }
 
-/// The limits are fixed at 10 s for a connect and 30 s for an answer.
+/// The time limit for an answer is fixed at 30 seconds, so the test cannot shorten it.
 #[test]
 fn an_unanswered_report_is_sent_again_after_thirty_seconds() {
     let server = RawServer::start();
@@ -316,7 +316,7 @@ fn successes_wait_while_the_server_is_down_and_leave_together() {
     assert_eq!(daemon.wait_for_lines(6, "started").len(), 6);
 }
 
-/// Asserts that a drain without successful reports ends at its deadline.
+/// Asserts that a drain whose reports all fail ends at the shutdown deadline, and logs the dropped report.
 fn draining_in_vain(job_type: &str) {
     let mut server = Server::start();
     let id = server.enqueue("q", job_type, json!(null));
@@ -407,7 +407,7 @@ fn memory_stays_bounded_while_large_failures_cannot_be_reported() {
     let script = "echo $ZIZQ_JOB_ID >> $DIR/started; head -c 3000000 /dev/zero | tr '\\0' 'x' >&2; exit 1";
     let daemon = Daemon::of(&proxy).args(QUICK).args(["--prefetch", "6"]).sh(script).start();
     let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 40]);
-    // The server sends no more jobs than the prefetch until reports arrive.
+    // Until reports arrive, the server sends no more than six jobs, because that is the prefetch.
     daemon.wait_for_lines(6, "started");
     let held = eventually("the failures", || Some(daemon.resident_kib()).filter(|_| server.count("in_flight") == 6));
     assert!(held < 64 * 1024, "{held} KiB");

@@ -88,7 +88,7 @@ mod real_server {
 
 /// Sends a request and waits for the head of its answer.
 fn send(request: RequestBuilder) -> Response {
-    // The future is created inside the runtime, otherwise it would find no timer.
+    // Create the future inside the runtime, otherwise the request's timeout would find no timer.
     runtime().block_on(async { request.send().await }).unwrap()
 }
 
@@ -96,7 +96,8 @@ fn request(server: &Api, method: &str, path: &str) -> RequestBuilder {
     HTTP.request(method.parse().unwrap(), format!("{}{path}", server.url))
 }
 
-/// Sends a body in a format, asks for an answer in the same format, and reads the answer.
+/// Sends a request whose body, if any, is in `format`, and asks for an answer in the same format. Returns the status and the body
+/// of the answer.
 fn call(server: &Api, format: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
     let mut request = request(server, method, path).header(ACCEPT, format);
     if let Some(body) = body {
@@ -188,7 +189,7 @@ impl<'a> Transcript<'a> {
         json!({"queue": self.queue, "type": "t", "payload": payload})
     }
 
-    /// Replaces ids, times and the queue, which differ from run to run, by fixed words.
+    /// Replaces ids, times and the queue, which differ from run to run, with fixed words.
     fn words(&self, value: Value) -> Value {
         match value {
             Value::String(text) => {
@@ -367,7 +368,7 @@ impl Stream {
         self.line().trim_ascii_end().to_vec()
     }
 
-    /// Returns the next job.
+    /// Skips heartbeats, and returns the next job.
     fn job(&mut self) -> Value {
         loop {
             let message = self.message();
@@ -406,7 +407,7 @@ fn heartbeats(server: &Api) {
 const BODIES: [&str; 2] = [JSON, MSGPACK];
 const STREAMS: [&str; 3] = [EVENTS, NDJSON, FRAMES];
 
-/// Checks the rules by which both servers choose formats.
+/// Checks the rules by which a server chooses the format of its answer. The embedded server and a real one share these rules.
 fn negotiation(server: &Api) {
     let not_acceptable = |supported: &[&str]| json!({"error": "not acceptable", "supported": supported});
     let unsupported = json!({"error": "unsupported media type", "supported": BODIES});

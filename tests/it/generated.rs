@@ -1,6 +1,6 @@
 //! The completions, the man page, the commented configuration file and the table of settings match the declared settings, from
-//! which they are generated. They are committed, so that a package needs no extra build step. `UPDATE=1 cargo test generated`
-//! regenerates them.
+//! which they are generated. The generated files are committed, so that a package needs no extra build step.
+//! `UPDATE=1 cargo test generated` regenerates them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -391,7 +391,7 @@ const SEE_ALSO: &[Part] = &[
     Text("The configuration file's own comments explain every setting of it."),
 ];
 
-/// The package lists its files one by one, so a newly generated file could be missing.
+/// The Debian package lists its files one by one, so a newly generated file could be left out.
 #[test]
 fn every_generated_file_is_in_the_package() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,4 +1,4 @@
-//! The process group of a job: its termination, the processes killed with it, and those left alone.
+//! The termination of a job's process group, and of processes that have left the group.
 
 use std::time::{Duration, Instant};
 
@@ -10,14 +10,14 @@ use crate::support::{Daemon, Finished, Running, Server, UNTIL_GO, eventually, is
 /// A time limit far above the duration of an immediate stop, and far below the timeouts that must not be waited for.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// A script whose three processes survive SIGTERM. It records their pids, and each SIGTERM to the first process.
+/// A script whose three processes survive SIGTERM. It records their pids, and each SIGTERM that the first process receives.
 const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
 sh -c 'trap \"\" TERM; sh -c \"echo \\$\\$ >> $DIR/pids; while :; do sleep 0.05; done\" & echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
 echo started >&2
 echo $$ >> $DIR/pids
 while :; do sleep 0.05; done";
 
-/// Runs one job that fails, and stops.
+/// Runs one job that fails, and stops the worker. Returns the reported error and the stopped worker.
 fn fail(script: &str, settings: &str) -> (Value, Finished) {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
@@ -26,7 +26,7 @@ fn fail(script: &str, settings: &str) -> (Value, Finished) {
     (error, running.stop())
 }
 
-/// Runs one job that succeeds, and stops.
+/// Runs one job that succeeds, and stops the worker.
 fn succeed(script: &str, settings: &str) -> Finished {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
@@ -64,7 +64,7 @@ fn a_job_that_exits_0_after_its_timeout_has_failed() {
     let script = "trap 'echo bye >&2; exit 0' TERM; while :; do sleep 0.02; done";
     let (error, _) = fail(script, "timeout = '1s'");
     assert_eq!(error["error_type"], "Timeout");
-    // Before that, the shell may print that its command was terminated.
+    // Before `bye`, the shell may print that its command was terminated.
     assert!(error["backtrace"].as_str().unwrap().ends_with("bye\n"), "{error}");
 }
 
@@ -136,7 +136,7 @@ fn a_grandchild_that_holds_the_pipes_delays_nothing() {
     assert_eq!(finished.event("stderr")["line"], "last");
 }
 
-/// A script that starts a process in another session, which holds all three pipes.
+/// The beginning of a script. It starts a process in a session of its own, which keeps the handler's three pipes open.
 const DETACHED: &str = "echo before; setsid sleep 1000 <&0 & echo $! > $DIR/detached
 until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep 0.01; done";
 
@@ -186,7 +186,7 @@ select(undef, undef, undef, 0.01) until setpgrp(0, $child); sleep 1000'";
 /// The log message about processes that survive SIGKILL.
 const STILL_THERE: &str = "killed processes of the job are still there";
 
-/// Returns a script that becomes root, which the worker cannot signal, and sleeps for `seconds`.
+/// Returns a script that becomes root, and sleeps for `seconds`. The worker has no permission to signal a process of root.
 fn as_root(seconds: u32) -> String {
     format!("echo $$ > $DIR/pid; exec $DIR/setpriv --reuid=0 sleep {seconds}")
 }
@@ -221,8 +221,8 @@ fn a_process_of_another_user_is_not_taken_for_gone() {
     assert!(running.stop().has(STILL_THERE));
 }
 
-/// Stops a worker whose job survives SIGKILL, with up to `signals` signals. Returns the time until the exit, or `None` if the
-/// test cannot start a process as root.
+/// Stops a worker whose job survives SIGKILL, with two or three signals. Returns the time from the last signal to the exit, or
+/// `None` if the test cannot start a process as root.
 fn kill_with_survivor(signals: usize) -> Option<Duration> {
     let server = Server::start();
     let daemon = Daemon::of(&server).handler(&as_root(200), "kill_grace = '0s'");
@@ -260,7 +260,8 @@ fn a_third_signal_shortens_the_wait_for_a_sigkill_survivor() {
     assert!((5.0..14.0).contains(&took.as_secs_f64()), "{took:?}");
 }
 
-/// Starts a worker with `count` running jobs that ignore SIGTERM, and begins a drain. Also returns the jobs' pids.
+/// Starts a worker with `count` running jobs that ignore SIGTERM, and begins a drain. Returns the worker and the pids of the
+/// jobs' processes.
 fn stubborn(server: &Server, count: usize, kill_grace: &str) -> (Running, Vec<String>) {
     server.enqueue_all(jobs(count));
     let settings = format!("kill_grace = '{kill_grace}'");
@@ -277,7 +278,7 @@ fn a_second_signal_ends_all_groups_before_the_worker_exits() {
     let killed = Instant::now();
     running.sigterm();
     let finished = running.assert_exit(1);
-    // One after another, the jobs would take twelve seconds.
+    // If the jobs were ended one after another, their grace periods would add up to twelve seconds.
     assert!((2.0..10.0).contains(&killed.elapsed().as_secs_f64()), "{:?}", killed.elapsed());
     assert_eq!(finished.read("heard").lines().count(), 6);
     assert_dead(&pids.join("\n"));
@@ -396,7 +397,7 @@ fn children(running: &Running) -> String {
     String::from_utf8(shown.stdout).unwrap()
 }
 
-/// Covers each kind of end: a success, a failure, a signal, a timeout, a leftover process, unread input.
+/// The jobs end in six ways: success, failure, a signal, a timeout, with a leftover process, and with unread input.
 #[test]
 fn no_job_leaves_a_descriptor_or_a_zombie_in_the_worker() {
     let server = Server::start();
@@ -417,7 +418,7 @@ fn no_job_leaves_a_descriptor_or_a_zombie_in_the_worker() {
     };
     let after_one = round();
     let after_three = [round(), round()];
-    // The number of connections to the server varies by a few.
+    // The number of connections to the server varies, so allow four more descriptors.
     assert!(after_three[1] <= after_one + 4, "{after_one} and then {after_three:?}");
     running.stop();
 }

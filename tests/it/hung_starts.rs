@@ -31,7 +31,7 @@ fn hang_after_a_fault(running: &Running, server: &Server) -> (String, Lease) {
     let id = server.enqueue("q", "hung", json!(null));
     eventually("a job that waits for its handler", || (server.job(&id)?["status"] == "in_flight").then_some(()));
     running.wait_for("the job", |event| event["message"] == "job received" && event["job"]["id"] == id.as_str());
-    // In this time, the first start and some retries fail.
+    // During this sleep, the first start and some retries fail.
     std::thread::sleep(std::time::Duration::from_millis(300));
     write(&aside);
     let lease = Lease::on(&aside);

@@ -12,7 +12,7 @@ use crate::support::{
 /// Backoff flags with waits too short to slow a test down.
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// A script that runs until it is killed. It ignores SIGTERM, and so does its child.
+/// A script that runs until SIGKILL. It only records SIGTERM, and its child ignores SIGTERM.
 const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
 sh -c 'trap \"\" TERM; echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
 echo $$ >> $DIR/pids
@@ -83,7 +83,7 @@ fn a_drain_flushes_the_reports_and_only_then_closes_the_stream() {
     assert_closed_after_reports(&proxy, take, 2);
 }
 
-/// Asserts that all reports arrived before the stream was closed.
+/// Asserts that the given number of reports arrived before the stream was closed.
 #[track_caller]
 fn assert_closed_after_reports(proxy: &Proxy, take: usize, reports: usize) {
     let events = proxy.events().into_iter();
@@ -245,7 +245,7 @@ fn the_last_tries_end_if_the_server_does_not_answer() {
     let proxy = Proxy::before(&server);
     let gates = [proxy.hold(Call::Failure), proxy.hold(Call::Successes)];
     let daemon = Daemon::of(&proxy).args(["--prefetch", "30"]).sh("[ $ZIZQ_JOB_TYPE = good ]").start();
-    // Three times the number of failures that the worker reports at once.
+    // The worker reports up to eight failures at once, so these need three turns.
     let bad = vec![json!({"queue": "q", "type": "bad", "payload": null}); 24];
     let good = vec![json!({"queue": "q", "type": "good", "payload": null}); 2];
     let ids = server.enqueue_all([good, bad].concat());
@@ -290,7 +290,7 @@ fn a_signal_while_a_server_does_not_answer_is_obeyed_at_once() {
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
 
-/// A replacement of the C library's name lookup that hangs, as with an unresponsive name server.
+/// The C source of a replacement for the C library's name lookup. It hangs, as with an unresponsive name server.
 const SLOW_LOOKUP: &str = "#include <unistd.h>
 int getaddrinfo(const char *node, const char *service, const void *hints, void **result) { sleep(600); return -3; }";
 
@@ -305,7 +305,7 @@ fn a_signal_during_the_lookup_of_the_server_is_obeyed() {
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
 
-/// Before the worker installs its signal handlers, a signal kills it like any process. This is also correct.
+/// Before the worker installs its signal handlers, a signal kills the worker like any other process. That counts as obeyed too.
 #[test]
 fn a_signal_during_start_up_is_obeyed_at_once() {
     let server = RawServer::start();

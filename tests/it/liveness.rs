@@ -15,7 +15,7 @@ const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"
 /// Backoff flags with a second wait that is longer than any test.
 const STEEP: [&str; 6] = ["--retry-min-wait", "100ms", "--retry-max-wait", "1h", "--retry-multiplier", "10000"];
 
-/// A script that records its start, and fails for the type `bad`.
+/// A script that records its start, and fails only for jobs of type `bad`.
 const BY_TYPE: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; [ $ZIZQ_JOB_TYPE != bad ]";
 
 fn job(job_type: &str) -> Value {
@@ -26,7 +26,7 @@ fn urgent() -> Value {
     json!({"queue": "q", "type": "urgent", "payload": null, "priority": 0})
 }
 
-/// Returns a script that runs until the file `go` exists, and fails for the type `bad`.
+/// Returns a script that runs until the file `go` exists, and then fails only for jobs of type `bad`.
 fn until_go() -> String {
     format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE != bad ]")
 }
@@ -57,7 +57,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     let finished = running.assert_exit(0);
     assert_eq!(finished.read("started"), format!("{id}\n"));
     eventually("the others are ready", || (server.count("ready") == 100).then_some(()));
-    // There are eight rounds, with a wait only before the first one.
+    // The search takes eight rounds. A wait before each of them, and not only before the first, would take more than a minute.
     let rounds = finished.all("opening a stream for jobs that are here, and whose stream was lost");
     let prefetch: Vec<u64> = rounds.iter().map(|round| round["prefetch"].as_u64().unwrap()).collect();
     assert_eq!(prefetch, [1, 2, 4, 8, 16, 32, 64, 128]);
@@ -72,7 +72,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     assert!(took < Duration::from_secs(20), "{took}");
 }
 
-/// Jobs beyond the limit stay available to other workers.
+/// A search stream with a prefetch above the limit would withhold more jobs from other workers.
 #[test]
 fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     let server = RawServer::start();
@@ -109,8 +109,8 @@ fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     assert!(full[2] - full[0] >= Duration::from_millis(600), "{:?}", full[2] - full[0]);
 }
 
-/// A stream that brings the running job stays open until the job ends. A prefetch above 1 could withhold other jobs from other
-/// workers for that time.
+/// A stream that redelivers the running job stays open until the job ends. A prefetch above 1 could withhold other jobs from
+/// other workers for that time.
 #[test]
 fn a_search_for_a_running_job_holds_no_other_job() {
     let server = RawServer::start();
@@ -268,10 +268,11 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     let running = Daemon::of(&proxy).args(QUICK).threads(2).args(["--prefetch", "3"]).sh(&script).start();
     running.wait_for_lines(1, "started");
     let ids = server.enqueue_all((0..20).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // Three refusals cost two or three successes, because a refused bulk of two is sent again in halves.
+    // The refused requests drop three failures, and two or three successes, because a refused bulk request for two is sent again
+    // as two requests.
     running.wait_for_messages(5, "report dropped");
-    // A job whose report was dropped runs again when its stream closes, but the long job keeps the stream open. The dropped jobs
-    // fill the prefetch of this stream, so the remaining jobs need another stream.
+    // A job whose report was dropped runs again when its stream closes, but the long job keeps the stream open. The jobs whose
+    // reports were dropped fill the prefetch of this stream, so the remaining jobs need another stream.
     running.wait_for_message("opening another stream: the server still holds jobs whose reports were dropped");
     eventually("all others", || {
         let is_done = |id: &&String| server.job(id).is_none_or(|job| job["attempts"] == 1);
@@ -336,7 +337,7 @@ fn a_worker_with_reports_that_wait_is_not_idle() {
     proxy.fault(Call::Successes, Fault::Answer(503, ""));
     let ids = server.enqueue_all(jobs(20));
     let running = Daemon::of(&proxy).args(QUICK).args(["--exit-when-idle", "200ms"]).sh("true").start();
-    // Twelve retries take longer than twice the limit of 200 ms.
+    // Twelve retries take more than twice the idle limit of 200 ms.
     let failed = running.wait_for_messages(2, "report failed, trying again").len();
     running.wait_for_messages(failed + 12, "report failed, trying again");
     proxy.heal();
@@ -413,7 +414,8 @@ fn reports_leave_soon_after_the_server_is_back() {
     }
     let running = Daemon::of(&proxy).args(STEEP).args(["--prefetch", "4"]).sh(BY_TYPE).start();
     let ids = server.enqueue_all((0..4).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // Wait until a retry is 15 minutes away, so that only the recovery can send the reports.
+    // Wait until a retry is at least 15 minutes away. The reports can then arrive in time only if the server's recovery triggers
+    // them.
     running.wait_for("a long wait", |event| {
         let wait = event["retry_in"].as_str().and_then(|wait| wait.strip_suffix('s')?.parse::<f64>().ok());
         wait.is_some_and(|wait| wait >= 900.0)

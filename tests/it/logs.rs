@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Recorder, Server, eventually};
 
-/// Runs one job of type `job_type` with `script` as its handler, and stops the worker. Returns the job's id too.
+/// Runs one job of type `job_type` with `script` as its handler, which fails, and stops the worker. Returns the job's id and the
+/// stopped worker.
 fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
     let server = Server::start();
     let id = server.enqueue("mail", job_type, json!(null));
@@ -35,7 +36,7 @@ fn is_event(line: &str) -> bool {
         && words.next().is_some_and(|level| ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"].contains(&level))
 }
 
-/// Returns a terminal's line without its colours.
+/// Returns a line from a terminal without its colour codes. Panics if the line has any other escape sequence.
 fn without_colours(line: &str) -> String {
     let mut parts = line.split('\u{1b}');
     let first = parts.next().unwrap_or_default().to_owned();
@@ -126,7 +127,7 @@ fn the_first_line_names_the_version_and_the_worker() {
     daemon.stop();
 }
 
-/// Runs a job that succeeds and one that fails, and returns the messages of the log.
+/// Runs a job that succeeds and one that fails, and returns the messages that are logged at `level`.
 fn messages_at(level: &str) -> Vec<String> {
     let server = Server::start();
     let good = server.enqueue("q", "good", json!(null));
@@ -151,13 +152,14 @@ fn successes_can_be_turned_down_without_losing_the_rest() {
     }
 }
 
-/// Returns the value of `JOURNAL_STREAM` that names a file.
+/// Returns the value of `JOURNAL_STREAM` for a file: its device and inode numbers.
 fn stream_of(path: &Path) -> String {
     let file = fs::metadata(path).unwrap();
     format!("{}:{}", file.dev(), file.ino())
 }
 
-/// Runs a job that fails, with the log in a file that `JOURNAL_STREAM` names if `is_journal`. Returns the file's lines.
+/// Runs a job that fails, with the log in a file, and returns the file's lines. If `is_journal`, `JOURNAL_STREAM` names that
+/// file, as it names the journal under systemd.
 fn lines_in_the_journal(format: &str, is_journal: bool) -> Vec<String> {
     let server = Server::start();
     let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", format, "--log-level", "debug"]);
@@ -275,7 +277,7 @@ fn a_refusal_at_the_start_says_what_the_server_said_in_one_line() {
     assert!(last.contains("forged") && !last.contains(char::is_control), "{last:?}");
 }
 
-/// Opens a named pipe in the test's directory for reading.
+/// Creates a named pipe in the test's directory, and opens it for reading.
 fn open_fifo(daemon: &Daemon, name: &str) -> File {
     let path = daemon.dir().join(name);
     assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());

@@ -1,4 +1,5 @@
-//! Tests of the whole daemon, with the real binary, real processes and real sockets. Each file tests one promise.
+//! Tests of the whole daemon. Most of them run the real binary with real processes and real sockets. Each file tests one promise
+//! of the worker.
 
 #![expect(
     unreachable_pub,

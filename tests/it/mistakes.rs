@@ -12,7 +12,7 @@ const PASSING: i32 = 1;
 const USAGE: i32 = 2;
 const CONFIG: i32 = 78;
 
-/// Runs a daemon with a mistake. It must end with this one line, before it connects.
+/// Asserts that a daemon with a mistake ends with this status and this one line, before it connects.
 #[track_caller]
 fn refuse(daemon: Daemon, status: i32, line: &str) {
     let server = Recorder::answering(400, "no");
@@ -29,7 +29,7 @@ fn complains(daemon: Daemon, status: i32, line: &str) {
     assert_eq!(finished.stdout, "");
 }
 
-/// Checks the same mistake in the flag, in the variable, and in the file.
+/// Asserts that the same bad value is refused in the flag, in the variable, and in the file.
 #[track_caller]
 fn refuse_everywhere(flag: &str, bad: &str, toml: &str, problem: &str) {
     // `refuse` sets the url of its own server, so it cannot test a bad url.
@@ -225,7 +225,7 @@ fn a_value_must_be_text() {
     refuse(Daemon::bare().env("ZIZQ_QUEUES", latin).args(["--", "true"]), USAGE, &format!("ZIZQ_QUEUES: {line}"));
 }
 
-/// The message gives the line of each wrong type and unknown key.
+/// The message gives the line number of each wrong type, unknown key and syntax error.
 #[test]
 fn a_mistake_in_the_file_is_shown_with_its_line() {
     for (toml, problem) in [
@@ -317,7 +317,7 @@ fn no_setting_of_a_handler_has_a_zero_byte() {
     }
 }
 
-/// The handler's file is at fault and not the setting, so the exit status is 78 wherever the handler is set.
+/// The handler's file is at fault and not the setting, so the exit status is 78 even if the handler is set on the command line.
 #[test]
 fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {
     let daemon = || {

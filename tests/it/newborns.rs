@@ -12,8 +12,8 @@ fn pid_of(running: &crate::support::Running) -> Pid {
     Pid::from_raw(running.pid().try_into().unwrap()).unwrap()
 }
 
-/// A starting job is still in the worker's process group, so Ctrl-Z reaches the job as well. The signal must not stop
-/// the job, because `fg` would not continue the job.
+/// A starting job is in the worker's process group until it creates its own, so Ctrl-Z reaches the job as well. The signal must
+/// not stop the job, because `fg` does not continue the job's own group.
 #[test]
 fn a_terminal_that_stops_the_worker_stops_no_job() {
     let server = Server::start();
@@ -29,8 +29,8 @@ fn a_terminal_that_stops_the_worker_stops_no_job() {
     running.stop();
 }
 
-/// A child has the worker's signal handlers until it resets them, and shares the worker's memory until its exec. A handler that
-/// ran in the child would therefore deliver the signal to the worker.
+/// A child has the worker's signal handlers until it resets them, and shares the worker's memory until its exec. A signal handler
+/// that ran in the child would therefore deliver the signal to the worker.
 #[test]
 fn a_signal_to_a_job_at_its_start_spares_the_worker() {
     let server = Server::start();
@@ -53,7 +53,8 @@ fn a_signal_to_a_job_at_its_start_spares_the_worker() {
     assert_eq!(finished.status.into_raw(), 0);
 }
 
-/// The drain signal is sent only after the exec. Before its exec, a child drops SIGHUP as a signal from the terminal.
+/// The drain signal here is SIGHUP, which a child discards before its exec as a signal from the terminal. So the worker must send
+/// it after the exec.
 #[test]
 fn a_drain_signal_right_after_a_start_is_not_lost() {
     for _ in 0..20 {

@@ -16,7 +16,7 @@ struct ChargeCard {
     cents: u64,
 }
 
-/// Charges every customer except number 13.
+/// A script that charges every customer except number 13, whose card is declined.
 const CHARGE: &str = "payload=$(cat)
 case $payload in
     *'\"customer\":13}'*) echo 'asking the bank' >&2; echo 'card declined' >&2; exit 3 ;;
@@ -76,7 +76,7 @@ fn jobs_enqueued_in_bulk_run_and_show_their_errors() {
     assert_eq!(daemon.assert_exit(0).read("charged").lines().count(), 19);
 }
 
-/// Defines two tests of each case: one against `zizq-worker --embedded`, and an ignored one against a real server at `ZIZQ_URL`.
+/// Defines two tests for each case: one against `zizq-worker --embedded`, and an ignored one against a real server at `ZIZQ_URL`.
 macro_rules! cases {
     ($($case:ident)*) => {
         mod against_embedded {
@@ -252,7 +252,7 @@ async fn the_clients_own_worker_runs_jobs(client: &Client, queue: &str) {
     let running = tokio::spawn(worker.run(async { stopped.await.unwrap_or_default() }));
     let seen = tokio::time::timeout(PATIENCE, both).await.expect("the jobs were not run");
     assert_eq!(seen, [good.clone(), bad.clone()]);
-    // The worker sends its outstanding reports before it ends.
+    // The client's worker sends its outstanding reports before it ends.
     stop.send(()).unwrap();
     running.await.unwrap().unwrap();
     assert_eq!(status_of(client.get_job(&good).await), Some(404));

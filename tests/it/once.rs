@@ -10,10 +10,11 @@ use crate::support::{Call, Daemon, Fault, Gate, Proxy, RawServer, Restartable, R
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// Backoff flags with which no parked outcome is looked up during a test, because each lookup follows the longest wait.
+/// Backoff flags with which the worker does not look up the job of a parked outcome during a test. Such a lookup follows only
+/// after the maximum wait, which is an hour here.
 const NO_LOOKS: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "1h"];
 
-/// A script that runs until the test's directory has a file `go`. It succeeds for the type `good`.
+/// A script that runs until the test's directory has a file `go`. It succeeds only for jobs of type `good`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
@@ -50,7 +51,7 @@ fn with_a_running_job(job_type: &str) -> (Server, Proxy, Running, String) {
     (server, proxy, daemon, id)
 }
 
-/// Asserts that the job has succeeded, or failed this many times.
+/// Asserts that the job succeeds if `failures` is 0, and otherwise that it fails exactly `failures` times.
 #[track_caller]
 fn assert_settled(server: &Server, id: &str, failures: usize) {
     match failures {
@@ -108,7 +109,7 @@ fn a_running_job_outlives_its_stream_and_fails_once() {
     a_running_job_goes_on("bad", 1);
 }
 
-/// Asserts that each job runs once. Half of the jobs fail, without a retry.
+/// Asserts that each job runs once although the server is restarted three times. Half of the jobs fail, without a retry.
 fn jobs_run_once_over_restarts(server: &mut Restartable) {
     let job = |number: usize| {
         let mut job = server.order(if number.is_multiple_of(2) { "good" } else { "bad" }, json!(null));
@@ -176,7 +177,8 @@ fn real_server_a_drain_outlives_a_restart_of_the_server() {
     }
 }
 
-/// Ends a job while there is no stream. The server denies the report, and redelivers the job later.
+/// Ends a job while no stream is open, so that its outcome is parked. Asserts that the outcome is reported once the job is
+/// redelivered.
 fn an_ended_job_is_reported_when_it_is_redelivered(job_type: &str, kept: &str, failures: usize) {
     let (server, proxy, daemon, id) = with_a_running_job(job_type);
     let gate = proxy.hold(Call::Take);
@@ -202,7 +204,7 @@ fn a_parked_failure_is_reported_on_redelivery() {
     an_ended_job_is_reported_when_it_is_redelivered("bad", KEPT, 1);
 }
 
-/// The server has seen the end of the stream before the worker, so it denies reports of jobs on that stream.
+/// The server notices the end of the stream before the worker does, so it denies the reports of that stream's jobs.
 #[test]
 fn a_denied_report_waits_for_the_redelivery() {
     for job_type in ["good", "bad"] {
@@ -227,7 +229,8 @@ fn a_denied_report_waits_for_the_redelivery() {
         let mut stream = server.take();
         stream.typed_job("1", job_type);
         daemon.wait_for_message(ENDED);
-        // The redelivery shows that no failure of this attempt counts, so the report needs no further `GET` of the job.
+        // The redelivery shows that the server has not counted this attempt as failed, so the worker reports without another
+        // `GET` of the job.
         let again = server.request();
         let path = if job_type == "bad" { "/jobs/1/failure" } else { "/jobs/success" };
         assert_eq!(again.line(), format!("POST {path} HTTP/1.1"));
@@ -236,8 +239,8 @@ fn a_denied_report_waits_for_the_redelivery() {
     }
 }
 
-/// Loses the answer to a failure. The worker looks up the job and finds the next attempt in flight, so it does not send the
-/// failure again.
+/// Loses the answer to the report of a failure. The worker looks up the job and finds the next attempt in flight, so it does not
+/// send the failure again.
 fn a_failure_whose_answer_is_lost_costs_one_attempt(fault: Fault) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -356,7 +359,7 @@ fn a_success_whose_answer_is_lost_is_sent_again() {
     assert_eq!(daemon.assert_exit(0).read("started"), format!("{id}\n"));
 }
 
-/// The server denies one job of a bulk report, and the worker cannot find out the state of that job.
+/// The server denies one success of a bulk report, and the worker cannot find out the state of that job.
 #[test]
 fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     let server = RawServer::start();
@@ -379,7 +382,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     again.answer("422 Unprocessable", r#"{"not_found":["1"]}"#);
     let look = server.request();
     assert_eq!(look.line(), "GET /jobs/1 HTTP/1.1");
-    // A proxy refuses the `GET` of the job, so the success is kept.
+    // A proxy refuses the `GET` of the job, so the worker parks the success.
     look.answer("403 Forbidden", "");
     daemon.wait_for_message("cannot look at a job whose report was denied");
     stream.end();
@@ -387,7 +390,7 @@ fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
     daemon.wait_for_message(ENDED);
 }
 
-/// The next attempt arrives while the report of the present attempt is in flight.
+/// The job's next attempt arrives while the report of its previous attempt is still unanswered.
 #[test]
 fn a_later_attempt_starts_while_the_failure_is_in_doubt() {
     let server = RawServer::start();
@@ -406,7 +409,7 @@ fn a_later_attempt_starts_while_the_failure_is_in_doubt() {
     daemon.assert_exit(0);
 }
 
-/// Another client has reported the waiting job as failed, so the job is redelivered as its next attempt.
+/// Another client has reported the waiting job as failed, so the server delivers the job's next attempt.
 #[test]
 fn a_job_redelivered_while_it_waits_runs_once() {
     let server = RawServer::start();
@@ -419,7 +422,7 @@ fn a_job_redelivered_while_it_waits_runs_once() {
     drop(stream);
 }
 
-/// A success is valid for any attempt.
+/// The server accepts a success whichever attempt of the job is in flight.
 #[test]
 fn a_success_counts_though_a_later_attempt_comes_meanwhile() {
     let server = RawServer::start();
@@ -461,7 +464,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
             report
         };
         report.answer("204 No Content", "");
-        // By the time of the next report, the report of job 1 is settled.
+        // Once the success of job 2 is reported, the report of job 1 is settled.
         stream.typed_job("2", "good");
         server.request().answer("204 No Content", "");
         stream.typed_job("1", job_type);
@@ -475,7 +478,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
     }
 }
 
-/// Starts a drain with an outcome that is parked until its job is redelivered.
+/// Starts a drain with a failure that is parked until its job is redelivered.
 fn draining_with_a_kept_failure(deadline: &str) -> (Server, Proxy, Running, String, Gate) {
     let server = Server::start();
     let proxy = Proxy::before(&server);

@@ -1,4 +1,5 @@
-//! The worker as process 1 of a container without an init. It reaps orphans without losing the exit status of a handler.
+//! The worker as process 1 of a container without an init, or as a subreaper. It reaps orphans without losing the exit status of
+//! a handler.
 
 use std::fs;
 use std::path::Path;
@@ -18,7 +19,7 @@ fn zombies_below(parent: u32) -> usize {
     stats.filter(is_zombie).count()
 }
 
-/// Returns the worker's pid as seen outside its namespace. The worker is a child of `pid`.
+/// Waits for the worker, which is the child of `pid` in a pid namespace. Returns the worker's pid outside that namespace.
 fn inside(pid: u32) -> u32 {
     eventually("the worker in its namespace", || {
         let children = fs::read_dir("/proc").unwrap().flatten();
@@ -38,7 +39,7 @@ fn inside(pid: u32) -> u32 {
 #[test]
 fn processes_that_left_their_group_are_reaped() {
     let server = Server::start();
-    // Each handler leaves a process in a session of its own, which ends long after the handler's report.
+    // Each handler leaves a process in a session of its own. That process ends long after the handler.
     let script = "setsid sh -c 'echo > $DIR/$ZIZQ_JOB_ID; sleep 0.3; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null &\n\
         until [ -e $DIR/$ZIZQ_JOB_ID ]; do sleep 0.01; done; exit $(cat)";
     let running = Daemon::of(&server).threads(8).sh(script).in_pid_namespace().start();
@@ -89,7 +90,7 @@ fn a_subreaper_reaps_what_has_left_its_group() {
     running.stop();
 }
 
-/// A process 1 that waits only for the worker, and leaves all orphans as zombies.
+/// A script for a process 1 that starts the worker, waits only for it, and leaves all orphans as zombies.
 const LAZY_INIT: &str = "exec perl -e 'my $worker = fork; exec @ARGV if !$worker; waitpid($worker, 0)' \"$@\"";
 
 #[test]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Server, eventually, jobs};
 
-/// Runs one job that succeeds, and stops.
+/// Runs one job that succeeds, and stops the worker.
 fn succeed(payload: Value, script: &str, settings: &str) -> Finished {
     let server = Server::start();
     let id = server.enqueue("q", "t", payload);
@@ -115,7 +115,7 @@ fn a_gigabyte_on_stderr_does_not_make_the_worker_grow() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let line = "x".repeat(60_000);
-    // Lines of 60 kB, which are logged, and an endless line, which is not.
+    // First lines of 60 kB, and then 900 MB without a line break.
     let script = format!("yes {line} | head -c 100000000 >&2; head -c 900000000 /dev/zero >&2; exit 1");
     let running = Daemon::of(&server).without_output().sh(&script).start();
     let error = server.wait_for_error(&id, 1);

@@ -164,7 +164,7 @@ fn the_address_of_the_page_is_printed_with_embedded() {
     assert!(finished.has("open this page to watch the worker") && !without.has("open this page to watch the worker"));
 }
 
-/// The settings of an example shop. One handler is warm, one fails sometimes, and one is missing.
+/// The settings of an example shop. One handler is warm, one always fails, and the file of one is removed before its first job.
 const SHOP: &str = "
 [worker]
 worker_id = 'web-1'
@@ -181,8 +181,8 @@ exec = ['$DIR/charge-card.sh']
 exec = ['$DIR/bin/export-report.sh']
 ";
 
-/// The source of a warm handler. A job takes as many seconds as its payload says, or until the file `go` exists if the payload
-/// is null.
+/// The Python source of a warm handler. A job sleeps for the number of seconds in its payload. If the payload is null, the job
+/// runs until the file `go` exists.
 const WARM: &str = "
 import json, os, socket, time
 server = socket.socket(socket.AF_UNIX)
@@ -231,7 +231,7 @@ fn the_page_shows_a_busy_worker() {
     running.go();
 }
 
-/// Enqueues jobs of every kind for the shop's worker.
+/// Enqueues jobs for each handler of the shop.
 fn fill(server: &Server, running: &Running) {
     let job =
         |queue: &str, job_type: &str, payload: Value| json!({"queue": queue, "type": job_type, "payload": payload});

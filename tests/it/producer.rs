@@ -8,13 +8,13 @@ use crate::support::{Call, Daemon, Fault, Proxy, RawServer, Running, Server, unu
 /// Backoff flags with waits that are too short to slow a test down, and that differ clearly from each other.
 const QUICK: [&str; 6] = ["--retry-min-wait", "100ms", "--retry-max-wait", "10s", "--retry-multiplier", "3"];
 
-/// Returns the announced wait in seconds.
+/// Returns the wait that an event announces, in seconds.
 fn wait_of(event: &Value) -> f64 {
     let text = event["reconnect_in"].as_str().unwrap_or_else(|| panic!("no reconnect_in: {event}"));
     text.strip_suffix('s').unwrap().parse().unwrap()
 }
 
-/// Asserts the length of wait `number`, with a jitter of up to a quarter, rounded to two decimals.
+/// Asserts that the event announces a wait of 0.1 × 3^`number` seconds, plus a jitter of up to a quarter.
 #[track_caller]
 fn assert_wait(event: &Value, number: i32) {
     let (wait, least) = (wait_of(event), 0.1 * 3f64.powi(number));
@@ -146,7 +146,7 @@ fn a_server_that_restarts_is_found_again() {
     server.wait_until_done(&id);
 }
 
-/// Asserts an exit with status 1, and a last log line with the server's message.
+/// Asserts that the daemon exits with status 1, and that its last log line has the server's message `said`.
 fn assert_refused(daemon: Running, said: &str) {
     let finished = daemon.assert_exit(1);
     let complaint = finished.log.last().unwrap();

@@ -22,7 +22,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 type Body = Full<Bytes>;
 
-/// A server on a free port, until it is stopped or dropped.
+/// An embedded server, which runs on a free port until it is stopped or dropped.
 struct Server {
     address: SocketAddr,
     store: Store,
@@ -61,7 +61,7 @@ impl Server {
         self.store.enqueue_line(&line).unwrap()
     }
 
-    /// Sends one request over a separate connection.
+    /// Sends one request over a new connection. Returns the status and the JSON of the answer.
     async fn call(&self, method: Method, path: &str, body: &str) -> (u16, Value) {
         let mut connection = Connection::http1(self.address).await;
         let answer = connection.send(method, path, body).await;
@@ -112,7 +112,7 @@ enum Sender {
     Http2(http2::SendRequest<Body>),
 }
 
-/// An executor for the tasks of one connection, of which hyper's HTTP/2 client has several. The token cancels all of them.
+/// An executor for the tasks of one connection. For HTTP/2, hyper's client spawns several tasks. The token cancels all of them.
 #[derive(Clone)]
 struct Tasks(CancellationToken);
 
@@ -160,7 +160,7 @@ impl Connection {
         Stream { body, buffer: BytesMut::new(), scanned: 0, _connection: Some(self) }
     }
 
-    /// Opens a stream that can end without its connection.
+    /// Opens a take stream that can be dropped without closing the connection.
     async fn take_on(&mut self, query: &str) -> Stream {
         let body = self.open(query).await;
         Stream { body, buffer: BytesMut::new(), scanned: 0, _connection: None }
@@ -178,7 +178,7 @@ impl Connection {
 struct Stream {
     body: Incoming,
     buffer: BytesMut,
-    /// The number of bytes in the buffer known to contain no line break.
+    /// The number of bytes at the start of the buffer that are known to contain no line break.
     scanned: usize,
     _connection: Option<Connection>,
 }
@@ -433,7 +433,7 @@ async fn the_in_flight_limit_spans_all_connections() {
     assert_eq!([first.id().await, first.id().await], [ids[0].clone(), ids[1].clone()]);
     let mut second = server.take("?prefetch=0").await;
     server.succeed(&ids[0]).await;
-    // Either stream can receive the third job, but only after this success.
+    // Either stream can receive the third job, but only after the success above.
     tokio::select! {
         id = first.id() => assert_eq!(id, ids[2]),
         id = second.id() => assert_eq!(id, ids[2]),

@@ -142,7 +142,7 @@ fn a_quiet_worker_is_not_idle() {
     running.wait_for_message("paused");
     running.go();
     running.wait_for_message("stream closed, everything taken over it has been reported");
-    // Wait for three times the limit, because there is no event to wait for.
+    // Sleep for three times the idle limit. There is no event to wait for, because the paused worker must not end.
     std::thread::sleep(Duration::from_secs(1));
     running.signal(Signal::CONT);
     running.wait_for_message("resumed");
@@ -159,7 +159,7 @@ fn sigusr1_logs_what_the_worker_does() {
     let running = Daemon::of(&server).sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();
     let pid: u64 = running.wait_for_file("pid").trim().parse().unwrap();
     running.wait_for_lines(1, "started");
-    // A handler can run before the worker has recorded its process.
+    // The handler can write its pid to the file before the worker has recorded the pid.
     eventually("the job's process", || {
         running.signal(Signal::USR1);
         running.log().iter().any(|line| line.contains(&format!("\"pid\":{pid}"))).then_some(())

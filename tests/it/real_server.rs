@@ -1,5 +1,6 @@
 //! End-to-end cases, against the embedded server and, in ignored tests, against a real one:
-//! `ZIZQ_URL=http://… cargo test -- --ignored real_server`. Each case has a queue of its own, so the server may be in use.
+//! `ZIZQ_URL=http://… cargo test -- --ignored real_server`. Each case has a queue of its own, so the real
+//! server may have other users.
 
 use std::fs;
 
@@ -62,7 +63,7 @@ impl<'a> Queue<'a> {
 
 impl Drop for Queue<'_> {
     fn drop(&mut self) {
-        // Leftover jobs would disturb later tests.
+        // Delete leftover jobs, otherwise they would accumulate on a real server.
         let name = self.name.replace(' ', "%20").replace('/', "%2F").replace('ü', "%C3%BC");
         if !std::thread::panicking() {
             self.server.call("DELETE", &format!("/jobs?queue={name}"), None);

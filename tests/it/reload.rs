@@ -1,4 +1,4 @@
-//! SIGHUP reloads the settings. Those that need no restart take effect, and a bad file changes nothing.
+//! SIGHUP reloads the settings. Changes that need no restart take effect, and a bad file changes nothing.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ fn start(server: &Api, toml: &str) -> Running {
     start_with(server, toml, "true")
 }
 
-/// Starts a daemon like [`start`], with `script` as a further file `script.sh`.
+/// Starts a daemon as [`start`] does, with `script` in an additional file `script.sh`.
 fn start_with(server: &Api, toml: &str, script: &str) -> Running {
     let daemon = Daemon::bare().args(["--log-format", "json", "--admin-listen", "127.0.0.1:0"]);
     daemon.script("old.sh", "echo old $ZIZQ_JOB_TYPE >> $DIR/ran");
@@ -149,7 +149,7 @@ fn a_job_that_comes_over_the_old_stream_is_run_if_it_still_fits() {
     let gate = proxy.hold(Call::Take);
     reloaded(&running, &proxy, &toml(4));
     gate.wait_for(1);
-    // The new stream is not open yet, so these jobs come over the old one.
+    // The new stream is not open yet, so these jobs arrive over the old one.
     let ids = [(); 3].map(|()| server.enqueue("q", "quick", json!(null)));
     ids.iter().for_each(|id| server.wait_until_done(id));
     gate.release();
@@ -229,7 +229,7 @@ fn a_server_that_is_gone_does_not_keep_the_worker_from_the_next() {
     running.go();
     let id = there.enqueue("q", "t", json!(null));
     there.wait_until_done(&id);
-    // The other server does not know the first job, so its report is dropped.
+    // The first job's report can only go to the old server, which is down. So the report is dropped at the shutdown deadline.
     running.sigterm();
     let finished = running.assert_exit(1);
     assert_eq!(finished.event("report dropped")["job"]["id"], old.as_str());
@@ -341,7 +341,7 @@ fn a_file_that_never_ends_holds_up_nothing() {
     let file = running.dir().join("zizq-worker.toml");
     fs::remove_file(&file).unwrap();
     rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-    // Retry, because two pending signals can count as one.
+    // Send the signal repeatedly, because the kernel can merge two pending signals into one.
     eventually("a reload while another one lasts", || {
         running.signal(Signal::HUP);
         running.log().iter().any(|line| line.contains("signal ignored, the settings are being read")).then_some(())

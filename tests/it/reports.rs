@@ -6,7 +6,7 @@ use crate::support::{Call, Daemon, Fault, Proxy, RawServer, Server};
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// A script that succeeds for the type `good` only.
+/// A script that succeeds only for jobs of type `good`.
 const BY_TYPE: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; [ $ZIZQ_JOB_TYPE = good ]";
 
 fn jobs(count: usize, job_type: &str) -> Vec<Value> {
@@ -67,7 +67,7 @@ fn successes_do_not_wait_behind_failures() {
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Failure);
     let _daemon = Daemon::of(&proxy).args(["--prefetch", "20"]).sh(BY_TYPE).start();
-    // More failures than the eight that are in flight at once.
+    // These are more than the eight failures that the worker reports at once.
     server.enqueue_all(jobs(12, "bad"));
     gate.wait_for(8);
     let good = server.enqueue("q", "good", json!(null));
@@ -185,7 +185,7 @@ fn any_other_4xx_is_logged_and_the_report_is_dropped() {
     daemon.assert_exit(0);
 }
 
-/// The server ignores the prefetch and answers no report. The ack queue takes 2 × prefetch outcomes, the loop one more.
+/// The server ignores the prefetch and answers no report. The ack queue holds 2 × prefetch outcomes, and the loop holds one more.
 #[test]
 fn a_full_ack_queue_holds_back_the_loops() {
     let server = RawServer::start();

@@ -13,7 +13,8 @@ struct Failed {
     finished: Finished,
 }
 
-/// Runs a handler that executes this script and fails. In the script, `say` writes the result file.
+/// Runs a handler that executes this script and fails. In the script, the shell function `say` writes its argument to the result
+/// file.
 fn fail(script: &str, settings: &str) -> Failed {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
@@ -145,7 +146,7 @@ fn the_directory_is_gone_after_a_kill_too() {
     assert!(!std::path::Path::new(path.trim()).parent().unwrap().exists());
 }
 
-/// Asserts that the result file is ignored with a warning, and that the failure is reported as without a result file.
+/// Asserts that the result file is ignored with a warning, and that the failure is reported as if there were no result file.
 #[track_caller]
 fn assert_ignored(script: &str, reason: &str) {
     let failed = fail(script, "");
@@ -192,7 +193,7 @@ fn a_result_file_that_is_not_regular_is_ignored_without_delay() {
     assert_ignored("ln -s $ZIZQ_RESULT_FILE $ZIZQ_RESULT_FILE", "cannot be opened");
 }
 
-/// The directory is too deep for a recursive removal, and for one open descriptor for each level.
+/// The directory is too deep to be removed by recursion, or with an open descriptor for each level.
 #[test]
 fn a_directory_of_any_depth_is_removed() {
     if !crate::handlers::has("python3") {

@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Server};
 
-/// Returns a daemon with these handlers. Each is a script that records its own name.
+/// Returns a daemon with the handlers of `toml`, and with three scripts for them. Each script records its own name and the job's
+/// type.
 fn daemon(server: &Server, toml: &str) -> Daemon {
     let daemon = Daemon::of(server);
     for name in ["default", "one", "two"] {

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::support::{Daemon, Finished, Refused, Server, jobs};
 
-/// The log message about the slower method of starting processes.
+/// The log message of a worker that must start processes by the slower method.
 const SLOW: &str = "processes are started in a slower way, the system refuses the usual one";
 
 fn no_shared_memory() -> Refused {
@@ -52,7 +52,7 @@ fn jobs_run_where_there_are_no_pidfds() {
     assert!(run_all_kinds(&server, Daemon::of(&server).in_sandbox(refused)).has(SLOW));
 }
 
-/// A replacement of `clone` like that of a kernel without CLONE_PIDFD.
+/// The C source of a replacement for `clone`, which drops CLONE_PIDFD as an old kernel does.
 const NO_PIDFD: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 int clone(int (*run)(void *), void *stack, int flags, void *argument, int *pidfd) {
@@ -106,7 +106,7 @@ fn a_machine_that_starts_no_process_fails_few_jobs() {
     let no_process = Refused { with: 0, ..Refused::clone(0, Errno::PERM) };
     let running = Daemon::of(&server).threads(4).args(["--", "true"]).in_sandbox([no_process]).start();
     running.wait_for_message("handler cannot be started, its jobs are slowed down");
-    // One job fails at once, one a second later, and one two seconds after that.
+    // The first job fails at once, the second a second later, and the third two seconds after that.
     std::thread::sleep(std::time::Duration::from_millis(1500));
     let finished = running.stop();
     assert!((1..=3).contains(&finished.all("job failed").len()), "{:?}", finished.log);
@@ -125,7 +125,7 @@ fn no_file_is_left_open_where_close_range_is_unknown() {
     assert_eq!(open.lines().filter(|line| line.contains("->")).count(), 4, "{open}");
 }
 
-/// A replacement of `epoll_ctl` that refuses pidfds.
+/// The C source of a replacement for `epoll_ctl`, which refuses pidfds.
 const NO_ROOM_IN_EPOLL: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -14,7 +14,8 @@ use crate::support::{BodyFault, Call, Daemon, Fault, Proxy, Restartable, Running
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "300ms"];
 
-/// A script that fails as often as the payload says. Jobs of type `slow` are still running at the next fault.
+/// A script that fails as often as the payload says. Jobs of type `slow` run for long enough that they are still running at the
+/// next fault.
 const SCRIPT: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/ran
 read -r failures
 [ $ZIZQ_JOB_TYPE = quick ] || sleep 0.4
@@ -26,7 +27,7 @@ const BACKLOG: u64 = 200;
 /// The allowed growth of memory. It is more than allocators and logs need, and far less than a leak per job.
 const MEMORY_KIB: u64 = 24 * 1024;
 
-/// The allowed growth of open descriptors. The pool keeps a connection for each concurrent request. A leak per fault
+/// The allowed growth of open descriptors. The connection pool keeps a connection for each concurrent request. A leak per fault
 /// would be far more.
 const DESCRIPTORS: usize = 24;
 
@@ -113,7 +114,7 @@ impl Soak {
         }
     }
 
-    /// Fills the backlog up with new jobs. Enqueues them directly at the server, not through the proxy.
+    /// Fills the backlog up with new jobs. Enqueues the jobs directly at the server, not through the proxy.
     fn refill(&mut self) {
         let missing = BACKLOG.saturating_sub(self.server.unfinished());
         let kinds: Vec<(u32, Value)> = (0..missing).map(|_| self.kind()).collect();
@@ -129,7 +130,7 @@ impl Soak {
         let job_type = if self.random.u8(..) < 25 { "slow" } else { "quick" };
         let mut job = self.server.order(job_type, json!(failures));
         job["backoff"] = json!({"base_ms": 10, "exponent": 0.0, "jitter_ms": 0});
-        // Retained for the checks at the end.
+        // Retain the job after its success, for the checks at the end.
         job["retention"] = json!({"completed_ms": 3_600_000});
         (failures, job)
     }

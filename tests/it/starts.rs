@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Admin, Daemon, RawServer, Running, Server, UNTIL_GO, eventually, jobs};
 
-/// Replaces the handler's script atomically, as a careful deploy does.
+/// Replaces the handler's script atomically, as a careful deployment does.
 fn deploy(daemon: &Running, script: &str) {
     let (new, path) = (daemon.dir().join("new"), daemon.dir().join("handle.sh"));
     fs::write(&new, script).unwrap();
@@ -17,7 +17,7 @@ fn deploy(daemon: &Running, script: &str) {
     fs::rename(new, path).unwrap();
 }
 
-/// Sleeps for the duration of a step that has no event.
+/// Sleeps for a period in which there is no event that the test could wait for.
 fn meanwhile(milliseconds: u64) {
     std::thread::sleep(Duration::from_millis(milliseconds));
 }
@@ -45,8 +45,8 @@ fn a_handler_that_is_missing_for_a_moment_fails_no_job() {
     assert!(!finished.has("job failed") && !finished.has("handler cannot be started, its jobs are slowed down"));
 }
 
-/// A replacement of `clone`. While the file `errno` in the test's directory contains a number, it records the call and fails
-/// with that error.
+/// The C source of a replacement for `clone`. While the file `errno` in the test's directory contains a number, the replacement
+/// records each call and fails with that error.
 const FAULTY_CLONE: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -191,7 +191,8 @@ fn the_wait_for_a_broken_handler_is_no_run_time() {
     let completed = running.wait_for("a job that waited", |event| event["message"] == "job completed");
     let waited = completed["waited_seconds"].as_f64().unwrap_or_else(|| panic!("{completed}"));
     assert!(waited > 1.0, "{completed}");
-    // Jobs whose start failed are retried. The time of failed starts does not count as run time.
+    // At least six of the eight jobs complete, some perhaps at a retry. Their runs are in the histogram of run times, which
+    // failed starts do not enter.
     eventually("the time of all runs", || {
         let completed = running.log().iter().filter(|line| line.contains(r#""message":"job completed""#)).count();
         let text = admin.metrics();
@@ -205,7 +206,7 @@ fn the_wait_for_a_broken_handler_is_no_run_time() {
     assert!(finished.all("job failed").iter().all(|failed| failed["seconds"].is_null()), "{:?}", finished.log);
 }
 
-/// ENOEXEC is not temporary, so the first job fails at once. After that, the brake delays the other jobs.
+/// ENOEXEC is not temporary, so the first job fails at once. After that, the worker delays the starts of the other jobs.
 #[test]
 fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     let server = Server::start();
@@ -223,7 +224,7 @@ fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     deploy(&running, GOOD);
     let mended = Instant::now();
     running.wait_for_lines(8 + 60 - failed.len() - 1, "ran");
-    // The pause under way lasts at most two seconds, and no further pause follows.
+    // The current pause lasts at most two seconds, and no other pause follows.
     assert!(mended.elapsed() < Duration::from_secs(15), "{:?}", mended.elapsed());
     running.wait_for_message("handler can be started again");
     let finished = running.stop();
@@ -299,7 +300,7 @@ fn a_low_hard_limit_of_open_files_is_warned_of() {
 fn an_ignored_sigchld_that_was_handed_down_does_no_harm() {
     let server = Server::start();
     let ids = ["0", "3"].map(|code| server.enqueue("q", code, json!(null)));
-    // Perl, because not every shell can ignore SIGCHLD.
+    // Use Perl, because not every shell can ignore SIGCHLD.
     let ignore = r#"exec perl -e '$SIG{CHLD} = "IGNORE"; exec @ARGV' "$@""#;
     let running = Daemon::of(&server).sh("/bin/true; exit $ZIZQ_JOB_TYPE").after(ignore).start();
     server.wait_until_done(&ids[0]);

@@ -1,4 +1,5 @@
-//! Reports that odd proxies, silent or stale streams, or replaced certificates delay. Each report is sent in the end.
+//! Reports that are delayed by odd proxies, by silent or stale streams, or by replaced certificates. Each report is sent in the
+//! end.
 
 use std::fs;
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -21,7 +22,7 @@ fn job(job_type: &str) -> Value {
     json!({"queue": "q", "type": job_type, "payload": null})
 }
 
-/// Returns a script that runs until the file `go` exists, and fails for the type `bad`.
+/// Returns a script that runs until the file `go` exists, and then fails only for jobs of type `bad`.
 fn until_go() -> String {
     format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE != bad ]")
 }
@@ -213,12 +214,12 @@ fn a_search_for_a_running_job_holds_few_others() {
     };
     let greatest = server.answer_until("six rounds", |request| search(request, &|_, rounds| rounds >= 6));
     assert_eq!(greatest, 4, "the prefetch of two loops");
-    // Both jobs have ended, so a search stream closes at once, and its prefetch can grow to 512.
+    // Once both jobs have ended, a search stream withholds jobs only briefly, so its prefetch can grow to 512.
     running.go();
     server.answer_until("a deep round", |request| search(request, &|greatest, _| greatest >= 512));
 }
 
-/// Forwards connections to a port that can change.
+/// A forwarder of connections to a target port that can change.
 struct Forwarder {
     port: u16,
     target: Arc<AtomicU16>,
@@ -238,7 +239,7 @@ impl Forwarder {
                 all.lock().unwrap().push(near.try_clone().unwrap());
                 for (mut from, mut into) in [(near.try_clone().unwrap(), far.try_clone().unwrap()), (far, near)] {
                     std::thread::spawn(move || {
-                        // A cut connection ends the copy.
+                        // A cut connection ends the copy with an error, which the test expects.
                         let _ = std::io::copy(&mut from, &mut into);
                         let _ = into.shutdown(Shutdown::Both);
                     });
@@ -248,7 +249,7 @@ impl Forwarder {
         Self { port, target, open }
     }
 
-    /// Directs new connections to another port, and cuts all but the first.
+    /// Forwards new connections to another port, and cuts all open connections but the first, which has the stream.
     fn move_to(&self, target: u16) {
         self.target.store(target, Ordering::SeqCst);
         for stream in self.open.lock().unwrap().iter().skip(1) {
@@ -257,7 +258,8 @@ impl Forwarder {
     }
 }
 
-/// The stream stays open on a connection with the old certificate, but new connections need the new certificate.
+/// The stream stays open on a connection to the old certificate, but new connections meet a new certificate from another
+/// authority.
 #[test]
 fn a_reload_of_certificates_helps_waiting_reports() {
     let (server, one, two) = (Server::start(), Authority::new(), Authority::new());

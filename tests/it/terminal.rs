@@ -1,4 +1,4 @@
-//! The worker on a terminal.
+//! The worker on a terminal: its changing status line, and the drain when the terminal is closed.
 
 use std::fs;
 
@@ -152,7 +152,7 @@ fn a_worker_whose_log_is_elsewhere_drains_too() {
     assert_eq!((&stopped["reason"], &stopped["succeeded"]), (&json!("the terminal is gone"), &json!(1)));
 }
 
-/// The kernel sends SIGHUP before the terminal is closed.
+/// When the shell dies, the kernel sends SIGHUP to the worker before it closes the terminal.
 #[test]
 fn a_worker_drains_when_its_shell_is_killed() {
     let server = Server::start();

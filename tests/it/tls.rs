@@ -13,7 +13,7 @@ fn at(port: u16) -> String {
     format!("https://localhost:{port}")
 }
 
-/// Returns a daemon whose system trusts `roots`.
+/// Returns a daemon for which the system's trusted certificates are `roots`.
 fn daemon(url: &str, roots: &str) -> Daemon {
     let daemon = Daemon::at(url).args(QUICK);
     let path = daemon.file("system.pem", roots);
@@ -37,7 +37,7 @@ impl WithFiles for Daemon {
     }
 }
 
-/// Checks that a success and a failure arrive, and that the daemon drains.
+/// Checks that the reports of a success and of a failure arrive at the server, and that the daemon drains.
 #[track_caller]
 fn assert_works(server: &Server, daemon: Daemon) {
     let good = server.enqueue("q", "good", json!(null));
@@ -218,7 +218,8 @@ fn a_file_that_holds_something_else_is_named_with_its_setting() {
     starts_with(daemon, prefix, "holds no private key in PEM: ");
 }
 
-/// Checks only the line's beginning and the problem, because the rest comes from a library.
+/// Checks that a mistake ends the daemon with one line that begins with `prefix` and `problem`. The rest of the line comes from a
+/// library.
 #[track_caller]
 fn starts_with(daemon: Daemon, prefix: &str, problem: &str) {
     let daemon = with_system_roots(daemon).args(["--url", "https://localhost:1", "--", "true"]);

@@ -1,4 +1,4 @@
-//! The check of the server's version at each connect, and the warning about a version that does not fit.
+//! The check of the server's version at each new connection, and the warning about a version that does not fit.
 
 use crate::support::{Daemon, RawServer};
 

@@ -1,4 +1,4 @@
-//! Warm handlers that die, hang, break the protocol or cannot be started. Each costs at most its own job.
+//! Warm handlers that die, hang, break the protocol or cannot be started. Each such fault fails at most the job that it hits.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Warm, assert_none_failed, eventually, is_alive, replace, wait_until_dead, warm_handler};
 
-/// Runs a job that fails between two that succeed, and returns the error. Checks that the failure ends the process
-/// before the report.
+/// Runs a job that fails between two that succeed, and returns the error. Checks that the process is dead before the failure is
+/// reported, and that the next job gets another process.
 #[track_caller]
 fn fail_between(warm: &Warm, code: &str) -> Value {
     let before = warm.succeed("");
@@ -123,7 +123,7 @@ fn the_timeout_counts_for_each_job_anew() {
     warm.stop();
 }
 
-/// Invalid replies, each with a part of its error message.
+/// Code that sends an invalid reply, each with a part of the expected error message.
 const NONSENSE: [(&str, &str); 12] = [
     ("send(2 * (json.dumps({'id': job['id'], 'ok': True}) + '\\n'))", "more than one reply"),
     ("send(json.dumps({'id': job['id'], 'ok': True}) + '\\nmore'); time.sleep(1000)", "more than one reply: more"),
@@ -282,7 +282,7 @@ fn processes_that_crash_at_once_count_once_for_the_pause() {
 
 #[test]
 fn a_handler_that_hangs_before_it_connects_is_killed() {
-    // Long enough for a good process on a busy machine.
+    // The timeout is long enough for a working process to connect on a busy machine.
     let settings = "start_timeout = '4s'\nkill_grace = '10m'";
     let warm = Warm::before(&bad("leave_child(); ignore_term(); time.sleep(1000)"), settings);
     let id = warm.enqueue("");
@@ -296,7 +296,7 @@ fn a_handler_that_hangs_before_it_connects_is_killed() {
     warm.stop();
 }
 
-/// A start has to fail twice before it fails a job.
+/// A job fails only if two starts in a row have failed.
 #[test]
 fn one_start_that_fails_burns_no_attempt() {
     let warm = Warm::before("if is_first(): sys.exit(1)", "");

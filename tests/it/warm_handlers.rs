@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::handlers::has;
 use crate::support::{Admin, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// A card in characters that some locales lack. Node's readline takes the last character for a line break.
+/// A card number with characters that some locales lack. Node's readline takes the last character for a line break.
 const CARD: &str = "ä€😀\u{2028}";
 
 struct Example {
@@ -131,8 +131,8 @@ fn the_warm_one_in_rust() {
     Example::of(built_example("warm_handler"), "HandleError").runs_both_ways();
 }
 
-/// Returns the path of a program in `examples`. Builds the program if it is missing or old, because `cargo test` builds examples
-/// only with all tests selected.
+/// Returns the path of a program in `examples`. Builds the program if it is missing or out of date, because `cargo test` builds
+/// the examples only if no single test target is selected.
 pub fn built_example(name: &str) -> PathBuf {
     let deps = std::env::current_exe().unwrap();
     let profile = deps.parent().unwrap().parent().unwrap();
@@ -151,7 +151,7 @@ fn build_example(name: &str, root: &Path, profile: &Path) {
     if profile.ends_with("release") {
         cargo.arg("--release");
     }
-    // With Cargo's variables set, build scripts that read them would run now, and again in the next build.
+    // Remove Cargo's variables, otherwise build scripts that read them would run now, and again in the next build.
     let of_this_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_"];
     for (name, _) in std::env::vars_os() {
         if of_this_package.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {

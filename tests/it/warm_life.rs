@@ -13,7 +13,7 @@ use crate::support::{
     warm_handler,
 };
 
-/// Code that records the number of the handler's processes, including this one.
+/// Code that records the number of the handler's living processes, including this one.
 const CROWD: &str = r#"
 def lives(pid):
     try:
@@ -25,7 +25,7 @@ open(f"{DIR}/alive/{os.getpid()}", "w").close()
 note("crowd", sum(lives(pid) for pid in os.listdir(DIR + "/alive")))
 "#;
 
-/// The source of a warm handler that starts in a millisecond.
+/// The C source of a warm handler that starts in a millisecond.
 const QUICK: &str = r#"
 #include <stdio.h>
 #include <stdlib.h>
@@ -55,7 +55,7 @@ fn is_executed(program: &Path) -> bool {
     processes.any(|process| fs::read_link(process.path().join("exe")).is_ok_and(|exe| exe == program))
 }
 
-/// Returns the log events of ended processes with this reason.
+/// Returns the log events of the processes that were ended for this reason.
 fn ended(finished: &Finished, reason: &str) -> Vec<Value> {
     finished.all("handler process is ended").into_iter().filter(|event| event["reason"] == reason).collect()
 }
@@ -84,7 +84,7 @@ fn with_max_jobs_of_one_each_job_has_a_process_of_its_own() {
     assert!(finished.read("crowd").lines().all(|crowd| ["1", "2"].contains(&crowd)), "{}", finished.read("crowd"));
 }
 
-/// Ends many processes of a quick handler under full load.
+/// The handler starts quickly, so the worker starts and ends thousands of processes.
 #[test]
 fn recycling_under_full_load_fails_no_job_and_leaks_nothing() {
     let server = Server::start();
@@ -135,7 +135,7 @@ fn a_process_that_is_too_old_is_ended_when_it_is_idle() {
     let finished = warm.stop();
     assert!(ended(&finished, "max_age").len() >= 2);
     assert_none_failed(&finished);
-    // The first job of the second process took longer than `max_age`.
+    // The first job of the second process took longer than `max_age`, so there is a warning.
     assert_eq!(warnings(&finished), 1);
 }
 

@@ -1,4 +1,4 @@
-//! Warm handlers whose further processes cannot start, hang or die at once, while the first one works. No job suffers.
+//! Warm handlers whose first process works, while their additional processes cannot start, hang, or die at once. No job fails.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +19,7 @@ fn the_first_process_runs_all(warm: &Warm, first: &str, message: &str) {
     assert_eq!(Admin::of(&warm.running).call("GET", "/ready").0, 200);
 }
 
-/// Asserts that jobs run in a second process.
+/// Enqueues jobs until one of them has run in a second process.
 fn a_second_process_runs(warm: &Warm) {
     eventually("a second process", || {
         warm.enqueue_many(4, "time.sleep(0.2)");
@@ -56,7 +56,7 @@ fn too_few_descriptors_burn_none_while_a_process_works() {
     let before = prlimit(pid, Resource::Nofile, Rlimit { current: Some(few), maximum }).unwrap();
     let message = "another handler process cannot be started, jobs wait for the present ones";
     the_first_process_runs_all(&warm, &first, message);
-    // Two of these jobs take longer than a start waits for descriptors.
+    // Two of these jobs together take longer than the five seconds for which a start waits for descriptors.
     let ids = warm.enqueue_many(4, "time.sleep(3)");
     ids.iter().for_each(|id| warm.server.wait_until_done(id));
     prlimit(pid, Resource::Nofile, before).unwrap();
@@ -64,7 +64,7 @@ fn too_few_descriptors_burn_none_while_a_process_works() {
     assert_none_failed(&warm.stop());
 }
 
-/// A later job does not get the process before a job that already waits.
+/// A new job does not get the process before a job that already waits for it.
 #[test]
 fn jobs_that_wait_for_the_only_process_take_turns() {
     let warm = with_four_loops();

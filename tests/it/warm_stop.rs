@@ -67,7 +67,7 @@ fn draining(state: &State, settings: &str) -> (Warm, String) {
     (warm, id)
 }
 
-/// Asserts that the worker and all processes end. The job is done, or ready again without a failed attempt.
+/// Asserts that the worker and all processes end, and that a job that was not done is ready again without a failed attempt.
 #[track_caller]
 fn assert_given_back(warm: Warm, state: &State, id: &str) -> Finished {
     let Warm { server, running } = warm;
@@ -216,7 +216,7 @@ fn warm_handlers_of_a_killed_worker_end_by_themselves() {
     assert_eq!(warm.lines("ended")[0], idle);
 }
 
-/// The embedding program drops the worker. No process is left, and the job is redelivered.
+/// The test embeds a worker and drops it. No process is left, and the job is ready again on the server.
 #[test]
 fn a_worker_dropped_in_a_warm_job_leaves_no_process() {
     let (server, dir) = (Server::start(), TempDir::new().unwrap());

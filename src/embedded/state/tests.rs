@@ -34,7 +34,7 @@ fn plain_failure() -> Failure {
     failure(r#"{"message":"no"}"#)
 }
 
-/// Opens a stream over all queues, without a limit on the jobs that it holds.
+/// Opens a stream over all queues, with an unlimited prefetch.
 fn open(state: &mut State) -> LeaseId {
     state.open(0, Vec::new())
 }

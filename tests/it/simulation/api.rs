@@ -1,4 +1,4 @@
-//! The HTTP API of the model server: requests, faults, answers.
+//! The HTTP API of the model server, with the injection of faults into requests.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -25,7 +25,7 @@ use super::network::Link;
 use super::server::{Disconnect, Reporter, Server};
 use super::weather::{Answer, Call, Fault};
 
-/// Interval of the heartbeats, which are empty lines on an idle stream.
+/// The interval between heartbeats, which are empty lines on an idle stream.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 
 type Answered = Response<Either<Full<Bytes>, Lines>>;
@@ -71,7 +71,7 @@ impl Asked {
         self.query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
     }
 
-    /// Returns the ids of the jobs in the request.
+    /// Returns the ids of the jobs that the request names.
     fn ids(&self) -> BTreeSet<String> {
         match self.call {
             Call::Successes => {
@@ -91,7 +91,7 @@ impl Server {
         tokio::spawn(async move {
             let answering = service_fn(|request| server.answer(request, &link));
             let mut http = http1::Builder::new();
-            // An error ends only this connection: a fault was injected, or the worker closed the connection.
+            // Ignore an error, because it only means that a fault was injected or that the worker closed the connection.
             let _ = http.auto_date_header(false).serve_connection(TokioIo::new(stream), answering).await;
         });
     }

@@ -1,4 +1,4 @@
-//! Time limits of the liveness checks, computed from the worker's settings, the jobs, and the injected faults.
+//! Time limits for the liveness checks, computed from the worker's settings, the jobs, and the injected faults.
 
 use std::time::Duration;
 
@@ -11,63 +11,63 @@ use super::script::End;
 use super::server::{Record, longest_backoff};
 use super::weather::Weather;
 
-/// The client's time limit for an answer, including the connect.
+/// The client's time limit for a request, up to the headers of the answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The time that a killed worker has for the last tries of all its reports together.
+/// The time in which a killed worker makes the last tries of all its reports together.
 const LAST_TRIES: Duration = Duration::from_secs(10);
 
-/// The factor by which jitter can lengthen a wait.
+/// The largest factor by which jitter lengthens a backoff wait.
 const JITTER: f64 = 1.25;
 
-/// The extra time for a few round trips and the rounding of timers.
+/// The allowance for a few round trips and for the rounding of timers.
 pub const SLACK: Duration = Duration::from_millis(1000);
 
-/// Returns the time in which a worker recovers after the faults end. A broken request fails within `REQUEST_TIMEOUT`, and
-/// a broken stream within its idle timeout. The retry after one more backoff wait succeeds.
+/// Returns the time in which a worker recovers after the faults end. A broken request fails within `REQUEST_TIMEOUT`, and a
+/// broken stream within its idle timeout. After one more backoff wait, the retry succeeds.
 pub fn recovery(config: &WorkerConfig, weather: &Weather) -> Duration {
     let notice = config.stream_limits.idle_timeout.max(REQUEST_TIMEOUT);
     notice + longest_wait(config).max(retry_after(weather)) + MAX_LATENCY * 8 + SLACK
 }
 
-/// Returns the longest wait between two tries.
+/// Returns the longest backoff wait, including jitter.
 pub fn longest_wait(config: &WorkerConfig) -> Duration {
     config.backoff.max_wait().mul_f64(JITTER)
 }
 
-/// Returns the longest wait before the first retry.
+/// Returns the longest backoff wait before the first retry, including jitter.
 pub fn first_wait(config: &WorkerConfig) -> Duration {
     config.backoff.min_wait().mul_f64(JITTER)
 }
 
-/// Returns the time limit of a drain that the shutdown deadline may cut short. Holds with and without faults.
+/// Returns the time limit for a drain, which the shutdown deadline may cut short. The limit holds with and without faults.
 pub fn drain(config: &WorkerConfig, grace: Duration) -> Duration {
     config.shutdown_deadline + kill(grace)
 }
 
-/// Returns the time limit of a kill. Holds with and without faults.
+/// Returns the time limit for the end of a killed worker. The limit holds with and without faults.
 pub fn kill(grace: Duration) -> Duration {
     grace + LAST_TRIES + SLACK
 }
 
-/// Returns the time limit of a stop without grace. Holds with and without faults.
+/// Returns the time limit for a stop without a grace period. The limit holds with and without faults.
 pub fn force() -> Duration {
     SLACK
 }
 
-/// Returns the time limit of an idle worker's drain after the recovery. The worker may still hold outcomes of jobs that
+/// Returns the time limit for the drain of an idle worker after the recovery. The worker may still hold outcomes of jobs that
 /// another worker has finished. It drops these outcomes only after it has asked the server about each job, up to twice.
 pub fn idle_drain(config: &WorkerConfig) -> Duration {
     first_wait(config) * 3 + MAX_LATENCY * 8 + SLACK
 }
 
-/// Returns the remaining time of the longest `Retry-After`.
+/// Returns the time until the last `Retry-After` ends, or zero.
 fn retry_after(weather: &Weather) -> Duration {
     weather.retry_after().map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
 }
 
-/// Returns the time in which a drain ends after the recovery, even without a shutdown deadline. In the worst case all
-/// taken jobs run one after another, and one more backoff wait passes before their outcomes are settled.
+/// Returns the time in which a drain ends after the recovery, even without a shutdown deadline. In the worst case, all taken jobs
+/// run one after another, and one more backoff wait passes before their outcomes are settled.
 pub fn own_drain(life: &Life, held: &[Record]) -> Duration {
     let running = life.running().iter().map(|run| run.lasts).max().unwrap_or_default();
     runs(held) + running + longest_wait(&life.config) + SLACK
@@ -81,13 +81,13 @@ pub fn probe(config: &WorkerConfig, count: usize, lasts: Duration) -> Duration {
     (lasts + MAX_LATENCY * 4) * rounds + MAX_LATENCY * 4 + SLACK
 }
 
-/// Returns the total duration of one run of each job.
+/// Returns the total duration of the next run of each job.
 pub fn runs(open: &[Record]) -> Duration {
     open.iter().map(|record| record.job.script.step(record.attempts).lasts()).sum()
 }
 
-/// Returns the time in which all jobs end after the recovery. In the worst case all runs follow one another, after a run
-/// of 100 s, the longest that a script draws. The longest waits between the attempts of one job are added.
+/// Returns the time in which all jobs end after the recovery. In the worst case, all runs follow one another, and the first
+/// begins only after another run of 100 s, the longest that a script draws. The longest total wait of a job is added.
 pub fn work(open: &[Record]) -> Duration {
     let rests: Vec<(Duration, Duration)> = open.iter().map(rest).collect();
     let runs: Duration = rests.iter().map(|(runs, _)| *runs).sum();
@@ -95,11 +95,11 @@ pub fn work(open: &[Record]) -> Duration {
     runs + longest_waits + Duration::from_secs(100) + SLACK
 }
 
-/// Returns the total duration of a job's remaining runs, and of the waits between them.
+/// Returns the total duration of a job's remaining runs, and the total duration of the waits between them.
 fn rest(record: &Record) -> (Duration, Duration) {
     let Record { job, attempts, .. } = record;
     let (mut runs, mut waits) = (Duration::ZERO, longest_backoff(*attempts).max(Duration::from_secs(8)));
-    // The retry limit does not end a series of snoozes, but a script has only a few, so 30 attempts are enough.
+    // Snoozes do not count toward the retry limit, but a script has only a few snoozes, so 30 attempts are enough.
     for attempts in *attempts..*attempts + 30 {
         let step = job.script.step(attempts);
         if job.malformed.is_none() {

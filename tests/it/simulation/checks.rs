@@ -1,4 +1,4 @@
-//! [`Book`]: a record of all runs and reports, which checks each of them and collects violations.
+//! [`Book`]: the records of all runs and reports. The book checks each run and each report, and collects violations.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -11,10 +11,10 @@ use super::network::{Link, MAX_LATENCY};
 use super::trace::Trace;
 use super::weather::Call;
 
-/// The first words of a worker's failure message for a malformed job.
+/// The prefix of a worker's failure message for a malformed job.
 const MALFORMED: &str = "the worker cannot read this job";
 
-/// The book of one world. Clones share it.
+/// The records and violations of one world. Clones share them.
 #[derive(Clone)]
 pub struct Book {
     pages: Arc<Mutex<Pages>>,
@@ -33,7 +33,7 @@ struct Pages {
     violations: Vec<String>,
 }
 
-/// The record of one worker.
+/// The records about one worker.
 #[derive(Default)]
 struct Page {
     /// The indices in `Pages::runs` of the runs in progress.
@@ -46,16 +46,16 @@ struct Page {
     untold: BTreeSet<usize>,
     /// The number of run starts and run ends so far.
     progress: usize,
-    /// The time of the stop or pause. The worker must not start jobs that it receives later.
+    /// The time at which the worker was stopped or paused. The worker must not start jobs that are sent later.
     quiet: Option<Instant>,
-    /// Whether the worker has vanished.
+    /// Whether the worker has crashed.
     has_crashed: bool,
-    /// Whether the worker was moved to another server, which does not know its jobs.
+    /// Whether a reload has moved the worker to another server, which does not know the worker's earlier jobs.
     has_moved: bool,
-    /// Whether a take of the worker was answered with a 4xx.
+    /// Whether a take request from the worker was answered with a 4xx.
     was_turned_away: bool,
-    /// The jobs with a report that was refused for good. The worker may drop such a report. The job then stays in
-    /// flight until its stream closes, and can run again.
+    /// The ids of jobs with a report that was refused for good. The worker may drop such a report. The job then stays in flight
+    /// until its stream closes, and can run again.
     exempt: BTreeSet<String>,
     /// The time of the server's last answer to `GET /jobs/{id}`, by job id.
     looks: BTreeMap<String, Instant>,
@@ -67,20 +67,20 @@ struct Page {
 /// The traffic between a worker and the servers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Talk {
-    /// The number of connects in progress and of requests without an answer.
+    /// The number of connects in progress, plus the number of requests without an answer.
     pub under_way: usize,
     /// The time at which a connect or request last ended.
     pub silent_since: Option<Instant>,
     /// The time of the first genuine answer (not replaced by a fault) since [`Book::listen_anew`].
     pub heard: Option<Instant>,
-    /// The time of the last report or `GET /jobs/{id}`.
+    /// The time of the latest report or `GET /jobs/{id}` request.
     pub reported: Option<Instant>,
 }
 
 /// One run of a job.
 #[derive(Debug, Clone)]
 pub struct Run {
-    /// The worker of the run.
+    /// The name of the worker.
     pub worker: String,
     /// The id of the job.
     pub id: String,
@@ -90,7 +90,7 @@ pub struct Run {
     pub begun: Instant,
     /// The duration of the run if nothing ends it earlier.
     pub lasts: Duration,
-    /// The time and kind of the run's end.
+    /// The time and result of the run's end. `None` while the run is in progress.
     pub ended: Option<(Instant, Ending)>,
 }
 
@@ -103,7 +103,7 @@ pub enum Ending {
     Bad,
     /// The worker's stop interrupted the run.
     Interrupted,
-    /// The run vanished with its worker.
+    /// The worker dropped the run before its end, as in a crash.
     Vanished,
 }
 
@@ -113,10 +113,10 @@ struct Delivery {
     at: Instant,
 }
 
-/// A run in progress. A drop before `end` records the run as vanished.
+/// A run in progress. Dropping this before `end` is called records the run as `Vanished`.
 pub struct Running {
     book: Book,
-    /// The number of the run.
+    /// The index of the run in `Pages::runs`.
     pub number: usize,
     has_ended: bool,
 }
@@ -147,7 +147,7 @@ impl Drop for Running {
     }
 }
 
-/// A guard that counts one connect or request of a worker as under way until it is dropped.
+/// A guard that counts one connect or request of a worker as under way until the guard is dropped.
 pub struct UnderWay(Book, String);
 
 impl Drop for UnderWay {
@@ -206,33 +206,33 @@ impl Book {
         self.pages().faults.clone()
     }
 
-    /// Returns the numbers of enqueued jobs, of runs and of requests.
+    /// Returns the number of enqueued jobs, the number of runs, and the number of requests.
     pub fn counts(&self) -> (usize, usize, u64) {
         let pages = self.pages();
         (pages.jobs, pages.runs.len(), pages.requests)
     }
 
-    /// Returns the runs of a worker.
+    /// Returns all runs of a worker.
     pub fn runs_of(&self, worker: &str) -> Vec<Run> {
         let pages = self.pages();
         pages.runs.iter().filter(|run| run.worker == worker).cloned().collect()
     }
 
-    /// Returns the ended runs of a worker whose reports the server has not accepted.
+    /// Returns a worker's succeeded and failed runs whose reports the server has not accepted.
     pub fn untold_by(&self, worker: &str) -> Vec<Run> {
         let pages = self.pages();
         let untold = pages.workers.get(worker).map(|page| &page.untold);
         untold.into_iter().flatten().map(|number| pages.runs[*number].clone()).collect()
     }
 
-    /// Returns the runs in progress of a worker.
+    /// Returns a worker's runs in progress.
     pub fn running_in(&self, worker: &str) -> Vec<Run> {
         let pages = self.pages();
         let running = pages.workers.get(worker).map(|page| &page.running);
         running.into_iter().flatten().map(|number| pages.runs[*number].clone()).collect()
     }
 
-    /// Returns the number of a worker's runs in progress, and its number of run starts and ends so far. The second number
+    /// Returns the number of a worker's runs in progress, and the number of its run starts and run ends so far. The second number
     /// grows as long as the worker makes progress.
     pub fn progress_of(&self, worker: &str) -> (usize, usize) {
         self.page(worker, |page| (page.running.len(), page.progress))
@@ -243,8 +243,8 @@ impl Book {
         self.page(worker, |page| page.exempt.contains(id))
     }
 
-    /// Returns the number of jobs that were delivered over a stream that the worker has not closed, and that the worker has
-    /// not started.
+    /// Returns the number of jobs that wait in a worker. These were last delivered over a stream that the worker has not closed,
+    /// and the worker has not started the delivered attempt.
     pub fn waiting_in(&self, worker: &str) -> usize {
         let pages = self.pages();
         let Some(page) = pages.workers.get(worker) else { return 0 };
@@ -256,7 +256,7 @@ impl Book {
         page.deliveries.iter().filter(waits).count()
     }
 
-    /// Reports whether a job runs in a worker.
+    /// Reports whether a worker is running a job.
     pub fn is_running(&self, worker: &str, id: &str) -> bool {
         let pages = self.pages();
         let running = pages.workers.get(worker).map(|page| &page.running);
@@ -272,18 +272,18 @@ impl Book {
         }
     }
 
-    /// Records that the server has sent a job.
+    /// Records that the server has sent a job over a connection.
     pub fn delivered(&self, link: &Arc<Link>, id: &str, attempts: u32) {
         let delivery = Delivery { link: Arc::clone(link), attempts, at: Instant::now() };
         self.page(&link.worker, |page| page.deliveries.entry(id.to_owned()).or_default().push(delivery));
     }
 
-    /// Records that a worker must not start jobs that it receives from now on.
+    /// Records that a worker must not start jobs that are sent from now on.
     pub fn quiet(&self, worker: &str) {
         self.page(worker, |page| _ = page.quiet.get_or_insert_with(Instant::now));
     }
 
-    /// Allows a worker to start received jobs again.
+    /// Allows a worker to start all received jobs again.
     pub fn loud(&self, worker: &str) {
         self.page(worker, |page| page.quiet = None);
     }
@@ -293,18 +293,18 @@ impl Book {
         self.page(worker, |page| page.has_moved = true);
     }
 
-    /// Records that a worker vanishes.
+    /// Records that a worker crashes.
     pub fn crashed(&self, worker: &str) {
         self.page(worker, |page| page.has_crashed = true);
     }
 
-    /// Records that a worker waits for a connection or an answer, until the returned guard is dropped.
+    /// Counts one connect or request of a worker as under way until the returned guard is dropped.
     pub fn under_way(&self, worker: &str) -> UnderWay {
         self.page(worker, |page| page.talk.under_way += 1);
         UnderWay(self.clone(), worker.to_owned())
     }
 
-    /// Records a request.
+    /// Records a request from a worker.
     pub fn asked(&self, worker: &str, call: Call) {
         self.pages().requests += 1;
         if matches!(call, Call::Successes | Call::Failure | Call::Look) {
@@ -312,7 +312,7 @@ impl Book {
         }
     }
 
-    /// Records the time of the first genuine answer to a worker.
+    /// Records that a worker gets a genuine answer. Only the first one since `listen_anew` counts.
     pub fn heard(&self, worker: &str) {
         self.page(worker, |page| _ = page.talk.heard.get_or_insert_with(Instant::now));
     }
@@ -337,18 +337,18 @@ impl Book {
         self.page(worker, |page| page.exempt.extend(ids.iter().cloned()));
     }
 
-    /// Records that a take was answered with a 4xx.
+    /// Records that a take request from a worker was answered with a 4xx.
     pub fn turned_away(&self, worker: &str) {
         self.page(worker, |page| page.was_turned_away = true);
     }
 
-    /// Reports whether a take of this worker was answered with a 4xx.
+    /// Reports whether a take request from a worker was answered with a 4xx.
     pub fn was_turned_away(&self, worker: &str) -> bool {
         self.page(worker, |page| page.was_turned_away)
     }
 
-    /// Checks that a worker has not closed a fault-free stream while a job from it ran. Otherwise the server would
-    /// redeliver the job, and the two runs would overlap.
+    /// Checks that a worker did not close a stream without a fault while it ran a job from this stream. The server redelivers the
+    /// job at the close, so two runs of the job could overlap.
     pub fn stream_ended(&self, link: &Link, held: &BTreeSet<String>) {
         let Some(closed) = link.closed().filter(|_| !link.is_faulted()) else { return };
         if self.page(&link.worker, |page| page.has_crashed) {
@@ -381,7 +381,8 @@ impl Book {
         Running { book: self.clone(), number, has_ended: false }
     }
 
-    /// Checks that a worker whose report of a success was accepted has a successful run of the job.
+    /// Records that the server accepts a worker's report of a success, and checks that the worker has a successful run of the
+    /// job.
     pub fn success_counted(&self, link: &Link, id: &str) {
         let has_happened = {
             let mut pages = self.pages();
@@ -397,7 +398,8 @@ impl Book {
         }
     }
 
-    /// Checks that a failure accepted by the server belongs to this attempt, and is accepted only once.
+    /// Records that the server accepts a worker's report of a failure as this attempt. Checks that the attempt is right, and that
+    /// the failed run has not been counted before.
     pub fn failure_counted(&self, link: &Link, id: &str, attempts: u32, message: &str) {
         let problem = self.pages().problem_of_failure(link, id, attempts, message);
         if let Some(problem) = problem {
@@ -407,8 +409,8 @@ impl Book {
 }
 
 impl Pages {
-    /// Returns a job that ran while the worker closed the stream that had delivered the job. Skips jobs that the server
-    /// sent so shortly before the close that the worker may not have received them.
+    /// Returns the id of a job that was running when the worker closed the stream that had delivered the job. Skips jobs that the
+    /// server sent so shortly before the close that the worker may not have received them.
     fn run_under(&self, link: &Link, held: &BTreeSet<String>, closed: Instant) -> Option<String> {
         let page = self.workers.get(&link.worker)?;
         let has_come = |id: &str| {
@@ -436,8 +438,8 @@ impl Pages {
             return Some("it has run already");
         }
         let Some(deliveries) = page.deliveries.get(id) else { return Some("no stream has delivered it") };
-        // The job may also have arrived before the drain or pause, over a stream that the server has lost but the worker
-        // still considers open.
+        // The start is allowed if the job was also delivered before the drain or pause, over a stream that the worker has not
+        // closed. The server may have lost that stream without the worker's knowledge.
         let came_in_time = |quiet| {
             let mut known = deliveries.iter().filter(|delivery| delivery.attempts == attempts);
             known.any(|delivery| delivery.at <= quiet && delivery.link.closed().is_none())
@@ -453,8 +455,8 @@ impl Pages {
     fn problem_of_failure(&mut self, link: &Link, id: &str, attempts: u32, message: &str) -> Option<String> {
         let page = self.workers.get_mut(&link.worker)?;
         let reported_before = page.failures.insert(id.to_owned(), Instant::now());
-        // The worker gave up this request and closed the connection, but the request still arrived. No worker can
-        // prevent this.
+        // The worker gave up this request and closed the connection, but the request still arrived. No worker can prevent this,
+        // so it is not a violation.
         if link.closed().is_some() {
             return None;
         }
@@ -471,9 +473,9 @@ impl Pages {
         }
         let ran_as = run.attempts;
         let deliveries = page.deliveries.get(id).map_or(&[][..], Vec::as_slice);
-        // The job was redelivered, as the reported attempt, before the run ended.
+        // True if the job was redelivered as the reported attempt before the run ended.
         let became_this = deliveries.iter().any(|delivery| delivery.attempts == attempts && delivery.at <= ended);
-        // When the worker sent the report, the stream that had delivered the attempt still seemed open to the worker.
+        // True if the worker had not yet closed the stream of the run's attempt when it sent the report.
         let sent = link.sent().unwrap_or_else(Instant::now);
         let of_run = deliveries.iter().rev().find(|delivery| delivery.attempts == ran_as);
         let seemed_held = of_run.is_some_and(|held| held.link.closed().is_none_or(|closed| closed >= sent));

@@ -1,4 +1,4 @@
-//! Random draws from a generator.
+//! Helpers that draw random values from a generator.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -10,7 +10,7 @@ pub fn chance(rng: &mut Rng, probability: f64) -> bool {
     rng.f64() < probability
 }
 
-/// Draws a number of milliseconds.
+/// Draws a duration from a range of milliseconds.
 pub fn millis(rng: &mut Rng, range: Range<u64>) -> Duration {
     Duration::from_millis(rng.u64(range))
 }

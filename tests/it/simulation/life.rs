@@ -1,4 +1,4 @@
-//! [`Life`]: one worker from its start to its end, with methods to stop, pause, reload and crash the worker.
+//! [`Life`]: one simulated worker, with methods to stop, pause, reload and crash it.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::checks::{Ending, Run};
 use super::player::Player;
 use super::world::World;
 
-/// A running worker.
+/// A worker from its start to its end.
 pub struct Life {
     /// The unique name of the worker.
     pub name: String,
@@ -19,19 +19,19 @@ pub struct Life {
     pub config: WorkerConfig,
     /// Whether the worker is paused.
     pub is_paused: bool,
-    /// The result of the worker's run, once the run has ended.
+    /// The worker's summary, once the worker has ended without an error.
     pub summary: Option<Summary>,
     grace: Duration,
     lifecycle: Lifecycle,
     controls: Controls<Player>,
     task: JoinHandle<Result<Summary, WorkerError>>,
-    /// The time by which the worker must have ended, and the reason.
+    /// The time by which the worker must have ended, and the name of the stop that set this deadline.
     due: Option<(Instant, &'static str)>,
     world: World,
 }
 
 impl Life {
-    /// Starts a worker.
+    /// Starts a worker. After a kill, its runs continue for `grace`.
     pub fn start(world: &World, mut config: WorkerConfig, grace: Duration) -> Self {
         let name = world.next_name();
         config.connector = world.network.connector(&name);
@@ -70,7 +70,7 @@ impl Life {
         self.due.is_some()
     }
 
-    /// Reports whether the worker ends by itself.
+    /// Reports whether the worker's settings make it stop by itself.
     pub fn is_bounded(&self) -> bool {
         let WorkerConfig { max_jobs, max_time, exit_when_idle, .. } = &self.config;
         max_jobs.is_some() || max_time.is_some() || exit_when_idle.is_some()
@@ -96,7 +96,7 @@ impl Life {
         self.must_end_within(bounds::drain(&self.config, self.grace), "drain");
     }
 
-    /// Kills the worker. Its runs are interrupted after their grace period.
+    /// Kills the worker. Runs that last longer than the grace period are interrupted.
     pub fn kill(&mut self) {
         self.note(format_args!("is killed"));
         self.world.book.quiet(&self.name);
@@ -141,7 +141,7 @@ impl Life {
         self.controls.reconnect(&self.config);
     }
 
-    /// Makes the worker vanish with all its connections.
+    /// Crashes the worker: aborts its task, and cuts all its connections.
     pub async fn crash(self) {
         self.note(format_args!("crashes"));
         self.world.book.crashed(&self.name);
@@ -151,7 +151,8 @@ impl Life {
         self.world.network.cut_worker(&self.name);
     }
 
-    /// Waits for the worker's end, and checks the summary. An end after the deadline is a violation.
+    /// Waits until the worker has ended, and checks its result. Records a violation if the worker is still running at its
+    /// deadline.
     pub async fn ended(&mut self) {
         let result = match self.due {
             Some((due, why)) => match tokio::time::timeout_at(due, &mut self.task).await {
@@ -169,7 +170,8 @@ impl Life {
         }
     }
 
-    /// Waits for the worker's end, which must follow within a time limit from now.
+    /// Waits until the worker has ended, and checks its result. Records a violation if this takes longer than `bound`, or if the
+    /// worker misses an earlier deadline.
     pub async fn ends_within(&mut self, bound: Duration, why: &'static str) {
         self.must_end_within(bound, why);
         self.ended().await;

@@ -1,12 +1,12 @@
 //! The simulation: whole workers with the real client and codec, against a model of the server, on virtual time and an
 //! in-memory network. One seed determines all events, so the same seed gives the same trace, byte for byte.
 //!
-//! Time is Tokio's paused clock. It stands still while a task can run, and otherwise jumps to the next timer, so that
-//! minutes cost milliseconds. (The crate turmoil instead steps all hosts in ticks of a millisecond.)
+//! Time is Tokio's paused clock. The clock stands still while a task can run, and otherwise jumps to the next timer, so minutes
+//! of virtual time cost milliseconds. The turmoil crate is not used, because it advances all hosts in ticks of a millisecond.
 //!
-//! `cargo test simulation` runs a few hundred seeds. `cargo test --release -- --ignored simulation` runs
-//! `ZIZQ_SIM_SEEDS` seeds, starting with `ZIZQ_SIM_FIRST`. Both print the trace of the first seed that fails.
-//! `ZIZQ_SIM_SEED` runs one seed alone. A seed that has failed becomes a test in `scenarios.rs`, with `seed(…)`.
+//! `cargo test simulation` runs 200 seeds. `cargo test --release -- --ignored simulation` runs `ZIZQ_SIM_SEEDS` seeds, starting
+//! with `ZIZQ_SIM_FIRST`. Both print the trace of the first seed that fails. If `ZIZQ_SIM_SEED` is set, the first command runs
+//! this seed instead of the 200. For a seed that has found a bug, add a test that calls `seed(…)` to `scenarios.rs`.
 
 mod api;
 mod bounds;
@@ -47,13 +47,13 @@ struct Lived {
     trace: Vec<String>,
 }
 
-/// Runs a future on a clock that jumps from event to event. The seed also determines the worker's random draws.
+/// Runs a future on Tokio's paused clock. `seed` also seeds the thread's random generator, from which the worker draws.
 fn in_virtual_time<T>(seed: u64, living: impl Future<Output = T>) -> T {
     fastrand::seed(seed);
     Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(living)
 }
 
-/// Runs a seed.
+/// Runs one seed. Records a trace only if `is_traced`.
 fn run(seed: u64, is_traced: bool) -> Lived {
     in_virtual_time(seed, async {
         let trace = if is_traced { Trace::on() } else { Trace::off() };
@@ -91,7 +91,7 @@ fn seed(seed: u64) {
     judge(&lived.trace, &lived.violations);
 }
 
-/// The result of many seeds.
+/// The combined results of many seeds.
 #[derive(Default)]
 struct Tally {
     failed: Vec<(u64, String)>,
@@ -114,7 +114,7 @@ impl Tally {
     }
 }
 
-/// Runs this many seeds, on all cores.
+/// Runs `count` seeds, starting with `first`, on all cores.
 fn run_all(first: u64, count: u64) -> Tally {
     let (next, tally) = (AtomicU64::new(first), Mutex::new(Tally::default()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -146,7 +146,7 @@ fn report(tally: &Tally, seeds: u64, took: Duration) {
     failed.iter().for_each(|(seed, violation)| println!("  seed {seed}: {violation}"));
 }
 
-/// Runs seeds, and panics with the trace of the first one that fails.
+/// Runs `count` seeds, starting with `first`. Panics with the trace of the lowest seed that fails.
 fn check_all(first: u64, count: u64) {
     let began = Instant::now();
     let tally = run_all(first, count);

@@ -31,7 +31,7 @@ pub struct Network(Arc<Inner>);
 
 struct Inner {
     state: Mutex<State>,
-    /// A token that is cancelled when the faults end. Broken connections are then reset.
+    /// A token that is cancelled when the faults end. Stalled connections then continue, and other broken connections are reset.
     calm: CancellationToken,
     book: Book,
     trace: Trace,
@@ -42,19 +42,19 @@ struct State {
     hosts: BTreeMap<&'static str, Server>,
     links: Vec<Arc<Link>>,
     made: u64,
-    /// The latency of the next connections. Random if `None`.
+    /// The latency of new connections. Drawn for each connection if `None`.
     latency: Option<Duration>,
-    /// The time that the next connections take to open. Random if `None`.
+    /// The time that new connections take to open. Equal to their latency if `None`.
     opening: Option<Duration>,
-    /// The probability of a fault on a connection.
+    /// The probability that a new connection meets a fault, and that its opening does.
     trouble: f64,
 }
 
-/// One connection.
+/// A connection from a worker to a server.
 pub struct Link {
     /// The number of the connection.
     pub id: u64,
-    /// The worker that made it.
+    /// The name of the worker that opened the connection.
     pub worker: String,
     host: String,
     latency: Duration,
@@ -67,7 +67,7 @@ pub struct Link {
     rng: Mutex<Rng>,
 }
 
-/// A connection as seen by the worker.
+/// The facts about a connection that the checks use.
 #[derive(Clone, Copy, Default)]
 struct Seen {
     /// The time of the worker's last write.
@@ -78,7 +78,7 @@ struct Seen {
     faulted: bool,
 }
 
-/// The fault of a connection.
+/// The fault that a connection meets.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
     /// No fault.
@@ -87,13 +87,13 @@ enum Fate {
     Cut { after: Duration },
     /// A cut that both ends see, after this many bytes from the server.
     CutWithin { bytes: usize },
-    /// A stall after which all bytes arrive.
+    /// A pause in which no bytes arrive. All bytes arrive after the pause.
     Stall { after: Duration, lasting: Duration },
-    /// A silent loss. No bytes arrive, and neither end notices.
+    /// A silent loss. No more bytes arrive, and neither end notices until the connection is reset.
     Silent { after: Duration, lasting: Duration },
-    /// A loss that only the server sees.
+    /// A close that only the server sees. The worker's end stays open.
     LostByServer { after: Duration, lasting: Duration },
-    /// A loss that only the worker sees.
+    /// A close that only the worker sees. The server's end stays open.
     LostByWorker { after: Duration, lasting: Duration },
 }
 
@@ -134,7 +134,7 @@ impl Fate {
     }
 }
 
-/// The result of a connection attempt.
+/// The course of a connection attempt: opened after a delay, refused, or never answered.
 enum Opening {
     At(Duration),
     Refused,
@@ -166,7 +166,7 @@ impl Network {
         self.0.state.lock().unwrap().hosts[host].clone()
     }
 
-    /// Sets the probability that a new connection meets a fault.
+    /// Sets the probability that a new connection meets a fault, and that its opening does.
     pub fn set_trouble(&self, trouble: f64) {
         self.0.state.lock().unwrap().trouble = trouble;
     }
@@ -176,12 +176,12 @@ impl Network {
         self.0.state.lock().unwrap().latency = Some(latency);
     }
 
-    /// Sets the time that new connections take to open.
+    /// Sets the time that new connections take to open. `None` sets it to their latency.
     pub fn set_opening(&self, opening: Option<Duration>) {
         self.0.state.lock().unwrap().opening = opening;
     }
 
-    /// Ends all faults. Broken connections are reset.
+    /// Ends the faults of connections. Stalled connections continue, and other broken connections are reset.
     pub fn calm(&self) {
         self.set_trouble(0.0);
         self.0.calm.cancel();
@@ -198,7 +198,7 @@ impl Network {
         self.cut("all connections to a server cut", |link| hosts[link.host.as_str()].is(server));
     }
 
-    /// Makes the server lose a connection without the worker's knowledge.
+    /// Closes a connection at the server's end only. The worker's end stays open for up to a minute.
     pub fn lose_at_server(&self, number: u64) {
         self.strike(number, Fate::LostByServer { after: Duration::ZERO, lasting: Duration::from_secs(60) });
     }
@@ -227,7 +227,7 @@ impl Network {
         }
     }
 
-    /// Returns the connector of a worker.
+    /// Returns a connector that opens a worker's connections in this network.
     pub fn connector(&self, worker: &str) -> Connector {
         let (network, worker) = (self.clone(), worker.to_owned());
         Connector::new(move |url| network.clone().connect(worker.clone(), url.host().to_owned()))
@@ -296,7 +296,7 @@ impl Network {
         (Arc::new(link), opening, server)
     }
 
-    /// Relays bytes between the ends until an end closes or the fault happens.
+    /// Relays bytes between both ends until one of them closes, and applies the connection's fault when it is due.
     async fn relay(self, link: Arc<Link>, mut near: DuplexStream, mut far: DuplexStream) {
         let gone = {
             let mut carrying = pin!(link.carry(&mut near, &mut far));
@@ -342,7 +342,7 @@ impl Network {
         self.hold(&link, lasting).await;
     }
 
-    /// Waits until the fault has lasted this long, all faults end, or the connection is cut. No bytes pass meanwhile.
+    /// Waits until the fault has lasted this long, all faults end, or the connection is cut. No bytes pass during this wait.
     async fn hold(&self, link: &Link, lasting: Duration) {
         tokio::select! {
             biased;
@@ -354,12 +354,12 @@ impl Network {
 }
 
 impl Link {
-    /// Returns the time of the worker's last write.
+    /// Returns the time of the worker's last write, if any.
     pub fn sent(&self) -> Option<Instant> {
         self.seen.lock().unwrap().sent
     }
 
-    /// Returns the time at which the worker closed the connection.
+    /// Returns the time at which the worker closed the connection, if it has.
     pub fn closed(&self) -> Option<Instant> {
         self.seen.lock().unwrap().closed
     }
@@ -430,7 +430,7 @@ impl Link {
         if self.latency.is_zero() { tokio::task::yield_now().await } else { sleep(self.latency).await }
     }
 
-    /// Cuts bytes into one or two pieces.
+    /// Splits bytes into one or two pieces.
     fn cut_up<'a>(&self, bytes: &'a [u8]) -> Vec<&'a [u8]> {
         if !self.pieces || bytes.len() < 2 {
             return vec![bytes];

@@ -1,4 +1,4 @@
-//! [`Player`]: the dispatcher that plays jobs by their scripts instead of running processes.
+//! [`Player`]: a dispatcher that plays each job's script instead of running a process.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::checks::{Book, Ending};
 use super::script::{End, Script};
 use super::server::EPOCH_MS;
 
-/// A dispatcher for one worker that plays its jobs, and records each run.
+/// The dispatcher of one worker. It plays the worker's jobs, and records each run.
 pub struct Player {
     /// The worker's name.
     pub worker: String,

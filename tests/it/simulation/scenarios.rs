@@ -1,4 +1,4 @@
-//! Tests on the simulated world: scripted scenarios, and seeds that once failed.
+//! Tests in a simulated world: scripted scenarios, and seeds that once failed.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
@@ -44,7 +44,7 @@ fn start(world: &World, config: WorkerConfig) -> Life {
 }
 
 impl World {
-    /// Enqueues a job at the first server.
+    /// Enqueues a job at the first server, and returns its id.
     fn put(&self, priority: u32, script: Script) -> String {
         let job = NewJob { queue: "q0".to_owned(), priority, retry_limit: 9, malformed: None, script };
         self.servers[0].enqueue(job)
@@ -95,8 +95,8 @@ fn bad(ms: u64) -> Script {
     Script(vec![Step { ms, end: End::Bad }, Step { ms: 0, end: End::Good }])
 }
 
-/// Starts a job, enqueues more urgent jobs, and cuts the worker's connections. The server then redelivers the more urgent
-/// jobs first.
+/// Enqueues a job and waits until it runs, enqueues more urgent jobs, and cuts the worker's connections. The server then delivers
+/// the more urgent jobs before it redelivers the first job. Returns the first job's id.
 async fn run_one_that_is_not_redelivered_soon(world: &World, life: &Life) -> String {
     let id = world.put(1, Script::good(5000));
     world.within(1, "its start", || !life.running().is_empty()).await;
@@ -240,7 +240,7 @@ fn all_reports_leave_soon_after_a_recovery() {
         sleep(seconds(20)).await;
         world.weather.clear();
         world.network.cut_worker(&life.name);
-        // Enough time for one first backoff wait of the stream and one of the reports.
+        // 3 s are enough for one first backoff wait of the stream plus one of the reports.
         world.within(3, "the reports", || ids.iter().all(|id| world.has_failed(id))).await;
     });
 }
@@ -303,8 +303,8 @@ fn a_job_that_another_stream_brings_after_its_report_runs_once() {
         world.within(1, "its start", || !life.running().is_empty()).await;
         world.network.set_latency(MAX_LATENCY / 2);
         life.reload(|config| config.url = "http://b".parse().unwrap());
-        // The server loses the old stream shortly before the run's end, so that the redelivery over the new stream is
-        // still in flight when the report arrives.
+        // The server loses the old stream shortly before the run's end, so that the redelivery over the new stream is still on
+        // its way to the worker when the report reaches the server.
         sleep_until(life.running()[0].begun + Duration::from_millis(4980)).await;
         world.network.lose_at_server(world.servers[0].streams_of(&life.name)[0]);
         sleep(seconds(5)).await;
@@ -325,9 +325,9 @@ fn a_smaller_prefetch_forgets_no_outcome() {
     });
 }
 
-/// The number of the first worker's first connection for a stream.
+/// The number of the first connection that the first worker opens for a stream.
 const FIRST_STREAM: u64 = 1;
-/// The number of the first worker's first connection for reports.
+/// The number of the first connection that the first worker opens for reports.
 const FIRST_OF_REPORTS: u64 = 2;
 
 #[test]
@@ -356,7 +356,8 @@ fn a_failure_denied_after_the_redelivery_is_sent_again() {
         let id = world.put(0, bad(9000));
         let life = start(world, settings());
         world.within(30, "the run's end", || !world.book.untold_by(&life.name).is_empty()).await;
-        // The report arrives while no stream is open. Its answer arrives after the job is redelivered.
+        // The report reaches the server while no stream is open. The answer to the report reaches the worker after the job is
+        // redelivered.
         world.network.set_latency(Duration::ZERO);
         world.network.set_opening(Some(Duration::from_millis(2500)));
         world.network.cut_connection(FIRST_STREAM);

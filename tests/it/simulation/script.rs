@@ -1,4 +1,4 @@
-//! [`Script`]: the course of a job's runs, attempt by attempt. The script is the job's payload.
+//! [`Script`]: the duration and result of each attempt of a job. The script is the job's payload.
 
 use std::time::Duration;
 
@@ -7,25 +7,25 @@ use serde::{Deserialize, Serialize};
 
 use super::draw::{chance, millis};
 
-/// One step for each attempt. The last step repeats for all further attempts.
+/// A list with one step per attempt. The last step also applies to all later attempts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Script(pub Vec<Step>);
 
-/// The course of one run.
+/// The duration and result of one run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// The duration of the run.
+    /// The duration of the run in milliseconds.
     pub ms: u64,
-    /// The end of the run.
+    /// The result of the run.
     pub end: End,
 }
 
-/// The end of a run.
+/// The result of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
     /// A success.
     Good,
-    /// A failure. The server decides the time of the retry.
+    /// A failure. The server decides when to retry.
     Bad,
     /// A failure with a retry after this many milliseconds.
     Snooze(u64),
@@ -46,12 +46,12 @@ impl Script {
         Self(vec![Step { ms, end: End::Good }])
     }
 
-    /// Returns a script whose first attempt fails immediately, and whose second succeeds immediately.
+    /// Returns a script whose first attempt fails immediately, and whose later attempts succeed immediately.
     pub fn bad_then_good() -> Self {
         Self(vec![Step { ms: 0, end: End::Bad }, Step { ms: 0, end: End::Good }])
     }
 
-    /// Draws a script.
+    /// Draws a random script.
     pub fn draw(rng: &mut Rng) -> Self {
         let step = |rng: &mut Rng, end| Step { ms: lasting(rng), end };
         let (end, times) = match rng.u8(0..20) {
@@ -72,7 +72,7 @@ impl Script {
         }
     }
 
-    /// Returns the step of the attempt after this many failed attempts.
+    /// Returns the step for the attempt that follows this many failed attempts.
     pub fn step(&self, attempts: u32) -> Step {
         let at = usize::try_from(attempts).unwrap_or(usize::MAX).min(self.0.len() - 1);
         self.0[at]

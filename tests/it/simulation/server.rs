@@ -1,5 +1,5 @@
-//! [`Server`]: a model of the Zizq server, written from the server's public API. The model has jobs, take streams, and the
-//! jobs in flight on each stream.
+//! [`Server`]: a model of the Zizq server, based on the server's public API. The model has jobs, take streams, and the jobs in
+//! flight on each stream.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -23,12 +23,12 @@ pub const EPOCH_MS: u64 = 1_800_000_000_000;
 /// The number of priorities in the model, which are `0..PRIORITIES`.
 pub const PRIORITIES: u32 = 3;
 
-/// Returns the longest backoff of the server for a job with this many failures.
+/// Returns the server's longest backoff for a job with this many failures.
 pub fn longest_backoff(attempts: u32) -> Duration {
     Duration::from_millis(500 + 500 * u64::from(attempts).pow(2) + 1000 * u64::from(attempts))
 }
 
-/// One server. Clones share it.
+/// One model server. Clones share it.
 #[derive(Clone)]
 pub struct Server(Arc<Shared>);
 
@@ -45,7 +45,7 @@ struct Shared {
 struct State {
     rng: Rng,
     is_up: bool,
-    /// Whether the API still shows completed jobs.
+    /// Whether `GET /jobs/{id}` still finds completed jobs.
     keeps_completed: bool,
     jobs: BTreeMap<String, Record>,
     /// The ready jobs, by priority and then by id.
@@ -62,15 +62,15 @@ pub struct NewJob {
     pub queue: String,
     /// The priority. 0 is the most urgent.
     pub priority: u32,
-    /// The maximum number of retries. One more failure makes the job dead.
+    /// The maximum number of retries. The next failure makes the job dead, unless the report sets `retry_at`.
     pub retry_limit: u32,
-    /// The defect of the job's line, for a malformed job.
+    /// The defect in the job's line on the stream. `None` for a well-formed job.
     pub malformed: Option<Malformed>,
-    /// The course of the job's runs.
+    /// The duration and result of each attempt.
     pub script: Script,
 }
 
-/// The defect of a malformed job's line.
+/// A defect in a job's line on the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Malformed {
     /// A field has the wrong type.
@@ -82,13 +82,13 @@ pub enum Malformed {
 /// A job on the server.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// The enqueued job.
+    /// The job as enqueued.
     pub job: NewJob,
     /// The state of the job.
     pub status: Status,
     /// The number of failed attempts.
     pub attempts: u32,
-    /// The time of the latest delivery.
+    /// The time of the latest delivery, if any.
     pub delivered: Option<Instant>,
     ready_at: Instant,
 }
@@ -130,7 +130,7 @@ struct Stream {
 
 /// The sender of a report.
 pub struct Reporter<'a> {
-    /// The connection of the report.
+    /// The connection over which the report arrived.
     pub link: &'a Link,
 }
 
@@ -153,7 +153,7 @@ impl Server {
         server
     }
 
-    /// Reports whether both are the same server.
+    /// Reports whether `other` is the same server.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -188,7 +188,7 @@ impl Server {
         id
     }
 
-    /// Returns the records of all jobs.
+    /// Returns the records of all jobs, by id.
     pub fn jobs(&self) -> BTreeMap<String, Record> {
         self.state().jobs.clone()
     }
@@ -205,13 +205,13 @@ impl Server {
         of_worker.flat_map(|stream| stream.held.iter().cloned()).collect()
     }
 
-    /// Returns the connections of a worker's take streams, oldest first.
+    /// Returns the numbers of the connections with a worker's take streams, oldest connection first.
     pub fn streams_of(&self, worker: &str) -> Vec<u64> {
         let state = self.state();
         state.streams.values().filter(|stream| stream.link.worker == worker).map(|stream| stream.link.id).collect()
     }
 
-    /// Reports whether a job of these queues is ready. No queue means all queues.
+    /// Reports whether a job of these queues is ready. An empty list means all queues.
     pub fn has_ready(&self, queues: &[String]) -> bool {
         let state = self.state();
         state.ready.iter().any(|(_, id)| queues.is_empty() || queues.contains(&state.jobs[id].job.queue))
@@ -263,7 +263,7 @@ impl Server {
         self.state().is_up = true;
     }
 
-    /// Opens a take stream. Returns a guard that closes the stream on drop, and the lines of the stream.
+    /// Opens a take stream. Returns a guard that closes the stream when dropped, and a receiver of the stream's lines.
     pub(super) fn take(
         &self,
         link: &Arc<Link>,
@@ -278,7 +278,7 @@ impl Server {
         (Disconnect { server: self.clone(), stream: link.id }, received)
     }
 
-    /// Requeues the jobs of a stream.
+    /// Removes a stream, if it is still open, and requeues its jobs.
     fn requeue(&self, state: &mut State, stream: u64) {
         let Some(Stream { held, link, .. }) = state.streams.remove(&stream) else { return };
         self.note(format_args!("stream {stream} of {} has ended, it held {held:?}", link.worker));
@@ -292,7 +292,7 @@ impl Server {
         self.fill(state);
     }
 
-    /// Sends ready jobs to each stream until its prefetch is full. The streams' order is random, as on a real server.
+    /// Sends ready jobs to each stream until its prefetch is full. The order of the streams is random, as on a real server.
     fn fill(&self, state: &mut State) {
         let State { rng, jobs, ready, streams, .. } = state;
         let mut order: Vec<u64> = streams.keys().copied().collect();
@@ -357,7 +357,7 @@ impl Server {
         not_found
     }
 
-    /// Accepts a report of a failure. Reports whether the job was in flight.
+    /// Accepts a report of a failure. Returns false, without any effect, if the job is not in flight.
     pub(super) fn fail(&self, reporter: &Reporter<'_>, id: &str, report: &Value) -> bool {
         let mut state = self.state();
         let State { rng, jobs, open, streams, .. } = &mut *state;
@@ -384,7 +384,7 @@ impl Server {
         true
     }
 
-    /// Returns a job as the API describes it.
+    /// Returns a job as `GET /jobs/{id}` shows it, or `None` if the API does not show it.
     pub(super) fn show(&self, id: &str) -> Option<Value> {
         let state = self.state();
         let record = state.jobs.get(id)?;
@@ -397,7 +397,7 @@ impl Server {
         }))
     }
 
-    /// Makes scheduled jobs ready at their time.
+    /// Makes each scheduled job ready at its `ready_at`. Never returns.
     async fn keep_time(self) {
         loop {
             let next = {
@@ -430,7 +430,7 @@ impl Server {
     }
 }
 
-/// The `max_job_size` of the model's workers.
+/// The `max_job_size` setting of the simulated workers, in bytes.
 pub const MAX_JOB_SIZE: usize = 4000;
 
 /// A guard that closes a take stream and requeues its jobs. It is dropped when the stream's connection ends.

@@ -9,10 +9,10 @@ use tracing::{Event, Subscriber, span};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Log fields measured in real time, which differ from run to run.
+/// Log fields with values measured in the real world. They are left out, because they differ from run to run.
 const REAL_TIME: [&str; 3] = ["seconds", "cpu_seconds", "peak_memory_bytes"];
 
-/// The lines of one run. Clones share them. A trace that is off records nothing.
+/// The recorded lines of one simulation. Clones share them. `None` if the trace is off and records nothing.
 #[derive(Clone)]
 pub struct Trace(Option<Arc<Lines>>);
 
@@ -40,7 +40,7 @@ impl Trace {
         }
     }
 
-    /// Records the log lines of this thread until the guard is dropped.
+    /// Records the log lines of this thread until the returned guard is dropped. Returns `None` if the trace is off.
     pub fn listen(&self) -> Option<tracing::subscriber::DefaultGuard> {
         let layer = LogLines(self.clone());
         self.0.as_ref().map(|_| tracing::subscriber::set_default(tracing_subscriber::registry().with(layer)))
@@ -52,10 +52,10 @@ impl Trace {
     }
 }
 
-/// A layer that records the worker's log lines, with the job of their span.
+/// A tracing layer that records the worker's log lines, each with the fields of the job's span around it.
 struct LogLines(Trace);
 
-/// The fields of an event or span, as text.
+/// The message and the other fields of an event or span, as text.
 #[derive(Default)]
 struct Text {
     message: String,

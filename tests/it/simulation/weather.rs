@@ -1,4 +1,4 @@
-//! [`Weather`]: the faults injected into requests, as by the server or by a proxy in front of it.
+//! [`Weather`]: the faults injected into requests. They imitate faults of the server and of a proxy in front of the server.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -37,20 +37,20 @@ pub enum Fault {
         /// Whether the request takes effect.
         with_effect: bool,
     },
-    /// A wrong answer, from the server or from a proxy.
+    /// A made-up answer, as from the server or from a proxy, replaces the real one.
     Instead(Answer),
 }
 
-/// A wrong answer.
+/// A made-up answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// Whether the body is the server's JSON. Otherwise the body is a page.
+    /// Whether the body is JSON, as from the server. Otherwise it is an HTML page, as from a proxy.
     pub is_servers: bool,
-    /// The `Retry-After`, in seconds.
+    /// The `Retry-After` header, in seconds.
     pub retry_after: Option<u64>,
-    /// Whether the request takes effect nevertheless.
+    /// Whether the request takes effect in spite of this answer.
     pub with_effect: bool,
 }
 
@@ -71,28 +71,28 @@ impl Answer {
     }
 }
 
-/// The kinds of faults. Each seed draws its own set of kinds, so that no kind always hides another.
+/// A kind of fault. Each seed draws its own set of kinds, so that no kind always hides the effects of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// Statuses 500, 502, 503, with or without effect.
     ServerErrors,
     /// Statuses 401, 403, 407, 408, 421, 425, 429: temporary refusals.
     Refusals,
-    /// Statuses 400, 413, 422: final refusals.
+    /// Statuses 400, 413, 422: final refusals. Most draws of this kind give a short delay instead.
     Finals,
-    /// Status 404 that is not from the server.
+    /// Status 404 with an HTML page, as from a proxy.
     ForeignNotFound,
-    /// A page with status 200.
+    /// Status 200 with an HTML page, as from a proxy.
     Pages,
     /// Late answers.
     Late,
-    /// Answers lost after the effect.
+    /// Lost answers to requests that have taken effect.
     Lost,
     /// Requests without an answer.
     Unanswered,
 }
 
-/// All kinds.
+/// All kinds of faults.
 pub const KINDS: [Kind; 8] = [
     Kind::ServerErrors,
     Kind::Refusals,
@@ -113,13 +113,13 @@ struct State {
     kinds: Vec<Kind>,
     /// The probability of a fault.
     level: f64,
-    /// Faults scheduled for certain requests.
+    /// The faults scheduled for certain requests.
     laid: Vec<Laid>,
-    /// The latest end of a `Retry-After`, each counted as at most 300 s.
+    /// The time at which the last `Retry-After` ends. Each is capped at 300 s, as in the worker.
     retry_after: Option<Instant>,
 }
 
-/// A fault for the next requests of a kind, for one job or for any.
+/// A fault scheduled for the next `times` requests of a kind, about one job or about any.
 struct Laid {
     call: Call,
     id: Option<String>,
@@ -145,7 +145,7 @@ impl Weather {
         self.0.lock().unwrap().level = level;
     }
 
-    /// Schedules a fault for the next requests of a kind.
+    /// Schedules a fault for the next `times` requests of a kind.
     pub fn lay(&self, call: Call, times: u32, fault: Fault) {
         self.0.lock().unwrap().laid.push(Laid { call, id: None, times, fault });
     }
@@ -162,12 +162,12 @@ impl Weather {
         state.laid.clear();
     }
 
-    /// Returns the latest end of a `Retry-After` so far, each counted as at most 300 s.
+    /// Returns the time at which the last `Retry-After` ends, if any. Each is capped at 300 s, as in the worker.
     pub fn retry_after(&self) -> Option<Instant> {
         self.0.lock().unwrap().retry_after
     }
 
-    /// Returns the fault of a request: a scheduled one, or else a random one.
+    /// Draws the fault of a request, if any. A scheduled fault precedes random faults.
     pub fn draw(&self, call: Call, ids: &BTreeSet<String>) -> Option<Fault> {
         let mut state = self.0.lock().unwrap();
         let State { rng, kinds, level, laid, .. } = &mut *state;
@@ -202,7 +202,7 @@ fn draw_fault(kind: Kind, rng: &mut Rng) -> Fault {
             429 => instead(429, rng.bool(), retry_after, false),
             status => instead(status, rng.bool(), None, false),
         },
-        // Mostly a short delay instead, because each final refusal can cost a report.
+        // Inject a short delay in most cases, because after each final refusal the worker may drop a report.
         Kind::Finals if chance(rng, 0.7) => Fault::Late(millis(rng, 0..300)),
         Kind::Finals => instead(one_of(rng, &[400, 413, 422]), rng.bool(), None, false),
         Kind::ForeignNotFound => instead(404, false, None, false),

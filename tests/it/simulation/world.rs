@@ -1,5 +1,5 @@
-//! [`World`]: one seed's servers, network, workers and jobs. Each world has a phase with faults, and then a calm phase
-//! in which all jobs and workers that can end must end.
+//! [`World`]: the simulated servers and network, with their faults and records. `live` runs one seed: a phase with faults, and
+//! then a calm phase, in which all jobs and workers that can end must end.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -23,20 +23,20 @@ use super::server::{MAX_JOB_SIZE, Malformed, NewJob, PRIORITIES, Record, Server,
 use super::trace::Trace;
 use super::weather::{Answer, Call, Fault, KINDS, Weather};
 
-/// The queues of a world.
+/// The names of the queues.
 const QUEUES: [&str; 3] = ["q0", "q1", "q2"];
 
-/// Interval of the checks during the calm.
+/// The interval between checks in the calm phase.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// The shared parts of a world.
+/// A simulated world. Clones share it.
 #[derive(Clone)]
 pub struct World {
-    /// The network.
+    /// The network between the workers and the servers.
     pub network: Network,
-    /// The server at the hosts `a` and `b`, and the server at `c`.
+    /// The first server, with the host names `a` and `b`, and the second server, with the host name `c`.
     pub servers: [Server; 2],
-    /// The faults of requests.
+    /// The faults injected into requests.
     pub weather: Weather,
     /// The record of runs and reports.
     pub book: Book,
@@ -49,7 +49,7 @@ pub struct World {
 }
 
 impl World {
-    /// Returns a world without faults.
+    /// Returns a world without faults. The rates of faults can be set in `weather` and `network`.
     pub fn new(rng: &mut Rng, trace: Trace) -> Self {
         let book = Book::new(trace.clone());
         let kinds = KINDS.into_iter().filter(|_| rng.bool()).collect();
@@ -79,7 +79,7 @@ impl World {
         self.servers.iter().flat_map(Server::jobs)
     }
 
-    /// Reports whether there are unfinished jobs that can end.
+    /// Reports whether any unfinished job can still end.
     fn is_open(&self) -> bool {
         self.servers.iter().any(Server::has_open)
     }
@@ -111,7 +111,7 @@ pub async fn live(world: &World, mut rng: Rng) {
     calm(world, &mut rng, left).await;
 }
 
-/// Draws jobs, and enqueues them one by one.
+/// Enqueues random jobs, either at random times or all at the start.
 async fn put_in(world: World, mut rng: Rng, lasting: Duration) {
     let has_second = chance(&mut rng, 0.25);
     let mut times: Vec<Duration> = (0..rng.usize(90..160)).map(|_| lasting.mul_f64(rng.f64() * 0.9)).collect();
@@ -138,7 +138,7 @@ fn draw_job(rng: &mut Rng) -> NewJob {
     }
 }
 
-/// Changes the rates of faults and restarts servers at random times.
+/// Changes the rates of faults, and restarts servers, at random times.
 async fn make_trouble(world: World, mut rng: Rng) {
     loop {
         world.weather.set_level(one_of(&mut rng, &[0.0, 0.0, 0.05, 0.2, 0.5, 1.0]));
@@ -195,8 +195,8 @@ fn draw_bounds(rng: &mut Rng, config: &mut WorkerConfig) {
     }
 }
 
-/// Runs one worker after another until the calm, and applies random actions to each. Returns the worker that runs when
-/// the calm begins, if any.
+/// Runs one worker after another until the calm phase, and applies random actions to each. Returns the worker that is running
+/// when the calm phase begins, if any.
 async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     loop {
         let mut config = draw_settings(&mut rng);
@@ -224,8 +224,8 @@ async fn employ(world: World, mut rng: Rng) -> Option<Life> {
     }
 }
 
-/// Applies a random action to a worker: pause, resume, reload, stop, kill, crash, or nothing. Returns the worker unless it
-/// has crashed.
+/// Applies a random action to a worker: pause, resume, reload, stop, kill with or without a grace period, crash, or nothing.
+/// Returns the worker unless it has crashed.
 async fn act(mut life: Life, rng: &mut Rng) -> Option<Life> {
     match rng.u8(0..20) {
         0..4 if life.is_paused => life.resume(),
@@ -261,7 +261,7 @@ fn reload_in_place(config: &mut WorkerConfig, rng: &mut Rng) {
     }
 }
 
-/// Runs the calm after the faults, and checks that stopping workers end, pending outcomes are reported, and all jobs end.
+/// Runs the calm phase, and checks that stopping workers end, pending outcomes are reported, and all jobs end.
 async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     leave_with_a_cut(world, rng, &mut lives).await;
     let (ending, mut lives): (Vec<_>, Vec<_>) = lives.into_iter().partition(Life::is_ending);
@@ -280,9 +280,9 @@ async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     let recovery = lives.iter().map(|life| bounds::recovery(&life.config, &world.weather)).max().unwrap_or_default();
     let recovered = Instant::now() + recovery;
     finish_all(world, rng, &mut lives, recovered).await;
-    // By then, requests that were in flight at the end of the faults have failed and been retried.
+    // Wait until requests that were in flight at the end of the faults have failed and been retried.
     sleep_until(recovered).await;
-    // A worker may still run a job that another worker has already finished.
+    // All jobs are finished, but a worker may still run a job that another worker has already finished.
     while lives.iter().any(|life| !life.running().is_empty()) {
         sleep(LOOK).await;
     }
@@ -300,7 +300,7 @@ async fn calm(world: &World, rng: &mut Rng, mut lives: Vec<Life>) {
     }
 }
 
-/// Drains or pauses some workers, and then cuts the connections of some. These are the last faults.
+/// Drains or pauses some workers, and then cuts the connections of some workers. These cuts are the last random faults.
 async fn leave_with_a_cut(world: &World, rng: &mut Rng, lives: &mut [Life]) {
     for life in lives.iter_mut() {
         match rng.u8(0..4) {
@@ -322,7 +322,7 @@ fn held_by(world: &World, life: &Life) -> Vec<Record> {
     held.filter_map(|id| world.servers.iter().find_map(|server| server.job(&id))).collect()
 }
 
-/// Ensures that each server has a worker that takes from all queues and does not end by itself.
+/// Ensures that each server has an unpaused worker that takes from all queues and does not stop by itself.
 fn employ_the_healthy(world: &World, lives: &mut Vec<Life>) {
     for url in ["http://a", "http://c"] {
         let is_healthy = |life: &Life| {
@@ -343,7 +343,8 @@ fn employ_the_healthy(world: &World, lives: &mut Vec<Life>) {
     }
 }
 
-/// Waits until the paused workers have reported their outcomes. A paused worker takes no jobs, but must report.
+/// Waits until the paused workers have reported their outcomes. Records a violation if this takes too long, because a paused
+/// worker must still report, although it takes no new jobs.
 async fn hear_the_paused(world: &World, lives: &[Life]) {
     for life in lives.iter().filter(|life| life.is_paused) {
         let running = life.running().iter().map(|run| run.lasts).max().unwrap_or_default();
@@ -358,8 +359,8 @@ async fn hear_the_paused(world: &World, lives: &[Life]) {
     }
 }
 
-/// Returns a job that is ready for redelivery although this worker still runs it or has not reported its outcome. Only
-/// jobs of the worker's queues count.
+/// Returns the id of a job that is ready for redelivery although this worker still runs it or has not reported its outcome. Skips
+/// jobs of other queues, and jobs with a report that was refused for good.
 fn withheld_by(world: &World, life: &Life) -> Option<String> {
     let server = world.server_of(life);
     let is_withheld = |run: &&Run| {
@@ -374,7 +375,8 @@ fn withheld_by(world: &World, life: &Life) -> Option<String> {
     here.iter().find(is_withheld).map(|run| run.id.clone())
 }
 
-/// Waits until all jobs are finished, and checks meanwhile that no worker idles or withholds reports.
+/// Waits until all jobs are finished. While waiting, reloads workers at random, and checks that no worker idles or withholds
+/// reports.
 async fn finish_all(world: &World, rng: &mut Rng, lives: &mut [Life], recovered: Instant) {
     let bound = recovered + bounds::work(&world.servers.iter().flat_map(Server::open_records).collect::<Vec<_>>());
     let mut idle_since: Vec<(usize, Instant)> = lives.iter().map(|_| (0, recovered)).collect();
@@ -395,7 +397,7 @@ async fn finish_all(world: &World, rng: &mut Rng, lives: &mut [Life], recovered:
     }
 }
 
-/// Checks that a worker with a free loop takes a ready job within a few round trips.
+/// Checks that a worker with a free loop starts a job within a few round trips if jobs are ready.
 fn check_that_it_works(world: &World, life: &Life, (progress, since): &mut (usize, Instant)) {
     let now = Instant::now();
     let concurrency = life.config.threads.get() * life.config.fibers.get();
@@ -410,16 +412,16 @@ fn check_that_it_works(world: &World, life: &Life, (progress, since): &mut (usiz
     }
 }
 
-/// Checks that a worker with unreported outcomes sends them within its first backoff wait after a genuine answer of the
-/// server.
+/// Checks that a worker reports its outcomes once a server has answered it again. The time limit is the first backoff wait plus a
+/// round trip, counted from the worker's latest traffic or from the end of a `Retry-After`.
 fn check_that_it_reports(world: &World, life: &Life) {
     let Talk { under_way, silent_since, heard, reported } = world.book.talk_of(&life.name);
     let (Some(heard), Some(silent_since), 0) = (heard, silent_since, under_way) else { return };
     let from = [Some(heard), Some(silent_since), reported, world.weather.retry_after()].into_iter().flatten().max();
     let allowance = bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
     let due = from.unwrap_or(heard) + allowance;
-    // A worker in which `prefetch` jobs wait stops reading its stream, so it may not know of a redelivery. More jobs can be
-    // in flight to it than `prefetch`, because the server may already count some of the waiting jobs as finished.
+    // A worker in which `prefetch` jobs wait stops reading its stream, so it may not know of a redelivery. The server can still
+    // send more jobs to this worker, because some of the waiting jobs may already be finished on the server.
     let reads = world.book.waiting_in(&life.name) < life.config.prefetch.get();
     if Instant::now() <= due || !reads {
         return;
@@ -472,8 +474,8 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
         world.book.violation(format!("{name} does not report how {other} ended beside failures that are refused"));
     }
     world.weather.clear();
-    // Other calls succeeded meanwhile, so the worker sees no recovery that would retry all reports at once. They are
-    // retried one by one.
+    // Other calls succeeded during the refusals, so the worker detects no recovery, after which it would retry all reports at
+    // once. It retries the stuck reports one by one.
     let turns = u32::try_from(FAILURES_AT_ONCE + 2).unwrap();
     sleep((bounds::first_wait(config) + MAX_LATENCY * 2) * turns + bounds::SLACK).await;
     if let Some(id) = stuck.iter().find(|id| !has_failed(id)) {
@@ -483,8 +485,8 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
     others.iter_mut().for_each(|life| life.resume());
 }
 
-/// Enqueues jobs for each worker in turn while all others are paused. The worker would not finish them in time if it had
-/// leaked a part of its prefetch.
+/// Enqueues jobs for each worker in turn while all other workers are paused, and checks that the worker finishes the jobs in
+/// time. A worker that has leaked part of its prefetch would be too slow.
 async fn probe_each(world: &World, lives: &mut [Life]) {
     const LASTS: Duration = Duration::from_millis(100);
     for at in 0..lives.len() {
@@ -493,7 +495,8 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let (server, config) = (world.server_of(&lives[at]), &lives[at].config);
         let count = if lives[at].is_bounded() { 0 } else { 2 * config.prefetch.get() };
         let queue = config.queues.first().map_or(QUEUES[0], String::as_str).to_owned();
-        // These jobs may run as well: a job whose report was refused for good becomes ready again when its stream closes.
+        // The worker may also run these jobs. A job with a report that was refused for good becomes ready again when its stream
+        // closes.
         let others: Vec<Record> = server.open_jobs().iter().filter_map(|id| server.job(id)).collect();
         let probes: Vec<String> = (0..count)
             .map(|_| {
@@ -513,7 +516,8 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
     }
 }
 
-/// Runs `living` until it ends, or until the first violation. More than an hour of virtual time is a violation.
+/// Runs `living` until it ends, or until the first violation. If it lasts longer than an hour of virtual time, that is a
+/// violation.
 pub async fn until_violated(world: &World, living: impl Future<Output = ()>) {
     tokio::select! {
         biased;

@@ -4,11 +4,11 @@ use serde_json::Value;
 
 use super::{Api, Running, eventually, runtime};
 
-/// The admin server of a daemon.
+/// A client of a daemon's admin server.
 pub struct Admin(Api);
 
 impl Admin {
-    /// Returns the admin server of a daemon started with `--admin-listen`.
+    /// Returns a client for a daemon that was started with `--admin-listen`.
     pub fn of(running: &Running) -> Self {
         let listening = running.wait_for_message("admin server listening");
         Self(Api::new(format!("http://{}", listening["address"].as_str().unwrap())))
@@ -28,7 +28,7 @@ impl Admin {
         body
     }
 
-    /// Waits until `GET /ready` answers that the daemon is ready, or not ready, and returns the reasons.
+    /// Waits until `GET /ready` answers with this value of `ready`, and returns the reasons in the answer.
     pub fn wait_until_ready(&self, ready: bool) -> Vec<String> {
         eventually(&format!("ready: {ready}"), || {
             let (status, body) = self.call("GET", "/ready");
@@ -40,7 +40,7 @@ impl Admin {
         })
     }
 
-    /// Waits until the status matches `wanted`.
+    /// Waits until the answer to `GET /status` matches `wanted`, and returns the answer.
     pub fn wait_for_status(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         eventually(what, || Some(self.status()).filter(|status| wanted(status)))
     }
@@ -55,7 +55,8 @@ impl Admin {
         })
     }
 
-    /// Waits until a metric has this value. `name` is without `zizq_worker_`, and with the labels in alphabetical order.
+    /// Waits until a metric has this value. `name` lacks the prefix `zizq_worker_`, and includes the labels in alphabetical
+    /// order.
     pub fn wait_for_metric(&self, name: &str, value: &str) {
         let line = format!("zizq_worker_{name} {value}");
         eventually(&line, || self.metrics().lines().any(|found| found == line).then_some(()));

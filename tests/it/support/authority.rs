@@ -21,7 +21,7 @@ pub struct Identity {
 impl Authority {
     pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
-        // A random name distinguishes this authority from others.
+        // A random name distinguishes this authority from the others in a test.
         params.distinguished_name.push(DnType::CommonName, format!("authority {:x}", fastrand::u64(..)));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
@@ -32,12 +32,12 @@ impl Authority {
         self.0.pem()
     }
 
-    /// Issues an identity for these names.
+    /// Issues an identity for these subject alternative names.
     pub fn issue(&self, names: &[&str]) -> Identity {
         self.sign(CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap())
     }
 
-    /// Issues an identity that has expired.
+    /// Issues an identity whose certificate has expired.
     pub fn issue_expired(&self, name: &str) -> Identity {
         let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         (params.not_before, params.not_after) = (date_time_ymd(2001, 1, 1), date_time_ymd(2002, 1, 1));
@@ -58,8 +58,8 @@ impl Authority {
 }
 
 impl Identity {
-    /// Returns the TLS settings of a server with this identity and these protocols. If `clients` is given, the server
-    /// demands client certificates from that authority.
+    /// Returns the TLS settings for a server with this identity and these ALPN protocols. If `clients` is given, the server
+    /// requires client certificates issued by that authority.
     pub fn server(&self, protocols: &[&str], clients: Option<&Authority>) -> Arc<ServerConfig> {
         let provider = Arc::new(default_provider());
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider));

@@ -15,10 +15,10 @@ use tempfile::TempDir;
 
 use super::{PATIENCE, eventually};
 
-/// The names of Chromium in distributions.
+/// The names of the Chromium program in distributions.
 const NAMES: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
 
-/// Flags with which the browser requests only the page, and needs no privileges.
+/// The flags that make the browser headless and controlled over pipes, and keep it from making requests of its own.
 const FLAGS: [&str; 13] = [
     "--headless",
     "--no-sandbox",
@@ -35,7 +35,8 @@ const FLAGS: [&str; 13] = [
     "--remote-debugging-pipe",
 ];
 
-/// The lock that a running browser holds. Several browsers at once start slowly, or not at all if memory is short.
+/// The lock that a running browser holds, so that only one runs at a time. Several browsers at once start slowly, or not at all
+/// if memory is short.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// A browser with one page.
@@ -51,7 +52,7 @@ pub struct Browser {
     profile: TempDir,
 }
 
-/// Finds a browser. Panics in CI if there is none.
+/// Finds an installed browser. Panics if there is none in CI.
 fn find() -> Option<PathBuf> {
     let found = NAMES.iter().find_map(|name| which::which(name).ok());
     if found.is_none() {
@@ -62,7 +63,7 @@ fn find() -> Option<PathBuf> {
 }
 
 impl Browser {
-    /// Opens a page. Returns `None` if no browser is installed.
+    /// Opens a page in a new browser. Returns `None` if no browser is installed.
     pub fn open(url: &str) -> Option<Self> {
         let mut browser = Self::start(&find()?);
         let target = browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();
@@ -134,7 +135,7 @@ impl Browser {
         self.evaluate("document.body.innerText").as_str().unwrap().to_owned()
     }
 
-    /// Waits until the page's text matches `wanted`.
+    /// Waits until the page's visible text matches `wanted`, and returns the text.
     pub fn wait_for_text(&mut self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
         let mut text = String::new();
         eventually(what, || {
@@ -144,7 +145,7 @@ impl Browser {
         text
     }
 
-    /// Shows the page in a window of this size, in this color scheme.
+    /// Sets the size of the window and the page's preferred color scheme.
     pub fn resize(&mut self, width: u32, height: u32, scheme: &str) {
         let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": false});
         self.call("Emulation.setDeviceMetricsOverride", size);
@@ -152,7 +153,7 @@ impl Browser {
         self.call("Emulation.setEmulatedMedia", features);
     }
 
-    /// Returns a picture of the window, as PNG.
+    /// Returns a screenshot of the window as PNG.
     pub fn screenshot(&mut self) -> Vec<u8> {
         let answer = self.call("Page.captureScreenshot", json!({"format": "png", "optimizeForSpeed": false}));
         BASE64_STANDARD.decode(answer["data"].as_str().unwrap()).unwrap()
@@ -169,7 +170,8 @@ impl Browser {
         requests.map(|request| request["request"]["url"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// Returns the complaints so far: script errors, console and log messages (including policy violations), and dialogs.
+    /// Returns all signs of errors in the page so far: script errors, console and log messages (including policy violations), and
+    /// dialogs.
     pub fn complaints(&mut self) -> Vec<String> {
         self.evaluate("0");
         let methods =

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 use super::{Api, Refused, eventually, seccomp, terminal};
 
-/// The arguments of setpriv that start a command as an unprivileged user.
+/// The arguments with which `setpriv` starts a command as an unprivileged user.
 const AS_NOBODY: [&str; 4] = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
 
 /// A builder for a daemon: `Daemon::of(&server).threads(4).sh("exit 3").start()`.
@@ -73,7 +73,7 @@ impl Daemon {
         self
     }
 
-    /// Sends the log to a terminal.
+    /// Sends the log to a pseudo-terminal.
     pub fn on_terminal(mut self) -> Self {
         let (ours, theirs) = terminal::open();
         self.command.stderr(theirs);
@@ -81,15 +81,15 @@ impl Daemon {
         self
     }
 
-    /// Sends the log to a terminal with this many columns.
+    /// Sends the log to a pseudo-terminal with this many columns.
     pub fn on_terminal_of(self, columns: u16) -> Self {
         let daemon = self.on_terminal();
         terminal::resize(daemon.terminal.as_ref().unwrap(), columns);
         daemon
     }
 
-    /// Starts the daemon from the command `leader`, which leads a session whose controlling terminal is stdin. The log
-    /// does not go to the terminal.
+    /// Starts the daemon from the command `leader`, which leads a session whose controlling terminal is stdin. Without a
+    /// `leader`, the daemon leads the session. The log does not go to the terminal.
     pub fn in_session_of<const N: usize>(self, leader: [&str; N]) -> Self {
         let mut setsid = Command::new("setsid");
         setsid.arg("-c").args(leader);
@@ -109,7 +109,7 @@ impl Daemon {
         daemon
     }
 
-    /// Starts the daemon in a process group of its own, like a shell with job control.
+    /// Starts the daemon in its own process group, as a shell with job control does.
     pub fn in_a_group_of_its_own(mut self) -> Self {
         self.command.process_group(0);
         self
@@ -120,7 +120,7 @@ impl Daemon {
         self
     }
 
-    /// Sets a shell script as the handler. `$DIR` is the test's directory.
+    /// Sets a shell script as the handler. In the script, `$DIR` is the test's directory.
     pub fn sh(self, script: &str) -> Self {
         let path = self.script("handle.sh", script);
         self.args(["--exec", path.to_str().unwrap()])
@@ -151,19 +151,20 @@ impl Daemon {
         self.args(["--config", path.to_str().unwrap()])
     }
 
-    /// Writes a configuration file in which `$DIR` is the test's directory.
+    /// Replaces `$DIR` in the text by the test's directory, writes the text as a configuration file, and names the file on the
+    /// command line.
     pub fn handlers(self, toml: &str) -> Self {
         let toml = toml.replace("$DIR", self.dir.path().to_str().unwrap());
         self.config(&toml)
     }
 
-    /// Sets a shell script as the handler of all jobs, with these settings of the handler.
+    /// Sets a shell script as the handler of all jobs. `settings` is TOML for the `[handler]` table.
     pub fn handler(self, script: &str, settings: &str) -> Self {
         self.script("handle.sh", script);
         self.handlers(&format!("[handler]\nexec = ['$DIR/handle.sh']\n{settings}"))
     }
 
-    /// Replaces functions of the C library by these functions in C, with LD_PRELOAD.
+    /// Replaces C library functions with the functions in this C source, by means of `LD_PRELOAD`.
     pub fn preload(self, source: &str) -> Self {
         let (source, library) = (self.file("preload.c", source), self.dir().join("preload.so"));
         let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status().unwrap();
@@ -175,7 +176,8 @@ impl Daemon {
         self.dir.path()
     }
 
-    /// Starts the daemon from a shell that first runs `what`, which can change inherited limits and signals.
+    /// Starts the daemon from a shell that first runs `what`. The daemon inherits the limits and signal settings that `what`
+    /// changes.
     pub fn after(self, what: &str) -> Self {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("{what}; exec \"$@\""), "sh"]);
@@ -192,7 +194,7 @@ impl Daemon {
     /// Starts the daemon as process 1 of a namespace, as in a container without an init.
     pub fn in_pid_namespace(self) -> Self {
         let mut unshare = Command::new("unshare");
-        // An unprivileged user becomes root in a new user namespace.
+        // An unprivileged user may create a PID namespace only as root of a new user namespace.
         if !rustix::process::getuid().is_root() {
             unshare.args(["--user", "--map-root-user"]);
         }
@@ -200,9 +202,9 @@ impl Daemon {
         self.wrap(unshare)
     }
 
-    /// Starts the daemon as an unprivileged user. Needs root.
+    /// Starts the daemon as an unprivileged user. The test itself must run as root.
     pub fn without_rights(self) -> Self {
-        // The build directory may be inaccessible to this user.
+        // Run a copy, because the build directory may be inaccessible to this user.
         let copy = self.dir().join("zizq-worker");
         fs::copy(env!("CARGO_BIN_EXE_zizq-worker"), &copy).unwrap();
         fs::set_permissions(self.dir(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -211,7 +213,8 @@ impl Daemon {
         self.wrap_program(setpriv, copy.as_os_str().to_owned())
     }
 
-    /// Puts a setuid `setpriv` into the test's directory. Reports whether this system lets it become root.
+    /// Puts a setuid copy of `setpriv` into the test's directory. Reports whether the copy becomes root when an unprivileged user
+    /// runs it.
     pub fn has_way_to_root(&self) -> bool {
         let (found, copy) =
             (Command::new("sh").args(["-c", "command -v setpriv"]).output().unwrap(), self.dir().join("setpriv"));
@@ -230,7 +233,7 @@ impl Daemon {
         works
     }
 
-    /// Starts the daemon from another command.
+    /// Starts the daemon from another command, to which the daemon's program and arguments are appended.
     fn wrap(self, shell: Command) -> Self {
         let program = self.command.get_program().to_owned();
         self.wrap_program(shell, program)
@@ -249,7 +252,7 @@ impl Daemon {
         self
     }
 
-    /// Drops the events of the handlers' stderr from the recorded log.
+    /// Leaves the events for the handlers' stderr out of the recorded log.
     pub fn without_output(mut self) -> Self {
         self.keep_output = false;
         self
@@ -269,7 +272,7 @@ impl Daemon {
         let lines = Arc::clone(&log);
         let keep = move |line: &String| self.keep_output || !line.contains(r#""message":"stderr""#);
         let reading = std::thread::spawn(move || {
-            // The log ends at the first error, because a read from a closed terminal fails.
+            // Treat an error as the end of the log, because a read from a terminal fails once all other ends are closed.
             let all = BufReader::new(stderr).split(b'\n').map_while(Result::ok);
             for line in all.map(|line| String::from_utf8_lossy(&line).into_owned()).filter(keep) {
                 lines.lock().unwrap().push(line);
@@ -286,20 +289,20 @@ impl Daemon {
         Running { child, command, log, screen, reading, output, terminal, dir: self.dir, exited: false }
     }
 
-    /// Starts the daemon and waits for its end.
+    /// Starts the daemon and waits until it has exited.
     pub fn run(self) -> Finished {
         self.start().finish()
     }
 }
 
-/// All text that a terminal has received.
+/// The bytes that a terminal has received so far.
 type Screen = Arc<Mutex<Vec<u8>>>;
 
 /// A reader of a terminal, which copies all text to `screen`. Unlike the log, `screen` also has incomplete lines.
 struct Watched {
     terminal: File,
     screen: Screen,
-    /// The end of a pipe whose other end closes when the test hangs up the terminal.
+    /// The read end of a pipe. Its write end closes when the test hangs up the terminal.
     hung_up: PipeReader,
 }
 
@@ -318,7 +321,8 @@ impl Read for Watched {
     }
 }
 
-/// A running daemon. A drop kills the daemon if it still runs, and prints its command and log if the test fails.
+/// A daemon that was started. Dropping this kills the daemon if it still runs, and prints the daemon's command and log if the
+/// test panics.
 pub struct Running {
     child: Child,
     command: String,
@@ -326,18 +330,18 @@ pub struct Running {
     screen: Screen,
     reading: Option<JoinHandle<()>>,
     output: Option<JoinHandle<String>>,
-    /// One end of the controlling terminal, or of the pipe to `Watched`. Closing this end hangs up the terminal.
+    /// The test's end of the controlling terminal, or the write end of the pipe in `Watched`. Closing it hangs up the terminal.
     terminal: Option<OwnedFd>,
     dir: TempDir,
     exited: bool,
 }
 
-/// A daemon that has ended: its log, its output and its exit status.
+/// The log, the output and the exit status of a daemon that has ended.
 pub struct Finished {
     pub status: ExitStatus,
     pub log: Vec<String>,
     pub stdout: String,
-    /// The text on the terminal.
+    /// The text on the terminal, or an empty string without a terminal.
     pub screen: String,
     dir: TempDir,
 }
@@ -369,7 +373,7 @@ impl Running {
         self.signal(Signal::INT)
     }
 
-    /// Closes the terminal, as closing its window does.
+    /// Hangs up the terminal, as closing its window does.
     pub fn hang_up(&mut self) {
         self.terminal = None;
         if !self.screen().is_empty() {
@@ -387,21 +391,21 @@ impl Running {
         String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
     }
 
-    /// Waits for an event of the JSON log, and returns it.
+    /// Waits until the JSON log has an event that matches `wanted`, and returns the event.
     pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         eventually(what, || {
             self.log().iter().filter_map(|line| serde_json::from_str(line).ok()).find(|event| wanted(event))
         })
     }
 
-    /// Waits for an event whose message contains this text.
+    /// Waits until the JSON log has an event whose message contains this text, and returns the event.
     pub fn wait_for_message(&self, message: &str) -> Value {
         self.wait_for(&format!("log: {message}"), |event| {
             event["message"].as_str().is_some_and(|text| text.contains(message))
         })
     }
 
-    /// Waits until there are this many events with this message, and returns all of them.
+    /// Waits until there are at least this many events with exactly this message, and returns all of them.
     pub fn wait_for_messages(&self, count: usize, message: &str) -> Vec<Value> {
         eventually(&format!("log: {count} × {message}"), || {
             let events = self.log().into_iter().filter_map(|line| serde_json::from_str::<Value>(&line).ok());
@@ -410,7 +414,7 @@ impl Running {
         })
     }
 
-    /// Waits until handlers have written this many lines to a file in the test's directory, and returns the lines.
+    /// Waits until a file in the test's directory has at least this many complete lines, and returns all lines.
     pub fn wait_for_lines(&self, count: usize, name: &str) -> Vec<String> {
         let path = self.dir.path().join(name);
         eventually(&format!("{count} lines in {name}"), || {
@@ -420,14 +424,14 @@ impl Running {
         })
     }
 
-    /// Returns the resident memory in KiB.
+    /// Returns the resident memory of the daemon in KiB.
     pub fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim_end_matches("kB").trim().parse().unwrap()
     }
 
-    /// Returns the number of open descriptors.
+    /// Returns the number of open descriptors of the daemon.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
@@ -444,20 +448,20 @@ impl Running {
         });
     }
 
-    /// Waits until a handler has created a file in the test's directory, and returns its content.
+    /// Waits until a file in the test's directory exists and ends with a newline, and returns the file's content.
     pub fn wait_for_file(&self, name: &str) -> String {
         let path = self.dir.path().join(name);
         eventually(&format!("file {name}"), || fs::read_to_string(&path).ok().filter(|text| text.ends_with('\n')))
     }
 
-    /// Returns the peak of the resident memory so far, in KiB.
+    /// Returns the daemon's peak resident memory so far, in KiB.
     pub fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
         peak.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Releases the handlers that wait for a file `go` in the test's directory.
+    /// Creates the file `go` in the test's directory, which releases handlers that wait for this file.
     pub fn go(&self) {
         fs::write(self.dir().join("go"), "").unwrap();
     }
@@ -468,7 +472,7 @@ impl Running {
         self.assert_exit(0)
     }
 
-    /// Waits for the daemon's end.
+    /// Waits until the daemon has exited.
     pub fn finish(mut self) -> Finished {
         let status = eventually("the daemon's exit", || self.child.try_wait().unwrap());
         self.exited = true;
@@ -480,7 +484,7 @@ impl Running {
         Finished { status, log: self.log(), stdout, screen: self.screen(), dir }
     }
 
-    /// Waits for the daemon's end, and asserts its exit status.
+    /// Waits until the daemon has exited, and asserts its exit status.
     pub fn assert_exit(self, code: i32) -> Finished {
         self.finish().assert_exit(code)
     }
@@ -493,15 +497,15 @@ impl Finished {
         self
     }
 
-    /// Asserts an exit with status 0, or a death by SIGTERM, which is possible if the signal arrives before the daemon has
-    /// installed its signal handlers.
+    /// Asserts that the daemon exited with status 0 or was killed by SIGTERM. SIGTERM kills the daemon if it arrives before the
+    /// daemon has installed its signal handlers.
     #[track_caller]
     pub fn assert_obeyed(self) {
         let obeyed = self.status.code() == Some(0) || self.status.signal() == Some(Signal::TERM.as_raw());
         assert!(obeyed, "{}, log:\n{}", self.status, self.log.join("\n"));
     }
 
-    /// Returns the events of a JSON log.
+    /// Returns the events of the JSON log.
     pub fn events(&self) -> Vec<Value> {
         self.log.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }

@@ -10,12 +10,12 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 /// A file system on which every access blocks until the accessing process is killed. Unmounted on drop.
 pub struct HungFileSystem {
     mount_point: PathBuf,
-    /// The FUSE device. The kernel's requests on it are never answered.
+    /// The FUSE device, from which the test never reads or answers the kernel's requests.
     _device: File,
 }
 
 impl HungFileSystem {
-    /// Mounts the file system over a directory. Returns `None`, with a message, if this process may not mount.
+    /// Mounts the file system over a directory. Prints a message and returns `None` if this process may not mount file systems.
     pub fn mount(at: &Path) -> Option<Self> {
         let mounted = File::options().read(true).write(true).open("/dev/fuse").and_then(|device| {
             let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());

@@ -1,4 +1,4 @@
-//! The tests' building blocks: servers, the daemon as a real process, and handlers as real scripts.
+//! Building blocks for tests: servers, the daemon as a real process, and handlers as real scripts.
 
 mod admin;
 mod authority;
@@ -52,15 +52,15 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// A script that appends the job's id to `started`, and runs until the test's directory has a file `go` or is deleted.
+/// A script that appends the job's id to the file `started`, and runs until the test's directory has a file `go` or is deleted.
 pub const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
 
-/// Returns `count` equal jobs.
+/// Returns `count` identical jobs.
 pub fn jobs(count: usize) -> Vec<Value> {
     vec![json!({"queue": "q", "type": "t", "payload": null}); count]
 }
 
-/// Reports whether a process runs. A zombie does not run.
+/// Reports whether a process is alive. A zombie does not count as alive.
 pub fn is_alive(pid: &str) -> bool {
     let stat = fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z") && !rest.starts_with(" X"))

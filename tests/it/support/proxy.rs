@@ -1,4 +1,4 @@
-//! A proxy in front of a server. It records the requests, and injects the faults of networks and servers.
+//! A proxy in front of a server, which records requests and injects faults, as of the network or the server.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -37,17 +37,17 @@ pub struct Proxy {
     _stop: DropGuard,
 }
 
-/// The kinds of calls that can meet a fault.
+/// A kind of call into which faults can be injected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
     Take,
     Successes,
     Failure,
-    /// `GET` of a job.
+    /// `GET /jobs/{id}`.
     Job,
 }
 
-/// A fault of a call.
+/// A fault that a call meets.
 #[derive(Debug, Clone)]
 pub enum Fault {
     /// The proxy answers with this status and body. The server does not receive the call.
@@ -60,7 +60,7 @@ pub enum Fault {
     Reset,
     /// The server executes the call, but the connection is cut before the answer arrives.
     Swallow,
-    /// The server executes the call, but the proxy replaces the answer by one with this status.
+    /// The server executes the call, but the proxy replaces the answer with an answer of this status.
     Lose(u16),
     /// The call passes after a delay.
     Delay(Duration),
@@ -77,11 +77,11 @@ pub enum BodyFault {
     CutAfterJobs(usize),
     /// The body arrives byte by byte.
     Drip,
-    /// Nothing arrives after this many jobs, not even the end.
+    /// After this many jobs nothing more arrives, not even the end of the body.
     StallAfterJobs(usize),
 }
 
-/// A gate that holds calls back until it is released.
+/// A gate that holds calls back until the gate is released.
 #[derive(Debug, Clone)]
 pub struct Gate(watch::Sender<Held>);
 
@@ -99,10 +99,10 @@ pub enum Event {
     Closed(usize),
 }
 
-/// A request that arrived.
+/// A request that arrived at the proxy.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// The number of its connection.
+    /// The number of the request's connection.
     pub connection: usize,
     pub call: Option<Call>,
     pub path: String,
@@ -137,7 +137,7 @@ impl std::ops::Deref for Proxy {
 }
 
 impl Proxy {
-    /// Starts a proxy without faults. It speaks only HTTP/1.1, like many reverse proxies.
+    /// Starts a proxy without faults in front of a server. The proxy speaks only HTTP/1.1, like many reverse proxies.
     pub fn before(server: &Server) -> Self {
         Self::start(server.address(), None, true)
     }
@@ -147,7 +147,7 @@ impl Proxy {
         Self::start(server, None, true)
     }
 
-    /// Starts a proxy that terminates TLS.
+    /// Starts a proxy without faults that terminates TLS.
     pub fn with_tls(server: &Server, tls: Arc<ServerConfig>, http1_only: bool) -> Self {
         Self::start(server.address(), Some(tls), http1_only)
     }
@@ -169,41 +169,42 @@ impl Proxy {
         Self { api, shared, _stop: stop.drop_guard() }
     }
 
-    /// Injects a fault into every further call of this kind.
+    /// Injects a fault into every later call of this kind.
     pub fn fault(&self, call: Call, fault: Fault) -> &Self {
         self.fault_times(usize::MAX, call, fault)
     }
 
-    /// Injects a fault into the next `times` calls of this kind. Several faults apply in the order of their injection.
+    /// Injects a fault into the next `times` calls of this kind. A call meets at most one fault. Faults that are injected first
+    /// are used up first.
     pub fn fault_times(&self, times: usize, call: Call, fault: Fault) -> &Self {
         self.shared.rules.lock().unwrap().push(Rule { call, fault, times });
         self
     }
 
-    /// Holds further calls of this kind back until the gate is released.
+    /// Holds back later calls of this kind until the returned gate is released.
     pub fn hold(&self, call: Call) -> Gate {
         let gate = Gate(watch::Sender::default());
         self.fault(call, Fault::Hold(gate.clone()));
         gate
     }
 
-    /// Removes all faults. Calls that are held stay held.
+    /// Removes all faults. Calls that are already held stay held.
     pub fn heal(&self) -> &Self {
         self.shared.rules.lock().unwrap().clear();
         self
     }
 
-    /// Cuts the connections of all take streams.
+    /// Cuts all connections with a take stream.
     pub fn cut_streams(&self) {
         self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.cut.cancel());
     }
 
-    /// Resets the connections of all take streams. Bytes in flight are lost.
+    /// Resets all connections with a take stream. Bytes in flight are lost.
     pub fn reset_streams(&self) {
         self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.reset());
     }
 
-    /// Silences all open take streams. Nothing more arrives over them, not even their end.
+    /// Silences all open take streams. Nothing more arrives over these streams, not even their end.
     pub fn stall_streams(&self) {
         self.shared.streams.lock().unwrap().drain(..).for_each(|stream| stream.stall.cancel());
     }
@@ -238,7 +239,7 @@ impl Proxy {
 }
 
 impl Gate {
-    /// Releases all held calls, and lets further calls pass.
+    /// Releases all held calls, and lets later calls pass.
     pub fn release(&self) {
         self.0.send_modify(|held| held.released = true);
     }
@@ -250,13 +251,13 @@ impl Gate {
 
     async fn pass(&self) {
         self.0.send_modify(|held| held.count += 1);
-        // Cannot fail while a sender exists, and `self` is a sender.
+        // `wait_for` fails only if all senders are dropped, and `self` is a sender.
         let _ = self.0.subscribe().wait_for(|held| held.released).await;
     }
 }
 
 impl Seen {
-    /// Returns the ids in a bulk report.
+    /// Returns the job ids in a bulk report of successes.
     pub fn ids(&self) -> Vec<String> {
         let body: Value = serde_json::from_slice(&self.body).unwrap();
         body["ids"].as_array().unwrap().iter().map(|id| id.as_str().unwrap().to_owned()).collect()
@@ -268,7 +269,7 @@ impl Shared {
         self.events.lock().unwrap().push(event);
     }
 
-    /// Returns the next fault for a call of this kind.
+    /// Returns the fault for a call of this kind, if any, and counts it as used once.
     fn next_fault(&self, call: Call) -> Option<Fault> {
         let mut rules = self.rules.lock().unwrap();
         let rule = rules.iter_mut().find(|rule| rule.call == call && rule.times > 0)?;
@@ -279,7 +280,7 @@ impl Shared {
 
 type Body = UnsyncBoxBody<Bytes, hyper::Error>;
 
-/// One connection of a client.
+/// One connection from a client to the proxy.
 #[derive(Debug, Clone)]
 struct Connection {
     number: usize,
@@ -290,7 +291,7 @@ struct Connection {
     is_reset: Arc<AtomicBool>,
 }
 
-/// Accepts and serves connections. A drop of this future ends all tasks of the proxy.
+/// Accepts and serves connections. Dropping this future aborts the tasks of all connections.
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = tokio::task::JoinSet::new();
     for number in 0.. {
@@ -332,7 +333,7 @@ impl Connection {
         if self.shared.http1_only {
             builder = builder.http1_only();
         }
-        // A cut drops the connection, with all bytes that are not sent yet.
+        // A cut drops the connection, including all bytes that are not sent yet.
         let _ = self.cut.run_until_cancelled(builder.serve_connection(TokioIo::new(stream), service)).await;
     }
 
@@ -370,7 +371,7 @@ impl Connection {
         }
     }
 
-    /// Records the request, and returns the kind of the call.
+    /// Records a request, and returns the kind of the call.
     fn record(&self, request: &Request<Bytes>) -> Option<Call> {
         // Version requests are not recorded. A worker sends one after each connect and does not wait for the answer, so
         // tests cannot predict its position among the other requests.
@@ -391,9 +392,9 @@ impl Connection {
         call
     }
 
-    /// Passes the request to the server and drops the answer.
+    /// Forwards a request to the server, and discards the answer.
     async fn carry_out(&self, request: Request<Bytes>) {
-        // The end of the answer shows that the server has executed the call.
+        // Wait for the end of the answer, because it shows that the server has executed the call.
         if let Ok(answer) = self.forward(request, None).await {
             let _ = answer.into_body().collect().await;
         }
@@ -405,7 +406,7 @@ impl Connection {
         pending().await
     }
 
-    /// Forwards a request over a separate connection, which ends with the answer's body.
+    /// Forwards a request over a separate connection to the server, which is closed when the answer's body is dropped.
     async fn forward(&self, request: Request<Bytes>, fault: Option<BodyFault>) -> io::Result<Response<Body>> {
         let stream = TcpStream::connect(self.shared.upstream).await?;
         let (mut sender, upstream) = client::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
@@ -479,7 +480,7 @@ impl Passing {
         pending().await
     }
 
-    /// Removes the next part to forward from `rest`, and returns the part.
+    /// Removes the next part to forward from `rest`, and returns this part.
     async fn next(&mut self) -> Bytes {
         let all = self.rest.len();
         let length = match self.fault {

@@ -1,4 +1,4 @@
-//! A server under byte-by-byte control of a test, for behaviour that a real server never shows.
+//! A server whose answers the test controls byte by byte, for behaviour that a real server never shows.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{PATIENCE, eventually};
 
-/// A listener. The test accepts each connection and sends each answer.
+/// A listening server. The test accepts each connection and sends each answer.
 pub struct RawServer {
     listener: TcpListener,
     address: SocketAddr,
@@ -38,8 +38,8 @@ impl RawServer {
         format!("http://{}", self.address)
     }
 
-    /// Waits for the next connection and its first request. Answers and skips version requests, because a worker sends one
-    /// after each connect, does not wait for the answer, and may cancel the request before it is sent.
+    /// Waits for the next connection, and returns its request. Answers and skips version requests, because a worker sends a
+    /// version request after each connect, does not wait for the answer, and may cancel the request before it is sent.
     pub fn request(&self) -> RawRequest {
         loop {
             match RawRequest::read(self.connection()) {
@@ -50,7 +50,7 @@ impl RawServer {
         }
     }
 
-    /// Passes each request to `answer` until `answer` returns a value. Answers and skips version requests.
+    /// Passes each request to `answer` until `answer` returns a value. Answers version requests itself.
     pub fn answer_until<T>(&self, what: &str, mut answer: impl FnMut(RawRequest) -> Option<T>) -> T {
         eventually(what, || {
             let (stream, _) = self.listener.accept().ok()?;
@@ -65,7 +65,7 @@ impl RawServer {
         })
     }
 
-    /// Answers the next request of any kind.
+    /// Answers the next request, which may also be a version request.
     pub fn answer_next(&self, status: &str, body: &str) {
         let request = RawRequest::read(self.connection());
         request.expect("a request").answer(status, body);
@@ -77,7 +77,7 @@ impl RawServer {
         patient(stream)
     }
 
-    /// Reports whether no request is waiting for an answer. Answers and skips version requests.
+    /// Reports whether no request is waiting for an answer. Answers version requests, and does not count them.
     pub fn is_quiet(&self) -> bool {
         while let Ok((stream, _)) = self.listener.accept() {
             match RawRequest::read(patient(stream)) {
@@ -139,7 +139,7 @@ impl RawRequest {
         self.write(&format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"));
     }
 
-    /// Answers with a stream, which stays open.
+    /// Answers with the headers of a stream, which stays open.
     pub fn open(mut self) -> Self {
         self.write("HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n");
         self
@@ -154,7 +154,7 @@ impl RawRequest {
         self.attempt(id, 0)
     }
 
-    /// Sends a job with this many failed attempts.
+    /// Sends a job that has failed this many times.
     pub fn attempt(&mut self, id: &str, attempts: u32) -> &mut Self {
         self.typed_attempt(id, "t", attempts)
     }
@@ -164,7 +164,7 @@ impl RawRequest {
         self.typed_attempt(id, job_type, 0)
     }
 
-    /// Sends a job of this type with this many failed attempts.
+    /// Sends a job of this type that has failed this many times.
     pub fn typed_attempt(&mut self, id: &str, job_type: &str, attempts: u32) -> &mut Self {
         let fields = r#""queue":"q","priority":32768,"status":"in_flight","payload":null,"ready_at":1,"dequeued_at":1"#;
         self.chunk(&format!("{{\"id\":\"{id}\",\"type\":\"{job_type}\",{fields},\"attempts\":{attempts}}}\n"))
@@ -180,9 +180,9 @@ impl RawRequest {
         self.write("0\r\n\r\n");
     }
 
-    /// Waits until the client has closed the connection.
+    /// Waits until the client has closed or reset the connection.
     pub fn wait_until_closed(mut self) {
-        // A reset also counts as closed.
+        // Ignore an error, because a reset is one.
         let _ = self.stream.read_to_end(&mut Vec::new());
     }
 

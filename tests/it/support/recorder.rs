@@ -10,13 +10,13 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts a server that answers each request with this status and text.
+    /// Starts a server that answers each request with this status and body.
     pub fn answering(status: u16, body: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&requests);
-        // The thread ends with the process.
+        // This thread runs until the test process ends.
         std::thread::spawn(move || {
             for connection in listener.incoming() {
                 let connection = connection.unwrap();
@@ -31,7 +31,8 @@ impl Recorder {
         Self { url, requests }
     }
 
-    /// Returns the heads of all requests so far. A connection without a request has an empty head.
+    /// Returns the heads (request line and headers) of all requests so far. A connection that closes without a request counts as
+    /// an empty head.
     pub fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap().clone()
     }

@@ -1,4 +1,4 @@
-//! A server that a test can restart: the embedded one, or a real one with a restart command.
+//! A server that a test can restart: the embedded server, or a real server with a restart command.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::Command;
@@ -29,7 +29,7 @@ impl Restartable {
         Self { api: Api::new(&*server.url), embedded: Some(server), queue: "q".to_owned() }
     }
 
-    /// Returns the server at `ZIZQ_URL`, if `ZIZQ_RESTART_CMD` is set as well.
+    /// Returns the server at `ZIZQ_URL`. Returns `None` unless `ZIZQ_URL` and `ZIZQ_RESTART_CMD` are set.
     pub fn real() -> Option<Self> {
         let url = std::env::var("ZIZQ_URL").ok().filter(|_| std::env::var_os("ZIZQ_RESTART_CMD").is_some());
         if url.is_none() {
@@ -49,7 +49,8 @@ impl Restartable {
         json!({"queue": self.queue, "type": job_type, "payload": payload})
     }
 
-    /// Crashes and restarts the server. An embedded server restarts after `pause`. `ZIZQ_RESTART_CMD` restarts a real one.
+    /// Crashes and restarts the server. The embedded server restarts after `pause`. A real server is restarted by
+    /// `ZIZQ_RESTART_CMD`.
     pub fn restart(&mut self, pause: Duration) {
         match &mut self.embedded {
             Some(server) => {
@@ -65,7 +66,7 @@ impl Restartable {
         }
     }
 
-    /// Returns the number of unfinished jobs in the queue.
+    /// Returns the number of unfinished jobs in this test's queue.
     pub fn unfinished(&self) -> u64 {
         let path = format!("/jobs/count?queue={}&status=scheduled,ready,in_flight", self.queue);
         self.call("GET", &path, None).1["count"].as_u64().unwrap()

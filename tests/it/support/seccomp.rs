@@ -1,4 +1,4 @@
-//! A sandbox that refuses system calls with a seccomp filter, which all child processes inherit.
+//! A sandbox for a command: a seccomp filter that refuses system calls. The command's child processes inherit the filter.
 
 #![expect(unsafe_code, reason = "no safe wrapper installs a filter, and it has to be done between fork and exec")]
 
@@ -8,29 +8,29 @@ use std::process::Command;
 
 use rustix::io::Errno;
 
-/// A system call that fails with an errno.
+/// A system call that the sandbox refuses with an errno.
 #[derive(Debug, Clone, Copy)]
 pub struct Refused {
     pub call: libc::c_long,
-    /// Bits of the first argument. The call is refused only if at least one of them is set. 0 sets no condition.
+    /// Bits of the first argument. The call is refused only if at least one of these bits is set. 0 means no condition.
     pub with: libc::c_int,
-    /// Bits of the first argument. The call is refused only if none of them is set.
+    /// Bits of the first argument. The call is refused only if none of these bits is set.
     pub without: libc::c_int,
     pub errno: Errno,
 }
 
 impl Refused {
-    /// Returns the refusal of a call with any arguments.
+    /// Returns a rule that refuses a call whatever its arguments.
     pub fn call(call: libc::c_long, errno: Errno) -> Self {
         Self { call, with: 0, without: 0, errno }
     }
 
-    /// Returns the refusal of each `clone` that has one of these flags and starts a process. Threads can still be started.
+    /// Returns a rule that refuses each `clone` that has one of these flags and starts a process. Threads can still be started.
     pub fn clone(flags: libc::c_int, errno: Errno) -> Self {
         Self { call: libc::SYS_clone, with: flags, without: libc::CLONE_THREAD, errno }
     }
 
-    /// Returns the filter instructions for this call. They compare the call's number, and then the first argument.
+    /// Returns the filter instructions for this rule. The instructions compare the call's number, and then its first argument.
     fn filter(self) -> Vec<libc::sock_filter> {
         let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
         let equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;

@@ -1,4 +1,4 @@
-//! A Zizq server, and a client of its HTTP API.
+//! The embedded Zizq server, and a client of a Zizq server's HTTP API.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -12,7 +12,7 @@ use zizq_worker::embedded::{EmbeddedServer, Options, Store};
 
 use super::eventually;
 
-/// The runtime of all servers and calls in this test binary.
+/// Returns the runtime of all servers and calls in this test binary.
 pub fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap())
@@ -35,7 +35,7 @@ impl Api {
         self.enqueue_with(json!({"queue": queue, "type": job_type, "payload": payload}))
     }
 
-    /// Enqueues a job from the body of a request.
+    /// Enqueues the job described by this request body, and returns the job's id.
     pub fn enqueue_with(&self, job: Value) -> String {
         let (status, job) = self.call("POST", "/jobs", Some(job));
         assert_eq!(status, 201, "{job}");
@@ -56,7 +56,7 @@ impl Api {
         (status == 200).then_some(job)
     }
 
-    /// Returns the errors reported for a job, in the order of its attempts.
+    /// Returns the errors reported for a job, in the order of the job's attempts.
     pub fn errors(&self, id: &str) -> Vec<Value> {
         let (_, answer) = self.call("GET", &format!("/jobs/{id}/errors?order=asc"), None);
         answer["errors"].as_array().cloned().unwrap_or_default()
@@ -66,7 +66,7 @@ impl Api {
         self.call("GET", &format!("/jobs/count?status={status}"), None).1["count"].as_u64().unwrap()
     }
 
-    /// Sends a call. An answer without a body is null.
+    /// Sends a call. Returns the status and the JSON body of the answer. A body that is not JSON becomes null.
     pub fn call(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
         runtime().block_on(async {
             let mut request = self.http.request(method.parse().unwrap(), format!("{}{path}", self.url));
@@ -90,7 +90,7 @@ impl Api {
         eventually(&format!("job {id} done"), || self.job(id).is_none().then_some(()));
     }
 
-    /// Waits until the job is in a state, and returns it.
+    /// Waits until the job has this status, and returns the job.
     pub fn wait_for_status(&self, id: &str, status: &str) -> Value {
         eventually(&format!("job {id} {status}"), || self.job(id).filter(|job| job["status"] == status))
     }
@@ -101,7 +101,7 @@ impl Api {
     }
 }
 
-/// The embedded server in this process. It can be stopped and restarted with the same jobs.
+/// An embedded server in this process. A test can stop the server and restart it with the same jobs.
 pub struct Server {
     api: Api,
     address: SocketAddr,
@@ -139,7 +139,7 @@ impl Server {
         Self { api: Api::new(format!("http://{address}")), address, store, running: Some(serve(server)) }
     }
 
-    /// Stops the server as by `kill -9`: connections break, and jobs in flight become ready.
+    /// Stops the server as `kill -9` would: connections break, and jobs in flight become ready.
     pub fn stop(&mut self) {
         if let Some((stop, serving)) = self.running.take() {
             stop.cancel();
@@ -157,7 +157,8 @@ impl Server {
         self.address
     }
 
-    /// Starts a second server, with TLS and the same jobs. Returns its port, and a guard that stops it on drop.
+    /// Starts a second server, with TLS and the same jobs. Returns its port, and a guard that stops the second server when
+    /// dropped.
     pub fn with_tls(&self, config: Arc<ServerConfig>) -> (u16, DropGuard) {
         let server = runtime().block_on(EmbeddedServer::bind("127.0.0.1:0", self.store.clone())).unwrap();
         let (port, stop) = (server.local_addr().port(), CancellationToken::new());

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Api, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// The first part of the handler, with functions for the code in `before` and in the jobs.
+/// The first part of the handler, with functions that `before` and the code in the jobs can call.
 const PRELUDE: &str = r#"#!/usr/bin/env -S python3 -S
 import json, os, signal, socket, sys, time
 DIR = os.environ["DIR"]
@@ -67,13 +67,13 @@ for line in wire:
 note("ended", os.getpid())
 "#;
 
-/// Returns the source of a handler that runs `before` before it connects.
+/// Returns the source of a handler that runs the Python code `before` before it connects to the worker.
 pub fn handler(before: &str) -> String {
     format!("{PRELUDE}\n{before}\n{LOOP}")
 }
 
 impl Daemon {
-    /// Sets a warm handler with these settings. Each process runs `before` before it connects.
+    /// Sets a warm handler with these settings. Each process runs the Python code `before` before it connects to the worker.
     pub fn warm(self, before: &str, settings: &str) -> Self {
         self.executable("handle.py", &handler(before));
         self.handlers(&format!("[handler]\nexec = ['$DIR/handle.py']\nmode = 'warm'\n{settings}"))
@@ -87,12 +87,12 @@ pub struct Warm {
 }
 
 impl Warm {
-    /// Starts a worker with these settings of its handler.
+    /// Starts a worker whose warm handler has these settings.
     pub fn start(settings: &str) -> Self {
         Self::with("", settings, |daemon| daemon)
     }
 
-    /// Starts a worker whose handler runs `before` before it connects.
+    /// Starts a worker whose handler runs the Python code `before` before it connects to the worker.
     pub fn before(before: &str, settings: &str) -> Self {
         Self::with(before, settings, |daemon| daemon)
     }
@@ -112,20 +112,20 @@ impl Warm {
         enqueue_many(&self.server, count, code)
     }
 
-    /// Runs a job that succeeds. Returns the pid of its process.
+    /// Runs a job that succeeds. Returns the pid of the process that ran the job.
     pub fn succeed(&self, code: &str) -> String {
         let id = self.enqueue(code);
         self.server.wait_until_done(&id);
         self.process_of(&id)
     }
 
-    /// Runs a job that fails. Returns the error.
+    /// Runs a job that fails. Returns the error of its first attempt.
     pub fn fail(&self, code: &str) -> Value {
         let id = self.enqueue(code);
         self.server.wait_for_error(&id, 1)
     }
 
-    /// Waits until the job has run, and returns the pid of the process of its last attempt.
+    /// Waits until the job has started, and returns the pid of the process that runs or ran its latest attempt.
     pub fn process_of(&self, id: &str) -> String {
         eventually(&format!("a process with job {id}"), || {
             let ran = self.lines("ran");
@@ -134,25 +134,25 @@ impl Warm {
         })
     }
 
-    /// Returns the lines that handlers have written to a file so far.
+    /// Returns the lines that handlers have written so far to a file in the test's directory.
     pub fn lines(&self, name: &str) -> Vec<String> {
         let text = fs::read_to_string(self.running.dir().join(name)).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
 
-    /// Creates a file that code in a handler waits for with `until`.
+    /// Creates a file for which code in a handler waits with `until`.
     pub fn allow(&self, name: &str) {
         fs::write(self.running.dir().join(name), "").unwrap();
     }
 
-    /// Stops the worker, and asserts that each started process is dead.
+    /// Stops the worker, and asserts that its processes and their recorded children are dead.
     pub fn stop(self) -> Finished {
         let finished = self.running.stop();
         assert_dead(&finished);
         finished
     }
 
-    /// Waits for the end of a draining worker, and asserts that each started process is dead.
+    /// Waits until a draining worker has exited, and asserts that its processes and their recorded children are dead.
     pub fn stop_after_drain(self) -> Finished {
         let finished = self.running.assert_exit(0);
         assert_dead(&finished);
@@ -164,7 +164,7 @@ pub fn enqueue_many(server: &Api, count: usize, code: &str) -> Vec<String> {
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": code}); count])
 }
 
-/// Asserts that all processes of a worker, and all children that handlers have recorded, are dead.
+/// Asserts that all warm processes of a worker are dead, and all children that these processes recorded with `leave_child`.
 #[track_caller]
 pub fn assert_dead(finished: &Finished) {
     let pids = finished.read("started") + &finished.read("children");
@@ -179,12 +179,12 @@ pub fn assert_none_failed(finished: &Finished) {
     assert!(failed.is_empty(), "{failed:#?}");
 }
 
-/// Waits until a process is dead.
+/// Waits until a process is dead or a zombie.
 pub fn wait_until_dead(pid: &str) {
     eventually(&format!("the end of process {pid}"), || (!is_alive(pid)).then_some(()));
 }
 
-/// Replaces a file atomically, as a deploy does.
+/// Replaces a file atomically by an executable file, as a deploy does.
 pub fn replace(dir: &Path, name: &str, text: &str) {
     use std::os::unix::fs::PermissionsExt;
     let next = dir.join(format!("{name}.next"));
