@@ -24,7 +24,7 @@ struct Shared {
     state: watch::Sender<State>,
     /// The open streams, in a channel of their own because they change far less often than `state`.
     connection: watch::Sender<Connection>,
-    /// The current job of each worker loop.
+    /// The worker loops, each with its current job.
     loops: Vec<Slot>,
     running: AtomicUsize,
     ended: Tally,
@@ -62,14 +62,14 @@ impl Tally {
     }
 }
 
-/// One worker loop.
+/// The name and the current job of one worker loop.
 #[derive(Debug)]
 struct Slot {
     name: String,
     current: Mutex<Option<Current>>,
 }
 
-/// The job of a worker loop.
+/// A job that a worker loop runs.
 #[derive(Debug, Clone)]
 pub(super) struct Current {
     pub(super) id: JobId,
@@ -86,7 +86,7 @@ pub(crate) struct Connection {
     pub(super) is_taking: bool,
     /// Whether any stream is open.
     pub(super) is_open: bool,
-    /// The number of streams that finish their jobs while another stream takes jobs or is about to.
+    /// The number of streams that finish their jobs while another stream takes jobs or is being opened.
     pub(super) finishing: usize,
 }
 
@@ -106,7 +106,7 @@ impl State {
     }
 }
 
-/// The number of jobs at one moment.
+/// The numbers of running and waiting jobs at one moment.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counts {
     pub(super) running: usize,
@@ -176,7 +176,7 @@ impl Activity {
         self.0.connection.subscribe()
     }
 
-    /// Returns the number of streams that finish their jobs while another one takes.
+    /// Returns the number of streams that finish their jobs while another stream takes jobs or is being opened.
     pub(super) fn finishing_streams(&self) -> usize {
         self.0.connection.borrow().finishing
     }
@@ -227,7 +227,7 @@ impl Activity {
         }
     }
 
-    /// Returns the history of the last minutes.
+    /// Returns the counts of jobs that ended in the last ten minutes.
     pub(super) fn history(&self) -> &History {
         &self.0.history
     }
@@ -253,8 +253,8 @@ impl Activity {
         self.0.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
-    /// Starts a drain once the worker has been connected for `limit` without a job or a waiting report. Waiting reports count,
-    /// because the server can hold back further jobs until it receives the reports.
+    /// Starts a drain once the worker has had a taking stream for `limit` without a job or a waiting report. Waiting reports
+    /// count, because the server can hold back more jobs until it receives the reports.
     pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
         let (mut states, mut movements) = (self.0.state.subscribe(), ledger.movements());
         while states.wait_for(State::is_idle).await.is_ok() {

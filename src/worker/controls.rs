@@ -13,7 +13,7 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::{Age, CountedType, Gauges, Metrics};
 use crate::watch;
 
-/// The handle to watch and control a running worker. The [`Lifecycle`] stops it.
+/// The handle to watch and control a running worker. The [`Lifecycle`] stops the worker.
 #[derive(Debug)]
 pub struct Controls<D> {
     pub(super) dispatcher: Arc<D>,
@@ -39,8 +39,8 @@ impl<D: Dispatcher> Controls<D> {
         &self.dispatcher
     }
 
-    /// Pauses the worker. A paused worker takes no more jobs, and closes its stream once all taken jobs are reported, so that the
-    /// server can give further jobs to other workers. Returns false if the worker was already paused.
+    /// Pauses the worker. A paused worker takes no more jobs, and closes its stream once all taken jobs are reported. The server
+    /// then sends new jobs to other workers only. Returns false if the worker was already paused.
     pub fn pause(&self) -> bool {
         self.intake.set_paused(true)
     }
@@ -50,9 +50,9 @@ impl<D: Dispatcher> Controls<D> {
         self.intake.set_paused(false)
     }
 
-    /// Opens a new stream with the URL, TLS settings, queues, prefetch and stream limits in `config`, and takes further jobs over
-    /// the new stream. Does nothing and returns false if none of these settings has changed. The present stream stays open until
-    /// all its jobs are reported to its server. If that server stops answering, its jobs are reported to the new server.
+    /// Opens a new stream with the URL, TLS settings, queues, prefetch and stream limits in `config`, and takes new jobs over
+    /// that stream. Does nothing and returns false if none of these settings has changed. The old stream stays open until all its
+    /// jobs are reported to its server. If the old server stops answering, these jobs are reported to the new server.
     pub fn reconnect(&self, config: &WorkerConfig) -> bool {
         self.intake.change_settings(config)
     }
@@ -111,7 +111,7 @@ impl<D: Dispatcher> Controls<D> {
         }
     }
 
-    /// Returns the reasons why the worker cannot start jobs now. Empty if it can.
+    /// Returns the reasons why the worker cannot start jobs now, or an empty list if it can.
     pub fn unready(&self, lifecycle: &Lifecycle) -> Vec<Unready> {
         let state = self.state(lifecycle);
         let of_state = match state {
@@ -141,7 +141,7 @@ impl<D: Dispatcher> Controls<D> {
             process_starts: self.dispatcher.process_starts(),
             handlers: self.dispatcher.handlers(),
         };
-        // Encoding fails only for names that Prometheus rejects. A test checks that no metric has one.
+        // Encoding fails only for names that Prometheus rejects. A test checks that no metric has such a name.
         self.metrics.text(gauges).unwrap_or_default()
     }
 }
@@ -163,7 +163,7 @@ impl<D: Dispatcher> Controls<D> {
     }
 }
 
-/// Returns a duration in seconds, in whole microseconds.
+/// Returns a duration in seconds, rounded down to whole microseconds.
 pub(super) fn seconds(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1e6
 }

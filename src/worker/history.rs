@@ -1,4 +1,4 @@
-//! [`History`]: the counts of jobs that ended in the last minutes, in buckets. [`Failures`]: the last failures.
+//! [`History`]: the counts of jobs that ended in the last ten minutes, in buckets. [`Failures`]: the last failures.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,16 +11,16 @@ use crate::job::{Failure, Job, Outcome};
 /// Width of a bucket. Narrow enough to show a burst, and wide enough to keep ten minutes in few numbers.
 const BUCKET: Duration = Duration::from_secs(5);
 
-/// Number of buckets. They cover ten minutes.
+/// Number of buckets, which together cover ten minutes.
 const BUCKETS: usize = 120;
 
 /// Number of failures kept.
 const MAX_FAILURES: usize = 20;
 
-/// Limit of characters kept of each text of a failure. A message can contain a line of 8 KiB, and a type can be of any length.
+/// Maximum number of characters kept of each text in a failure, because a message, a type or a queue can be long.
 const MAX_CHARS: usize = 500;
 
-/// The jobs that ended in the last minutes.
+/// The counts of jobs that ended in the last ten minutes.
 #[derive(Debug)]
 pub(super) struct History {
     started: Instant,
@@ -36,7 +36,8 @@ struct Buckets {
 }
 
 impl Buckets {
-    /// Adds empty buckets up to the bucket with the number `to`, but at most `BUCKETS`, so that a long idle time costs little.
+    /// Adds empty buckets up to the bucket with the number `to`. Adds no more than `BUCKETS`, so that a call after a long idle
+    /// time is cheap.
     fn advance(&mut self, to: u64) {
         let missing = to.saturating_sub(self.newest).min(BUCKETS as u64);
         for _ in 0..missing {
@@ -84,7 +85,7 @@ impl History {
         }
     }
 
-    /// Returns the buckets up to now.
+    /// Returns the counts in all buckets up to now.
     pub(super) fn list(&self) -> EndedJobs {
         self.list_at(self.started.elapsed())
     }
@@ -111,7 +112,7 @@ fn number_of_bucket(after: Duration) -> u64 {
 pub(super) struct Failures(Mutex<VecDeque<(Instant, LastFailure)>>);
 
 impl Failures {
-    /// Adds a failure without its backtrace, and drops the oldest one beyond the limit.
+    /// Adds a failure without its backtrace, and drops the oldest failure if the list is full.
     pub(super) fn push(&self, job: &Job, failure: &Failure) {
         let kept = LastFailure {
             id: cut(job.id.as_str()),
@@ -138,12 +139,12 @@ impl Failures {
     }
 }
 
-/// Returns the beginning of a text. A job's type and queue can be of any length.
+/// Returns the first `MAX_CHARS` characters of a text. A job's type and queue can be of any length.
 pub(super) fn beginning(text: &str) -> &str {
     text.char_indices().nth(MAX_CHARS).map_or(text, |(end, _)| &text[..end])
 }
 
-/// Cuts a text that is too long, and marks the cut.
+/// Returns the first `MAX_CHARS` characters of a text, followed by `…` if the text is longer.
 fn cut(text: &str) -> String {
     let kept = beginning(text);
     if kept.len() < text.len() { format!("{kept}…") } else { text.to_owned() }

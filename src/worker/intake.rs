@@ -31,7 +31,7 @@ impl Intake {
         self.0.borrow().paused
     }
 
-    /// Changes the settings. Returns whether they differ from the present ones.
+    /// Changes the stream settings to those of `config`. Returns false if they are the same as before.
     pub(super) fn change_settings(&self, config: &WorkerConfig) -> bool {
         let settings = StreamSettings::of(config, Some(&self.settings()));
         self.0.send_if_modified(|state| {
@@ -43,7 +43,7 @@ impl Intake {
         })
     }
 
-    /// Returns the present settings, which a paused worker has too.
+    /// Returns the present stream settings. They do not depend on whether the worker is paused.
     pub(super) fn settings(&self) -> Arc<StreamSettings> {
         Arc::clone(&self.0.borrow().settings)
     }

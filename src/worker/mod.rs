@@ -39,13 +39,13 @@ use producer::Producer;
 pub use status::{EndedJobs, LastFailure, LoopStatus, RunningJob, Status, Unready};
 use worker_loop::WorkerLoop;
 
-/// A job between its stream and its outcome.
+/// A job that has been taken from a stream and has no outcome yet.
 #[derive(Debug)]
 struct Taken {
     job: Job,
     stream: StreamId,
     delivery: Delivery,
-    /// The permit for the job's place in the dispatch queue.
+    /// The permit for the job's place in the dispatch queue, once the job has one.
     place: Option<OwnedSemaphorePermit>,
     /// The guard that counts the job as unfinished.
     _unfinished: Unfinished,
@@ -86,13 +86,13 @@ pub struct Summary {
     pub interrupted: u64,
     /// The number of dropped reports: the server refused them for good, or the worker was stopped first. Their jobs run again.
     pub reports_dropped: u64,
-    /// Whether the run ended by itself, by a bound like `max_jobs`, and was not asked to stop.
+    /// Whether the run ended because of a limit such as `max_jobs`, and was not asked to stop.
     pub ended_by_itself: bool,
 }
 
 impl Summary {
-    /// Reports whether every job that was taken has been finished and reported. A report that the server refused for good does
-    /// not count against a run that was asked to stop, but it means that a bounded run has not done its work.
+    /// Reports whether the run is a success. It is not if running jobs were killed, or if the run ended by itself and has dropped
+    /// reports. Dropped reports do not count if the run was asked to stop.
     pub fn is_clean(&self) -> bool {
         let left_behind = self.ended_by_itself && self.reports_dropped > 0;
         !(self.killed || left_behind)
@@ -146,7 +146,7 @@ impl<D: Dispatcher> Worker<D> {
     pub async fn run(&self, lifecycle: &Lifecycle) -> Result<Summary, WorkerError> {
         self.config.announce();
         let (acks, run) = self.start_acks(lifecycle);
-        // Each stream's permits bound the queue to the stream's prefetch.
+        // The queue needs no bound, because each stream's permits limit its jobs in the queue to its prefetch.
         let (dispatch_queue, jobs) = async_channel::unbounded();
         let loops = self.start_loops(&jobs, &run);
         let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &jobs, &run).run()));
@@ -249,8 +249,8 @@ impl<D: Dispatcher> Worker<D> {
     }
 }
 
-/// The minimum for the limit of parked and settled jobs: enough for several lost streams with a small prefetch. A failure takes
-/// up to 32 KiB.
+/// The minimum for the maximum number of parked and settled jobs. It is enough for several lost streams with a small prefetch. A
+/// parked failure takes up to about 32 KiB.
 const MIN_KEPT: usize = 100;
 
 /// Returns the maximum number of parked and settled jobs that the ledger keeps.

@@ -29,7 +29,7 @@ pub(super) struct Producer {
     /// The receiving end of the dispatch queue, from which the jobs of a closed stream are removed.
     pub(super) waiting: async_channel::Receiver<Taken>,
     pub(super) run: Run,
-    /// The number of jobs that run at once.
+    /// The maximum number of jobs that run at once.
     pub(super) concurrency: usize,
 }
 
@@ -38,9 +38,10 @@ type Searching = Pin<Box<dyn Future<Output = (Search, Option<SearchStream>)> + S
 /// The streams of one run, and the streams that are being opened.
 struct ProducerState {
     streams: Streams,
-    /// The stream that will take, while it is being opened.
+    /// The taking stream that is being opened, with its settings.
     opening: Option<(Arc<StreamSettings>, Opening)>,
-    /// After the loss of the taking stream, the wait before the next try to open one, and the backoff of later tries.
+    /// The wait before the next attempt to open a taking stream, and the backoff of later attempts. Set when a taking stream is
+    /// lost.
     pause: Option<(Duration, Waits)>,
     search: Option<Search>,
     searching: Option<Searching>,
@@ -48,15 +49,15 @@ struct ProducerState {
     first: Option<Arc<StreamSettings>>,
     /// The backoff between replacements of streams that lose part of their prefetch.
     renewals: Waits,
-    /// The time of the last replacement.
+    /// The time of the last replacement of a stream that had lost part of its prefetch.
     renewed: Option<Instant>,
-    /// The time of the next replacement, if the taking stream has lost part of its prefetch.
+    /// The time at which the taking stream is to be replaced, if it has lost part of its prefetch.
     renewal_due: Option<Instant>,
     /// The prefetch for which the ack queue and the ledger are sized.
     prefetch: usize,
 }
 
-/// An event of the producer.
+/// An event that the producer handles.
 enum Event {
     /// A phase, a setting, a job, or the usable prefetch of a stream has changed, or a replacement is due.
     Changed,
@@ -110,7 +111,8 @@ impl Producer {
         if !takes || is_taking {
             state.opening = None;
         } else if state.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {
-            // The pause applies to the server whose stream was lost. If the settings change during an opening, there is no pause.
+            // The pause is for the server whose stream was lost. If the settings have changed while a stream was being opened,
+            // the stream with the new settings is opened without a pause.
             let pause = state.pause.take().filter(|_| state.opening.is_none());
             let (wait, waits) = pause.unwrap_or_else(|| (Duration::ZERO, self.backoff.waits()));
             let is_first = state.first.as_ref().is_some_and(|first| Arc::ptr_eq(first, &settings));
@@ -120,7 +122,7 @@ impl Producer {
         self.search_if_needed(state, takes.then_some(&settings));
     }
 
-    /// Sizes the ack queue and the ledger for the prefetch.
+    /// Resizes the ack queue and the ledger if the prefetch has changed.
     fn make_room(&self, state: &mut ProducerState, prefetch: usize) {
         if std::mem::replace(&mut state.prefetch, prefetch) != prefetch {
             let capacity = prefetch.saturating_mul(2);
@@ -129,8 +131,8 @@ impl Producer {
         }
     }
 
-    /// Replaces the taking stream if part of its prefetch is lost, because the server still counts jobs as in flight whose
-    /// reports were dropped. Replacements are spaced by the backoff, otherwise a job whose report is always refused would run
+    /// Replaces the taking stream if part of its prefetch is lost to jobs whose reports were dropped. The server still counts
+    /// these jobs as in flight. Replacements are spaced by the backoff, otherwise a job whose report is always refused would run
     /// again without pause. Until the next replacement, the stream takes jobs with the rest of its prefetch.
     fn renew_if_due(&self, state: &mut ProducerState) {
         if !state.streams.is_taking_one_spent() {
@@ -175,7 +177,7 @@ impl Producer {
                 Ok(())
             }
             Err(Unopened::Refused(error)) => Err(WorkerError::Refused(error)),
-            // `open` returns this error only while the worker drains.
+            // `open` returns this error only once the worker drains.
             Err(Unopened::Unreachable(_)) => Ok(()),
         }
     }
@@ -207,10 +209,11 @@ impl Producer {
         }
     }
 
-    /// Drops the waiting jobs of a closed stream, because the server has requeued them and they would delay other jobs.
+    /// Drops the jobs of a closed stream from the dispatch queue, because the server has requeued them and they would delay other
+    /// jobs.
     fn drop_waiting(&self, stream: StreamId) {
-        // The other streams' jobs could not be put back into a closed queue. The worker loops skip the jobs of a lost stream
-        // themselves.
+        // Jobs of other streams could not be put back into a closed queue. The worker loops skip the jobs of a closed stream
+        // anyway.
         if self.waiting.is_closed() {
             return;
         }
@@ -229,8 +232,8 @@ impl Producer {
     }
 }
 
-/// Returns the time of the next replacement. The first replacement is immediate, and each one that follows soon after waits
-/// longer.
+/// Returns the time of the next replacement. The first replacement is due at once. If replacements follow one another closely,
+/// the wait grows.
 fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backoff) -> Instant {
     match renewed {
         Some(renewed) if renewed.elapsed() <= backoff.max_wait() * 2 => renewed + renewals.next_wait(),
@@ -248,7 +251,7 @@ fn searched(state: &mut ProducerState, search: Search, found: Option<SearchStrea
     }
 }
 
-/// Waits for the next event that may change which streams should exist.
+/// Waits for the next event that may change which streams are needed.
 async fn next_event(state: &mut ProducerState, changes: &mut Changes) -> Event {
     let ProducerState { streams, opening, search, searching, renewal_due, .. } = state;
     let with_movements = !streams.is_any_taking() || search.is_some() || searching.is_some();
@@ -309,8 +312,8 @@ impl Changes {
 fn log_lost(error: &StreamError, wait: Duration) {
     let reconnect_in = seconds(wait);
     match error {
-        // This is an error, because neither a network fault nor a restart causes a malformed line, and the next stream may bring
-        // it again.
+        // Log an error instead of a warning, because neither a network fault nor a restart causes a malformed line, and the next
+        // stream may bring the line again.
         StreamError::NotAJob(_) => error!(error = %Chain(error), reconnect_in, "stream lost, reconnecting"),
         StreamError::Ended => warn!(reconnect_in, "server ended the stream, reconnecting"),
         StreamError::Broken(_) | StreamError::Silent(_) => {

@@ -1,17 +1,17 @@
 //! [`Purpose`]: the use of a take stream. Pause, reload, bounded run, drain and kill all work by changing the purpose.
 //!
-//! At most one stream takes, and any number of streams finish.
+//! At most one stream takes jobs at a time, and any number of streams finish the jobs that came over them.
 //!
 //! | phase | paused | the stream's settings | the stream is for |
 //! | --- | --- | --- | --- |
 //! | running | no | are in force | taking |
-//! | running | no | are not, or the stream was replaced because part of its prefetch is lost | finishing |
+//! | running | no | are not, or the stream is a search stream, or was replaced after losing part of its prefetch | finishing |
 //! | running | yes | | finishing |
 //! | draining, killing, forcing | | | finishing |
 //! | stopped | | | nothing |
 //!
-//! A stream that takes is reopened when it is lost. A stream that finishes keeps the server from redelivering its jobs, and
-//! closes once all its jobs are reported. For jobs whose stream is lost while no stream takes, see
+//! A lost stream that took jobs is replaced by a new one. While a stream finishes, it stays open so that the server does not
+//! redeliver its jobs, and it closes once all its jobs are reported. For jobs whose stream is lost while no stream takes, see
 //! [`Search`](super::search::Search).
 
 use crate::lifecycle::Phase;
@@ -28,7 +28,7 @@ pub(super) enum Purpose {
 }
 
 /// Returns the purpose of a stream, according to the table in the module's documentation. `is_in_force` means that the stream's
-/// settings are in force and that the stream has not been replaced.
+/// settings are in force, and that the stream has not been replaced and is not a search stream.
 pub(super) fn purpose(phase: Phase, is_paused: bool, is_in_force: bool) -> Purpose {
     match phase {
         Phase::Running if !is_paused && is_in_force => Purpose::Take,

@@ -1,14 +1,15 @@
-//! [`Search`]: gets jobs redelivered that run or have ended here, whose stream is lost, and that no taking stream redelivers.
+//! [`Search`]: gets jobs redelivered to this worker that run or have ended here, if their stream is lost and the taking stream,
+//! if any, does not redeliver them.
 //!
 //! The server redelivers such a job to any worker. If this worker gets the job, the job does not run a second time. The protocol
-//! cannot request a particular job, only the next few jobs of some queues. A requeued job keeps its position in the queue, so it
-//! is among the first, behind jobs of higher priority.
+//! cannot request a particular job, only the next few jobs of some queues. A requeued job keeps its position in the queue, so the
+//! job is near the front of the queue, behind jobs of higher priority.
 //!
-//! Each round of a search opens a stream. The first round has a prefetch of one for each wanted job. If a stream brings only
-//! other jobs, it is closed at once, and the server requeues these jobs without counting an attempt. The next round follows at
-//! once with twice the prefetch. After a round with the greatest prefetch, the search waits, because no other worker can take the
-//! jobs that a search stream holds. From the second round on, a search is only for jobs that are ready on the server, because a
-//! job that another worker runs cannot be delivered.
+//! Each round of a search opens a stream. In the first round, the prefetch is the number of wanted jobs. If a stream brings its
+//! full prefetch and no wanted job, it is closed, and the server requeues its jobs without counting an attempt. The next round
+//! follows at once with twice the prefetch. After a round with the maximum prefetch, the search waits before the next round,
+//! because no other worker can take the jobs of a search stream while it is open. From the second round on, only jobs that are
+//! ready on the server are searched for, because a job that another worker runs cannot be delivered.
 
 use std::sync::Arc;
 
@@ -22,18 +23,18 @@ use crate::ledger::{ComingStream, Unheld};
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
-/// The maximum prefetch of a search: half of the server's default limit of jobs in flight for all workers.
+/// The maximum prefetch of a search: half of the server's default limit on jobs in flight, which all workers share.
 pub(super) const MAX_PREFETCH: usize = 512;
 
 /// The number of doublings from a prefetch of one to `MAX_PREFETCH`.
 const MAX_DOUBLINGS: u32 = MAX_PREFETCH.ilog2();
 
-/// The state of one search, which goes through rounds.
+/// The state of one search, which consists of rounds.
 #[derive(Debug)]
 pub(super) struct Search {
     waits: Waits,
     round: u32,
-    /// Whether the next round needs no wait.
+    /// Whether the next round starts without a wait.
     is_urgent: bool,
     /// The settings of the previous round.
     last: Option<Arc<StreamSettings>>,
@@ -52,7 +53,8 @@ impl Search {
         Self { waits: backoff.waits(), round: 0, is_urgent: false, last: None }
     }
 
-    /// Returns the jobs to search for: jobs that no stream holds, and that the taking stream does not redeliver.
+    /// Returns the jobs that no stream holds and that the taking stream does not redeliver. Returns none once the worker is being
+    /// killed.
     pub(super) fn wanted(run: &Run, taking: Option<&Arc<StreamSettings>>) -> Vec<Unheld> {
         if run.lifecycle.phase() > Phase::Draining {
             return Vec::new();
@@ -71,7 +73,8 @@ impl Search {
         self.is_urgent = prefetch < greatest_prefetch(&wanted, settings);
     }
 
-    /// Makes one round, after a wait if one is due. Returns `None` if no stream can be opened, or if no job is wanted.
+    /// Runs one round, after a wait if one is due. Returns `None` if there is no job to search for, or if no stream can be
+    /// opened.
     pub(super) async fn round(&mut self, run: &Run, taking: Option<&Arc<StreamSettings>>) -> Option<SearchStream> {
         let settings = self.next_settings(&Self::wanted(run, taking))?;
         if !std::mem::take(&mut self.is_urgent) {
@@ -80,8 +83,8 @@ impl Search {
                 biased;
                 () = tokio::time::sleep(self.waits.next_wait()) => {}
                 () = settings.client.health().recovered() => self.waits.reset(),
-                // A parked outcome is searched for at once. `changed` fails only after the ledger is dropped, and `run` keeps the
-                // ledger alive.
+                // Search at once for a job whose outcome has just been parked. `changed` fails only after the ledger is dropped,
+                // and `run` keeps the ledger alive.
                 _ = parkings.changed() => self.waits.reset(),
             }
         }
@@ -106,7 +109,8 @@ impl Search {
         }
     }
 
-    /// Returns the settings of the next round. If the wanted jobs were taken under different settings, the settings take turns.
+    /// Returns the settings of the next round. If the wanted jobs were taken under different settings, the rounds alternate
+    /// between these settings.
     fn next_settings(&mut self, wanted: &[Unheld]) -> Option<Arc<StreamSettings>> {
         let mut all: Vec<&Arc<StreamSettings>> = Vec::new();
         for Unheld { source, .. } in wanted {
@@ -129,7 +133,7 @@ impl Search {
         doubled.min(greatest_prefetch(wanted, settings))
     }
 
-    /// Returns the wanted jobs that the server can deliver now. The first round assumes that it can deliver all of them.
+    /// Returns the wanted jobs that the server can deliver now. For the first round, assumes that it can deliver all of them.
     async fn to_be_had(&self, settings: &StreamSettings, wanted: Vec<Unheld>) -> Vec<Unheld> {
         if self.round == 0 {
             return wanted;
@@ -138,7 +142,7 @@ impl Search {
         for unheld in wanted {
             match settings.client.job(&unheld.id).await {
                 Ok(state) => to_be_had.extend(state.is_some_and(|state| state.is_ready()).then_some(unheld)),
-                // A proxy may refuse this request. Search for the job anyway; at worst, the search does not find it.
+                // A proxy may refuse this request. Search for the job anyway. At worst, the search does not find the job.
                 Err(error) if error.is_refusal() => to_be_had.push(unheld),
                 Err(error) => {
                     debug!(error = %Chain(&error), "cannot look at a job whose stream was lost");
@@ -150,9 +154,10 @@ impl Search {
     }
 }
 
-/// Returns the greatest prefetch of a search. A search for ended jobs may have a large prefetch, because its stream closes as
-/// soon as the jobs are reported. A stream that brings running jobs stays open while they run, and meanwhile no other worker can
-/// take the stream's other jobs. So if all wanted jobs are running, the prefetch is only their number.
+/// Returns the maximum prefetch of a search. If all wanted jobs have ended, the maximum is large, because the stream closes as
+/// soon as the jobs are reported. A stream that brings a running job stays open while the job runs, and no other worker can take
+/// the stream's other jobs during that time. So the maximum is smaller if some of the wanted jobs are running, and if all are, it
+/// is only their number.
 fn greatest_prefetch(wanted: &[Unheld], settings: &StreamSettings) -> usize {
     let ended = wanted.iter().filter(|unheld| unheld.has_ended).count();
     let deep = match ended {

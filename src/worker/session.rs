@@ -34,8 +34,8 @@ pub(super) struct Session {
     pub(super) purpose: watch::Receiver<Purpose>,
     /// The permits for this stream's jobs in the dispatch queue: as many as the prefetch, even if the server sends more jobs.
     places: Arc<Semaphore>,
-    /// The received jobs that are not started. The server requeues them when the stream closes, unless the stream takes again
-    /// before.
+    /// The received jobs that are not started. They are started if the stream takes again. Otherwise the server requeues them
+    /// when the stream closes.
     held_back: Vec<Job>,
     /// The last delivery before the stream began to finish its jobs, or `None` while the stream takes.
     finishing_since: Option<Delivery>,
@@ -55,7 +55,7 @@ struct SearchProgress {
 /// The reason why this worker closed a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CloseReason {
-    /// Every job that came over the stream has been reported, or the worker has stopped.
+    /// No job of the stream is in flight, another stream gets the stream's jobs, or the worker has stopped.
     Finished,
     /// A search stream has brought no wanted job.
     NotFound {
@@ -91,13 +91,13 @@ impl Session {
         }
     }
 
-    /// Turns the session into one that searches for certain jobs, with its own prefetch.
+    /// Turns the session into a search for certain jobs. `prefetch` is the number of jobs that the stream may bring.
     pub(super) fn searching(self, prefetch: usize) -> Self {
         let end = Instant::now() + SEARCH_TIME;
         Self { search: Some(SearchProgress { end, prefetch, left: prefetch, has_found: false }), ..self }
     }
 
-    /// Follows the stream until it is lost or obsolete, and closes it.
+    /// Receives jobs until the stream is lost or no longer needed, and then closes the stream.
     pub(super) async fn run(mut self) -> Result<CloseReason, StreamError> {
         let ended = self.follow().await;
         self.run.ledger.lose_stream(self.id);
@@ -130,8 +130,8 @@ impl Session {
         }
     }
 
-    /// Reports whether the stream can close: no wanted job of a search can still arrive, and either no job of the stream is in
-    /// flight or another stream gets the stream's jobs.
+    /// Reports whether the stream can close. This requires that no wanted job of a search can still arrive, and that either no
+    /// job of the stream is in flight or another stream gets the stream's jobs.
     fn is_finished(&self) -> bool {
         let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
         !is_awaited && (self.run.ledger.under_way(self.id, None) == 0 || self.is_superseded())
@@ -187,8 +187,8 @@ impl Session {
             && self.finishing_since.is_some_and(|since| self.run.ledger.under_way(self.id, Some(since)) > 0)
     }
 
-    /// Records the arrival of a job in the ledger. Returns the job if the job is to be started. If the job has already ended
-    /// here, queues its report.
+    /// Records the arrival of a job in the ledger. Returns the job if it is new in this worker. If the job has already ended
+    /// here, queues its report instead.
     async fn arrive(&self, job: Job) -> Option<Taken> {
         let Run { ledger, acks, activity, .. } = &self.run;
         let attempt = Attempt { id: job.id.clone(), attempts: Some(job.attempts) };
@@ -223,7 +223,7 @@ impl Session {
             // The semaphore is never closed.
             place = Arc::clone(&self.places).acquire_owned() => taken.place = place.ok(),
         }
-        // The queue is closed, because the worker is stopping.
+        // This fails only if the queue is closed, because the worker is stopping.
         if let Err(refused) = self.dispatch_queue.try_send(taken) {
             self.hold_back(refused.into_inner());
         }
@@ -237,7 +237,8 @@ impl Session {
             debug!(job.id = job.id.as_str(), "job held back, because nothing more is taken over this stream");
         }
         self.run.ledger.give_back(&job.id, delivery);
-        // Keep only the newest delivery, because the job may be redelivered here after another worker has reported an attempt.
+        // The job may have been held back before. Keep only the newest delivery, because another worker may have reported an
+        // attempt since.
         self.held_back.retain(|other| other.id != job.id);
         self.held_back.push(job);
     }

@@ -15,7 +15,7 @@ pub struct Status {
     pub connected: bool,
     /// The number of streams that were replaced, for example by a reload. They stay open until their jobs are reported.
     pub finishing_streams: usize,
-    /// The time since the worker was created.
+    /// The time since the worker was created, in seconds.
     pub uptime_seconds: f64,
     /// The number of running jobs.
     pub running: usize,
@@ -27,17 +27,17 @@ pub struct Status {
     pub succeeded: u64,
     /// The number of jobs that failed.
     pub failed: u64,
-    /// The number of jobs that were cut short, which the server redelivers.
+    /// The number of interrupted jobs, which the server redelivers.
     pub interrupted: u64,
     /// The worker loops, each with its current job.
     pub loops: Vec<LoopStatus>,
     /// The configured handlers.
     pub handlers: Vec<HandlerStatus>,
-    /// The processes of warm handlers, those of replaced handlers included.
+    /// The processes of warm handlers, including those of replaced handlers.
     pub handler_processes: Vec<HandlerProcess>,
     /// The last failures, newest first.
     pub last_failures: Vec<LastFailure>,
-    /// The jobs that ended in the last minutes.
+    /// The jobs that ended in the last ten minutes.
     pub history: EndedJobs,
 }
 
@@ -56,16 +56,16 @@ pub struct LastFailure {
     pub error_type: Option<String>,
     /// The message, as reported, but cut if it is long.
     pub message: String,
-    /// The time since the failure.
+    /// The time since the failure, in seconds.
     pub ago_seconds: f64,
 }
 
-/// The jobs that ended in the last minutes, in buckets of equal width, oldest first.
+/// The counts of jobs that ended in the last ten minutes, in buckets of equal width, oldest first.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct EndedJobs {
-    /// The width of a bucket.
+    /// The width of a bucket, in seconds.
     pub bucket_seconds: u64,
-    /// The elapsed part of the newest bucket.
+    /// The elapsed part of the newest bucket, in seconds.
     pub newest_bucket_seconds: f64,
     /// The number of jobs that succeeded, by bucket.
     pub succeeded: Vec<u32>,
@@ -93,7 +93,7 @@ pub struct RunningJob {
     pub queue: String,
     /// The number of the attempt, from 1.
     pub attempt: u32,
-    /// The time since the job's start.
+    /// The time since the start of the job, in seconds.
     pub running_seconds: f64,
     /// The process id, once the process is started.
     pub pid: Option<u32>,
@@ -102,7 +102,7 @@ pub struct RunningJob {
 /// A reason why a worker cannot start jobs now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unready {
-    /// The worker has no stream.
+    /// The worker has no open stream, or is running and has no stream that takes jobs.
     NotConnected,
     /// The worker is paused.
     Paused,

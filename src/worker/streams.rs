@@ -25,7 +25,7 @@ pub(super) struct Streams {
     dispatch_queue: async_channel::Sender<Taken>,
     open: Vec<OpenStream>,
     sessions: JoinSet<(StreamId, Result<CloseReason, StreamError>)>,
-    /// The server's version at the last connection.
+    /// The server's version when a taking stream was last opened.
     seen_version: Arc<Mutex<Option<String>>>,
 }
 
@@ -44,7 +44,7 @@ impl Streams {
         Self { run, intake, dispatch_queue, open, sessions, seen_version }
     }
 
-    /// Adds a stream that takes.
+    /// Adds a taking stream.
     pub(super) fn add(&mut self, settings: Arc<StreamSettings>, stream: TakeStream) {
         let (sender, receiver) = watch::channel(Purpose::Take);
         let session = self.session(&settings, stream, receiver);
@@ -124,7 +124,8 @@ impl Streams {
         !self.open.is_empty()
     }
 
-    /// Reports whether a search stream is open that has brought no wanted job yet.
+    /// Reports whether a search stream is open that has no job in flight. Such a stream has not found a wanted job yet, or is
+    /// about to close.
     pub(super) fn is_searching(&self) -> bool {
         self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
     }
@@ -136,7 +137,7 @@ impl Streams {
         }
     }
 
-    /// Forgets a stream that has closed. Returns whether it took jobs.
+    /// Removes a stream that has closed. Returns whether it was the taking stream.
     pub(super) fn remove(&mut self, id: StreamId) -> bool {
         let was_taking = self.open.iter().any(|open| open.id == id && *open.purpose.borrow() == Purpose::Take);
         self.open.retain(|open| open.id != id);
@@ -152,7 +153,7 @@ impl Streams {
     }
 }
 
-/// Warns once of each server version that does not fit this worker. Never returns.
+/// Logs a warning if the server's version does not fit this worker, but not twice in a row for the same version. Never returns.
 async fn warn_of_version(client: &Client, seen: &Mutex<Option<String>>) -> Infallible {
     match client.version().await {
         Ok(version) => {

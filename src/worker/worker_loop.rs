@@ -19,7 +19,7 @@ use crate::ledger::{Beginning, Delivery};
 use crate::lifecycle::Phase;
 use crate::process::ResourceUsage;
 
-/// One of the threads × fibers loops. It runs one job at a time, and queues the outcome before it takes the next job.
+/// One of the `threads` × `fibers` loops. It runs one job at a time, and queues the outcome before it takes the next job.
 pub(super) struct WorkerLoop<D> {
     /// The loop's number.
     pub(super) slot: usize,
@@ -36,7 +36,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
     pub(super) async fn run(self) {
         info!(worker = self.name, "worker loop started");
         while let Ok(taken) = self.jobs.recv().await {
-            // Once killing, start no waiting job. The server redelivers it after the stream closes.
+            // Once the phase is `Killing`, start no more jobs. The server redelivers the waiting jobs after the stream closes.
             if self.run.lifecycle.phase() >= Phase::Killing {
                 break;
             }
@@ -64,8 +64,9 @@ impl<D: Dispatcher> WorkerLoop<D> {
         log_ended(&outcome, usage, times);
         activity.note_end(&job, &outcome);
         tally.count(&outcome);
-        // Keep only the id, so that the payload is freed before the report waits for space in the ack queue.
-        let id = job.id;
+        let id = job.id.clone();
+        // Free the payload before the wait for a slot in the ack queue.
+        drop(job);
         let Some(report) = Report::of(outcome) else { return ledger.interrupt(&id) };
         if let Some(attempt) = ledger.end(&id, &report) {
             acks.report(attempt, report, self.urgency()).await;
@@ -103,7 +104,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 }
 
-/// The shortest wait before a job's start that is logged.
+/// The shortest wait before the start of a job that is worth logging.
 const NOTABLE_WAIT: Duration = Duration::from_millis(1);
 
 /// The run time of a job, if the job was started, and the wait before its start.
