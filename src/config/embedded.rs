@@ -15,13 +15,13 @@ pub struct EmbeddedConfig {
 }
 
 impl EmbeddedConfig {
-    /// Returns the settings without jobs from standard input, which can be read only once.
+    /// Returns the settings with `jobs` removed if its source is standard input, because standard input can be read only once.
     pub(crate) fn without_stdin(&self) -> Self {
         Self { jobs: self.jobs.clone().filter(|jobs| *jobs != JobsSource::Stdin) }
     }
 }
 
-/// A source of NDJSON lines.
+/// A source of jobs, with one JSON object on each line (NDJSON).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobsSource {
     /// Standard input.

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use super::Source;
 use crate::chain::OneLine;
 
-/// A mistake in a setting, its source and its remedy.
+/// A problem with a setting, with the setting's source and the exit status for the problem.
 #[derive(Debug)]
 pub struct ConfigError {
     source: Source,
@@ -14,7 +14,7 @@ pub struct ConfigError {
     status: u8,
 }
 
-/// Exit status for a temporary failure. A service manager restarts the worker.
+/// Exit status for a temporary failure, after which a service manager restarts the worker.
 const STATUS_FAILURE: u8 = 1;
 
 /// Exit status for a mistake on the command line, as is usual on Unix.
@@ -24,13 +24,13 @@ const STATUS_USAGE: u8 = 2;
 const STATUS_CONFIG: u8 = 78;
 
 impl ConfigError {
-    /// Returns the error of an invalid value from `source`.
+    /// Returns the error for an invalid value from `source`.
     pub(crate) fn new(source: Source, problem: impl Into<String>) -> Self {
         let status = if matches!(source, Source::File(..)) { STATUS_CONFIG } else { STATUS_USAGE };
         Self { source, problem: problem.into(), status }
     }
 
-    /// Returns the error for a file or handler that the setting at `source` names and that is unusable.
+    /// Returns the error for a value that is well-formed but unusable, such as the path of a file that cannot be read.
     pub fn unusable(source: Source, problem: impl Into<String>) -> Self {
         Self { source, problem: problem.into(), status: STATUS_CONFIG }
     }
@@ -71,7 +71,8 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Reports whether the error is permanent: the call fails until an administrator changes a path, a permission or the kernel.
+/// Reports whether an error is permanent: the call keeps failing until an administrator changes a path, a permission or the
+/// kernel.
 fn is_lasting(error: &io::Error) -> bool {
     let kinds = [
         ErrorKind::NotFound,

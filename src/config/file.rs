@@ -1,4 +1,4 @@
-//! [`ConfigFile`]: the TOML file with its keys checked. Its values stay TOML values until `Layers` parses them.
+//! [`ConfigFile`]: the parsed TOML file, with its keys checked. The values stay TOML values until `Layers` parses them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,7 +33,7 @@ struct Tables {
     tls: Table<Keys>,
     worker: Table<Keys>,
     handler: Table<Keys>,
-    /// The tables of `[handlers]` by job type.
+    /// The `[handlers.TYPE]` tables, by job type.
     handlers: BTreeMap<Spanned<String>, Table<Keys>>,
     log: Table<Keys>,
     admin: Table<Keys>,
@@ -68,7 +68,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for TableVisitor<T> {
 }
 
 impl ConfigFile {
-    /// Reads the file that `--config` or its variable names. Returns an empty `ConfigFile` if none is named.
+    /// Reads the file that `--config` or `ZIZQ_CONFIG` names. Returns an empty `ConfigFile` if neither names a file.
     pub(super) fn load(named: Option<&Given>) -> Result<Self, ConfigError> {
         let Some((given, name)) = named.and_then(|given| Some((given, given.values.last()?))) else {
             return Ok(Self::default());
@@ -95,7 +95,7 @@ impl ConfigFile {
         Ok(file)
     }
 
-    /// Fails at the first key that belongs to no declared setting.
+    /// Returns an error for the first key that belongs to no declared setting.
     fn check_keys(&self) -> Result<(), ConfigError> {
         let Tables { tls, worker, handler, handlers, log, admin, .. } = &self.tables;
         let named = [("tls", tls), ("worker", worker), ("handler", handler), ("log", log), ("admin", admin)];
@@ -125,13 +125,13 @@ impl ConfigFile {
         value_in(keys, key)
     }
 
-    /// Returns the tables of `[handlers]`, by job type.
+    /// Returns the `[handlers.TYPE]` tables, each with its job type.
     pub(super) fn routes(&self) -> impl Iterator<Item = (&Spanned<String>, &Keys)> {
         self.tables.handlers.iter().map(|(job_type, Table(keys))| (job_type, keys))
     }
 
-    /// Returns the error for a file without a handler, at the line where the user can add one. Returns `None` if the user names
-    /// no file.
+    /// Returns the error for a file without a handler. The error names the line where the user can add a handler. Returns
+    /// `None` if the user names no file.
     pub(super) fn without_handler(&self) -> Option<ConfigError> {
         if self.path.as_os_str().is_empty() {
             return None;
@@ -149,13 +149,13 @@ impl ConfigFile {
         Some(ConfigError::new(Source::File(self.path.clone(), line), problem))
     }
 
-    /// Returns the line with the byte at `offset` in this file, as a `Source`.
+    /// Returns the `Source` for the line of this file that contains the byte at `offset`.
     pub(super) fn source_at(&self, offset: usize) -> Source {
         Source::File(self.path.clone(), line_of(&self.text, offset))
     }
 }
 
-/// Returns the value of a key.
+/// Returns the value of `key`, if the table has it.
 pub(super) fn value_in<'a>(keys: &'a Keys, key: &str) -> Option<&'a Spanned<Value>> {
     keys.iter().find(|(found, _)| found.get_ref() == key).map(|(_, value)| value)
 }
@@ -166,18 +166,19 @@ fn keys_of(table: &str) -> impl Iterator<Item = &'static str> {
     keys.filter(move |(found, _)| *found == table).map(|(_, key)| key)
 }
 
-/// The valid names at the top level of the file.
+/// The valid keys and tables at the top level of the file.
 const TABLES: [&str; 7] = ["url", "tls", "worker", "handler", "handlers", "log", "admin"];
 
-/// Returns the key in serde's message about an unknown field.
+/// Returns the key in serde's message about an unknown field, or `None` for any other message.
 fn unknown_field(message: &str) -> Option<&str> {
     message.strip_prefix("unknown field `")?.split_once('`').map(|(field, _)| field)
 }
 
-/// The Jaro similarity that a suggested key must exceed. A wrong suggestion is worse than a list of all keys.
+/// The Jaro similarity that a suggested key must exceed. Without a suggestion, the message lists all valid keys, which helps
+/// more than a wrong suggestion.
 const MIN_LIKENESS: f64 = 0.9;
 
-/// Returns the message about a key that is not in `known`, with the likely correction.
+/// Returns the message about a key that is not in `known`, with the likely correction or a list of `known`.
 fn unknown_key(key: &str, known: &[&str]) -> String {
     let with_key = |key: &str| -> Vec<String> {
         let found = SETTINGS.iter().map(|declared| declared.table_and_key()).filter(|(_, known)| *known == key);
@@ -214,7 +215,7 @@ fn is_commented_exec(line: &str) -> bool {
     value.is_some_and(|value| value.trim_start().starts_with('='))
 }
 
-/// Returns the line of the byte at `offset`, counted from 1.
+/// Returns the number of the line that contains the byte at `offset`, counted from 1.
 fn line_of(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
 }

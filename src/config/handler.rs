@@ -1,4 +1,4 @@
-//! The handlers of `[handler]`, `[handlers.TYPE]` and `--exec`, resolved and ready to run.
+//! The lookup and the checks of the handlers from `[handler]`, `[handlers.TYPE]`, `--exec` and the command after `--`.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -17,11 +17,11 @@ use super::{ConfigError, Source};
 use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Handlers, Mode, Pool, Stdin};
 use crate::process::{Output, Program, Signal};
 
-/// The valid words of `stdin`.
+/// The valid words for the setting `stdin`.
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
     [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
-/// The name of a mode, without the settings of its pool.
+/// A `Mode` without its pool settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ModeName {
     Spawn,
@@ -37,14 +37,14 @@ impl ModeName {
     }
 }
 
-/// The valid words of `mode`.
+/// The valid words for the setting `mode`.
 pub(super) const MODE_NAMES: [(&str, ModeName); 2] = [("spawn", ModeName::Spawn), ("warm", ModeName::Warm)];
 
-/// The valid words of `output`.
+/// The valid words for the setting `output`.
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
-/// Returns every handler, checked as far as possible without starting a process.
+/// Returns all handlers, checked as far as possible without starting a process.
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
     let command = default_command(layers)?;
     let mode = layers.locate(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
@@ -70,7 +70,7 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
 const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the \
      file's [handler] or [handlers.TYPE]";
 
-/// The words of a command, and their source.
+/// The words of a command, and the source of the setting that has them.
 type Written = (Vec<OsString>, Source);
 
 fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> {
@@ -84,7 +84,7 @@ fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> 
     }
 }
 
-/// Returns the name of a handler's table in the file. The default handler has no job type.
+/// Returns the name of a handler's table in the file. For the default handler, `job_type` is `None`.
 pub(super) fn table_of(job_type: Option<&str>) -> String {
     let is_bare = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
     match job_type {
@@ -94,12 +94,13 @@ pub(super) fn table_of(job_type: Option<&str>) -> String {
     }
 }
 
-/// The lookup of one handler's settings. A value in `route`, its table `[handlers.TYPE]`, overrides the value in `[handler]`.
+/// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the value in
+/// `[handler]`.
 struct Scope<'a> {
     layers: &'a Layers<'a>,
     name: String,
     route: Option<&'a Keys>,
-    /// The default handler's mode, from the command line or the file.
+    /// The default handler's mode, from the command line, the environment or the file.
     mode: &'a Option<(ModeName, Source)>,
 }
 
@@ -182,7 +183,7 @@ impl Scope<'_> {
         Ok(found)
     }
 
-    /// Returns the value in the route's table only.
+    /// Returns the value in the route's table. Ignores the value in `[handler]`.
     fn own<T>(
         &self,
         declared: &Declared,
@@ -208,9 +209,9 @@ impl Scope<'_> {
         self.layers.note(&format!("{}.{name}", self.name), source, "");
     }
 
-    /// Returns the environment of a handler. Without `env_clear`, a handler inherits all variables except the worker's own. With
-    /// `env_clear`, it inherits only the variables in `pass_env`. The variables in `env` override inherited ones, and the route's
-    /// `env` overrides the default handler's.
+    /// Returns the handler's environment. Without `env_clear`, the handler inherits all variables of the worker's environment
+    /// except those for which `is_the_workers_own` returns true. With `env_clear`, it inherits only the variables in `pass_env`.
+    /// Variables in `env` override inherited ones, and the route's `env` overrides the default handler's.
     fn env(&self) -> Result<Vec<(OsString, OsString)>, ConfigError> {
         let clear = self.pick(&declared::ENV_CLEAR, Raw::boolean)?.unwrap_or_default();
         let pass = self.locate(&declared::PASS_ENV, Raw::strings)?;
@@ -268,14 +269,14 @@ impl Scope<'_> {
     }
 }
 
-/// Reports whether a variable is a setting of the worker, or gives access to the service manager. A handler that inherited this
-/// access could notify the service manager in the worker's name.
+/// Reports whether a variable starts with `ZIZQ_`, or is for messages to the service manager. A handler that inherited such a
+/// variable could send messages to the service manager in the worker's name.
 fn is_the_workers_own(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"ZIZQ_")
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)
 }
 
-/// Parses a signal's name, with or without SIG. Rejects signals that no process can catch.
+/// Parses a signal's name, with or without the prefix `SIG`. Rejects SIGKILL and SIGSTOP, which no process can catch.
 fn parse_signal(name: String) -> Result<Signal, String> {
     let wanted = name.trim().to_uppercase();
     let named = |number: &i32| {

@@ -1,26 +1,54 @@
-//! [`Layers`]: the lookup of a setting on the command line, in the environment and in the file.
+//! [`Layers`]: the lookup of a setting on the command line, in the environment and in the file. [`Source`]: the origin of its value.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
 
 use toml::{Spanned, Value};
 
+use super::ConfigError;
 use super::declared::Declared;
 use super::file::ConfigFile;
 use super::value::Raw;
-use super::{ConfigError, Source};
 use crate::cli::Args;
+
+/// The origin of a setting's value. A message about the setting begins with the origin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A flag, with its dashes.
+    Flag(String),
+    /// The words after `--`.
+    TrailingCommand,
+    /// An environment variable.
+    Variable(String),
+    /// A line of the configuration file.
+    File(PathBuf, usize),
+    /// No origin, because the setting is not given.
+    Missing,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(name) | Self::Variable(name) => f.write_str(name),
+            Self::TrailingCommand => f.write_str("the command after --"),
+            Self::File(path, line) => write!(f, "{}:{line}", path.display()),
+            Self::Missing => f.write_str("the command line"),
+        }
+    }
+}
 
 /// The sources of settings. The command line and the environment, both in `args`, override the file.
 pub(super) struct Layers<'a> {
     pub(super) args: &'a Args,
     pub(super) file: &'a ConfigFile,
-    /// The settings found so far.
+    /// The sources of the settings found so far.
     found: RefCell<Sources>,
 }
 
-/// The source and the written text of each given setting, by key. For settings of handlers, the text is empty, or the path of
-/// the file that holds an environment variable's value.
+/// The source of each given setting, and the text that the user wrote, by key. The settings of a handler have an empty text,
+/// except for a variable in `env` whose value is in a file: its text is the path of the file.
 pub(super) type Sources = BTreeMap<String, (Source, String)>;
 
 impl<'a> Layers<'a> {
@@ -33,12 +61,13 @@ impl<'a> Layers<'a> {
         self.found.into_inner()
     }
 
-    /// Records the source and the written text of a setting.
+    /// Records the source of a setting, and the text that the user wrote.
     pub(super) fn note(&self, name: &str, source: &Source, written: impl ToString) {
         self.found.borrow_mut().insert(name.to_owned(), (source.clone(), written.to_string()));
     }
 
-    /// Returns the value of a setting from the first layer that has it. `parse` gets the raw value and the setting's name.
+    /// Returns the value of a setting, if the command line, the environment or the file has it. `parse` gets the raw value and
+    /// the setting's name.
     pub(super) fn pick<T>(
         &self,
         declared: &Declared,
@@ -66,7 +95,7 @@ impl<'a> Layers<'a> {
         }))
     }
 
-    /// Parses a value of the file, and returns it with its source.
+    /// Parses a value from the file, and returns it with its source.
     pub(super) fn read_in_file<T>(
         &self,
         value: &Spanned<Value>,

@@ -10,33 +10,34 @@ use super::{ConfigError, declared};
 /// The tracing target of the log lines about ended jobs.
 pub(crate) const JOBS_TARGET: &str = "zizq_worker::jobs";
 
-/// The tracing target of the lines that handlers print.
+/// The tracing target of the log lines with the output of handlers.
 pub(crate) const OUTPUT_TARGET: &str = "zizq_worker::output";
 
-/// The targets that can have a level of their own.
+/// The targets that can have a level of their own. Each target is a pair of the name and the value, which are equal, because
+/// `word` needs pairs.
 const TARGETS: [(&str, &str); 2] = [(JOBS_TARGET, JOBS_TARGET), (OUTPUT_TARGET, OUTPUT_TARGET)];
 
 /// The settings of the log.
 #[derive(Debug, Clone, Default)]
 pub struct LogConfig {
-    /// The lowest severity of logged events.
+    /// The minimum severity of logged events, in general and by target.
     pub level: LogLevels,
-    /// The format. If not given, it depends on whether stderr is a terminal.
+    /// The format. `None` means pretty if stderr is a terminal, and compact otherwise.
     pub format: Option<LogFormat>,
     /// `RUST_LOG`: a filter that overrides `level`.
     pub filter: Option<String>,
-    /// Whether the log has no colours.
+    /// Whether `NO_COLOR` disables colours.
     pub no_color: bool,
-    /// `JOURNAL_STREAM`: the device and inode of a stream that systemd's journal reads.
+    /// `JOURNAL_STREAM`: the device and inode of the stream that systemd's journal reads.
     pub journal_stream: Option<OsString>,
 }
 
-/// The general severity, and the targets with a severity of their own.
+/// The minimum severity of logged events, in general and for targets that have their own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogLevels {
-    /// The severity of all other targets.
+    /// The minimum severity for every target that is not in `targets`.
     pub level: LogLevel,
-    /// Targets, each with its severity.
+    /// The targets that have their own minimum severity.
     pub targets: Vec<(&'static str, LogLevel)>,
 }
 
@@ -55,11 +56,11 @@ pub enum LogLevel {
 /// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
-    /// Coloured, for people at a terminal.
+    /// A line for each event, for people. Coloured on a terminal, unless `NO_COLOR` is set.
     Pretty,
-    /// One plain line for each event, for journals.
+    /// A line for each event without colours, for journals and log files.
     Compact,
-    /// One JSON object for each event, for machines.
+    /// A JSON object for each event, for programs.
     Json,
 }
 
@@ -76,7 +77,7 @@ impl LogConfig {
 }
 
 impl LogLevels {
-    /// Parses a text like `info` or `info,zizq_worker::jobs=warn`.
+    /// Parses a value like `info` or `info,zizq_worker::jobs=warn`.
     fn parse(raw: &Raw, setting: &str) -> Result<Self, String> {
         let text = &raw.text(setting)?;
         let mut general = None;

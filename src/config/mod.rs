@@ -10,9 +10,7 @@ mod file;
 mod handler;
 mod layers;
 mod log;
-mod reload;
 mod settings;
-mod source;
 mod tls;
 mod value;
 mod variable;
@@ -23,6 +21,7 @@ use crate::cli::Args;
 use crate::handler::Handlers;
 use file::ConfigFile;
 use layers::{Layers, Sources};
+use worker::default_prefetch;
 
 pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 pub use crate::client::DEFAULT_URL;
@@ -33,10 +32,10 @@ pub use declared::{Declared, Example, Flag, Reload, SETTINGS};
 #[cfg(feature = "embedded")]
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
+pub use layers::Source;
 pub(crate) use log::{JOBS_TARGET, OUTPUT_TARGET};
 pub use log::{LogConfig, LogFormat, LogLevel, LogLevels};
 pub use settings::Setting;
-pub use source::Source;
 pub use warning::Warning;
 pub use worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, WorkerConfig};
 
@@ -45,7 +44,7 @@ pub use worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS, Wor
 pub struct Config {
     /// The settings of the worker.
     pub worker: WorkerConfig,
-    /// The handlers of jobs.
+    /// The default handler, and the handlers for specific job types.
     pub handlers: Handlers,
     /// The settings of the log.
     pub log: LogConfig,
@@ -63,7 +62,7 @@ impl Config {
     /// Resolves and checks every setting.
     ///
     /// # Errors
-    /// The first mistake found.
+    /// If a setting is invalid. Only the first mistake found is returned.
     pub fn resolve(args: &Args) -> Result<Self, ConfigError> {
         let file = ConfigFile::load(args.given("config")?.as_ref())?;
         let layers = Layers::new(args, &file);
@@ -84,5 +83,14 @@ impl Config {
             sources: layers.into_sources(),
             unknown_variables: args.unknown_variables(),
         })
+    }
+
+    /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their `running` values.
+    pub fn take_over(&mut self, running: &WorkerConfig) {
+        let WorkerConfig { url, tls, queues, prefetch, stream_limits, .. } = self.worker.clone();
+        // Compute the default from the running threads and fibers, because new values of these settings need a restart.
+        let is_given = self.sources.contains_key(declared::PREFETCH.key);
+        let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
+        self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };
     }
 }

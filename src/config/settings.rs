@@ -1,4 +1,4 @@
-//! [`Setting`]: a setting's value in force and its source, for display.
+//! [`Setting`]: a setting with its effective value and its source, for display.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -9,23 +9,23 @@ use super::variable::variable_of;
 use super::{Config, Source};
 use crate::handler::{Handler, Mode};
 
-/// One setting in force.
+/// A setting with its effective value and its source.
 #[derive(Debug, Clone)]
 pub struct Setting {
     /// The key in the configuration file.
     pub name: String,
-    /// The value in force.
+    /// The effective value.
     pub value: String,
-    /// The value that the admin server shows, if `value` can contain a secret.
+    /// The value that the admin server shows instead of `value`, if `value` can contain a secret.
     pub public_value: Option<String>,
     /// The value's source. `None` for a default.
     pub source: Option<Source>,
-    /// The effect of a changed value on a running worker.
+    /// The point at which a changed value takes effect: at once, with a new stream, or after a restart.
     pub reload: Reload,
 }
 
 impl Config {
-    /// Returns every setting in force, handlers last.
+    /// Returns every setting with its effective value. The settings of handlers come last.
     pub fn settings(&self) -> Vec<Setting> {
         let own = SETTINGS.iter().filter_map(|declared| match declared.shown {
             Shown::Worker(show) => Some(self.setting(declared, declared.key.to_owned(), show(self))),
@@ -75,7 +75,7 @@ impl Config {
         names.into_iter().map(shown).collect()
     }
 
-    /// Returns the path in the setting `key` as the user wrote it, or `none` if the setting is not given.
+    /// Returns the path that the user gave for the setting `key`, or `none` if the setting is not given.
     pub(super) fn file(&self, key: &str) -> String {
         self.sources.get(key).map_or("none".to_owned(), |(_, path)| path.clone())
     }

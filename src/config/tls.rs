@@ -1,4 +1,4 @@
-//! The TLS settings. Their files are read and checked before anything connects.
+//! The TLS settings. Their files are read and checked before the worker connects to the server.
 
 use std::io;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::{ConfigError, Source};
 use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
 use crate::client::{ServerUrl, Tls};
 
-/// Reads the TLS files, and checks them against each other and against `url`. Errors about `url` name `url_source`.
+/// Reads the TLS files, and checks that they match each other and `url`. Errors about `url` name `url_source`.
 pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) -> Result<Tls, ConfigError> {
     let ca = File::find(layers, &declared::TLS_CA)?;
     let chain = File::find(layers, &declared::TLS_CLIENT_CERT)?;
@@ -38,7 +38,7 @@ pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) 
     })
 }
 
-/// The contents of a file that a setting names.
+/// A file that a setting names, with its contents.
 struct File {
     setting: String,
     path: String,
@@ -60,7 +60,8 @@ impl File {
         parse(&self.bytes).map_err(|problem| self.error(&problem))
     }
 
-    /// Returns an error about this file. In the message, `problem` follows the file's path as a predicate follows its subject.
+    /// Returns an error about this file. In the message, the file's path is the subject and `problem` the predicate, like
+    /// "is not PEM".
     fn error(&self, problem: &str) -> ConfigError {
         ConfigError::unusable(self.source.clone(), format!("{}: {} {problem}", self.setting, self.path))
     }

@@ -21,7 +21,7 @@ const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 pub(super) enum Raw {
     /// The values of a flag, one per repetition, or the value of an environment variable.
     Text(Vec<String>),
-    /// A value in the file.
+    /// A value from the file.
     Toml(Value),
 }
 
@@ -36,7 +36,7 @@ impl fmt::Display for Raw {
 }
 
 impl Raw {
-    /// Returns the value as text.
+    /// Returns the value as text. For a repeated flag, returns the last value. Rejects a TOML value that is not a string.
     pub(super) fn text(&self, name: &str) -> Result<String, String> {
         match self {
             Self::Toml(Value::String(_)) | Self::Text(_) => Ok(self.to_string()),
@@ -49,7 +49,7 @@ impl Raw {
         self.text(name)?.parse()
     }
 
-    /// Parses one of a few words.
+    /// Parses one of `words`, ignoring case.
     pub(super) fn one_of<T: Copy>(&self, name: &str, words: &[(&str, T)]) -> Result<T, String> {
         let text = self.text(name)?;
         let found = words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text.trim()));
@@ -64,7 +64,7 @@ impl Raw {
         self.count_up_to(name, usize::MAX)
     }
 
-    /// Parses a whole number of at least 0.
+    /// Parses a whole number of at least 0. Accepts 0 only as a TOML integer, because no flag takes such a number.
     pub(super) fn count_from_0(&self, name: &str) -> Result<usize, String> {
         match self {
             Self::Toml(Value::Integer(0)) => Ok(0),
@@ -89,7 +89,7 @@ impl Raw {
         count.ok_or_else(|| format!("{name} must be at most {most} (got {number})"))
     }
 
-    /// Parses a number.
+    /// Parses a number, with or without a fraction.
     pub(super) fn number(&self, name: &str) -> Result<f64, String> {
         match self {
             Self::Toml(Value::Float(number)) => Ok(*number),
@@ -97,7 +97,7 @@ impl Raw {
         }
     }
 
-    /// Parses a duration.
+    /// Parses a duration: a number of seconds, or a text with units, like `1m 30s`.
     pub(super) fn duration(&self, name: &str) -> Result<Duration, String> {
         let wanted =
             || format!("{name} must be a duration like 30s, 500ms or 1m 30s; a bare number is seconds (got {self})");
@@ -120,7 +120,7 @@ impl Raw {
         }
     }
 
-    /// Parses a size in bytes, at least 1 KiB.
+    /// Parses a size of at least 1 KiB, with or without a unit, and returns the number of bytes.
     pub(super) fn size(&self, name: &str) -> Result<usize, String> {
         let wanted =
             || format!("{name} must be a size like 64MiB or 500kB, at least 1KiB; a bare number is bytes (got {self})");
@@ -148,7 +148,7 @@ impl Raw {
         Ok(names)
     }
 
-    /// Returns the value as it is written, in quotes. Commas join the values of a repeated flag.
+    /// Returns the value in quotes, or in TOML syntax, for a message. The values of a repeated flag are joined with commas.
     fn quoted(&self) -> String {
         match self {
             Self::Text(values) => format!("{:?}", values.join(",")),
@@ -156,13 +156,13 @@ impl Raw {
         }
     }
 
-    /// Parses a list of strings in the file.
+    /// Parses a list of strings from the file.
     pub(super) fn strings(&self, name: &str) -> Result<Vec<String>, String> {
         let strings = if let Self::Toml(value) = self { strings(value) } else { None };
         strings.ok_or_else(|| format!("{name} must be a list of strings (got {self})"))
     }
 
-    /// Parses a boolean in the file.
+    /// Parses a boolean from the file.
     pub(super) fn boolean(&self, name: &str) -> Result<bool, String> {
         match self {
             Self::Toml(Value::Boolean(value)) => Ok(*value),
@@ -170,7 +170,7 @@ impl Raw {
         }
     }
 
-    /// Parses a list of exit statuses in the file.
+    /// Parses a list of exit statuses from the file.
     pub(super) fn exit_codes(&self, name: &str) -> Result<BTreeSet<u8>, String> {
         let codes = match self {
             Self::Toml(Value::Array(items)) => {
@@ -181,7 +181,7 @@ impl Raw {
         codes.ok_or_else(|| format!("{name} must be a list of numbers from 0 to 255 (got {self})"))
     }
 
-    /// Parses a table of environment variables in the file. Messages never quote a value, because it can be a secret.
+    /// Parses a table of environment variables from the file. Messages never quote a value, because it can be a secret.
     pub(super) fn variables(&self, name: &str) -> Result<Vec<(String, Variable)>, String> {
         let table = match self {
             Self::Toml(Value::Table(table)) => table,

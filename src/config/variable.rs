@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-/// The size limit of a file that holds a value. The kernel limits a variable with its name to 128 KiB (execve(2)), and a token
-/// or a certificate needs only a few KiB.
+/// The size limit of a file that holds a value. The kernel limits a variable, including its name, to 128 KiB (execve(2)). A
+/// token or a certificate needs only a few KiB.
 const MAX_BYTES: u64 = 64 * 1024;
 
 /// The value of an environment variable.
@@ -21,13 +21,13 @@ pub(super) enum Variable {
     File(PathBuf),
 }
 
-/// Returns the key under which a variable's source is recorded.
+/// Returns the key under which `Sources` holds the source of a variable in a handler's `env`.
 pub(super) fn variable_of(table: &str, name: &str) -> String {
     format!("{table}.env.{name}")
 }
 
 impl Variable {
-    /// Parses the variable `name` in the table `env`.
+    /// Parses the value of the variable `name`. `env` is the name of the table, for messages.
     pub(super) fn read(env: &str, name: &str, value: &Value) -> Result<Self, String> {
         if name.is_empty() || name.contains(['=', '\0']) {
             return Err(format!("{env} has a name that no variable can have ({name:?})"));
@@ -43,10 +43,10 @@ impl Variable {
         }
     }
 
-    /// Returns the value.
+    /// Returns the value. Reads the file, if a file holds the value.
     ///
     /// # Errors
-    /// The reason, if the file cannot be read, is too large or contains a zero byte.
+    /// If the file cannot be read, is too large or contains a zero byte.
     pub(super) fn resolve(&self) -> Result<OsString, String> {
         match self {
             Self::Text(text) => Ok(OsString::from(text)),
@@ -67,7 +67,7 @@ fn wanted(env: &str, name: &str, value: &Value) -> String {
     format!("{env}.{name} must be a string, or {{ file = \"PATH\" }} (got a value of type {})", value.type_str())
 }
 
-/// Returns the contents of a file without the newline at the end.
+/// Returns the contents of a file without the trailing newline.
 fn contents(path: &Path) -> Result<OsString, String> {
     let name = path.display();
     let bytes = read(path).map_err(|error| format!("cannot read {name}: {error}"))?;

@@ -1,4 +1,4 @@
-//! [`Warning`]: a valid setting that is probably a mistake.
+//! [`Warning`]: a warning about a valid configuration that is probably a mistake.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,53 +10,54 @@ use super::handler::table_of;
 use super::{Config, WorkerConfig};
 use crate::handler::{Handler, Mode};
 
-/// A valid setting that is probably a mistake. The worker logs the warning at its start, and `--check` prints it.
+/// A warning about a valid configuration that is probably a mistake. The worker logs warnings at its start and at a reload, and
+/// `--check` prints them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Warning {
     /// An environment variable that starts with `ZIZQ_` but belongs to no setting.
     UnknownVariable {
         /// The name of the variable.
         variable: String,
-        /// The most similar name of a variable that belongs to a setting, if one is similar enough.
+        /// The name of the most similar variable that belongs to a setting, if one is similar enough.
         nearest: Option<String>,
     },
-    /// A prefetch below the number of worker loops, which leaves loops idle.
+    /// A prefetch below the number of worker loops, so that some loops stay idle.
     LowPrefetch {
-        /// The maximum number of unreported jobs.
+        /// The value of `prefetch`.
         prefetch: usize,
         /// The number of worker loops.
         concurrency: usize,
     },
-    /// A warm handler with fewer processes than worker loops.
+    /// A warm handler whose `max_processes` is below the number of worker loops.
     FewProcesses {
-        /// The table of the handler.
+        /// The name of the handler's table in the file.
         handler: String,
-        /// The maximum number of processes.
+        /// The value of `max_processes`.
         max_processes: usize,
         /// The number of worker loops.
         concurrency: usize,
     },
-    /// A handler for a job type with a `*`.
+    /// A handler for a job type that contains `*`. The `*` matches only itself.
     Pattern {
-        /// The table of the handler.
+        /// The name of the handler's table in the file.
         handler: String,
     },
     /// A handler whose time limit is longer than the shutdown deadline.
     LongTimeout {
-        /// The table of the handler.
+        /// The name of the handler's table in the file.
         handler: String,
-        /// The time limit.
+        /// The handler's time limit for a job.
         timeout: Duration,
-        /// The shutdown deadline.
+        /// The worker's time limit for running jobs at a shutdown.
         shutdown_deadline: Duration,
     },
-    /// A handler whose kill grace is longer than the shutdown deadline.
+    /// A handler whose `kill_grace` is longer than the shutdown deadline.
     LongGrace {
-        /// The table of the handler.
+        /// The name of the handler's table in the file.
         handler: String,
-        /// The kill grace.
+        /// The handler's wait between SIGTERM and SIGKILL.
         kill_grace: Duration,
-        /// The shutdown deadline.
+        /// The worker's time limit for running jobs at a shutdown.
         shutdown_deadline: Duration,
     },
 }
@@ -165,7 +166,7 @@ impl Config {
 }
 
 impl WorkerConfig {
-    /// Returns a warning if the prefetch leaves worker loops idle.
+    /// Returns a warning if the prefetch is too low to keep all worker loops busy.
     pub(crate) fn low_prefetch(&self) -> Option<Warning> {
         let (prefetch, concurrency) = (self.prefetch.get(), self.concurrency().get());
         (prefetch < concurrency).then_some(Warning::LowPrefetch { prefetch, concurrency })

@@ -22,7 +22,7 @@ pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::MIN;
 /// Default of `fibers`. One job at a time is safe for every handler.
 pub const DEFAULT_FIBERS: NonZeroUsize = NonZeroUsize::MIN;
 
-/// Default time limit for running jobs to end at a shutdown. Most jobs end within this time.
+/// Default time limit for running jobs to finish at a shutdown. Most jobs finish within this time.
 pub const DEFAULT_SHUTDOWN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The maximum of `threads` × `fibers`. One machine cannot run this many processes well, and a server's default limit of
@@ -39,27 +39,28 @@ pub struct WorkerConfig {
     pub url: ServerUrl,
     /// The trusted certificates and the client certificate, if `url` is https.
     pub tls: Tls,
-    /// The way to connect to `url`. The default is the network; an embedding program can supply connections of its own.
+    /// The source of connections to `url`. The default connects over the network. A program that embeds the worker can supply its
+    /// own connections.
     pub connector: Connector,
     /// The worker's name in the server's log.
     pub worker_id: WorkerId,
-    /// The queues to take jobs from. Empty means all.
+    /// The queues to take jobs from. Empty means all queues.
     pub queues: Vec<String>,
     /// The number of groups of worker loops.
     pub threads: NonZeroUsize,
     /// The number of worker loops in each group.
     pub fibers: NonZeroUsize,
-    /// The maximum number of unreported jobs that the server sends to this worker.
+    /// The maximum number of jobs that the worker has received and not yet reported.
     pub prefetch: NonZeroUsize,
-    /// The backoff of reconnects and of report retries.
+    /// The backoff between attempts to reconnect, and between attempts to send a report.
     pub backoff: Backoff,
-    /// The limits of silence on a take stream, and of the size of a job in it.
+    /// The maximum silence on a take stream, and the maximum size of a job.
     pub stream_limits: StreamLimits,
-    /// The time limit of a drain. When it expires, running jobs are killed.
+    /// The time limit for a drain. When it expires, running jobs are killed.
     pub shutdown_deadline: Duration,
     /// The number of started jobs after which the worker drains.
     pub max_jobs: Option<NonZeroU64>,
-    /// The time since the start after which the worker drains.
+    /// The running time after which the worker drains.
     pub max_time: Option<Duration>,
     /// The time without a job after which the worker drains.
     pub exit_when_idle: Option<Duration>,
@@ -114,12 +115,12 @@ impl WorkerConfig {
         })
     }
 
-    /// Returns the number of jobs that run at once: threads × fibers.
+    /// Returns the maximum number of jobs that run at once: threads × fibers.
     pub fn concurrency(&self) -> NonZeroUsize {
         self.threads.saturating_mul(self.fibers)
     }
 
-    /// Logs the settings when a worker starts, and warns if the prefetch leaves worker loops idle.
+    /// Logs the main settings at the start of a worker, and a warning if the prefetch is too low to keep all worker loops busy.
     pub(crate) fn announce(&self) {
         let (threads, fibers, prefetch) = (self.threads.get(), self.fibers.get(), self.prefetch.get());
         let queues = if self.queues.is_empty() { "(all)".to_owned() } else { self.queues.join(",") };
@@ -133,7 +134,8 @@ fn at_most_u64(count: NonZeroUsize) -> NonZeroU64 {
     NonZeroU64::try_from(count).unwrap_or(NonZeroU64::MAX)
 }
 
-/// Returns two jobs per loop, one running and one queued, so that no loop waits for a report's round trip.
+/// Returns the default prefetch: two jobs per worker loop, one running and one queued. With only one, a loop would idle while
+/// a report travels to the server and the next job back.
 pub(super) fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
     concurrency.saturating_add(concurrency.get())
 }
@@ -152,7 +154,7 @@ fn concurrency(layers: &Layers<'_>, threads: NonZeroUsize, fibers: NonZeroUsize)
     }
 }
 
-/// Parses a URL. Messages never quote the whole URL, because it can contain a password by mistake.
+/// Parses a URL. Messages omit the user, the password and the query, which can be secrets.
 fn server_url(raw: &Raw, name: &str) -> Result<ServerUrl, String> {
     match raw.text(name) {
         Ok(url) => url.parse(),
@@ -179,7 +181,7 @@ fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
     let min_wait = min.as_ref().map_or(DEFAULT_RETRY_MIN_WAIT, |(wait, _)| *wait);
     let max_wait = max.as_ref().map_or(DEFAULT_RETRY_MAX_WAIT, |(wait, _)| *wait);
     Backoff::try_new(min_wait, max_wait, multiplier.unwrap_or(DEFAULT_RETRY_MULTIPLIER)).map_err(|problem| {
-        // Each value is valid by itself. Report the source of one that the user gave, because the two defaults are consistent.
+        // Each value is valid by itself, and the defaults are consistent, so the user gave at least one value. Report its source.
         match (min, max) {
             (Some((_, source)), None) => {
                 let (least, most) = (format_duration(min_wait), format_duration(max_wait));

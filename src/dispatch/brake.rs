@@ -1,4 +1,4 @@
-//! [`Brake`]: delays the starts of a handler that cannot be started, so that it does not fail every job of a queue.
+//! [`Brake`]: delays the starts of a handler that keeps failing, which would otherwise fail every job in its queue.
 
 use std::io;
 use std::pin::pin;
@@ -13,53 +13,54 @@ use tracing::{error, info};
 
 use super::BrakeStatus;
 
-/// The time for which one job retries a start with a temporary error, for example while a deploy replaces the program file.
+/// The time for which a job retries a start whose error may be temporary, for example while a deploy replaces the program file.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The first pause between the retries of one job.
+/// The pause before a job's first retry of its start. The pause doubles with each retry.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
-/// The longest pause between the retries of one job.
+/// The longest pause between two retries of one job, before a random part of up to a quarter is added.
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// The first delay of the next job's start, after the retries of one job have failed. The delay doubles with each further
-/// failure.
+/// The delay before the next job's start after the handler's first failure. The delay doubles with each further failure.
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 
-/// The longest delay of the next job's start.
+/// The longest delay before the next job's start.
 const LONGEST_DELAY: Duration = Duration::from_secs(30);
 
-/// The reason for which a job was not started.
+/// The reason why a job was not started.
 #[derive(Debug)]
 pub(super) enum NotStarted<C> {
-    /// The wait for a start was cut short, for the given reason.
+    /// The wait for the start was cut short, for the contained reason.
     CutShort(C),
-    /// The handler cannot be started.
+    /// The start failed, with the contained error.
     Failed(io::Error),
 }
 
-/// A start that may still be in progress.
+/// The start of a process, which may still be in progress.
 pub(super) trait Begin {
-    /// Waits until the program runs and, if it is a warm process, has connected.
+    /// Waits until the program runs. For a warm process, waits until the process has connected.
     ///
     /// # Errors
     /// When the start has failed.
     fn begun(&self) -> impl Future<Output = io::Result<()>> + Send;
 
-    /// Waits until the job's timeout, whether the program runs or not. Never returns if there is no timeout.
+    /// Waits for the job's timeout, which also applies while the start is in progress. Never returns if the job has no timeout,
+    /// or if the process is a warm one.
     fn overdue(&self) -> impl Future<Output = ()> + Send;
 }
 
 /// The event that shows that a handler works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ProvenBy {
-    /// The handler's program runs.
+    /// The program of a process for a single job has been executed.
     Start,
-    /// A process of the handler has done a job, see [`Brake::proven`].
+    /// A warm process has replied to a job, see [`Brake::proven`].
     Job,
 }
 
-/// The failed starts of one handler. While starts fail, they run one at a time, with a pause between them.
+/// The record of one handler's failures. After a failure, starts run one at a time, with a pause between them, until the handler
+/// works again.
 #[derive(Debug)]
 pub(super) struct Brake {
     name: String,
@@ -67,7 +68,7 @@ pub(super) struct Brake {
     engaged: AtomicBool,
     turn: Mutex<()>,
     pace: sync::Mutex<Pace>,
-    /// Notified when the handler works again, to end the pause early.
+    /// The notification that the handler works again, which ends the pause early.
     released: Notify,
 }
 
@@ -77,7 +78,7 @@ struct Pace {
     not_before: Option<Instant>,
     /// The time of the last counted failure.
     failed_at: Option<Instant>,
-    /// Whether the last start succeeded. The counted failure is then that processes end before they have done a job.
+    /// Whether the last start succeeded. The brake of a warm handler nevertheless stays engaged until a process has done a job.
     runs: bool,
     /// The number of failures since the handler last worked.
     failures: u64,
@@ -100,20 +101,20 @@ impl Brake {
         self.engaged.load(Ordering::Acquire)
     }
 
-    /// Reports whether the brake is engaged because the last start failed, and not because processes end before they have done a
-    /// job.
+    /// Reports whether the brake is engaged and the last start failed. Returns false if processes do start, but end before they
+    /// have done a job.
     pub(super) fn holds_starts_that_fail(&self) -> bool {
         self.is_engaged() && !self.pace().runs
     }
 
-    /// Returns the end of the pause after the last failed start, or `None` if there is no pause or a job holds the turn. That job
-    /// waits for the end of the pause, or its start is in progress.
+    /// Returns the end of the last pause, which may be in the past. Returns `None` if there was no pause, or if a job holds
+    /// `turn`, because that job waits for the end of the pause, or its start is in progress.
     pub(super) fn pause_end(&self) -> Option<Instant> {
         let _turn = self.turn.try_lock().ok()?;
         self.pace().not_before
     }
 
-    /// Returns the failures since the handler last worked, if there are any.
+    /// Returns the state of the brake, or `None` if the brake is not engaged.
     pub(super) fn status(&self) -> Option<BrakeStatus> {
         if !self.is_engaged() {
             return None;
@@ -131,10 +132,10 @@ impl Brake {
         &self.name
     }
 
-    /// Runs `spawn` as soon as the handler may be started. `fault` is the error of the job's previous start, if that failed.
-    /// While starts fail, only one runs at a time, until its program runs, cannot run, or has reached the job's timeout.
-    /// `cut_short` ends every wait. If a process exists by then, it may already run, so it is returned together with the output
-    /// of `cut_short`.
+    /// Starts a process with `spawn`. `fault` is the error of the job's previous start, if that start failed. If the brake is
+    /// engaged or a start of this job has failed, the job waits for its turn and for the end of the pause. It keeps the turn
+    /// until the program runs, the start has failed, or the job reaches its timeout. `cut_short` ends every wait. If a process
+    /// exists at that time, its program may already run, so the process is returned together with the output of `cut_short`.
     pub(super) async fn start<T: Begin, C>(
         &self,
         fault: Option<io::Error>,
@@ -152,8 +153,8 @@ impl Brake {
             return Err(NotStarted::Failed(error));
         }
         let mut cut_short = pin!(cut_short);
-        // Many jobs may meet a fault at once. Each job retries in its turn, so that the fault fails one job at a time, with a
-        // pause after each.
+        // One fault may hit many jobs at once. The jobs retry one at a time, with a pause after each failed job, so that the
+        // fault does not fail all of them at once.
         let _turn = tokio::select! {
             biased;
             why = &mut cut_short => return Err(NotStarted::CutShort(why)),
@@ -177,9 +178,9 @@ impl Brake {
         turn
     }
 
-    /// Reports whether the error concerns this job alone: its variables are too long (E2BIG), or contain a zero byte
-    /// (`InvalidInput` without an errno). Any other error is the handler's or the machine's. Returns false for a warm handler,
-    /// whose processes get no variables of a job.
+    /// Reports whether this job alone caused the error, because its variables are too long (E2BIG) or contain a zero byte
+    /// (`InvalidInput` without an errno). The handler or the machine caused any other error. Returns false for a warm handler,
+    /// because its processes get no variables about a job.
     fn is_the_jobs_own(&self, error: &io::Error) -> bool {
         let is_about_variables = match Errno::from_io_error(error) {
             Some(errno) => errno == Errno::TOOBIG,
@@ -188,7 +189,7 @@ impl Brake {
         is_about_variables && self.proof == ProvenBy::Start
     }
 
-    /// Records the result of a turn.
+    /// Records the result of a turn, and converts it to the result of `start`.
     fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<(T, Option<C>), NotStarted<C>> {
         match tried {
             StartEnd::Runs(started) => {
@@ -202,7 +203,8 @@ impl Brake {
                 Ok((started, None))
             }
             StartEnd::MayRun(started, why) => {
-                // Start a new pause, otherwise the next start would not wait for the result of this one.
+                // Start a new pause. Otherwise the next start would follow at once, while the result of this one is still
+                // unknown.
                 if self.proof == ProvenBy::Job {
                     self.pause();
                 }
@@ -218,7 +220,7 @@ impl Brake {
         }
     }
 
-    /// Records that the handler cannot be started. Logs only the first failure.
+    /// Records that a start failed. Logs only the first failure since the handler last worked.
     pub(super) fn failed(&self, error: &io::Error) {
         if self.count_failure(false, error.to_string()) {
             error!(handler = self.name, %error, "handler cannot be started, its jobs are slowed down");
@@ -232,14 +234,15 @@ impl Brake {
         }
     }
 
-    /// Reports whether a failure has been counted since `started`, the start of a process. Among processes that ran at the same
-    /// time, only the first failure counts, otherwise one fault would raise the delay to its maximum at once.
+    /// Reports whether a failure has been counted since `started`, the time at which a process was started. Of several processes
+    /// that ran at the same time, only the first failure counts. Otherwise one fault would raise the delay to its maximum at
+    /// once.
     fn has_failed_since(&self, started: Instant) -> bool {
         self.pace().failed_at.is_some_and(|failed_at| started <= failed_at)
     }
 
-    /// Records that a process started at `started` ended before it had shown that the handler works, unless another failure has
-    /// been counted since then.
+    /// Records that a process started at `started` ended before it had shown that the handler works. Does nothing if another
+    /// failure has been counted since that start.
     pub(super) fn crashed(&self, started: Instant, error: &str) {
         if !self.has_failed_since(started) && self.count_failure(true, error.to_owned()) {
             error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
@@ -264,8 +267,8 @@ impl Brake {
     }
 
     /// Records that a process started at `started` has done a job. Releases the brake if no failure has been counted since that
-    /// start. An older process does not show that a new one can be started, so it releases the brake only if the pause ended more
-    /// than `LONGEST_DELAY` ago.
+    /// start. A process from before the last failure does not show that a new one can be started, so it releases the brake only
+    /// if the pause ended more than `LONGEST_DELAY` ago.
     pub(super) fn proven(&self, started: Instant) {
         if !self.is_engaged() {
             return;
@@ -276,7 +279,7 @@ impl Brake {
         }
     }
 
-    /// Records that the handler works: forgets the failures, and ends the pause.
+    /// Forgets the failures and ends the pause, because the handler works again.
     fn release(&self) {
         if self.engaged.swap(false, Ordering::AcqRel) {
             *self.pace() = Pace::default();
@@ -286,16 +289,18 @@ impl Brake {
     }
 }
 
-/// The result of one turn.
+/// The result of a job's turn to start its process.
 enum StartEnd<T, C> {
     Runs(T),
-    /// A process exists, but the wait for the start ended early, for the given reason or, if `None`, at the job's timeout.
+    /// A process exists, but the wait for its program ended early: for the contained reason or, if that is `None`, at the job's
+    /// timeout.
     MayRun(T, Option<C>),
     CutShort(C),
     Failed(io::Error),
 }
 
-/// Retries a start until it succeeds, fails with a lasting error, is cut short, or `PATIENCE` has elapsed.
+/// Starts a process, and retries for up to `PATIENCE` while the error may be temporary. `cut_short` or the job's timeout ends the
+/// wait.
 async fn start_patiently<T: Begin, C>(
     spawn: impl Fn() -> io::Result<T>,
     mut cut_short: impl Future<Output = C> + Unpin,
@@ -327,7 +332,8 @@ async fn start_patiently<T: Begin, C>(
     }
 }
 
-/// Reports whether a fault may be temporary. ENOENT and EACCES may be, because the program was usable when the worker started.
+/// Reports whether an error may be temporary. ENOENT and EACCES may be, because the program was usable when the handler was
+/// configured.
 fn may_pass(error: &io::Error) -> bool {
     use Errno as E;
     matches!(
@@ -343,7 +349,7 @@ mod tests {
 
     use super::*;
 
-    /// A start that succeeds or fails after `takes`.
+    /// A start that succeeds, or fails with `errno`, after `takes`. The job's timeout is `time`.
     #[derive(Debug, Clone, Copy)]
     struct Fake {
         takes: Duration,
@@ -375,7 +381,7 @@ mod tests {
         Err(errno.into())
     }
 
-    /// Returns a process that cannot execute its program.
+    /// Returns a process whose program cannot be executed.
     fn fails(errno: Errno) -> Fake {
         Fake { errno: Some(errno), ..WORKS }
     }
@@ -384,7 +390,7 @@ mod tests {
         brake.start(fault.map(Into::into), pending(), spawn).await.map(|(started, _)| started)
     }
 
-    /// Makes a start that fails, and returns the time it took.
+    /// Makes a start fail, and returns the time that it took.
     async fn fail(brake: &Brake, errno: Errno) -> Duration {
         let begun = Instant::now();
         assert!(matches!(start(brake, None, || refused(errno)).await, Err(NotStarted::Failed(_))));
@@ -440,7 +446,7 @@ mod tests {
         let (brake, begun, tries) = (brake(), Instant::now(), Cell::new(0));
         let spawn = || {
             tries.set(tries.get() + 1);
-            // The first job tries twice: at once, and again in its turn.
+            // The first job tries twice: at once, because no start has failed yet, and again in its turn.
             if tries.get() <= 4 { refused(Errno::NOEXEC) } else { Ok(WORKS) }
         };
         let start = || start(&brake, None, spawn);

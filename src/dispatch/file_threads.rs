@@ -1,4 +1,4 @@
-//! [`FileThreads`]: threads for file work that may hang, because a handler may be on a network file system.
+//! [`FileThreads`]: threads for file operations that may hang, for example on a network file system.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,7 +15,7 @@ const MAX_WAITING: usize = 1024;
 
 type Task = Box<dyn FnOnce() + Send>;
 
-/// A set of threads that start when there is a task, and end when there is none. Clones share one set.
+/// A set of threads that run tasks. A thread is started for a new task, and ends when no task waits. Clones share one set.
 #[derive(Debug, Clone)]
 pub(super) struct FileThreads(Arc<Shared>);
 
@@ -60,8 +60,8 @@ impl FileThreads {
         queue.threads > 0
     }
 
-    /// Runs `question` in a thread, and waits for the answer no longer than `patience`. Returns `None` if there is no answer by
-    /// then.
+    /// Runs `question` in a thread, and waits up to `patience` for the answer. Returns `None` if no answer arrives in time, or if
+    /// the task cannot be queued or panics.
     pub(super) async fn ask<T: Send + 'static>(
         &self,
         patience: Duration,
@@ -84,10 +84,10 @@ impl FileThreads {
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs tasks until none waits.
+    /// Runs queued tasks until the queue is empty.
     fn work(&self) {
         while let Some(task) = self.next() {
-            // A panic ends the task and not the thread, otherwise `threads` would still count an ended thread.
+            // Catch a panic. Otherwise it would end the thread, but `threads` would still count the thread.
             let _ = catch_unwind(AssertUnwindSafe(task));
         }
     }

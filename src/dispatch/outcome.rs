@@ -1,4 +1,4 @@
-//! [`of`], which decides a job's outcome from the exit, the handler's settings and the result file.
+//! [`of`], which decides a job's outcome from the exit of its process, the handler's settings and the result file.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -20,7 +20,7 @@ pub(super) enum Cause {
     Timeout,
 }
 
-/// The end of a job's work, before the result file is read.
+/// The preliminary outcome of a job, before the result file is read.
 enum Fate {
     Done,
     CutShort,
@@ -45,12 +45,12 @@ pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Futur
     Ended { outcome, exit, usage, took: Took::Dispatch }
 }
 
-/// Decides a job's fate. If the worker terminated the process, the exit status has no effect: the job is cut short or has timed
-/// out.
+/// Derives a job's fate from the exit of its process. If the worker terminated the process, the exit status has no effect,
+/// because the job was cut short or timed out.
 fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
     let failed = |error_type, what| Fate::Failed { error_type, what, kill: false };
     match (&exit.ended, exit.terminated) {
-        // A process that outlived SIGKILL has not failed, because its job has not ended.
+        // A process that outlived SIGKILL may still run its job, so the job has not failed.
         (_, Some((Cause::Killing, _) | (_, Termination::GivenUp))) => Fate::CutShort,
         (_, Some((Cause::Timeout, Termination::Stopped))) => {
             failed("Timeout", format!("was stopped {}", after(handler)))
@@ -62,7 +62,7 @@ fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
         (Err(error), None) => failed("WaitError", format!("ended, but its exit status could not be read: {error}")),
         (Ok((status, _)), None) => match (status.code(), status.signal()) {
             (Some(code), _) => fate_of_code(handler, code),
-            // The drain signal killed the process, which had no signal handler for it.
+            // The process had no signal handler for the drain signal, and was killed by it.
             (None, signal) if exit.notified && signal == handler.drain_signal.map(Signal::as_raw) => Fate::CutShort,
             (None, _) => failed("Signal", killed_by(*status)),
         },

@@ -1,4 +1,4 @@
-//! [`Pids`]: the process id of each running job, for the status.
+//! [`Pids`]: the id of the process that runs each job.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

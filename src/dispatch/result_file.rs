@@ -1,4 +1,4 @@
-//! [`ResultFile`]: the file in which a handler that fails can tell more than its exit status.
+//! [`ResultFile`]: the file in which a failing handler can report more than its exit status.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -25,20 +25,20 @@ const MAX_BYTES: u64 = 1024 * 1024;
 /// The latest `retry_at`: the end of the year 9999, in Unix milliseconds. A server may refuse a report with a later time.
 const LAST_TIME: u64 = 253_402_300_799_999;
 
-/// The longest `retry_in`: a thousand years. A longer one is treated as a mistake.
+/// The longest `retry_in`: a thousand years. A longer duration is rejected as a mistake.
 const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
 
-/// The time limit for the read of a result file. A file of 1 MiB on a disk takes milliseconds.
+/// The time limit for reading a result file. Reading 1 MiB from a disk takes milliseconds.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time limit for the removal of files that handlers have left, at the end of the worker.
+/// The time limit for removing the files that handlers have left behind, when the worker ends.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A private directory for result files, removed with the dispatcher.
+/// A private directory for result files and for the sockets of warm processes. Dropping this removes the directory.
 #[derive(Debug)]
 pub(super) struct ResultDir {
     path: PathBuf,
-    /// The open directory. It is locked, because programs that clean up temporary directories skip a locked one.
+    /// The open directory, which is locked because programs that clean up temporary directories skip locked ones.
     lock: File,
     /// The number of the device that holds the directory.
     device: (u32, u32),
@@ -59,8 +59,8 @@ impl ResultDir {
         Ok(Self { path: dir.keep(), lock, device, next: AtomicU64::new(0), reads, removals })
     }
 
-    /// Reports whether the directory's path is short enough for sockets in it. The path of a socket has at most 108 bytes, with
-    /// the zero byte at the end (unix(7)).
+    /// Reports whether the directory's path is short enough for sockets in it. The path of a socket has at most 108 bytes,
+    /// including the terminating zero byte (unix(7)).
     pub(super) fn has_room_for_sockets(&self) -> bool {
         self.path.as_os_str().len() + "/18446744073709551615.sock".len() < 108
     }
@@ -71,7 +71,7 @@ impl ResultDir {
     }
 
     /// Returns an unused path for one job's result file. The file name is a number and not the job's id, because a path must not
-    /// contain data of a job.
+    /// contain data from a job.
     pub(super) fn file(&self) -> ResultFile<'_> {
         let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
         ResultFile { dir: self, path: self.path.join(&name), name }
@@ -91,7 +91,8 @@ impl ResultFile<'_> {
         self.path.as_os_str()
     }
 
-    /// Reads the handler's verdict. If the file is unusable, logs a warning and returns `None`.
+    /// Reads the handler's verdict. Returns `None` if there is no file. If the file is unusable, logs a warning and returns
+    /// `None`.
     pub(super) async fn read(&self) -> Option<Verdict> {
         let read = match self.find() {
             LeftBehind::Nothing => return None,
@@ -112,19 +113,21 @@ impl ResultFile<'_> {
     }
 }
 
-/// The kind of file that a handler has left at its path.
+/// The kind of file that a handler has left at the path of its result file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LeftBehind {
     Nothing,
-    /// A small file on the directory's own file system. Access to it does not hang, so it needs no other thread.
+    /// A small regular file on the directory's own file system. It is read and removed in the current thread, because that does
+    /// not hang.
     SmallFile,
-    /// A directory, a large file or a mounted file system. Access to it may hang, so another thread does it.
+    /// Anything else, for example a directory, a large file or a mounted file system. It is read and removed in another thread,
+    /// because that may hang.
     Other,
 }
 
 impl ResultFile<'_> {
     /// Finds the kind of the file with statx(2). The flags limit the call to attributes that the kernel has cached, so that a
-    /// mounted file system cannot make it hang.
+    /// mounted network file system cannot make the call hang.
     fn find(&self) -> LeftBehind {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         match statx(&self.dir.lock, self.name.as_str(), flags, StatxFlags::TYPE | StatxFlags::SIZE) {
@@ -142,7 +145,7 @@ impl ResultFile<'_> {
 }
 
 fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
-    // Do not follow a symbolic link, and do not block until a named pipe has a writer.
+    // Do not follow a symbolic link, and do not wait for a writer if the file is a named pipe.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = match OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -159,7 +162,8 @@ fn try_read(path: &Path) -> Result<Option<Verdict>, String> {
     Verdict::parse(&bytes).map(Some)
 }
 
-/// Removes the file. A small file is removed at once. Anything else is removed in a thread, because its removal may take minutes.
+/// Removes the file. A small file is removed at once. Anything else is removed in another thread, because the removal may take
+/// minutes.
 impl Drop for ResultFile<'_> {
     fn drop(&mut self) {
         match self.find() {
@@ -183,7 +187,8 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the directory, after the removals that are queued. Files that handlers wrote late may also be deep directory trees.
+/// Removes the directory. If it is not empty, a thread removes it after the queued removals, because handlers may have left deep
+/// directory trees. Waits for the thread up to `REMOVAL_TIMEOUT`.
 impl Drop for ResultDir {
     fn drop(&mut self) {
         if fs::remove_dir(&self.path).is_ok() {
@@ -200,8 +205,9 @@ impl Drop for ResultDir {
     }
 }
 
-/// Removes a directory of any depth. `fs::remove_dir_all` takes a stack frame and a descriptor for each level, so some ten
-/// thousand levels would crash the worker. This function first moves each nested directory up to `top`.
+/// Removes a directory of any depth. `fs::remove_dir_all` needs a stack frame and a descriptor for each level, so about ten
+/// thousand levels would crash the worker. This function instead moves each nested directory up to `top` before it removes the
+/// directory.
 fn remove_tree(top: &Path) -> io::Result<()> {
     loop {
         let mut is_flat = true;
@@ -220,7 +226,7 @@ fn remove_tree(top: &Path) -> io::Result<()> {
     }
 }
 
-/// Moves the directories in `dir` to `top`, removes the files in `dir`, and then `dir`.
+/// Moves the directories in `dir` to `top`, removes the files in `dir`, and then removes `dir`.
 fn empty_into(top: &Path, dir: &Path) -> io::Result<()> {
     fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
     for entry in fs::read_dir(dir)? {
@@ -236,7 +242,7 @@ fn empty_into(top: &Path, dir: &Path) -> io::Result<()> {
     fs::remove_dir(dir)
 }
 
-/// A handler's own account of its failure.
+/// The details of a failure that the handler itself has reported.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Verdict {
     message: Option<String>,
@@ -277,10 +283,10 @@ impl Verdict {
         Self::of(serde_json::from_slice(bytes).map_err(|error| error.to_string())?)
     }
 
-    /// Converts the JSON form of a verdict, and checks the time of the retry.
+    /// Converts the JSON form of a verdict, and validates the time of the retry.
     ///
     /// # Errors
-    /// When `retry_in` and `retry_at` are both set, or one is no valid time.
+    /// When `retry_in` and `retry_at` are both set, or one of them is invalid.
     pub(super) fn of(written: Written) -> Result<Self, String> {
         let retry = match (written.retry_in, written.retry_at) {
             (Some(_), Some(_)) => return Err("it has both retry_in and retry_at".to_owned()),
@@ -297,7 +303,8 @@ impl Verdict {
         })
     }
 
-    /// Returns `failure` with the values that the verdict sets. `retry_in` counts from now.
+    /// Returns `failure`, overridden by the values that the verdict sets. `retry_in` counts from now. `kill` can be set, but not
+    /// cleared.
     pub(super) fn apply_to(self, failure: Failure) -> Failure {
         Failure {
             message: self.message.unwrap_or(failure.message),

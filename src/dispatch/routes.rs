@@ -1,4 +1,4 @@
-//! [`Routes`]: the handler of each job type, with the record of the handler's starts.
+//! [`Routes`]: the handler for each job type, with the record of the handler's starts.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -16,7 +16,7 @@ use super::warm::{Pool, Processes};
 use crate::handler::{Handler, Handlers, Mode};
 use crate::process::Command;
 
-/// The time limit for the check of the files that may explain a failed start.
+/// The time limit for checking the files that may explain a failed start.
 const HINT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A handler and the record of its starts.
@@ -24,7 +24,7 @@ const HINT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct Route {
     pub(super) handler: Handler,
     pub(super) brake: Brake,
-    /// The processes of a warm handler.
+    /// The processes of a warm handler. `None` for a handler that starts a process for each job.
     pub(super) pool: Option<Arc<Pool>>,
     command: OnceLock<Arc<Command>>,
     look: Arc<Mutex<Look>>,
@@ -62,7 +62,7 @@ impl Route {
         Arc::new(Self { handler, brake, pool, command, look, files, starts })
     }
 
-    /// Returns the command that is started for each process of the handler.
+    /// Returns the command that starts a process of the handler.
     ///
     /// # Errors
     /// When the handler's settings contain a zero byte.
@@ -76,7 +76,7 @@ impl Route {
         Ok(self.command.get_or_init(|| Arc::new(command)))
     }
 
-    /// Counts a start, whether it fails or not.
+    /// Counts a start, whether or not it succeeds.
     pub(super) fn count_start(&self) {
         self.starts.fetch_add(1, Ordering::Relaxed);
     }
@@ -92,8 +92,9 @@ impl Route {
         }
     }
 
-    /// Reports whether a start would probably fail, without trying one. Never blocks on a file: after the pause of a failed
-    /// start, each call requests a check of the program file in another thread, and uses the result of the previous check.
+    /// Reports whether a start would probably fail, without trying one. Never blocks on a file. For a handler that starts a
+    /// process for each job, each call after the pause requests a check of the program file in another thread, and uses the
+    /// result of the previous check.
     fn is_broken(&self) -> bool {
         if let Some(pool) = &self.pool {
             return self.brake.holds_starts_that_fail() && !pool.is_any_at_work();
@@ -102,8 +103,7 @@ impl Route {
             return false;
         }
         let pause_end = self.brake.pause_end().filter(|end| *end <= Instant::now());
-        // During the pause, and while a start is in progress, `pause_end` is `None`. The handler then counts as broken until a
-        // start succeeds.
+        // `pause_end` is `None` during the pause and while a start is in progress. The handler then counts as broken.
         pause_end.is_none_or(|pause_end| !self.looks_fine_since(pause_end))
     }
 
@@ -119,8 +119,8 @@ impl Route {
         look.is_fine && look.begun.is_some_and(|begun| begun >= pause_end)
     }
 
-    /// Returns the message of a failed start. A hint is added, because the system's error is the same for a missing program,
-    /// working directory and interpreter.
+    /// Returns the message for a failed start. Adds a hint if a file explains the failure, because the system reports the same
+    /// error for a missing program, working directory and interpreter.
     pub(super) async fn not_started(&self, error: &io::Error) -> String {
         let (program, cwd) = (self.handler.program.clone(), self.handler.cwd.clone());
         let (name, is_missing) = (program.file_name(), error.kind() == io::ErrorKind::NotFound);
@@ -164,8 +164,8 @@ impl Routes {
         &self.shared.processes
     }
 
-    /// Returns the routes of a new configuration. An unchanged handler keeps the record of its starts. All running warm processes
-    /// end as soon as they are idle, even if their handler is unchanged.
+    /// Returns the routes for a new configuration. An unchanged handler keeps its route, with the record of its starts. Every
+    /// running warm process ends as soon as it is idle, even if its handler is unchanged.
     pub(super) fn renewed(&self, handlers: Handlers) -> Self {
         let route = |handler: Handler, before: Option<&Arc<Route>>| {
             let new = Route::new(handler, before.map(|before| &**before), &self.shared);
@@ -181,7 +181,7 @@ impl Routes {
         Self { by_type, default, shared: self.shared.clone() }
     }
 
-    /// Returns the route of a job type, or the default route. The type comes from outside, and is used only as a key.
+    /// Returns the route for a job type, or the default route. The type is untrusted input, and is used only as a key.
     pub(super) fn find(&self, job_type: &str) -> Option<&Arc<Route>> {
         self.by_type.get(job_type).or(self.default.as_ref())
     }

@@ -34,7 +34,7 @@ const ALL: [&str; 11] = [
     SOCKET,
 ];
 
-/// Reports whether this is the name of a variable that only the worker sets, such as `ZIZQ_JOB_ID`.
+/// Reports whether `name` is a variable that only the worker sets, such as `ZIZQ_JOB_ID`.
 pub(crate) fn is_about_a_job(name: &OsStr) -> bool {
     ALL.iter().any(|about_a_job| name == *about_a_job)
 }
@@ -59,7 +59,7 @@ pub(super) fn of<'a>(job: &'a Job, handler: &Handler, worker_id: &'a str, result
     variables
 }
 
-/// Returns the variables of a warm process.
+/// Returns the environment variables for a warm process.
 pub(super) fn of_warm<'a>(socket: &'a Path, worker_id: &'a str) -> Variables<'a> {
     vec![(SOCKET, Cow::Borrowed(socket.as_os_str())), (WORKER_ID, Cow::Borrowed(OsStr::new(worker_id)))]
 }

@@ -1,4 +1,4 @@
-//! [`Busy`]: a process that runs a job, until the outcome of the job is known.
+//! [`Busy`]: a warm process that runs a job, until the outcome of the job is known.
 
 use std::os::unix::process::ExitStatusExt;
 use std::pin::pin;
@@ -11,22 +11,23 @@ use tokio::time::Instant;
 use super::member::{Member, ProcessState, Stop};
 use super::wire::{NoReply, Reply, Wire};
 use super::{HANG_UP, Idle, Pool};
+use crate::dispatch::deadline::time_is_up;
 use crate::dispatch::outcome::{self, Cause};
 use crate::dispatch::result_file::Verdict;
-use crate::dispatch::{Ended, Took, time_is_up};
+use crate::dispatch::{Ended, Took};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
 use crate::process::{ResourceUsage, Signal, Tail, Termination};
 
-/// Time limit for a process to exit after it has closed its connection during a job.
+/// The time limit for a process to exit after it has closed its connection during a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
 
-/// Time after the sending of a job during which `NoReply::Unread` means that the job has not begun. Later, the process may have
-/// begun the job without having read all of it.
+/// The time after the start of an exchange during which `NoReply::Unread` means that the job has not begun. Later, the process
+/// may have begun the job without having read its whole line.
 const UNREAD_LIMIT: Duration = Duration::from_secs(1);
 
-/// A process with a job.
+/// A warm process that has been given to a job, with the job's place in the pool.
 pub(in crate::dispatch) struct Busy {
     pub(super) pool: Arc<Pool>,
     pub(super) member: Arc<Member>,
@@ -34,7 +35,7 @@ pub(in crate::dispatch) struct Busy {
     pub(super) _place: Place,
 }
 
-/// The end of an exchange with a process.
+/// The end of an exchange, which sends a job to a process and waits for the reply.
 enum ExchangeEnd {
     Replied(Reply),
     NoReply(NoReply),
@@ -42,14 +43,14 @@ enum ExchangeEnd {
     Exited,
 }
 
-/// The evidence from one job about whether the handler works.
+/// The evidence that one job gives about whether the handler works.
 pub(in crate::dispatch) enum HandlerHealth {
     /// The handler works.
     Works,
     /// The job failed without a reply, and no job of the handler has succeeded since the process started.
     Crashed(String),
-    /// The process ended before it had read the whole job, so the job has not begun. Holds the failure's message if this was the
-    /// process's first job. The brake then counts a crash.
+    /// The process ended, or closed its connection, before it had read the whole job, so the job has not begun. Holds the
+    /// failure's message if this was the process's first job. The brake counts a crash only in that case.
     JobUnread(Option<String>),
     /// No evidence.
     Unknown,
@@ -64,7 +65,7 @@ impl Busy {
         self.member.started
     }
 
-    /// Runs a job in the process.
+    /// Runs a job in the process. Also returns the job's evidence about the handler.
     pub(in crate::dispatch) async fn run(mut self, job: &Job, lifecycle: &Lifecycle) -> (Ended, HandlerHealth) {
         let since = Instant::now();
         let (was_stopping, cpu_before) = (lifecycle.is_awaited(), self.member.cpu_time_before_job());
@@ -74,7 +75,7 @@ impl Busy {
         if let ExchangeEnd::Replied(reply) = end {
             return (self.finish_with_reply(wire, reply, cpu_before), HandlerHealth::Works);
         }
-        // After `UNREAD_LIMIT`, the process may be at work on the job and have left only the newline unread.
+        // After `UNREAD_LIMIT`, the process may have begun the job and have left only the newline unread.
         let is_unread = matches!(end, ExchangeEnd::NoReply(NoReply::Unread)) && since.elapsed() < UNREAD_LIMIT;
         let was_new = self.member.work().jobs == 0;
         let ended = self.finish_without_reply(wire, end, sent, cpu_before, lifecycle).await;
@@ -117,7 +118,7 @@ impl Busy {
                 () = lifecycle.reached(Phase::Killing) => break ExchangeEnd::Stopped(Cause::Killing),
                 () = time_is_up(handler, since) => break ExchangeEnd::Stopped(Cause::Timeout),
                 _ = self.member.ended() => {
-                    // The reply may have arrived before the exit.
+                    // The reply may have arrived just before the exit.
                     let reply = exchange.as_mut().now_or_never().and_then(Result::ok);
                     break reply.map_or(ExchangeEnd::Exited, ExchangeEnd::Replied);
                 }
@@ -132,7 +133,7 @@ impl Busy {
         (end, sent)
     }
 
-    /// Returns the outcome given in the reply. Makes the process idle, or retires it.
+    /// Makes the process idle, or retires it, and returns the end of the job with the outcome given in the reply.
     fn finish_with_reply(&mut self, wire: Wire, reply: Reply, cpu_before: Option<Duration>) -> Ended {
         let stderr = self.member.finish();
         let used = self.member.cpu_time_after_job().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
@@ -148,7 +149,8 @@ impl Busy {
             Some(reason) => self.pool.retire(&self.member, reason, Stop::Retire),
             None => {
                 self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
-                // The process may have ended since its reply. In that case, its keeper no longer removes it from the idle list.
+                // If the process has ended since its reply, its keeper may already have finished, and no longer removes the
+                // process from the idle processes.
                 if self.member.has_ended() {
                     self.pool.remove_idle(&self.member);
                 }
@@ -162,7 +164,7 @@ impl Busy {
         verdict.apply_to(Failure::new("HandlerError", message).with_backtrace(stderr.text()))
     }
 
-    /// Ends the process, which has sent no reply, and returns the job's outcome.
+    /// Waits until a process that has sent no reply has ended, and stops it if necessary. Returns the end of the job.
     async fn finish_without_reply(
         &mut self,
         wire: Wire,
@@ -223,7 +225,7 @@ impl Busy {
                     let kill = u8::try_from(code).is_ok_and(|code| self.pool.handler.kill_exit_codes.contains(&code));
                     failed("ExitStatus", &outcome::in_words(status), kill)
                 }
-                // The process has no handler for the drain signal, and the signal killed it.
+                // The process had no signal handler for the drain signal, and was killed by it.
                 (None, signal) if sent.is_some() && signal == sent.map(Signal::as_raw) => Outcome::Interrupted,
                 (None, _) => failed("Signal", &outcome::in_words(status), false),
             },
@@ -233,7 +235,7 @@ impl Busy {
     }
 }
 
-/// Kills the process if dropped during a job.
+/// Kills the process if dropped before its job has ended.
 impl Drop for Busy {
     fn drop(&mut self) {
         if self.wire.is_some() || self.member.work().state == ProcessState::Busy {

@@ -1,4 +1,5 @@
-//! [`Waiting`]: the idle processes of a pool, and the line of jobs that wait for one. At least one of the two is empty.
+//! [`Waiting`]: the idle processes of a pool, and the line of jobs that wait for an idle process. At least one of the two is
+//! empty.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -40,8 +41,8 @@ impl Waiting {
         })
     }
 
-    /// Sends an idle process to the first job in the line, so that no later job can take it. If no job waits, adds it to the idle
-    /// ones.
+    /// Sends an idle process to the first job in the line, so that a job that arrives later cannot take the process. If no job
+    /// waits, adds the process to `idle`.
     pub(super) fn give(&mut self, mut idle: Idle) {
         while let Some(first) = self.line.pop_front() {
             match first.send(idle) {
@@ -53,8 +54,8 @@ impl Waiting {
     }
 }
 
-/// A job's position in the line, a future that resolves to an idle process. If it is dropped after a process was sent to it, the
-/// process goes to the next job.
+/// A job's position in the line. This future resolves to an idle process. If it is dropped after a process has been sent to it,
+/// the process goes to the next job.
 #[derive(Debug)]
 pub(in crate::dispatch) struct InLine {
     pool: Arc<Pool>,

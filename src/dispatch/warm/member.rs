@@ -1,4 +1,4 @@
-//! [`Member`]: one process of a pool, and its keeper, the task that supervises it from start to end.
+//! [`Member`]: one process of a pool, and its keeper, the task that supervises the process from its start to its end.
 
 use std::io;
 use std::process::ExitStatus;
@@ -9,23 +9,25 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tracing::{Span, info_span};
 
 use super::Pool;
-use crate::dispatch::{PROCESS_STATES, last_wait, log_line};
+use crate::dispatch::PROCESS_STATES;
+use crate::dispatch::deadline::last_wait;
+use crate::dispatch::output_log::log_line;
 use crate::job::JobId;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
 use crate::process::{Channel, Resident, ResourceUsage, Signal, Tail, Termination};
 use crate::watch;
 
-/// Longest interval between two checks of an idle process: its connection, its age and its idle time.
+/// The longest interval between two checks of an idle process's connection, age and idle time.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Maximum age at which the CPU time read after one job is reused as the CPU time before the next.
+/// The maximum age at which the CPU time read after one job is reused as the CPU time before the next job.
 const CPU_AGE: Duration = Duration::from_millis(1);
 
-/// Maximum age of a memory peak that is reused. Reading the peak costs more than running a job.
+/// The maximum age at which a memory peak is reused. Reading the peak takes longer than a short job.
 const PEAK_AGE: Duration = Duration::from_secs(1);
 
-/// The stop requested of a process, in order of severity. A request is never withdrawn.
+/// A requested stop of a process. The variants are in order of severity, and a request never becomes less severe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Stop {
     NotRequested,
@@ -53,10 +55,10 @@ impl ProcessState {
     }
 }
 
-/// The end of a process.
+/// The end of a process, as its keeper has observed it.
 #[derive(Debug)]
 pub(super) struct End {
-    /// The exit status and the resource usage, or the error if the exec failed or SIGKILL had no effect in time.
+    /// The exit status and the resource usage, or an error if the exec failed or the process outlived SIGKILL.
     pub(super) status: io::Result<(ExitStatus, ResourceUsage)>,
     pub(super) never_ran: bool,
     /// The result of the termination, if the worker terminated the process.
@@ -71,12 +73,13 @@ pub(super) struct Member {
     pub(super) started: Instant,
     /// The number of reloads before the start of the process.
     pub(super) generation: u64,
-    /// The limits at which the process is replaced.
+    /// The number of jobs after which the process is replaced.
     pub(super) max_jobs: Option<u64>,
+    /// The age at which the process is replaced.
     pub(super) max_age: Option<Duration>,
-    /// The log span of output between jobs.
+    /// The log span for output that arrives between jobs.
     span: Span,
-    /// The process handle, which the keeper drops when it ends the process.
+    /// The handle of the process, which the keeper drops when it ends the process.
     resident: Weak<Resident>,
     work: Mutex<Work>,
     stop: watch::Sender<Stop>,
@@ -87,9 +90,9 @@ pub(super) struct Member {
 pub(super) struct Work {
     pub(super) state: ProcessState,
     pub(super) job: Option<JobId>,
-    /// The log span of output that arrives now: the job's, or between jobs the process's.
+    /// The log span for output that arrives now: the job's span during a job, and otherwise the process's own.
     span: Span,
-    /// The end of the job's stderr.
+    /// The last part of the job's stderr.
     tail: Tail,
     pub(super) jobs: u64,
     cpu: Option<(Instant, Duration)>,
@@ -101,7 +104,7 @@ impl Member {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Requests a stop. A less severe request than an earlier one has no effect.
+    /// Requests a stop, and marks the process as ending. A request that is less severe than an earlier one does not replace it.
     pub(super) fn stop(&self, stop: Stop) {
         self.stop.send_if_modified(|present| {
             let before = *present;
@@ -115,7 +118,7 @@ impl Member {
         *self.stop.borrow() != Stop::NotRequested
     }
 
-    /// Waits until the process and the rest of its group have ended.
+    /// Waits until the process and the rest of its group have ended, or the worker has given up on the process.
     pub(super) async fn ended(&self) -> Arc<End> {
         let mut ends = self.end.subscribe();
         loop {
@@ -133,15 +136,15 @@ impl Member {
         self.end.borrow().is_some()
     }
 
-    /// Records that a job begins. Output is logged in the job's span, which is the current span.
+    /// Records that a job begins. From now on, output is logged in the current span, which is the job's.
     pub(super) fn begin(&self, job: &JobId) {
         let mut work = self.work();
         (work.state, work.job, work.tail) = (ProcessState::Busy, Some(job.clone()), Tail::default());
         work.span = Span::current();
     }
 
-    /// Records that the job has ended, and returns the end of the job's stderr. First reads the output still in the pipes, which
-    /// belongs to the job.
+    /// Records that the job has ended, and returns the last part of the job's stderr. First reads the output that is still in the
+    /// pipes, because it belongs to the job.
     pub(super) fn finish(&self) -> Tail {
         if let Some(resident) = self.resident.upgrade() {
             resident.read_present_output(|channel, line| self.print(channel, line));
@@ -152,7 +155,7 @@ impl Member {
         std::mem::take(&mut work.tail)
     }
 
-    /// Sends the signal that announces a drain.
+    /// Sends the process the signal that announces a drain.
     pub(super) fn send_drain_signal(&self, signal: Signal) {
         if let Some(resident) = self.resident.upgrade() {
             resident.tell(signal);
@@ -173,12 +176,12 @@ impl Member {
         Some(cpu)
     }
 
-    /// Returns the resident memory in bytes.
+    /// Returns the resident memory of the process in bytes.
     pub(super) fn memory(&self) -> Option<u64> {
         self.resident.upgrade()?.resident_memory()
     }
 
-    /// Returns the peak of the resident memory in bytes, at most [`PEAK_AGE`] old.
+    /// Returns the peak of the process's resident memory in bytes. The value may be up to [`PEAK_AGE`] old.
     pub(super) fn peak_memory(&self) -> Option<u64> {
         let known = self.work().peak.filter(|(read, _)| read.elapsed() < PEAK_AGE);
         let peak = known.map(|(_, peak)| peak).or_else(|| self.resident.upgrade()?.peak_memory())?;
@@ -290,11 +293,12 @@ impl Keeper {
         pool.ended(member, &end, was_starting);
         drop(slot);
         member.end.send_replace(Some(Arc::new(end)));
-        // A reply just before the end may have put the process back among the idle ones.
+        // A reply just before the end may have put the process back among the idle processes.
         pool.remove_idle(member);
     }
 
-    /// Waits until the leader of the process group has exited. Returns `None` if the worker did not have to signal it.
+    /// Carries out stop requests, and waits until the leader of the process group has exited. Returns `None` if the leader exited
+    /// without a signal from the worker.
     async fn wait_for_exit(&self, resident: &Resident) -> Option<Termination> {
         let mut stops = self.member.stop.subscribe();
         let grace = self.pool.handler.kill_grace;
@@ -334,7 +338,7 @@ impl Keeper {
         Some(resident.terminate(grace, skip_grace, last_wait(&self.lifecycle)).await)
     }
 
-    /// Checks periodically whether the process is idle and has a reason to end.
+    /// Checks the process periodically, and ends it if it is idle and there is a reason. Never returns.
     async fn check_while_idle(&self) {
         let period = self
             .pool

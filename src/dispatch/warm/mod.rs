@@ -1,9 +1,9 @@
-//! [`Pool`]: the processes of a warm handler. Each connects to a socket of its own and runs one job after another.
+//! [`Pool`]: the processes of a warm handler. Each process connects to a socket of its own and runs one job after another.
 //!
-//! A pool of `max_processes` has that many places for running jobs and that many slots for processes. A job first waits for a
-//! place. Then it takes the most recently used idle process. If no process is idle, the job waits in line for one and, if a slot
-//! is free, starts a new process meanwhile. A process keeps its slot until it has ended, so there are never more processes than
-//! slots.
+//! A pool has `max_processes` places for running jobs, and as many slots for processes. A job first waits for a place. Then it
+//! takes the most recently used idle process. If no process is idle, the job joins the line for the next idle one. As soon as a
+//! slot is free, the job also starts a new process. A process keeps its slot until it has ended, so there are never more
+//! processes than slots.
 //!
 //! | a process is | from | until |
 //! | --- | --- | --- |
@@ -43,39 +43,40 @@ pub(super) use processes::Processes;
 use starting::Socket;
 pub(super) use starting::{StartError, Starting};
 
-/// Idle time after which a process is retired in a drain. It is not retired at once, because jobs that were taken before the
-/// drain still start.
+/// The idle time after which a process is retired during a drain. Until then, it is kept for jobs that were taken before the
+/// drain but have not begun.
 const IDLE_IN_DRAIN: Duration = Duration::from_secs(1);
 
-/// The reason for ending a process that closed its connection or sent a line without a job.
+/// The recorded reason for ending a process that closed its connection, or sent data while it had no job.
 const HANG_UP: &str = "hang-up";
 
-/// The processes of one handler.
+/// The processes of one warm handler, and the jobs that wait for them.
 #[derive(Debug)]
 pub(super) struct Pool {
     name: String,
     handler: Handler,
     settings: handler::Pool,
     processes: Arc<Processes>,
-    /// The places for jobs. A job with a place has a process, or may start one.
+    /// The places for jobs. A job holds its place while it waits for a process and while it runs.
     jobs: Places,
     /// The slots for processes, each held until its process has ended.
     slots: Places,
     waiting: Mutex<Waiting>,
     /// The number of reloads so far. A process with a lower `Member::generation` is outdated.
     generation: AtomicU64,
-    /// The reasons for which processes ended that have not been replaced yet. Each becomes the reason for a later start.
+    /// The reason for the end of each process that has not been replaced yet. The oldest one becomes the reason for the next
+    /// start.
     vacancies: Mutex<VecDeque<&'static str>>,
     has_warned: AtomicBool,
     /// Whether the last start failed while other processes worked.
     is_short_of_processes: AtomicBool,
-    /// The time at which a job last succeeded.
+    /// The time of the last successful job.
     last_success: Mutex<Option<Instant>>,
 }
 
 impl Pool {
-    /// Returns the pool of a handler. Without `max_processes`, the limit is `concurrency`. The pool replaces
-    /// `before`, whose remaining processes count towards the limit.
+    /// Returns the pool for a handler. If `max_processes` is not set, the limit is `concurrency`. The pool takes over the slots
+    /// of `before`, whose remaining processes count towards the limit.
     pub(super) fn new(
         handler: &Handler,
         settings: &handler::Pool,
@@ -110,23 +111,23 @@ impl Pool {
         self.last_success.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reports whether a job of the handler has succeeded since the start of a process.
+    /// Reports whether a job of the handler has succeeded since `member` was started.
     fn has_worked_since(&self, member: &Member) -> bool {
         self.last_success().is_some_and(|success| success >= member.started)
     }
 
-    /// Waits for a place for a job.
+    /// Waits for a free place for a job.
     pub(super) async fn place(&self) -> Place {
         self.jobs.take().await
     }
 
-    /// Waits for a slot to start a process in.
+    /// Waits for a free slot for a new process.
     pub(super) async fn slot(&self) -> Arc<Place> {
         Arc::new(self.slots.take().await)
     }
 
-    /// Takes the most recently used idle process, so that under a light load the others reach their idle timeout. If none is
-    /// idle, joins the line for the next one.
+    /// Takes the most recently used idle process, so that the others reach their idle timeout under a light load. If no process
+    /// is idle, joins the line for the next one.
     pub(super) fn take_idle(self: &Arc<Self>) -> Result<Idle, InLine> {
         loop {
             let taken = self.waiting().take(self);
@@ -153,7 +154,7 @@ impl Pool {
         Some(idle)
     }
 
-    /// Gives an idle process to the job that has waited for the longest time, or keeps it if no job waits.
+    /// Gives an idle process to the job that has waited longest, or keeps the process if no job waits.
     fn give(&self, idle: Idle) {
         self.waiting().give(idle);
     }
@@ -165,7 +166,8 @@ impl Pool {
     }
 
     /// Waits in the background for a starting process that its job no longer needs. Once connected, the process can take any job.
-    /// If it does not connect, `failed` gets the error, except in a stop of the worker, which may have ended the process.
+    /// If the process does not connect, calls `failed` with the error, unless the worker is stopping, because the stop may have
+    /// ended the process.
     pub(super) fn adopt(
         &self,
         starting: Starting,
@@ -182,7 +184,7 @@ impl Pool {
         });
     }
 
-    /// Reports whether any process is idle or busy, and will take a further job after its present or next one.
+    /// Reports whether any process is idle or busy, is not outdated, and can take another job after its current or next one.
     pub(super) fn is_any_at_work(&self) -> bool {
         let generation = self.generation.load(Ordering::Relaxed);
         let remains = |member: &Member| {
@@ -194,7 +196,7 @@ impl Pool {
         self.count(remains) > 0
     }
 
-    /// Ends an idle process that closed its connection or sent a line without a job. No job is affected.
+    /// Ends an idle process that closed its connection, or sent data while it had no job. No job is affected.
     fn retire_hung_up(&self, member: &Member) {
         warn!(
             handler = self.name,
@@ -204,12 +206,12 @@ impl Pool {
         self.retire(member, HANG_UP, Stop::Terminate);
     }
 
-    /// Removes a process from the idle ones, if it is idle.
+    /// Removes a process from the idle processes, if it is one of them.
     fn remove_idle(&self, member: &Member) {
         self.waiting().idle.retain(|idle| idle.member.number != member.number);
     }
 
-    /// Ends a process. The reason is also recorded for the start of its replacement.
+    /// Ends a process. Logs the reason, and records it as the reason for the start of a replacement.
     fn retire(&self, member: &Member, reason: &'static str, stop: Stop) {
         let jobs = member.work().jobs;
         info!(handler = self.name, pid = member.pid, reason, jobs, "handler process is ended");
@@ -217,21 +219,21 @@ impl Pool {
         member.stop(stop);
     }
 
-    /// Records why a process ended. This becomes the reason for a later start.
+    /// Records the reason why a process ended. It becomes the reason for a later start.
     fn record_vacancy(&self, reason: &'static str) {
         let mut vacancies = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner);
         vacancies.push_back(reason);
         vacancies.truncate(self.slots.capacity());
     }
 
-    /// Ends each process as soon as it is idle. Their replacements run the handler's new code.
+    /// Ends the idle processes at once, and the others as soon as they are idle. Their replacements run the handler's new code.
     pub(super) fn renew(&self) {
         self.generation.fetch_add(1, Ordering::Relaxed);
         let idle = std::mem::take(&mut self.waiting().idle);
         idle.iter().for_each(|idle| self.retire(&idle.member, "reload", Stop::Retire));
     }
 
-    /// Ends a process if it is idle and has a reason to end. Otherwise the process stays at its position among the idle ones.
+    /// Ends a process if it is idle and there is a reason to end it. Otherwise the order of the idle processes does not change.
     fn check_idle(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
         let reason = {
             let all = &mut self.waiting().idle;
@@ -258,7 +260,7 @@ impl Pool {
         if !wire.is_idle() {
             Some(HANG_UP)
         } else if member.generation != self.generation.load(Ordering::Relaxed) {
-            // The process became idle after the reload had ended the idle ones.
+            // The process became idle after the reload had ended the idle processes.
             Some("reload")
         } else if lifecycle.phase() >= Phase::Draining && since.elapsed() >= IDLE_IN_DRAIN {
             Some("drain")
@@ -271,14 +273,14 @@ impl Pool {
         }
     }
 
-    /// Returns the pids of the processes.
+    /// Returns the ids of the pool's processes.
     pub(super) fn pids(&self) -> Vec<u32> {
         let members = self.processes.members();
         let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
         own.map(|(_, member)| member.pid).collect()
     }
 
-    /// Counts the processes that are not ending.
+    /// Counts the pool's processes that are not ending.
     fn remaining(&self) -> usize {
         self.count(|member| member.work().state != ProcessState::Ending)
     }
@@ -289,8 +291,8 @@ impl Pool {
         own.filter(|(_, member)| counts(member)).count()
     }
 
-    /// Records the end of a process. If the process had not connected, nothing is logged here, because the caller handles the
-    /// failed start.
+    /// Removes a process that has ended. If it had connected and ended by itself, logs a warning and records the vacancy. A
+    /// process that had not connected is not logged here, because the failed start is reported by `Starting`.
     fn ended(&self, member: &Member, end: &End, was_starting: bool) {
         self.processes.members().remove(&member.number);
         if !was_starting && !member.is_asked_to_end() {
@@ -300,7 +302,7 @@ impl Pool {
         }
     }
 
-    /// Returns the reason to recycle a process after its reply, if there is one.
+    /// Returns the reason to replace a process after its reply, if there is one.
     fn reason_to_recycle(&self, member: &Member, is_last: bool) -> Option<&'static str> {
         let jobs = member.work().jobs;
         let reason = if is_last {
@@ -340,7 +342,7 @@ impl Pool {
         }
     }
 
-    /// Starts a process. `spawn` receives the path of the socket to connect to.
+    /// Starts a process. `spawn` receives the path of the socket to which the process must connect.
     pub(super) fn start(
         self: &Arc<Self>,
         socket: PathBuf,
@@ -372,7 +374,7 @@ impl Pool {
     ) -> io::Result<Starting> {
         let listener = UnixListener::bind(&socket).map_err(|error| match error.raw_os_error() {
             Some(_) => error,
-            // A path that is too long has no errno, and must not count as a fault of the job.
+            // An error without an errno, for example because the path is too long, does not say that it concerns the socket.
             None => io::Error::other(format!("its socket: {error}")),
         })?;
         let socket = Socket(socket);

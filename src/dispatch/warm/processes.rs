@@ -20,8 +20,8 @@ pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
 pub(in crate::dispatch) struct Processes {
     members: Mutex<Members>,
     pub(super) next: AtomicU64,
-    /// The keeper task of each process, and the tasks that wait for a process to connect. The last one ends with the last
-    /// process.
+    /// The keeper task of each process, and the tasks that wait for a process to connect. All have ended once the last process
+    /// has ended.
     pub(super) tasks: TaskTracker,
     starts: Mutex<BTreeMap<(String, &'static str), u64>>,
 }
@@ -40,7 +40,7 @@ impl Processes {
         *starts.entry((handler.to_owned(), reason)).or_default() += 1;
     }
 
-    /// Ends all processes, and waits until their process groups have ended. The caller ensures that no job runs.
+    /// Ends all processes, and waits until their process groups have ended. Must not be called while a job runs.
     pub(in crate::dispatch) async fn finish(&self, lifecycle: &Lifecycle) {
         self.stop_all(Stop::Retire);
         self.tasks.close();
@@ -61,7 +61,7 @@ impl Processes {
         }
     }
 
-    /// Kills all processes without waiting for their end.
+    /// Kills all processes, and does not wait until they have ended.
     pub(in crate::dispatch) fn kill(&self) {
         self.stop_all(Stop::Kill);
     }

@@ -1,4 +1,4 @@
-//! [`Starting`]: a process that has been started, but has not connected yet.
+//! [`Starting`]: a started process until it has connected and been given to a job or to the pool.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -18,10 +18,10 @@ use crate::dispatch::brake::Begin;
 use crate::dispatch::outcome;
 use crate::places::Place;
 
-/// The time after its start at which a process without a connection is logged.
+/// The time after a process's start at which a warning is logged if the process has not connected.
 const SLOW_START: Duration = Duration::from_secs(5);
 
-/// The path of a process's socket. The file is removed on drop, because a process connects only once.
+/// The path of a process's socket. Dropping this removes the socket file, because a process connects only once.
 pub(super) struct Socket(pub(super) PathBuf);
 
 impl Drop for Socket {
@@ -31,7 +31,8 @@ impl Drop for Socket {
     }
 }
 
-/// A started process that has not connected yet. Dropping this kills the process, unless the connection has been taken.
+/// A started process whose connection is awaited, or has not been handed on yet. Dropping this kills the process, unless a job or
+/// the pool has its connection.
 pub(in crate::dispatch) struct Starting {
     pub(super) pool: Arc<Pool>,
     pub(super) member: Arc<Member>,
@@ -41,7 +42,7 @@ pub(in crate::dispatch) struct Starting {
 }
 
 impl Starting {
-    /// Returns the process for the job that holds `place`, or `None` if the process has not connected.
+    /// Gives the process to the job that holds `place`. Returns `None` if the process has not connected.
     pub(in crate::dispatch) fn busy(self, place: Place) -> Option<Busy> {
         let wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         Some(Busy { pool: Arc::clone(&self.pool), member: Arc::clone(&self.member), wire: Some(wire), _place: place })
@@ -49,14 +50,14 @@ impl Starting {
 }
 
 impl Starting {
-    /// Gives the connected process to the first job that waits, or adds it to the idle ones.
+    /// Gives the connected process to the first waiting job, or adds it to the idle processes.
     pub(super) fn give(self) {
         if let Some(wire) = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take() {
             self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
         }
     }
 
-    /// Returns the time of the start.
+    /// Returns the time at which the process was started.
     pub(in crate::dispatch) fn started(&self) -> Instant {
         self.member.started
     }
@@ -81,7 +82,7 @@ impl Drop for Starting {
 }
 
 impl Begin for Starting {
-    /// Waits until the process connects.
+    /// Waits until the process connects. Kills the process if it does not connect within `start_timeout`.
     async fn begun(&self) -> io::Result<()> {
         if self.wire.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
             return Ok(());
@@ -112,7 +113,7 @@ impl Begin for Starting {
 }
 
 impl Starting {
-    /// Logs once that the process has not connected [`SLOW_START`] after its start.
+    /// Logs one warning if the process has not connected [`SLOW_START`] after its start. Never returns.
     async fn warn_of_slow_start(&self) -> Infallible {
         let due = self.member.started + SLOW_START;
         if due > Instant::now() {
@@ -130,7 +131,7 @@ impl Starting {
 
     fn not_connected(&self, end: &End) -> io::Error {
         let what = match &end.status {
-            // Return the errno, by which the brake decides whether the fault may be temporary.
+            // Return the bare errno, from which the brake decides whether the error may be temporary.
             Err(error) if end.never_ran => match error.raw_os_error() {
                 Some(errno) => return io::Error::from_raw_os_error(errno),
                 None => format!("could not be started: {error}"),
@@ -158,7 +159,7 @@ impl StartError {
         io::Error::other(Self { text, started: member.started })
     }
 
-    /// Returns the time of the process's start.
+    /// Returns the time at which the process was started.
     pub(in crate::dispatch) fn started(&self) -> Instant {
         self.started
     }

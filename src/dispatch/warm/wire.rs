@@ -12,13 +12,13 @@ use tokio::net::UnixStream;
 use crate::dispatch::result_file::{NumberOrText, Verdict, Written};
 use crate::job::{Job, JobId};
 
-/// Maximum size of a reply in bytes.
+/// The maximum size of a reply in bytes.
 const MAX_REPLY_BYTES: usize = 1024 * 1024;
 
-/// Buffer size that an idle connection keeps for replies.
+/// The buffer capacity that an idle connection keeps for replies.
 const KEPT_BYTES: usize = 4096;
 
-/// Minimum free space in the buffer before a read.
+/// The minimum free space in the buffer before a read.
 const READ_BYTES: usize = 4096;
 
 /// The first two bytes of U+2028 and U+2029 in UTF-8. Node's readline splits lines at these characters.
@@ -29,7 +29,7 @@ const SEPARATOR: &[u8] = b"\xe2\x80";
 pub(super) struct Reply {
     /// The failure, or `None` for a success.
     pub(super) failure: Option<Verdict>,
-    /// Whether the process takes no more jobs.
+    /// Whether the process announced that it takes no more jobs.
     pub(super) is_last: bool,
 }
 
@@ -38,7 +38,7 @@ pub(super) struct Reply {
 pub(super) enum NoReply {
     /// The process has closed the connection.
     Closed,
-    /// The process has closed the connection, or ended, before it read the whole job.
+    /// The process has closed the connection, or ended, before it had read the whole job.
     Unread,
     /// The process has sent something other than a reply to its job.
     Invalid(String),
@@ -64,7 +64,7 @@ struct Line {
 pub(super) struct Wire {
     stream: UnixStream,
     received: Vec<u8>,
-    /// The number of received bytes known to contain no line end.
+    /// The number of bytes at the start of `received` that are known to contain no line end.
     searched: usize,
 }
 
@@ -120,17 +120,17 @@ impl Wire {
         Ok(())
     }
 
-    /// Removes the first line, which ends at `end`.
+    /// Removes the first line, which ends at `end`, from the received bytes.
     fn remove_line(&mut self, end: usize) {
         self.received.drain(..end);
         self.searched = 0;
     }
 
-    /// Reads until the socket is empty or a line is complete. Returns the end of the line.
+    /// Reads until the socket is empty or a line is complete. Returns the end of the line, or `None` if no line is complete.
     fn receive(&mut self) -> Result<Option<usize>, NoReply> {
         loop {
             if let Some(end) = memchr::memchr(b'\n', &self.received[self.searched..]) {
-                // Return without another read, which rarely finds more. The caller checks for further bytes.
+                // Return without another read, which would rarely find more. The caller checks for bytes after this line.
                 return Ok(Some(self.searched + end + 1));
             }
             self.searched = self.received.len();
@@ -146,7 +146,7 @@ impl Wire {
                     return Ok(None);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel resets a Unix socket that its peer closes with unread data.
+                // The kernel resets a Unix socket if its peer closes the connection with data left unread.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(NoReply::Unread),
                 Err(_) => return Err(NoReply::Closed),
             }
@@ -154,7 +154,7 @@ impl Wire {
     }
 }
 
-/// A job as one line. The job's bytes are copied only if a character in them has to be escaped.
+/// The unsent part of a job's line. The job's bytes are copied only if a character in them has to be escaped.
 struct JobLine {
     job: Bytes,
     end: &'static [u8],
