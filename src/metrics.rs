@@ -1,31 +1,24 @@
 //! [`Metrics`]: the worker's metrics for Prometheus.
 
-use std::collections::{HashMap, HashSet};
+mod labels;
+mod maker;
+mod series;
+
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use prometheus::core::Collector;
-#[cfg(target_os = "linux")]
-use prometheus::process_collector::ProcessCollector;
 use prometheus::{
-    Counter, CounterVec, Error, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    CounterVec, Error, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry,
+    TextEncoder,
 };
 
 use crate::dispatch::{Ended, HandlerProcess, HandlerStatus, PROCESS_STATES, ProcessStarts};
 use crate::job::{Failure, Job, Outcome};
-
-/// Label shared by all names without a label of their own. The number of labels is limited, because each label costs memory, here
-/// and in Prometheus.
-const OTHER: &str = "(other)";
-
-/// Maximum number of queues with a label of their own, and likewise of job types. Configured queues and types always have a label
-/// of their own. Configured queues count towards the limit, and configured types do not.
-const MAX_NAMES: usize = 100;
-
-/// Maximum length in bytes of a name with a label of its own, unless the name is configured.
-const MAX_NAME_LENGTH: usize = 200;
+use labels::{Names, OTHER};
+use maker::Maker;
+pub(crate) use series::JobSeries;
+use series::SeriesByNames;
 
 /// Maximum number of pairs of a configured queue and a configured type whose series are created before the first job of the
 /// pair.
@@ -120,61 +113,6 @@ pub(crate) struct Age {
     pub(crate) seconds: f64,
 }
 
-/// The first names seen, each with a label of its own.
-#[derive(Debug, Default)]
-struct Names(Mutex<HashSet<String>>);
-
-impl Names {
-    fn known(&self) -> MutexGuard<'_, HashSet<String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns the label of a name, and whether the label is new.
-    fn label<'a>(&self, name: &'a str) -> (&'a str, bool) {
-        let mut known = self.known();
-        if known.contains(name) {
-            return (name, false);
-        }
-        if known.len() >= MAX_NAMES || name.len() > MAX_NAME_LENGTH {
-            return (OTHER, false);
-        }
-        known.insert(name.to_owned());
-        (name, true)
-    }
-}
-
-/// The series that count the jobs of one queue and type. They are looked up only once for each job, because a lookup by labels
-/// costs more than the counting itself.
-#[derive(Debug)]
-pub(crate) struct JobSeries {
-    type_label: String,
-    succeeded: IntCounter,
-    failed: IntCounter,
-    interrupted: IntCounter,
-    run_seconds: Histogram,
-    cpu_seconds: Counter,
-    /// The count of exits with status 0, created at the first such exit.
-    good_exits: OnceLock<IntCounter>,
-    /// The peak memory, created for the first process whose resource usage is known.
-    peak_memory: OnceLock<IntGauge>,
-}
-
-/// The series by queue and type.
-#[derive(Debug, Default)]
-struct SeriesByNames(Mutex<HashMap<String, HashMap<String, Arc<JobSeries>>>>);
-
-impl SeriesByNames {
-    fn get(&self, queue: &str, job_type: &str) -> Option<Arc<JobSeries>> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(queue)?.get(job_type).cloned()
-    }
-
-    fn insert(&self, queue: &str, job_type: &str, series: &Arc<JobSeries>) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.entry(queue.to_owned()).or_default().insert(job_type.to_owned(), Arc::clone(series));
-    }
-}
-
 /// Values that are read when Prometheus scrapes the metrics.
 #[derive(Debug, Clone)]
 pub(crate) struct Gauges {
@@ -252,7 +190,7 @@ impl Metrics {
                 &["handler"],
             )?,
             configured_queues: queues.to_vec(),
-            queues: Names(Mutex::new(queues.iter().cloned().collect())),
+            queues: Names::of(queues),
             types: Names::default(),
             series: SeriesByNames::default(),
             registry: made.0,
@@ -478,71 +416,9 @@ fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// A factory for metrics whose names begin with `zizq_worker_`.
-struct Maker(Registry);
-
-impl Maker {
-    fn opts(name: &str, help: &str) -> Opts {
-        Opts::new(name, help).namespace("zizq_worker")
-    }
-
-    fn register<T: Collector + Clone + 'static>(&self, made: Result<T, Error>) -> Result<T, Error> {
-        let made = made?;
-        self.0.register(Box::new(made.clone()))?;
-        Ok(made)
-    }
-
-    fn about_the_process(&self, started: f64) -> Result<(), Error> {
-        self.constant("build_info", "Always 1; which worker this is", "version", env!("CARGO_PKG_VERSION"), 1.0)?;
-        self.constant("start_time_seconds", "When the worker started, in Unix seconds", "", "", started)?;
-        #[cfg(target_os = "linux")]
-        self.0.register(Box::new(ProcessCollector::for_self()))?;
-        Ok(())
-    }
-
-    fn constant(&self, name: &str, help: &str, label: &str, value: &str, number: f64) -> Result<(), Error> {
-        let (labels, values): (&[&str], &[&str]) = if label.is_empty() { (&[], &[]) } else { (&[label], &[value]) };
-        self.register(GaugeVec::new(Self::opts(name, help), labels))?.with_label_values(values).set(number);
-        Ok(())
-    }
-
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
-        self.register(IntCounter::with_opts(Self::opts(name, help)))
-    }
-
-    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, Error> {
-        self.register(IntCounterVec::new(Self::opts(name, help), labels))
-    }
-
-    fn floats(&self, name: &str, help: &str, labels: &[&str]) -> Result<CounterVec, Error> {
-        self.register(CounterVec::new(Self::opts(name, help), labels))
-    }
-
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, Error> {
-        self.register(IntGauge::with_opts(Self::opts(name, help)))
-    }
-
-    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
-        self.register(IntGaugeVec::new(Self::opts(name, help), labels))
-    }
-
-    fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, Error> {
-        self.register(GaugeVec::new(Self::opts(name, help), labels))
-    }
-
-    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, Error> {
-        let opts = HistogramOpts::from(Self::opts(name, help)).buckets(buckets.to_vec());
-        self.register(Histogram::with_opts(opts))
-    }
-
-    fn histograms(&self, name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> Result<HistogramVec, Error> {
-        let opts = HistogramOpts::from(Self::opts(name, help)).buckets(buckets.to_vec());
-        self.register(HistogramVec::new(opts, labels))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::labels::{MAX_NAME_LENGTH, MAX_NAMES};
     use super::*;
 
     fn job(queue: &str, job_type: &str) -> Job {

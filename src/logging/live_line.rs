@@ -1,0 +1,74 @@
+//! [`LiveLine`]: the status line below the log on a terminal.
+
+use std::fmt;
+use std::io::{self, Write, stderr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::termios::tcgetwinsize;
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::Stderr;
+
+/// A line below the log that is rewritten in place. Clones share the line.
+#[derive(Clone, Default)]
+pub struct LiveLine(Arc<Mutex<String>>);
+
+impl fmt::Debug for LiveLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LiveLine")
+    }
+}
+
+/// Terminal sequence that moves to the line's start and clears the line.
+const CLEAR: &str = "\r\x1b[K";
+
+impl LiveLine {
+    /// Replaces the line's text. An empty text removes the line.
+    pub fn show(&self, text: &str) {
+        let mut shown = self.lock();
+        if !(shown.is_empty() && text.is_empty()) {
+            // Cut the text to one row, because `CLEAR` clears only the last row of a wrapped line.
+            *shown = text.chars().take(width().saturating_sub(1)).collect();
+            // Ignore a failed write, which means that the terminal is closed.
+            let _ = write!(Stderr, "{CLEAR}{shown}");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns the terminal's width in characters, or `usize::MAX` if the width is unknown.
+fn width() -> usize {
+    let columns = tcgetwinsize(stderr()).map_or(0, |size| usize::from(size.ws_col));
+    if columns == 0 { usize::MAX } else { columns }
+}
+
+impl<'a> MakeWriter<'a> for LiveLine {
+    type Writer = AboveLiveLine<'a>;
+
+    fn make_writer(&'a self) -> AboveLiveLine<'a> {
+        AboveLiveLine(self.lock())
+    }
+}
+
+/// A writer that overwrites the live line with an event, and shows the live line again below the event.
+#[derive(Debug)]
+pub struct AboveLiveLine<'a>(MutexGuard<'a, String>);
+
+impl Write for AboveLiveLine<'_> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        if self.0.is_empty() {
+            Stderr.write_all(event)?;
+        } else {
+            // Use one write, so that the terminal never shows the event without the live line.
+            Stderr.write_all(&[CLEAR.as_bytes(), event, self.0.as_bytes()].concat())?;
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Stderr.flush()
+    }
+}

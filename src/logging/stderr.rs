@@ -1,0 +1,47 @@
+//! [`Stderr`]: writes that wait for the reader.
+
+use std::io::{self, ErrorKind, Write, stderr};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+/// This process's stderr. A write waits for the reader even if the descriptor is non-blocking, because a handler with
+/// `output = "inherit"` shares the open file description, and can set `O_NONBLOCK` on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        loop {
+            match stderr().write(text) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => wait_for_room()?,
+                ended => return ended,
+            }
+        }
+    }
+
+    fn write_all(&mut self, mut text: &[u8]) -> io::Result<()> {
+        // Hold the lock until all parts are written, otherwise a line of another thread could come between them.
+        let _whole = stderr().lock();
+        while !text.is_empty() {
+            match self.write(text) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => text = &text[written..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        stderr().flush()
+    }
+}
+
+/// Waits until stderr accepts more bytes, or its reader has closed it.
+fn wait_for_room() -> io::Result<()> {
+    match poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,38 @@
+//! [`JobSeries`]: the metrics of one pair of a queue and a type.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use prometheus::{Counter, Histogram, IntCounter, IntGauge};
+
+/// The series that count the jobs of one queue and type. They are looked up only once for each job, because a lookup by labels
+/// costs more than the counting itself.
+#[derive(Debug)]
+pub(crate) struct JobSeries {
+    pub(super) type_label: String,
+    pub(super) succeeded: IntCounter,
+    pub(super) failed: IntCounter,
+    pub(super) interrupted: IntCounter,
+    pub(super) run_seconds: Histogram,
+    pub(super) cpu_seconds: Counter,
+    /// The count of exits with status 0, created at the first such exit.
+    pub(super) good_exits: OnceLock<IntCounter>,
+    /// The peak memory, created for the first process whose resource usage is known.
+    pub(super) peak_memory: OnceLock<IntGauge>,
+}
+
+/// The series by queue and type.
+#[derive(Debug, Default)]
+pub(super) struct SeriesByNames(Mutex<HashMap<String, HashMap<String, Arc<JobSeries>>>>);
+
+impl SeriesByNames {
+    pub(super) fn get(&self, queue: &str, job_type: &str) -> Option<Arc<JobSeries>> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(queue)?.get(job_type).cloned()
+    }
+
+    pub(super) fn insert(&self, queue: &str, job_type: &str, series: &Arc<JobSeries>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entry(queue.to_owned()).or_default().insert(job_type.to_owned(), Arc::clone(series));
+    }
+}
