@@ -46,7 +46,7 @@ const HEADERS: [(HeaderName, &str); 4] = [
     (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
 ];
 
-/// A worker whose health, status and metrics an admin server serves.
+/// A worker whose health, status and metrics are served by an admin server.
 pub(crate) trait Inspected: Send + Sync + 'static {
     /// Returns the reasons why the worker cannot run jobs now, or an empty list if it can.
     fn unready(&self) -> Vec<String>;

@@ -47,7 +47,7 @@ impl fmt::Display for Phase {
     }
 }
 
-/// A handle that stops one run of a worker, and notifies the worker's parts of the stop.
+/// A handle that stops one run of a worker, and tells the worker's components about the stop.
 ///
 /// Clones share one phase, which only ever advances. Any thread or task may use the handle.
 #[derive(Debug, Clone)]
@@ -93,8 +93,8 @@ impl Lifecycle {
         self.rise(Phase::Draining, true, Some(reason.into()));
     }
 
-    /// Begins a drain that was not asked for, such as one at the limit `max_jobs`. The drain has no deadline until a stop is
-    /// asked for.
+    /// Begins a drain that no signal or caller has requested, for example because `max_jobs` is reached. The drain has no deadline until a stop
+    /// is requested.
     pub(crate) fn finish_because(&self, reason: impl Into<String>) {
         self.rise(Phase::Draining, false, Some(reason.into()));
     }

@@ -13,8 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::job::{Job, JobId};
 
-/// The number of bytes that are kept of a line that is too long. They are enough to find the job's id, which comes first in the
-/// line.
+/// The number of bytes kept from a line that is too long. This is enough to find the job's id, which comes first.
 const BEGINNING_BYTES: usize = 64 * 1024;
 
 /// The limits of a take stream and its lines.
@@ -296,7 +295,7 @@ impl Decoder {
         let room = BEGINNING_BYTES.saturating_sub(self.partial.len());
         self.partial.extend_from_slice(&piece[..piece.len().min(room)]);
         if self.partial.len() > BEGINNING_BYTES {
-            // Free the memory of the dropped bytes now, because the rest of the line may take long to arrive.
+            // Free the memory of the dropped bytes now, because the rest of the line may take a long time to arrive.
             self.partial = BytesMut::from(&self.partial[..BEGINNING_BYTES]);
         }
     }

@@ -140,7 +140,7 @@ async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     }
 }
 
-/// Turns an answer whose status the caller does not expect into an error.
+/// Turns an answer with an unexpected status into an error.
 pub(super) async fn refusal(response: Response<Incoming>) -> ClientError {
     let status = response.status();
     if let Some(location) = response.headers().get(LOCATION).filter(|_| status.is_redirection()) {

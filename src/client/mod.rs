@@ -140,7 +140,7 @@ impl Client {
         &self.health
     }
 
-    /// Waits for a slot to report a failure. A report that waits for its retry holds no slot.
+    /// Waits until a slot for a failure report is free. A report that waits for its retry holds no slot.
     pub(crate) async fn failure_slot(&self) -> Option<SemaphorePermit<'_>> {
         // The semaphore is never closed, so the result is always `Some`.
         self.failure_slots.acquire().await.ok()

@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_count_says_what_it_must_be() {
+    fn an_invalid_count_names_the_limit() {
         let error = |text| typed(text, |raw| raw.count_up_to("threads", 10)).unwrap_err();
         assert_eq!(error("0"), "threads must be at least 1 (got 0)");
         assert_eq!(error("-3"), "threads must be at least 1 (got -3)");

@@ -47,7 +47,7 @@ struct JobList<'a> {
     pages: Option<Links>,
 }
 
-/// A list of a job's failed attempts in an answer.
+/// The answer that lists a job's failed attempts.
 #[derive(Serialize)]
 struct ErrorList {
     errors: Vec<ErrorRecord>,

@@ -42,7 +42,7 @@ pub(super) struct LedgerEntry {
     /// The stream that delivered the job before `stream` did, and that still holds the job if the delivery over `stream` was
     /// stale.
     pub(super) earlier: Option<StreamId>,
-    /// Whether the server may still hold the job over `stream` although the outcome is parked.
+    /// Whether the outcome was parked while the server possibly still had the job in flight on `stream`.
     pub(super) is_released: bool,
     pub(super) state: EntryState,
 }

@@ -12,7 +12,8 @@ pub(super) const SIZE: usize = 64 * 1024;
 /// memory.
 const GUARD: usize = 64 * 1024;
 
-/// The maximum number of unused stacks that are kept for reuse. Mapping a stack takes longer than the rest of a start.
+/// The maximum number of unused stacks that are kept for reuse. Mapping a stack takes longer
+/// than everything else that starts a process.
 const MOST_SPARE: usize = 64;
 
 /// The maximum number of stacks with a guard. A stack with a guard uses two mappings, and the kernel's default limit is 65530

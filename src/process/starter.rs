@@ -1,4 +1,4 @@
-//! [`Starter`]: the state that all starts of processes share. [`Trial`]: a test that finds the [`Way`] of starting processes that
+//! [`Starter`]: the state shared by all starts of processes. [`Trial`]: a test that finds the [`Way`] of starting processes that
 //! works on this machine.
 
 use std::io;

@@ -201,7 +201,7 @@ fn readiness_waits_for_no_file_system() {
 }
 
 #[test]
-fn the_status_has_what_each_loop_is_at() {
+fn the_status_names_the_job_of_each_loop() {
     let server = Server::start();
     let id = server.enqueue("mail", "send_email", json!(null));
     let running = Daemon::of(&server).args(ADMIN).threads(2).args(["--fibers", "2", "--worker-id", "w-1"]);

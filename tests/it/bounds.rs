@@ -90,7 +90,7 @@ fn no_more_is_asked_for_than_may_be_started() {
 }
 
 #[test]
-fn max_time_finishes_what_runs() {
+fn max_time_lets_running_jobs_finish() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let running = Daemon::of(&server).args(["--max-time", "300ms"]).sh(UNTIL_GO).start();

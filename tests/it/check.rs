@@ -64,7 +64,7 @@ fn nothing_is_taken_and_nothing_is_run() {
 }
 
 #[test]
-fn a_mistake_in_a_setting_is_what_it_is_without_check() {
+fn check_reports_mistakes_in_settings_like_a_start() {
     let daemon = || Daemon::at("http://127.0.0.1:1").args(["--check"]);
     let finished = daemon().config("worker.threads = 0").args(["--", "true"]).run().assert_exit(78);
     assert!(finished.log[0].contains("threads must be at least 1"), "{:?}", finished.log);

@@ -94,7 +94,7 @@ fn a_job_is_told_its_retry_limit_and_its_timeout() {
 }
 
 #[test]
-fn env_adds_and_replaces_but_not_what_is_said_of_the_job() {
+fn env_adds_and_replaces_but_cannot_set_job_variables() {
     let settings = "env = { NEW = 'a b=$HOME', OLD = 'new', ZIZQ_JOB_TYPE = 'forged', ZIZQ_JOB_TIMEOUT = '9', ZIZQ_TOKEN = 'mine' }";
     let env = env(|daemon| show_env(daemon.env("OLD", "old"), settings));
     for expected in ["NEW=a b=$HOME", "OLD=new", "ZIZQ_JOB_TYPE=t", "ZIZQ_TOKEN=mine"] {
@@ -106,7 +106,7 @@ fn env_adds_and_replaces_but_not_what_is_said_of_the_job() {
 }
 
 #[test]
-fn env_clear_starts_from_nothing_and_pass_env_names_what_stays() {
+fn env_clear_removes_all_but_the_variables_of_pass_env() {
     let nothing = env(|daemon| show_env(daemon.env("A", "a"), "env_clear = true"));
     assert_eq!(names(&nothing, ""), ABOUT_A_JOB);
     let settings = "env_clear = true\npass_env = ['A', 'MISSING']\nenv = { C = 'c' }";
@@ -169,7 +169,7 @@ fn by_default_only_0_is_a_success_and_nothing_kills() {
 }
 
 #[test]
-fn what_a_job_used_is_in_the_log() {
+fn the_log_has_the_resource_usage_of_a_job() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let script = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done
@@ -184,7 +184,7 @@ head -c 60000000 /dev/zero | tail -c 60000000 > /dev/null; sleep 0.3";
 }
 
 #[test]
-fn what_a_failed_job_used_is_in_the_log_too() {
+fn the_log_has_the_resource_usage_of_a_failed_job() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let running = Daemon::of(&server).sh("exit 1").start();

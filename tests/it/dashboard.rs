@@ -40,7 +40,7 @@ fn get(url: &str) -> Option<String> {
 }
 
 #[test]
-fn the_dashboard_shows_what_a_worker_exports_and_nothing_else() {
+fn the_dashboard_shows_exactly_the_exported_metrics() {
     let server = Server::start();
     let address = unused_address().to_string();
     let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("[ $ZIZQ_JOB_TYPE != bad ]");

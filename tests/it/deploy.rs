@@ -196,7 +196,7 @@ fn signals_by_systemctl_are_shown_for_the_worker_alone() {
 }
 
 #[test]
-fn the_image_says_what_it_is() {
+fn the_image_has_labels_and_the_right_version() {
     let dockerfile = text("Dockerfile");
     assert!(dockerfile.contains(concat!("ARG VERSION=", env!("CARGO_PKG_VERSION"), "\n")));
     for label in ["title", "description", "version", "revision", "licenses"] {

@@ -50,7 +50,7 @@ fn kill(pid: &str) {
 }
 
 #[test]
-fn a_timeout_is_a_failure_with_what_the_handler_printed() {
+fn a_timeout_is_a_failure_with_the_handlers_output() {
     let (error, finished) = fail("echo halfway >&2; exec sleep 1000", "timeout = '1s'\nkill_grace = '10m'");
     assert_eq!(error["error_type"], "Timeout");
     assert_eq!(error["message"], "handle.sh was stopped after its timeout of 1s: halfway");
@@ -364,7 +364,7 @@ fn a_handler_started_in_a_drain_gets_no_drain_signal() {
 }
 
 #[test]
-fn what_a_handler_says_after_the_drain_signal_counts() {
+fn a_result_file_after_the_drain_signal_counts() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let script = r#"trap 'echo "{\"retry_in\":\"1h\",\"message\":\"saved\"}" > $ZIZQ_RESULT_FILE; exit 1' USR1; echo up > $DIR/up; while :; do sleep 0.02; done"#;

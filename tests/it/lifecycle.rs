@@ -50,12 +50,12 @@ fn drains_on(signal: Signal) {
 }
 
 #[test]
-fn sigterm_finishes_what_was_taken_and_takes_nothing_more() {
+fn sigterm_finishes_taken_jobs_and_takes_no_more() {
     drains_on(Signal::TERM);
 }
 
 #[test]
-fn sigint_finishes_what_was_taken_and_takes_nothing_more() {
+fn sigint_finishes_taken_jobs_and_takes_no_more() {
     drains_on(Signal::INT);
 }
 

@@ -268,7 +268,7 @@ fn text_of_the_server_cannot_forge_a_line_of_the_log() {
 }
 
 #[test]
-fn a_refusal_at_the_start_says_what_the_server_said_in_one_line() {
+fn a_refusal_at_the_start_logs_the_servers_answer_in_one_line() {
     let server = Recorder::answering(400, HOSTILE_ANSWER);
     let finished = Daemon::bare().args(["--url", &server.url, "--", "true"]).run().assert_exit(1);
     let (last, log) = finished.log.split_last().unwrap();

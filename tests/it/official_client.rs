@@ -261,7 +261,7 @@ async fn the_clients_own_worker_runs_jobs(client: &Client, queue: &str) {
 }
 
 #[test]
-fn a_jq_filter_is_answered_with_what_it_needs() {
+fn a_jq_filter_is_refused_as_needing_a_real_server() {
     let server = Server::start();
     let answer = runtime().block_on(client(&server).count_jobs().filter(".a").into_future());
     let Err(ZizqError::Response { status: 400, message }) = answer else { panic!("{answer:?}") };

@@ -361,7 +361,7 @@ fn a_success_whose_answer_is_lost_is_sent_again() {
 
 /// The server denies one success of a bulk report, and the worker cannot find out the state of that job.
 #[test]
-fn of_a_bulk_report_only_what_is_not_settled_is_sent_again() {
+fn only_unsettled_jobs_of_a_bulk_report_are_sent_again() {
     let server = RawServer::start();
     let daemon = Daemon::at(&server.url()).args(NO_LOOKS).args(["--prefetch", "4"]).sh("true").start();
     let mut stream = server.take();

@@ -72,7 +72,7 @@ fn processes_that_left_their_group_are_reaped() {
 }
 
 #[test]
-fn a_subreaper_reaps_what_has_left_its_group() {
+fn a_subreaper_reaps_processes_that_left_their_group() {
     let server = Server::start();
     let script = "setsid sh -c 'echo > $DIR/$ZIZQ_JOB_ID; sleep 0.2; echo >> $DIR/left' > /dev/null 2>&1 < /dev/null &\n\
         until [ -e $DIR/$ZIZQ_JOB_ID ]; do sleep 0.01; done";

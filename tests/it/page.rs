@@ -132,7 +132,7 @@ fn the_page_fits_a_phone() {
 }
 
 #[test]
-fn answers_forbid_what_the_page_does_not_need() {
+fn answers_have_strict_security_headers() {
     let server = Server::start();
     let running = Daemon::of(&server).args(ADMIN).sh("true").start();
     let admin = Admin::of(&running);

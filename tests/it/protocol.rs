@@ -348,7 +348,7 @@ async fn a_report_counts_by_id_while_its_job_is_in_flight() {
 }
 
 #[tokio::test]
-async fn bulk_success_acknowledges_what_it_can_and_names_the_rest() {
+async fn bulk_success_acknowledges_jobs_in_flight_and_names_the_rest() {
     let server = Server::start().await;
     let ids = server.enqueue(3);
     let mut stream = server.take("?prefetch=2").await;
@@ -562,7 +562,7 @@ async fn a_completed_job_stays_visible_as_long_as_it_is_kept() {
 }
 
 #[tokio::test]
-async fn a_bad_request_is_told_what_is_wrong() {
+async fn a_bad_request_gets_an_error_message() {
     let server = Server::start().await;
     for (method, path, body, status) in [
         (Method::GET, "/nope", "", 404),

@@ -153,7 +153,7 @@ fn a_quiet_worker_is_not_idle() {
 }
 
 #[test]
-fn sigusr1_logs_what_the_worker_does() {
+fn sigusr1_logs_the_workers_status() {
     let server = Server::start();
     let id = server.enqueue("mail", "send_email", json!(null));
     let running = Daemon::of(&server).sh(&format!("echo $$ > $DIR/pid; {UNTIL_GO}")).start();

@@ -27,7 +27,7 @@ cases! {
     a_job_that_fails_again_has_one_error_for_each_attempt
     urgent_jobs_come_first_and_equals_in_their_order
     jobs_enqueued_in_bulk_are_all_run_once
-    a_drain_finishes_what_was_taken_and_gives_the_rest_back
+    a_drain_finishes_taken_jobs_and_gives_the_rest_back
     a_kill_leaves_the_attempts_unchanged
     a_payload_of_a_megabyte_arrives_unchanged
     a_queue_with_an_odd_name_is_found
@@ -148,7 +148,7 @@ fn jobs_enqueued_in_bulk_are_all_run_once(server: &Api) {
 /// A script that runs until the test's directory has a file `go`.
 const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID >> $DIR/started; until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
 
-fn a_drain_finishes_what_was_taken_and_gives_the_rest_back(server: &Api) {
+fn a_drain_finishes_taken_jobs_and_gives_the_rest_back(server: &Api) {
     let queue = Queue::new(server);
     let ids = server.enqueue_all((0..4).map(|number| queue.job("t", json!(number))));
     let daemon = queue.daemon(UNTIL_GO).args(["--prefetch", "2"]).start();

@@ -239,7 +239,7 @@ fn files_that_hang_hold_up_neither_reports_nor_the_exit() {
 }
 
 #[test]
-fn what_cannot_be_read_is_ignored() {
+fn an_unreadable_result_file_is_ignored() {
     // Root can read a file with any mode.
     let readable = std::process::Command::new("id").arg("-u").output().is_ok_and(|id| id.stdout == b"0\n");
     if readable {
@@ -250,7 +250,7 @@ fn what_cannot_be_read_is_ignored() {
 }
 
 #[test]
-fn a_link_that_is_removed_leaves_alone_what_it_leads_to() {
+fn removing_a_link_leaves_its_target_alone() {
     let failed = fail("mkdir $DIR/dir; echo > $DIR/dir/file; ln -s $DIR/dir $ZIZQ_RESULT_FILE", "");
     assert!(failed.finished.dir().join("dir/file").exists());
 }

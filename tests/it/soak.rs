@@ -203,7 +203,7 @@ impl Soak {
 }
 
 /// Kills a worker while all its loops are busy. A second worker must run exactly the interrupted jobs again.
-fn only_what_ran_when_a_worker_was_killed_runs_again(server: &Restartable) {
+fn only_jobs_that_ran_in_a_killed_worker_run_again(server: &Restartable) {
     let script = "echo $ZIZQ_JOB_ID >> $DIR/ran
 [ $ZIZQ_JOB_TYPE = quick ] || until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
     let jobs = (0..200).map(|number| server.order(if number % 50 == 30 { "endless" } else { "quick" }, json!(null)));
@@ -228,13 +228,13 @@ fn only_what_ran_when_a_worker_was_killed_runs_again(server: &Restartable) {
 
 #[test]
 fn only_jobs_of_a_killed_worker_run_again() {
-    only_what_ran_when_a_worker_was_killed_runs_again(&Restartable::embedded());
+    only_jobs_that_ran_in_a_killed_worker_run_again(&Restartable::embedded());
 }
 
 #[test]
 #[ignore = "needs a Zizq server at ZIZQ_URL, and ZIZQ_RESTART_CMD"]
 fn real_server_only_jobs_of_a_killed_worker_run_again() {
     if let Some(server) = Restartable::real() {
-        only_what_ran_when_a_worker_was_killed_runs_again(&server);
+        only_jobs_that_ran_in_a_killed_worker_run_again(&server);
     }
 }

@@ -64,7 +64,7 @@ fn ready_does_not_come_when_a_handler_cannot_be_run() {
 }
 
 #[test]
-fn the_status_tells_what_runs_and_what_was_done() {
+fn the_status_counts_running_done_and_failed_jobs() {
     let server = Server::start();
     let (manager, daemon) = Manager::of(Daemon::of(&server).sh("[ $ZIZQ_JOB_TYPE = good ]"));
     let running = daemon.env("WATCHDOG_USEC", "200000").start();

@@ -24,7 +24,7 @@ fn wait_for_text(running: &Running, text: &str) {
 }
 
 #[test]
-fn a_drain_shows_what_still_runs_and_how_long_it_may() {
+fn a_drain_shows_the_running_jobs_and_the_time_left() {
     let server = Server::start();
     let running = watched(Daemon::bare().args(["--shutdown-deadline", "60s"]), &server);
     assert!(!running.screen().contains("\x1b[K"), "the status line was shown before the drain");
@@ -79,7 +79,7 @@ fn the_line_fits_into_a_narrow_terminal() {
 }
 
 #[test]
-fn a_second_ctrl_c_says_what_a_third_does() {
+fn a_second_ctrl_c_explains_the_third() {
     let server = Server::start();
     server.enqueue("q", "t", json!(null));
     let running = Daemon::bare()

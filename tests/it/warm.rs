@@ -80,7 +80,7 @@ fn after_its_last_reply_a_process_gets_no_job() {
 }
 
 #[test]
-fn a_job_stays_one_line_whatever_is_in_its_payload() {
+fn a_job_stays_one_line_for_any_payload() {
     let warm = Warm::start("");
     warm.succeed(
         "# \u{2028}\u{2029}
@@ -159,7 +159,7 @@ fn a_default_mode_holds_for_types_that_name_none() {
 
 /// An incomplete line of output ends with its job.
 #[test]
-fn what_was_printed_before_a_reply_belongs_to_its_job() {
+fn output_before_a_reply_belongs_to_its_job() {
     let warm = Warm::with("", "", |daemon| daemon.threads(2));
     let code = "text = '{0} begins\\n{0} has no end'.format(job['id']).encode(); os.write(1, text); os.write(2, text)";
     let ids = warm.enqueue_many(100, code);
@@ -194,7 +194,7 @@ fn output_is_logged_before_the_end_of_its_job() {
 }
 
 #[test]
-fn what_is_printed_between_jobs_belongs_to_the_process() {
+fn output_between_jobs_belongs_to_the_process() {
     let warm = Warm::start("");
     let process = warm.succeed("reply(); until('go'); os.write(1, b'afterwards\\n')");
     warm.running.wait_for_message("job completed");

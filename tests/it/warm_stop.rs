@@ -141,7 +141,7 @@ fn an_idle_process_that_stays_gets_sigterm_after_the_grace() {
 }
 
 #[test]
-fn a_drain_does_what_was_taken_with_few_processes() {
+fn a_drain_runs_all_taken_jobs_with_few_processes() {
     let warm = Warm::with("", "max_processes = 1", |daemon| daemon.threads(3).args(["--prefetch", "5"]));
     let ids = warm.enqueue_many(5, "until('go')");
     warm.running.wait_for_messages(5, "job received");
