@@ -132,11 +132,11 @@ macro_rules! declare {
 declare! {
     URL = Declared {
         key: "url",
-        flag: Some(Flag::new("url", "URL", Heading::Server, "Where the server is; a path prefix is kept")),
+        flag: Some(Flag::new("url", "URL", Heading::Server, "The server's url; a path prefix is kept")),
         default: || DEFAULT_URL.to_owned(),
         shown: Shown::Worker(|config| config.worker.url.to_string()),
         reload: Reload::NewStream,
-        comment: "Where the server is: http or https, with a host; a path prefix is kept.",
+        comment: "The server's url: http or https, with a host; a path prefix is kept.",
         example: Example::Default("\"http://localhost:7890\""),
     };
 
@@ -182,7 +182,7 @@ declare! {
 
     THREADS = Declared {
         key: "worker.threads",
-        flag: Some(Flag { short: Some('t'), ..Flag::new("threads", "N", Heading::Worker, "Worker threads") }),
+        flag: Some(Flag { short: Some('t'), ..Flag::new("threads", "N", Heading::Worker, "The number of jobs at once; each job is a process") }),
         default: || DEFAULT_THREADS.to_string(),
         shown: Shown::Worker(|config| config.worker.threads.to_string()),
         reload: Reload::Restart,
@@ -192,7 +192,7 @@ declare! {
 
     FIBERS = Declared {
         key: "worker.fibers",
-        flag: Some(Flag { short: Some('f'), ..Flag::new("fibers", "N", Heading::Worker, "Jobs at once in each thread; threads x fibers run at once") }),
+        flag: Some(Flag { short: Some('f'), ..Flag::new("fibers", "N", Heading::Worker, "Multiplies threads: threads x fibers jobs run at once") }),
         default: || DEFAULT_FIBERS.to_string(),
         shown: Shown::Worker(|config| config.worker.fibers.to_string()),
         reload: Reload::Restart,
@@ -222,7 +222,7 @@ declare! {
 
     RETRY_MAX_WAIT = Declared {
         key: "worker.retry_max_wait",
-        flag: Some(Flag::new("retry-max-wait", "DURATION", Heading::Retries, "The longest such wait")),
+        flag: Some(Flag::new("retry-max-wait", "DURATION", Heading::Retries, "The longest wait before reconnecting or reporting again")),
         default: || duration(DEFAULT_RETRY_MAX_WAIT),
         shown: Shown::Worker(|config| duration(config.worker.backoff.parts().1)),
         reload: Reload::Restart,
@@ -232,7 +232,7 @@ declare! {
 
     RETRY_MULTIPLIER = Declared {
         key: "worker.retry_multiplier",
-        flag: Some(Flag::new("retry-multiplier", "X", Heading::Retries, "How much longer each wait is than the last")),
+        flag: Some(Flag::new("retry-multiplier", "X", Heading::Retries, "The factor by which each wait is longer than the last")),
         default: || DEFAULT_RETRY_MULTIPLIER.to_string(),
         shown: Shown::Worker(|config| config.worker.backoff.parts().2.to_string()),
         reload: Reload::Restart,
@@ -252,7 +252,7 @@ declare! {
 
     MAX_JOB_SIZE = Declared {
         key: "worker.max_job_size",
-        flag: Some(Flag::new("max-job-size", "SIZE", Heading::Server, "The longest job that is accepted, like 64MiB")),
+        flag: Some(Flag::new("max-job-size", "SIZE", Heading::Server, "The largest job that is accepted, like 64MiB")),
         default: || size(DEFAULT_MAX_JOB_SIZE as u64),
         shown: Shown::Worker(|config| size(config.worker.stream_limits.max_job_size as u64)),
         reload: Reload::NewStream,
@@ -262,7 +262,7 @@ declare! {
 
     SHUTDOWN_DEADLINE = Declared {
         key: "worker.shutdown_deadline",
-        flag: Some(Flag { alias: Some("shutdown-timeout"), ..Flag::new("shutdown-deadline", "DURATION", Heading::Worker, "How long finishing may take after a signal") }),
+        flag: Some(Flag { alias: Some("shutdown-timeout"), ..Flag::new("shutdown-deadline", "DURATION", Heading::Worker, "The time that running jobs have to finish after a signal") }),
         default: || duration(DEFAULT_SHUTDOWN_DEADLINE),
         shown: Shown::Worker(|config| duration(config.worker.shutdown_deadline)),
         reload: Reload::Restart,
@@ -322,7 +322,7 @@ declare! {
 
     MODE = Declared {
         key: "handler.mode",
-        flag: Some(Flag { words: || words(&MODE_NAMES), ..Flag::new("mode", "MODE", Heading::Handler, "spawn: start the command for each job; warm: keep it running, and hand it one job after another over a socket") }),
+        flag: Some(Flag { words: || words(&MODE_NAMES), ..Flag::new("mode", "MODE", Heading::Handler, "spawn: start the command for each job; warm: keep it running, and send it one job after another over a socket") }),
         default: || "spawn".to_owned(),
         shown: Shown::Handler(|handler| name_in(&MODE_NAMES, &ModeName::of(&handler.mode))),
         reload: Reload::AtOnce,
@@ -512,7 +512,7 @@ declare! {
 
     ADMIN_LISTEN = Declared {
         key: "admin.listen",
-        flag: Some(Flag::new("admin-listen", "ADDRESS:PORT", Heading::Operations, "Serve /live, /ready, /status and /metrics over HTTP there, like 127.0.0.1:9290")),
+        flag: Some(Flag::new("admin-listen", "ADDRESS:PORT", Heading::Operations, "Serve a page, /live, /ready, /status and /metrics at this address, like 127.0.0.1:9290")),
         default: || "off".to_owned(),
         shown: Shown::Worker(|config| or(config.admin.as_ref(), &ADMIN_LISTEN)),
         reload: Reload::Restart,
@@ -522,7 +522,7 @@ declare! {
 
     LOG_LEVEL = Declared {
         key: "log.level",
-        flag: Some(Flag { words: || words(&LogLevel::NAMES), ..Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace, and others by target, like info,zizq_worker::jobs=warn; RUST_LOG wins") }),
+        flag: Some(Flag { words: || words(&LogLevel::NAMES), ..Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace; more per target, like info,zizq_worker::jobs=warn; RUST_LOG wins") }),
         default: || "info".to_owned(),
         shown: Shown::Worker(|config| config.log.filter.clone().unwrap_or_else(|| config.log.level.to_string())),
         reload: Reload::AtOnce,

@@ -203,15 +203,15 @@ fn section(title: &str, parts: &[Part], page: &mut Vec<u8>) {
 
 const DESCRIPTION: &[Part] = &[
     Text(
-        "zizq-worker takes jobs from a Zizq queue server, runs a command for each, and reports how it ended. The job's \
-         payload is JSON on the command's standard input. With exit status 0 the job is acknowledged; otherwise it has \
-         failed, and is reported with the end of its standard error; the server decides when it is tried again.",
+        "zizq-worker takes jobs from a Zizq queue server, runs a command for each job, and reports how the command ended. \
+         The job's payload is JSON on the command's standard input. Exit status 0 acknowledges the job. Any other end of the \
+         command reports a failure, with the end of the command's standard error. The server schedules the retry.",
     ),
     Text(
         "Each setting is taken from its option, else its environment variable, else the configuration file, else its \
-         default. Durations are written like 500ms or \"1m 30s\"; a bare number is seconds. The handler's limits, \
-         environment and meaning of exit statuses, and handlers of their own for some types of jobs, can be set in \
-         the configuration file alone.",
+         default. Durations are written like 500ms or \"1m 30s\"; a number without a unit is seconds. Only the configuration \
+         file can set a handler's limits, its environment and the meaning of its exit statuses, and give a job type a handler \
+         of its own.",
     ),
 ];
 
@@ -230,10 +230,9 @@ const SECTIONS: &[(&str, &[Part])] = &[
 const HANDLERS: &[Part] = &[
     Text(
         "A handler is started once for each job, without a shell, in a process group of its own. Its environment is the \
-         worker's without the variables that begin with ZIZQ_ and those by which systemd is told how the worker does, and \
-         with these:",
+         worker's, without the variables that begin with ZIZQ_ and those for messages to systemd. These variables are added:",
     ),
-    Item("ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY", "The job."),
+    Item("ZIZQ_JOB_ID, ZIZQ_JOB_TYPE, ZIZQ_JOB_QUEUE, ZIZQ_JOB_PRIORITY", "The fields of the job."),
     Item("ZIZQ_JOB_ATTEMPTS", "The number of attempts that have failed before this one."),
     Item("ZIZQ_JOB_READY_AT", "The time since which the job is ready, in Unix milliseconds."),
     Item("ZIZQ_JOB_RETRY_LIMIT", "The retry limit of the job, if it has one of its own."),
@@ -245,68 +244,69 @@ const HANDLERS: &[Part] = &[
     ),
     Item("ZIZQ_WORKER_ID", "The name of the worker."),
     Text(
-        "With --mode warm, or mode = \"warm\" in the configuration file, a handler is started once for many jobs. It has none of \
-         the variables above but ZIZQ_WORKER_ID, and one more:",
+        "With --mode warm, or mode = \"warm\" in the configuration file, a handler is started once for many jobs. Of the \
+         variables above, it has only ZIZQ_WORKER_ID. One more is added:",
     ),
     Item(
         "ZIZQ_SOCKET",
-        "The Unix socket to connect to. Each job comes as a line of JSON with id, type, queue, priority, payload, ready_at, \
-         attempts and more, and is answered by one: its id, \"ok\": true or false, and after a failure the fields of the result file. \
-         \"last\": true in a reply ends the handler after the job. At the end of file, the handler ends.",
+        "The Unix socket to connect to. Each job is a line of JSON with id, type, queue, priority, payload, ready_at, \
+         attempts and more. The handler replies with one line of JSON: the job's id, \"ok\": true or false, and after a failure the \
+         fields of the result file. \"last\": true in a reply says that the handler exits after this job. At the end of file, the \
+         handler must exit.",
     ),
 ];
 
 const SIGNALS: &[Part] = &[
     Item(
         "SIGTERM, SIGINT",
-        "The first one drains: nothing more is taken, and the jobs that were taken are finished and reported. A second \
-         one, or the end of --shutdown-deadline, stops the running jobs: their process groups get SIGTERM, and SIGKILL \
-         after their grace (5 seconds, unless kill_grace says otherwise). They are not reported: the server hands them \
-         out again, with no attempt counted. A third one skips that grace.",
+        "The first signal drains the worker: it takes no more jobs, and finishes and reports the jobs that it has. A second \
+         signal, or the end of --shutdown-deadline, stops the running jobs: their process groups get SIGTERM, and SIGKILL \
+         after kill_grace (5 seconds by default). Stopped jobs are not reported. The server redelivers them, and counts no \
+         attempt. A third signal skips the grace.",
     ),
     Item(
         "SIGHUP",
-        "Reads the configuration file again, and the handlers, the queues, the server and its certificates, the prefetch \
-         and the log level are as it says. Warm handlers are started again once they are idle. The log names what needs a restart. \
-         With a mistake in the file, everything stays as it was. When the terminal is closed from which the worker was started, the worker drains as after SIGTERM, \
-         unless nohup or setsid has started it.",
+        "Reloads the configuration file: the handlers, the queues, the server and its certificates, the prefetch and the log level. \
+         Each process of a warm handler is replaced once it is idle. The log names the changed settings that need a restart. A file \
+         with a mistake changes nothing. A SIGHUP because the terminal is closed drains the worker like SIGTERM, unless nohup or \
+         setsid started the worker.",
     ),
     Item("SIGUSR1", "Logs the worker's status and each running job."),
     Item(
         "SIGUSR2",
-        "Quiet: takes nothing more. What was taken is finished and reported; then the stream closes, so that the server can \
-         give its jobs to others, and the worker waits.",
+        "Pauses the worker: it takes no more jobs, and finishes and reports the jobs that it has. Then the stream closes, and the \
+         worker waits for SIGCONT.",
     ),
-    Item("SIGCONT", "Takes jobs again after SIGUSR2."),
+    Item("SIGCONT", "Ends a pause: the worker takes jobs again."),
     Text(
-        "Under systemd, signal the worker alone: without --kill-whom=main (--kill-who=main before systemd 252), every handler gets the \
-         signal too, and dies of it.",
+        "Under systemd, send a signal to the worker alone, with --kill-whom=main (--kill-who=main before systemd 252). Otherwise the \
+         signal also reaches every handler, and kills it.",
     ),
     Example(
         "systemctl kill --kill-whom=main --signal=USR2 zizq-worker\nsystemctl kill --kill-whom=main --signal=CONT zizq-worker\nsystemctl reload zizq-worker",
     ),
-    Text("Once the worker stops, all of these but SIGTERM, SIGINT and SIGUSR1 are ignored."),
+    Text("While the worker stops, it ignores SIGHUP, SIGUSR2 and SIGCONT."),
 ];
 
 const EXIT_STATUS: &[Part] = &[
     Item(
         "0",
-        "Stopped as asked, by a signal or by --max-jobs, --max-time or --exit-when-idle. All jobs that were started are \
-         finished and reported.",
+        "The worker was stopped by a signal or by --max-jobs, --max-time or --exit-when-idle, and all started jobs are finished \
+         and reported.",
     ),
     Item(
         "1",
-        "Jobs had to be stopped or could not be reported, the server refused the worker's first request, or the \
-         address of the admin server or of the embedded one is taken or not there yet. With --check, the server does not answer, or \
-         a warm handler does not start.",
+        "Running jobs had to be stopped, a report was dropped, the server refused the worker's first request, or the \
+         address of the admin server or of the embedded server is in use or does not exist yet. With --check, the server does not \
+         answer, or a warm handler does not connect.",
     ),
     Item("2", "A mistake on the command line or in a variable."),
     Item("78", "A mistake in the configuration file, or a handler or certificate that cannot be used."),
 ];
 
 const ENVIRONMENT: &[Part] = &[
-    Text("Nearly every option that takes a value has a variable, named above. An empty one counts as not set."),
-    Item("RUST_LOG", "The log's filter: a level, or targets like zizq_worker=debug. It wins over --log-level."),
+    Text("Nearly every option that takes a value has a variable, named above. An empty variable counts as not set."),
+    Item("RUST_LOG", "The log's filter: a level, or targets like zizq_worker=debug. Overrides --log-level."),
     Item("NO_COLOR", "Any value turns the colours of the log off."),
     Item("PATH", "The directories in which a handler without a slash in its name is looked up."),
     Item(
@@ -329,30 +329,28 @@ const ENVIRONMENT: &[Part] = &[
 ];
 
 const ADMIN_SERVER: &[Part] = &[
-    Text("With --admin-listen, the worker answers these over HTTP. None of them changes anything."),
+    Text("With --admin-listen, the worker answers these HTTP requests. No request changes the state of the worker."),
     Item("GET /", "A page for people: loops, jobs, failures, handlers and settings."),
-    Item("GET /live", "200 as long as the worker itself works, whether or not its server does."),
+    Item("GET /live", "200 as long as the worker itself works, whether or not it reaches the queue server."),
     Item(
         "GET /ready",
         "200 as long as the worker can take jobs and start handlers, else 503 with the reasons. A paused worker takes no jobs, so \
          it is not ready.",
     ),
     Item("GET /status", "The worker's status, as JSON."),
-    Item("GET /metrics", "Its metrics, in the text format of Prometheus."),
+    Item("GET /metrics", "The worker's metrics, in the text format of Prometheus."),
 ];
 
 const CONFIGURATION_FILE: &[Part] = &[
-    Text(
-        "The file that --config names is TOML. Each option has its key below a table, as --check shows it. For example:",
-    ),
+    Text("The file that --config names is TOML. --check shows the table and the key of each option. For example:"),
     Example(
         "url = \"http://queue.example.org:7890\"\n[worker]\nqueues = [\"mail\", \"billing\"]\nthreads = 4\n[handler]\n\
          exec = [\"/usr/local/bin/handle\"]\ntimeout = \"30s\"\n[handlers.send_email]\nexec = [\"python3\", \"/srv/email.py\"]\n\
          mode = \"warm\"",
     ),
     Text(
-        "A table [handlers.TYPE] is for the jobs of exactly that type, and [handler] for all others. A setting that is missing below \
-         [handlers.TYPE] is as below [handler]. These keys of handlers have no option: stdin, output, env_clear, pass_env, env, cwd, \
+        "A table [handlers.TYPE] is for the jobs of exactly that type, and [handler] for all others. A setting that is missing in \
+         [handlers.TYPE] is taken from [handler]. These keys of handlers have no option: stdin, output, env_clear, pass_env, env, cwd, \
          success_exit_codes, kill_exit_codes, timeout, kill_grace and drain_signal; for warm handlers also min_processes, \
          max_processes, start_timeout, max_jobs, max_age, max_memory and idle_timeout.",
     ),
@@ -370,26 +368,24 @@ const FILES: &[Part] = &[
     ),
     Item(
         "$TMPDIR/zizq-worker-*",
-        "The result files of running handlers, in a directory that only the worker's user can enter. It is removed when \
-         the worker ends, unless it is killed.",
+        "The result files of running handlers, in a directory that only the worker's user can enter. The worker removes the directory \
+         when it ends, unless it is killed by SIGKILL.",
     ),
 ];
 
 const EXAMPLES: &[Part] = &[
     Text("Take the jobs of two queues, and run at most four handlers at once:"),
     Example("zizq-worker --url http://queue.example.org:7890 --queues mail,billing --threads 4 --exec ./handle.sh"),
-    Text("Say what every setting is and where it was written, and whether it would work:"),
+    Text("Show every setting and its source, and check that a start would succeed:"),
     Example("zizq-worker --config /etc/zizq-worker.toml --check"),
-    Text("Check the same without a server, as systemctl reload does before the worker reads its file again:"),
+    Text("Check the settings without a server, as systemctl reload does before the reload:"),
     Example("zizq-worker --config /etc/zizq-worker.toml --check --offline"),
     Text("Try a handler without a server:"),
     Example("zizq-worker --embedded --jobs jobs.ndjson --exec ./handle.sh --exit-when-idle 1s"),
 ];
 
-const SEE_ALSO: &[Part] = &[
-    Text("systemd.service(5), signal(7)"),
-    Text("The configuration file's own comments explain every setting of it."),
-];
+const SEE_ALSO: &[Part] =
+    &[Text("systemd.service(5), signal(7)"), Text("The comments in the configuration file explain every setting.")];
 
 /// The Debian package lists its files one by one, so a newly generated file could be left out.
 #[test]
