@@ -51,9 +51,9 @@ pub(crate) struct Given {
 /// The scope of `--check`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
-    /// All checks, including those that start processes or ask the server.
+    /// All checks, including those that start handlers or ask the server.
     Everything,
-    /// Only settings, files and addresses of this machine. No process is started, and no server is asked.
+    /// Only settings, files and addresses of this machine. No handler is started, and no server is asked.
     Offline,
 }
 
@@ -309,7 +309,7 @@ fn config_file() -> Arg {
 fn check() -> Vec<Arg> {
     let check =
         "Check and print every setting with its origin, ask the server for its version, and exit without taking a job";
-    let offline = "With --check: ask no server and start no process, as before a reload or in a build";
+    let offline = "With --check: ask no server and start no handler, as before a reload or in a build";
     vec![
         Arg::new("check").long("check").action(ArgAction::SetTrue).help(check),
         Arg::new("offline").long("offline").action(ArgAction::SetTrue).requires("check").help(offline),

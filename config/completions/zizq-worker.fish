@@ -32,6 +32,6 @@ json\t''"
 complete -c zizq-worker -l jobs -d 'Enqueue the lines of FILE (- for stdin) in the embedded server: one JSON object with queue, type and payload each' -r
 complete -c zizq-worker -s V -s v -l version -d 'Print version'
 complete -c zizq-worker -l check -d 'Check and print every setting with its origin, ask the server for its version, and exit without taking a job'
-complete -c zizq-worker -l offline -d 'With --check: ask no server and start no process, as before a reload or in a build'
+complete -c zizq-worker -l offline -d 'With --check: ask no server and start no handler, as before a reload or in a build'
 complete -c zizq-worker -l embedded -d 'Start an in-memory server in this process, at --url; nothing in it outlives the process'
 complete -c zizq-worker -s h -l help -d 'Print help'

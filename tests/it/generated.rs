@@ -292,11 +292,11 @@ const EXIT_STATUS: &[Part] = &[
     Item(
         "0",
         "The worker was stopped by a signal or by --max-jobs, --max-time or --exit-when-idle, and all started jobs are finished \
-         and reported.",
+         and reported. A report that the server refused for good is only in the log.",
     ),
     Item(
         "1",
-        "Running jobs had to be stopped, a report was dropped, the server refused the worker's first request, or the \
+        "Running jobs had to be stopped, a report was dropped by a run that ended by itself, the server refused the worker's first request, or the \
          address of the admin server or of the embedded server is in use or does not exist yet. With --check, the server does not \
          answer, or a warm handler does not connect.",
     ),
