@@ -1,5 +1,6 @@
 //! [`Metrics`]: the worker's metrics for Prometheus.
 
+mod gauges;
 mod labels;
 mod maker;
 mod series;
@@ -13,8 +14,9 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::dispatch::{Ended, HandlerProcess, HandlerStatus, PROCESS_STATES, ProcessStarts};
+use crate::dispatch::{Ended, HandlerStatus, PROCESS_STATES, ProcessStarts};
 use crate::job::{Failure, Job, Outcome};
+pub(crate) use gauges::{Age, CountedType, Gauges};
 use labels::{Names, OTHER};
 use maker::Maker;
 pub(crate) use series::JobSeries;
@@ -94,38 +96,6 @@ struct Counters {
     processes: IntGaugeVec,
     process_starts: IntCounterVec,
     failed_starts: IntGaugeVec,
-}
-
-/// A job type that always has a label of its own.
-#[derive(Debug, Clone)]
-pub(crate) struct CountedType {
-    pub(crate) name: String,
-    /// The usual error types of failures of this type.
-    pub(crate) failures: &'static [&'static str],
-}
-
-/// A running job's type and age.
-#[derive(Debug, Clone)]
-pub(crate) struct Age {
-    pub(crate) job_type: String,
-    /// Whether the type always has a label of its own.
-    pub(crate) is_apart: bool,
-    pub(crate) seconds: f64,
-}
-
-/// Values that are read when Prometheus scrapes the metrics.
-#[derive(Debug, Clone)]
-pub(crate) struct Gauges {
-    pub(crate) running: usize,
-    pub(crate) waiting: usize,
-    pub(crate) loops: usize,
-    pub(crate) connected: bool,
-    pub(crate) state: &'static str,
-    pub(crate) types: Vec<CountedType>,
-    pub(crate) running_jobs: Vec<Age>,
-    pub(crate) processes: Vec<HandlerProcess>,
-    pub(crate) process_starts: Vec<ProcessStarts>,
-    pub(crate) handlers: Vec<HandlerStatus>,
 }
 
 impl Metrics {
