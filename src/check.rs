@@ -7,6 +7,7 @@ use std::time::Duration;
 use humantime::format_duration;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::subscriber::NoSubscriber;
 
 use crate::admin::AdminServer;
 use crate::chain::{Chain, OneLine};
@@ -15,7 +16,7 @@ use crate::client::Client;
 use crate::config::{Config, ConfigError, Setting};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::{Lifecycle, Phase, WorkerSignals};
-use crate::process::Trial;
+use crate::process::{OpenFiles, TOO_FEW_DESCRIPTORS, TooFewDescriptors, Trial, Way};
 use crate::version::misfit;
 
 /// The reason why a check failed.
@@ -70,14 +71,17 @@ async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
     for warning in config.warnings() {
         writeln!(out, "{}", warning_line(&warning))?;
     }
-    check_admin_address(config, out).await?;
+    // Keep the admin server until the end of the check, so that the embedded server cannot listen at the same address.
+    let _admin_server = check_admin_address(config, out).await?;
     #[cfg(feature = "embedded")]
     check_embedded(config, out).await?;
+    let trial = Trial::of_this_machine();
+    check_open_files(config, trial.way(), out)?;
+    check_processes(trial, out)?;
     if reach == Reach::Offline {
         dispatcher(config)?;
         return Ok(writeln!(out, "server: not asked")?);
     }
-    check_processes(out)?;
     check_warm_handlers(&dispatcher(config)?, out).await?;
     #[cfg(feature = "embedded")]
     if config.embedded.is_some() {
@@ -96,14 +100,19 @@ fn warning_line(warning: &impl Display) -> String {
 
 /// Checks that the admin server can listen. If the address is in use, only prints a warning, because a worker with these settings
 /// may already be running.
-async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<(), CheckError> {
-    let Some(admin) = &config.admin else { return Ok(()) };
+async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<Option<AdminServer>, CheckError> {
+    let Some(admin) = &config.admin else { return Ok(None) };
     match AdminServer::bind(admin.address).await.map_err(|error| admin.error(&error)) {
-        Ok(_) => writeln!(out, "admin server: can listen on {admin}")?,
-        Err(passing) if passing.may_pass() => writeln!(out, "{}", warning_line(&passing))?,
-        Err(mistake) => return Err(CheckError::Mistake(mistake)),
+        Ok(server) => {
+            writeln!(out, "admin server: can listen on {admin}")?;
+            Ok(Some(server))
+        }
+        Err(passing) if passing.may_pass() => {
+            writeln!(out, "{}", warning_line(&passing))?;
+            Ok(None)
+        }
+        Err(mistake) => Err(CheckError::Mistake(mistake)),
     }
-    Ok(())
 }
 
 /// Checks that the embedded server can listen, and that each line of its jobs file is a valid job. If the address is in
@@ -122,17 +131,26 @@ async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), Che
 /// Creates a dispatcher and its directory for result files, as the worker does at its start.
 fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
     let worker_id = config.worker.worker_id.to_string();
-    let made = ExecDispatcher::new(
-        config.handlers.clone(),
-        config.worker.concurrency().get(),
-        worker_id,
-        &std::env::temp_dir(),
-    );
+    let (handlers, concurrency) = (config.handlers.clone(), config.worker.concurrency().get());
+    // The check prints the warnings that a dispatcher logs.
+    let made = tracing::subscriber::with_default(NoSubscriber::new(), || {
+        ExecDispatcher::new(handlers, concurrency, worker_id, &std::env::temp_dir())
+    });
     made.map_err(|error| CheckError::Mistake(ConfigError::no_room_for_results(&error)))
 }
 
-fn check_processes(out: &mut impl Write) -> Result<(), CheckError> {
-    match Trial::of_this_machine() {
+/// Warns of a limit on open files that is too low for the configured number of processes.
+fn check_open_files(config: &Config, way: Way, out: &mut impl Write) -> Result<(), CheckError> {
+    let processes = config.handlers.max_processes(config.worker.concurrency().get());
+    let (_, enough) = OpenFiles::ensure(processes, way);
+    if let Err(TooFewDescriptors { limit, needed }) = enough {
+        writeln!(out, "warning: {TOO_FEW_DESCRIPTORS} (limit {limit}, needed {needed})")?;
+    }
+    Ok(())
+}
+
+fn check_processes(trial: Trial, out: &mut impl Write) -> Result<(), CheckError> {
+    match trial {
         Trial::Usual => writeln!(out, "processes: can be started")?,
         Trial::Slow(error) => {
             let problem = "processes are started in a slower way, the system refuses the usual one";

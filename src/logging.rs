@@ -20,7 +20,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
-use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, LogLevels, Source};
+use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, LogLevels, SPAN_TARGET, Source};
 use json::{JsonLine, JsonLines};
 pub use live_line::{AboveLiveLine, LiveLine};
 pub use stderr::Stderr;
@@ -90,15 +90,24 @@ fn filter(config: &LogConfig) -> Result<Targets, ConfigError> {
         Some(directives) => {
             let filter = directives.parse().map_err(|error: ParseError| wrong_filter(directives, &error))?;
             let nothing = format!("the worker would log nothing; add a level, like {directives},info");
-            if says_how_to_log_the_worker(&filter) { Ok(filter) } else { Err(wrong_filter(directives, &nothing)) }
+            if says_how_to_log_the_worker(&filter) {
+                Ok(with_spans(filter))
+            } else {
+                Err(wrong_filter(directives, &nothing))
+            }
         }
-        None => Ok(filter_of(&config.level)),
+        None => Ok(with_spans(filter_of(&config.level))),
     }
 }
 
 fn filter_of(levels: &LogLevels) -> Targets {
     let targets = levels.targets.iter().map(|(target, of_target)| (*target, level(*of_target)));
     Targets::new().with_default(Level::WARN).with_target("zizq_worker", level(levels.level)).with_targets(targets)
+}
+
+/// Keeps the spans of jobs and processes enabled, because they add the job or the process to each line.
+fn with_spans(filter: Targets) -> Targets {
+    filter.with_target(SPAN_TARGET, Level::ERROR)
 }
 
 fn wrong_filter(directives: &str, problem: &dyn fmt::Display) -> ConfigError {

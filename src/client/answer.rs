@@ -164,8 +164,12 @@ fn refused(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ClientError 
     }
 }
 
+/// Returns the first line of a body, or the title of an HTML page.
 fn first_line(body: &[u8]) -> String {
-    String::from_utf8_lossy(body).lines().next().unwrap_or_default().chars().take(200).collect()
+    let text = String::from_utf8_lossy(body);
+    let title = text.split_once("<title>").and_then(|(_, rest)| rest.split_once("</title>")).map(|(title, _)| title);
+    let line = title.unwrap_or(&text).trim_start().lines().next();
+    line.unwrap_or_default().chars().take(200).collect()
 }
 
 /// Reads `Retry-After`, which contains seconds or a date (RFC 9110, section 10.2.3). Returns the wait, limited to

@@ -162,6 +162,17 @@ fn is_without_tls(error: &(dyn Error + 'static)) -> bool {
     matches!(tls_error(error), Some(rustls::Error::InvalidMessage(_)))
 }
 
+/// Reports whether the peer closed the connection during the TLS handshake.
+fn is_closed_handshake(error: &(dyn Error + 'static)) -> bool {
+    let inner = match error.downcast_ref::<io::Error>() {
+        Some(outer) if outer.kind() == io::ErrorKind::UnexpectedEof => return true,
+        // The `source` of an `io::Error` skips the wrapped error.
+        Some(outer) => outer.get_ref().map(|inner| inner as &(dyn Error + 'static)),
+        None => error.source(),
+    };
+    inner.is_some_and(is_closed_handshake)
+}
+
 /// Finds the TLS error among an error and its causes. The `source` of an `io::Error` skips the wrapped error, so the wrapped
 /// error is searched explicitly.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
@@ -187,13 +198,16 @@ impl fmt::Display for ClientError {
             Self::Connect(error) if is_without_tls(error.as_ref()) => {
                 f.write_str("cannot connect: url is https, and the port seems to speak no TLS; try http")
             }
+            Self::Connect(error) if is_closed_handshake(error.as_ref()) => {
+                f.write_str("cannot connect: the port closed the connection; if it speaks no TLS, write http in url")
+            }
             Self::Connect(_) => f.write_str("cannot connect"),
             Self::Transport(_) | Self::Request(_) if self.is_no_http() => {
                 f.write_str("the answer is no HTTP: if url is http and the port speaks TLS, make it https")
             }
             Self::Transport(_) | Self::Request(_) => f.write_str("the request failed"),
             Self::ClosedUnanswered(_) => f.write_str(
-                "the connection was closed without an answer: if url is http and the port speaks TLS, make it https",
+                "the connection was closed before a whole answer: if url is http and the port speaks TLS, make it https",
             ),
             Self::Answer(_) => f.write_str("the answer broke off"),
             Self::TimedOut(limit) => write!(f, "no answer within {}", humantime::format_duration(*limit)),

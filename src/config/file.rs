@@ -34,7 +34,7 @@ struct Tables {
     worker: Table<Keys>,
     handler: Table<Keys>,
     /// The `[handlers.TYPE]` tables, by job type.
-    handlers: BTreeMap<Spanned<String>, Table<Keys>>,
+    handlers: Routes,
     log: Table<Keys>,
     admin: Table<Keys>,
 }
@@ -49,17 +49,42 @@ struct Table<T>(T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(TableVisitor(PhantomData)).map(Self)
+        deserializer.deserialize_map(TableVisitor("one table, as under a line like [worker]", PhantomData)).map(Self)
     }
 }
 
-struct TableVisitor<T>(PhantomData<T>);
+/// The tables `[handlers.TYPE]`.
+#[derive(Debug, Default)]
+struct Routes(BTreeMap<Spanned<String>, Route>);
+
+impl<'de> Deserialize<'de> for Routes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(TableVisitor(ROUTES, PhantomData)).map(Self)
+    }
+}
+
+/// One table `[handlers.TYPE]`.
+#[derive(Debug)]
+struct Route(Keys);
+
+impl<'de> Deserialize<'de> for Route {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(TableVisitor(ROUTES, PhantomData)).map(Self)
+    }
+}
+
+/// The correct form of the handlers of job types, for errors.
+const ROUTES: &str =
+    "a table for each job type, as under a line like [handlers.TYPE]; [handler] is the table of all others";
+
+/// A visitor with a description of the correct form, for errors.
+struct TableVisitor<T>(&'static str, PhantomData<T>);
 
 impl<'de, T: Deserialize<'de>> Visitor<'de> for TableVisitor<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("one table, as under a line like [worker]")
+        f.write_str(self.0)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
@@ -98,9 +123,10 @@ impl ConfigFile {
     /// Returns an error for the first key that belongs to no declared setting.
     fn check_keys(&self) -> Result<(), ConfigError> {
         let Tables { tls, worker, handler, handlers, log, admin, .. } = &self.tables;
-        let named = [("tls", tls), ("worker", worker), ("handler", handler), ("log", log), ("admin", admin)];
-        let all = named.into_iter().chain(handlers.values().map(|keys| ("handler", keys)));
-        for (table, Table(keys)) in all {
+        let named =
+            [("tls", &tls.0), ("worker", &worker.0), ("handler", &handler.0), ("log", &log.0), ("admin", &admin.0)];
+        let all = named.into_iter().chain(handlers.0.values().map(|Route(keys)| ("handler", keys)));
+        for (table, keys) in all {
             let known: Vec<&str> = keys_of(table).collect();
             if let Some(unknown) = keys.keys().find(|key| !known.contains(&key.get_ref().as_str())) {
                 let problem = unknown_key(unknown.get_ref(), &known);
@@ -127,7 +153,7 @@ impl ConfigFile {
 
     /// Returns the `[handlers.TYPE]` tables, each with its job type.
     pub(super) fn routes(&self) -> impl Iterator<Item = (&Spanned<String>, &Keys)> {
-        self.tables.handlers.iter().map(|(job_type, Table(keys))| (job_type, keys))
+        self.tables.handlers.0.iter().map(|(job_type, Route(keys))| (job_type, keys))
     }
 
     /// Returns the error for a file without a handler. The error names the line where the user can add a handler. Returns

@@ -2,18 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::io::ErrorKind;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use signal_hook::low_level::signal_name;
 use toml::{Spanned, Value};
 
-use super::declared::{self, Declared};
+use super::declared::{self, Declared, Example, SETTINGS, Shown};
 use super::file::{Keys, value_in};
 use super::layers::Layers;
 use super::value::Raw;
-use super::variable::variable_of;
-use super::{ConfigError, Source};
+use super::variable::{Variable, variable_of};
+use super::{ConfigError, Source, Warning};
+use crate::cli::Reach;
 use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Handlers, Mode, Pool, Stdin};
 use crate::process::{Output, Program, Signal};
 
@@ -64,7 +66,32 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
         let in_file = layers.file.without_handler();
         return Err(in_file.unwrap_or_else(|| ConfigError::new(Source::Missing, NO_HANDLER)));
     }
+    warn_of_unused_settings(layers, &handlers);
     Ok(handlers)
+}
+
+/// Warns of settings of warm handlers in a table that applies only to spawned handlers.
+fn warn_of_unused_settings(layers: &Layers<'_>, handlers: &Handlers) {
+    // The package's file contains the settings that have a default value, although its handler is spawned.
+    let is_of_warm = |declared: &&Declared| {
+        matches!(declared.shown, Shown::Warm(_)) && !matches!(declared.example, Example::Default(_))
+    };
+    let of_warm: Vec<&Declared> = SETTINGS.iter().copied().filter(is_of_warm).collect();
+    let warn = |job_type: Option<&str>, has: &dyn Fn(&Declared) -> bool| {
+        let found = of_warm.iter().filter(|declared| has(declared)).map(|declared| declared.table_and_key().1);
+        let settings = found.collect::<Vec<_>>().join(", ");
+        if !settings.is_empty() {
+            layers.warn(Warning::NotWarm { handler: table_of(job_type), settings });
+        }
+    };
+    for (job_type, keys) in layers.file.routes() {
+        if handlers.routes.get(job_type.get_ref()).is_some_and(|handler| matches!(handler.mode, Mode::Spawn)) {
+            warn(Some(job_type.get_ref()), &|declared| value_in(keys, declared.table_and_key().1).is_some());
+        }
+    }
+    if !handlers.is_any_warm() {
+        warn(None, &|declared| layers.file.value(declared).is_some());
+    }
 }
 
 const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the \
@@ -234,14 +261,26 @@ impl Scope<'_> {
             let (added, source) = self.read(&declared::ENV, value, Raw::variables)?;
             self.note("env", &source);
             for (name, variable) in added {
-                let value = variable.resolve();
-                let value =
-                    value.map_err(|problem| ConfigError::unusable(source.clone(), format!("env.{name}: {problem}")))?;
+                let value = self.value_of(&name, &variable, &source)?;
                 self.layers.note(&variable_of(&self.name, &name), &source, variable.path());
                 env.push((OsString::from(name), value));
             }
         }
         Ok(env)
+    }
+
+    /// Returns the value of a variable. An offline check does not need the permission to read a file, because systemd lets only
+    /// the worker itself read its credentials, not a command of `ExecReload=`.
+    fn value_of(&self, name: &str, variable: &Variable, source: &Source) -> Result<OsString, ConfigError> {
+        variable.resolve().or_else(|problem| {
+            let is_check = self.layers.args.check() == Some(Reach::Offline);
+            if !is_check || problem.kind() != ErrorKind::PermissionDenied {
+                return Err(ConfigError::unusable(source.clone(), format!("env.{name}: {problem}")));
+            }
+            let (handler, variable, problem) = (self.name.clone(), name.to_owned(), problem.to_string());
+            self.layers.warn(Warning::UnreadableVariable { handler, variable, problem });
+            Ok(OsString::new())
+        })
     }
 
     fn cwd(&self) -> Result<Option<PathBuf>, ConfigError> {

@@ -7,10 +7,10 @@ use std::path::PathBuf;
 
 use toml::{Spanned, Value};
 
-use super::ConfigError;
 use super::declared::Declared;
 use super::file::ConfigFile;
 use super::value::Raw;
+use super::{ConfigError, Warning};
 use crate::cli::Args;
 
 /// The origin of a setting's value. A message about the setting begins with the origin.
@@ -45,6 +45,8 @@ pub(super) struct Layers<'a> {
     pub(super) file: &'a ConfigFile,
     /// The sources of the settings found so far.
     found: RefCell<Sources>,
+    /// The warnings so far.
+    warnings: RefCell<Vec<Warning>>,
 }
 
 /// The source of each given setting, and the text that the user wrote, by key. The settings of a handler have an empty text,
@@ -53,12 +55,17 @@ pub(super) type Sources = BTreeMap<String, (Source, String)>;
 
 impl<'a> Layers<'a> {
     pub(super) fn new(args: &'a Args, file: &'a ConfigFile) -> Self {
-        Self { args, file, found: RefCell::default() }
+        Self { args, file, found: RefCell::default(), warnings: RefCell::new(args.unknown_variables()) }
     }
 
-    /// Returns the sources of all given settings.
-    pub(super) fn into_sources(self) -> Sources {
-        self.found.into_inner()
+    /// Returns the sources of all given settings, and all warnings.
+    pub(super) fn into_parts(self) -> (Sources, Vec<Warning>) {
+        (self.found.into_inner(), self.warnings.into_inner())
+    }
+
+    /// Adds a warning.
+    pub(super) fn warn(&self, warning: Warning) {
+        self.warnings.borrow_mut().push(warning);
     }
 
     /// Records the source of a setting, and the text that the user wrote.

@@ -33,7 +33,7 @@ pub use declared::{Declared, Example, Flag, Reload, SETTINGS};
 pub use embedded::{EmbeddedConfig, JobsSource};
 pub use error::ConfigError;
 pub use layers::Source;
-pub(crate) use log::{JOBS_TARGET, OUTPUT_TARGET};
+pub(crate) use log::{JOBS_TARGET, OUTPUT_TARGET, SPAN_TARGET};
 pub use log::{LogConfig, LogFormat, LogLevel, LogLevels};
 pub use settings::Setting;
 pub use warning::Warning;
@@ -54,8 +54,8 @@ pub struct Config {
     #[cfg(feature = "embedded")]
     pub embedded: Option<EmbeddedConfig>,
     sources: Sources,
-    /// Warnings about environment variables that start with `ZIZQ_` but belong to no setting.
-    unknown_variables: Vec<Warning>,
+    /// The warnings that were found while the settings were read.
+    found_warnings: Vec<Warning>,
 }
 
 impl Config {
@@ -73,6 +73,7 @@ impl Config {
         let embedded = embedded::resolve(args, &worker.url)?;
         // Resolve handlers last, so that a missing handler does not hide a mistake in another setting.
         let handlers = handler::resolve(&layers)?;
+        let (sources, found_warnings) = layers.into_parts();
         Ok(Self {
             worker,
             handlers,
@@ -80,8 +81,8 @@ impl Config {
             admin,
             #[cfg(feature = "embedded")]
             embedded,
-            sources: layers.into_sources(),
-            unknown_variables: args.unknown_variables(),
+            sources,
+            found_warnings,
         })
     }
 

@@ -47,7 +47,7 @@ impl Variable {
     ///
     /// # Errors
     /// If the file cannot be read, is too large or contains a zero byte.
-    pub(super) fn resolve(&self) -> Result<OsString, String> {
+    pub(super) fn resolve(&self) -> io::Result<OsString> {
         match self {
             Self::Text(text) => Ok(OsString::from(text)),
             Self::File(path) => contents(path),
@@ -68,14 +68,17 @@ fn wanted(env: &str, name: &str, value: &Value) -> String {
 }
 
 /// Returns the contents of a file without the trailing newline.
-fn contents(path: &Path) -> Result<OsString, String> {
+fn contents(path: &Path) -> io::Result<OsString> {
     let name = path.display();
-    let bytes = read(path).map_err(|error| format!("cannot read {name}: {error}"))?;
+    let bytes = read(path).map_err(|error| io::Error::new(error.kind(), format!("cannot read {name}: {error}")))?;
     if bytes.len() as u64 > MAX_BYTES {
-        return Err(format!("{name} has more than {} KiB", MAX_BYTES / 1024));
+        return Err(io::Error::other(format!("{name} has more than {} KiB", MAX_BYTES / 1024)));
     }
     let value = bytes.strip_suffix(b"\r\n").or_else(|| bytes.strip_suffix(b"\n")).unwrap_or(&bytes);
-    if value.contains(&0) { Err(format!("{name} has a zero byte")) } else { Ok(OsString::from_vec(value.to_vec())) }
+    if value.contains(&0) {
+        return Err(io::Error::other(format!("{name} has a zero byte")));
+    }
+    Ok(OsString::from_vec(value.to_vec()))
 }
 
 /// Reads at most `MAX_BYTES + 1` bytes, so that the caller can detect a larger file. Rejects a pipe or a device, because a read

@@ -37,6 +37,22 @@ pub enum Warning {
         /// The number of worker loops.
         concurrency: usize,
     },
+    /// Settings of warm handlers in a table whose handlers are all spawned.
+    NotWarm {
+        /// The name of the table in the file.
+        handler: String,
+        /// The keys of the settings.
+        settings: String,
+    },
+    /// A file with the value of a variable, which only the running worker may read.
+    UnreadableVariable {
+        /// The name of the handler's table in the file.
+        handler: String,
+        /// The name of the variable.
+        variable: String,
+        /// The error of the read.
+        problem: String,
+    },
     /// A handler for a job type that contains `*`. The `*` matches only itself.
     Pattern {
         /// The name of the handler's table in the file.
@@ -69,6 +85,11 @@ const LOW_PREFETCH: &str = "prefetch is below threads x fibers: the server never
 
 const FEW_PROCESSES: &str = "max_processes is below threads x fibers: jobs beyond it wait in their worker loops, and jobs of other types wait behind them; raise max_processes, or lower threads or fibers";
 
+const NOT_WARM: &str = "settings of warm handlers have no effect here, because the handler is spawned; set mode = \"warm\", or remove them";
+
+const UNREADABLE_VARIABLE: &str =
+    "this check may not read the file of a variable, so its contents are not checked; a start needs them";
+
 const PATTERN: &str = "a job type is not a pattern: the handler gets only jobs whose type has that very `*`; name each type in a table of its own";
 
 const LONG_TIMEOUT: &str = "timeout is longer than the shutdown deadline: a job that takes its time is stopped at a shutdown and runs again; raise shutdown_deadline, or lower timeout";
@@ -87,6 +108,10 @@ impl Warning {
             }
             Self::FewProcesses { handler, max_processes, concurrency } => {
                 warn!(handler, max_processes, concurrency, "{FEW_PROCESSES}");
+            }
+            Self::NotWarm { handler, settings } => warn!(handler, settings, "{NOT_WARM}"),
+            Self::UnreadableVariable { handler, variable, problem } => {
+                warn!(handler, variable, problem, "{UNREADABLE_VARIABLE}");
             }
             Self::Pattern { handler } => warn!(handler, "{PATTERN}"),
             Self::LongTimeout { handler, timeout, shutdown_deadline } => {
@@ -114,6 +139,10 @@ impl fmt::Display for Warning {
             }
             Self::FewProcesses { handler, max_processes, concurrency } => {
                 write!(f, "{FEW_PROCESSES} ({handler}.max_processes {max_processes}, threads x fibers {concurrency})")
+            }
+            Self::NotWarm { handler, settings } => write!(f, "{NOT_WARM} ({handler}: {settings})"),
+            Self::UnreadableVariable { handler, variable, problem } => {
+                write!(f, "{UNREADABLE_VARIABLE} ({handler}.env.{variable}: {problem})")
             }
             Self::Pattern { handler } => write!(f, "{PATTERN} ({handler})"),
             Self::LongTimeout { handler, timeout, shutdown_deadline } => {
@@ -144,7 +173,7 @@ impl Config {
         });
         let mut handlers: Vec<Warning> = handlers.collect();
         handlers.sort_by_key(ToString::to_string);
-        self.unknown_variables.iter().cloned().chain(self.worker.low_prefetch()).chain(handlers).collect()
+        self.found_warnings.iter().cloned().chain(self.worker.low_prefetch()).chain(handlers).collect()
     }
 
     fn pool_warning(&self, table: &str, handler: &Handler) -> Option<Warning> {

@@ -18,14 +18,26 @@ use super::{Dispatcher, Ended, HandlerProcess, HandlerStatus, ProcessStarts};
 use crate::handler::Handlers;
 use crate::job::{Failure, Job, JobId, Outcome};
 use crate::lifecycle::Lifecycle;
-use crate::process::{Children, OpenFiles, ReadDelay, Starter, TooFewDescriptors, Trial, keep_exit_statuses};
+use crate::process::{
+    Children, OpenFiles, ReadDelay, Starter, TOO_FEW_DESCRIPTORS, TooFewDescriptors, Trial, keep_exit_statuses,
+};
 
 /// The error types that are usual for a handler that starts a process for each job.
-const SPAWNED_FAILURES: [&str; 4] = ["ExitStatus", "Signal", "Timeout", "SpawnError"];
+const SPAWNED_FAILURES: [&str; 6] = ["ExitStatus", "Signal", "Timeout", "SpawnError", "WaitError", "Panic"];
 
 /// The error types that are usual for a warm handler, whose processes run one job after another.
-const WARM_FAILURES: [&str; 8] =
-    ["ExitStatus", "Signal", "Timeout", "SpawnError", "StartError", "HandlerError", "NoReply", "ProtocolError"];
+const WARM_FAILURES: [&str; 10] = [
+    "ExitStatus",
+    "Signal",
+    "Timeout",
+    "SpawnError",
+    "WaitError",
+    "Panic",
+    "StartError",
+    "HandlerError",
+    "NoReply",
+    "ProtocolError",
+];
 
 /// A dispatcher that runs jobs in handler processes. The outcome is decided by the exit status and the result file or, for a warm
 /// process, by its reply.
@@ -196,10 +208,7 @@ fn starter(processes: usize) -> Starter {
     }
     let (open_files, enough) = OpenFiles::ensure(processes, trial.way());
     if let Err(TooFewDescriptors { limit, needed }) = enough {
-        warn!(
-            limit,
-            needed, "limit of open files is too low for that many jobs at once; raise it (ulimit -n, LimitNOFILE=)"
-        );
+        warn!(limit, needed, "{TOO_FEW_DESCRIPTORS}");
     }
     Starter::new(trial.way(), open_files)
 }

@@ -1,7 +1,7 @@
 //! [`start`]: the function that starts the server of `--embedded` in this process, at the worker's URL, with jobs from a
 //! file or from stdin.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
@@ -30,7 +30,11 @@ pub(crate) async fn prepare(config: &EmbeddedConfig, url: &ServerUrl) -> Result<
         info!(%jobs, count, "jobs enqueued");
     }
     EmbeddedServer::bind((url.host(), url.port()), store).await.map_err(|error| {
-        let problem = format!("cannot listen on {url}: {error}; another server may be there, choose another --url");
+        let advice = match error.kind() {
+            ErrorKind::AddrInUse => "another server may be there, choose another --url",
+            _ => "choose another --url, with an address of this machine",
+        };
+        let problem = format!("cannot listen on {url}: {error}; {advice}");
         ConfigError::refused(Source::Flag("--embedded".to_owned()), &error, problem)
     })
 }

@@ -58,7 +58,7 @@ pub(crate) use command::Command;
 use group::Group;
 pub use group::ResourceUsage;
 pub(crate) use group::WaitResult;
-pub(crate) use open_files::{OpenFiles, TooFewDescriptors};
+pub(crate) use open_files::{OpenFiles, TOO_FEW_DESCRIPTORS, TooFewDescriptors};
 pub(crate) use output::{Channel, Printer, Tail};
 use pipes::{feed, open_output, open_stdin};
 pub use program::Program;
@@ -66,7 +66,7 @@ pub(crate) use read_delay::ReadDelay;
 pub(crate) use resident::Resident;
 pub use rustix::process::Signal;
 pub(crate) use signals::{is_ignored, keep_exit_statuses, without_signals};
-pub(crate) use starter::{Starter, Trial};
+pub(crate) use starter::{Starter, Trial, Way};
 
 /// The time for which output is still read after the leader's exit if another process holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);

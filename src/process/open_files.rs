@@ -57,6 +57,10 @@ fn beyond_present() -> u32 {
     numbers.max().map_or(0, |highest| highest.saturating_add(1))
 }
 
+/// The warning about [`TooFewDescriptors`].
+pub(crate) const TOO_FEW_DESCRIPTORS: &str =
+    "limit of open files is too low for that many jobs at once; raise it (ulimit -n, LimitNOFILE=)";
+
 /// The error that the limit on open files is too low.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TooFewDescriptors {

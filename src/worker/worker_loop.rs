@@ -12,7 +12,7 @@ use super::controls::seconds;
 use super::history::beginning;
 use super::{Run, Taken};
 use crate::ack::Urgency;
-use crate::config::JOBS_TARGET;
+use crate::config::{JOBS_TARGET, SPAN_TARGET};
 use crate::dispatch::{Dispatcher, Ended, Took};
 use crate::job::{Failure, Job, Outcome, Report};
 use crate::ledger::{Beginning, Delivery};
@@ -129,7 +129,7 @@ impl Times {
 fn job_span(job: &Job) -> Span {
     // The span has level error, otherwise a log filter that lets only errors pass would remove the job's id from them.
     error_span!(
-        target: JOBS_TARGET,
+        target: SPAN_TARGET,
         "job",
         id = job.id.as_str(),
         r#type = beginning(&job.job_type),

@@ -210,6 +210,63 @@ fn a_job_type_with_a_star_is_a_warning() {
 }
 
 #[test]
+fn settings_of_warm_handlers_for_spawned_ones_are_a_warning() {
+    let warnings = |file: &str| {
+        let finished = Daemon::bare().args(["--check", "--offline"]).config(file).run().assert_exit(0);
+        let warnings = finished.stdout.lines().filter(|line| line.starts_with("warning: settings of warm handlers "));
+        warnings.map(|line| line.rsplit_once(" (").unwrap().1.to_owned()).collect::<Vec<_>>()
+    };
+    let spawned = "[handler]\nexec = ['true']\nmax_memory = '10MiB'\nmax_age = '1h'\nstart_timeout = '1m'\n";
+    assert_eq!(warnings(spawned), ["handler: max_age, max_memory)"]);
+    assert_eq!(warnings(&format!("{spawned}[handlers.w]\nmode = 'warm'")), [""; 0]);
+    let route = "[handler]\nexec = ['true']\nmode = 'warm'\nmax_jobs = 10\n[handlers.s]\nmode = 'spawn'\n";
+    assert_eq!(warnings(route), [""; 0]);
+    assert_eq!(warnings(&format!("{route}max_processes = 1")), ["handlers.s: max_processes)"]);
+}
+
+/// A file without read permission, even for root.
+const UNREADABLE: &str = "/proc/sys/vm/drop_caches";
+
+#[test]
+fn an_offline_check_need_not_read_the_files_of_secrets() {
+    let file = format!("[handler]\nexec = ['true']\nenv = {{ TOKEN = {{ file = '{UNREADABLE}' }} }}");
+    let check = |args: &[&str]| {
+        let daemon = Daemon::at("http://127.0.0.1:1").config(&file);
+        args.iter().fold(daemon, |daemon, arg| daemon.args([*arg])).run()
+    };
+    let finished = check(&["--check", "--offline"]).assert_exit(0);
+    let warning = finished.stdout.lines().find(|line| line.starts_with("warning: this check may not read the file "));
+    let end = format!("(handler.env.TOKEN: cannot read {UNREADABLE}: Permission denied (os error 13))");
+    assert!(warning.is_some_and(|line| line.ends_with(&end)), "{}", finished.stdout);
+    for args in [&["--check"][..], &[]] {
+        let finished = check(args).assert_exit(78);
+        assert!(finished.log[0].contains(&format!("env.TOKEN: cannot read {UNREADABLE}")), "{:?}", finished.log);
+    }
+    // A missing file is a mistake in each check.
+    let missing = file.replace(UNREADABLE, "/does/not/exist");
+    Daemon::bare().args(["--check", "--offline"]).config(&missing).run().assert_exit(78);
+}
+
+#[test]
+fn two_servers_at_one_address_are_a_warning() {
+    let address = unused_address().to_string();
+    let daemon = Daemon::bare().args(["--embedded", "--url", &format!("http://{address}"), "--admin-listen", &address]);
+    let finished = daemon.args(["--check", "--", "true"]).run().assert_exit(0);
+    let warning = finished.stdout.lines().find(|line| line.starts_with("warning: --embedded: cannot listen on "));
+    assert!(warning.is_some_and(|line| line.contains("Address already in use")), "{}", finished.stdout);
+}
+
+#[test]
+fn a_low_limit_of_open_files_is_a_warning() {
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "ulimit -n 64; exec \"$0\" --threads 500 --check --offline --log-level error -- true"]);
+    let ended = command.arg(env!("CARGO_BIN_EXE_zizq-worker")).output().unwrap();
+    let stdout = String::from_utf8_lossy(&ended.stdout);
+    assert!(ended.status.success() && stdout.contains("\nwarning: limit of open files is too low "), "{stdout}");
+    assert!(ended.stderr.is_empty(), "{}", String::from_utf8_lossy(&ended.stderr));
+}
+
+#[test]
 fn a_full_check_says_the_same_warnings() {
     let server = Server::start();
     let file = DOUBTFUL.replace("mode = 'warm'\nmax_processes = 2", "");

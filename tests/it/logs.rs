@@ -254,6 +254,16 @@ fn a_hostile_job_cannot_forge_a_json_line() {
     assert_eq!(finished.event("job failed")["job"]["type"], HOSTILE_TYPE);
 }
 
+#[test]
+fn no_filter_takes_the_job_out_of_a_line() {
+    for filter in ["info,zizq_worker::jobs=off", "zizq_worker::output=info"] {
+        let daemon = Daemon::bare().args(["--log-format", "json"]).env("RUST_LOG", filter);
+        let (id, finished) = run(daemon, "t", "echo hello; exit 3");
+        assert_eq!(finished.event("stdout")["job"]["id"], *id, "{filter}");
+        assert!(!finished.has("job failed"), "{filter}");
+    }
+}
+
 const HOSTILE_ANSWER: &str = "no: forged\r\u{1b}[2J\u{9b}2J\n2026-11-24T00:00:00.000000Z  INFO forged";
 
 #[test]

@@ -251,6 +251,14 @@ fn a_mistake_in_the_file_is_shown_with_its_line() {
         ("worker = 3", "1: invalid type: integer `3`, expected one table, as under a line like [worker]"),
         ("\n[[worker]]", "2: invalid type: sequence, expected one table, as under a line like [worker]"),
         ("log = ['debug']", "1: invalid type: sequence, expected one table, as under a line like [worker]"),
+        (
+            "[handlers]\nexec = ['true']",
+            "2: invalid type: sequence, expected a table for each job type, as under a line like [handlers.TYPE]; [handler] is the table of all others",
+        ),
+        (
+            "[[handlers]]",
+            "1: invalid type: sequence, expected a table for each job type, as under a line like [handlers.TYPE]; [handler] is the table of all others",
+        ),
         ("\n[worker\n", "2: unclosed table, expected `]`"),
         ("url = localhost", "1: string values must be quoted, expected literal string"),
         ("[worker]\nthreads = 1\nthreads = 2", "3: duplicate key"),

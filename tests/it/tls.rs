@@ -1,5 +1,8 @@
 //! TLS: trusted certificates, the client certificate, and the protocol of reports.
 
+use std::io::Read;
+use std::time::Duration;
+
 use hyper::Version;
 use serde_json::{Value, json};
 
@@ -318,7 +321,7 @@ fn a_port_that_closes_at_plain_http_may_speak_tls() {
         let refusals = daemon.wait_for_messages(count, "server unreachable, reconnecting");
         refusals[count - 1]["error"].as_str().unwrap().to_owned()
     };
-    let explanation = "closed without an answer: if url is http and the port speaks TLS, make it https";
+    let explanation = "closed before a whole answer: if url is http and the port speaks TLS, make it https";
     drop(server.request());
     assert!(refused(1).contains(explanation), "{}", refused(1));
     let unread = server.connection();
@@ -333,4 +336,32 @@ fn a_port_that_closes_at_plain_http_may_speak_tls() {
     daemon.wait_for_messages(2, "connected, listening for jobs");
     daemon.sigterm();
     daemon.assert_exit(0);
+}
+
+#[test]
+fn https_to_a_port_that_closes_is_explained() {
+    let server = RawServer::start();
+    let daemon = daemon(&server.url().replace("http:", "https:"), &Authority::new().pem()).start();
+    let mut connection = server.connection();
+    // Read the whole first message of TLS, otherwise the close would be a reset.
+    connection.read_exact(&mut [0; 5]).unwrap();
+    connection.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let _ = connection.read_to_end(&mut Vec::new());
+    drop(connection);
+    let refusal = &daemon.wait_for_messages(1, "server unreachable, reconnecting")[0];
+    let explanation = "cannot connect: the port closed the connection; if it speaks no TLS, write http in url";
+    assert!(refusal["error"].as_str().unwrap().starts_with(explanation), "{refusal}");
+    daemon.sigterm();
+    daemon.assert_exit(0);
+}
+
+/// The answer of nginx to plain HTTP at a port that speaks TLS.
+const NGINX: &str = "<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>\r\n<body>\r\n</body></html>";
+
+#[test]
+fn the_title_of_a_page_is_shown() {
+    let server = Recorder::answering(400, NGINX);
+    let finished = Daemon::at(&server.url).args(["--", "true"]).run().assert_exit(1);
+    let last = finished.log.last().unwrap();
+    assert!(last.ends_with(": 400 The plain HTTP request was sent to HTTPS port"), "{last}");
 }

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
-use tracing::{Span, info_span};
+use tracing::{Span, error_span};
 
 use super::Pool;
+use crate::config::SPAN_TARGET;
 use crate::dispatch::PROCESS_STATES;
 use crate::dispatch::deadline::last_wait;
 use crate::dispatch::output_log::log_line;
@@ -229,7 +230,7 @@ pub(super) fn spawn_keeper(
     let resident = Arc::new(resident);
     let pid = resident.id();
     // The span has no parent, because the process outlives the job for which it is started.
-    let span = info_span!(parent: None, "handler", handler = pool.name, pid);
+    let span = error_span!(target: SPAN_TARGET, parent: None, "handler", handler = pool.name, pid);
     let work = Work {
         state: ProcessState::Starting,
         job: None,

@@ -115,10 +115,11 @@ impl Begin for Starting {
 impl Starting {
     /// Logs one warning if the process has not connected [`SLOW_START`] after its start. Never returns.
     async fn warn_of_slow_start(&self) -> Infallible {
-        let due = self.member.started + SLOW_START;
-        if due > Instant::now() {
+        let (due, limit) = (self.member.started + SLOW_START, self.pool.settings.start_timeout);
+        // A shorter limit soon ends the process, and the failed start is logged.
+        if due > Instant::now() && limit >= 2 * SLOW_START {
             tokio::time::sleep_until(due).await;
-            let start_timeout = humantime::format_duration(self.pool.settings.start_timeout).to_string();
+            let start_timeout = humantime::format_duration(limit).to_string();
             warn!(
                 handler = self.pool.name,
                 pid = self.member.pid,
