@@ -50,7 +50,7 @@ fn every_setting_is_shown_with_its_value_and_where_it_came_from() {
         assert!(name == "env" || line.ends_with(&at(source)), "{line}");
     }
     assert!(finished.stdout.contains(&format!("server: {} is version 0.6.", server.url)), "{}", finished.stdout);
-    assert!(!finished.stdout.contains("warning"), "{}", finished.stdout);
+    assert!(!finished.stdout.contains("warning:"), "{}", finished.stdout);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use zizq_worker::cli::Args;
 use zizq_worker::config::{
     DEFAULT_FIBERS, DEFAULT_MAX_JOB_SIZE, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER,
-    DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL, LogFormat, LogLevels,
+    DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT, DEFAULT_THREADS, DEFAULT_URL, LogFormat, LogLevels, Reload,
 };
 use zizq_worker::handler::{DEFAULT_KILL_GRACE, Stdin};
 use zizq_worker::{Backoff, Config, Output};
@@ -41,6 +41,25 @@ fn uncommented() -> String {
         .map(|line| if is_commented_setting(line) { &line[1..] } else { line }.to_owned())
         .collect::<Vec<_>>();
     lines.join("\n")
+}
+
+/// A reload changes each setting of the worker, unless its declaration says that a change needs a restart.
+#[test]
+fn a_reload_takes_over_the_settings_as_declared() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("zizq-worker.toml");
+    let all = uncommented();
+    // The certificates in the file do not exist.
+    let lines: Vec<&str> = all.lines().filter(|line| !line.contains("/etc/zizq/")).collect();
+    fs::write(&file, lines.join("\n")).unwrap();
+    let (running, mut reloaded) = (load(&path(), &["--", "true"]), load(&file, &[]));
+    let (before, written) = (running.settings(), reloaded.settings());
+    reloaded.take_over(&running.worker);
+    for now in reloaded.settings().iter().filter(|now| now.name.starts_with("worker.") || now.name == "url") {
+        let source = if now.reload == Reload::Restart { &before } else { &written };
+        let expected = source.iter().find(|setting| setting.name == now.name).unwrap();
+        assert_eq!(now.value, expected.value, "{} after a reload, see Config::take_over", now.name);
+    }
 }
 
 #[test]
