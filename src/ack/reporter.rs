@@ -21,7 +21,7 @@ use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
-/// The time limit of the last try of each report, after the worker has entered `Phase::Killing`.
+/// The time limit for the last try of each report, after the worker has entered `Phase::Killing`.
 const LAST_TRY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The time limit of all last tries together. The limit is enough for two tries in sequence: one for the reports in flight when

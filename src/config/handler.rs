@@ -1,4 +1,4 @@
-//! The lookup and the checks of the handlers from `[handler]`, `[handlers.TYPE]`, `--exec` and the command after `--`.
+//! Resolves and checks the handlers from `[handler]`, `[handlers.TYPE]`, `--exec` and the command after `--`.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};

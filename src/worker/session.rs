@@ -57,7 +57,7 @@ struct SearchProgress {
 pub(super) enum CloseReason {
     /// No job of the stream is in flight, another stream gets the stream's jobs, or the worker has stopped.
     Finished,
-    /// A search stream has brought no wanted job.
+    /// A search stream has delivered no job of the search.
     NotFound {
         prefetch: usize,
         /// Whether the stream has brought as many jobs as its prefetch.

@@ -240,7 +240,7 @@ fn all_reports_leave_soon_after_a_recovery() {
         sleep(seconds(20)).await;
         world.weather.clear();
         world.network.cut_worker(&life.name);
-        // 3 s are enough for one first backoff wait of the stream plus one of the reports.
+        // 3 s are enough for the first backoff wait of the stream plus the first backoff wait of the reports.
         world.within(3, "the reports", || ids.iter().all(|id| world.has_failed(id))).await;
     });
 }
@@ -356,8 +356,8 @@ fn a_failure_denied_after_the_redelivery_is_sent_again() {
         let id = world.put(0, bad(9000));
         let life = start(world, settings());
         world.within(30, "the run's end", || !world.book.untold_by(&life.name).is_empty()).await;
-        // The report reaches the server while no stream is open. The answer to the report reaches the worker after the job is
-        // redelivered.
+        // The report, sent with a latency of 3 s, reaches the server while no stream is open. The server denies the report, and the
+        // job is redelivered before the denial reaches the worker.
         world.network.set_latency(Duration::ZERO);
         world.network.set_opening(Some(Duration::from_millis(2500)));
         world.network.cut_connection(FIRST_STREAM);

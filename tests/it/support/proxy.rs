@@ -102,7 +102,7 @@ pub enum Event {
 /// A request that arrived at the proxy.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// The number of the request's connection.
+    /// The number of the connection that carried the request.
     pub connection: usize,
     pub call: Option<Call>,
     pub path: String,
