@@ -9,7 +9,7 @@ complete -c zizq-worker -l exec -d 'The command to run for each job, split into 
 complete -c zizq-worker -l mode -d 'spawn: start the command for each job; warm: keep it running, and send it one job after another over a socket [default: spawn]' -r -f -a "spawn\t''
 warm\t''"
 complete -c zizq-worker -s q -l queues -l queue -d 'The queues to take jobs from; may be repeated [default: all queues]' -r
-complete -c zizq-worker -s t -l threads -d 'The number of jobs at once; each job is a process [default: 1]' -r
+complete -c zizq-worker -s t -l threads -d 'The number of jobs at once [default: 1]' -r
 complete -c zizq-worker -s f -l fibers -d 'Multiplies threads: threads x fibers jobs run at once [default: 1]' -r
 complete -c zizq-worker -s p -l prefetch -d 'Unreported jobs that the server may hand to this worker [default: 2 x threads x fibers]' -r
 complete -c zizq-worker -l shutdown-deadline -l shutdown-timeout -d 'The time that running jobs have to finish after a signal [default: 30s]' -r

@@ -152,34 +152,25 @@ impl ClientError {
     }
 }
 
-/// Returns an error and its causes.
+/// Returns an error and its causes. The `source` of an `io::Error` skips the wrapped error, so the wrapped error follows explicitly.
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    std::iter::successors(Some(error), |&error| error.source())
+    std::iter::successors(Some(error), |&error| match error.downcast_ref::<io::Error>() {
+        Some(outer) => outer.get_ref().map(|inner| inner as &(dyn Error + 'static)),
+        None => error.source(),
+    })
 }
 
 /// Reports whether the peer answered the TLS handshake with bytes that are not TLS.
 fn is_without_tls(error: &(dyn Error + 'static)) -> bool {
-    matches!(tls_error(error), Some(rustls::Error::InvalidMessage(_)))
+    let tls_error = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>());
+    matches!(tls_error, Some(rustls::Error::InvalidMessage(_)))
 }
 
 /// Reports whether the peer closed the connection during the TLS handshake.
 fn is_closed_handshake(error: &(dyn Error + 'static)) -> bool {
-    let inner = match error.downcast_ref::<io::Error>() {
-        Some(outer) if outer.kind() == io::ErrorKind::UnexpectedEof => return true,
-        // The `source` of an `io::Error` skips the wrapped error.
-        Some(outer) => outer.get_ref().map(|inner| inner as &(dyn Error + 'static)),
-        None => error.source(),
-    };
-    inner.is_some_and(is_closed_handshake)
-}
-
-/// Finds the TLS error among an error and its causes. The `source` of an `io::Error` skips the wrapped error, so the wrapped
-/// error is searched explicitly.
-fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
-    if let Some(outer) = error.downcast_ref::<io::Error>() {
-        return tls_error(outer.get_ref()?);
-    }
-    error.downcast_ref().or_else(|| tls_error(error.source()?))
+    causes(error).any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::UnexpectedEof)
+    })
 }
 
 impl Retryable for ClientError {

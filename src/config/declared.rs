@@ -182,7 +182,7 @@ declare! {
 
     THREADS = Declared {
         key: "worker.threads",
-        flag: Some(Flag { short: Some('t'), ..Flag::new("threads", "N", Heading::Worker, "The number of jobs at once; each job is a process") }),
+        flag: Some(Flag { short: Some('t'), ..Flag::new("threads", "N", Heading::Worker, "The number of jobs at once") }),
         default: || DEFAULT_THREADS.to_string(),
         shown: Shown::Worker(|config| config.worker.threads.to_string()),
         reload: Reload::Restart,

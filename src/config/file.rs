@@ -34,7 +34,7 @@ struct Tables {
     worker: Table<Keys>,
     handler: Table<Keys>,
     /// The `[handlers.TYPE]` tables, by job type.
-    handlers: Routes,
+    handlers: Table<BTreeMap<Spanned<String>, Table<Keys, true>>, true>,
     log: Table<Keys>,
     admin: Table<Keys>,
 }
@@ -43,48 +43,27 @@ struct Tables {
 pub(super) type Keys = BTreeMap<Spanned<String>, Spanned<Value>>;
 
 /// A wrapper that accepts only a TOML table. For any other value, such as an array from `[[worker]]`, the error describes the
-/// correct form.
+/// correct form. `OF_TYPES` is true for the tables of job types.
 #[derive(Debug, Default)]
-struct Table<T>(T);
+struct Table<T, const OF_TYPES: bool = false>(T);
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
+impl<'de, T: Deserialize<'de>, const OF_TYPES: bool> Deserialize<'de> for Table<T, OF_TYPES> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(TableVisitor("one table, as under a line like [worker]", PhantomData)).map(Self)
+        deserializer.deserialize_map(TableVisitor::<T, OF_TYPES>(PhantomData)).map(Self)
     }
 }
 
-/// The tables `[handlers.TYPE]`.
-#[derive(Debug, Default)]
-struct Routes(BTreeMap<Spanned<String>, Route>);
+struct TableVisitor<T, const OF_TYPES: bool>(PhantomData<T>);
 
-impl<'de> Deserialize<'de> for Routes {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(TableVisitor(ROUTES, PhantomData)).map(Self)
-    }
-}
-
-/// One table `[handlers.TYPE]`.
-#[derive(Debug)]
-struct Route(Keys);
-
-impl<'de> Deserialize<'de> for Route {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(TableVisitor(ROUTES, PhantomData)).map(Self)
-    }
-}
-
-/// The correct form of the handlers of job types, for errors.
-const ROUTES: &str =
-    "a table for each job type, as under a line like [handlers.TYPE]; [handler] is the table of all others";
-
-/// A visitor with a description of the correct form, for errors.
-struct TableVisitor<T>(&'static str, PhantomData<T>);
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for TableVisitor<T> {
+impl<'de, T: Deserialize<'de>, const OF_TYPES: bool> Visitor<'de> for TableVisitor<T, OF_TYPES> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
+        f.write_str(if OF_TYPES {
+            "a table for each job type, as under a line like [handlers.TYPE]; [handler] is the table of all others"
+        } else {
+            "one table, as under a line like [worker]"
+        })
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
@@ -125,7 +104,7 @@ impl ConfigFile {
         let Tables { tls, worker, handler, handlers, log, admin, .. } = &self.tables;
         let named =
             [("tls", &tls.0), ("worker", &worker.0), ("handler", &handler.0), ("log", &log.0), ("admin", &admin.0)];
-        let all = named.into_iter().chain(handlers.0.values().map(|Route(keys)| ("handler", keys)));
+        let all = named.into_iter().chain(handlers.0.values().map(|Table(keys)| ("handler", keys)));
         for (table, keys) in all {
             let known: Vec<&str> = keys_of(table).collect();
             if let Some(unknown) = keys.keys().find(|key| !known.contains(&key.get_ref().as_str())) {
@@ -153,7 +132,7 @@ impl ConfigFile {
 
     /// Returns the `[handlers.TYPE]` tables, each with its job type.
     pub(super) fn routes(&self) -> impl Iterator<Item = (&Spanned<String>, &Keys)> {
-        self.tables.handlers.0.iter().map(|(job_type, Route(keys))| (job_type, keys))
+        self.tables.handlers.0.iter().map(|(job_type, Table(keys))| (job_type, keys))
     }
 
     /// Returns the error for a file without a handler. The error names the line where the user can add a handler. Returns
