@@ -9,7 +9,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
-use super::inspector::Inspector;
+use crate::admin::Inspector;
 use crate::cli::Args;
 use crate::config::{Config, ConfigError, Warning, WorkerConfig};
 use crate::dispatch::HandlerProcess;
