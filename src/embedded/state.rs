@@ -13,11 +13,10 @@ use super::lease::{LeaseId, Leases};
 use super::options::{Options, millis};
 use super::order::Order;
 use super::page::{Direction, PageRequest};
-use super::patch::{Patch, PatchError};
+use super::patch::Patch;
 use super::ready::ReadyQueue;
 use super::report::Failure;
 
-/// A job and its failed attempts.
 #[derive(Debug)]
 struct Entry {
     job: Job,
@@ -218,12 +217,10 @@ impl State {
         self.finish(id, Status::Dead, now, keep)
     }
 
-    /// Returns the job with this id.
     pub(super) fn get(&self, id: JobId) -> Option<&Job> {
         self.jobs.get(&id).map(|entry| &entry.job)
     }
 
-    /// Returns a job's failed attempts, oldest first.
     pub(super) fn errors(&self, id: JobId) -> Option<&[ErrorRecord]> {
         self.jobs.get(&id).map(|entry| entry.errors.as_slice())
     }
@@ -258,12 +255,12 @@ impl State {
         }
     }
 
-    /// Applies a patch to a job. Fails if the job does not exist or is finished. A job in flight stays with the stream
-    /// that holds it.
-    pub(super) fn patch(&mut self, now: u64, id: JobId, patch: &Patch) -> Result<Job, PatchError> {
-        let job = &mut self.jobs.get_mut(&id).ok_or(PatchError::NoSuchJob)?.job;
+    /// Applies a patch to a job. Returns `None` if the job does not exist or is finished. A job in flight stays with the
+    /// stream that holds it.
+    pub(super) fn patch(&mut self, now: u64, id: JobId, patch: &Patch) -> Option<Job> {
+        let job = &mut self.jobs.get_mut(&id)?.job;
         if job.status.is_finished() {
-            return Err(PatchError::Finished(id, job.status));
+            return None;
         }
         // Remove the job from the indexes before its keys change, otherwise its old entries could not be found.
         self.ready.remove(job);
@@ -275,13 +272,13 @@ impl State {
             self.ready.insert(job);
             self.takers_should_look = true;
         }
-        Ok(job.clone())
+        Some(job.clone())
     }
 
     /// Applies a patch to the matching jobs that are not finished, and returns the number of patched jobs.
     pub(super) fn patch_matching(&mut self, now: u64, patch: &Patch, matches: impl Fn(&Job) -> bool) -> usize {
         let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
-        ids.iter().filter(|id| self.patch(now, **id, patch).is_ok()).count()
+        ids.iter().filter(|id| self.patch(now, **id, patch).is_some()).count()
     }
 
     /// Removes a job in any state. If the job is in flight, its slot in the stream becomes free. Returns false if there
