@@ -238,7 +238,7 @@ impl Call<'_> {
         if deleted { Ok(no_content()) } else { Err(Rejection::NotFound(NO_SUCH_JOB)) }
     }
 
-    /// Completes a job in flight. The job is removed at once, unless the job's or the server's retention keeps it.
+    /// Completes a job in flight. The job is removed at once, unless its retention keeps it.
     fn complete(&self, id: &str) -> Result<Answer, Rejection> {
         let done = JobId::parse(id).is_some_and(|id| self.store.with(|state, now| state.complete(now, id)));
         if done { Ok(no_content()) } else { Err(Rejection::NotFound(NOT_IN_FLIGHT)) }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::id::{IdSource, JobId};
 use super::job::{ErrorRecord, Job, Spec, Status};
 use super::lease::{LeaseId, Leases};
-use super::options::{Options, millis};
+use super::options::{Backoff, DEAD_RETENTION_MS, Options, RETRY_LIMIT};
 use super::order::Order;
 use super::page::{Direction, PageRequest};
 use super::patch::Patch;
@@ -176,8 +176,8 @@ impl State {
             job.completed_at = Some(now);
             job.spec.retention?.completed_ms
         });
-        let keep = own.unwrap_or(millis(self.options.completed_retention));
-        self.finish(id, Status::Completed, now, keep);
+        // As on the real server, a completed job without a retention of its own is not kept.
+        self.finish(id, Status::Completed, now, own.unwrap_or_default());
         true
     }
 
@@ -191,7 +191,7 @@ impl State {
         let entry = self.jobs.get_mut(&id)?;
         entry.job.attempts += 1;
         entry.job.failed_at = Some(now);
-        let retry_at = retry_time(&self.options, &entry.job, &failure, now, chance);
+        let retry_at = retry_time(self.options.backoff, &entry.job, &failure, now, chance);
         entry.errors.push(failure.into_record(&entry.job, now));
         match retry_at {
             Some(time) => self.retry(id, time),
@@ -210,11 +210,10 @@ impl State {
         Some(job.clone())
     }
 
-    /// Marks a job as dead, and keeps it for the job's or the server's retention of dead jobs.
+    /// Marks a job as dead, and keeps it for its retention.
     fn bury(&mut self, id: JobId, now: u64) -> Option<Job> {
         let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
-        let keep = own.unwrap_or(millis(self.options.dead_retention));
-        self.finish(id, Status::Dead, now, keep)
+        self.finish(id, Status::Dead, now, own.unwrap_or(DEAD_RETENTION_MS))
     }
 
     pub(super) fn get(&self, id: JobId) -> Option<&Job> {
@@ -357,15 +356,15 @@ impl State {
 /// Returns the time of a failed job's next attempt, or `None` if the job is not retried.
 ///
 /// As on the real server, `kill` takes precedence over `retry_at`, which takes precedence over the retry limit.
-fn retry_time(options: &Options, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {
+fn retry_time(backoff: Backoff, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {
     if failure.kill {
         return None;
     }
     if failure.retry_at.is_some() {
         return failure.retry_at;
     }
-    let limit = job.spec.retry_limit.unwrap_or(options.retry_limit);
-    let backoff = job.spec.backoff.map_or(options.backoff, Into::into);
+    let limit = job.spec.retry_limit.unwrap_or(RETRY_LIMIT);
+    let backoff = job.spec.backoff.map_or(backoff, Into::into);
     let delay = backoff.delay_ms(job.attempts, chance);
     (job.attempts <= limit).then(|| now.saturating_add(delay))
 }

@@ -550,18 +550,6 @@ async fn deleting_a_job_in_flight_frees_its_slot() {
 }
 
 #[tokio::test]
-async fn a_completed_job_stays_visible_as_long_as_it_is_kept() {
-    let options = Options { completed_retention: Duration::from_secs(60), ..Options::default() };
-    let server = Server::with(options).await;
-    let id = server.enqueue(1).remove(0);
-    let mut stream = server.take("").await;
-    stream.id().await;
-    assert_eq!(server.succeed(&id).await, 204);
-    let job = server.get(&format!("/jobs/{id}")).await;
-    assert_eq!((&job["status"], job["completed_at"].is_u64()), (&json!("completed"), true));
-}
-
-#[tokio::test]
 async fn a_bad_request_gets_an_error_message() {
     let server = Server::start().await;
     for (method, path, body, status) in [
