@@ -1,5 +1,6 @@
 //! [`AdminServer`]: serves the worker's health, status and metrics over HTTP, and an HTML status page.
 
+mod inspector;
 mod page;
 
 use std::convert::Infallible;
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
+use hyper::body::Incoming;
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::header::{REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS};
 use hyper::server::conn::http1;
@@ -21,6 +23,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
+
+pub(crate) use inspector::Inspector;
 
 /// Maximum number of open connections. Further clients wait. Without a limit, many clients could use up the worker's file
 /// descriptors.
@@ -46,18 +50,6 @@ const HEADERS: [(HeaderName, &str); 4] = [
     (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
 ];
 
-/// A worker whose health, status and metrics are served by an admin server.
-pub(crate) trait Inspected: Send + Sync + 'static {
-    /// Returns the reasons why the worker cannot run jobs now, or an empty list if it can.
-    fn unready(&self) -> Vec<String>;
-
-    /// Returns the worker's status, as JSON.
-    fn status(&self) -> String;
-
-    /// Returns the metrics, in the text format of Prometheus.
-    fn metrics(&self) -> String;
-}
-
 /// An admin server that listens, and serves requests once `serve` is called.
 #[derive(Debug)]
 pub(crate) struct AdminServer(TcpListener);
@@ -81,7 +73,7 @@ impl AdminServer {
     }
 
     /// Serves requests until the future is dropped.
-    pub(crate) async fn serve(self, inspected: Arc<dyn Inspected>) {
+    pub(crate) async fn serve(self, inspector: Arc<Inspector>) {
         if let Ok(address) = self.0.local_addr() {
             info!(%address, "admin server listening");
         }
@@ -91,9 +83,9 @@ impl AdminServer {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
             match self.0.accept().await {
                 Ok((stream, _)) => {
-                    let inspected = Arc::clone(&inspected);
+                    let inspector = Arc::clone(&inspector);
                     tokio::spawn(async move {
-                        answer_one(stream, inspected).await;
+                        answer_one(stream, inspector).await;
                         drop(place);
                     });
                 }
@@ -106,8 +98,8 @@ impl AdminServer {
     }
 }
 
-async fn answer_one(stream: TcpStream, inspected: Arc<dyn Inspected>) {
-    let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request, &*inspected))));
+async fn answer_one(stream: TcpStream, inspector: Arc<Inspector>) {
+    let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request, &inspector))));
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(None).keep_alive(false);
     match timeout(CONNECTION_TIMEOUT, server.serve_connection(TokioIo::new(stream), service)).await {
@@ -117,7 +109,7 @@ async fn answer_one(stream: TcpStream, inspected: Arc<dyn Inspected>) {
     }
 }
 
-fn answer<B>(request: &Request<B>, inspected: &dyn Inspected) -> Response<Full<Bytes>> {
+fn answer(request: &Request<Incoming>, inspector: &Inspector) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut refusal = json_body(StatusCode::METHOD_NOT_ALLOWED, &json!({"error": "only GET and HEAD"}));
         refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -126,13 +118,13 @@ fn answer<B>(request: &Request<B>, inspected: &dyn Inspected) -> Response<Full<B
     match request.uri().path() {
         "/live" => json_body(StatusCode::OK, &json!({"live": true})),
         "/ready" => {
-            let reasons = inspected.unready();
+            let reasons = inspector.unready();
             let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             json_body(status, &json!({"ready": reasons.is_empty(), "reasons": reasons}))
         }
         "/" => page_body(),
-        "/status" => body(StatusCode::OK, JSON, inspected.status() + "\n"),
-        "/metrics" => body(StatusCode::OK, PROMETHEUS, inspected.metrics()),
+        "/status" => body(StatusCode::OK, JSON, inspector.status() + "\n"),
+        "/metrics" => body(StatusCode::OK, PROMETHEUS, inspector.metrics()),
         _ => {
             let error = "not found; there are / (a page), /live, /ready, /status and /metrics";
             json_body(StatusCode::NOT_FOUND, &json!({"error": error}))

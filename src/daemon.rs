@@ -1,7 +1,6 @@
 //! The daemon: a worker with its signals, service manager, admin server and terminal.
 
 mod attendant;
-mod inspector;
 
 use std::io;
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 #[cfg(feature = "embedded")]
 use tracing::info;
 
-use crate::admin::AdminServer;
+use crate::admin::{AdminServer, Inspector};
 use crate::cli::Args;
 use crate::config::{Config, ConfigError, Warning};
 use crate::dispatch::ExecDispatcher;
@@ -21,7 +20,6 @@ use crate::logging::Log;
 use crate::supervisor::Supervisor;
 use crate::worker::{Summary, Worker};
 use attendant::Attendant;
-use inspector::Inspector;
 
 /// An error that ends the process.
 pub type Fatal = Box<dyn std::error::Error + Send + Sync>;
@@ -66,8 +64,7 @@ pub async fn run(args: Args, mut config: Config, log: Log) -> Result<Summary, Fa
     let worker = Worker::new(config.worker.clone(), dispatcher);
     let worker_id = config.worker.worker_id.to_string();
     let inspector = Arc::new(Inspector::new(worker.controls(), lifecycle.clone(), worker_id, settings));
-    let answering = admin.map(|admin| admin.serve(Arc::clone(&inspector) as _));
-    let _answering = answering.map(|answering| AbortOnDropHandle::new(tokio::spawn(answering)));
+    let _answering = admin.map(|admin| AbortOnDropHandle::new(tokio::spawn(admin.serve(Arc::clone(&inspector)))));
     let supervisor = args.is_supervised().then(Supervisor::of_this_process).transpose()?;
     let (args, running) = (Arc::new(args), config.worker);
     let attendant = Attendant { args, log, inspector, running, longest_grace, longest_job, supervisor, reading: None };

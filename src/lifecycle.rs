@@ -56,7 +56,6 @@ pub struct Lifecycle {
     reason: Arc<OnceLock<String>>,
 }
 
-/// The phase, and whether a stop was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LifecycleState {
     phase: Phase,
@@ -93,8 +92,8 @@ impl Lifecycle {
         self.rise(Phase::Draining, true, Some(reason.into()));
     }
 
-    /// Begins a drain that no signal or caller has requested, for example because `max_jobs` is reached. The drain has no deadline until a stop
-    /// is requested.
+    /// Begins a drain that no signal or caller has requested, for example because `max_jobs` is reached. The drain has no
+    /// deadline until a stop is requested.
     pub(crate) fn finish_because(&self, reason: impl Into<String>) {
         self.rise(Phase::Draining, false, Some(reason.into()));
     }
@@ -182,17 +181,6 @@ pub enum Request {
     Resume,
 }
 
-impl Request {
-    fn of(signal: i32) -> Option<Self> {
-        match signal {
-            SIGUSR1 => Some(Self::Status),
-            SIGUSR2 => Some(Self::Pause),
-            SIGCONT => Some(Self::Resume),
-            _ => None,
-        }
-    }
-}
-
 /// The time that a shell may take to end after it has sent SIGHUP to its jobs.
 const SHELL_END: Duration = Duration::from_secs(2);
 
@@ -239,9 +227,11 @@ impl WorkerSignals {
         };
         loop {
             tokio::select! {
-                Some(signal) = self.signals.next() => match Request::of(signal) {
-                    Some(request) => ask(request),
-                    None => {
+                Some(signal) = self.signals.next() => match signal {
+                    SIGUSR1 => ask(Request::Status),
+                    SIGUSR2 => ask(Request::Pause),
+                    SIGCONT => ask(Request::Resume),
+                    _ => {
                         count += 1;
                         stop(&lifecycle, count, signal_name(signal).unwrap_or("signal"));
                     }

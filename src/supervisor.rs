@@ -27,7 +27,6 @@ pub(crate) struct Supervisor {
     messages: SyncSender<Message>,
 }
 
-/// A message to the service manager.
 #[derive(Debug)]
 enum Message {
     Ready,

@@ -52,7 +52,6 @@ impl<T> Shared<T> {
     }
 }
 
-/// Returns a sender and a receiver of one value.
 pub(crate) fn channel<T>(value: T) -> (Sender<T>, Receiver<T>) {
     let sender = Sender::new(value);
     let receiver = sender.subscribe();

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::OptionFuture;
 use humantime::format_duration;
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
-use super::inspector::Inspector;
+use crate::admin::Inspector;
 use crate::cli::Args;
 use crate::config::{Config, ConfigError, Warning, WorkerConfig};
 use crate::dispatch::HandlerProcess;
@@ -25,7 +26,6 @@ const LIVE_PERIOD: Duration = Duration::from_secs(1);
 /// attempts.
 const MARGIN: Duration = Duration::from_secs(20);
 
-/// The task that handles the requests from signals, and reports the worker's state.
 #[derive(Debug)]
 pub(super) struct Attendant {
     pub(super) args: Arc<Args>,
@@ -42,14 +42,12 @@ pub(super) struct Attendant {
     pub(super) reading: Option<JoinHandle<Result<Config, ConfigError>>>,
 }
 
-type Requests = UnboundedReceiver<Request>;
-
 impl Attendant {
     /// Handles requests until the worker has stopped. This task also notifies the watchdog, each time after it
     /// has read the worker's status. The read takes locks that jobs take too, so a deadlock there stops the notifications.
-    pub(super) async fn attend(mut self, mut requests: Requests) {
+    pub(super) async fn attend(mut self, mut requests: UnboundedReceiver<Request>) {
         let lifecycle = self.inspector.lifecycle.clone();
-        let mut ticks = Ticks::every(self.supervisor.as_ref().map(Supervisor::period));
+        let mut ticks = self.supervisor.as_ref().map(Supervisor::period).map(ticks_every);
         if let Some(supervisor) = &self.supervisor {
             supervisor.ready();
         }
@@ -59,28 +57,28 @@ impl Attendant {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => break,
                 Some(request) = requests.recv() => self.obey(request),
-                read = await_if_any(&mut self.reading) => self.finish_reload(read),
+                Some(read) = OptionFuture::from(self.reading.as_mut()) => self.finish_reload(read),
                 Ok(()) = connection.changed() => self.tell(),
-                () = ticks.next() => self.tell(),
+                Some(_) = OptionFuture::from(ticks.as_mut().map(Interval::tick)) => self.tell(),
             }
         }
         self.attend_stop(requests).await;
     }
 
-    async fn attend_stop(mut self, mut requests: Requests) {
+    async fn attend_stop(mut self, mut requests: UnboundedReceiver<Request>) {
         let lifecycle = self.inspector.lifecycle.clone();
         if let Some(supervisor) = &mut self.supervisor {
             supervisor.stopping(&self.inspector.worker());
         }
-        let mut stop = Stop::default();
+        let mut stop = Stop { begun: Instant::now(), asked: None, killed: None };
         let period = self.supervisor.as_ref().map(Supervisor::period);
-        let mut ticks = Ticks::every(self.log.live_line().map(|_| LIVE_PERIOD).or(period));
+        let mut ticks = self.log.live_line().map(|_| LIVE_PERIOD).or(period).map(ticks_every);
         loop {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Stopped) => break,
                 Some(request) = requests.recv() => self.obey(request),
-                () = ticks.next() => {
+                Some(_) = OptionFuture::from(ticks.as_mut().map(Interval::tick)) => {
                     stop.look_at(&lifecycle);
                     self.tell_of(&stop);
                     self.show(&stop);
@@ -157,8 +155,9 @@ impl Attendant {
         self.reading = Some(spawn_blocking(move || Config::resolve(&args)));
     }
 
-    fn finish_reload(&mut self, read: Result<Config, ConfigError>) {
+    fn finish_reload(&mut self, read: Result<Result<Config, ConfigError>, JoinError>) {
         self.reading = None;
+        let read = read.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
         let reloaded = read.and_then(|config| self.take_over(config));
         self.inspector.controls.metrics().reloaded(reloaded.is_ok());
         if let Err(error) = reloaded {
@@ -208,12 +207,6 @@ struct Stop {
     killed: Option<Instant>,
 }
 
-impl Default for Stop {
-    fn default() -> Self {
-        Self { begun: Instant::now(), asked: None, killed: None }
-    }
-}
-
 impl Stop {
     fn look_at(&mut self, lifecycle: &Lifecycle) {
         let now = Instant::now();
@@ -226,32 +219,10 @@ impl Stop {
     }
 }
 
-/// Waits for a task's result, or forever if there is no task.
-async fn await_if_any<T>(task: &mut Option<JoinHandle<T>>) -> T {
-    match task {
-        Some(task) => task.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
-        None => std::future::pending().await,
-    }
-}
-
-/// An interval, or `None` for one that never ticks.
-struct Ticks(Option<Interval>);
-
-impl Ticks {
-    fn every(period: Option<Duration>) -> Self {
-        Self(period.map(|period| {
-            let mut ticks = interval(period);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            ticks
-        }))
-    }
-
-    async fn next(&mut self) {
-        match &mut self.0 {
-            Some(ticks) => drop(ticks.tick().await),
-            None => std::future::pending().await,
-        }
-    }
+fn ticks_every(period: Duration) -> Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 fn log_status(status: &Status) {

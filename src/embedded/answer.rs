@@ -5,6 +5,7 @@
 //! server answers in the plain text of its web framework, and this server answers in JSON or MessagePack.
 
 use std::convert::Infallible;
+use std::fmt::Display;
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -18,14 +19,13 @@ use serde_json::json;
 
 use super::format::{Format, StreamFormat};
 use super::order::OrderError;
-use super::patch::PatchError;
 
 /// The body of an answer, whole or streamed. Reading the body cannot fail.
 pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
 pub(super) type Answer = Response<Body>;
 
 /// The reason why a request is answered with an error.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(super) enum Rejection {
     /// 400, with a text that describes the error.
     BadRequest(String),
@@ -45,34 +45,10 @@ pub(super) enum Rejection {
 
 impl Rejection {
     /// Returns the rejection for a query whose fields cannot be parsed.
-    pub(super) fn bad_query(error: &str) -> Self {
+    pub(super) fn bad_query(error: impl Display) -> Self {
         Self::BadRequest(format!("invalid query parameters: {error}"))
     }
-}
 
-impl From<OrderError> for Rejection {
-    fn from(error: OrderError) -> Self {
-        match error {
-            OrderError::Invalid(text) => Self::BadRequest(text),
-            // 403 is the real server's answer to a request for a feature outside its licence.
-            OrderError::Unsupported(text) => Self::Forbidden(text),
-        }
-    }
-}
-
-impl From<PatchError> for Rejection {
-    fn from(error: PatchError) -> Self {
-        match error {
-            PatchError::NoSuchJob => Self::NotFound("job not found"),
-            PatchError::Finished(id, status) => {
-                Self::Unprocessable(format!("cannot patch job {id} in {status} status"))
-            }
-        }
-    }
-}
-
-impl Rejection {
-    /// Converts the rejection to an answer in the format that the client accepts.
     pub(super) fn into_answer(self, format: Format) -> Answer {
         let error = |status, text: &str| whole(format, status, &json!({"error": text}));
         match self {
@@ -93,6 +69,16 @@ impl Rejection {
     }
 }
 
+impl From<OrderError> for Rejection {
+    fn from(error: OrderError) -> Self {
+        match error {
+            OrderError::Invalid(text) => Self::BadRequest(text),
+            // 403 is the real server's answer to a request for a feature outside its licence.
+            OrderError::Unsupported(text) => Self::Forbidden(text),
+        }
+    }
+}
+
 /// Returns an answer whose body is `value`, serialized in `format`.
 pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) -> Answer {
     let mut answer = Response::new(Full::new(format.write(value).into()).boxed_unsync());
@@ -101,7 +87,6 @@ pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) 
     answer
 }
 
-/// Returns a 204 answer, which has no body.
 pub(super) fn no_content() -> Answer {
     empty(StatusCode::NO_CONTENT)
 }
@@ -127,7 +112,6 @@ fn wrong_method(allowed: &'static str) -> Answer {
     answer
 }
 
-/// Returns an answer without a body.
 fn empty(status: StatusCode) -> Answer {
     let mut answer = Response::new(Empty::new().boxed_unsync());
     *answer.status_mut() = status;

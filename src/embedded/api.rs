@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 
-use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::http::request::Parts;
@@ -22,12 +21,12 @@ use super::job::{ErrorRecord, Job, JobView};
 use super::order::{BulkRequest, EnqueueRequest, OrderError};
 use super::page::{Links, PageRequest};
 use super::patch::PatchRequest;
-use super::query::{FILTERS, Fields, Filter};
+use super::query::{FILTERS, Fields, Filter, parse_id};
 use super::report::{Failure, Successes};
 use super::route::Route;
 use super::state::Enqueued;
 use super::store::Store;
-use super::take::{self, TakeRequest};
+use super::take;
 
 /// The maximum size of a request's body, in bytes. The real server has no maximum, but this server may share a process,
 /// and so its memory, with a worker.
@@ -47,7 +46,6 @@ struct JobList<'a> {
     pages: Option<Links>,
 }
 
-/// The answer that lists a job's failed attempts.
 #[derive(Serialize)]
 struct ErrorList {
     errors: Vec<ErrorRecord>,
@@ -61,12 +59,11 @@ pub(super) async fn answer(store: Store, request: Request<Incoming>) -> Answer {
     let route = Route::parse(&head.method, head.uri.path());
     let format = match route {
         // Skip the check, because a take stream has its own formats, and a 405 has no body.
-        Ok(Route::Take) | Err(Rejection::WrongMethod(_)) => Ok(Format::Json),
-        _ => Format::accepted(&head.headers),
-    };
-    let format = match format {
-        Ok(format) => format,
-        Err(error) => return error.into_answer(Format::Json),
+        Ok(Route::Take) | Err(Rejection::WrongMethod(_)) => Format::Json,
+        _ => match Format::accepted(&head.headers) {
+            Ok(format) => format,
+            Err(error) => return error.into_answer(Format::Json),
+        },
     };
     let call = Call { store: &store, head: &head, format };
     let answer = match route {
@@ -85,7 +82,6 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Calls the function for the route.
     async fn answer(&self, route: Route, body: Incoming) -> Result<Answer, Rejection> {
         match route {
             Route::Health => Ok(self.ok(&json!({"status": "ok"}))),
@@ -110,23 +106,23 @@ impl Call<'_> {
         }
     }
 
-    /// Deserializes the body in the format that the `content-type` header names.
+    /// Deserializes the body in the format that the `content-type` header names. Rejects a body as soon as it exceeds the
+    /// maximum size.
     async fn read<T: DeserializeOwned>(&self, body: Incoming) -> Result<T, Rejection> {
         let format = Format::of_body(&self.head.headers)?;
-        format.read(&collect(body).await?)
+        let body = Limited::new(body, MAX_BODY_BYTES).collect().await;
+        let body = body.map_err(|e| Rejection::BadRequest(format!("failed to read body: {e}")))?;
+        format.read(&body.to_bytes())
     }
 
-    /// Returns the query, which is the part of the URL after the `?`.
     fn query(&self) -> &str {
         self.head.uri.query().unwrap_or_default()
     }
 
-    /// Returns a 200 answer with this body.
     fn ok(&self, body: &impl Serialize) -> Answer {
         self.with_status(StatusCode::OK, body)
     }
 
-    /// Returns an answer with this status, and with this body in the format that the client accepts.
     fn with_status(&self, status: StatusCode, body: &impl Serialize) -> Answer {
         whole(self.format, status, body)
     }
@@ -166,10 +162,9 @@ impl Call<'_> {
     /// Lists one page of the matching jobs, with their payloads.
     fn list(&self) -> Result<Answer, Rejection> {
         let known = [&FILTERS[..], &["from", "order", "limit"]].concat();
-        let mut fields = Fields::parse(self.query(), &known).map_err(|e| Rejection::bad_query(&e))?;
-        let cursor = fields.text("from").map(|id| cursor(&id)).transpose()?;
-        let page = PageRequest::parse(&mut fields, cursor).map_err(|e| Rejection::bad_query(&e))?;
-        page.check_limit().map_err(Rejection::BadRequest)?;
+        let mut fields = Fields::parse(self.query(), &known)?;
+        let cursor = fields.text("from").map(|id| parse_id(&id)).transpose()?;
+        let page = PageRequest::parse(&mut fields, cursor)?;
         let filter = filter(&mut fields)?;
         // Cloned jobs share their payloads, so no payload is copied under the lock.
         let mut jobs: Vec<Job> = self.store.with(|state, _| {
@@ -181,7 +176,6 @@ impl Call<'_> {
         Ok(self.ok(&JobList { jobs, pages: Some(pages) }))
     }
 
-    /// Counts the matching jobs.
     fn count(&self) -> Result<Answer, Rejection> {
         let filter = only_filter(self.query())?;
         let count = self.store.with(|state, _| state.jobs().filter(|job| filter.matches(job)).count());
@@ -190,19 +184,25 @@ impl Call<'_> {
 
     /// Changes a job that is not finished.
     fn patch(&self, id: &str, request: PatchRequest) -> Result<Answer, Rejection> {
-        let patch = request.into_patch().map_err(Rejection::Unprocessable)?;
+        let patch = request.into_patch()?;
         let id = JobId::parse(id).ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
-        let job = self.store.with(|state, now| state.patch(now, id, &patch))?;
-        Ok(self.ok(&JobView::bare(&job)))
+        let patched = self
+            .store
+            .with(|state, now| state.patch(now, id, &patch).ok_or_else(|| state.get(id).map(|job| job.status)));
+        match patched {
+            Ok(job) => Ok(self.ok(&JobView::bare(&job))),
+            Err(Some(status)) => Err(Rejection::Unprocessable(format!("cannot patch job {id} in {status} status"))),
+            Err(None) => Err(Rejection::NotFound(NO_SUCH_JOB)),
+        }
     }
 
     /// Changes all matching jobs that are not finished. Without a filter, all jobs match.
     fn patch_matching(&self, request: PatchRequest) -> Result<Answer, Rejection> {
-        let mut fields = Fields::parse(self.query(), &FILTERS).map_err(|e| Rejection::bad_query(&e))?;
-        let filter = Filter::parse(&mut fields).map_err(|e| Rejection::bad_query(&e))?;
-        filter.check_patchable().map_err(Rejection::Unprocessable)?;
-        filter.check_ids().map_err(Rejection::BadRequest)?;
-        let patch = request.into_patch().map_err(Rejection::Unprocessable)?;
+        let mut fields = Fields::parse(self.query(), &FILTERS)?;
+        let filter = Filter::parse(&mut fields)?;
+        filter.check_patchable()?;
+        filter.check_ids()?;
+        let patch = request.into_patch()?;
         check_no_jq(&mut fields)?;
         let patched = self.store.with(|state, now| state.patch_matching(now, &patch, |job| filter.matches(job)));
         Ok(self.ok(&json!({"patched": patched})))
@@ -219,12 +219,10 @@ impl Call<'_> {
     /// connection.
     fn take(&self) -> Result<Answer, Rejection> {
         let format = StreamFormat::accepted(&self.head.headers)?;
-        let request = Fields::parse(self.query(), &["prefetch", "queue"]).and_then(|mut fields| {
-            let prefetch = fields.value("prefetch")?.unwrap_or(DEFAULT_PREFETCH);
-            Ok(TakeRequest { prefetch, queues: fields.list("queue")? })
-        });
-        let request = request.map_err(|e| Rejection::bad_query(&e))?;
-        Ok(streamed(format, take::frames(self.store.clone(), request, format)))
+        let mut fields = Fields::parse(self.query(), &["prefetch", "queue"])?;
+        let prefetch = fields.value("prefetch")?.unwrap_or(DEFAULT_PREFETCH);
+        let queues = fields.list("queue")?.into_iter().collect();
+        Ok(streamed(format, take::frames(self.store.clone(), prefetch, queues, format)))
     }
 
     /// Answers with the job, whatever its status is.
@@ -240,7 +238,7 @@ impl Call<'_> {
         if deleted { Ok(no_content()) } else { Err(Rejection::NotFound(NO_SUCH_JOB)) }
     }
 
-    /// Completes a job in flight. The job is removed at once, unless the job's or the server's retention keeps it.
+    /// Completes a job in flight. The job is removed at once, unless its retention keeps it.
     fn complete(&self, id: &str) -> Result<Answer, Rejection> {
         let done = JobId::parse(id).is_some_and(|id| self.store.with(|state, now| state.complete(now, id)));
         if done { Ok(no_content()) } else { Err(Rejection::NotFound(NOT_IN_FLIGHT)) }
@@ -276,12 +274,9 @@ impl Call<'_> {
 
     /// Lists one page of a job's failed attempts. They are removed together with the job.
     fn errors(&self, id: &str) -> Result<Answer, Rejection> {
-        let page = Fields::parse(self.query(), &["from", "order", "limit"]).and_then(|mut fields| {
-            let cursor = fields.value::<u32>("from")?;
-            PageRequest::parse(&mut fields, cursor)
-        });
-        let page = page.map_err(|e| Rejection::bad_query(&e))?;
-        page.check_limit().map_err(Rejection::BadRequest)?;
+        let mut fields = Fields::parse(self.query(), &["from", "order", "limit"])?;
+        let cursor = fields.value("from")?;
+        let page = PageRequest::parse(&mut fields, cursor)?;
         let errors = JobId::parse(id).and_then(|id| self.store.with(|state, _| state.errors_on(id, &page)));
         let mut errors = errors.ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
         let path = format!("/jobs/{id}/errors");
@@ -309,29 +304,15 @@ impl Call<'_> {
     }
 }
 
-/// Reads the whole body. Rejects a body as soon as it exceeds the maximum size.
-async fn collect(body: Incoming) -> Result<Bytes, Rejection> {
-    let body = Limited::new(body, MAX_BODY_BYTES).collect().await;
-    let body = body.map_err(|e| Rejection::BadRequest(format!("failed to read body: {e}")))?;
-    Ok(body.to_bytes())
-}
-
-/// Parses a cursor. The real server accepts an invalid cursor and finds no jobs. This server returns an error, which is
-/// more helpful.
-fn cursor(id: &str) -> Result<JobId, Rejection> {
-    JobId::parse(id).ok_or_else(|| Rejection::BadRequest(format!("invalid job ID: {id:?}")))
-}
-
 /// Parses a query that may contain only filters, for the routes without pages.
 fn only_filter(query: &str) -> Result<Filter, Rejection> {
-    let mut fields = Fields::parse(query, &FILTERS).map_err(|e| Rejection::bad_query(&e))?;
-    filter(&mut fields)
+    filter(&mut Fields::parse(query, &FILTERS)?)
 }
 
 /// Parses the filters among the fields of a query. Refuses invalid ids and jq filters.
 fn filter(fields: &mut Fields) -> Result<Filter, Rejection> {
-    let filter = Filter::parse(fields).map_err(|e| Rejection::bad_query(&e))?;
-    filter.check_ids().map_err(Rejection::BadRequest)?;
+    let filter = Filter::parse(fields)?;
+    filter.check_ids()?;
     check_no_jq(fields)?;
     Ok(filter)
 }

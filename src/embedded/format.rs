@@ -23,7 +23,6 @@ const BODIES: &[&str] = &[JSON, MSGPACK];
 /// The media types of take streams.
 const STREAMS: &[&str] = &[EVENTS, NDJSON, MSGPACK_STREAM];
 
-/// The format of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     Json,
@@ -51,7 +50,6 @@ impl Format {
         }
     }
 
-    /// Returns the value for the `content-type` header.
     pub(super) fn media_type(self) -> &'static str {
         match self {
             Self::Json => JSON,
@@ -59,7 +57,6 @@ impl Format {
         }
     }
 
-    /// Deserializes a body.
     pub(super) fn read<T: DeserializeOwned>(self, bytes: &[u8]) -> Result<T, Rejection> {
         let value = match self {
             Self::Json => serde_json::from_slice(bytes).map_err(|error| format!("invalid JSON: {error}")),
@@ -68,7 +65,6 @@ impl Format {
         value.map_err(Rejection::BadRequest)
     }
 
-    /// Serializes a body.
     pub(super) fn write(self, value: &impl Serialize) -> Vec<u8> {
         // Cannot fail, because all map keys are strings, and the output goes to memory.
         match self {
@@ -105,7 +101,6 @@ impl StreamFormat {
         }
     }
 
-    /// Returns the value for the `content-type` header.
     pub(super) fn media_type(self) -> &'static str {
         match self {
             Self::Events => EVENTS,
@@ -124,7 +119,6 @@ impl StreamFormat {
         }
     }
 
-    /// Appends a job to a chunk.
     pub(super) fn write(self, job: &Job, chunk: &mut Vec<u8>) {
         let job = JobView::full(job);
         match self {
@@ -141,7 +135,6 @@ impl StreamFormat {
     }
 }
 
-/// Appends `head`, `body` and `tail` to a chunk.
 fn wrap(head: &[u8], body: &[u8], tail: &[u8], chunk: &mut Vec<u8>) {
     for part in [head, body, tail] {
         chunk.extend_from_slice(part);

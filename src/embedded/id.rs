@@ -22,7 +22,6 @@ impl JobId {
         bytes.iter().all(is_digit).then_some(Self(bytes))
     }
 
-    /// Returns the id as text.
     pub(super) fn as_str(&self) -> &str {
         // Cannot fail, because both constructors allow only ASCII digits and letters.
         std::str::from_utf8(&self.0).unwrap_or_default()

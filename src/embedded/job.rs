@@ -28,26 +28,20 @@ pub enum Status {
 }
 
 impl Status {
-    /// Reports whether the job is completed or dead.
     pub(super) fn is_finished(self) -> bool {
         matches!(self, Self::Completed | Self::Dead)
-    }
-
-    /// Returns the status's name, as used in answers and in filters.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Scheduled => "scheduled",
-            Self::Ready => "ready",
-            Self::InFlight => "in_flight",
-            Self::Completed => "completed",
-            Self::Dead => "dead",
-        }
     }
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.write_str(match self {
+            Self::Scheduled => "scheduled",
+            Self::Ready => "ready",
+            Self::InFlight => "in_flight",
+            Self::Completed => "completed",
+            Self::Dead => "dead",
+        })
     }
 }
 
@@ -56,7 +50,7 @@ impl FromStr for Status {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let all = [Self::Scheduled, Self::Ready, Self::InFlight, Self::Completed, Self::Dead];
-        let known = all.into_iter().find(|status| status.name() == text);
+        let known = all.into_iter().find(|status| status.to_string() == text);
         known.ok_or_else(|| format!("unknown status: {text}"))
     }
 }

@@ -3,7 +3,7 @@
 //! A job is in flight exactly as long as a stream holds it. The leases are also indexed by job, because a report names
 //! only the job.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use super::id::JobId;
 
@@ -18,8 +18,8 @@ struct Lease {
     prefetch: usize,
     /// The queues whose jobs the stream takes; empty means all queues.
     queues: Vec<String>,
-    /// The jobs that the stream has taken and that are not yet reported.
-    held: HashSet<JobId>,
+    /// The number of jobs that the stream has taken and that are not yet reported.
+    held: usize,
 }
 
 /// The open streams, and the stream that holds each job in flight.
@@ -31,12 +31,10 @@ pub(super) struct Leases {
 }
 
 impl Leases {
-    /// Opens a lease that holds no jobs yet, and returns its id.
     pub(super) fn open(&mut self, prefetch: usize, queues: Vec<String>) -> LeaseId {
         self.count += 1;
         let id = LeaseId(self.count);
-        let held = HashSet::new();
-        self.open.insert(id, Lease { prefetch, queues, held });
+        self.open.insert(id, Lease { prefetch, queues, held: 0 });
         id
     }
 
@@ -48,7 +46,7 @@ impl Leases {
     /// Returns the queues of a stream, or `None` if the stream is closed or holds as many jobs as its prefetch allows.
     pub(super) fn open_for(&self, id: LeaseId) -> Option<&[String]> {
         let lease = self.open.get(&id)?;
-        let has_room = lease.prefetch == 0 || lease.held.len() < lease.prefetch;
+        let has_room = lease.prefetch == 0 || lease.held < lease.prefetch;
         has_room.then_some(&lease.queues)
     }
 
@@ -56,7 +54,7 @@ impl Leases {
     /// the job.
     pub(super) fn hold(&mut self, id: LeaseId, job: JobId) {
         if let Some(lease) = self.open.get_mut(&id) {
-            lease.held.insert(job);
+            lease.held += 1;
             self.holders.insert(job, id);
         }
     }
@@ -67,18 +65,15 @@ impl Leases {
             return false;
         };
         if let Some(lease) = self.open.get_mut(&holder) {
-            lease.held.remove(&job);
+            lease.held -= 1;
         }
         true
     }
 
     /// Closes a stream and returns the jobs that it still held.
     pub(super) fn close(&mut self, id: LeaseId) -> Vec<JobId> {
-        let held = self.open.remove(&id).map(|lease| lease.held).unwrap_or_default();
-        for job in &held {
-            self.holders.remove(job);
-        }
-        held.into_iter().collect()
+        self.open.remove(&id);
+        self.holders.extract_if(|_, holder| *holder == id).map(|(job, _)| job).collect()
     }
 
     /// Closes all streams and returns the jobs that they held.

@@ -6,26 +6,22 @@ use std::time::Duration;
 const DEFAULT_HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
 /// The default of the real server's `--global-in-flight-limit`.
 const DEFAULT_IN_FLIGHT_LIMIT: usize = 1024;
-/// The default of the real server's `--default-retry-limit`.
-const DEFAULT_RETRY_LIMIT: u32 = 25;
-/// The default of the real server's `--default-dead-job-retention`: one week, in which a failure can be investigated.
-const DEFAULT_DEAD_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// The maximum number of retries of a job without a limit of its own: the default of the real server's
+/// `--default-retry-limit`.
+pub(super) const RETRY_LIMIT: u32 = 25;
+/// The time in milliseconds for which a dead job without a retention of its own is kept: the default of the real server's
+/// `--default-dead-job-retention`, one week, in which a failure can be investigated.
+pub(super) const DEAD_RETENTION_MS: u64 = 7 * 24 * 60 * 60 * 1_000;
 
-/// The settings of a server. A job's own retry limit, backoff and retention override the ones here.
+/// The settings of a server.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The time without a job after which a take stream sends a heartbeat.
     pub heartbeat_interval: Duration,
     /// The maximum number of jobs in flight over all connections; 0 means no limit.
     pub in_flight_limit: usize,
-    /// The maximum number of retries. A job whose `attempts` exceed this number is dead.
-    pub retry_limit: u32,
-    /// The wait before a failed job's next attempt.
+    /// The wait before a failed job's next attempt. A job's own backoff overrides this one.
     pub backoff: Backoff,
-    /// The time for which a completed job is kept. If zero, the job is removed at once.
-    pub completed_retention: Duration,
-    /// The time for which a dead job is kept. If zero, the job is removed at once.
-    pub dead_retention: Duration,
 }
 
 impl Default for Options {
@@ -33,10 +29,7 @@ impl Default for Options {
         Self {
             heartbeat_interval: DEFAULT_HEARTBEAT_INTERVAL,
             in_flight_limit: DEFAULT_IN_FLIGHT_LIMIT,
-            retry_limit: DEFAULT_RETRY_LIMIT,
             backoff: Backoff::default(),
-            completed_retention: Duration::ZERO,
-            dead_retention: DEFAULT_DEAD_RETENTION,
         }
     }
 }

@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use super::answer::Rejection;
 use super::query::Fields;
 
 /// The real server's default for `limit`.
@@ -77,18 +78,13 @@ pub(super) struct Links {
 
 impl<C: Copy + fmt::Display> PageRequest<C> {
     /// Parses `order` and `limit`. The caller has parsed the cursor.
-    pub(super) fn parse(fields: &mut Fields, cursor: Option<C>) -> Result<Self, String> {
+    pub(super) fn parse(fields: &mut Fields, cursor: Option<C>) -> Result<Self, Rejection> {
         let direction = fields.value("order")?.unwrap_or_default();
         let limit = fields.value("limit")?.unwrap_or(DEFAULT_LIMIT);
-        Ok(Self { cursor, direction, limit })
-    }
-
-    /// Checks that `limit` is within its range. The error is the text of a 400 answer.
-    pub(super) fn check_limit(&self) -> Result<(), String> {
-        if (1..=MAX_LIMIT).contains(&self.limit) {
-            return Ok(());
+        if !(1..=MAX_LIMIT).contains(&limit) {
+            return Err(Rejection::BadRequest(format!("limit must be between 1 and {MAX_LIMIT}")));
         }
-        Err(format!("limit must be between 1 and {MAX_LIMIT}"))
+        Ok(Self { cursor, direction, limit })
     }
 
     /// Returns the number of items to fetch: one more than the page's limit, to detect a next page.
@@ -111,31 +107,5 @@ impl<C: Copy + fmt::Display> PageRequest<C> {
             next: next.map(|cursor| link(Some(cursor), self.direction)),
             prev: prev.map(|cursor| link(Some(cursor), self.direction.reverse())),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn links(cursor: Option<u32>, items: &mut Vec<u32>) -> Links {
-        let page = PageRequest { cursor, direction: Direction::Asc, limit: 2 };
-        page.cut(items, |item| *item, "/jobs", "&queue=a")
-    }
-
-    #[test]
-    fn a_full_page_links_to_the_next_one() {
-        let mut items = vec![1, 2, 3];
-        let links = links(None, &mut items);
-        assert_eq!(items, [1, 2]);
-        assert_eq!(links.next.as_deref(), Some("/jobs?from=2&order=asc&limit=2&queue=a"));
-        assert_eq!(links.prev, None);
-    }
-
-    #[test]
-    fn a_page_behind_a_cursor_links_back() {
-        let links = links(Some(4), &mut vec![5, 6]);
-        assert_eq!(links.next, None);
-        assert_eq!(links.prev.as_deref(), Some("/jobs?from=5&order=desc&limit=2&queue=a"));
     }
 }

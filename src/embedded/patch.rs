@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer};
 
-use super::id::JobId;
+use super::answer::Rejection;
 use super::job::{Job, JobBackoff, Retention, Spec, Status};
 use super::order::check_name;
 
@@ -50,14 +50,6 @@ pub(super) struct Patch {
     retention: Option<Option<RetentionPatch>>,
 }
 
-/// The reason why a job was not patched.
-#[derive(Debug, PartialEq)]
-pub(super) enum PatchError {
-    NoSuchJob,
-    /// The job is completed or dead.
-    Finished(JobId, Status),
-}
-
 /// Deserializes a field that is present to `Some`, even if the field is null. An absent field becomes `None` through
 /// `serde(default)`.
 fn present<'de, T, D>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
@@ -69,12 +61,11 @@ where
 }
 
 impl PatchRequest {
-    /// Checks the request and converts it to a patch. The error is the text of a 422 answer.
-    pub(super) fn into_patch(self) -> Result<Patch, String> {
+    pub(super) fn into_patch(self) -> Result<Patch, Rejection> {
         let Self { queue, priority, ready_at, retry_limit, backoff, retention } = self;
         let queue = set("queue", queue)?;
         if let Some(queue) = &queue {
-            check_name("queue", queue)?;
+            check_name("queue", queue).map_err(Rejection::Unprocessable)?;
         }
         let priority = set("priority", priority)?;
         Ok(Patch { queue, priority, ready_at, retry_limit, backoff, retention })
@@ -82,9 +73,9 @@ impl PatchRequest {
 }
 
 /// Returns the value of a field, or `None` if the field is absent. Refuses a null.
-fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, String> {
+fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, Rejection> {
     match field {
-        Some(None) => Err(format!("{name} cannot be null")),
+        Some(None) => Err(Rejection::Unprocessable(format!("{name} cannot be null"))),
         field => Ok(field.flatten()),
     }
 }
@@ -141,21 +132,11 @@ impl RetentionPatch {
 mod tests {
     use super::*;
 
-    fn patch(json: &str) -> Result<Patch, String> {
-        serde_json::from_str::<PatchRequest>(json).unwrap().into_patch()
-    }
-
-    #[test]
-    fn a_queue_and_a_priority_cannot_be_cleared() {
-        assert_eq!(patch(r#"{"queue":null}"#).unwrap_err(), "queue cannot be null");
-        assert_eq!(patch(r#"{"queue":"a,b"}"#).unwrap_err(), "queue must not contain ','");
-        assert_eq!(patch(r#"{"priority":null}"#).unwrap_err(), "priority cannot be null");
-    }
-
     #[test]
     fn a_retention_is_merged_field_by_field() {
         let retention = |json: &str, old: Option<Retention>| {
-            let patch = patch(json).unwrap().retention.flatten().and_then(|patch| patch.apply(old));
+            let patch = serde_json::from_str::<PatchRequest>(json).unwrap().into_patch().unwrap();
+            let patch = patch.retention.flatten().and_then(|patch| patch.apply(old));
             patch.map(|new| (new.completed_ms, new.dead_ms))
         };
         let old = Some(Retention { completed_ms: Some(1), dead_ms: Some(2) });

@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
+use super::answer::Rejection;
 use super::id::JobId;
 use super::job::{Job, Status};
 
@@ -26,16 +27,16 @@ pub(super) struct Fields(BTreeMap<String, String>);
 
 impl Fields {
     /// Parses a query. A field that is not in `known`, or occurs twice, is an error.
-    pub(super) fn parse(query: &str, known: &[&str]) -> Result<Self, String> {
+    pub(super) fn parse(query: &str, known: &[&str]) -> Result<Self, Rejection> {
         let mut fields = BTreeMap::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let name = decode(name);
             if !known.contains(&name.as_str()) {
-                return Err(format!("unknown field `{name}`"));
+                return Err(Rejection::bad_query(format!("unknown field `{name}`")));
             }
             if fields.insert(name.clone(), decode(value)).is_some() {
-                return Err(format!("duplicate field `{name}`"));
+                return Err(Rejection::bad_query(format!("duplicate field `{name}`")));
             }
         }
         Ok(Self(fields))
@@ -47,28 +48,29 @@ impl Fields {
     }
 
     /// Removes a field and parses it as a single value.
-    pub(super) fn value<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Option<T>, String> {
-        let parse = |text: String| text.parse().map_err(|error| format!("{name}: {error}"));
-        self.text(name).map(parse).transpose()
+    pub(super) fn value<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Option<T>, Rejection> {
+        self.text(name).map(|text| parse(name, &text)).transpose()
     }
 
     /// Removes a field and parses it as a comma-separated list, without empty elements. The list can
     /// be split after percent-decoding, because no element can contain a comma.
-    pub(super) fn list<T: FromStr<Err: Display> + Ord>(&mut self, name: &str) -> Result<BTreeSet<T>, String> {
+    pub(super) fn list<T: FromStr<Err: Display> + Ord>(&mut self, name: &str) -> Result<BTreeSet<T>, Rejection> {
         // As on the real server, an empty field such as `status=` is the same as no field.
         let text = self.text(name).unwrap_or_default();
         let elements = text.split(',').filter(|element| !element.is_empty());
-        let parse = |element: &str| element.parse().map_err(|error| format!("{name}: {error}"));
-        elements.map(parse).collect()
+        elements.map(|element| parse(name, element)).collect()
     }
 
     /// Removes a field and parses it as a range of numbers up to `max`. An empty field is the same as no field.
-    fn range(&mut self, name: &str, max: impl Into<u64>) -> Result<Option<Range>, String> {
-        match self.text(name).filter(|text| !text.is_empty()) {
-            Some(text) => Range::parse(&text, max.into()).map(Some).map_err(|error| format!("{name}: {error}")),
-            None => Ok(None),
-        }
+    fn range(&mut self, name: &str, max: impl Into<u64>) -> Result<Option<Range>, Rejection> {
+        let text = self.text(name).filter(|text| !text.is_empty());
+        let range = text.map(|text| Range::parse(&text, max.into())).transpose();
+        range.map_err(|error| Rejection::bad_query(format!("{name}: {error}")))
     }
+}
+
+fn parse<T: FromStr<Err: Display>>(name: &str, text: &str) -> Result<T, Rejection> {
+    text.parse().map_err(|error| Rejection::bad_query(format!("{name}: {error}")))
 }
 
 /// A range of numbers that includes both ends: `5`, `5..9`, `5..` or `..9`.
@@ -131,7 +133,7 @@ pub(super) struct Filter {
 
 impl Filter {
     /// Parses all fields of [`FILTERS`] except `filter`, which the caller checks.
-    pub(super) fn parse(fields: &mut Fields) -> Result<Self, String> {
+    pub(super) fn parse(fields: &mut Fields) -> Result<Self, Rejection> {
         Ok(Self {
             ids: fields.list("id")?,
             statuses: fields.list("status")?,
@@ -143,24 +145,18 @@ impl Filter {
         })
     }
 
-    /// Checks that every id is well-formed. The error is the error text for the answer.
-    pub(super) fn check_ids(&self) -> Result<(), String> {
-        match self.ids.iter().find(|id| JobId::parse(id).is_none()) {
-            Some(id) => Err(format!("invalid job ID: {id:?}")),
-            None => Ok(()),
-        }
+    pub(super) fn check_ids(&self) -> Result<(), Rejection> {
+        self.ids.iter().try_for_each(|id| parse_id(id).map(drop))
     }
 
-    /// Checks that no finished status is listed, because finished jobs cannot be patched. The error is the error text for
-    /// the answer.
-    pub(super) fn check_patchable(&self) -> Result<(), String> {
+    /// Checks that no finished status is listed, because finished jobs cannot be patched.
+    pub(super) fn check_patchable(&self) -> Result<(), Rejection> {
         match self.statuses.iter().find(|status| status.is_finished()) {
-            Some(status) => Err(format!("cannot patch jobs in {status:?} status")),
+            Some(status) => Err(Rejection::Unprocessable(format!("cannot patch jobs in {status:?} status"))),
             None => Ok(()),
         }
     }
 
-    /// Reports whether a job passes all filters.
     pub(super) fn matches(&self, job: &Job) -> bool {
         let within =
             |range: &Option<Range>, value: u64| range.as_ref().is_none_or(|range| range.numbers.contains(&value));
@@ -190,6 +186,12 @@ impl Filter {
     }
 }
 
+/// Parses an id in a filter or a cursor. The real server accepts an invalid cursor and finds no jobs. This server returns
+/// an error, which is more helpful.
+pub(super) fn parse_id(id: &str) -> Result<JobId, Rejection> {
+    JobId::parse(id).ok_or_else(|| Rejection::BadRequest(format!("invalid job ID: {id:?}")))
+}
+
 /// Returns a comma-separated list. The set is sorted, so equal filters produce equal links.
 fn join<T: Display>(elements: &BTreeSet<T>) -> String {
     let elements: Vec<String> = elements.iter().map(ToString::to_string).collect();
@@ -215,26 +217,18 @@ mod tests {
     #[test]
     fn unknown_and_repeated_fields_are_refused() {
         let error = |query| Fields::parse(query, &FILTERS).unwrap_err();
-        assert_eq!(error("zz=1"), "unknown field `zz`");
-        assert_eq!(error("queue=a&queue=b"), "duplicate field `queue`");
+        assert_eq!(error("zz=1"), Rejection::bad_query("unknown field `zz`"));
+        assert_eq!(error("queue=a&queue=b"), Rejection::bad_query("duplicate field `queue`"));
     }
 
     #[test]
-    fn ranges_are_inclusive_and_may_be_open() {
-        let range = |text| Range::parse(text, 99).map(|range| range.numbers);
-        assert_eq!(range("5"), Ok(5..=5));
-        assert_eq!(range("5..9"), Ok(5..=9));
-        assert_eq!(range("..9"), Ok(0..=9));
-        assert_eq!(range("5.."), Ok(5..=99));
-        assert!(range("9..5").is_err());
-        assert!(range("100").is_err());
-        assert!(range("a").is_err());
-    }
-
-    #[test]
-    fn a_range_is_written_as_it_was_read() {
-        for text in ["5", "5..9", "..9", "5.."] {
-            assert_eq!(Range::parse(text, 99).unwrap().to_string(), text);
+    fn ranges_are_inclusive_and_written_as_they_were_read() {
+        for (text, numbers) in [("5", 5..=5), ("5..9", 5..=9), ("..9", 0..=9), ("5..", 5..=99)] {
+            let range = Range::parse(text, 99).unwrap();
+            assert_eq!((range.to_string().as_str(), range.numbers), (text, numbers));
+        }
+        for text in ["9..5", "100", "a"] {
+            assert!(Range::parse(text, 99).is_err(), "{text}");
         }
     }
 

@@ -20,7 +20,6 @@ pub(super) struct ReadyQueue {
 }
 
 impl ReadyQueue {
-    /// Adds a job at its position.
     pub(super) fn insert(&mut self, job: &Job) {
         self.all.insert(job.place());
         // The entry API would clone the queue's name for every job, even if the queue exists.

@@ -125,7 +125,7 @@ async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, store: Store, connec
     }
 }
 
-/// Serves HTTP/1.1 or HTTP/2 over one byte stream, which is TCP, TLS or an in-memory pipe.
+/// Serves HTTP/1.1 or HTTP/2 over one connection.
 async fn serve<S>(stream: S, store: Store, connections: Connections)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -137,30 +137,5 @@ where
     let builder = auto::Builder::new(connections);
     if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
         tracing::debug!(error, "connection ended");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use bytes::Bytes;
-    use http_body_util::Empty;
-    use hyper::Request;
-    use hyper::client::conn::http1;
-
-    use super::*;
-    use crate::embedded::Options;
-
-    #[tokio::test]
-    async fn a_connection_need_not_be_tcp() {
-        let connections = Connections { end: CancellationToken::new(), tasks: TaskTracker::new() };
-        let (near, far) = tokio::io::duplex(1024);
-        connections.execute(serve(far, Store::new(Options::default()), connections.clone()));
-        let (mut sender, connection) = http1::handshake(TokioIo::new(near)).await.unwrap();
-        connections.execute(connection);
-        let request = Request::get("/health").body(Empty::<Bytes>::new()).unwrap();
-        assert_eq!(sender.send_request(request).await.unwrap().status(), 200);
-        connections.end.cancel();
-        connections.tasks.close();
-        connections.tasks.wait().await;
     }
 }

@@ -1,7 +1,7 @@
 //! [`start`]: the function that starts the server of `--embedded` in this process, at the worker's URL, with jobs from a
 //! file or from stdin.
 
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
@@ -41,7 +41,11 @@ pub(crate) async fn prepare(config: &EmbeddedConfig, url: &ServerUrl) -> Result<
 
 fn enqueue(store: &Store, jobs: &JobsSource) -> Result<usize, ConfigError> {
     let flag = || Source::Flag("--jobs".to_owned());
-    let text = read(jobs).map_err(|error| ConfigError::unusable(flag(), format!("cannot read {jobs}: {error}")))?;
+    let text = match jobs {
+        JobsSource::File(path) => std::fs::read_to_string(path),
+        JobsSource::Stdin => std::io::read_to_string(std::io::stdin()),
+    };
+    let text = text.map_err(|error| ConfigError::unusable(flag(), format!("cannot read {jobs}: {error}")))?;
     let mut count = 0;
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         store
@@ -50,14 +54,4 @@ fn enqueue(store: &Store, jobs: &JobsSource) -> Result<usize, ConfigError> {
         count += 1;
     }
     Ok(count)
-}
-
-fn read(jobs: &JobsSource) -> std::io::Result<String> {
-    match jobs {
-        JobsSource::File(path) => std::fs::read_to_string(path),
-        JobsSource::Stdin => {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).map(|_| text)
-        }
-    }
 }

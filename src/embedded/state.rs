@@ -10,14 +10,13 @@ use std::sync::Arc;
 use super::id::{IdSource, JobId};
 use super::job::{ErrorRecord, Job, Spec, Status};
 use super::lease::{LeaseId, Leases};
-use super::options::{Options, millis};
+use super::options::{Backoff, DEAD_RETENTION_MS, Options, RETRY_LIMIT};
 use super::order::Order;
 use super::page::{Direction, PageRequest};
-use super::patch::{Patch, PatchError};
+use super::patch::Patch;
 use super::ready::ReadyQueue;
 use super::report::Failure;
 
-/// A job and its failed attempts.
 #[derive(Debug)]
 struct Entry {
     job: Job,
@@ -177,8 +176,8 @@ impl State {
             job.completed_at = Some(now);
             job.spec.retention?.completed_ms
         });
-        let keep = own.unwrap_or(millis(self.options.completed_retention));
-        self.finish(id, Status::Completed, now, keep);
+        // As on the real server, a completed job without a retention of its own is not kept.
+        self.finish(id, Status::Completed, now, own.unwrap_or_default());
         true
     }
 
@@ -192,7 +191,7 @@ impl State {
         let entry = self.jobs.get_mut(&id)?;
         entry.job.attempts += 1;
         entry.job.failed_at = Some(now);
-        let retry_at = retry_time(&self.options, &entry.job, &failure, now, chance);
+        let retry_at = retry_time(self.options.backoff, &entry.job, &failure, now, chance);
         entry.errors.push(failure.into_record(&entry.job, now));
         match retry_at {
             Some(time) => self.retry(id, time),
@@ -211,19 +210,16 @@ impl State {
         Some(job.clone())
     }
 
-    /// Marks a job as dead, and keeps it for the job's or the server's retention of dead jobs.
+    /// Marks a job as dead, and keeps it for its retention.
     fn bury(&mut self, id: JobId, now: u64) -> Option<Job> {
         let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
-        let keep = own.unwrap_or(millis(self.options.dead_retention));
-        self.finish(id, Status::Dead, now, keep)
+        self.finish(id, Status::Dead, now, own.unwrap_or(DEAD_RETENTION_MS))
     }
 
-    /// Returns the job with this id.
     pub(super) fn get(&self, id: JobId) -> Option<&Job> {
         self.jobs.get(&id).map(|entry| &entry.job)
     }
 
-    /// Returns a job's failed attempts, oldest first.
     pub(super) fn errors(&self, id: JobId) -> Option<&[ErrorRecord]> {
         self.jobs.get(&id).map(|entry| entry.errors.as_slice())
     }
@@ -258,12 +254,12 @@ impl State {
         }
     }
 
-    /// Applies a patch to a job. Fails if the job does not exist or is finished. A job in flight stays with the stream
-    /// that holds it.
-    pub(super) fn patch(&mut self, now: u64, id: JobId, patch: &Patch) -> Result<Job, PatchError> {
-        let job = &mut self.jobs.get_mut(&id).ok_or(PatchError::NoSuchJob)?.job;
+    /// Applies a patch to a job. Returns `None` if the job does not exist or is finished. A job in flight stays with the
+    /// stream that holds it.
+    pub(super) fn patch(&mut self, now: u64, id: JobId, patch: &Patch) -> Option<Job> {
+        let job = &mut self.jobs.get_mut(&id)?.job;
         if job.status.is_finished() {
-            return Err(PatchError::Finished(id, job.status));
+            return None;
         }
         // Remove the job from the indexes before its keys change, otherwise its old entries could not be found.
         self.ready.remove(job);
@@ -275,13 +271,13 @@ impl State {
             self.ready.insert(job);
             self.takers_should_look = true;
         }
-        Ok(job.clone())
+        Some(job.clone())
     }
 
     /// Applies a patch to the matching jobs that are not finished, and returns the number of patched jobs.
     pub(super) fn patch_matching(&mut self, now: u64, patch: &Patch, matches: impl Fn(&Job) -> bool) -> usize {
         let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
-        ids.iter().filter(|id| self.patch(now, **id, patch).is_ok()).count()
+        ids.iter().filter(|id| self.patch(now, **id, patch).is_some()).count()
     }
 
     /// Removes a job in any state. If the job is in flight, its slot in the stream becomes free. Returns false if there
@@ -360,15 +356,15 @@ impl State {
 /// Returns the time of a failed job's next attempt, or `None` if the job is not retried.
 ///
 /// As on the real server, `kill` takes precedence over `retry_at`, which takes precedence over the retry limit.
-fn retry_time(options: &Options, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {
+fn retry_time(backoff: Backoff, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {
     if failure.kill {
         return None;
     }
     if failure.retry_at.is_some() {
         return failure.retry_at;
     }
-    let limit = job.spec.retry_limit.unwrap_or(options.retry_limit);
-    let backoff = job.spec.backoff.map_or(options.backoff, Into::into);
+    let limit = job.spec.retry_limit.unwrap_or(RETRY_LIMIT);
+    let backoff = job.spec.backoff.map_or(backoff, Into::into);
     let delay = backoff.delay_ms(job.attempts, chance);
     (job.attempts <= limit).then(|| now.saturating_add(delay))
 }

@@ -2,9 +2,8 @@
 //!
 //! The stream is pulled, not pushed: hyper asks for the next chunk only when the connection can buffer it. So the stream
 //! needs no task and no channel of its own, and takes no job that the connection cannot accept. When the connection ends,
-//! hyper drops the response's body, and with the body the lease.
+//! hyper drops the response's body, and with the body the [`Take`].
 
-use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -25,65 +24,18 @@ const CHUNK_BYTES: usize = 64 * 1024;
 /// number of jobs with small payloads.
 const ENVELOPE_BYTES: usize = 256;
 
-/// The parameters of `GET /jobs/take`.
-#[derive(Debug)]
-pub(super) struct TakeRequest {
-    /// The maximum number of unreported jobs that the stream may hold; 0 means no limit except the connection's buffers.
-    pub(super) prefetch: usize,
-    /// The queues to take jobs from; empty means all queues.
-    pub(super) queues: BTreeSet<String>,
-}
-
-/// The lease of a stream on its jobs. Dropping the lease closes the stream in the store. When the connection ends, hyper
-/// drops the response's body, and with the body the lease.
-#[derive(Debug)]
-struct Lease {
-    store: Store,
-    id: LeaseId,
-}
-
-impl Lease {
-    fn open(store: Store, request: TakeRequest) -> Self {
-        let queues = request.queues.into_iter().collect();
-        let id = store.with(|state, _| state.open(request.prefetch, queues));
-        Self { store, id }
-    }
-
-    /// Takes jobs for the next chunk, until the chunk is full or the state gives this stream no further job.
-    fn take(&self) -> Vec<Job> {
-        let mut jobs = Vec::new();
-        let mut size = 0;
-        self.store.with(|state, now| {
-            while size < CHUNK_BYTES
-                && let Some(job) = state.take(now, self.id)
-            {
-                size += ENVELOPE_BYTES + job.spec.payload.get().len();
-                jobs.push(job);
-            }
-        });
-        jobs
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.store.with(|state, _| state.close(self.id));
-    }
-}
-
-/// The state of an open take stream.
+/// An open take stream. Dropping this value closes the stream in the store.
 #[derive(Debug)]
 struct Take {
-    lease: Lease,
+    store: Store,
+    lease: LeaseId,
     format: StreamFormat,
     look_again: watch::Receiver<()>,
     heartbeat_interval: Duration,
 }
 
 impl Take {
-    /// Waits for jobs, but no longer than the heartbeat interval, and returns a chunk with the jobs or a heartbeat. hyper
-    /// asks for a chunk only when the connection can buffer it, which limits the jobs in flight even if the prefetch is
-    /// unlimited.
+    /// Waits for jobs, but no longer than the heartbeat interval, and returns a chunk with the jobs or a heartbeat.
     async fn next_chunk(&mut self) -> Option<Bytes> {
         // The timer restarts with every chunk, so a busy stream sends no heartbeats.
         let silence = tokio::time::sleep(self.heartbeat_interval);
@@ -91,7 +43,7 @@ impl Take {
         loop {
             // Mark the latest change as seen before the take, so that any later change ends the wait.
             self.look_again.borrow_and_update();
-            let jobs = self.lease.take();
+            let jobs = self.take_jobs();
             if !jobs.is_empty() {
                 return Some(self.chunk(&jobs));
             }
@@ -101,6 +53,21 @@ impl Take {
                 changed = self.look_again.changed() => changed.ok()?,
             }
         }
+    }
+
+    /// Takes jobs for the next chunk, until the chunk is full or the state gives this stream no further job.
+    fn take_jobs(&self) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        let mut size = 0;
+        self.store.with(|state, now| {
+            while size < CHUNK_BYTES
+                && let Some(job) = state.take(now, self.lease)
+            {
+                size += ENVELOPE_BYTES + job.spec.payload.get().len();
+                jobs.push(job);
+            }
+        });
+        jobs
     }
 
     /// Serializes jobs into a chunk. The store is not locked.
@@ -113,17 +80,25 @@ impl Take {
     }
 }
 
+impl Drop for Take {
+    fn drop(&mut self) {
+        self.store.with(|state, _| state.close(self.lease));
+    }
+}
+
 /// Opens a take stream on the store. Dropping the stream requeues the jobs that it holds.
 pub(super) fn frames(
     store: Store,
-    request: TakeRequest,
+    prefetch: usize,
+    queues: Vec<String>,
     format: StreamFormat,
 ) -> impl Stream<Item = Result<Frame<Bytes>, Infallible>> + Send + 'static {
     let take = Take {
         format,
         look_again: store.watch_for_takers(),
         heartbeat_interval: store.heartbeat_interval(),
-        lease: Lease::open(store, request),
+        lease: store.with(|state, _| state.open(prefetch, queues)),
+        store,
     };
     stream::unfold(take, async |mut take| {
         let chunk = take.next_chunk().await?;

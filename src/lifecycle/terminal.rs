@@ -44,11 +44,9 @@ impl Terminal {
     /// `si_code` of any signal from a process, so the terminal is checked as well. It is closed by then.
     pub(super) fn meaning_of(self, code: i32) -> HangUp {
         match self {
-            Self::None => HangUp::Reload,
             Self::Outlived if code == libc::SI_KERNEL => HangUp::Outlived,
-            Self::Outlived => HangUp::Reload,
             Self::Controlling if code == libc::SI_KERNEL || self.is_gone() => HangUp::Gone,
-            Self::Controlling => HangUp::Reload,
+            Self::None | Self::Outlived | Self::Controlling => HangUp::Reload,
         }
     }
 

@@ -48,15 +48,6 @@ fn status(state: &State, id: JobId) -> Option<Status> {
 }
 
 #[test]
-fn urgent_jobs_go_first_then_old_ones() {
-    let mut state = state();
-    let [second, third, first] = ["", "", r#","priority":3"#].map(|extra| enqueue(&mut state, extra));
-    let lease = open(&mut state);
-    let taken = [(); 4].map(|()| take(&mut state, lease));
-    assert_eq!(taken, [Some(first), Some(second), Some(third), None]);
-}
-
-#[test]
 fn a_stream_gets_jobs_of_its_queues_only() {
     let mut state = state();
     enqueue(&mut state, "");
@@ -70,16 +61,6 @@ fn a_stream_gets_jobs_of_its_queues_only() {
 }
 
 #[test]
-fn a_stream_holds_no_more_than_its_prefetch() {
-    let mut state = state();
-    let ids = [(); 3].map(|()| enqueue(&mut state, ""));
-    let lease = state.open(2, Vec::new());
-    assert_eq!([(); 3].map(|()| take(&mut state, lease)), [Some(ids[0]), Some(ids[1]), None]);
-    assert!(state.complete(NOW, ids[0]));
-    assert_eq!(take(&mut state, lease), Some(ids[2]));
-}
-
-#[test]
 fn the_in_flight_limit_spans_all_streams() {
     let mut state = State::new(Options { in_flight_limit: 1, ..options() });
     let ids = [(); 2].map(|()| enqueue(&mut state, ""));
@@ -88,19 +69,6 @@ fn the_in_flight_limit_spans_all_streams() {
     assert_eq!(take(&mut state, other), None);
     state.close(one);
     assert_eq!(take(&mut state, other), Some(ids[0]));
-}
-
-#[test]
-fn a_closed_stream_returns_its_jobs_to_their_old_places() {
-    let mut state = state();
-    let ids = [(); 2].map(|()| enqueue(&mut state, ""));
-    let lease = open(&mut state);
-    assert_eq!(take(&mut state, lease), Some(ids[0]));
-    state.close(lease);
-    let job = state.get(ids[0]).unwrap();
-    assert_eq!((job.status, job.attempts, job.dequeued_at), (Status::Ready, 0, Some(NOW)));
-    let lease = open(&mut state);
-    assert_eq!(take(&mut state, lease), Some(ids[0]));
 }
 
 #[test]
@@ -116,22 +84,6 @@ fn nothing_goes_out_between_the_halt_and_the_next_start() {
     assert_eq!(take(&mut state, other), None, "its server is gone");
     let lease = open(&mut state);
     assert_eq!(take(&mut state, lease), Some(id));
-}
-
-#[test]
-fn only_a_job_in_flight_can_be_reported() {
-    let mut state = state();
-    let id = enqueue(&mut state, "");
-    assert!(!state.complete(NOW, id));
-    assert!(state.fail(NOW, id, plain_failure(), 0.0).is_none());
-    let lease = open(&mut state);
-    take(&mut state, lease);
-    state.close(lease);
-    assert!(!state.complete(NOW, id));
-    let lease = open(&mut state);
-    take(&mut state, lease);
-    assert!(state.complete(NOW, id));
-    assert!(!state.complete(NOW, id));
 }
 
 #[test]

@@ -1,11 +1,10 @@
-//! [`Inspector`]: the daemon's state for the admin server.
+//! [`Inspector`]: the state of the daemon that the admin server shows.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
-use crate::admin::Inspected;
 use crate::config::{Reload, Setting};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::Lifecycle;
@@ -36,15 +35,15 @@ struct Shown {
 
 /// The running worker, and the settings in force.
 #[derive(Debug)]
-pub(super) struct Inspector {
-    pub(super) controls: Controls<ExecDispatcher>,
-    pub(super) lifecycle: Lifecycle,
+pub(crate) struct Inspector {
+    pub(crate) controls: Controls<ExecDispatcher>,
+    pub(crate) lifecycle: Lifecycle,
     worker_id: String,
     settings: Mutex<Vec<Setting>>,
 }
 
 impl Inspector {
-    pub(super) fn new(
+    pub(crate) fn new(
         controls: Controls<ExecDispatcher>,
         lifecycle: Lifecycle,
         worker_id: String,
@@ -53,13 +52,13 @@ impl Inspector {
         Self { controls, lifecycle, worker_id, settings: Mutex::new(settings) }
     }
 
-    pub(super) fn worker(&self) -> Status {
+    pub(crate) fn worker(&self) -> Status {
         self.controls.status(&self.lifecycle)
     }
 
     /// Replaces the settings in force, except those that need a restart. Returns the names of the excepted settings
     /// whose value in force differs from the value in `written`, the settings as the reload has read them.
-    pub(super) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
+    pub(crate) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, _): (Vec<Setting>, Vec<Setting>) =
             present.drain(..).partition(|setting| setting.reload == Reload::Restart);
@@ -78,14 +77,14 @@ impl Inspector {
         };
         settings.iter().map(shown).collect()
     }
-}
 
-impl Inspected for Inspector {
-    fn unready(&self) -> Vec<String> {
+    /// Returns the reasons why the worker cannot run jobs now, or an empty list if it can.
+    pub(super) fn unready(&self) -> Vec<String> {
         self.controls.unready(&self.lifecycle).iter().map(ToString::to_string).collect()
     }
 
-    fn status(&self) -> String {
+    /// Returns the worker's status, as JSON.
+    pub(super) fn status(&self) -> String {
         let answer = Answer {
             format: FORMAT,
             version: VERSION,
@@ -98,7 +97,8 @@ impl Inspected for Inspector {
         serde_json::to_string(&answer).unwrap_or_default()
     }
 
-    fn metrics(&self) -> String {
+    /// Returns the metrics, in the text format of Prometheus.
+    pub(super) fn metrics(&self) -> String {
         self.controls.metrics_text(&self.lifecycle)
     }
 }
