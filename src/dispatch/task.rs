@@ -208,7 +208,7 @@ fn is_start_error(error: &io::Error) -> bool {
 
 /// Returns the reason why a start failed, for people.
 pub(super) async fn why_not_started(route: &Route, error: &io::Error) -> String {
-    if is_start_error(error) { format!("{} {error}", route.brake.name()) } else { route.not_started(error).await }
+    if is_start_error(error) { format!("{} {error}", route.brake.name) } else { route.not_started(error).await }
 }
 
 async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver<Arc<Routes>>) -> Cut {
