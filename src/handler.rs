@@ -125,16 +125,19 @@ pub struct Handlers {
 }
 
 impl Handlers {
+    fn all(&self) -> impl Iterator<Item = &Handler> {
+        self.routes.values().chain(&self.default)
+    }
+
     /// Reports whether any handler is warm.
     pub(crate) fn is_any_warm(&self) -> bool {
-        self.routes.values().chain(&self.default).any(|handler| matches!(handler.mode, Mode::Warm(_)))
+        self.all().any(|handler| matches!(handler.mode, Mode::Warm(_)))
     }
 
     /// Returns the number of simultaneous processes to expect if up to `concurrency` jobs run at once: the sizes of all warm
     /// pools together, or `concurrency` if that is greater.
     pub(crate) fn max_processes(&self, concurrency: usize) -> usize {
-        let all = self.routes.values().chain(&self.default);
-        let warm = all.filter_map(|handler| match &handler.mode {
+        let warm = self.all().filter_map(|handler| match &handler.mode {
             Mode::Spawn => None,
             Mode::Warm(pool) => Some(pool.max_processes.map_or(concurrency, NonZeroUsize::get)),
         });
@@ -149,12 +152,11 @@ impl Handlers {
 
     /// Returns the longest time that a job can take, including the kill grace. `None` if a handler has no time limit.
     pub(crate) fn longest_job(&self) -> Option<Duration> {
-        let longest = |(_, handler): (_, &Handler)| Some(handler.timeout? + handler.kill_grace);
-        self.by_type().map(longest).try_fold(Duration::ZERO, |longest, job| Some(longest.max(job?)))
+        self.all().try_fold(Duration::ZERO, |longest, handler| Some(longest.max(handler.timeout? + handler.kill_grace)))
     }
 
     /// Returns the longest `kill_grace` of all handlers.
     pub(crate) fn longest_grace(&self) -> Duration {
-        self.routes.values().chain(&self.default).map(|handler| handler.kill_grace).max().unwrap_or_default()
+        self.all().map(|handler| handler.kill_grace).max().unwrap_or_default()
     }
 }

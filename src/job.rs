@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
@@ -28,20 +28,12 @@ impl JobId {
     pub(crate) fn find(text: &[u8]) -> Option<Self> {
         let mut found = None;
         // Ignore a parse error: `found` alone shows whether the id was read.
-        let _ = IdSeeker(&mut found).deserialize(&mut serde_json::Deserializer::from_slice(text));
+        let _ = serde_json::Deserializer::from_slice(text).deserialize_map(IdSeeker(&mut found));
         found.as_deref().map(Self::from)
     }
 }
 
 struct IdSeeker<'a>(&'a mut Option<String>);
-
-impl<'de> DeserializeSeed<'de> for IdSeeker<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
 
 impl<'de> Visitor<'de> for IdSeeker<'_> {
     type Value = ();

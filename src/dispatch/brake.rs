@@ -2,7 +2,6 @@
 
 use std::io;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{self, PoisonError};
 use std::time::Duration;
 
@@ -63,24 +62,25 @@ pub(super) enum ProvenBy {
 /// works again.
 #[derive(Debug)]
 pub(super) struct Brake {
-    name: String,
+    pub(super) name: String,
     proof: ProvenBy,
-    engaged: AtomicBool,
     turn: Mutex<()>,
-    pace: sync::Mutex<Pace>,
+    /// `None` while the brake is not engaged: the handler has not failed, or has worked since.
+    trouble: sync::Mutex<Option<Trouble>>,
     /// The notification that the handler works again, which ends the pause early.
     released: Notify,
 }
 
-#[derive(Debug, Default)]
-struct Pace {
+/// The failures since the handler last worked.
+#[derive(Debug)]
+struct Trouble {
     delay: Duration,
-    not_before: Option<Instant>,
+    /// The end of the last pause, which may be in the past.
+    not_before: Instant,
     /// The time of the last counted failure.
-    failed_at: Option<Instant>,
+    failed_at: Instant,
     /// Whether the last start succeeded. The brake of a warm handler nevertheless stays engaged until a process has done a job.
     runs: bool,
-    /// The number of failures since the handler last worked.
     failures: u64,
     /// The message of the last failure.
     error: String,
@@ -88,48 +88,38 @@ struct Pace {
 
 impl Brake {
     pub(super) fn new(name: String, proof: ProvenBy) -> Self {
-        let (pace, released) = (sync::Mutex::default(), Notify::new());
-        Self { name, proof, engaged: AtomicBool::new(false), turn: Mutex::default(), pace, released }
+        Self { name, proof, turn: Mutex::default(), trouble: sync::Mutex::default(), released: Notify::new() }
     }
 
-    fn pace(&self) -> sync::MutexGuard<'_, Pace> {
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    fn trouble(&self) -> sync::MutexGuard<'_, Option<Trouble>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reports whether the handler has failed and has not worked since.
     pub(super) fn is_engaged(&self) -> bool {
-        self.engaged.load(Ordering::Acquire)
+        self.trouble().is_some()
     }
 
     /// Reports whether the brake is engaged and the last start failed. Returns false if processes do start, but end before they
     /// have done a job.
     pub(super) fn holds_starts_that_fail(&self) -> bool {
-        self.is_engaged() && !self.pace().runs
+        self.trouble().as_ref().is_some_and(|trouble| !trouble.runs)
     }
 
-    /// Returns the end of the last pause, which may be in the past. Returns `None` if there was no pause, or if a job holds
+    /// Returns the end of the last pause, which may be in the past. Returns `None` if the brake is not engaged, or if a job holds
     /// `turn`, because that job waits for the end of the pause, or its start is in progress.
     pub(super) fn pause_end(&self) -> Option<Instant> {
         let _turn = self.turn.try_lock().ok()?;
-        self.pace().not_before
+        self.trouble().as_ref().map(|trouble| trouble.not_before)
     }
 
     /// Returns the state of the brake, or `None` if the brake is not engaged.
     pub(super) fn status(&self) -> Option<BrakeStatus> {
-        if !self.is_engaged() {
-            return None;
-        }
-        let pace = self.pace();
-        let pause = pace.not_before.map(|end| end.saturating_duration_since(Instant::now()));
-        Some(BrakeStatus {
-            failures: pace.failures,
-            error: pace.error.clone(),
-            pause_seconds: pause.unwrap_or_default().as_secs_f64(),
+        self.trouble().as_ref().map(|trouble| BrakeStatus {
+            failures: trouble.failures,
+            error: trouble.error.clone(),
+            pause_seconds: trouble.not_before.saturating_duration_since(Instant::now()).as_secs_f64(),
         })
-    }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
     }
 
     /// Starts a process with `spawn`. `fault` is the error of the job's previous start, if that start failed. If the brake is
@@ -160,14 +150,14 @@ impl Brake {
             why = &mut cut_short => return Err(NotStarted::CutShort(why)),
             turn = self.turn() => turn,
         };
-        self.settle(start_patiently(spawn, cut_short).await)
+        self.start_patiently(spawn, cut_short).await
     }
 
     async fn turn(&self) -> MutexGuard<'_, ()> {
         let turn = self.turn.lock().await;
         let mut released = pin!(self.released.notified());
         released.as_mut().enable();
-        let not_before = self.pace().not_before;
+        let not_before = self.trouble().as_ref().map(|trouble| trouble.not_before);
         if let Some(not_before) = not_before {
             tokio::select! {
                 biased;
@@ -189,34 +179,49 @@ impl Brake {
         is_about_variables && self.proof == ProvenBy::Start
     }
 
-    /// Records the result of a turn, and converts it to the result of `start`.
-    fn settle<T, C>(&self, tried: StartEnd<T, C>) -> Result<(T, Option<C>), NotStarted<C>> {
-        match tried {
-            StartEnd::Runs(started) => {
-                match self.proof {
-                    ProvenBy::Start => self.release(),
-                    ProvenBy::Job => {
-                        self.pace().runs = true;
-                        self.pause();
+    /// Starts a process, and retries for up to `PATIENCE` while the error may be temporary. `cut_short` or the job's timeout ends
+    /// the wait.
+    async fn start_patiently<T: Begin, C>(
+        &self,
+        spawn: impl Fn() -> io::Result<T>,
+        mut cut_short: impl Future<Output = C> + Unpin,
+    ) -> Result<(T, Option<C>), NotStarted<C>> {
+        let give_up = Instant::now() + PATIENCE;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let error = match spawn() {
+                Ok(started) => tokio::select! {
+                    biased;
+                    begun = started.begun() => match begun {
+                        Ok(()) => {
+                            self.begun();
+                            return Ok((started, None));
+                        }
+                        Err(error) => error,
+                    },
+                    why = &mut cut_short => {
+                        // Otherwise the next start would follow at once, while the result of this one is still unknown.
+                        if self.proof == ProvenBy::Job {
+                            self.pause();
+                        }
+                        return Ok((started, Some(why)));
                     }
-                }
-                Ok((started, None))
-            }
-            StartEnd::MayRun(started, why) => {
-                // Start a new pause. Otherwise the next start would follow at once, while the result of this one is still
-                // unknown.
-                if self.proof == ProvenBy::Job {
-                    self.pause();
-                }
-                Ok((started, why))
-            }
-            StartEnd::CutShort(why) => Err(NotStarted::CutShort(why)),
-            StartEnd::Failed(error) => {
+                    () = started.overdue() => return Ok((started, None)),
+                },
+                Err(error) => error,
+            };
+            if !may_pass(&error) || Instant::now() >= give_up {
                 if !self.is_the_jobs_own(&error) {
                     self.failed(&error);
                 }
-                Err(NotStarted::Failed(error))
+                return Err(NotStarted::Failed(error));
             }
+            tokio::select! {
+                biased;
+                why = &mut cut_short => return Err(NotStarted::CutShort(why)),
+                () = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64() / 4.0)) => {}
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
@@ -238,7 +243,7 @@ impl Brake {
     /// that ran at the same time, only the first failure counts. Otherwise one fault would raise the delay to its maximum at
     /// once.
     fn has_failed_since(&self, started: Instant) -> bool {
-        self.pace().failed_at.is_some_and(|failed_at| started <= failed_at)
+        self.trouble().as_ref().is_some_and(|trouble| started <= trouble.failed_at)
     }
 
     /// Records that a process started at `started` ended before it had shown that the handler works. Does nothing if another
@@ -251,84 +256,51 @@ impl Brake {
 
     /// Counts a failure and starts the pause. Returns true for the first failure since the handler last worked.
     fn count_failure(&self, runs: bool, error: String) -> bool {
-        {
-            let mut pace = self.pace();
-            pace.delay = (pace.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
-            (pace.failed_at, pace.runs) = (Some(Instant::now()), runs);
-            (pace.failures, pace.error) = (pace.failures + 1, error);
-        }
-        self.pause();
-        !self.engaged.swap(true, Ordering::AcqRel)
+        let (mut trouble, now) = (self.trouble(), Instant::now());
+        let (failures, delay) = match &*trouble {
+            None => (1, FIRST_DELAY),
+            Some(before) => (before.failures + 1, (before.delay * 2).min(LONGEST_DELAY)),
+        };
+        *trouble = Some(Trouble { delay, not_before: now + delay, failed_at: now, runs, failures, error });
+        failures == 1
     }
 
+    /// Starts a new pause, if the brake is engaged.
     fn pause(&self) {
-        let mut pace = self.pace();
-        pace.not_before = (!pace.delay.is_zero()).then(|| Instant::now() + pace.delay);
+        if let Some(trouble) = &mut *self.trouble() {
+            trouble.not_before = Instant::now() + trouble.delay;
+        }
+    }
+
+    /// Records that a start succeeded.
+    fn begun(&self) {
+        match self.proof {
+            ProvenBy::Start => self.release(),
+            ProvenBy::Job => {
+                if let Some(trouble) = &mut *self.trouble() {
+                    trouble.runs = true;
+                }
+                self.pause();
+            }
+        }
     }
 
     /// Records that a process started at `started` has done a job. Releases the brake if no failure has been counted since that
     /// start. A process from before the last failure does not show that a new one can be started, so it releases the brake only
     /// if the pause ended more than `LONGEST_DELAY` ago.
     pub(super) fn proven(&self, started: Instant) {
-        if !self.is_engaged() {
-            return;
-        }
-        let is_old = self.pace().not_before.is_none_or(|not_before| not_before.elapsed() > LONGEST_DELAY);
-        if is_old || !self.has_failed_since(started) {
+        let is_proof = |trouble: &Trouble| started > trouble.failed_at || trouble.not_before.elapsed() > LONGEST_DELAY;
+        if self.trouble().as_ref().is_some_and(is_proof) {
             self.release();
         }
     }
 
     /// Forgets the failures and ends the pause, because the handler works again.
     fn release(&self) {
-        if self.engaged.swap(false, Ordering::AcqRel) {
-            *self.pace() = Pace::default();
+        if self.trouble().take().is_some() {
             self.released.notify_waiters();
             info!(handler = self.name, "handler can be started again");
         }
-    }
-}
-
-/// The result of a job's turn to start its process.
-enum StartEnd<T, C> {
-    Runs(T),
-    /// A process exists, but the wait for its program ended early: for the contained reason or, if that is `None`, at the job's
-    /// timeout.
-    MayRun(T, Option<C>),
-    CutShort(C),
-    Failed(io::Error),
-}
-
-/// Starts a process, and retries for up to `PATIENCE` while the error may be temporary. `cut_short` or the job's timeout ends the
-/// wait.
-async fn start_patiently<T: Begin, C>(
-    spawn: impl Fn() -> io::Result<T>,
-    mut cut_short: impl Future<Output = C> + Unpin,
-) -> StartEnd<T, C> {
-    let give_up = Instant::now() + PATIENCE;
-    let mut pause = FIRST_PAUSE;
-    loop {
-        let error = match spawn() {
-            Ok(started) => tokio::select! {
-                biased;
-                begun = started.begun() => match begun {
-                    Ok(()) => return StartEnd::Runs(started),
-                    Err(error) => error,
-                },
-                why = &mut cut_short => return StartEnd::MayRun(started, Some(why)),
-                () = started.overdue() => return StartEnd::MayRun(started, None),
-            },
-            Err(error) => error,
-        };
-        if !may_pass(&error) || Instant::now() >= give_up {
-            return StartEnd::Failed(error);
-        }
-        tokio::select! {
-            biased;
-            why = &mut cut_short => return StartEnd::CutShort(why),
-            () = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64() / 4.0)) => {}
-        }
-        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::outcome::Cause;
 use crate::handler::Handler;
 use crate::lifecycle::{Lifecycle, Phase};
 
@@ -26,5 +27,14 @@ pub(super) async fn time_is_up(handler: &Handler, since: Instant) {
     match handler.timeout {
         Some(timeout) => tokio::time::sleep_until(since + timeout).await,
         None => std::future::pending().await,
+    }
+}
+
+/// Waits until a job that began at `since` must end.
+pub(super) async fn cause_to_terminate(handler: &Handler, lifecycle: &Lifecycle, since: Instant) -> Cause {
+    tokio::select! {
+        biased;
+        () = lifecycle.reached(Phase::Killing) => Cause::Killing,
+        () = time_is_up(handler, since) => Cause::Timeout,
     }
 }

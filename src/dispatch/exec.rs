@@ -105,7 +105,7 @@ impl ExecDispatcher {
                 Ok(took) => Ok(took),
                 Err(error) => Err(why_not_started(route, &error).await),
             };
-            tried.push((route.brake.name().to_owned(), result));
+            tried.push((route.brake.name.clone(), result));
         }
         tried
     }

@@ -17,12 +17,9 @@ type Task = Box<dyn FnOnce() + Send>;
 
 /// A set of threads that run tasks. A thread is started for a new task, and ends when no task waits. Clones share one set.
 #[derive(Debug, Clone)]
-pub(super) struct FileThreads(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
+pub(super) struct FileThreads {
     max_threads: usize,
-    queue: Mutex<Queue>,
+    queue: Arc<Mutex<Queue>>,
 }
 
 #[derive(Default)]
@@ -40,7 +37,7 @@ impl fmt::Debug for Queue {
 impl FileThreads {
     /// Returns a set that runs up to `max_threads` tasks at once.
     pub(super) fn with_threads(max_threads: usize) -> Self {
-        Self(Arc::new(Shared { max_threads, queue: Mutex::default() }))
+        Self { max_threads, queue: Arc::default() }
     }
 
     /// Queues a task. Returns false if too many tasks wait, or if there is no thread and none can be started.
@@ -49,7 +46,7 @@ impl FileThreads {
         if queue.waiting.len() >= MAX_WAITING {
             return false;
         }
-        if queue.threads < self.0.max_threads {
+        if queue.threads < self.max_threads {
             let threads = self.clone();
             let started = Builder::new().name("files".to_owned()).spawn(move || threads.work());
             queue.threads += usize::from(started.is_ok());
@@ -81,7 +78,7 @@ impl FileThreads {
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs queued tasks until the queue is empty.

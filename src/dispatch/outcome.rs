@@ -1,5 +1,6 @@
 //! [`of`], which decides a job's outcome from the exit of its process, the handler's settings and the result file.
 
+use std::collections::BTreeSet;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
@@ -21,25 +22,41 @@ pub(super) enum Cause {
 }
 
 /// The preliminary outcome of a job, before the result file is read.
-enum Fate {
+pub(super) enum Fate {
     Done,
     CutShort,
     Failed { error_type: &'static str, what: String, kill: bool },
 }
 
+impl Fate {
+    pub(super) fn failed(error_type: &'static str, what: impl Into<String>) -> Self {
+        Self::Failed { error_type, what: what.into(), kill: false }
+    }
+
+    pub(super) fn into_outcome(self, handler: &Handler, stderr: &Tail) -> Outcome {
+        match self {
+            Self::Done => Outcome::Success,
+            Self::CutShort => Outcome::Interrupted,
+            Self::Failed { error_type, what, kill } => {
+                let name = handler.program.file_name();
+                let message = match stderr.last_line() {
+                    Some(line) => format!("{name} {what}: {line}"),
+                    None => format!("{name} {what}"),
+                };
+                Outcome::Failure(Failure { kill, ..Failure::new(error_type, message).with_backtrace(stderr.text()) })
+            }
+        }
+    }
+}
+
 /// Decides a job's outcome. Awaits the handler's verdict only if the job failed.
 pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Future<Output = Option<Verdict>>) -> Ended {
-    let outcome = match fate(handler, &exit) {
-        Fate::Done => Outcome::Success,
-        Fate::CutShort => Outcome::Interrupted,
-        Fate::Failed { error_type, what, kill } => {
-            let message = message(&handler.program.file_name(), &what, &exit.stderr);
-            let failure = Failure { kill, ..Failure::new(error_type, message).with_backtrace(exit.stderr.text()) };
-            Outcome::Failure(match verdict.await {
-                Some(verdict) => verdict.apply_to(failure),
-                None => failure,
-            })
-        }
+    let outcome = match fate(handler, &exit).into_outcome(handler, &exit.stderr) {
+        Outcome::Failure(failure) => Outcome::Failure(match verdict.await {
+            Some(verdict) => verdict.apply_to(failure),
+            None => failure,
+        }),
+        other => other,
     };
     let (exit, usage) = exit.ended.ok().unzip();
     Ended { outcome, exit, usage, took: Took::Dispatch }
@@ -48,41 +65,39 @@ pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Futur
 /// Derives a job's fate from the exit of its process. If the worker terminated the process, the exit status has no effect,
 /// because the job was cut short or timed out.
 fn fate(handler: &Handler, exit: &Exit<Cause>) -> Fate {
-    let failed = |error_type, what| Fate::Failed { error_type, what, kill: false };
     match (&exit.ended, exit.terminated) {
         // A process that outlived SIGKILL may still run its job, so the job has not failed.
         (_, Some((Cause::Killing, _) | (_, Termination::GivenUp))) => Fate::CutShort,
         (_, Some((Cause::Timeout, Termination::Stopped))) => {
-            failed("Timeout", format!("was stopped {}", after(handler)))
+            Fate::failed("Timeout", format!("was stopped {}", after(handler)))
         }
         (_, Some((Cause::Timeout, Termination::Denied))) => {
             let what = format!("could not be stopped {}, because it is another user's", after(handler));
-            failed("Timeout", what)
+            Fate::failed("Timeout", what)
         }
-        (Err(error), None) => failed("WaitError", format!("ended, but its exit status could not be read: {error}")),
-        (Ok((status, _)), None) => match (status.code(), status.signal()) {
-            (Some(code), _) => fate_of_code(handler, code),
-            // The process had no signal handler for the drain signal, and was killed by it.
-            (None, signal) if exit.notified && signal == handler.drain_signal.map(Signal::as_raw) => Fate::CutShort,
-            (None, _) => failed("Signal", killed_by(*status)),
-        },
+        (Err(error), None) => {
+            Fate::failed("WaitError", format!("ended, but its exit status could not be read: {error}"))
+        }
+        (Ok((status, _)), None) if status.success() || is_listed(&handler.success_exit_codes, *status) => Fate::Done,
+        (Ok((status, _)), None) => fate_of_status(handler, *status, exit.notified),
     }
 }
 
-fn fate_of_code(handler: &Handler, code: i32) -> Fate {
-    let listed = |codes: &std::collections::BTreeSet<u8>| u8::try_from(code).is_ok_and(|code| codes.contains(&code));
-    if code == 0 || listed(&handler.success_exit_codes) {
-        return Fate::Done;
+/// Derives the fate of a job whose process has failed by itself. `notified` tells whether the process got the drain signal.
+pub(super) fn fate_of_status(handler: &Handler, status: ExitStatus, notified: bool) -> Fate {
+    match status.signal() {
+        None => {
+            let kill = is_listed(&handler.kill_exit_codes, status);
+            Fate::Failed { error_type: "ExitStatus", what: in_words(status), kill }
+        }
+        // The process had no signal handler for the drain signal, and was killed by it.
+        signal if notified && signal == handler.drain_signal.map(Signal::as_raw) => Fate::CutShort,
+        Some(_) => Fate::failed("Signal", in_words(status)),
     }
-    let kill = listed(&handler.kill_exit_codes);
-    Fate::Failed { error_type: "ExitStatus", what: format!("exited with status {code}"), kill }
 }
 
-pub(super) fn message(name: &str, what: &str, stderr: &Tail) -> String {
-    match stderr.last_line() {
-        Some(line) => format!("{name} {what}: {line}"),
-        None => format!("{name} {what}"),
-    }
+fn is_listed(codes: &BTreeSet<u8>, status: ExitStatus) -> bool {
+    status.code().and_then(|code| u8::try_from(code).ok()).is_some_and(|code| codes.contains(&code))
 }
 
 pub(super) fn after(handler: &Handler) -> String {
@@ -92,10 +107,9 @@ pub(super) fn after(handler: &Handler) -> String {
 
 /// Describes how a process ended.
 pub(super) fn in_words(status: ExitStatus) -> String {
-    status.code().map_or_else(|| killed_by(status), |code| format!("exited with status {code}"))
-}
-
-fn killed_by(status: ExitStatus) -> String {
+    if let Some(code) = status.code() {
+        return format!("exited with status {code}");
+    }
     let number = status.signal().unwrap_or_default();
     let name = signal_name(number).map(|name| format!(" ({name})")).unwrap_or_default();
     // The kernel's out-of-memory killer sends SIGKILL.

@@ -73,8 +73,7 @@ impl ResultDir {
     /// Returns an unused path for one job's result file. The file name is a number and not the job's id, because a path must not
     /// contain data from a job.
     pub(super) fn file(&self) -> ResultFile<'_> {
-        let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
-        ResultFile { dir: self, path: self.path.join(&name), name }
+        ResultFile { dir: self, path: self.path.join(self.next.fetch_add(1, Ordering::Relaxed).to_string()) }
     }
 }
 
@@ -82,8 +81,19 @@ impl ResultDir {
 #[derive(Debug)]
 pub(super) struct ResultFile<'a> {
     dir: &'a ResultDir,
-    name: String,
     path: PathBuf,
+}
+
+/// The kind of file that a handler has left at the path of its result file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LeftBehind {
+    Nothing,
+    /// A small regular file on the directory's own file system. It is read and removed in the current thread, because that does
+    /// not hang.
+    SmallFile,
+    /// Anything else, for example a directory, a large file or a mounted file system. It is read and removed in another thread,
+    /// because that may hang.
+    Other,
 }
 
 impl ResultFile<'_> {
@@ -111,26 +121,13 @@ impl ResultFile<'_> {
             }
         }
     }
-}
 
-/// The kind of file that a handler has left at the path of its result file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum LeftBehind {
-    Nothing,
-    /// A small regular file on the directory's own file system. It is read and removed in the current thread, because that does
-    /// not hang.
-    SmallFile,
-    /// Anything else, for example a directory, a large file or a mounted file system. It is read and removed in another thread,
-    /// because that may hang.
-    Other,
-}
-
-impl ResultFile<'_> {
     /// Finds the kind of the file with statx(2). The flags limit the call to attributes that the kernel has cached, so that a
     /// mounted network file system cannot make the call hang.
     fn find(&self) -> LeftBehind {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-        match statx(&self.dir.lock, self.name.as_str(), flags, StatxFlags::TYPE | StatxFlags::SIZE) {
+        let name = self.path.file_name().unwrap_or_default();
+        match statx(&self.dir.lock, name, flags, StatxFlags::TYPE | StatxFlags::SIZE) {
             Err(Errno::NOENT) => LeftBehind::Nothing,
             Ok(about)
                 if FileType::from_raw_mode(about.stx_mode.into()) == FileType::RegularFile
@@ -248,15 +245,9 @@ pub(super) struct Verdict {
     message: Option<String>,
     error_type: Option<String>,
     backtrace: Option<String>,
-    retry: Option<Retry>,
-    kill: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Retry {
-    In(Duration),
     /// The time in Unix milliseconds.
-    At(u64),
+    retry_at: Option<u64>,
+    kill: bool,
 }
 
 /// The JSON form of a [`Verdict`].
@@ -283,14 +274,14 @@ impl Verdict {
         Self::of(serde_json::from_slice(bytes).map_err(|error| error.to_string())?)
     }
 
-    /// Converts the JSON form of a verdict, and validates the time of the retry.
+    /// Converts the JSON form of a verdict, and validates the time of the retry. `retry_in` counts from now.
     ///
     /// # Errors
     /// When `retry_in` and `retry_at` are both set, or one of them is invalid.
     pub(super) fn of(written: Written) -> Result<Self, String> {
-        let retry = match (written.retry_in, written.retry_at) {
+        let retry_at = match (written.retry_in, written.retry_at) {
             (Some(_), Some(_)) => return Err("it has both retry_in and retry_at".to_owned()),
-            (Some(wait), None) => Some(retry_in(&wait)?),
+            (Some(wait), None) => Some(from_now(retry_in(&wait)?)),
             (None, Some(time)) => Some(retry_at(&time)?),
             (None, None) => None,
         };
@@ -298,50 +289,42 @@ impl Verdict {
             message: written.message,
             error_type: written.error_type,
             backtrace: written.backtrace,
-            retry,
+            retry_at,
             kill: written.kill.unwrap_or_default(),
         })
     }
 
-    /// Returns `failure`, overridden by the values that the verdict sets. `retry_in` counts from now. `kill` can be set, but not
-    /// cleared.
+    /// Returns `failure`, overridden by the values that the verdict sets. `kill` can be set, but not cleared.
     pub(super) fn apply_to(self, failure: Failure) -> Failure {
         Failure {
             message: self.message.unwrap_or(failure.message),
             is_named_by_handler: self.error_type.is_some(),
             error_type: self.error_type.or(failure.error_type),
             backtrace: self.backtrace.or(failure.backtrace),
-            retry_at: self.retry.map(Retry::unix_millis),
+            retry_at: self.retry_at,
             kill: failure.kill || self.kill,
         }
     }
 }
 
-impl Retry {
-    #[expect(clippy::disallowed_methods, reason = "the server schedules retries by wall time")]
-    fn unix_millis(self) -> u64 {
-        match self {
-            Self::At(time) => time,
-            Self::In(wait) => {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                u64::try_from(now.saturating_add(wait).as_millis()).unwrap_or(u64::MAX)
-            }
-        }
-    }
+/// Returns the time after `wait` in Unix milliseconds.
+#[expect(clippy::disallowed_methods, reason = "the server schedules retries by wall time")]
+fn from_now(wait: Duration) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.saturating_add(wait).as_millis()).unwrap_or(u64::MAX)
 }
 
-fn retry_in(wait: &NumberOrText) -> Result<Retry, String> {
+fn retry_in(wait: &NumberOrText) -> Result<Duration, String> {
     let duration = match wait {
         NumberOrText::Number(seconds) => Duration::try_from_secs_f64(*seconds).ok(),
         NumberOrText::Text(text) => humantime::parse_duration(text).ok(),
     };
     duration
         .filter(|wait| *wait <= LONGEST_WAIT)
-        .map(Retry::In)
         .ok_or_else(|| "retry_in must be seconds, or a duration like \"5m\"".to_owned())
 }
 
-fn retry_at(time: &NumberOrText) -> Result<Retry, String> {
+fn retry_at(time: &NumberOrText) -> Result<u64, String> {
     let millis = match time {
         NumberOrText::Number(millis) if *millis >= 0.0 => Some(*millis as u64),
         NumberOrText::Number(_) => None,
@@ -351,7 +334,6 @@ fn retry_at(time: &NumberOrText) -> Result<Retry, String> {
     };
     millis
         .filter(|millis| *millis <= LAST_TIME)
-        .map(Retry::At)
         .ok_or_else(|| "retry_at must be Unix milliseconds, or a time like \"2030-01-31T08:00:00Z\"".to_owned())
 }
 
@@ -363,8 +345,8 @@ mod tests {
         Verdict::parse(text.as_bytes())
     }
 
-    fn retry(text: &str) -> Option<Retry> {
-        parse(text).unwrap().retry
+    fn written(json: &str) -> NumberOrText {
+        serde_json::from_str(json).unwrap()
     }
 
     #[test]
@@ -375,15 +357,18 @@ mod tests {
 
     #[test]
     fn a_wait_is_seconds_or_humantime() {
-        assert_eq!(retry(r#"{"retry_in":1.5}"#), Some(Retry::In(Duration::from_millis(1500))));
-        assert_eq!(retry(r#"{"retry_in":"5m"}"#), Some(Retry::In(Duration::from_secs(300))));
+        assert_eq!(retry_in(&written("1.5")), Ok(Duration::from_millis(1500)));
+        assert_eq!(retry_in(&written(r#""5m""#)), Ok(Duration::from_secs(300)));
+        let verdict = parse(r#"{"retry_in":60}"#).unwrap();
+        let at = from_now(Duration::from_secs(60));
+        assert!((at - 10_000..=at).contains(&verdict.retry_at.unwrap()));
     }
 
     #[test]
     fn a_time_is_unix_milliseconds_or_rfc_3339_in_any_zone() {
-        assert_eq!(retry(r#"{"retry_at":1795485639928}"#), Some(Retry::At(1_795_485_639_928)));
-        assert_eq!(retry(r#"{"retry_at":"1970-01-01T00:00:01Z"}"#), Some(Retry::At(1000)));
-        assert_eq!(retry(r#"{"retry_at":"1970-01-01T02:00:00.5+02:00"}"#), Some(Retry::At(500)));
+        assert_eq!(retry_at(&written("1795485639928")), Ok(1_795_485_639_928));
+        assert_eq!(retry_at(&written(r#""1970-01-01T00:00:01Z""#)), Ok(1000));
+        assert_eq!(retry_at(&written(r#""1970-01-01T02:00:00.5+02:00""#)), Ok(500));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! [`Routes`]: the handler for each job type, with the record of the handler's starts.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -36,8 +36,8 @@ pub(super) struct Route {
 #[derive(Debug, Default)]
 struct Look {
     is_under_way: bool,
-    begun: Option<Instant>,
-    is_fine: bool,
+    /// The time at which the check began, if it found no problem.
+    fine_at: Option<Instant>,
 }
 
 fn lock(look: &Mutex<Look>) -> MutexGuard<'_, Look> {
@@ -84,7 +84,7 @@ impl Route {
     fn status(&self, job_type: Option<&str>) -> HandlerStatus {
         HandlerStatus {
             r#type: job_type.map(str::to_owned),
-            handler: self.brake.name().to_owned(),
+            handler: self.brake.name.clone(),
             mode: if self.pool.is_some() { "warm" } else { "spawn" },
             starts: self.starts.load(Ordering::Relaxed),
             brake: self.brake.status(),
@@ -112,11 +112,11 @@ impl Route {
         if !look.is_under_way {
             let (latest, program, begun) = (Arc::clone(&self.look), self.handler.program.clone(), Instant::now());
             look.is_under_way = self.files.run(move || {
-                let is_fine = program.problem().is_none();
-                *lock(&latest) = Look { is_under_way: false, begun: Some(begun), is_fine };
+                let fine_at = program.problem().is_none().then_some(begun);
+                *lock(&latest) = Look { is_under_way: false, fine_at };
             });
         }
-        look.is_fine && look.begun.is_some_and(|begun| begun >= pause_end)
+        look.fine_at.is_some_and(|fine_at| fine_at >= pause_end)
     }
 
     /// Returns the message for a failed start. Adds a hint if a file explains the failure, because the system reports the same
@@ -144,12 +144,12 @@ pub(super) struct Routes {
 
 /// The state that all routes share, including those of earlier configurations.
 #[derive(Debug, Clone)]
-pub(super) struct Shared {
+struct Shared {
     /// The threads that check handlers' files.
     files: FileThreads,
     /// The maximum number of jobs that run at once.
-    pub(super) concurrency: usize,
-    pub(super) processes: Arc<Processes>,
+    concurrency: usize,
+    processes: Arc<Processes>,
 }
 
 impl Routes {
@@ -193,8 +193,7 @@ impl Routes {
 
     /// Returns the status of each handler, sorted by job type, with the default handler last.
     pub(super) fn list(&self) -> Vec<HandlerStatus> {
-        let mut by_type: Vec<_> = self.by_type.iter().collect();
-        by_type.sort_unstable_by_key(|(job_type, _)| *job_type);
+        let by_type: BTreeMap<_, _> = self.by_type.iter().collect();
         let of_types = by_type.into_iter().map(|(job_type, route)| route.status(Some(job_type)));
         of_types.chain(self.default.iter().map(|route| route.status(None))).collect()
     }
@@ -211,10 +210,7 @@ impl Routes {
 
     /// Returns the sorted names of the handlers that cannot be started.
     pub(super) fn broken(&self) -> Vec<String> {
-        let mut names: Vec<String> =
-            self.all().filter(|route| route.is_broken()).map(|route| route.brake.name().to_owned()).collect();
-        names.sort_unstable();
-        names.dedup();
-        names
+        let broken = self.all().filter(|route| route.is_broken());
+        broken.map(|route| route.brake.name.clone()).collect::<BTreeSet<_>>().into_iter().collect()
     }
 }

@@ -6,8 +6,8 @@ use tokio::time::Instant;
 use tracing::error;
 
 use super::brake::Begin;
-use super::deadline::{last_wait, time_is_up};
-use super::outcome::{self, Cause};
+use super::deadline::{cause_to_terminate, last_wait, time_is_up};
+use super::outcome;
 use super::output_log::OutputLog;
 use super::pids::Listed;
 use super::result_file::ResultFile;
@@ -105,11 +105,4 @@ fn blame(error: io::Error, job: &Job) -> io::Error {
         return io::Error::new(io::ErrorKind::ArgumentListTooLong, error);
     }
     error
-}
-
-async fn cause_to_terminate(handler: &Handler, lifecycle: &Lifecycle, since: Instant) -> Cause {
-    tokio::select! {
-        () = lifecycle.reached(Phase::Killing) => Cause::Killing,
-        () = time_is_up(handler, since) => Cause::Timeout,
-    }
 }

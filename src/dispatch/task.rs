@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::brake::{Begin, NotStarted};
 use super::routes::{Route, Routes};
-use super::warm::{Busy, HandlerHealth, Idle, Pool, StartError};
+use super::warm::{HandlerHealth, Idle, Pool, StartError};
 use super::{Ended, ExecDispatcher, variables};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -32,16 +32,17 @@ pub(super) enum Tried {
 }
 
 impl Tried {
-    async fn not_started(route: &Route, why: NotStarted<Cut>) -> Self {
+    fn cut_short(why: Cut) -> Self {
         match why {
-            NotStarted::CutShort(Cut::Replaced) => Self::Again(None),
-            NotStarted::CutShort(Cut::Stopping) => Self::Ended(Ended::unstarted(Outcome::Interrupted)),
-            NotStarted::Failed(error) => {
-                let error_type = if is_start_error(&error) { "StartError" } else { "SpawnError" };
-                let failure = Failure::new(error_type, why_not_started(route, &error).await);
-                Self::Ended(Ended::unstarted(Outcome::Failure(failure)))
-            }
+            Cut::Replaced => Self::Again(None),
+            Cut::Stopping => Self::Ended(Ended::unstarted(Outcome::Interrupted)),
         }
+    }
+
+    async fn failed(route: &Route, error: &io::Error) -> Self {
+        let error_type = if start_error(error).is_some() { "StartError" } else { "SpawnError" };
+        let failure = Failure::new(error_type, why_not_started(route, error).await);
+        Self::Ended(Ended::unstarted(Outcome::Failure(failure)))
     }
 }
 
@@ -59,7 +60,8 @@ impl ExecDispatcher {
                     Err(error) => Tried::Again(Some(error)),
                 }
             }
-            Err(why) => Tried::not_started(route, why).await,
+            Err(NotStarted::CutShort(why)) => Tried::cut_short(why),
+            Err(NotStarted::Failed(error)) => Tried::failed(route, &error).await,
         }
     }
 
@@ -71,8 +73,13 @@ impl ExecDispatcher {
         task: &mut Task<'_>,
         fault: Option<io::Error>,
     ) -> Tried {
+        let place = tokio::select! {
+            biased;
+            place = pool.place() => place,
+            why = killed_or_replaced(route, task) => return Tried::cut_short(why),
+        };
         let busy = match self.warm_process(route, pool, task, fault).await {
-            Ok(busy) => busy,
+            Ok(idle) => pool.busy(idle, place),
             Err(tried) => return tried,
         };
         let _listed = self.pids.list(&task.job.id, busy.pid());
@@ -103,27 +110,22 @@ impl ExecDispatcher {
         pool: &Arc<Pool>,
         task: &mut Task<'_>,
         fault: Option<io::Error>,
-    ) -> Result<Busy, Tried> {
-        let cut_short = async |why| Tried::not_started(route, NotStarted::CutShort(why)).await;
-        let place = tokio::select! {
-            biased;
-            place = pool.place() => place,
-            why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
-        };
+    ) -> Result<Idle, Tried> {
         let mut in_line = match pool.take_idle() {
             Ok(idle) => {
                 if let Some(error) = &fault {
-                    route.brake.failed_since(start_of(error), error);
+                    let started = start_error(error).map_or_else(Instant::now, |error| error.started);
+                    route.brake.failed_since(started, error);
                 }
-                return Ok(pool.busy(idle, place));
+                return Ok(idle);
             }
             Err(in_line) => in_line,
         };
         let slot = tokio::select! {
             biased;
-            idle = &mut in_line => return Ok(pool.busy(idle, place)),
+            idle = &mut in_line => return Ok(idle),
             slot = pool.slot() => slot,
-            why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
+            why = killed_or_replaced(route, task) => return Err(Tried::cut_short(why)),
         };
         let spawn = |socket: &PathBuf| self.spawn_warm(route, socket);
         let lifecycle = task.lifecycle;
@@ -137,27 +139,27 @@ impl ExecDispatcher {
         };
         let (starting, cut) = match route.brake.start(fault, cut, start).await {
             Ok(started) => started,
-            Err(NotStarted::CutShort(WarmCut::Idle(idle))) => return Ok(pool.busy(idle, place)),
-            Err(NotStarted::CutShort(WarmCut::Short(why))) => return Err(cut_short(why).await),
+            Err(NotStarted::CutShort(WarmCut::Idle(idle))) => return Ok(idle),
+            Err(NotStarted::CutShort(WarmCut::Short(why))) => return Err(Tried::cut_short(why)),
             // Do not fail the job. It can still get one of the running processes, while the brake delays the next start.
             Err(NotStarted::Failed(_)) if pool.is_any_at_work() => return Err(Tried::Again(None)),
-            Err(NotStarted::Failed(error)) => return Err(Tried::not_started(route, NotStarted::Failed(error)).await),
+            Err(NotStarted::Failed(error)) => return Err(Tried::failed(route, &error).await),
         };
         let idle = match cut {
             Some(WarmCut::Idle(idle)) => idle,
             _ => tokio::select! {
                 biased;
                 connected = starting.begun() => return match connected {
-                    Ok(()) => starting.busy(place).ok_or(Tried::Again(None)),
+                    Ok(()) => starting.connected().ok_or(Tried::Again(None)),
                     Err(error) => Err(Tried::Again(Some(error))),
                 },
-                why = killed_or_replaced(route, task) => return Err(cut_short(why).await),
+                why = killed_or_replaced(route, task) => return Err(Tried::cut_short(why)),
                 idle = in_line => idle,
             },
         };
         let (brake_of, since) = (Arc::clone(route), starting.started());
         pool.adopt(starting, lifecycle, move |error| brake_of.brake.failed_since(since, error));
-        Ok(pool.busy(idle, place))
+        Ok(idle)
     }
 
     pub(super) fn spawn_warm(&self, route: &Route, socket: &Path) -> io::Result<Resident> {
@@ -195,20 +197,14 @@ const MAX_UNREAD: usize = 5;
 /// The value of `Task::unread` at which the job fails, if no other process of the pool works.
 const MAX_UNREAD_ALONE: usize = 2;
 
-/// Returns the start time in a `StartError`, or the current time if the error is of another type.
-fn start_of(error: &io::Error) -> Instant {
-    let failed = error.get_ref().and_then(|error| error.downcast_ref::<StartError>());
-    failed.map_or_else(Instant::now, StartError::started)
-}
-
-/// Reports whether the error means that a warm process was started but did not connect.
-fn is_start_error(error: &io::Error) -> bool {
-    error.get_ref().is_some_and(|error| error.is::<StartError>())
+/// Returns the `StartError` if a warm process was started but did not connect.
+fn start_error(error: &io::Error) -> Option<&StartError> {
+    error.get_ref()?.downcast_ref()
 }
 
 /// Returns the reason why a start failed, for people.
 pub(super) async fn why_not_started(route: &Route, error: &io::Error) -> String {
-    if is_start_error(error) { format!("{} {error}", route.brake.name()) } else { route.not_started(error).await }
+    if start_error(error).is_some() { format!("{} {error}", route.brake.name) } else { route.not_started(error).await }
 }
 
 async fn stopped_or_replaced(lifecycle: &Lifecycle, routes: &mut watch::Receiver<Arc<Routes>>) -> Cut {

@@ -1,6 +1,5 @@
 //! [`Busy`]: a warm process that runs a job, until the outcome of the job is known.
 
-use std::os::unix::process::ExitStatusExt;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +10,13 @@ use tokio::time::Instant;
 use super::member::{Member, ProcessState, Stop};
 use super::wire::{NoReply, Reply, Wire};
 use super::{HANG_UP, Idle, Pool};
-use crate::dispatch::deadline::time_is_up;
-use crate::dispatch::outcome::{self, Cause};
-use crate::dispatch::result_file::Verdict;
+use crate::dispatch::deadline::cause_to_terminate;
+use crate::dispatch::outcome::{self, Cause, Fate};
 use crate::dispatch::{Ended, Took};
 use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::places::Place;
-use crate::process::{ResourceUsage, Signal, Tail, Termination};
+use crate::process::{ResourceUsage, Termination};
 
 /// The time limit for a process to exit after it has closed its connection during a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
@@ -71,28 +69,27 @@ impl Busy {
         let (was_stopping, cpu_before) = (lifecycle.is_awaited(), self.member.cpu_time_before_job());
         self.member.begin(&job.id);
         let Some(mut wire) = self.wire.take() else { return (Outcome::Interrupted.into(), HandlerHealth::Unknown) };
-        let (end, sent) = self.exchange(&mut wire, job, lifecycle, since, was_stopping).await;
+        let (end, notified) = self.exchange(&mut wire, job, lifecycle, since, was_stopping).await;
         if let ExchangeEnd::Replied(reply) = end {
             return (self.finish_with_reply(wire, reply, cpu_before), HandlerHealth::Works);
         }
         // After `UNREAD_LIMIT`, the process may have begun the job and have left only the newline unread.
         let is_unread = matches!(end, ExchangeEnd::NoReply(NoReply::Unread)) && since.elapsed() < UNREAD_LIMIT;
         let was_new = self.member.work().jobs == 0;
-        let ended = self.finish_without_reply(wire, end, sent, cpu_before, lifecycle).await;
-        if let Outcome::Failure(failure) = &ended.outcome
-            && is_unread
-        {
-            let why = was_new.then(|| failure.message.clone());
-            return (ended, HandlerHealth::JobUnread(why));
-        }
-        let is_crash = !self.pool.has_worked_since(&self.member) && matches!(ended.outcome, Outcome::Failure(_));
+        let ended = self.finish_without_reply(wire, end, notified, cpu_before, lifecycle).await;
         let health = match &ended.outcome {
-            Outcome::Failure(failure) if is_crash => HandlerHealth::Crashed(failure.message.clone()),
+            Outcome::Failure(failure) if is_unread => {
+                HandlerHealth::JobUnread(was_new.then(|| failure.message.clone()))
+            }
+            Outcome::Failure(failure) if !self.pool.has_worked_since(&self.member) => {
+                HandlerHealth::Crashed(failure.message.clone())
+            }
             _ => HandlerHealth::Unknown,
         };
         (ended, health)
     }
 
+    /// Sends the job, and waits for the reply. Also returns whether the process got the drain signal.
     async fn exchange(
         &self,
         wire: &mut Wire,
@@ -100,37 +97,30 @@ impl Busy {
         lifecycle: &Lifecycle,
         since: Instant,
         was_stopping: bool,
-    ) -> (ExchangeEnd, Option<Signal>) {
+    ) -> (ExchangeEnd, bool) {
         let handler = &self.pool.handler;
         let mut exchange = pin!(wire.exchange(job));
         let mut to_send = handler.drain_signal.filter(|_| !was_stopping);
-        let mut sent = None;
+        let mut notified = false;
         let end = loop {
-            let drain_requested = async {
-                match to_send {
-                    Some(_) => lifecycle.awaited().await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 biased;
                 reply = &mut exchange => break reply.map_or_else(ExchangeEnd::NoReply, ExchangeEnd::Replied),
-                () = lifecycle.reached(Phase::Killing) => break ExchangeEnd::Stopped(Cause::Killing),
-                () = time_is_up(handler, since) => break ExchangeEnd::Stopped(Cause::Timeout),
+                cause = cause_to_terminate(handler, lifecycle, since) => break ExchangeEnd::Stopped(cause),
                 _ = self.member.ended() => {
                     // The reply may have arrived just before the exit.
                     let reply = exchange.as_mut().now_or_never().and_then(Result::ok);
                     break reply.map_or(ExchangeEnd::Exited, ExchangeEnd::Replied);
                 }
-                () = drain_requested => {
+                () = lifecycle.awaited(), if to_send.is_some() => {
                     if let Some(signal) = to_send.take() {
                         self.member.send_drain_signal(signal);
-                        sent = Some(signal);
+                        notified = true;
                     }
                 }
             }
         };
-        (end, sent)
+        (end, notified)
     }
 
     /// Makes the process idle, or retires it, and returns the end of the job with the outcome given in the reply.
@@ -143,12 +133,16 @@ impl Busy {
                 *self.pool.last_success() = Some(Instant::now());
                 Outcome::Success
             }
-            Some(verdict) => Outcome::Failure(self.failure_of(verdict, &stderr)),
+            Some(verdict) => {
+                let message = format!("{} replied that the job has failed", self.pool.name);
+                let failure = Failure::new("HandlerError", message).with_backtrace(stderr.text());
+                Outcome::Failure(verdict.apply_to(failure))
+            }
         };
         match self.pool.reason_to_recycle(&self.member, reply.is_last) {
             Some(reason) => self.pool.retire(&self.member, reason, Stop::Retire),
             None => {
-                self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
+                self.pool.waiting().give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
                 // If the process has ended since its reply, its keeper may already have finished, and no longer removes the
                 // process from the idle processes.
                 if self.member.has_ended() {
@@ -159,27 +153,19 @@ impl Busy {
         Ended { outcome, exit: None, usage, took: Took::Dispatch }
     }
 
-    fn failure_of(&self, verdict: Verdict, stderr: &Tail) -> Failure {
-        let message = format!("{} replied that the job has failed", self.pool.name);
-        verdict.apply_to(Failure::new("HandlerError", message).with_backtrace(stderr.text()))
-    }
-
     /// Waits until a process that has sent no reply has ended, and stops it if necessary. Returns the end of the job.
     async fn finish_without_reply(
         &mut self,
         wire: Wire,
         end: ExchangeEnd,
-        sent: Option<Signal>,
+        notified: bool,
         cpu_before: Option<Duration>,
         lifecycle: &Lifecycle,
     ) -> Ended {
         let (cause, violation) = match end {
             ExchangeEnd::Stopped(cause) => {
-                self.pool.retire(
-                    &self.member,
-                    if cause == Cause::Timeout { "timeout" } else { "kill" },
-                    Stop::Terminate,
-                );
+                let reason = if cause == Cause::Timeout { "timeout" } else { "kill" };
+                self.pool.retire(&self.member, reason, Stop::Terminate);
                 (Some(cause), None)
             }
             ExchangeEnd::NoReply(NoReply::Invalid(what)) => {
@@ -206,31 +192,20 @@ impl Busy {
         let (status, used) = end.status.as_ref().ok().copied().unzip();
         let usage =
             used.map(|used| ResourceUsage { cpu: used.cpu.saturating_sub(cpu_before.unwrap_or_default()), ..used });
-        let failed = |error_type: &str, what: &str, kill: bool| {
-            let message = outcome::message(&self.pool.name, what, &stderr);
-            Outcome::Failure(Failure { kill, ..Failure::new(error_type, message).with_backtrace(stderr.text()) })
-        };
-        let is_given_up = end.termination == Some(Termination::GivenUp);
-        let outcome = match (cause, violation, status) {
-            (Some(Cause::Killing), ..) => Outcome::Interrupted,
-            _ if is_given_up => Outcome::Interrupted,
-            (_, Some(_), _) if lifecycle.phase() >= Phase::Killing => Outcome::Interrupted,
-            (Some(Cause::Timeout), ..) => {
-                failed("Timeout", &format!("was stopped {}", outcome::after(&self.pool.handler)), false)
+        let handler = &self.pool.handler;
+        let fate = match (cause, violation, status) {
+            (Some(Cause::Killing), ..) => Fate::CutShort,
+            _ if end.termination == Some(Termination::GivenUp) => Fate::CutShort,
+            (_, Some(_), _) if lifecycle.phase() >= Phase::Killing => Fate::CutShort,
+            (Some(Cause::Timeout), ..) => Fate::failed("Timeout", format!("was stopped {}", outcome::after(handler))),
+            (None, Some(what), _) => Fate::failed("ProtocolError", format!("broke the protocol: {what}")),
+            (None, None, Some(status)) if status.success() => {
+                Fate::failed("NoReply", "exited with status 0 without a reply")
             }
-            (None, Some(what), _) => failed("ProtocolError", &format!("broke the protocol: {what}"), false),
-            (None, None, Some(status)) => match (status.code(), status.signal()) {
-                (Some(0), _) => failed("NoReply", "exited with status 0 without a reply", false),
-                (Some(code), _) => {
-                    let kill = u8::try_from(code).is_ok_and(|code| self.pool.handler.kill_exit_codes.contains(&code));
-                    failed("ExitStatus", &outcome::in_words(status), kill)
-                }
-                // The process had no signal handler for the drain signal, and was killed by it.
-                (None, signal) if sent.is_some() && signal == sent.map(Signal::as_raw) => Outcome::Interrupted,
-                (None, _) => failed("Signal", &outcome::in_words(status), false),
-            },
-            (None, None, None) => failed("WaitError", "ended, but its exit status could not be read", false),
+            (None, None, Some(status)) => outcome::fate_of_status(handler, status, notified),
+            (None, None, None) => Fate::failed("WaitError", "ended, but its exit status could not be read"),
         };
+        let outcome = fate.into_outcome(handler, &stderr);
         Ended { outcome, exit: status, usage, took: Took::Dispatch }
     }
 }

@@ -66,25 +66,15 @@ impl Future for InLine {
     type Output = Idle;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Idle> {
-        match Pin::new(&mut self.receiver).poll(context) {
-            Poll::Ready(Ok(idle)) => match self.pool.usable(idle) {
-                Some(idle) => Poll::Ready(idle),
-                None => self.join_again(context),
-            },
+        loop {
             // An error is impossible, because the pool keeps the sender until it sends a process.
-            Poll::Ready(Err(_)) | Poll::Pending => Poll::Pending,
-        }
-    }
-}
-
-impl InLine {
-    fn join_again(&mut self, context: &mut Context<'_>) -> Poll<Idle> {
-        let pool = Arc::clone(&self.pool);
-        match pool.take_idle() {
-            Ok(idle) => Poll::Ready(idle),
-            Err(mut again) => {
-                std::mem::swap(&mut self.receiver, &mut again.receiver);
-                Pin::new(self).poll(context)
+            let Poll::Ready(Ok(idle)) = Pin::new(&mut self.receiver).poll(context) else { return Poll::Pending };
+            if let Some(idle) = self.pool.usable(idle) {
+                return Poll::Ready(idle);
+            }
+            match self.pool.take_idle() {
+                Ok(idle) => return Poll::Ready(idle),
+                Err(mut again) => std::mem::swap(&mut self.receiver, &mut again.receiver),
             }
         }
     }
@@ -94,7 +84,7 @@ impl Drop for InLine {
     fn drop(&mut self) {
         self.receiver.close();
         if let Ok(idle) = self.receiver.try_recv() {
-            self.pool.give(idle);
+            self.pool.waiting().give(idle);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::process::ExitStatus;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -126,10 +127,8 @@ impl Member {
             if let Some(end) = &*ends.borrow_and_update() {
                 return Arc::clone(end);
             }
-            if ends.changed().await.is_err() {
-                // Unreachable, because `self` holds a sender.
-                std::future::pending::<()>().await;
-            }
+            // `changed` fails only once the sender is dropped, and `self` holds the sender.
+            let _ = ends.changed().await;
         }
     }
 
@@ -209,24 +208,13 @@ impl Member {
     }
 }
 
-/// The number, generation, limits and slot of a new process.
-pub(super) struct MemberConfig {
-    pub(super) number: u64,
-    pub(super) generation: u64,
-    pub(super) max_jobs: Option<u64>,
-    pub(super) max_age: Option<Duration>,
-    /// The process's slot, released when the process has ended.
-    pub(super) slot: Arc<Place>,
-}
-
-/// Spawns the keeper task of a process, and returns the `Member`.
+/// Spawns the keeper task of a process, and returns the `Member`. The keeper releases the slot when the process has ended.
 pub(super) fn spawn_keeper(
     pool: &Arc<Pool>,
     resident: Resident,
-    config: MemberConfig,
+    slot: Arc<Place>,
     lifecycle: &Lifecycle,
 ) -> Arc<Member> {
-    let MemberConfig { number, generation, max_jobs, max_age, slot } = config;
     let resident = Arc::new(resident);
     let pid = resident.id();
     // The span has no parent, because the process outlives the job for which it is started.
@@ -240,13 +228,15 @@ pub(super) fn spawn_keeper(
         cpu: None,
         peak: None,
     };
+    // Random, so that the processes do not all end at once.
+    let spread = || 1.0 + fastrand::f64() / 4.0;
     let member = Arc::new(Member {
-        number,
+        number: pool.processes.next.fetch_add(1, Ordering::Relaxed),
         pid,
         started: Instant::now(),
-        generation,
-        max_jobs,
-        max_age,
+        generation: pool.generation.load(Ordering::Relaxed),
+        max_jobs: pool.settings.max_jobs.map(|max| (max.get() as f64 * spread()) as u64),
+        max_age: pool.settings.max_age.map(|max| max.mul_f64(spread())),
         span,
         resident: Arc::downgrade(&resident),
         work: Mutex::new(work),
@@ -254,7 +244,7 @@ pub(super) fn spawn_keeper(
         end: watch::Sender::new(None),
     });
     let keeper = Keeper { pool: Arc::clone(pool), member: Arc::clone(&member), lifecycle: lifecycle.clone() };
-    pool.processes.join(pool, &member);
+    pool.processes.members().insert(member.number, (Arc::clone(pool), Arc::clone(&member)));
     pool.processes.tasks.spawn(keeper.run(resident, slot));
     member
 }
@@ -303,31 +293,28 @@ impl Keeper {
     async fn wait_for_exit(&self, resident: &Resident) -> Option<Termination> {
         let mut stops = self.member.stop.subscribe();
         let grace = self.pool.handler.kill_grace;
-        let mut grace_timer = None;
-        loop {
-            let stop = *stops.borrow_and_update();
-            match stop {
-                Stop::NotRequested => {}
-                Stop::Retire => drop(grace_timer.get_or_insert_with(|| Box::pin(sleep(grace)))),
-                Stop::Terminate => return self.terminate(resident, grace).await,
-                Stop::Kill => return Some(resident.kill(last_wait(&self.lifecycle)).await),
-            }
-            let grace_over = async {
-                match &mut grace_timer {
-                    Some(grace_timer) => grace_timer.await,
-                    None => std::future::pending().await,
-                }
-            };
+        if *stops.borrow_and_update() == Stop::NotRequested {
             tokio::select! {
                 biased;
                 () = resident.exited() => return None,
                 _ = stops.changed() => {}
-                () = grace_over => return self.terminate(resident, grace).await,
             }
         }
+        if *stops.borrow_and_update() == Stop::Retire {
+            tokio::select! {
+                biased;
+                () = resident.exited() => return None,
+                _ = stops.changed() => {}
+                () = sleep(grace) => {}
+            }
+        }
+        if *stops.borrow_and_update() == Stop::Kill {
+            return Some(resident.kill(last_wait(&self.lifecycle)).await);
+        }
+        Some(self.terminate(resident, grace).await)
     }
 
-    async fn terminate(&self, resident: &Resident, grace: Duration) -> Option<Termination> {
+    async fn terminate(&self, resident: &Resident, grace: Duration) -> Termination {
         let mut stops = self.member.stop.subscribe();
         let skip_grace = async {
             tokio::select! {
@@ -336,7 +323,7 @@ impl Keeper {
                 _ = stops.wait_for(|stop| *stop == Stop::Kill) => {}
             }
         };
-        Some(resident.terminate(grace, skip_grace, last_wait(&self.lifecycle)).await)
+        resident.terminate(grace, skip_grace, last_wait(&self.lifecycle)).await
     }
 
     /// Checks the process periodically, and ends it if it is idle and there is a reason. Never returns.

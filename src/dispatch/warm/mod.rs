@@ -23,7 +23,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
@@ -38,7 +38,7 @@ use crate::process::Resident;
 pub(super) use busy::{Busy, HandlerHealth};
 use line::Waiting;
 pub(super) use line::{Idle, InLine};
-use member::{End, Member, MemberConfig, ProcessState, Stop, spawn_keeper};
+use member::{End, Member, ProcessState, Stop, spawn_keeper};
 pub(super) use processes::Processes;
 use starting::Socket;
 pub(super) use starting::{StartError, Starting};
@@ -130,14 +130,9 @@ impl Pool {
     /// is idle, joins the line for the next one.
     pub(super) fn take_idle(self: &Arc<Self>) -> Result<Idle, InLine> {
         loop {
-            let taken = self.waiting().take(self);
-            match taken {
-                Ok(idle) => {
-                    if let Some(idle) = self.usable(idle) {
-                        return Ok(idle);
-                    }
-                }
-                Err(in_line) => return Err(in_line),
+            let idle = self.waiting().take(self)?;
+            if let Some(idle) = self.usable(idle) {
+                return Ok(idle);
             }
         }
     }
@@ -154,11 +149,6 @@ impl Pool {
         Some(idle)
     }
 
-    /// Gives an idle process to the job that has waited longest, or keeps the process if no job waits.
-    fn give(&self, idle: Idle) {
-        self.waiting().give(idle);
-    }
-
     /// Gives an idle process to the job that holds `place`.
     pub(super) fn busy(self: &Arc<Self>, idle: Idle, place: Place) -> Busy {
         let Idle { member, wire, .. } = idle;
@@ -169,15 +159,19 @@ impl Pool {
     /// If the process does not connect, calls `failed` with the error, unless the worker is stopping, because the stop may have
     /// ended the process.
     pub(super) fn adopt(
-        &self,
+        self: &Arc<Self>,
         starting: Starting,
         lifecycle: &Lifecycle,
         failed: impl FnOnce(&io::Error) + Send + 'static,
     ) {
-        let lifecycle = lifecycle.clone();
+        let (pool, lifecycle) = (Arc::clone(self), lifecycle.clone());
         self.processes.tasks.spawn(async move {
             match starting.begun().await {
-                Ok(()) => starting.give(),
+                Ok(()) => {
+                    if let Some(idle) = starting.connected() {
+                        pool.waiting().give(idle);
+                    }
+                }
                 Err(error) if lifecycle.phase() < Phase::Draining => failed(&error),
                 Err(_) => {}
             }
@@ -187,13 +181,12 @@ impl Pool {
     /// Reports whether any process is idle or busy, is not outdated, and can take another job after its current or next one.
     pub(super) fn is_any_at_work(&self) -> bool {
         let generation = self.generation.load(Ordering::Relaxed);
-        let remains = |member: &Member| {
+        self.members().iter().any(|member| {
             let work = member.work();
             let has_jobs_left = member.max_jobs.is_none_or(|max| work.jobs + 1 < max);
             let works = matches!(work.state, ProcessState::Idle | ProcessState::Busy);
             works && has_jobs_left && member.generation == generation
-        };
-        self.count(remains) > 0
+        })
     }
 
     /// Ends an idle process that closed its connection, or sent data while it had no job. No job is affected.
@@ -275,20 +268,18 @@ impl Pool {
 
     /// Returns the ids of the pool's processes.
     pub(super) fn pids(&self) -> Vec<u32> {
-        let members = self.processes.members();
-        let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
-        own.map(|(_, member)| member.pid).collect()
+        self.members().iter().map(|member| member.pid).collect()
     }
 
     /// Counts the pool's processes that are not ending.
     fn remaining(&self) -> usize {
-        self.count(|member| member.work().state != ProcessState::Ending)
+        self.members().iter().filter(|member| member.work().state != ProcessState::Ending).count()
     }
 
-    fn count(&self, counts: impl Fn(&Member) -> bool) -> usize {
+    fn members(&self) -> Vec<Arc<Member>> {
         let members = self.processes.members();
         let own = members.values().filter(|(pool, _)| std::ptr::eq(&**pool, self));
-        own.filter(|(_, member)| counts(member)).count()
+        own.map(|(_, member)| Arc::clone(member)).collect()
     }
 
     /// Removes a process that has ended. If it had connected and ended by itself, logs a warning and records the vacancy. A
@@ -329,19 +320,6 @@ impl Pool {
         Some(reason)
     }
 
-    /// Returns the parameters of a new process. Each limit is randomly increased by up to a quarter, so that processes do not all
-    /// end at once.
-    fn member_config(&self, slot: Arc<Place>) -> MemberConfig {
-        let more = |whole: f64| whole * (1.0 + fastrand::f64() / 4.0);
-        MemberConfig {
-            number: self.processes.next.fetch_add(1, Ordering::Relaxed),
-            generation: self.generation.load(Ordering::Relaxed),
-            max_jobs: self.settings.max_jobs.map(|max| more(max.get() as f64) as u64),
-            max_age: self.settings.max_age.map(|max| max.mul_f64(1.0 + fastrand::f64() / 4.0)),
-            slot,
-        }
-    }
-
     /// Starts a process. `spawn` receives the path of the socket to which the process must connect.
     pub(super) fn start(
         self: &Arc<Self>,
@@ -351,16 +329,16 @@ impl Pool {
         spawn: impl FnOnce(&PathBuf) -> io::Result<Resident>,
     ) -> io::Result<Starting> {
         let started = self.try_start(socket, slot, lifecycle, spawn);
-        let is_short = started.is_err() && self.is_any_at_work();
-        if is_short && !self.is_short_of_processes.swap(is_short, Ordering::Relaxed) {
-            let error = started.as_ref().err().map(ToString::to_string).unwrap_or_default();
-            warn!(
-                handler = self.name,
-                error, "another handler process cannot be started, jobs wait for the present ones"
-            );
-        }
-        if started.is_ok() {
-            self.is_short_of_processes.store(false, Ordering::Relaxed);
+        match &started {
+            Ok(_) => self.is_short_of_processes.store(false, Ordering::Relaxed),
+            Err(error) if self.is_any_at_work() && !self.is_short_of_processes.swap(true, Ordering::Relaxed) => {
+                warn!(
+                    handler = self.name,
+                    error = error.to_string(),
+                    "another handler process cannot be started, jobs wait for the present ones"
+                );
+            }
+            Err(_) => {}
         }
         started
     }
@@ -382,8 +360,8 @@ impl Pool {
         let vacancy = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let reason = vacancy.unwrap_or("demand");
         self.processes.count_start(&self.name, reason);
-        let member = spawn_keeper(self, resident, self.member_config(Arc::clone(slot)), lifecycle);
+        let member = spawn_keeper(self, resident, Arc::clone(slot), lifecycle);
         debug!(handler = self.name, pid = member.pid, reason, "handler process started");
-        Ok(Starting { pool: Arc::clone(self), member, listener, _socket: socket, wire: Mutex::new(None) })
+        Ok(Starting { pool: Arc::clone(self), member, listener, _socket: socket, wire: OnceLock::new() })
     }
 }

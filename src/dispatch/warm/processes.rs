@@ -31,8 +31,8 @@ impl Processes {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn join(&self, pool: &Arc<Pool>, member: &Arc<Member>) {
-        self.members().insert(member.number, (Arc::clone(pool), Arc::clone(member)));
+    fn all(&self) -> Vec<(Arc<Pool>, Arc<Member>)> {
+        self.members().values().cloned().collect()
     }
 
     pub(super) fn count_start(&self, handler: &str, reason: &'static str) {
@@ -54,8 +54,7 @@ impl Processes {
     }
 
     pub(super) fn stop_all(&self, stop: Stop) {
-        let all: Vec<_> = self.members().values().cloned().collect();
-        for (pool, member) in all {
+        for (pool, member) in self.all() {
             pool.remove_idle(&member);
             member.stop(stop);
         }
@@ -68,8 +67,7 @@ impl Processes {
 
     /// Returns the status of each process.
     pub(in crate::dispatch) fn list(&self) -> Vec<HandlerProcess> {
-        let all: Vec<_> = self.members().values().cloned().collect();
-        let described = all.iter().map(|(pool, member)| {
+        let described = self.all().into_iter().map(|(pool, member)| {
             let memory_bytes = member.memory();
             let work = member.work();
             HandlerProcess {
@@ -88,11 +86,7 @@ impl Processes {
     /// Returns the number of started processes, by handler and by the reason for the start.
     pub(in crate::dispatch) fn starts(&self) -> Vec<ProcessStarts> {
         let starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = |((handler, reason), count): (&(String, &'static str), &u64)| ProcessStarts {
-            handler: handler.clone(),
-            reason,
-            count: *count,
-        };
-        starts.iter().map(count).collect()
+        let count = starts.iter().map(|((handler, reason), count)| (handler.clone(), *reason, *count));
+        count.map(|(handler, reason, count)| ProcessStarts { handler, reason, count }).collect()
     }
 }

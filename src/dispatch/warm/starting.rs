@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
@@ -13,10 +13,9 @@ use tracing::warn;
 
 use super::member::{End, Member, ProcessState, Stop};
 use super::wire::Wire;
-use super::{Busy, Idle, Pool};
+use super::{Idle, Pool};
 use crate::dispatch::brake::Begin;
 use crate::dispatch::outcome;
-use crate::places::Place;
 
 /// The time after a process's start at which a warning is logged if the process has not connected.
 const SLOW_START: Duration = Duration::from_secs(5);
@@ -38,23 +37,14 @@ pub(in crate::dispatch) struct Starting {
     pub(super) member: Arc<Member>,
     pub(super) listener: UnixListener,
     pub(super) _socket: Socket,
-    pub(super) wire: Mutex<Option<Wire>>,
+    pub(super) wire: OnceLock<Wire>,
 }
 
 impl Starting {
-    /// Gives the process to the job that holds `place`. Returns `None` if the process has not connected.
-    pub(in crate::dispatch) fn busy(self, place: Place) -> Option<Busy> {
-        let wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        Some(Busy { pool: Arc::clone(&self.pool), member: Arc::clone(&self.member), wire: Some(wire), _place: place })
-    }
-}
-
-impl Starting {
-    /// Gives the connected process to the first waiting job, or adds it to the idle processes.
-    pub(super) fn give(self) {
-        if let Some(wire) = self.wire.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            self.pool.give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
-        }
+    /// Returns the process. Returns `None` if the process has not connected.
+    pub(in crate::dispatch) fn connected(mut self) -> Option<Idle> {
+        let wire = self.wire.take()?;
+        Some(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() })
     }
 
     /// Returns the time at which the process was started.
@@ -63,9 +53,9 @@ impl Starting {
     }
 
     /// Ends the connected process. Returns the time from the start of the process to this call.
-    pub(in crate::dispatch) async fn end(self) -> Duration {
+    pub(in crate::dispatch) async fn end(mut self) -> Duration {
         let took = self.member.started.elapsed();
-        drop(self.wire.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.wire.take());
         self.member.stop(Stop::Retire);
         self.member.ended().await;
         took
@@ -75,7 +65,7 @@ impl Starting {
 impl Drop for Starting {
     fn drop(&mut self) {
         // The wire of a connected process is `None` once the process has been given to a job or the pool.
-        if self.wire.get_mut().is_ok_and(|wire| wire.is_some()) || self.member.work().state == ProcessState::Starting {
+        if self.wire.get().is_some() || self.member.work().state == ProcessState::Starting {
             self.member.stop(Stop::Kill);
         }
     }
@@ -84,14 +74,15 @@ impl Drop for Starting {
 impl Begin for Starting {
     /// Waits until the process connects. Kills the process if it does not connect within `start_timeout`.
     async fn begun(&self) -> io::Result<()> {
-        if self.wire.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+        if self.wire.get().is_some() {
             return Ok(());
         }
         let limit = self.pool.settings.start_timeout;
         tokio::select! {
             biased;
             connected = self.listener.accept() => {
-                *self.wire.lock().unwrap_or_else(PoisonError::into_inner) = Some(Wire::new(connected?.0));
+                let (stream, _) = connected?;
+                self.wire.get_or_init(|| Wire::new(stream));
                 self.member.work().state = ProcessState::Idle;
                 Ok(())
             }
@@ -148,7 +139,8 @@ impl Starting {
 #[derive(Debug)]
 pub(in crate::dispatch) struct StartError {
     text: String,
-    started: Instant,
+    /// The time at which the process was started.
+    pub(in crate::dispatch) started: Instant,
 }
 
 impl StartError {
@@ -158,11 +150,6 @@ impl StartError {
             None => what,
         };
         io::Error::other(Self { text, started: member.started })
-    }
-
-    /// Returns the time at which the process was started.
-    pub(in crate::dispatch) fn started(&self) -> Instant {
-        self.started
     }
 }
 

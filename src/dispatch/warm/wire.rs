@@ -75,7 +75,8 @@ impl Wire {
 
     /// Sends a job, and waits for the reply. If the future is dropped before the reply, the connection must not be used again.
     pub(super) async fn exchange(&mut self, job: &Job) -> Result<Reply, NoReply> {
-        let mut line = JobLine::of(job);
+        // The job's bytes are copied only if a character in them has to be escaped.
+        let mut line = escape_separators(&job.object).chain(&b"\n"[..]);
         loop {
             self.send(&mut line)?;
             if let Some(end) = self.receive()? {
@@ -83,8 +84,13 @@ impl Wire {
                     return Err(NoReply::Invalid("it replied before it had read its job".to_owned()));
                 }
                 let reply = parse(&self.received[..end], &job.id).map_err(NoReply::Invalid)?;
-                self.remove_line(end);
-                return if self.is_silent() { Ok(reply) } else { Err(self.second_reply()) };
+                self.received.drain(..end);
+                self.searched = 0;
+                if !self.received.is_empty() {
+                    let rest = excerpt(&self.received);
+                    return Err(NoReply::Invalid(format!("it sent more than one reply: {rest}")));
+                }
+                return Ok(reply);
             }
             let wanted =
                 if line.has_remaining() { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
@@ -95,21 +101,15 @@ impl Wire {
 
     /// Reports whether the process is still connected and has sent nothing since its last reply.
     pub(super) fn is_idle(&mut self) -> bool {
-        self.receive().is_ok_and(|line| line.is_none()) && self.is_silent()
-    }
-
-    fn is_silent(&self) -> bool {
-        self.received.is_empty()
-    }
-
-    fn second_reply(&self) -> NoReply {
-        NoReply::Invalid(format!("it sent more than one reply: {}", excerpt(&self.received)))
+        self.receive().is_ok_and(|line| line.is_none()) && self.received.is_empty()
     }
 
     /// Writes as much of the line as the socket accepts without blocking.
-    fn send(&self, line: &mut JobLine) -> Result<(), NoReply> {
+    fn send(&self, line: &mut impl Buf) -> Result<(), NoReply> {
         while line.has_remaining() {
-            match self.stream.try_write_vectored(&line.slices()) {
+            let mut slices = [IoSlice::new(&[]); 2];
+            let filled = line.chunks_vectored(&mut slices);
+            match self.stream.try_write_vectored(&slices[..filled]) {
                 Ok(written) => line.advance(written),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -118,12 +118,6 @@ impl Wire {
             }
         }
         Ok(())
-    }
-
-    /// Removes the first line, which ends at `end`, from the received bytes.
-    fn remove_line(&mut self, end: usize) {
-        self.received.drain(..end);
-        self.searched = 0;
     }
 
     /// Reads until the socket is empty or a line is complete. Returns the end of the line, or `None` if no line is complete.
@@ -151,32 +145,6 @@ impl Wire {
                 Err(_) => return Err(NoReply::Closed),
             }
         }
-    }
-}
-
-/// The unsent part of a job's line. The job's bytes are copied only if a character in them has to be escaped.
-struct JobLine {
-    job: Bytes,
-    end: &'static [u8],
-}
-
-impl JobLine {
-    fn of(job: &Job) -> Self {
-        Self { job: escape_separators(&job.object), end: b"\n" }
-    }
-
-    fn has_remaining(&self) -> bool {
-        !self.end.is_empty()
-    }
-
-    fn slices(&self) -> [IoSlice<'_>; 2] {
-        [IoSlice::new(&self.job), IoSlice::new(self.end)]
-    }
-
-    fn advance(&mut self, written: usize) {
-        let of_job = written.min(self.job.len());
-        self.job.advance(of_job);
-        self.end = &self.end[written - of_job..];
     }
 }
 
@@ -256,16 +224,5 @@ mod tests {
         assert_eq!(escape_separators(&json), "{\"a\":\"one\\u2028two\\u2029, … and — dashes\"}");
         let plain = Bytes::from("{\"a\":\"… —\"}");
         assert_eq!(escape_separators(&plain).as_ptr(), plain.as_ptr());
-    }
-
-    #[test]
-    fn a_line_partly_sent_is_continued() {
-        let mut line = JobLine { job: Bytes::from("abc"), end: b"\n" };
-        line.advance(2);
-        assert!(line.has_remaining());
-        line.advance(1);
-        assert_eq!((&line.job[..], line.end), (&b""[..], &b"\n"[..]));
-        line.advance(1);
-        assert!(!line.has_remaining());
     }
 }
