@@ -1,6 +1,5 @@
 //! [`LiveLine`]: the status line below the log on a terminal.
 
-use std::fmt;
 use std::io::{self, Write, stderr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,14 +9,8 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::Stderr;
 
 /// A line below the log that is rewritten in place. Clones share the line.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct LiveLine(Arc<Mutex<String>>);
-
-impl fmt::Debug for LiveLine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("LiveLine")
-    }
-}
 
 /// Terminal sequence that moves to the line's start and clears the line.
 const CLEAR: &str = "\r\x1b[K";
