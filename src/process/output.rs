@@ -125,13 +125,14 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
 #[derive(Debug)]
 pub(super) struct SharedOutput {
     pipe: OwnedFd,
+    channel: Channel,
     lines: Mutex<Lines>,
 }
 
 impl SharedOutput {
     /// Wraps a non-blocking pipe.
-    pub(super) fn of(pipe: OwnedFd) -> Self {
-        Self { pipe, lines: Mutex::default() }
+    pub(super) fn of(pipe: OwnedFd, channel: Channel) -> Self {
+        Self { pipe, channel, lines: Mutex::default() }
     }
 
     fn lines(&self) -> MutexGuard<'_, Lines> {
@@ -139,7 +140,8 @@ impl SharedOutput {
     }
 
     /// Reads the output line by line to its end.
-    pub(super) async fn read(&self, on_line: impl Fn(&str)) {
+    pub(super) async fn read(&self, on_line: impl Fn(Channel, &str)) {
+        let on_line = |line: &str| on_line(self.channel, line);
         read_chunks(&self.pipe, |portion| {
             // Lock before the read. Otherwise `read_present` could run between the read and the push, and these bytes would be
             // missing at the end of their task.
@@ -152,7 +154,8 @@ impl SharedOutput {
 
     /// Reads the bytes that are in the pipe now, or none if `is_readable` is false. A last line without a newline is passed to
     /// `on_line` too.
-    fn read_present(&self, is_readable: bool, on_line: impl Fn(&str)) {
+    fn read_present(&self, is_readable: bool, on_line: impl Fn(Channel, &str)) {
+        let on_line = |line: &str| on_line(self.channel, line);
         let mut left = if is_readable { ioctl_fionread(&self.pipe).unwrap_or_default() } else { 0 };
         let mut lines = self.lines();
         while left > 0 {
@@ -169,13 +172,13 @@ impl SharedOutput {
 }
 
 /// Reads the bytes that are in the pipes of `outputs` now. Usually all pipes are empty, so one system call checks them together.
-pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N], on_line: impl Fn(Channel, &str)) {
-    let mut looks = outputs.map(|(output, _)| PollFd::new(&output.pipe, PollFlags::IN));
+pub(super) fn read_present(outputs: &[SharedOutput; 2], on_line: impl Fn(Channel, &str)) {
+    let mut looks = outputs.each_ref().map(|output| PollFd::new(&output.pipe, PollFlags::IN));
     // After a failed poll, every pipe counts as readable.
     let is_known = poll(&mut looks, Some(&Timespec::default())).is_ok();
     let are_readable = looks.map(|look| !is_known || !look.revents().is_empty());
-    for ((output, channel), is_readable) in outputs.into_iter().zip(are_readable) {
-        output.read_present(is_readable, |line| on_line(channel, line));
+    for (output, is_readable) in outputs.iter().zip(are_readable) {
+        output.read_present(is_readable, &on_line);
     }
 }
 
