@@ -5,7 +5,6 @@ mod labels;
 mod maker;
 mod series;
 
-use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -59,15 +58,10 @@ const WAIT_BUCKETS: &[f64] =
 const STATES: [&str; 4] = ["running", "paused", "draining", "killing"];
 
 /// All metrics of one worker. Clones share them.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Metrics(Arc<Counters>);
 
-impl fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Metrics")
-    }
-}
-
+#[derive(Debug)]
 struct Counters {
     registry: Registry,
     /// The queues in the settings.
@@ -350,9 +344,7 @@ impl Metrics {
         self.count_processes(&now);
         TextEncoder::new().encode_to_string(&counters.registry.gather())
     }
-}
 
-impl Metrics {
     fn count_processes(&self, now: &Gauges) {
         let Counters { processes, process_starts, failed_starts, .. } = &*self.0;
         failed_starts.reset();

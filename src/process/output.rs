@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +14,8 @@ use rustix::io::{Errno, ioctl_fionread};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
+
+use crate::lock::lock;
 
 /// The maximum number of bytes kept of a line. The rest of a longer line is cut.
 const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -135,21 +137,17 @@ impl SharedOutput {
         Self { pipe, channel, lines: Mutex::default() }
     }
 
-    fn lines(&self) -> MutexGuard<'_, Lines> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Reads the output line by line to its end.
     pub(super) async fn read(&self, on_line: impl Fn(Channel, &str)) {
         let on_line = |line: &str| on_line(self.channel, line);
         read_chunks(&self.pipe, |portion| {
             // Lock before the read. Otherwise `read_present` could run between the read and the push, and these bytes would be
             // missing at the end of their task.
-            let mut lines = self.lines();
+            let mut lines = lock(&self.lines);
             read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line))
         })
         .await;
-        self.lines().finish(&on_line);
+        lock(&self.lines).finish(&on_line);
     }
 
     /// Reads the bytes that are in the pipe now, or none if `is_readable` is false. A last line without a newline is passed to
@@ -157,7 +155,7 @@ impl SharedOutput {
     fn read_present(&self, is_readable: bool, on_line: impl Fn(Channel, &str)) {
         let on_line = |line: &str| on_line(self.channel, line);
         let mut left = if is_readable { ioctl_fionread(&self.pipe).unwrap_or_default() } else { 0 };
-        let mut lines = self.lines();
+        let mut lines = lock(&self.lines);
         while left > 0 {
             let portion = READ_BYTES.min(usize::try_from(left).unwrap_or(READ_BYTES));
             match read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line)) {
