@@ -84,7 +84,7 @@ impl ChildSetup {
         })
     }
 
-    /// Opens the error pipe of a child that needs one, and returns the child's end. `execve` closes that end.
+    /// Opens the error pipe of a child that needs one, and returns the child's end.
     ///
     /// # Errors
     /// When the system has no descriptors left.

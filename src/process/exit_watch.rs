@@ -34,7 +34,6 @@ impl ExitWatch {
         }
     }
 
-    /// Returns the child's pidfd, if there is one.
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Reactor(pidfd) => Some(pidfd.get_ref().as_fd()),

@@ -101,7 +101,6 @@ pub(crate) struct Start<'a> {
     pub(crate) output: Output,
     pub(crate) starter: &'a Starter,
     pub(crate) read_delay: &'a ReadDelay,
-    /// The children of this process.
     pub(crate) children: &'a Children,
 }
 
@@ -133,7 +132,6 @@ pub(crate) enum Termination {
 /// The result of [`Process::supervise`].
 #[derive(Debug)]
 pub(crate) struct Exit<C> {
-    /// The exit status and resource usage of the leader, or the error of the wait.
     pub(crate) ended: WaitResult,
     /// The cause and the result of the termination. `None` if the leader has exited by itself, even if a cause came at the same
     /// moment.

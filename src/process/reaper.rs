@@ -1,7 +1,6 @@
 //! [`Reaper`]: reaps killed children that no job waits for. Its thread runs only while there are such children.
 
 use std::any::Any;
-use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
@@ -54,8 +53,7 @@ impl Reaper {
         if !state.has_thread {
             let reaper = self.clone();
             // If the thread cannot be started, a later call to `take` tries again.
-            let started: io::Result<_> = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run());
-            state.has_thread = started.is_ok();
+            state.has_thread = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run()).is_ok();
         }
         self.0.added.notify_one();
     }
