@@ -326,9 +326,6 @@ impl Metrics {
     }
 
     /// Returns all metrics in the text format of Prometheus.
-    ///
-    /// # Errors
-    /// If a metric cannot be encoded.
     pub(crate) fn text(&self, now: Gauges) -> Result<String, Error> {
         let counters = &*self.0;
         let count = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);

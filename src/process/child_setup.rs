@@ -85,9 +85,6 @@ impl ChildSetup {
     }
 
     /// Opens the error pipe of a child that needs one, and returns the child's end.
-    ///
-    /// # Errors
-    /// When the system has no descriptors left.
     pub(super) fn open_error_pipe(&mut self) -> io::Result<Option<OwnedFd>> {
         if self.way == Way::Sharing {
             return Ok(None);

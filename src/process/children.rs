@@ -73,9 +73,6 @@ impl Children {
     }
 
     /// Reaps inherited orphans for as long as the future is polled. Returns at once if this process does not inherit orphans.
-    ///
-    /// # Errors
-    /// When the operating system refuses the signal handler.
     pub(crate) async fn reap_orphans(self) -> io::Result<()> {
         let Some(waited) = self.waited else { return Ok(()) };
         let mut deaths = Signals::new([SIGCHLD])?;

@@ -99,9 +99,6 @@ impl Group {
     }
 
     /// Waits until the leader has executed its program.
-    ///
-    /// # Errors
-    /// When the leader cannot execute its program.
     pub(super) async fn begun(&self) -> io::Result<()> {
         tokio::select! {
             biased;

@@ -175,9 +175,6 @@ impl Process {
     }
 
     /// Waits until the child has executed the program. Optional, because [`Process::supervise`] returns the same error.
-    ///
-    /// # Errors
-    /// When the program could not be started.
     pub(crate) async fn begun(&self) -> io::Result<()> {
         self.group.begun().await
     }

@@ -20,9 +20,6 @@ pub(crate) struct Resident {
 
 impl Resident {
     /// Starts a program in its own process group, and does not wait for `execve`.
-    ///
-    /// # Errors
-    /// When the system cannot create the process.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let Process { group, stdout, stderr, .. } = Process::spawn(start)?;
         let outputs = stdout.zip(stderr).map(|(stdout, stderr)| {

@@ -42,9 +42,6 @@ pub(super) struct Stack {
 
 impl Stacks {
     /// Takes an unused stack, or maps a new one.
-    ///
-    /// # Errors
-    /// When the system has no memory for a new stack.
     pub(super) fn take(&self) -> io::Result<Stack> {
         let mut kept = lock(&self.0);
         let memory = match kept.spare.pop() {
