@@ -65,6 +65,7 @@ pub mod handler;
 pub mod job;
 mod ledger;
 pub mod lifecycle;
+mod lock;
 mod metrics;
 mod places;
 mod process;

@@ -21,7 +21,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::config::{ConfigError, LogConfig, LogFormat, LogLevel, LogLevels, SPAN_TARGET, Source};
-use json::{JsonLine, JsonLines};
+use json::JsonLine;
 pub use live_line::{AboveLiveLine, LiveLine};
 pub use stderr::Stderr;
 
@@ -47,7 +47,7 @@ impl Log {
         let writing = match (format, &live) {
             (LogFormat::Json, _) => {
                 let json = layer().log_internal_errors(false).with_ansi(false).fmt_fields(JsonFields::new());
-                json.event_format(JsonLine).with_writer(JsonLines(lines)).boxed()
+                json.event_format(JsonLine).with_writer(lines).boxed()
             }
             (LogFormat::Compact, Some(live)) => plain.with_ansi(false).compact().with_writer(live.clone()).boxed(),
             (LogFormat::Compact, None) => plain.compact().fmt_fields(unstyled()).with_writer(lines).boxed(),
@@ -86,28 +86,24 @@ fn unstyled() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static
 }
 
 fn filter(config: &LogConfig) -> Result<Targets, ConfigError> {
-    match &config.filter {
+    let filter = match &config.filter {
         Some(directives) => {
             let filter = directives.parse().map_err(|error: ParseError| wrong_filter(directives, &error))?;
-            let nothing = format!("the worker would log nothing; add a level, like {directives},info");
-            if says_how_to_log_the_worker(&filter) {
-                Ok(with_spans(filter))
-            } else {
-                Err(wrong_filter(directives, &nothing))
+            if !says_how_to_log_the_worker(&filter) {
+                let nothing = format!("the worker would log nothing; add a level, like {directives},info");
+                return Err(wrong_filter(directives, &nothing));
             }
+            filter
         }
-        None => Ok(with_spans(filter_of(&config.level))),
-    }
+        None => filter_of(&config.level),
+    };
+    // Keep the spans of jobs and processes enabled, because they add the job or the process to each line.
+    Ok(filter.with_target(SPAN_TARGET, Level::ERROR))
 }
 
 fn filter_of(levels: &LogLevels) -> Targets {
     let targets = levels.targets.iter().map(|(target, of_target)| (*target, level(*of_target)));
     Targets::new().with_default(Level::WARN).with_target("zizq_worker", level(levels.level)).with_targets(targets)
-}
-
-/// Keeps the spans of jobs and processes enabled, because they add the job or the process to each line.
-fn with_spans(filter: Targets) -> Targets {
-    filter.with_target(SPAN_TARGET, Level::ERROR)
 }
 
 fn wrong_filter(directives: &str, problem: &dyn fmt::Display) -> ConfigError {

@@ -1,15 +1,15 @@
 //! The program `zizq-worker`: resolves the settings, starts the log and the runtime, runs the worker, returns the exit status.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use zizq_worker::chain::Chain;
 use zizq_worker::check::{CheckError, check};
 use zizq_worker::cli::{Args, Reach, journal_stream};
-use zizq_worker::daemon::{self, Fatal};
+use zizq_worker::daemon;
 use zizq_worker::logging::{Log, Stderr, complaint_prefix};
-use zizq_worker::{Config, ConfigError, Summary};
+use zizq_worker::{Config, ConfigError};
 
 fn main() -> ExitCode {
     let args = match Args::try_parse_from(std::env::args_os()) {
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     if let Some(reach) = args.check() {
         return show(&config, reach);
     }
-    match start(args, config, log) {
+    match in_runtime(daemon::run(args, config, log)) {
         Ok(summary) if summary.is_clean() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => match error.downcast_ref::<ConfigError>() {
@@ -34,22 +34,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(args: Args, config: Config, log: Log) -> Result<Summary, Fatal> {
+fn in_runtime<T, E: From<io::Error>>(work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     let runtime = daemon::runtime()?;
-    let ended = runtime.block_on(daemon::run(args, config, log));
+    let ended = runtime.block_on(work);
     // Do not wait for blocking tasks. A DNS lookup cannot be cancelled, and would delay the exit.
     runtime.shutdown_background();
     ended
 }
 
 fn show(config: &Config, reach: Reach) -> ExitCode {
-    let runtime = match daemon::runtime() {
-        Ok(runtime) => runtime,
-        Err(error) => return complain(&error, 1),
-    };
-    let checked = runtime.block_on(check(config, reach, &mut std::io::stdout().lock()));
-    runtime.shutdown_background();
-    match checked {
+    match in_runtime(check(config, reach, &mut io::stdout().lock())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(CheckError::Mistake(mistake)) => complain(&mistake, mistake.exit_status()),
         Err(CheckError::Server(problem) | CheckError::Handler(problem)) => complain(&problem, 1),

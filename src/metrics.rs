@@ -5,7 +5,6 @@ mod labels;
 mod maker;
 mod series;
 
-use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -59,15 +58,10 @@ const WAIT_BUCKETS: &[f64] =
 const STATES: [&str; 4] = ["running", "paused", "draining", "killing"];
 
 /// All metrics of one worker. Clones share them.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Metrics(Arc<Counters>);
 
-impl fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Metrics")
-    }
-}
-
+#[derive(Debug)]
 struct Counters {
     registry: Registry,
     /// The queues in the settings.
@@ -332,9 +326,6 @@ impl Metrics {
     }
 
     /// Returns all metrics in the text format of Prometheus.
-    ///
-    /// # Errors
-    /// If a metric cannot be encoded.
     pub(crate) fn text(&self, now: Gauges) -> Result<String, Error> {
         let counters = &*self.0;
         let count = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
@@ -350,9 +341,7 @@ impl Metrics {
         self.count_processes(&now);
         TextEncoder::new().encode_to_string(&counters.registry.gather())
     }
-}
 
-impl Metrics {
     fn count_processes(&self, now: &Gauges) {
         let Counters { processes, process_starts, failed_starts, .. } = &*self.0;
         failed_starts.reset();

@@ -1,34 +1,16 @@
-//! [`JsonLines`]: the log as one flat JSON object per line.
+//! [`JsonLine`]: the log as one flat JSON object per line.
 
-use std::fmt::{self, Write as _};
-use std::io::{self, Write};
+use std::fmt::{self, Write};
 
 use serde::Serialize;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Metadata, Subscriber};
+use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::{JsonFields, Writer};
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields, MakeWriter};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
-use super::{Line, Lines};
 use crate::chain::is_unruly;
-
-/// A factory for writers that write JSON events to stderr.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct JsonLines(pub(super) Lines);
-
-impl MakeWriter<'_> for JsonLines {
-    type Writer = JsonWriter<Line>;
-
-    fn make_writer(&self) -> JsonWriter<Line> {
-        JsonWriter(self.0.make_writer())
-    }
-
-    fn make_writer_for(&self, event: &Metadata<'_>) -> JsonWriter<Line> {
-        JsonWriter(self.0.make_writer_for(event))
-    }
-}
 
 /// A formatter that writes events as flat JSON objects, with the fields of the job under `job`.
 #[derive(Debug)]
@@ -52,9 +34,11 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for Json
         }
         event.record(&mut members);
         let Members { event, job } = &members;
-        writer.write_str(event)?;
+        write_escaped(&mut writer, event)?;
         if let Some(job) = job.strip_prefix(',') {
-            write!(writer, ",\"job\":{{{job}}}")?;
+            writer.write_str(",\"job\":{")?;
+            write_escaped(&mut writer, job)?;
+            writer.write_char('}')?;
         }
         writer.write_str("}\n")
     }
@@ -116,32 +100,14 @@ impl Visit for Members {
     }
 }
 
-/// A writer that escapes characters that JSON allows unescaped but a terminal interprets: control characters from
-/// U+007F upwards, and Unicode's separators and controls of direction. In JSON, these characters occur only within strings,
-/// where an escape is valid.
-pub(super) struct JsonWriter<W>(W);
-
-impl<W: Write> Write for JsonWriter<W> {
-    fn write(&mut self, json: &[u8]) -> io::Result<usize> {
-        let is_foreign = |char: char| !matches!(char, '\0'..='~') && is_unruly(char);
-        match std::str::from_utf8(json) {
-            Ok(text) if text.contains(is_foreign) => {
-                let mut escaped = String::with_capacity(text.len());
-                for char in text.chars() {
-                    if is_foreign(char) {
-                        let _ = write!(escaped, "\\u{:04x}", u32::from(char));
-                    } else {
-                        escaped.push(char);
-                    }
-                }
-                self.0.write_all(escaped.as_bytes())?;
-            }
-            _ => self.0.write_all(json)?,
-        }
-        Ok(json.len())
+/// Writes JSON, and escapes characters that JSON allows unescaped but a terminal interprets: control characters from U+007F
+/// upwards, and Unicode's separators and controls of direction. In JSON, these characters occur only within strings, where an
+/// escape is valid.
+fn write_escaped(writer: &mut Writer<'_>, mut json: &str) -> fmt::Result {
+    let is_foreign = |char: char| !matches!(char, '\0'..='~') && is_unruly(char);
+    while let Some((start, char)) = json.char_indices().find(|(_, char)| is_foreign(*char)) {
+        write!(writer, "{}\\u{:04x}", &json[..start], u32::from(char))?;
+        json = &json[start + char.len_utf8()..];
     }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
-    }
+    writer.write_str(json)
 }

@@ -1,23 +1,17 @@
 //! [`LiveLine`]: the status line below the log on a terminal.
 
-use std::fmt;
 use std::io::{self, Write, stderr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::termios::tcgetwinsize;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::Stderr;
+use crate::lock::lock;
 
 /// A line below the log that is rewritten in place. Clones share the line.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct LiveLine(Arc<Mutex<String>>);
-
-impl fmt::Debug for LiveLine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("LiveLine")
-    }
-}
 
 /// Terminal sequence that moves to the line's start and clears the line.
 const CLEAR: &str = "\r\x1b[K";
@@ -25,17 +19,13 @@ const CLEAR: &str = "\r\x1b[K";
 impl LiveLine {
     /// Replaces the line's text. An empty text removes the line.
     pub fn show(&self, text: &str) {
-        let mut shown = self.lock();
+        let mut shown = lock(&self.0);
         if !(shown.is_empty() && text.is_empty()) {
             // Cut the text to one row, because `CLEAR` clears only the last row of a wrapped line.
             *shown = text.chars().take(width().saturating_sub(1)).collect();
             // Ignore a failed write, which means that the terminal is closed.
             let _ = write!(Stderr, "{CLEAR}{shown}");
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -49,7 +39,7 @@ impl<'a> MakeWriter<'a> for LiveLine {
     type Writer = AboveLiveLine<'a>;
 
     fn make_writer(&'a self) -> AboveLiveLine<'a> {
-        AboveLiveLine(self.lock())
+        AboveLiveLine(lock(&self.0))
     }
 }
 

@@ -1,7 +1,9 @@
 //! [`Names`]: the queues or types that have a label of their own in the metrics.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::lock::lock;
 
 /// Label shared by all names without a label of their own. The number of labels is limited, because each label costs memory, here
 /// and in Prometheus.
@@ -24,7 +26,7 @@ impl Names {
     }
 
     pub(super) fn known(&self) -> MutexGuard<'_, HashSet<String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Returns the label of a name, and whether the label is new.

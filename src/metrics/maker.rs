@@ -4,9 +4,11 @@ use prometheus::core::Collector;
 #[cfg(target_os = "linux")]
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
-    CounterVec, Error, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    CounterVec, Error, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry,
 };
+
+use crate::version::VERSION;
 
 /// A factory for metrics whose names begin with `zizq_worker_`.
 pub(super) struct Maker(pub(super) Registry);
@@ -23,16 +25,11 @@ impl Maker {
     }
 
     pub(super) fn about_the_process(&self, started: f64) -> Result<(), Error> {
-        self.constant("build_info", "Always 1; which worker this is", "version", env!("CARGO_PKG_VERSION"), 1.0)?;
-        self.constant("start_time_seconds", "When the worker started, in Unix seconds", "", "", started)?;
+        self.gauges("build_info", "Always 1; which worker this is", &["version"])?.with_label_values(&[VERSION]).set(1);
+        let start = Self::opts("start_time_seconds", "When the worker started, in Unix seconds");
+        self.register(Gauge::with_opts(start))?.set(started);
         #[cfg(target_os = "linux")]
         self.0.register(Box::new(ProcessCollector::for_self()))?;
-        Ok(())
-    }
-
-    fn constant(&self, name: &str, help: &str, label: &str, value: &str, number: f64) -> Result<(), Error> {
-        let (labels, values): (&[&str], &[&str]) = if label.is_empty() { (&[], &[]) } else { (&[label], &[value]) };
-        self.register(GaugeVec::new(Self::opts(name, help), labels))?.with_label_values(values).set(number);
         Ok(())
     }
 

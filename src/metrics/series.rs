@@ -1,9 +1,11 @@
 //! [`JobSeries`]: the metrics of one pair of a queue and a type.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use prometheus::{Counter, Histogram, IntCounter, IntGauge};
+
+use crate::lock::lock;
 
 /// The series that count the jobs of one queue and type. They are looked up only once for each job, because a lookup by labels
 /// costs more than the counting itself.
@@ -27,12 +29,10 @@ pub(super) struct SeriesByNames(Mutex<HashMap<String, HashMap<String, Arc<JobSer
 
 impl SeriesByNames {
     pub(super) fn get(&self, queue: &str, job_type: &str) -> Option<Arc<JobSeries>> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(queue)?.get(job_type).cloned()
+        lock(&self.0).get(queue)?.get(job_type).cloned()
     }
 
     pub(super) fn insert(&self, queue: &str, job_type: &str, series: &Arc<JobSeries>) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.entry(queue.to_owned()).or_default().insert(job_type.to_owned(), Arc::clone(series));
+        lock(&self.0).entry(queue.to_owned()).or_default().insert(job_type.to_owned(), Arc::clone(series));
     }
 }

@@ -16,16 +16,14 @@ use std::time::Duration;
 use rustix::io::ioctl_fionbio;
 use rustix::pipe::{PipeFlags, pipe_with};
 use syscalls::{Errno, Sysno, syscall};
-use tokio::time::sleep;
 
 use super::command::Command;
 use super::cstrings::CStrings;
 use super::open_files::OpenFiles;
+use super::poll_until;
+use super::signals::action_of;
 use super::stack::Stack;
 use super::starter::{Starter, Way};
-
-/// The first pause between two checks of whether the child has executed its program.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
 /// The longest pause between two checks of whether the child has executed its program.
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
@@ -42,8 +40,8 @@ pub(super) struct ChildSetup {
     stdio: [Option<RawFd>; 3],
     handled_signals: &'static [c_int],
     open_files: OpenFiles,
-    stack: Stack,
-    way: Way,
+    pub(super) stack: Stack,
+    pub(super) way: Way,
     /// The pipe on which a child with a copy of the memory reports an error.
     error_pipe: Option<ErrorPipe>,
     /// A word that is not 0 until the child leaves this process's memory. The kernel sets the word to 0 at `execve` or at the
@@ -86,18 +84,7 @@ impl ChildSetup {
         })
     }
 
-    pub(super) fn way(&self) -> Way {
-        self.way
-    }
-
-    pub(super) fn stack(&self) -> &Stack {
-        &self.stack
-    }
-
-    /// Opens the error pipe of a child that needs one, and returns the child's end. `execve` closes that end.
-    ///
-    /// # Errors
-    /// When the system has no descriptors left.
+    /// Opens the error pipe of a child that needs one, and returns the child's end.
     pub(super) fn open_error_pipe(&mut self) -> io::Result<Option<OwnedFd>> {
         if self.way == Way::Sharing {
             return Ok(None);
@@ -112,11 +99,7 @@ impl ChildSetup {
     /// for this event. The caller must watch for the child's exit as well, because the kernel does not clear `uses_our_memory`
     /// for a child that dumps core.
     pub(super) async fn exec_done(&self) {
-        let mut pause = FIRST_PAUSE;
-        while self.is_before_exec() {
-            sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
+        poll_until(LONGEST_PAUSE, || (!self.is_before_exec()).then_some(())).await;
     }
 
     /// Returns the error that kept the child from executing its program, if one is known.
@@ -269,16 +252,7 @@ static HANDLED_SIGNALS: OnceLock<Vec<c_int>> = OnceLock::new();
 
 /// Returns the signals that this process handles, and SIGPIPE, which std ignores. Any other ignored signal was already ignored
 /// when this process started, and stays ignored in its children.
-#[expect(unsafe_code, reason = "no safe wrapper tells what becomes of a signal")]
 fn handled_signals() -> Vec<c_int> {
-    let action_of = |signal: c_int| {
-        let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-        // SAFETY: the kernel writes one `sigaction` to the pointer and reads none, and all zeroes is a valid value.
-        unsafe {
-            libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
-            action.assume_init().sa_sigaction
-        }
-    };
     let is_handled =
         |signal: &c_int| *signal == libc::SIGPIPE || !matches!(action_of(*signal), libc::SIG_DFL | libc::SIG_IGN);
     (1..=libc::SIGRTMAX()).filter(is_handled).collect()

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -18,6 +18,7 @@ use tokio::time::sleep;
 
 use super::census::zombies_of;
 use super::reaper::{Killed, Reaper};
+use crate::lock::lock;
 
 /// The minimum pause between two scans for orphans. A SIGCHLD during or after the pause triggers the next scan. A zombie does no
 /// harm until then.
@@ -50,7 +51,7 @@ impl Children {
         let Some(waited) = &self.waited else { return spawn() };
         let _starting = waited.starting.read().unwrap_or_else(PoisonError::into_inner);
         let child = spawn()?;
-        *waited.pids().entry(id(&child)).or_default() += 1;
+        *lock(&waited.pids).entry(id(&child)).or_default() += 1;
         Ok(child)
     }
 
@@ -62,7 +63,7 @@ impl Children {
     /// Removes a reaped child from the list.
     pub(super) fn reaped(&self, pid: Pid) {
         let Some(waited) = &self.waited else { return };
-        let mut pids = waited.pids();
+        let mut pids = lock(&waited.pids);
         if let Some(count) = pids.get_mut(&pid) {
             *count -= 1;
             if *count == 0 {
@@ -72,9 +73,6 @@ impl Children {
     }
 
     /// Reaps inherited orphans for as long as the future is polled. Returns at once if this process does not inherit orphans.
-    ///
-    /// # Errors
-    /// When the operating system refuses the signal handler.
     pub(crate) async fn reap_orphans(self) -> io::Result<()> {
         let Some(waited) = self.waited else { return Ok(()) };
         let mut deaths = Signals::new([SIGCHLD])?;
@@ -95,14 +93,10 @@ fn inherits_orphans() -> bool {
 }
 
 impl Waited {
-    fn pids(&self) -> MutexGuard<'_, HashMap<Pid, usize>> {
-        self.pids.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn reap_others(&self) {
         // While this lock is held, every started child is in `pids`, so any other zombie is an orphan.
         let _none_starts = self.starting.write().unwrap_or_else(PoisonError::into_inner);
-        for pid in zombies_of(getpid()).filter(|pid| !self.pids().contains_key(pid)) {
+        for pid in zombies_of(getpid()).filter(|pid| !lock(&self.pids).contains_key(pid)) {
             // The error is ignored, because the job of the orphan's group may have reaped the orphan first.
             let _ = waitpid(Some(pid), WaitOptions::NOHANG);
         }
@@ -126,7 +120,7 @@ mod tests {
             Ok(Pid::INIT)
         };
         children.start(start, |pid| *pid).unwrap();
-        assert!(waited.starting.try_write().is_ok() && waited.pids().contains_key(&Pid::INIT));
+        assert!(waited.starting.try_write().is_ok() && lock(&waited.pids).contains_key(&Pid::INIT));
     }
 
     #[test]
@@ -136,8 +130,8 @@ mod tests {
             children.start(|| Ok(Pid::INIT), |pid| *pid).unwrap();
         }
         children.reaped(Pid::INIT);
-        assert!(waited.pids().contains_key(&Pid::INIT));
+        assert!(lock(&waited.pids).contains_key(&Pid::INIT));
         children.reaped(Pid::INIT);
-        assert!(waited.pids().is_empty());
+        assert!(lock(&waited.pids).is_empty());
     }
 }

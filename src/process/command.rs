@@ -43,8 +43,8 @@ impl Command {
         }
         Ok(Self {
             path: c_string(program.path.as_os_str())?,
-            arguments: arguments.into_c()?,
-            environment: Arc::new(environment.into_c()?),
+            arguments: arguments.into_c(None)?,
+            environment: Arc::new(environment.into_c(None)?),
             cwd: cwd.map(|cwd| c_string(cwd.as_os_str())).transpose()?,
             prints_much: AtomicBool::new(false),
         })
@@ -57,7 +57,7 @@ impl Command {
         for (name, value) in added {
             push_variable(&mut strings, OsStr::new(name), value);
         }
-        strings.into_c_after(Arc::clone(&self.environment))
+        strings.into_c(Some(Arc::clone(&self.environment)))
     }
 }
 

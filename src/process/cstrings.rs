@@ -52,23 +52,11 @@ impl Strings {
         self.bytes.push(0);
     }
 
-    /// Returns the finished list.
-    ///
-    /// # Errors
-    /// When a string contains a zero byte.
-    pub(super) fn into_c(self) -> io::Result<CStrings> {
-        self.into_list(None)
-    }
-
     /// Returns the finished list, preceded by the strings of `before`.
     ///
     /// # Errors
     /// When a string contains a zero byte.
-    pub(super) fn into_c_after(self, before: Arc<CStrings>) -> io::Result<CStrings> {
-        self.into_list(Some(before))
-    }
-
-    fn into_list(self, before: Option<Arc<CStrings>>) -> io::Result<CStrings> {
+    pub(super) fn into_c(self, before: Option<Arc<CStrings>>) -> io::Result<CStrings> {
         let Self { bytes, starts } = self;
         if memchr::memchr_iter(0, &bytes).count() != starts.len() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a zero byte in an argument or a variable"));
@@ -95,7 +83,7 @@ mod tests {
             before.push(&[b"A", b"=", b"1"]);
             before.push(&[b""]);
             after.push(&[b"B"]);
-            after.into_c_after(Arc::new(before.into_c().unwrap())).unwrap()
+            after.into_c(Some(Arc::new(before.into_c(None).unwrap()))).unwrap()
         };
         // SAFETY: there are three strings and a null pointer.
         let (texts, end) = unsafe {
@@ -110,6 +98,6 @@ mod tests {
     fn a_zero_byte_is_invalid_input_without_an_errno() {
         let mut strings = Strings::default();
         strings.push(&[b"A", b"=", b"b\0c"]);
-        assert_eq!(strings.into_c().err().unwrap().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(strings.into_c(None).err().unwrap().kind(), io::ErrorKind::InvalidInput);
     }
 }

@@ -6,10 +6,8 @@ use std::time::Duration;
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::sleep;
 
-/// The first pause between two polls of a child.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
+use super::poll_until;
 
 /// The longest pause between two polls of a child.
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
@@ -36,7 +34,6 @@ impl ExitWatch {
         }
     }
 
-    /// Returns the child's pidfd, if there is one.
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Reactor(pidfd) => Some(pidfd.get_ref().as_fd()),
@@ -49,13 +46,7 @@ impl ExitWatch {
         match self {
             // `readable` fails only when the runtime shuts down, which drops this task too.
             Self::Reactor(pidfd) => drop(pidfd.readable().await),
-            Self::Intervals { child, .. } => {
-                let mut pause = FIRST_PAUSE;
-                while !has_exited(*child) {
-                    sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
-                }
-            }
+            Self::Intervals { child, .. } => poll_until(LONGEST_PAUSE, || has_exited(*child).then_some(())).await,
         }
     }
 }

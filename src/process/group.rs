@@ -14,10 +14,12 @@ use rustix::process::{
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
+use super::Termination;
 use super::census;
 use super::child_setup::ChildSetup;
 use super::children::Children;
 use super::exit_watch::ExitWatch;
+use super::poll_until;
 use super::spawn::Child;
 
 /// The time limit for a killed group to disappear. A process that is stuck in the kernel, or that belongs to another user, may
@@ -27,9 +29,6 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pauses between checks of whether a killed group has disappeared, its zombies included. After the last pause, only living
 /// processes count, as listed in /proc. Otherwise a process 1 that is slow to reap zombies would delay the job.
 const PAUSES: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(2), Duration::from_millis(4)];
-
-/// The first pause between two tries to reap a leader that has exited.
-const FIRST_REAP_PAUSE: Duration = Duration::from_millis(1);
 
 /// The longest pause between two tries to reap a leader that has exited.
 const LONGEST_REAP_PAUSE: Duration = Duration::from_millis(50);
@@ -86,9 +85,10 @@ impl Group {
         };
     }
 
-    /// Reports whether the worker has permission to signal the leader. The leader may have changed its user since its start.
-    pub(super) fn may_signal_leader(&self) -> bool {
-        test_kill_process(self.leader) != Err(Errno::PERM)
+    /// Returns the result of a signal that is sent now, if the leader then ends. The worker may have no permission to signal the
+    /// leader, because the leader may have changed its user since its start.
+    pub(super) fn end_by_signal(&self) -> Termination {
+        if test_kill_process(self.leader) == Err(Errno::PERM) { Termination::Denied } else { Termination::Stopped }
     }
 
     /// Signals the leader once it has executed its program. Before that, the child's setup discards terminal signals such as
@@ -99,9 +99,6 @@ impl Group {
     }
 
     /// Waits until the leader has executed its program.
-    ///
-    /// # Errors
-    /// When the leader cannot execute its program.
     pub(super) async fn begun(&self) -> io::Result<()> {
         tokio::select! {
             biased;
@@ -129,18 +126,18 @@ impl Group {
         census::died_out(self.id()).await;
     }
 
-    /// Kills the group, and waits for the leader's exit or for `give_up`, which is polled only after [`DEATH_TIMEOUT`]. Returns
-    /// whether the leader has exited.
-    pub(super) async fn kill(&self, give_up: impl Future<Output = ()>) -> bool {
+    /// Kills the group, and waits for the leader's exit or for `give_up`, which is polled only after [`DEATH_TIMEOUT`].
+    pub(super) async fn kill(&self, give_up: impl Future<Output = ()>) -> Termination {
+        let ended = self.end_by_signal();
         self.signal(Signal::KILL);
         if timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_ok() {
-            return true;
+            return ended;
         }
         warn_of_survivors(self.leader, test_kill_process(self.leader));
         tokio::select! {
             biased;
-            () = self.leader_killed() => true,
-            () = give_up => false,
+            () = self.leader_killed() => ended,
+            () = give_up => Termination::GivenUp,
         }
     }
 
@@ -193,14 +190,7 @@ fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
 /// Reaps a child that has exited. Retries, because the kernel hides the exit of a traced child until the debugger has waited for
 /// the child.
 async fn reap(pid: Pid) -> WaitResult {
-    let mut pause = FIRST_REAP_PAUSE;
-    loop {
-        if let Some(ended) = try_reap(pid).transpose() {
-            return ended;
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_REAP_PAUSE);
-    }
+    poll_until(LONGEST_REAP_PAUSE, || try_reap(pid).transpose()).await
 }
 
 /// Reaps a child and reads its resource usage in one call, without waiting. The safe wrappers of wait leave the usage out.
@@ -262,15 +252,11 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::process::spawn::spawn;
-    use crate::process::starter::{Starter, Way};
-    use crate::process::{Command, OpenFiles, Program};
+    use crate::process::Way;
+    use crate::process::spawn::{spawn, tests::setup_of};
 
-    fn group_of(program: &str, argument: &str) -> Group {
-        let program = Program::find(program.into(), vec![argument.into()], Some(&"/bin:/usr/bin".into())).unwrap();
-        let command = Arc::new(Command::new(&program, [], None).unwrap());
-        let starter = Starter::new(Way::Sharing, OpenFiles::ensure(1, Way::Sharing).0);
-        let child = spawn(ChildSetup::of(&starter, command, &[], [None; 3]).unwrap()).unwrap();
+    fn sleeping_group() -> Group {
+        let child = spawn(setup_of(Way::Sharing, "sleep", None)).unwrap();
         Group::of(child, Children::of_this_process())
     }
 
@@ -285,8 +271,7 @@ mod tests {
         BufReader::new(debugger.stdout.take().unwrap()).read_line(&mut line).unwrap();
         if line != "0\n" {
             println!("skipped: this process may not trace its child");
-            debugger.kill().unwrap();
-            debugger.wait().unwrap();
+            let_go(debugger);
             return None;
         }
         Some(debugger)
@@ -299,7 +284,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_dropped_group_does_not_hold_up_the_thread() {
-        let group = group_of("sleep", "1000");
+        let group = sleeping_group();
         let (id, setup) = (group.id(), Arc::clone(&group.setup));
         setup.exec_done().await;
         let Some(debugger) = debugger_of(id) else { return };
@@ -315,7 +300,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_debugger_of_a_dead_leader_delays_its_job_alone() {
-        let group = group_of("sleep", "1000");
+        let group = sleeping_group();
         group.setup.exec_done().await;
         let Some(debugger) = debugger_of(group.id()) else { return };
         // Any signal but SIGKILL would stop the traced leader instead of ending it.

@@ -23,7 +23,6 @@ mod command;
 mod cstrings;
 mod exit_watch;
 mod group;
-mod memory;
 mod open_files;
 mod output;
 mod pipes;
@@ -38,7 +37,7 @@ mod starter;
 
 use std::borrow::Cow;
 use std::ffi::OsStr;
-use std::future::poll_fn;
+use std::future::{pending, poll_fn};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
@@ -102,7 +101,6 @@ pub(crate) struct Start<'a> {
     pub(crate) output: Output,
     pub(crate) starter: &'a Starter,
     pub(crate) read_delay: &'a ReadDelay,
-    /// The children of this process.
     pub(crate) children: &'a Children,
 }
 
@@ -134,7 +132,6 @@ pub(crate) enum Termination {
 /// The result of [`Process::supervise`].
 #[derive(Debug)]
 pub(crate) struct Exit<C> {
-    /// The exit status and resource usage of the leader, or the error of the wait.
     pub(crate) ended: WaitResult,
     /// The cause and the result of the termination. `None` if the leader has exited by itself, even if a cause came at the same
     /// moment.
@@ -178,9 +175,6 @@ impl Process {
     }
 
     /// Waits until the child has executed the program. Optional, because [`Process::supervise`] returns the same error.
-    ///
-    /// # Errors
-    /// When the program could not be started.
     pub(crate) async fn begun(&self) -> io::Result<()> {
         self.group.begun().await
     }
@@ -290,23 +284,19 @@ async fn until_exit_or_cause<C>(
     notify: Option<(Signal, impl Future<Output = ()>)>,
     notified: &mut bool,
 ) -> Option<C> {
-    let mut terminate = pin!(terminate);
-    if let Some((signal, when)) = notify {
-        tokio::select! {
-            biased;
-            () = group.leader_exited() => return None,
-            cause = &mut terminate => return Some(cause),
-            () = async {
-                when.await;
-                group.signal_program(signal).await;
-            } => {}
+    let notifying = async {
+        if let Some((signal, when)) = notify {
+            when.await;
+            group.signal_program(signal).await;
+            *notified = true;
         }
-        *notified = true;
-    }
+        pending().await
+    };
     tokio::select! {
         biased;
         () = group.leader_exited() => None,
         cause = terminate => Some(cause),
+        never = notifying => never,
     }
 }
 
@@ -318,17 +308,27 @@ async fn terminate(
     skip_grace: impl Future<Output = ()>,
     give_up: impl Future<Output = ()>,
 ) -> Termination {
-    let ended = |may_signal| if may_signal { Termination::Stopped } else { Termination::Denied };
-    let may_signal = group.may_signal_leader();
+    let ended = group.end_by_signal();
     group.signal(Signal::TERM);
     // A stopped process would not see SIGTERM until it is continued.
     group.signal(Signal::CONT);
     tokio::select! {
         biased;
-        () = group.died_out() => return ended(may_signal),
+        () = group.died_out() => return ended,
         () = skip_grace => {}
         () = sleep(kill_grace) => {}
     }
-    let may_signal = group.may_signal_leader();
-    if group.kill(give_up).await { ended(may_signal) } else { Termination::GivenUp }
+    group.kill(give_up).await
+}
+
+/// Calls `check` until it returns a value. The pause between two calls begins with a millisecond, and doubles up to `longest`.
+async fn poll_until<T>(longest: Duration, mut check: impl FnMut() -> Option<T>) -> T {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        if let Some(value) = check() {
+            return value;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(longest);
+    }
 }

@@ -1,12 +1,11 @@
 //! The output of a child: lines for the log, and the [`Tail`] that a failure report carries. Both are bounded.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +13,8 @@ use rustix::io::{Errno, ioctl_fionread};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
+
+use crate::lock::lock;
 
 /// The maximum number of bytes kept of a line. The rest of a longer line is cut.
 const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -125,36 +126,35 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
 #[derive(Debug)]
 pub(super) struct SharedOutput {
     pipe: OwnedFd,
+    channel: Channel,
     lines: Mutex<Lines>,
 }
 
 impl SharedOutput {
     /// Wraps a non-blocking pipe.
-    pub(super) fn of(pipe: OwnedFd) -> Self {
-        Self { pipe, lines: Mutex::default() }
-    }
-
-    fn lines(&self) -> MutexGuard<'_, Lines> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn of(pipe: OwnedFd, channel: Channel) -> Self {
+        Self { pipe, channel, lines: Mutex::default() }
     }
 
     /// Reads the output line by line to its end.
-    pub(super) async fn read(&self, on_line: impl Fn(&str)) {
+    pub(super) async fn read(&self, on_line: impl Fn(Channel, &str)) {
+        let on_line = |line: &str| on_line(self.channel, line);
         read_chunks(&self.pipe, |portion| {
             // Lock before the read. Otherwise `read_present` could run between the read and the push, and these bytes would be
             // missing at the end of their task.
-            let mut lines = self.lines();
+            let mut lines = lock(&self.lines);
             read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line))
         })
         .await;
-        self.lines().finish(&on_line);
+        lock(&self.lines).finish(&on_line);
     }
 
     /// Reads the bytes that are in the pipe now, or none if `is_readable` is false. A last line without a newline is passed to
     /// `on_line` too.
-    fn read_present(&self, is_readable: bool, on_line: impl Fn(&str)) {
+    fn read_present(&self, is_readable: bool, on_line: impl Fn(Channel, &str)) {
+        let on_line = |line: &str| on_line(self.channel, line);
         let mut left = if is_readable { ioctl_fionread(&self.pipe).unwrap_or_default() } else { 0 };
-        let mut lines = self.lines();
+        let mut lines = lock(&self.lines);
         while left > 0 {
             let portion = READ_BYTES.min(usize::try_from(left).unwrap_or(READ_BYTES));
             match read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line)) {
@@ -169,13 +169,13 @@ impl SharedOutput {
 }
 
 /// Reads the bytes that are in the pipes of `outputs` now. Usually all pipes are empty, so one system call checks them together.
-pub(super) fn read_present<const N: usize>(outputs: [(&SharedOutput, Channel); N], on_line: impl Fn(Channel, &str)) {
-    let mut looks = outputs.map(|(output, _)| PollFd::new(&output.pipe, PollFlags::IN));
+pub(super) fn read_present(outputs: &[SharedOutput; 2], on_line: impl Fn(Channel, &str)) {
+    let mut looks = outputs.each_ref().map(|output| PollFd::new(&output.pipe, PollFlags::IN));
     // After a failed poll, every pipe counts as readable.
     let is_known = poll(&mut looks, Some(&Timespec::default())).is_ok();
     let are_readable = looks.map(|look| !is_known || !look.revents().is_empty());
-    for ((output, channel), is_readable) in outputs.into_iter().zip(are_readable) {
-        output.read_present(is_readable, |line| on_line(channel, line));
+    for (output, is_readable) in outputs.iter().zip(are_readable) {
+        output.read_present(is_readable, &on_line);
     }
 }
 
@@ -307,19 +307,17 @@ impl Tail {
     pub(crate) fn last_line(&self) -> Option<String> {
         let text = self.text();
         let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
-        Some(shorten(line, 500).into_owned())
-    }
-}
-
-fn shorten(text: &str, chars: usize) -> Cow<'_, str> {
-    match text.char_indices().nth(chars) {
-        Some((end, _)) => Cow::Owned(format!("{}…", &text[..end])),
-        None => Cow::Borrowed(text),
+        Some(match line.char_indices().nth(500) {
+            Some((end, _)) => format!("{}…", &line[..end]),
+            None => line.to_owned(),
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
     fn lines(chunks: &[&[u8]]) -> Vec<String> {
@@ -336,18 +334,6 @@ mod tests {
     #[test]
     fn lines_end_at_newlines_for_any_chunking() {
         assert_eq!(lines(&[b"a\r\n\nb", b"c\n\xc3", b"\xa9"]), ["a", "", "bc", "é"]);
-    }
-
-    #[test]
-    fn invalid_utf8_is_replaced() {
-        assert_eq!(lines(&[b"a\xffb\n"]), ["a\u{fffd}b"]);
-    }
-
-    #[test]
-    fn an_endless_line_is_cut_and_the_next_line_is_whole() {
-        let seen = lines(&[&vec![b'x'; MAX_LINE_BYTES], b"12345\nnext\n"]);
-        assert!(seen[0].ends_with("x… [5 bytes cut]"), "{}", &seen[0][MAX_LINE_BYTES - 5..]);
-        assert_eq!(seen[1], "next");
     }
 
     #[test]
@@ -387,31 +373,31 @@ mod tests {
         }
     }
 
-    fn seen<F: Fn(&str)>(on_line: F) -> Seen<F> {
-        Seen { wants: true, on_line }
+    fn non_blocking_pipe() -> (OwnedFd, OwnedFd) {
+        let (pipe, writer) = rustix::pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&pipe, true).unwrap();
+        (pipe, writer)
     }
 
     #[tokio::test]
     async fn lines_that_are_not_wanted_are_read_and_not_printed() {
-        let (pipe, writer) = rustix::pipe::pipe().unwrap();
-        rustix::io::ioctl_fionbio(&pipe, true).unwrap();
+        let (pipe, writer) = non_blocking_pipe();
         rustix::io::write(&writer, b"one\ntwo\n").unwrap();
         drop(writer);
-        let (printer, read, mut tail) =
-            (Seen { wants: false, on_line: |line: &str| panic!("{line}") }, AtomicU64::default(), Tail::default());
+        let printer = Seen { wants: false, on_line: |line: &str| panic!("{line}") };
+        let (read, mut tail) = (AtomicU64::default(), Tail::default());
         read_lines(Some(&pipe), &read, (&printer, Channel::Stderr), Some(&mut tail)).await;
         assert_eq!((read.into_inner(), tail.text().as_str()), (8, "one\ntwo\n"));
     }
 
     #[tokio::test]
     async fn a_pipe_that_the_reactor_refuses_is_polled() {
-        let (pipe, writer) = rustix::pipe::pipe().unwrap();
-        rustix::io::ioctl_fionbio(&pipe, true).unwrap();
+        let (pipe, writer) = non_blocking_pipe();
         // The reactor refuses a descriptor that is already registered.
         let _watched = watch(&pipe).unwrap();
         assert!(watch(&pipe).is_err());
         let (lines, read) = (RefCell::new(Vec::new()), AtomicU64::default());
-        let printer = seen(|line: &str| lines.borrow_mut().push(line.to_owned()));
+        let printer = Seen { wants: true, on_line: |line: &str| lines.borrow_mut().push(line.to_owned()) };
         let reading = read_lines(Some(&pipe), &read, (&printer, Channel::Stdout), None);
         // The lines are written after the first read has found the pipe empty.
         let printing = async move { rustix::io::write(&writer, b"one\ntwo\n").unwrap() };
@@ -425,14 +411,13 @@ mod tests {
         let (pipe, writer) = rustix::pipe::pipe().unwrap();
         let print = || rustix::io::write(&writer, b"again\n").unwrap();
         let (lines, read) = (std::cell::Cell::new(0), AtomicU64::default());
-        let printer = seen(|_: &str| {
+        let on_line = |_: &str| {
             lines.set(lines.get() + 1);
             print();
-        });
+        };
+        let printer = Seen { wants: true, on_line };
         print();
-        let mut reading = std::pin::pin!(read_lines(Some(&pipe), &read, (&printer, Channel::Stdout), None));
-        let is_pending =
-            std::future::poll_fn(|context| std::task::Poll::Ready(reading.as_mut().poll(context).is_pending())).await;
-        assert!(is_pending && lines.get() == 2, "{} reads in one turn", lines.get());
+        let ended = read_lines(Some(&pipe), &read, (&printer, Channel::Stdout), None).now_or_never();
+        assert!(ended.is_none() && lines.get() == 2, "{} reads in one turn", lines.get());
     }
 }

@@ -43,18 +43,13 @@ impl Program {
             return Err("the command is an empty word".to_owned());
         }
         let found = which::which_in(&name, path_list, ".").ok().and_then(|found| std::path::absolute(found).ok());
-        match found {
-            Some(path) => Self { path, name, args }.checked(),
-            None => Err(why_not_found(&name)),
-        }
+        let Some(path) = found else { return Err(why_not_found(&name)) };
+        let program = Self { path, name, args };
+        program.problem().map_or(Ok(program), Err)
     }
 
     pub(crate) fn exists(&self) -> bool {
         self.path.exists()
-    }
-
-    fn checked(self) -> Result<Self, String> {
-        self.problem().map_or(Ok(self), Err)
     }
 
     /// Returns the reason why the system would refuse to execute the file, as far as the file's content shows. The file must be

@@ -1,11 +1,13 @@
 //! [`ReadDelay`]: a short delay before the first read of a child's output. Children share timers.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future::{FutureExt, Shared};
 use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::lock::lock;
 
 /// The minimum delay between the start of a child that has all its input and the first read of its output. Most children exit
 /// within this time, so that one read returns their whole output. On a busy machine, even a one-millisecond command takes several
@@ -30,7 +32,7 @@ impl ReadDelay {
     /// Returns a future that completes at the end of the read delay of a new child. The delay begins with this call.
     pub(super) fn for_new_child(&self) -> impl Future<Output = ()> + use<> {
         let now = Instant::now();
-        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut latest = lock(&self.0);
         match &*latest {
             Some(Latest { end, over }) if now + LEAST <= *end => over.clone(),
             _ => {

@@ -1,14 +1,14 @@
 //! [`Reaper`]: reaps killed children that no job waits for. Its thread runs only while there are such children.
 
 use std::any::Any;
-use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
 
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 use super::children::Children;
+use crate::lock::lock;
 
 /// The first pause between two polls of the killed children.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -48,25 +48,20 @@ impl Reaper {
         if killed.is_reaped() {
             return;
         }
-        let mut state = self.state();
+        let mut state = lock(&self.0.state);
         state.killed.push(killed);
         if !state.has_thread {
             let reaper = self.clone();
             // If the thread cannot be started, a later call to `take` tries again.
-            let started: io::Result<_> = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run());
-            state.has_thread = started.is_ok();
+            state.has_thread = Builder::new().name("reaper".to_owned()).spawn(move || reaper.run()).is_ok();
         }
         self.0.added.notify_one();
-    }
-
-    fn state(&self) -> MutexGuard<'_, ReaperState> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Polls the killed children until all are reaped.
     fn run(&self) {
         let mut pause = FIRST_PAUSE;
-        let mut state = self.state();
+        let mut state = lock(&self.0.state);
         loop {
             state.killed.retain(|killed| !killed.is_reaped());
             if state.killed.is_empty() {
@@ -116,7 +111,7 @@ mod tests {
             kill_process(id, Signal::KILL).unwrap();
         }
         let begun = Instant::now();
-        while Arc::strong_count(&memory) > 1 || reaper.state().has_thread {
+        while Arc::strong_count(&memory) > 1 || lock(&reaper.0.state).has_thread {
             assert!(begun.elapsed() < Duration::from_secs(60));
             std::thread::sleep(Duration::from_millis(1));
         }

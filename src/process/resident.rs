@@ -1,12 +1,12 @@
 //! [`Resident`]: a child that runs one task after another, until its owner ends it.
 
+use std::fs;
 use std::io;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
 use super::group::{Group, WaitResult};
-use super::memory;
 use super::output::{SharedOutput, read_present};
 use super::{Channel, OUTPUT_GRACE, Process, Signal, Start, Termination, clock, terminate};
 
@@ -14,18 +14,18 @@ use super::{Channel, OUTPUT_GRACE, Process, Signal, Start, Termination, clock, t
 #[derive(Debug)]
 pub(crate) struct Resident {
     group: Group,
-    stdout: Option<SharedOutput>,
-    stderr: Option<SharedOutput>,
+    /// Stdout and stderr, unless they go elsewhere.
+    outputs: Option<[SharedOutput; 2]>,
 }
 
 impl Resident {
     /// Starts a program in its own process group, and does not wait for `execve`.
-    ///
-    /// # Errors
-    /// When the system cannot create the process.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
         let Process { group, stdout, stderr, .. } = Process::spawn(start)?;
-        Ok(Self { group, stdout: stdout.map(SharedOutput::of), stderr: stderr.map(SharedOutput::of) })
+        let outputs = stdout.zip(stderr).map(|(stdout, stderr)| {
+            [SharedOutput::of(stdout, Channel::Stdout), SharedOutput::of(stderr, Channel::Stderr)]
+        });
+        Ok(Self { group, outputs })
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -48,28 +48,30 @@ impl Resident {
 
     /// Returns the resident memory of the leader, in bytes.
     pub(crate) fn resident_memory(&self) -> Option<u64> {
-        memory::resident(self.group.id())
+        let text = fs::read_to_string(format!("/proc/{}/statm", self.id())).ok()?;
+        let pages: u64 = text.split_ascii_whitespace().nth(1)?.parse().ok()?;
+        Some(pages * rustix::param::page_size() as u64)
     }
 
     /// Returns the peak of the leader's resident memory, in bytes.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
-        memory::peak(self.group.id())
+        let text = fs::read_to_string(format!("/proc/{}/status", self.id())).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        Some(kibibytes * 1024)
     }
 
     /// Reads the output as it arrives, until end of file.
     pub(crate) async fn read_output(&self, on_line: impl Fn(Channel, &str)) {
-        let read = async |output: &Option<SharedOutput>, channel| {
-            if let Some(output) = output {
-                output.read(|line| on_line(channel, line)).await;
-            }
-        };
-        tokio::join!(read(&self.stdout, Channel::Stdout), read(&self.stderr, Channel::Stderr));
+        if let Some([stdout, stderr]) = &self.outputs {
+            tokio::join!(stdout.read(&on_line), stderr.read(&on_line));
+        }
     }
 
     /// Reads the output that is in the pipes now. A last line without a newline is passed to `on_line` too.
     pub(crate) fn read_present_output(&self, on_line: impl Fn(Channel, &str)) {
-        if let (Some(stdout), Some(stderr)) = (&self.stdout, &self.stderr) {
-            read_present([(stdout, Channel::Stdout), (stderr, Channel::Stderr)], on_line);
+        if let Some(outputs) = &self.outputs {
+            read_present(outputs, on_line);
         }
     }
 
@@ -86,12 +88,7 @@ impl Resident {
 
     /// Kills the group, and waits for the leader's exit or for `give_up`.
     pub(crate) async fn kill(&self, give_up: impl Future<Output = ()>) -> Termination {
-        let may_signal = self.group.may_signal_leader();
-        match (self.group.kill(give_up).await, may_signal) {
-            (true, true) => Termination::Stopped,
-            (true, false) => Termination::Denied,
-            (false, _) => Termination::GivenUp,
-        }
+        self.group.kill(give_up).await
     }
 
     /// Kills the rest of the group, reads the rest of the output, and reaps the leader, which must have exited.
@@ -99,17 +96,10 @@ impl Resident {
     /// # Errors
     /// When the leader never executed its program.
     pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<WaitResult> {
-        let Self { group, stdout, stderr } = self;
         // Otherwise the rest of the group would hold the pipes open. A process that has left the group can still do so.
-        group.signal(Signal::KILL);
-        let read = async |output: &Option<SharedOutput>, channel| {
-            if let Some(output) = output {
-                output.read(|line| on_line(channel, line)).await;
-            }
-        };
-        let rest = async { tokio::join!(read(&stdout, Channel::Stdout), read(&stderr, Channel::Stderr)) };
+        self.group.signal(Signal::KILL);
         // After this time, only a process that has left the group can still hold a pipe open. Its output is not waited for.
-        let _ = timeout(OUTPUT_GRACE, rest).await;
-        group.end().await
+        let _ = timeout(OUTPUT_GRACE, self.read_output(on_line)).await;
+        self.group.end().await
     }
 }

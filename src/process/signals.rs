@@ -4,32 +4,37 @@ use std::mem::MaybeUninit;
 use std::ptr;
 
 /// Reports whether this process ignores a signal.
-#[expect(unsafe_code, reason = "no safe wrapper tells the action of a signal")]
 pub(crate) fn is_ignored(signal: i32) -> bool {
+    action_of(signal) == libc::SIG_IGN
+}
+
+/// Returns the handler of a signal, `SIG_DFL` or `SIG_IGN`.
+#[expect(unsafe_code, reason = "no safe wrapper tells the action of a signal")]
+pub(super) fn action_of(signal: i32) -> libc::sighandler_t {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: the pointer is to live memory of the right type, all zeroes is a valid `sigaction`, and a null pointer for the
     // new action changes nothing.
     unsafe {
         libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
-        action.assume_init().sa_sigaction == libc::SIG_IGN
+        action.assume_init().sa_sigaction
     }
 }
 
-/// Calls `register` with all signals blocked in this thread. A signal that arrives during the call is delivered afterwards.
+/// Calls `protected` with all signals blocked in this thread. A signal that arrives during the call is delivered afterwards.
 #[expect(unsafe_code, reason = "no safe wrapper changes the signal mask of a thread")]
-pub(crate) fn without_signals<T>(register: impl FnOnce() -> T) -> T {
+pub(crate) fn without_signals<T>(protected: impl FnOnce() -> T) -> T {
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     // SAFETY: both sets are initialised before they are read (signal(7), sigsetops(3)).
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
     }
-    let registered = register();
+    let result = protected();
     // SAFETY: the call above has initialised the set.
     unsafe {
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
     }
-    registered
+    result
 }
 
 /// Resets SIGCHLD to its default action if this process inherited it as ignored. Otherwise the kernel would discard the exit

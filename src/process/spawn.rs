@@ -6,16 +6,15 @@
 //! [`ChildSetup`] is kept until the child has ended.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::raw::{c_int, c_void};
-use std::ptr;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, setpgid, waitpid};
 
 use super::child_setup::{ChildSetup, child_main};
+use super::signals::without_signals;
 use super::stack::Stack;
 use super::starter::Way;
 
@@ -37,7 +36,7 @@ pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
     let _their_end = setup.open_error_pipe()?;
     let setup = Arc::new(setup);
     // SAFETY: `Child` keeps `setup` and its stack until the child has ended. `child_main` meets the requirements of `clone`.
-    let (id, pidfd) = unsafe { clone(setup.way(), child_main, Arc::as_ptr(&setup).cast_mut().cast(), setup.stack()) }?;
+    let (id, pidfd) = unsafe { clone(setup.way, child_main, Arc::as_ptr(&setup).cast_mut().cast(), &setup.stack) }?;
     // The child calls `setpgid` too. Without the call here, this process could signal the new group before the child has created
     // it, and a signal to this process's own group could reach the child. The call fails if the child has already executed its
     // program, and the error does no harm.
@@ -59,18 +58,11 @@ pub(super) unsafe fn clone(
     stack: &Stack,
 ) -> io::Result<(Pid, Option<OwnedFd>)> {
     let flags = libc::SIGCHLD | if way == Way::Sharing { libc::CLONE_VM | libc::CLONE_PIDFD } else { 0 };
-    let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     let mut pidfd = -1;
-    // SAFETY: the C library initialises both sets before they are read. The child inherits this thread's mask, which blocks all
-    // signals, so no signal handler of this process runs in the child. The child has a stack of its own. The kernel copies the
-    // table of descriptors, the working directory and the signal actions, so the child does not change those of this process.
-    let id = unsafe {
-        libc::sigfillset(all.as_mut_ptr());
-        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
-        let id = libc::clone(child_main, stack.top(), flags, argument, &raw mut pidfd);
-        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
-        id
-    };
+    // SAFETY: the child inherits this thread's mask, which blocks all signals, so no signal handler of this process runs in the
+    // child. The child has a stack of its own. The kernel copies the table of descriptors, the working directory and the signal
+    // actions, so the child does not change those of this process.
+    let id = without_signals(|| unsafe { libc::clone(child_main, stack.top(), flags, argument, &raw mut pidfd) });
     // `clone` returns -1 if it fails.
     let Some(id) = u32::try_from(id).ok().and_then(|_| Pid::from_raw(id)) else {
         return Err(io::Error::last_os_error());
@@ -91,7 +83,7 @@ pub(super) unsafe fn clone(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::{Duration, Instant};
 
     use rustix::process::{kill_process_group, test_kill_process_group};
@@ -101,7 +93,7 @@ mod tests {
     use crate::process::starter::Starter;
     use crate::process::{Command, OpenFiles, Program};
 
-    fn setup_of(way: Way, program: &str, cwd: Option<&str>) -> ChildSetup {
+    pub(in crate::process) fn setup_of(way: Way, program: &str, cwd: Option<&str>) -> ChildSetup {
         let program = Program::find(program.into(), vec!["600".into()], Some(&"/bin:/usr/bin".into())).unwrap();
         let command = Command::new(&program, [], cwd.map(std::path::Path::new)).unwrap();
         let starter = Starter::new(way, OpenFiles::ensure(1, way).0);
@@ -162,7 +154,7 @@ mod tests {
     async fn a_child_has_far_more_stack_than_it_uses() {
         for cwd in [None, Some("/no/such/directory")] {
             let setup = setup_of(Way::Sharing, "sleep", cwd);
-            let bottom = setup.stack().bottom();
+            let bottom = setup.stack.bottom();
             // SAFETY: the range is the stack, and no child runs on it yet.
             unsafe { bottom.write_bytes(0xa5, SIZE) };
             let child = spawn(setup).unwrap();

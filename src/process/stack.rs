@@ -3,7 +3,9 @@
 use std::io;
 use std::os::raw::c_void;
 use std::ptr::{self, NonNull};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::lock::lock;
 
 /// The size of a stack: many times what a child uses, as a test of `spawn` checks. It is a multiple of every page size of Linux.
 pub(super) const SIZE: usize = 64 * 1024;
@@ -40,11 +42,8 @@ pub(super) struct Stack {
 
 impl Stacks {
     /// Takes an unused stack, or maps a new one.
-    ///
-    /// # Errors
-    /// When the system has no memory for a new stack.
     pub(super) fn take(&self) -> io::Result<Stack> {
-        let mut kept = self.kept();
+        let mut kept = lock(&self.0);
         let memory = match kept.spare.pop() {
             Some(memory) => memory,
             None => {
@@ -54,10 +53,6 @@ impl Stacks {
             }
         };
         Ok(Stack { memory: Some(memory), stacks: self.clone() })
-    }
-
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -76,7 +71,7 @@ impl Stack {
 impl Drop for Stack {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
-        let mut kept = self.stacks.kept();
+        let mut kept = lock(&self.stacks.0);
         if kept.spare.len() < MOST_SPARE {
             kept.spare.push(memory);
         } else {
@@ -162,15 +157,16 @@ mod tests {
         let top = stacks.take().unwrap().top();
         assert_eq!(stacks.take().unwrap().top(), top);
         drop((0..2 * MOST_SPARE).map(|_| stacks.take().unwrap()).collect::<Vec<_>>());
-        let kept = stacks.kept();
+        let kept = lock(&stacks.0);
         assert_eq!((kept.spare.len(), kept.guarded), (MOST_SPARE, MOST_SPARE));
     }
+
     #[test]
     fn a_stack_beyond_the_limit_of_guards_has_none() {
         let stacks = Stacks::default();
-        stacks.kept().guarded = MOST_GUARDED;
+        lock(&stacks.0).guarded = MOST_GUARDED;
         let stack = stacks.take().unwrap();
         assert_eq!(mapping_of(stack.top() as usize - SIZE - 1).2, "rw-p");
-        assert_eq!(stacks.kept().guarded, MOST_GUARDED);
+        assert_eq!(lock(&stacks.0).guarded, MOST_GUARDED);
     }
 }
