@@ -8,12 +8,12 @@ use humantime::format_duration;
 use signal_hook::low_level::signal_name;
 
 use super::Config;
-use super::handler::{MODE_NAMES, ModeName, OUTPUT_NAMES, STDIN_NAMES};
+use super::handler::{MODE_NAMES, OUTPUT_NAMES, STDIN_NAMES};
 use super::log::{LogFormat, LogLevel};
 use super::worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS};
 use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 use crate::client::DEFAULT_URL;
-use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Pool};
+use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Mode, Pool};
 use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 
 /// The declaration of one setting.
@@ -324,7 +324,7 @@ declare! {
         key: "handler.mode",
         flag: Some(Flag { words: || words(&MODE_NAMES), ..Flag::new("mode", "MODE", Heading::Handler, "spawn: start the command for each job; warm: keep it running, and send it one job after another over a socket") }),
         default: || "spawn".to_owned(),
-        shown: Shown::Handler(|handler| name_in(&MODE_NAMES, &ModeName::of(&handler.mode))),
+        shown: Shown::Handler(|handler| name_in(&MODE_NAMES, &matches!(handler.mode, Mode::Warm(_)))),
         reload: Reload::AtOnce,
         comment: "How often the command is started: \"spawn\" (once for each job) or \"warm\" (once for many jobs, which come over the socket that ZIZQ_SOCKET names). docs/warm-handlers.md says how such a handler is written.",
         example: Example::Default("\"spawn\""),

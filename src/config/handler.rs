@@ -7,11 +7,10 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use signal_hook::low_level::signal_name;
-use toml::{Spanned, Value};
 
 use super::declared::{self, Declared, Example, SETTINGS, Shown};
-use super::file::{Keys, value_in};
-use super::layers::Layers;
+use super::file::Keys;
+use super::layers::{Layers, Parse, read};
 use super::value::Raw;
 use super::variable::{Variable, variable_of};
 use super::{ConfigError, Source, Warning};
@@ -23,24 +22,8 @@ use crate::process::{Output, Program, Signal};
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
     [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
-/// A `Mode` without its pool settings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ModeName {
-    Spawn,
-    Warm,
-}
-
-impl ModeName {
-    pub(super) fn of(mode: &Mode) -> Self {
-        match mode {
-            Mode::Spawn => Self::Spawn,
-            Mode::Warm(_) => Self::Warm,
-        }
-    }
-}
-
-/// The valid words for the setting `mode`.
-pub(super) const MODE_NAMES: [(&str, ModeName); 2] = [("spawn", ModeName::Spawn), ("warm", ModeName::Warm)];
+/// The valid words for the setting `mode`, and whether the handler is then warm.
+pub(super) const MODE_NAMES: [(&str, bool); 2] = [("spawn", false), ("warm", true)];
 
 /// The valid words for the setting `output`.
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
@@ -49,18 +32,19 @@ pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
 /// Returns all handlers, checked as far as possible without starting a process.
 pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
     let command = default_command(layers)?;
-    let mode = layers.locate(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
+    // Check the mode on the command line even if each handler in the file has a mode of its own.
+    layers.pick(&declared::MODE, is_warm)?;
     let mut handlers = Handlers::default();
     for (job_type, route) in layers.file.routes() {
         let name = table_of(Some(job_type.get_ref()));
-        let scope = Scope { layers, name, route: Some(route), mode: &mode };
+        let scope = Scope { layers, name, route: Some(route) };
         let Some(command) = scope.own(&declared::EXEC, Raw::command)?.or_else(|| command.clone()) else {
             let problem = format!("handlers.{} has no exec, and there is no default one", job_type.get_ref());
             return Err(ConfigError::new(layers.file.source_at(job_type.span().start), problem));
         };
         handlers.routes.insert(job_type.get_ref().clone(), scope.handler(command)?);
     }
-    let scope = Scope { layers, name: table_of(None), route: None, mode: &mode };
+    let scope = Scope { layers, name: table_of(None), route: None };
     handlers.default = command.map(|command| scope.handler(command)).transpose()?;
     if handlers.default.is_none() && handlers.routes.is_empty() {
         let in_file = layers.file.without_handler();
@@ -73,24 +57,20 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
 /// Warns of settings of warm handlers in a table that applies only to spawned handlers.
 fn warn_of_unused_settings(layers: &Layers<'_>, handlers: &Handlers) {
     // The package's file contains the settings that have a default value, although its handler is spawned.
-    let is_of_warm = |declared: &&Declared| {
+    let is_of_warm = |declared: &Declared| {
         matches!(declared.shown, Shown::Warm(_)) && !matches!(declared.example, Example::Default(_))
     };
-    let of_warm: Vec<&Declared> = SETTINGS.iter().copied().filter(is_of_warm).collect();
-    let warn = |job_type: Option<&str>, has: &dyn Fn(&Declared) -> bool| {
-        let found = of_warm.iter().filter(|declared| has(declared)).map(|declared| declared.table_and_key().1);
-        let settings = found.collect::<Vec<_>>().join(", ");
+    let is_spawned = |job_type: &str| handlers.routes.get(job_type).is_some_and(|handler| handler.mode == Mode::Spawn);
+    let spawned = layers.file.routes().filter(|(job_type, _)| is_spawned(job_type.get_ref()));
+    let tables = spawned.map(|(job_type, keys)| (table_of(Some(job_type.get_ref())), keys));
+    let default = (!handlers.is_any_warm()).then(|| (table_of(None), layers.file.default_handler()));
+    for (handler, keys) in tables.chain(default) {
+        let of_warm =
+            SETTINGS.iter().filter(|declared| is_of_warm(declared)).map(|declared| declared.table_and_key().1);
+        let settings: Vec<&str> = of_warm.filter(|key| layers.file.value_in(keys, key).is_some()).collect();
         if !settings.is_empty() {
-            layers.warn(Warning::NotWarm { handler: table_of(job_type), settings });
+            layers.warn(Warning::NotWarm { handler, settings: settings.join(", ") });
         }
-    };
-    for (job_type, keys) in layers.file.routes() {
-        if handlers.routes.get(job_type.get_ref()).is_some_and(|handler| matches!(handler.mode, Mode::Spawn)) {
-            warn(Some(job_type.get_ref()), &|declared| value_in(keys, declared.table_and_key().1).is_some());
-        }
-    }
-    if !handlers.is_any_warm() {
-        warn(None, &|declared| layers.file.value(declared).is_some());
     }
 }
 
@@ -127,8 +107,6 @@ struct Scope<'a> {
     layers: &'a Layers<'a>,
     name: String,
     route: Option<&'a Keys>,
-    /// The default handler's mode, from the command line, the environment or the file.
-    mode: &'a Option<(ModeName, Source)>,
 }
 
 impl Scope<'_> {
@@ -157,14 +135,10 @@ impl Scope<'_> {
     }
 
     fn mode(&self) -> Result<Mode, ConfigError> {
-        let own = self.own(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
-        let found = own.or_else(|| self.mode.clone());
-        found.iter().for_each(|(_, source)| self.note("mode", source));
+        let is_warm = self.pick(&declared::MODE, is_warm)?.unwrap_or_default();
+        // Check the settings of the pool even if the handler is spawned.
         let pool = self.pool()?;
-        Ok(match found {
-            Some((ModeName::Warm, _)) => Mode::Warm(pool),
-            _ => Mode::Spawn,
-        })
+        Ok(if is_warm { Mode::Warm(pool) } else { Mode::Spawn })
     }
 
     fn pool(&self) -> Result<Pool, ConfigError> {
@@ -190,46 +164,26 @@ impl Scope<'_> {
         })
     }
 
-    /// Returns the value in the route's table, or else the value in `[handler]`.
-    fn pick<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<T>, ConfigError> {
-        self.locate(declared, parse).map(|found| found.map(|(value, _)| value))
+    /// Returns the value in the route's table, or else the default handler's.
+    fn pick<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<T>, ConfigError> {
+        Ok(self.locate(declared, parse)?.map(|(value, _)| value))
     }
 
-    fn locate<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<(T, Source)>, ConfigError> {
-        let value = self.own_value(declared).or_else(|| self.layers.file.value(declared));
-        let found = value.map(|value| self.read(declared, value, parse)).transpose()?;
+    fn locate<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
+        let own = self.own(declared, parse)?;
+        let found = if own.is_some() { own } else { self.layers.locate(declared, parse)? };
         found.iter().for_each(|(_, source)| self.note(declared.table_and_key().1, source));
         Ok(found)
     }
 
-    /// Returns the value in the route's table. Ignores the value in `[handler]`.
-    fn own<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<(T, Source)>, ConfigError> {
-        self.own_value(declared).map(|value| self.read(declared, value, parse)).transpose()
+    /// Returns the value in the route's table.
+    fn own<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
+        let Some((raw, source)) = self.own_value(declared) else { return Ok(None) };
+        Ok(Some((read(declared, &raw, &source, parse)?, source)))
     }
 
-    fn own_value(&self, declared: &Declared) -> Option<&Spanned<Value>> {
-        value_in(self.route?, declared.table_and_key().1)
-    }
-
-    fn read<T>(
-        &self,
-        declared: &Declared,
-        value: &Spanned<Value>,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<(T, Source), ConfigError> {
-        self.layers.read_in_file(value, |raw| parse(raw, declared.table_and_key().1))
+    fn own_value(&self, declared: &Declared) -> Option<(Raw, Source)> {
+        self.layers.file.value_in(self.route?, declared.table_and_key().1)
     }
 
     fn note(&self, name: &str, source: &Source) {
@@ -257,10 +211,10 @@ impl Scope<'_> {
         };
         let inherited = self.layers.args.environment.iter().filter(|(name, _)| is_passed(name));
         let mut env: Vec<(OsString, OsString)> = inherited.cloned().collect();
-        for value in [self.layers.file.value(&declared::ENV), self.own_value(&declared::ENV)].into_iter().flatten() {
-            let (added, source) = self.read(&declared::ENV, value, Raw::variables)?;
+        let tables = [self.layers.file.value(&declared::ENV), self.own_value(&declared::ENV)];
+        for (raw, source) in tables.into_iter().flatten() {
             self.note("env", &source);
-            for (name, variable) in added {
+            for (name, variable) in read(&declared::ENV, &raw, &source, Raw::variables)? {
                 let value = self.value_of(&name, &variable, &source)?;
                 self.layers.note(&variable_of(&self.name, &name), &source, variable.path());
                 env.push((OsString::from(name), value));
@@ -313,6 +267,10 @@ impl Scope<'_> {
 fn is_the_workers_own(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"ZIZQ_")
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)
+}
+
+fn is_warm(raw: &Raw, name: &str) -> Result<bool, String> {
+    raw.one_of(name, &MODE_NAMES)
 }
 
 /// Parses a signal's name, with or without the prefix `SIG`. Rejects SIGKILL and SIGSTOP, which no process can catch.
