@@ -8,13 +8,14 @@ use humantime::format_duration;
 use signal_hook::low_level::signal_name;
 
 use super::Config;
-use super::handler::{MODE_NAMES, OUTPUT_NAMES, STDIN_NAMES};
+use super::handler::{
+    DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, MODE_NAMES, Mode, OUTPUT_NAMES, Pool, STDIN_NAMES,
+};
 use super::log::{LogFormat, LogLevel};
 use super::value::{name_in, names};
 use super::worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS};
 use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 use crate::client::DEFAULT_URL;
-use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Mode, Pool};
 use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 
 /// The declaration of one setting.

@@ -1,22 +1,132 @@
-//! Resolves and checks the handlers from `[handler]`, `[handlers.TYPE]`, `--exec` and the command after `--`.
+//! [`Handler`]: the command for a job, and its settings, each with its lookup.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use signal_hook::low_level::signal_name;
 
-use super::declared::{self, Declared, Example, SETTINGS, Shown};
+use super::declared::{self, Declared};
 use super::file::Keys;
+use super::handlers::Written;
 use super::layers::{Layers, Parse, read};
 use super::value::Raw;
 use super::variable::{Variable, variable_of};
 use super::{ConfigError, Source, Warning};
 use crate::cli::Reach;
-use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Handlers, Mode, Pool, Stdin};
 use crate::process::{Output, Program, Signal};
+
+pub use super::handlers::Handlers;
+
+/// Default time between SIGTERM and SIGKILL.
+pub const DEFAULT_KILL_GRACE: Duration = Duration::from_secs(5);
+
+/// The input on a handler's stdin.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Stdin {
+    /// The payload's JSON.
+    #[default]
+    Payload,
+    /// The whole job as the server sent it, as JSON.
+    Job,
+    /// Nothing.
+    None,
+}
+
+/// The number of jobs that a process of a handler runs: one, or many.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// One process for each job.
+    #[default]
+    Spawn,
+    /// One process for many jobs, which it receives over a socket.
+    Warm(Pool),
+}
+
+/// Default time limit for a warm handler to connect.
+pub const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The size of a warm handler's pool, and the limits of its processes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// The number of processes that are kept even after `idle_timeout`.
+    pub min_processes: usize,
+    /// The maximum number of processes. `None` means one for each worker loop.
+    pub max_processes: Option<NonZeroUsize>,
+    /// The time limit for a process to connect after its start.
+    pub start_timeout: Duration,
+    /// The number of jobs after which a process is replaced, extended by up to 25 % at random.
+    pub max_jobs: Option<NonZeroU64>,
+    /// The age at which a process is replaced, extended by up to 25 % at random.
+    pub max_age: Option<Duration>,
+    /// The resident memory in bytes, measured after each job, above which a process is replaced.
+    pub max_memory: Option<u64>,
+    /// The idle time after which a process beyond `min_processes` is ended.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            min_processes: 0,
+            max_processes: None,
+            start_timeout: DEFAULT_START_TIMEOUT,
+            max_jobs: None,
+            max_age: None,
+            max_memory: None,
+            idle_timeout: None,
+        }
+    }
+}
+
+/// The command for a job, and its settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Handler {
+    /// The executable and its arguments.
+    pub program: Program,
+    /// The mode: one process for each job, or one for many.
+    pub mode: Mode,
+    /// The whole environment of the command, except the variables that the worker adds for each process.
+    pub env: Vec<(OsString, OsString)>,
+    /// The working directory. `None` means the worker's own.
+    pub cwd: Option<PathBuf>,
+    /// The input on stdin.
+    pub stdin: Stdin,
+    /// The destination of the output.
+    pub output: Output,
+    /// Exit statuses that count as success, besides 0.
+    pub success_exit_codes: BTreeSet<u8>,
+    /// Exit statuses after which the job is not retried.
+    pub kill_exit_codes: BTreeSet<u8>,
+    /// The time limit of a job.
+    pub timeout: Option<Duration>,
+    /// The time between SIGTERM and SIGKILL.
+    pub kill_grace: Duration,
+    /// The signal that announces a drain to running processes.
+    pub drain_signal: Option<Signal>,
+}
+
+impl Handler {
+    /// Returns a handler with default settings and an empty environment.
+    pub fn new(program: Program) -> Self {
+        Self {
+            program,
+            mode: Mode::default(),
+            env: Vec::new(),
+            cwd: None,
+            stdin: Stdin::default(),
+            output: Output::default(),
+            success_exit_codes: BTreeSet::new(),
+            kill_exit_codes: BTreeSet::new(),
+            timeout: None,
+            kill_grace: DEFAULT_KILL_GRACE,
+            drain_signal: None,
+        }
+    }
+}
 
 /// The valid words for the setting `stdin`.
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
@@ -29,88 +139,16 @@ pub(super) const MODE_NAMES: [(&str, bool); 2] = [("spawn", false), ("warm", tru
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
-/// Returns all handlers, checked as far as possible without starting a process.
-pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
-    let command = default_command(layers)?;
-    // Check the mode on the command line even if each handler in the file has a mode of its own.
-    layers.pick(&declared::MODE, is_warm)?;
-    let mut handlers = Handlers::default();
-    for (job_type, route) in layers.file.routes() {
-        let name = table_of(Some(job_type.get_ref()));
-        let scope = Scope { layers, name, route: Some(route) };
-        let Some(command) = scope.own(&declared::EXEC, Raw::command)?.or_else(|| command.clone()) else {
-            let problem = format!("handlers.{} has no exec, and there is no default one", job_type.get_ref());
-            return Err(ConfigError::new(layers.file.source_at(job_type.span().start), problem));
-        };
-        handlers.routes.insert(job_type.get_ref().clone(), scope.handler(command)?);
-    }
-    let scope = Scope { layers, name: table_of(None), route: None };
-    handlers.default = command.map(|command| scope.handler(command)).transpose()?;
-    if handlers.default.is_none() && handlers.routes.is_empty() {
-        let in_file = layers.file.without_handler();
-        return Err(in_file.unwrap_or_else(|| ConfigError::new(Source::Missing, NO_HANDLER)));
-    }
-    warn_of_unused_settings(layers, &handlers);
-    Ok(handlers)
-}
-
-/// Warns of settings of warm handlers in a table that applies only to spawned handlers.
-fn warn_of_unused_settings(layers: &Layers<'_>, handlers: &Handlers) {
-    // The package's file contains the settings that have a default value, although its handler is spawned.
-    let is_of_warm = |declared: &Declared| {
-        matches!(declared.shown, Shown::Warm(_)) && !matches!(declared.example, Example::Default(_))
-    };
-    let is_spawned = |job_type: &str| handlers.routes.get(job_type).is_some_and(|handler| handler.mode == Mode::Spawn);
-    let spawned = layers.file.routes().filter(|(job_type, _)| is_spawned(job_type.get_ref()));
-    let tables = spawned.map(|(job_type, keys)| (table_of(Some(job_type.get_ref())), keys));
-    let default = (!handlers.is_any_warm()).then(|| (table_of(None), layers.file.default_handler()));
-    for (handler, keys) in tables.chain(default) {
-        let of_warm =
-            SETTINGS.iter().filter(|declared| is_of_warm(declared)).map(|declared| declared.table_and_key().1);
-        let settings: Vec<&str> = of_warm.filter(|key| layers.file.value_in(keys, key).is_some()).collect();
-        if !settings.is_empty() {
-            layers.warn(Warning::NotWarm { handler, settings: settings.join(", ") });
-        }
-    }
-}
-
-const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the \
-     file's [handler] or [handlers.TYPE]";
-
-/// The words of a command, and the source of the setting that has them.
-type Written = (Vec<OsString>, Source);
-
-fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> {
-    let flag = layers.args.given("exec")?.map(|given| given.source);
-    match layers.args.trailing_command() {
-        Some(_) if matches!(flag, Some(Source::Flag(_))) => {
-            Err(ConfigError::new(Source::TrailingCommand, "give the handler once: with --exec or after --, not both"))
-        }
-        Some(words) => Ok(Some((words, Source::TrailingCommand))),
-        None => layers.locate(&declared::EXEC, Raw::command),
-    }
-}
-
-/// Returns the name of a handler's table in the file. For the default handler, `job_type` is `None`.
-pub(super) fn table_of(job_type: Option<&str>) -> String {
-    let is_bare = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
-    match job_type {
-        None => "handler".to_owned(),
-        Some(job_type) if is_bare(job_type) => format!("handlers.{job_type}"),
-        Some(job_type) => format!("handlers.{job_type:?}"),
-    }
-}
-
 /// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the value in
 /// `[handler]`.
-struct Scope<'a> {
-    layers: &'a Layers<'a>,
-    name: String,
-    route: Option<&'a Keys>,
+pub(super) struct Scope<'a> {
+    pub(super) layers: &'a Layers<'a>,
+    pub(super) name: String,
+    pub(super) route: Option<&'a Keys>,
 }
 
 impl Scope<'_> {
-    fn handler(&self, (words, source): Written) -> Result<Handler, ConfigError> {
+    pub(super) fn handler(&self, (words, source): Written) -> Result<Handler, ConfigError> {
         self.note("exec", &source);
         let mut words = words.into_iter();
         let Some(name) = words.next() else {
@@ -130,7 +168,7 @@ impl Scope<'_> {
             timeout: self.pick(&declared::TIMEOUT, Raw::positive_duration)?,
             kill_grace: self.pick(&declared::KILL_GRACE, Raw::duration)?.unwrap_or(DEFAULT_KILL_GRACE),
             drain_signal: self.pick(&declared::DRAIN_SIGNAL, |raw, name| raw.text(name).and_then(parse_signal))?,
-            ..Handler::new(program)
+            program,
         })
     }
 
@@ -177,7 +215,7 @@ impl Scope<'_> {
     }
 
     /// Returns the value in the route's table.
-    fn own<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
+    pub(super) fn own<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
         let Some((raw, source)) = self.own_value(declared) else { return Ok(None) };
         Ok(Some((read(declared, &raw, &source, parse)?, source)))
     }
@@ -269,7 +307,7 @@ fn is_the_workers_own(name: &OsStr) -> bool {
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)
 }
 
-fn is_warm(raw: &Raw, name: &str) -> Result<bool, String> {
+pub(super) fn is_warm(raw: &Raw, name: &str) -> Result<bool, String> {
     raw.one_of(name, &MODE_NAMES)
 }
 

@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use super::declared::{Declared, Reload, SETTINGS, Shown, list};
-use super::handler::table_of;
+use super::handler::{Handler, Mode};
+use super::handlers::table_of;
 use super::variable::variable_of;
 use super::{Config, Source};
-use crate::handler::{Handler, Mode};
 
 /// A setting with its effective value and its source.
 #[derive(Debug, Clone)]

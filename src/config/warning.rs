@@ -6,9 +6,9 @@ use std::time::Duration;
 use humantime::format_duration;
 use tracing::warn;
 
-use super::handler::table_of;
+use super::handler::{Handler, Mode};
+use super::handlers::table_of;
 use super::{Config, WorkerConfig};
-use crate::handler::{Handler, Mode};
 
 /// A warning about a valid configuration that is probably a mistake. The worker logs warnings at its start and at a reload, and
 /// `--check` prints them.

@@ -10,7 +10,9 @@ use super::declared;
 use super::layers::Layers;
 use super::tls;
 use super::value::Raw;
-use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source, Warning};
+use super::{
+    Config, ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source, Warning,
+};
 use crate::backoff::Backoff;
 use crate::client::url::without_secrets;
 use crate::client::{Connector, ServerUrl, Tls, WorkerId};
@@ -130,13 +132,24 @@ impl WorkerConfig {
     }
 }
 
+impl Config {
+    /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their `running` values.
+    pub fn take_over(&mut self, running: &WorkerConfig) {
+        let WorkerConfig { url, tls, queues, prefetch, stream_limits, .. } = self.worker.clone();
+        // Compute the default from the running threads and fibers, because new values of these settings need a restart.
+        let is_given = self.sources.contains_key(declared::PREFETCH.key);
+        let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
+        self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };
+    }
+}
+
 fn at_most_u64(count: NonZeroUsize) -> NonZeroU64 {
     NonZeroU64::try_from(count).unwrap_or(NonZeroU64::MAX)
 }
 
 /// Returns the default prefetch: two jobs per worker loop, one running and one queued. With only one, a loop would idle while
 /// a report travels to the server and the next job back.
-pub(super) fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
+fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
     concurrency.saturating_add(concurrency.get())
 }
 
