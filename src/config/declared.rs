@@ -490,7 +490,7 @@ fn or(value: Option<impl ToString>, declared: &Declared) -> String {
     value.map_or_else(declared.default, |value| value.to_string())
 }
 
-fn duration(value: Duration) -> String {
+pub(super) fn duration(value: Duration) -> String {
     format_duration(value).to_string()
 }
 
