@@ -42,9 +42,9 @@ pub(super) struct Layers<'a> {
     pub(super) args: &'a Args,
     pub(super) file: &'a ConfigFile,
     /// The sources of the settings found so far.
-    found: RefCell<Sources>,
+    pub(super) found: RefCell<Sources>,
     /// The warnings so far.
-    warnings: RefCell<Vec<Warning>>,
+    pub(super) warnings: RefCell<Vec<Warning>>,
 }
 
 /// The source of each given setting, and the text that the user wrote, by key. For a variable in `env`, the text is the path of
@@ -57,11 +57,6 @@ pub(super) type Parse<T> = fn(&Raw, &str) -> Result<T, String>;
 impl<'a> Layers<'a> {
     pub(super) fn new(args: &'a Args, file: &'a ConfigFile) -> Self {
         Self { args, file, found: RefCell::default(), warnings: RefCell::new(args.unknown_variables()) }
-    }
-
-    /// Returns the sources of all given settings, and all warnings.
-    pub(super) fn into_parts(self) -> (Sources, Vec<Warning>) {
-        (self.found.into_inner(), self.warnings.into_inner())
     }
 
     /// Adds a warning.

@@ -73,7 +73,7 @@ impl Config {
         let embedded = embedded::resolve(args, &worker.url)?;
         // Resolve handlers last, so that a missing handler does not hide a mistake in another setting.
         let handlers = handlers::resolve(&layers)?;
-        let (sources, found_warnings) = layers.into_parts();
+        let Layers { found, warnings, .. } = layers;
         Ok(Self {
             worker,
             handlers,
@@ -81,8 +81,8 @@ impl Config {
             admin,
             #[cfg(feature = "embedded")]
             embedded,
-            sources,
-            found_warnings,
+            sources: found.into_inner(),
+            found_warnings: warnings.into_inner(),
         })
     }
 }

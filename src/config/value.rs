@@ -179,15 +179,9 @@ impl Raw {
 
     /// Parses a table of environment variables from the file. Messages never quote a value, because it can be a secret.
     pub(super) fn variables(&self, name: &str) -> Result<Vec<(String, Variable)>, String> {
-        let table = match self {
-            Self::Toml(Value::Table(table)) => table,
-            Self::Toml(other) => {
-                let kind = other.type_str();
-                return Err(format!(
-                    "{name} must be a table of variable names and values (got a value of type {kind})"
-                ));
-            }
-            Self::Text(_) => return Err(format!("{name} must be a table of variable names and values")),
+        let Self::Toml(Value::Table(table)) = self else {
+            let kind = if let Self::Toml(value) = self { value.type_str() } else { "string" };
+            return Err(format!("{name} must be a table of variable names and values (got a value of type {kind})"));
         };
         table.iter().map(|(variable, value)| Ok((variable.clone(), Variable::read(name, variable, value)?))).collect()
     }
@@ -202,19 +196,13 @@ impl Raw {
     }
 
     fn words(&self, name: &str) -> Result<Vec<String>, String> {
-        let words = match self {
-            Self::Toml(value @ Value::Array(_)) => strings(value),
-            _ => {
-                let text = self
-                    .text(name)
-                    .map_err(|_| format!("{name} must be a string or a list of strings (got {self})"))?;
-                return match shlex::split(&text) {
-                    Some(words) => Ok(words),
-                    None => Err(format!("{name} has a quote or a backslash without its other half (got {text})")),
-                };
-            }
-        };
-        words.ok_or_else(|| format!("{name} must be a string or a list of strings (got {self})"))
+        let wanted = || format!("{name} must be a string or a list of strings (got {self})");
+        if let Self::Toml(value @ Value::Array(_)) = self {
+            return strings(value).ok_or_else(wanted);
+        }
+        let text = self.text(name).map_err(|_| wanted())?;
+        let split = shlex::split(&text);
+        split.ok_or_else(|| format!("{name} has a quote or a backslash without its other half (got {text})"))
     }
 }
 
