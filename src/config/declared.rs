@@ -114,8 +114,7 @@ impl Declared {
 
     /// Returns the name that messages use. It is the flag's, or else the key without its table.
     pub(super) fn name(&self) -> String {
-        let key = || self.key.rsplit('.').next().unwrap_or_default().to_owned();
-        self.flag.as_ref().map_or_else(key, |flag| flag.name.replace('-', "_"))
+        self.flag.as_ref().map_or(self.table_and_key().1.to_owned(), |flag| flag.name.replace('-', "_"))
     }
 
     /// Splits the key into its table, empty for the top level, and the key within.

@@ -128,14 +128,12 @@ impl Handler {
     }
 }
 
-/// The valid words for the setting `stdin`.
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
     [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
-/// The valid words for the setting `mode`, and whether the handler is then warm.
+/// The names of the modes, and whether each is warm.
 pub(super) const MODE_NAMES: [(&str, bool); 2] = [("spawn", false), ("warm", true)];
 
-/// The valid words for the setting `output`.
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
@@ -195,7 +193,7 @@ impl Scope<'_> {
             start_timeout: self
                 .pick(&declared::START_TIMEOUT, Raw::positive_duration)?
                 .unwrap_or(DEFAULT_START_TIMEOUT),
-            max_jobs: max_jobs.and_then(|count| NonZeroU64::new(count.get() as u64)),
+            max_jobs: max_jobs.and_then(|count| count.try_into().ok()),
             max_age: self.pick(&declared::MAX_AGE, Raw::positive_duration)?,
             max_memory: self.pick(&declared::MAX_MEMORY, Raw::size)?.map(|bytes| bytes as u64),
             idle_timeout: self.pick(&declared::IDLE_TIMEOUT, Raw::positive_duration)?,
@@ -286,16 +284,15 @@ impl Scope<'_> {
     }
 
     fn exit_codes(&self) -> Result<(BTreeSet<u8>, BTreeSet<u8>), ConfigError> {
-        let success = self.pick(&declared::SUCCESS_EXIT_CODES, Raw::exit_codes)?;
-        let success = success.unwrap_or_default();
-        match self.locate(&declared::KILL_EXIT_CODES, Raw::exit_codes)? {
-            None => Ok((success, BTreeSet::new())),
-            Some((kill, source)) => match kill.iter().find(|code| **code == 0 || success.contains(code)) {
-                Some(code) => {
-                    Err(ConfigError::new(source, format!("kill_exit_codes must not name a success (got {code})")))
-                }
-                None => Ok((success, kill)),
-            },
+        let success = self.pick(&declared::SUCCESS_EXIT_CODES, Raw::exit_codes)?.unwrap_or_default();
+        let Some((kill, source)) = self.locate(&declared::KILL_EXIT_CODES, Raw::exit_codes)? else {
+            return Ok((success, BTreeSet::new()));
+        };
+        match kill.iter().find(|code| **code == 0 || success.contains(code)) {
+            Some(code) => {
+                Err(ConfigError::new(source, format!("kill_exit_codes must not name a success (got {code})")))
+            }
+            None => Ok((success, kill)),
         }
     }
 }

@@ -111,7 +111,7 @@ impl WorkerConfig {
             backoff: resolve_backoff(layers)?,
             stream_limits: resolve_stream_limits(layers)?,
             shutdown_deadline: deadline.unwrap_or(DEFAULT_SHUTDOWN_DEADLINE),
-            max_jobs: layers.pick(&declared::MAX_JOBS, Raw::count)?.map(at_most_u64),
+            max_jobs: layers.pick(&declared::MAX_JOBS, Raw::count)?.and_then(|count| count.try_into().ok()),
             max_time: layers.pick(&declared::MAX_TIME, Raw::positive_duration)?,
             exit_when_idle: layers.pick(&declared::EXIT_WHEN_IDLE, Raw::positive_duration)?,
         })
@@ -141,10 +141,6 @@ impl Config {
         let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
         self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };
     }
-}
-
-fn at_most_u64(count: NonZeroUsize) -> NonZeroU64 {
-    NonZeroU64::try_from(count).unwrap_or(NonZeroU64::MAX)
 }
 
 /// Returns the default prefetch: two jobs per worker loop, one running and one queued. With only one, a loop would idle while
