@@ -137,8 +137,8 @@ pub(super) const MODE_NAMES: [(&str, bool); 2] = [("spawn", false), ("warm", tru
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
-/// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the value in
-/// `[handler]`.
+/// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the default
+/// handler's.
 pub(super) struct Scope<'a> {
     pub(super) layers: &'a Layers<'a>,
     pub(super) name: String,

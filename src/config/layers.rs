@@ -51,7 +51,7 @@ pub(super) struct Layers<'a> {
 /// the file that holds its value, or empty.
 pub(super) type Sources = BTreeMap<String, (Source, String)>;
 
-/// A parser of a value. It also gets the setting's name, for messages.
+/// A parser of a raw value. The second argument is the setting's name, for messages.
 pub(super) type Parse<T> = fn(&Raw, &str) -> Result<T, String>;
 
 impl<'a> Layers<'a> {
