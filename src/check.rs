@@ -1,6 +1,6 @@
 //! `--check`: prints every setting with its origin, the start-up warnings, and the server's version.
 
-use std::fmt::{Display, Write as _};
+use std::fmt::{self, Write as _};
 use std::io::{self, ErrorKind, Write};
 use std::time::Duration;
 
@@ -65,11 +65,11 @@ pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
 }
 
 async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
-    out.write_all(table(&config.settings()).as_bytes())?;
+    print_table(&config.settings(), out)?;
     // No check is needed here, because the settings are resolved only if the file of each handler can be run.
     writeln!(out, "\nhandlers: their files can be run")?;
     for warning in config.warnings() {
-        writeln!(out, "{}", warning_line(&warning))?;
+        say(out, format_args!("warning: {warning}"))?;
     }
     // Keep the admin server until the end of the check, so that the embedded server cannot listen at the same address.
     let _admin_server = check_admin_address(config, out).await?;
@@ -90,12 +90,12 @@ async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
     check_server(config, out).await
 }
 
-/// Formats a warning as one line.
-fn warning_line(warning: &impl Display) -> String {
+/// Prints text as one line, because values of settings and of the server can contain line breaks.
+fn say(out: &mut impl Write, text: fmt::Arguments<'_>) -> io::Result<()> {
     let mut line = String::new();
     // Writing to a string never fails.
-    let _ = write!(OneLine(&mut line), "warning: {warning}");
-    line
+    let _ = OneLine(&mut line).write_fmt(text);
+    writeln!(out, "{line}")
 }
 
 /// Checks that the admin server can listen. If the address is in use, only prints a warning, because a worker with these settings
@@ -108,7 +108,7 @@ async fn check_admin_address(config: &Config, out: &mut impl Write) -> Result<Op
             Ok(Some(server))
         }
         Err(passing) if passing.may_pass() => {
-            writeln!(out, "{}", warning_line(&passing))?;
+            say(out, format_args!("warning: {passing}"))?;
             Ok(None)
         }
         Err(mistake) => Err(CheckError::Mistake(mistake)),
@@ -122,7 +122,7 @@ async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), Che
     let Some(embedded) = &config.embedded else { return Ok(()) };
     match crate::embedded::prepare(&embedded.without_stdin(), &config.worker.url).await {
         Ok(_) => writeln!(out, "embedded server: can listen on {}", config.worker.url)?,
-        Err(passing) if passing.may_pass() => writeln!(out, "{}", warning_line(&passing))?,
+        Err(passing) if passing.may_pass() => say(out, format_args!("warning: {passing}"))?,
         Err(mistake) => return Err(CheckError::Mistake(mistake)),
     }
     Ok(())
@@ -181,28 +181,24 @@ async fn check_server(config: &Config, out: &mut impl Write) -> Result<(), Check
     let version = client.version().await;
     let version = version
         .map_err(|error| CheckError::Server(format!("cannot ask the server at {}: {}", worker.url, Chain(&error))))?;
-    let mut line = String::new();
-    let _ = write!(OneLine(&mut line), "server: {} is version {version}", worker.url);
-    writeln!(out, "{line}")?;
+    say(out, format_args!("server: {} is version {version}", worker.url))?;
     if let Some(misfit) = misfit(&version) {
         writeln!(out, "warning: {misfit}")?;
     }
     Ok(())
 }
 
-/// Formats the settings as columns of names, values and origins.
-fn table(settings: &[Setting]) -> String {
+/// Prints the settings as columns of names, values and origins.
+fn print_table(settings: &[Setting], out: &mut impl Write) -> io::Result<()> {
     let longest = |length: fn(&Setting) -> usize| settings.iter().map(length).max().unwrap_or_default();
     let names = longest(|setting| setting.name.chars().count());
     // Cap the width of the column of values, otherwise one long value would push all origins off the screen.
     let values = longest(|setting| setting.value.chars().count()).min(40);
-    let mut text = String::new();
     for Setting { name, value, source, .. } in settings {
         let source = source.as_ref().map_or("default".to_owned(), ToString::to_string);
-        let _ = write!(OneLine(&mut text), "{name:names$}  {value:values$}  {source}");
-        text.push('\n');
+        say(out, format_args!("{name:names$}  {value:values$}  {source}"))?;
     }
-    text
+    Ok(())
 }
 
 /// A writer that silently drops all output after the reader, for example `head`, has closed the pipe.

@@ -288,7 +288,9 @@ pub fn command() -> Command {
     let command = headings.into_iter().fold(command, |command, (title, heading, more)| {
         command.next_help_heading(title).args(settings(heading).chain(more))
     });
-    command.next_help_heading("Trying it out").args(embedded_args())
+    #[cfg(feature = "embedded")]
+    let command = command.next_help_heading("Trying it out").args(embedded_args());
+    command
 }
 
 fn trailing_command() -> Arg {
@@ -329,9 +331,4 @@ fn embedded_args() -> Vec<Arg> {
             .value_parser(clap::value_parser!(OsString))
             .help("Enqueue the lines of FILE (- for stdin) in the embedded server: one JSON object with queue, type and payload each"),
     ]
-}
-
-#[cfg(not(feature = "embedded"))]
-fn embedded_args() -> Vec<Arg> {
-    Vec::new()
 }

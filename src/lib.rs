@@ -61,7 +61,6 @@ pub mod dispatch;
 #[cfg(feature = "embedded")]
 pub mod embedded;
 mod fate;
-pub mod handler;
 pub mod job;
 mod ledger;
 pub mod lifecycle;
@@ -88,7 +87,7 @@ pub mod version;
 
 pub use backoff::Backoff;
 pub use client::{Connector, ServerUrl, WorkerId};
-pub use config::{Config, ConfigError, WorkerConfig};
+pub use config::{Config, ConfigError, WorkerConfig, handler};
 pub use dispatch::{Dispatcher, Ended, ExecDispatcher};
 pub use handler::{Handler, Handlers};
 pub use job::{Failure, Job, JobId, Outcome};

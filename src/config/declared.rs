@@ -8,12 +8,14 @@ use humantime::format_duration;
 use signal_hook::low_level::signal_name;
 
 use super::Config;
-use super::handler::{MODE_NAMES, ModeName, OUTPUT_NAMES, STDIN_NAMES};
+use super::handler::{
+    DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, MODE_NAMES, Mode, OUTPUT_NAMES, Pool, STDIN_NAMES,
+};
 use super::log::{LogFormat, LogLevel};
+use super::value::{name_in, names};
 use super::worker::{DEFAULT_FIBERS, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_THREADS};
 use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 use crate::client::DEFAULT_URL;
-use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Pool};
 use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 
 /// The declaration of one setting.
@@ -25,7 +27,8 @@ pub struct Declared {
     pub flag: Option<Flag>,
     /// The default, in words.
     pub default: fn() -> String,
-    /// The explanation in the commented file. It names the default unless the example is the default.
+    /// The explanation in the commented file. It names the default unless the example is the default. Empty if the setting before
+    /// explains this one too.
     pub comment: &'static str,
     /// The value in the commented file.
     pub example: Example,
@@ -96,10 +99,22 @@ pub(super) enum Shown {
 }
 
 impl Declared {
+    /// Returns the declaration of a setting of handlers, without a flag.
+    const fn of_handlers(key: &'static str, example: Example) -> Self {
+        Self {
+            key,
+            flag: None,
+            default: || NONE.to_owned(),
+            comment: "",
+            example,
+            reload: Reload::AtOnce,
+            shown: Shown::Never,
+        }
+    }
+
     /// Returns the name that messages use. It is the flag's, or else the key without its table.
     pub(super) fn name(&self) -> String {
-        let key = || self.key.rsplit('.').next().unwrap_or_default().to_owned();
-        self.flag.as_ref().map_or_else(key, |flag| flag.name.replace('-', "_"))
+        self.flag.as_ref().map_or(self.table_and_key().1.to_owned(), |flag| flag.name.replace('-', "_"))
     }
 
     /// Splits the key into its table, empty for the top level, and the key within.
@@ -311,203 +326,129 @@ declare! {
     };
 
     EXEC = Declared {
-        key: "handler.exec",
         flag: Some(Flag::new("exec", "CMD", Heading::Handler, "The command to run for each job, split into words as a shell would, but run without one")),
         default: || "required".to_owned(),
         shown: Shown::Private(|handler| handler.program.to_string(), |handler| handler.program.path().display().to_string()),
-        reload: Reload::AtOnce,
         comment: "The command to run for each job, with the payload on its stdin: a list of words, or a string that is split into words as a shell would. It is run without a shell, and found on PATH unless it has a slash. Required, here or there.",
-        example: Example::Other("[\"cat\"]"),
+        ..Declared::of_handlers("handler.exec", Example::Other("[\"cat\"]"))
     };
 
     MODE = Declared {
-        key: "handler.mode",
-        flag: Some(Flag { words: || words(&MODE_NAMES), ..Flag::new("mode", "MODE", Heading::Handler, "spawn: start the command for each job; warm: keep it running, and send it one job after another over a socket") }),
+        flag: Some(Flag { words: || names(&MODE_NAMES), ..Flag::new("mode", "MODE", Heading::Handler, "spawn: start the command for each job; warm: keep it running, and send it one job after another over a socket") }),
         default: || "spawn".to_owned(),
-        shown: Shown::Handler(|handler| name_in(&MODE_NAMES, &ModeName::of(&handler.mode))),
-        reload: Reload::AtOnce,
+        shown: Shown::Handler(|handler| name_in(&MODE_NAMES, &matches!(handler.mode, Mode::Warm(_))).to_owned()),
         comment: "How often the command is started: \"spawn\" (once for each job) or \"warm\" (once for many jobs, which come over the socket that ZIZQ_SOCKET names). docs/warm-handlers.md says how such a handler is written.",
-        example: Example::Default("\"spawn\""),
+        ..Declared::of_handlers("handler.mode", Example::Default("\"spawn\""))
     };
 
     STDIN = Declared {
-        key: "handler.stdin",
-        flag: None,
         default: || "payload".to_owned(),
-        shown: Shown::Handler(|handler| name_in(&STDIN_NAMES, &handler.stdin)),
-        reload: Reload::AtOnce,
+        shown: Shown::Handler(|handler| name_in(&STDIN_NAMES, &handler.stdin).to_owned()),
         comment: "The contents of stdin: \"payload\", \"job\" (the whole job as JSON) or \"none\".",
-        example: Example::Default("\"payload\""),
+        ..Declared::of_handlers("handler.stdin", Example::Default("\"payload\""))
     };
 
     OUTPUT = Declared {
-        key: "handler.output",
-        flag: None,
         default: || "log".to_owned(),
-        shown: Shown::Handler(|handler| name_in(&OUTPUT_NAMES, &handler.output)),
-        reload: Reload::AtOnce,
+        shown: Shown::Handler(|handler| name_in(&OUTPUT_NAMES, &handler.output).to_owned()),
         comment: "The destination of output: \"log\" (an event a line), \"inherit\" (the worker's own stdout and stderr) or \"null\". Only with \"log\" is the end of stderr part of a failure's report.",
-        example: Example::Default("\"log\""),
+        ..Declared::of_handlers("handler.output", Example::Default("\"log\""))
     };
 
     ENV_CLEAR = Declared {
-        key: "handler.env_clear",
-        flag: None,
         default: || "false".to_owned(),
-        shown: Shown::Never,
-        reload: Reload::AtOnce,
         comment: "The environment: the worker's without its ZIZQ_* variables, or, with env_clear, nothing but the variables that pass_env names, like [\"PATH\", \"HOME\", \"LANG\"]; and then env on top.",
-        example: Example::Default("false"),
+        ..Declared::of_handlers("handler.env_clear", Example::Default("false"))
     };
 
-    PASS_ENV = Declared {
-        key: "handler.pass_env",
-        flag: None,
-        default: || "none".to_owned(),
-        shown: Shown::Never,
-        reload: Reload::AtOnce,
-        comment: "",
-        example: Example::Default("[]"),
-    };
+    PASS_ENV = Declared::of_handlers("handler.pass_env", Example::Default("[]"));
 
     ENV = Declared {
-        key: "handler.env",
-        flag: None,
-        default: || "none".to_owned(),
         shown: Shown::Variables,
-        reload: Reload::AtOnce,
         comment: "A value is a string, or { file = \"PATH\" } for the contents of a file without the newline at the end, like a credential of systemd or a secret of Kubernetes. The file is read at the start and at each reload.",
-        example: Example::Other("{ MAIL_HOST = \"smtp.example.org\" }"),
+        ..Declared::of_handlers("handler.env", Example::Other("{ MAIL_HOST = \"smtp.example.org\" }"))
     };
 
     CWD = Declared {
-        key: "handler.cwd",
-        flag: None,
         default: || "the worker's".to_owned(),
         shown: Shown::Handler(|handler| or(handler.cwd.as_ref().map(|cwd| cwd.display()), &CWD)),
-        reload: Reload::AtOnce,
         comment: "The working directory. Default: the worker's.",
-        example: Example::Other("\"/tmp\""),
+        ..Declared::of_handlers("handler.cwd", Example::Other("\"/tmp\""))
     };
 
     SUCCESS_EXIT_CODES = Declared {
-        key: "handler.success_exit_codes",
-        flag: None,
-        default: || "none".to_owned(),
         shown: Shown::Handler(|handler| list(&handler.success_exit_codes)),
-        reload: Reload::AtOnce,
         comment: "Exit statuses that count as success, besides 0; and those after which a job is dead at once, without another try.",
-        example: Example::Default("[]"),
+        ..Declared::of_handlers("handler.success_exit_codes", Example::Default("[]"))
     };
 
     KILL_EXIT_CODES = Declared {
-        key: "handler.kill_exit_codes",
-        flag: None,
-        default: || "none".to_owned(),
         shown: Shown::Handler(|handler| list(&handler.kill_exit_codes)),
-        reload: Reload::AtOnce,
-        comment: "",
-        example: Example::Default("[]"),
+        ..Declared::of_handlers("handler.kill_exit_codes", Example::Default("[]"))
     };
 
     TIMEOUT = Declared {
-        key: "handler.timeout",
-        flag: None,
-        default: || "none".to_owned(),
         shown: Shown::Handler(|handler| or(handler.timeout.map(duration), &TIMEOUT)),
-        reload: Reload::AtOnce,
         comment: "The time limit of a job. Then its process group gets SIGTERM, and SIGKILL after kill_grace, and the job has failed. Default: none.",
-        example: Example::Other("\"10m\""),
+        ..Declared::of_handlers("handler.timeout", Example::Other("\"10m\""))
     };
 
     KILL_GRACE = Declared {
-        key: "handler.kill_grace",
-        flag: None,
         default: || duration(DEFAULT_KILL_GRACE),
         shown: Shown::Handler(|handler| duration(handler.kill_grace)),
-        reload: Reload::AtOnce,
-        comment: "",
-        example: Example::Default("\"5s\""),
+        ..Declared::of_handlers("handler.kill_grace", Example::Default("\"5s\""))
     };
 
     DRAIN_SIGNAL = Declared {
-        key: "handler.drain_signal",
-        flag: None,
-        default: || "none".to_owned(),
         shown: Shown::Handler(|handler| or(handler.drain_signal.and_then(|signal| signal_name(signal.as_raw())), &DRAIN_SIGNAL)),
-        reload: Reload::AtOnce,
         comment: "A signal that is sent to running handlers when the worker is told to stop, so that they save their work. Default: none.",
-        example: Example::Other("\"USR1\""),
+        ..Declared::of_handlers("handler.drain_signal", Example::Other("\"USR1\""))
     };
 
     MIN_PROCESSES = Declared {
-        key: "handler.min_processes",
-        flag: None,
         default: || "0".to_owned(),
         shown: Shown::Warm(|pool| pool.min_processes.to_string()),
-        reload: Reload::AtOnce,
         comment: "For mode = \"warm\": how many processes stay when they are idle, and how many there are at most. Default of max_processes: threads x fibers. With fewer, jobs wait for a process in their loops, and jobs of other types wait behind them.",
-        example: Example::Default("0"),
+        ..Declared::of_handlers("handler.min_processes", Example::Default("0"))
     };
 
     MAX_PROCESSES = Declared {
-        key: "handler.max_processes",
-        flag: None,
         default: || "threads x fibers".to_owned(),
         shown: Shown::Warm(|pool| or(pool.max_processes, &MAX_PROCESSES)),
-        reload: Reload::AtOnce,
-        comment: "",
-        example: Example::Other("4"),
+        ..Declared::of_handlers("handler.max_processes", Example::Other("4"))
     };
 
     START_TIMEOUT = Declared {
-        key: "handler.start_timeout",
-        flag: None,
         default: || duration(DEFAULT_START_TIMEOUT),
         shown: Shown::Warm(|pool| duration(pool.start_timeout)),
-        reload: Reload::AtOnce,
         comment: "How long a process may take from its start until it connects.",
-        example: Example::Default("\"1m\""),
+        ..Declared::of_handlers("handler.start_timeout", Example::Default("\"1m\""))
     };
 
     PROCESS_MAX_JOBS = Declared {
-        key: "handler.max_jobs",
-        flag: None,
         default: || "off".to_owned(),
         shown: Shown::Warm(|pool| or(pool.max_jobs, &PROCESS_MAX_JOBS)),
-        reload: Reload::AtOnce,
         comment: "The limits after which a process is replaced, checked after each job. max_jobs and max_age are raised by up to a quarter at random. max_memory is the resident size of the process itself. max_jobs in [worker] limits a whole run instead. Default: never.",
-        example: Example::Other("1000"),
+        ..Declared::of_handlers("handler.max_jobs", Example::Other("1000"))
     };
 
     MAX_AGE = Declared {
-        key: "handler.max_age",
-        flag: None,
         default: || "off".to_owned(),
         shown: Shown::Warm(|pool| or(pool.max_age.map(duration), &MAX_AGE)),
-        reload: Reload::AtOnce,
-        comment: "",
-        example: Example::Other("\"6h\""),
+        ..Declared::of_handlers("handler.max_age", Example::Other("\"6h\""))
     };
 
     MAX_MEMORY = Declared {
-        key: "handler.max_memory",
-        flag: None,
         default: || "off".to_owned(),
         shown: Shown::Warm(|pool| or(pool.max_memory.map(ByteSize), &MAX_MEMORY)),
-        reload: Reload::AtOnce,
-        comment: "",
-        example: Example::Other("\"512MiB\""),
+        ..Declared::of_handlers("handler.max_memory", Example::Other("\"512MiB\""))
     };
 
     IDLE_TIMEOUT = Declared {
-        key: "handler.idle_timeout",
-        flag: None,
         default: || "off".to_owned(),
         shown: Shown::Warm(|pool| or(pool.idle_timeout.map(duration), &IDLE_TIMEOUT)),
-        reload: Reload::AtOnce,
         comment: "How long a process may be idle. Default: for ever.",
-        example: Example::Other("\"10m\""),
+        ..Declared::of_handlers("handler.idle_timeout", Example::Other("\"10m\""))
     };
 
     ADMIN_LISTEN = Declared {
@@ -522,7 +463,7 @@ declare! {
 
     LOG_LEVEL = Declared {
         key: "log.level",
-        flag: Some(Flag { words: || words(&LogLevel::NAMES), ..Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace; more per target, like info,zizq_worker::jobs=warn; RUST_LOG wins") }),
+        flag: Some(Flag { words: || names(&LogLevel::NAMES), ..Flag::new("log-level", "LEVEL", Heading::Logging, "error, warn, info, debug or trace; more per target, like info,zizq_worker::jobs=warn; RUST_LOG wins") }),
         default: || "info".to_owned(),
         shown: Shown::Worker(|config| config.log.filter.clone().unwrap_or_else(|| config.log.level.to_string())),
         reload: Reload::AtOnce,
@@ -532,7 +473,7 @@ declare! {
 
     LOG_FORMAT = Declared {
         key: "log.format",
-        flag: Some(Flag { words: || words(&LogFormat::NAMES), ..Flag::new("log-format", "FORMAT", Heading::Logging, "pretty, compact or json, on stderr") }),
+        flag: Some(Flag { words: || names(&LogFormat::NAMES), ..Flag::new("log-format", "FORMAT", Heading::Logging, "pretty, compact or json, on stderr") }),
         default: || "pretty on a terminal, else compact".to_owned(),
         shown: Shown::Worker(|config| or(config.log.format, &LOG_FORMAT)),
         reload: Reload::Restart,
@@ -548,7 +489,7 @@ fn or(value: Option<impl ToString>, declared: &Declared) -> String {
     value.map_or_else(declared.default, |value| value.to_string())
 }
 
-fn duration(value: Duration) -> String {
+pub(super) fn duration(value: Duration) -> String {
     format_duration(value).to_string()
 }
 
@@ -563,13 +504,4 @@ pub(super) fn list(values: impl IntoIterator<Item = impl ToString>) -> String {
 
 fn queues(queues: &[String]) -> String {
     if queues.is_empty() { "all".to_owned() } else { list(queues) }
-}
-
-fn words<T>(names: &[(&'static str, T)]) -> Vec<&'static str> {
-    names.iter().map(|(name, _)| *name).collect()
-}
-
-fn name_in<T: PartialEq>(names: &[(&str, T)], value: &T) -> String {
-    let found = names.iter().find(|(_, named)| named == value);
-    found.map_or_else(String::new, |(name, _)| (*name).to_owned())
 }

@@ -45,18 +45,17 @@ pub(super) fn resolve(args: &Args, url: &ServerUrl) -> Result<Option<EmbeddedCon
         "-" => JobsSource::Stdin,
         file => JobsSource::File(Path::new(file).to_owned()),
     });
-    let flag = |name: &str| Source::Flag(name.to_owned());
-    match args.is_set("embedded") {
-        false if jobs.is_some() => {
-            Err(ConfigError::new(flag("--jobs"), "only the embedded server takes jobs from a file; add --embedded"))
-        }
-        true if url.is_https() => {
-            Err(ConfigError::new(flag("--embedded"), "the embedded server speaks plain http; change url"))
-        }
-        true if !url.prefix().is_empty() => Err(ConfigError::new(
-            flag("--embedded"),
-            format!("the embedded server has no path prefix; take {} off url", url.prefix()),
-        )),
-        embedded => Ok(embedded.then_some(EmbeddedConfig { jobs })),
+    let refuse = |flag: &str, problem: &str| Err(ConfigError::new(Source::Flag(flag.to_owned()), problem));
+    if !args.is_set("embedded") {
+        let problem = "only the embedded server takes jobs from a file; add --embedded";
+        return if jobs.is_some() { refuse("--jobs", problem) } else { Ok(None) };
     }
+    if url.is_https() {
+        return refuse("--embedded", "the embedded server speaks plain http; change url");
+    }
+    if !url.prefix().is_empty() {
+        let prefix = url.prefix();
+        return refuse("--embedded", &format!("the embedded server has no path prefix; take {prefix} off url"));
+    }
+    Ok(Some(EmbeddedConfig { jobs }))
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 use toml::{Spanned, Value};
 
 use super::declared::{Declared, SETTINGS};
+use super::value::Raw;
 use super::{ConfigError, Source};
 use crate::cli::{Given, nearest};
 use crate::client::url::without_user;
@@ -101,11 +102,7 @@ impl ConfigFile {
 
     /// Returns an error for the first key that belongs to no declared setting.
     fn check_keys(&self) -> Result<(), ConfigError> {
-        let Tables { tls, worker, handler, handlers, log, admin, .. } = &self.tables;
-        let named =
-            [("tls", &tls.0), ("worker", &worker.0), ("handler", &handler.0), ("log", &log.0), ("admin", &admin.0)];
-        let all = named.into_iter().chain(handlers.0.values().map(|Table(keys)| ("handler", keys)));
-        for (table, keys) in all {
+        for (table, keys) in self.tables().into_iter().chain(self.routes().map(|(_, keys)| ("handler", keys))) {
             let known: Vec<&str> = keys_of(table).collect();
             if let Some(unknown) = keys.keys().find(|key| !known.contains(&key.get_ref().as_str())) {
                 let problem = unknown_key(unknown.get_ref(), &known);
@@ -115,24 +112,37 @@ impl ConfigFile {
         Ok(())
     }
 
-    /// Returns the value of a declared setting. For a setting of handlers, returns the value in `[handler]`.
-    pub(super) fn value(&self, declared: &Declared) -> Option<&Spanned<Value>> {
-        let Tables { url, tls, worker, handler, log, admin, .. } = &self.tables;
+    fn tables(&self) -> [(&'static str, &Keys); 5] {
+        let Tables { tls, worker, handler, log, admin, .. } = &self.tables;
+        [("tls", &tls.0), ("worker", &worker.0), ("handler", &handler.0), ("log", &log.0), ("admin", &admin.0)]
+    }
+
+    /// Returns the value of a setting, with its line. For a setting of handlers, returns the value in `[handler]`.
+    pub(super) fn value(&self, declared: &Declared) -> Option<(Raw, Source)> {
         let (table, key) = declared.table_and_key();
-        let Table(keys) = match table {
-            "tls" => tls,
-            "worker" => worker,
-            "handler" => handler,
-            "log" => log,
-            "admin" => admin,
-            _ => return url.as_ref(),
-        };
-        value_in(keys, key)
+        match self.tables().into_iter().find(|(name, _)| *name == table) {
+            Some((_, keys)) => self.value_in(keys, key),
+            None => self.tables.url.as_ref().map(|value| self.located(value)),
+        }
+    }
+
+    /// Returns the value of `key`, with its line, if the table has it.
+    pub(super) fn value_in(&self, keys: &Keys, key: &str) -> Option<(Raw, Source)> {
+        keys.iter().find(|(found, _)| found.get_ref() == key).map(|(_, value)| self.located(value))
+    }
+
+    fn located(&self, value: &Spanned<Value>) -> (Raw, Source) {
+        (Raw::Toml(value.get_ref().clone()), self.source_at(value.span().start))
     }
 
     /// Returns the `[handlers.TYPE]` tables, each with its job type.
     pub(super) fn routes(&self) -> impl Iterator<Item = (&Spanned<String>, &Keys)> {
         self.tables.handlers.0.iter().map(|(job_type, Table(keys))| (job_type, keys))
+    }
+
+    /// Returns the keys of `[handler]`.
+    pub(super) fn default_handler(&self) -> &Keys {
+        &self.tables.handler.0
     }
 
     /// Returns the error for a file without a handler. The error names the line where the user can add a handler. Returns
@@ -158,11 +168,6 @@ impl ConfigFile {
     pub(super) fn source_at(&self, offset: usize) -> Source {
         Source::File(self.path.clone(), line_of(&self.text, offset))
     }
-}
-
-/// Returns the value of `key`, if the table has it.
-pub(super) fn value_in<'a>(keys: &'a Keys, key: &str) -> Option<&'a Spanned<Value>> {
-    keys.iter().find(|(found, _)| found.get_ref() == key).map(|(_, value)| value)
 }
 
 /// Returns the valid keys of a table.

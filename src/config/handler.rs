@@ -1,138 +1,152 @@
-//! Resolves and checks the handlers from `[handler]`, `[handlers.TYPE]`, `--exec` and the command after `--`.
+//! [`Handler`]: the command for a job, and its settings, each with its lookup.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use signal_hook::low_level::signal_name;
-use toml::{Spanned, Value};
 
-use super::declared::{self, Declared, Example, SETTINGS, Shown};
-use super::file::{Keys, value_in};
-use super::layers::Layers;
+use super::declared::{self, Declared};
+use super::file::Keys;
+use super::handlers::Written;
+use super::layers::{Layers, Parse, read};
 use super::value::Raw;
 use super::variable::{Variable, variable_of};
 use super::{ConfigError, Source, Warning};
 use crate::cli::Reach;
-use crate::handler::{DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, Handlers, Mode, Pool, Stdin};
 use crate::process::{Output, Program, Signal};
 
-/// The valid words for the setting `stdin`.
+pub use super::handlers::Handlers;
+
+/// Default time between SIGTERM and SIGKILL.
+pub const DEFAULT_KILL_GRACE: Duration = Duration::from_secs(5);
+
+/// The input on a handler's stdin.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Stdin {
+    /// The payload's JSON.
+    #[default]
+    Payload,
+    /// The whole job as the server sent it, as JSON.
+    Job,
+    /// Nothing.
+    None,
+}
+
+/// The number of jobs that a process of a handler runs: one, or many.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// One process for each job.
+    #[default]
+    Spawn,
+    /// One process for many jobs, which it receives over a socket.
+    Warm(Pool),
+}
+
+/// Default time limit for a warm handler to connect.
+pub const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The size of a warm handler's pool, and the limits of its processes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// The number of processes that are kept even after `idle_timeout`.
+    pub min_processes: usize,
+    /// The maximum number of processes. `None` means one for each worker loop.
+    pub max_processes: Option<NonZeroUsize>,
+    /// The time limit for a process to connect after its start.
+    pub start_timeout: Duration,
+    /// The number of jobs after which a process is replaced, extended by up to 25 % at random.
+    pub max_jobs: Option<NonZeroU64>,
+    /// The age at which a process is replaced, extended by up to 25 % at random.
+    pub max_age: Option<Duration>,
+    /// The resident memory in bytes, measured after each job, above which a process is replaced.
+    pub max_memory: Option<u64>,
+    /// The idle time after which a process beyond `min_processes` is ended.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            min_processes: 0,
+            max_processes: None,
+            start_timeout: DEFAULT_START_TIMEOUT,
+            max_jobs: None,
+            max_age: None,
+            max_memory: None,
+            idle_timeout: None,
+        }
+    }
+}
+
+/// The command for a job, and its settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Handler {
+    /// The executable and its arguments.
+    pub program: Program,
+    /// The mode: one process for each job, or one for many.
+    pub mode: Mode,
+    /// The whole environment of the command, except the variables that the worker adds for each process.
+    pub env: Vec<(OsString, OsString)>,
+    /// The working directory. `None` means the worker's own.
+    pub cwd: Option<PathBuf>,
+    /// The input on stdin.
+    pub stdin: Stdin,
+    /// The destination of the output.
+    pub output: Output,
+    /// Exit statuses that count as success, besides 0.
+    pub success_exit_codes: BTreeSet<u8>,
+    /// Exit statuses after which the job is not retried.
+    pub kill_exit_codes: BTreeSet<u8>,
+    /// The time limit of a job.
+    pub timeout: Option<Duration>,
+    /// The time between SIGTERM and SIGKILL.
+    pub kill_grace: Duration,
+    /// The signal that announces a drain to running processes.
+    pub drain_signal: Option<Signal>,
+}
+
+impl Handler {
+    /// Returns a handler with default settings and an empty environment.
+    pub fn new(program: Program) -> Self {
+        Self {
+            program,
+            mode: Mode::default(),
+            env: Vec::new(),
+            cwd: None,
+            stdin: Stdin::default(),
+            output: Output::default(),
+            success_exit_codes: BTreeSet::new(),
+            kill_exit_codes: BTreeSet::new(),
+            timeout: None,
+            kill_grace: DEFAULT_KILL_GRACE,
+            drain_signal: None,
+        }
+    }
+}
+
 pub(super) const STDIN_NAMES: [(&str, Stdin); 3] =
     [("payload", Stdin::Payload), ("job", Stdin::Job), ("none", Stdin::None)];
 
-/// A `Mode` without its pool settings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ModeName {
-    Spawn,
-    Warm,
-}
+/// The names of the modes, and whether each is warm.
+pub(super) const MODE_NAMES: [(&str, bool); 2] = [("spawn", false), ("warm", true)];
 
-impl ModeName {
-    pub(super) fn of(mode: &Mode) -> Self {
-        match mode {
-            Mode::Spawn => Self::Spawn,
-            Mode::Warm(_) => Self::Warm,
-        }
-    }
-}
-
-/// The valid words for the setting `mode`.
-pub(super) const MODE_NAMES: [(&str, ModeName); 2] = [("spawn", ModeName::Spawn), ("warm", ModeName::Warm)];
-
-/// The valid words for the setting `output`.
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
-/// Returns all handlers, checked as far as possible without starting a process.
-pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
-    let command = default_command(layers)?;
-    let mode = layers.locate(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
-    let mut handlers = Handlers::default();
-    for (job_type, route) in layers.file.routes() {
-        let name = table_of(Some(job_type.get_ref()));
-        let scope = Scope { layers, name, route: Some(route), mode: &mode };
-        let Some(command) = scope.own(&declared::EXEC, Raw::command)?.or_else(|| command.clone()) else {
-            let problem = format!("handlers.{} has no exec, and there is no default one", job_type.get_ref());
-            return Err(ConfigError::new(layers.file.source_at(job_type.span().start), problem));
-        };
-        handlers.routes.insert(job_type.get_ref().clone(), scope.handler(command)?);
-    }
-    let scope = Scope { layers, name: table_of(None), route: None, mode: &mode };
-    handlers.default = command.map(|command| scope.handler(command)).transpose()?;
-    if handlers.default.is_none() && handlers.routes.is_empty() {
-        let in_file = layers.file.without_handler();
-        return Err(in_file.unwrap_or_else(|| ConfigError::new(Source::Missing, NO_HANDLER)));
-    }
-    warn_of_unused_settings(layers, &handlers);
-    Ok(handlers)
-}
-
-/// Warns of settings of warm handlers in a table that applies only to spawned handlers.
-fn warn_of_unused_settings(layers: &Layers<'_>, handlers: &Handlers) {
-    // The package's file contains the settings that have a default value, although its handler is spawned.
-    let is_of_warm = |declared: &&Declared| {
-        matches!(declared.shown, Shown::Warm(_)) && !matches!(declared.example, Example::Default(_))
-    };
-    let of_warm: Vec<&Declared> = SETTINGS.iter().copied().filter(is_of_warm).collect();
-    let warn = |job_type: Option<&str>, has: &dyn Fn(&Declared) -> bool| {
-        let found = of_warm.iter().filter(|declared| has(declared)).map(|declared| declared.table_and_key().1);
-        let settings = found.collect::<Vec<_>>().join(", ");
-        if !settings.is_empty() {
-            layers.warn(Warning::NotWarm { handler: table_of(job_type), settings });
-        }
-    };
-    for (job_type, keys) in layers.file.routes() {
-        if handlers.routes.get(job_type.get_ref()).is_some_and(|handler| matches!(handler.mode, Mode::Spawn)) {
-            warn(Some(job_type.get_ref()), &|declared| value_in(keys, declared.table_and_key().1).is_some());
-        }
-    }
-    if !handlers.is_any_warm() {
-        warn(None, &|declared| layers.file.value(declared).is_some());
-    }
-}
-
-const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD ARGS\", -- CMD ARGS, ZIZQ_EXEC, or exec in the \
-     file's [handler] or [handlers.TYPE]";
-
-/// The words of a command, and the source of the setting that has them.
-type Written = (Vec<OsString>, Source);
-
-fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> {
-    let flag = layers.args.given("exec")?.map(|given| given.source);
-    match layers.args.trailing_command() {
-        Some(_) if matches!(flag, Some(Source::Flag(_))) => {
-            Err(ConfigError::new(Source::TrailingCommand, "give the handler once: with --exec or after --, not both"))
-        }
-        Some(words) => Ok(Some((words, Source::TrailingCommand))),
-        None => layers.locate(&declared::EXEC, Raw::command),
-    }
-}
-
-/// Returns the name of a handler's table in the file. For the default handler, `job_type` is `None`.
-pub(super) fn table_of(job_type: Option<&str>) -> String {
-    let is_bare = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
-    match job_type {
-        None => "handler".to_owned(),
-        Some(job_type) if is_bare(job_type) => format!("handlers.{job_type}"),
-        Some(job_type) => format!("handlers.{job_type:?}"),
-    }
-}
-
-/// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the value in
-/// `[handler]`.
-struct Scope<'a> {
-    layers: &'a Layers<'a>,
-    name: String,
-    route: Option<&'a Keys>,
-    /// The default handler's mode, from the command line, the environment or the file.
-    mode: &'a Option<(ModeName, Source)>,
+/// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the default
+/// handler's.
+pub(super) struct Scope<'a> {
+    pub(super) layers: &'a Layers<'a>,
+    pub(super) name: String,
+    pub(super) route: Option<&'a Keys>,
 }
 
 impl Scope<'_> {
-    fn handler(&self, (words, source): Written) -> Result<Handler, ConfigError> {
+    pub(super) fn handler(&self, (words, source): Written) -> Result<Handler, ConfigError> {
         self.note("exec", &source);
         let mut words = words.into_iter();
         let Some(name) = words.next() else {
@@ -152,19 +166,15 @@ impl Scope<'_> {
             timeout: self.pick(&declared::TIMEOUT, Raw::positive_duration)?,
             kill_grace: self.pick(&declared::KILL_GRACE, Raw::duration)?.unwrap_or(DEFAULT_KILL_GRACE),
             drain_signal: self.pick(&declared::DRAIN_SIGNAL, |raw, name| raw.text(name).and_then(parse_signal))?,
-            ..Handler::new(program)
+            program,
         })
     }
 
     fn mode(&self) -> Result<Mode, ConfigError> {
-        let own = self.own(&declared::MODE, |raw, name| raw.one_of(name, &MODE_NAMES))?;
-        let found = own.or_else(|| self.mode.clone());
-        found.iter().for_each(|(_, source)| self.note("mode", source));
+        let is_warm = self.pick(&declared::MODE, is_warm)?.unwrap_or_default();
+        // Check the settings of the pool even if the handler is spawned.
         let pool = self.pool()?;
-        Ok(match found {
-            Some((ModeName::Warm, _)) => Mode::Warm(pool),
-            _ => Mode::Spawn,
-        })
+        Ok(if is_warm { Mode::Warm(pool) } else { Mode::Spawn })
     }
 
     fn pool(&self) -> Result<Pool, ConfigError> {
@@ -183,53 +193,33 @@ impl Scope<'_> {
             start_timeout: self
                 .pick(&declared::START_TIMEOUT, Raw::positive_duration)?
                 .unwrap_or(DEFAULT_START_TIMEOUT),
-            max_jobs: max_jobs.and_then(|count| NonZeroU64::new(count.get() as u64)),
+            max_jobs: max_jobs.and_then(|count| count.try_into().ok()),
             max_age: self.pick(&declared::MAX_AGE, Raw::positive_duration)?,
             max_memory: self.pick(&declared::MAX_MEMORY, Raw::size)?.map(|bytes| bytes as u64),
             idle_timeout: self.pick(&declared::IDLE_TIMEOUT, Raw::positive_duration)?,
         })
     }
 
-    /// Returns the value in the route's table, or else the value in `[handler]`.
-    fn pick<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<T>, ConfigError> {
-        self.locate(declared, parse).map(|found| found.map(|(value, _)| value))
+    /// Returns the value in the route's table, or else the default handler's.
+    fn pick<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<T>, ConfigError> {
+        Ok(self.locate(declared, parse)?.map(|(value, _)| value))
     }
 
-    fn locate<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<(T, Source)>, ConfigError> {
-        let value = self.own_value(declared).or_else(|| self.layers.file.value(declared));
-        let found = value.map(|value| self.read(declared, value, parse)).transpose()?;
+    fn locate<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
+        let own = self.own(declared, parse)?;
+        let found = if own.is_some() { own } else { self.layers.locate(declared, parse)? };
         found.iter().for_each(|(_, source)| self.note(declared.table_and_key().1, source));
         Ok(found)
     }
 
-    /// Returns the value in the route's table. Ignores the value in `[handler]`.
-    fn own<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<(T, Source)>, ConfigError> {
-        self.own_value(declared).map(|value| self.read(declared, value, parse)).transpose()
+    /// Returns the value in the route's table.
+    pub(super) fn own<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
+        let Some((raw, source)) = self.own_value(declared) else { return Ok(None) };
+        Ok(Some((read(declared, &raw, &source, parse)?, source)))
     }
 
-    fn own_value(&self, declared: &Declared) -> Option<&Spanned<Value>> {
-        value_in(self.route?, declared.table_and_key().1)
-    }
-
-    fn read<T>(
-        &self,
-        declared: &Declared,
-        value: &Spanned<Value>,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<(T, Source), ConfigError> {
-        self.layers.read_in_file(value, |raw| parse(raw, declared.table_and_key().1))
+    fn own_value(&self, declared: &Declared) -> Option<(Raw, Source)> {
+        self.layers.file.value_in(self.route?, declared.table_and_key().1)
     }
 
     fn note(&self, name: &str, source: &Source) {
@@ -257,10 +247,10 @@ impl Scope<'_> {
         };
         let inherited = self.layers.args.environment.iter().filter(|(name, _)| is_passed(name));
         let mut env: Vec<(OsString, OsString)> = inherited.cloned().collect();
-        for value in [self.layers.file.value(&declared::ENV), self.own_value(&declared::ENV)].into_iter().flatten() {
-            let (added, source) = self.read(&declared::ENV, value, Raw::variables)?;
+        let tables = [self.layers.file.value(&declared::ENV), self.own_value(&declared::ENV)];
+        for (raw, source) in tables.into_iter().flatten() {
             self.note("env", &source);
-            for (name, variable) in added {
+            for (name, variable) in read(&declared::ENV, &raw, &source, Raw::variables)? {
                 let value = self.value_of(&name, &variable, &source)?;
                 self.layers.note(&variable_of(&self.name, &name), &source, variable.path());
                 env.push((OsString::from(name), value));
@@ -294,16 +284,15 @@ impl Scope<'_> {
     }
 
     fn exit_codes(&self) -> Result<(BTreeSet<u8>, BTreeSet<u8>), ConfigError> {
-        let success = self.pick(&declared::SUCCESS_EXIT_CODES, Raw::exit_codes)?;
-        let success = success.unwrap_or_default();
-        match self.locate(&declared::KILL_EXIT_CODES, Raw::exit_codes)? {
-            None => Ok((success, BTreeSet::new())),
-            Some((kill, source)) => match kill.iter().find(|code| **code == 0 || success.contains(code)) {
-                Some(code) => {
-                    Err(ConfigError::new(source, format!("kill_exit_codes must not name a success (got {code})")))
-                }
-                None => Ok((success, kill)),
-            },
+        let success = self.pick(&declared::SUCCESS_EXIT_CODES, Raw::exit_codes)?.unwrap_or_default();
+        let Some((kill, source)) = self.locate(&declared::KILL_EXIT_CODES, Raw::exit_codes)? else {
+            return Ok((success, BTreeSet::new()));
+        };
+        match kill.iter().find(|code| **code == 0 || success.contains(code)) {
+            Some(code) => {
+                Err(ConfigError::new(source, format!("kill_exit_codes must not name a success (got {code})")))
+            }
+            None => Ok((success, kill)),
         }
     }
 }
@@ -313,6 +302,10 @@ impl Scope<'_> {
 fn is_the_workers_own(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"ZIZQ_")
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)
+}
+
+pub(super) fn is_warm(raw: &Raw, name: &str) -> Result<bool, String> {
+    raw.one_of(name, &MODE_NAMES)
 }
 
 /// Parses a signal's name, with or without the prefix `SIG`. Rejects SIGKILL and SIGSTOP, which no process can catch.

@@ -5,8 +5,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use toml::{Spanned, Value};
-
 use super::declared::Declared;
 use super::file::ConfigFile;
 use super::value::Raw;
@@ -44,23 +42,21 @@ pub(super) struct Layers<'a> {
     pub(super) args: &'a Args,
     pub(super) file: &'a ConfigFile,
     /// The sources of the settings found so far.
-    found: RefCell<Sources>,
+    pub(super) found: RefCell<Sources>,
     /// The warnings so far.
-    warnings: RefCell<Vec<Warning>>,
+    pub(super) warnings: RefCell<Vec<Warning>>,
 }
 
-/// The source of each given setting, and the text that the user wrote, by key. The settings of a handler have an empty text,
-/// except for a variable in `env` whose value is in a file: its text is the path of the file.
+/// The source of each given setting, and the text that the user wrote, by key. For a variable in `env`, the text is the path of
+/// the file that holds its value, or empty.
 pub(super) type Sources = BTreeMap<String, (Source, String)>;
+
+/// A parser of a raw value. The second argument is the setting's name, for messages.
+pub(super) type Parse<T> = fn(&Raw, &str) -> Result<T, String>;
 
 impl<'a> Layers<'a> {
     pub(super) fn new(args: &'a Args, file: &'a ConfigFile) -> Self {
         Self { args, file, found: RefCell::default(), warnings: RefCell::new(args.unknown_variables()) }
-    }
-
-    /// Returns the sources of all given settings, and all warnings.
-    pub(super) fn into_parts(self) -> (Sources, Vec<Warning>) {
-        (self.found.into_inner(), self.warnings.into_inner())
     }
 
     /// Adds a warning.
@@ -73,48 +69,23 @@ impl<'a> Layers<'a> {
         self.found.borrow_mut().insert(name.to_owned(), (source.clone(), written.to_string()));
     }
 
-    /// Returns the value of a setting, if the command line, the environment or the file has it. `parse` gets the raw value and
-    /// the setting's name.
-    pub(super) fn pick<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<T>, ConfigError> {
-        self.locate(declared, parse).map(|found| found.map(|(value, _)| value))
+    /// Returns the value of a setting, if the command line, the environment or the file has it.
+    pub(super) fn pick<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<T>, ConfigError> {
+        Ok(self.locate(declared, parse)?.map(|(value, _)| value))
     }
 
     /// Returns the value of a setting, like [`pick`](Self::pick), with its source.
-    pub(super) fn locate<T>(
-        &self,
-        declared: &Declared,
-        parse: impl Fn(&Raw, &str) -> Result<T, String>,
-    ) -> Result<Option<(T, Source)>, ConfigError> {
-        let name = declared.name();
-        let parse = |raw: &Raw| parse(raw, &name).map(|value| (value, raw.to_string()));
+    pub(super) fn locate<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
         let given = declared.flag.as_ref().map(|flag| self.args.given(flag.name)).transpose()?.flatten();
-        let found = match given {
-            Some(given) => Some(read(&Raw::Text(given.values), given.source, parse)?),
-            None => self.file.value(declared).map(|value| self.read_in_file(value, parse)).transpose()?,
-        };
-        Ok(found.map(|((value, written), source)| {
-            self.note(declared.key, &source, written);
-            (value, source)
-        }))
-    }
-
-    /// Parses a value from the file, and returns it with its source.
-    pub(super) fn read_in_file<T>(
-        &self,
-        value: &Spanned<Value>,
-        parse: impl Fn(&Raw) -> Result<T, String>,
-    ) -> Result<(T, Source), ConfigError> {
-        read(&Raw::Toml(value.get_ref().clone()), self.file.source_at(value.span().start), parse)
+        let given = given.map(|given| (Raw::Text(given.values), given.source));
+        let Some((raw, source)) = given.or_else(|| self.file.value(declared)) else { return Ok(None) };
+        let value = read(declared, &raw, &source, parse)?;
+        self.note(declared.key, &source, raw);
+        Ok(Some((value, source)))
     }
 }
 
-fn read<T>(raw: &Raw, source: Source, parse: impl Fn(&Raw) -> Result<T, String>) -> Result<(T, Source), ConfigError> {
-    match parse(raw) {
-        Ok(value) => Ok((value, source)),
-        Err(problem) => Err(ConfigError::new(source, problem)),
-    }
+/// Parses the value of a setting.
+pub(super) fn read<T>(declared: &Declared, raw: &Raw, source: &Source, parse: Parse<T>) -> Result<T, ConfigError> {
+    parse(raw, &declared.name()).map_err(|problem| ConfigError::new(source.clone(), problem))
 }

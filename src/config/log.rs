@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fmt;
 
 use super::layers::Layers;
-use super::value::Raw;
+use super::value::{Raw, name_in, named, names};
 use super::{ConfigError, declared};
 
 /// The tracing target of the log lines about ended jobs.
@@ -16,9 +16,8 @@ pub(crate) const SPAN_TARGET: &str = "zizq_worker::span";
 /// The tracing target of the log lines with the output of handlers.
 pub(crate) const OUTPUT_TARGET: &str = "zizq_worker::output";
 
-/// The targets that can have a level of their own. Each target is a pair of the name and the value, which are equal, because
-/// `word` needs pairs.
-const TARGETS: [(&str, &str); 2] = [(JOBS_TARGET, JOBS_TARGET), (OUTPUT_TARGET, OUTPUT_TARGET)];
+/// The targets that can have a level of their own.
+const TARGETS: [&str; 2] = [JOBS_TARGET, OUTPUT_TARGET];
 
 /// The settings of the log.
 #[derive(Debug, Clone, Default)]
@@ -87,8 +86,11 @@ impl LogLevels {
         let mut targets = Vec::new();
         for part in text.split(',').map(str::trim) {
             if let Some((target, level)) = part.split_once('=') {
-                let problem = "log_level may have other levels for the targets";
-                let target = word(target, &TARGETS).ok_or_else(|| unknown(problem, &TARGETS, text))?;
+                let known = TARGETS.into_iter().find(|known| known.eq_ignore_ascii_case(target.trim()));
+                let Some(target) = known else {
+                    let known = TARGETS.join(", ");
+                    return Err(format!("log_level may have other levels for the targets {known} (got {text})"));
+                };
                 targets.push((target, level_named(level, text)?));
             } else if general.replace(level_named(part, text)?).is_some() {
                 return Err(format!("log_level must have one level without a target (got {text})"));
@@ -99,16 +101,8 @@ impl LogLevels {
 }
 
 fn level_named(name: &str, text: &str) -> Result<LogLevel, String> {
-    word(name, &LogLevel::NAMES).ok_or_else(|| unknown("log_level must be one of", &LogLevel::NAMES, text))
-}
-
-fn word<T: Copy>(text: &str, words: &[(&str, T)]) -> Option<T> {
-    words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text.trim())).map(|(_, value)| *value)
-}
-
-fn unknown<T>(problem: &str, words: &[(&str, T)], text: &str) -> String {
-    let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-    format!("{problem} {} (got {text})", words.join(", "))
+    let levels = || names(&LogLevel::NAMES).join(", ");
+    named(name, &LogLevel::NAMES).ok_or_else(|| format!("log_level must be one of {} (got {text})", levels()))
 }
 
 impl fmt::Display for LogLevels {
@@ -120,19 +114,14 @@ impl fmt::Display for LogLevels {
 
 impl fmt::Display for LogLevel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        name_in(&Self::NAMES, self, f)
+        f.write_str(name_in(&Self::NAMES, self))
     }
 }
 
 impl fmt::Display for LogFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        name_in(&Self::NAMES, self, f)
+        f.write_str(name_in(&Self::NAMES, self))
     }
-}
-
-fn name_in<T: PartialEq>(names: &[(&str, T)], value: &T, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    let found = names.iter().find(|(_, named)| named == value);
-    f.write_str(found.map_or("", |(name, _)| name))
 }
 
 impl LogLevel {

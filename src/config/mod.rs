@@ -7,7 +7,8 @@ mod declared;
 mod embedded;
 mod error;
 mod file;
-mod handler;
+pub mod handler;
+mod handlers;
 mod layers;
 mod log;
 mod settings;
@@ -18,10 +19,9 @@ mod warning;
 mod worker;
 
 use crate::cli::Args;
-use crate::handler::Handlers;
 use file::ConfigFile;
+use handlers::Handlers;
 use layers::{Layers, Sources};
-use worker::default_prefetch;
 
 pub use crate::backoff::{DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER};
 pub use crate::client::DEFAULT_URL;
@@ -72,8 +72,8 @@ impl Config {
         #[cfg(feature = "embedded")]
         let embedded = embedded::resolve(args, &worker.url)?;
         // Resolve handlers last, so that a missing handler does not hide a mistake in another setting.
-        let handlers = handler::resolve(&layers)?;
-        let (sources, found_warnings) = layers.into_parts();
+        let handlers = handlers::resolve(&layers)?;
+        let Layers { found, warnings, .. } = layers;
         Ok(Self {
             worker,
             handlers,
@@ -81,17 +81,8 @@ impl Config {
             admin,
             #[cfg(feature = "embedded")]
             embedded,
-            sources,
-            found_warnings,
+            sources: found.into_inner(),
+            found_warnings: warnings.into_inner(),
         })
-    }
-
-    /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their `running` values.
-    pub fn take_over(&mut self, running: &WorkerConfig) {
-        let WorkerConfig { url, tls, queues, prefetch, stream_limits, .. } = self.worker.clone();
-        // Compute the default from the running threads and fibers, because new values of these settings need a restart.
-        let is_given = self.sources.contains_key(declared::PREFETCH.key);
-        let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
-        self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };
     }
 }

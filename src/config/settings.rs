@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use super::declared::{Declared, Reload, SETTINGS, Shown, list};
-use super::handler::table_of;
+use super::handler::{Handler, Mode};
+use super::handlers::table_of;
 use super::variable::variable_of;
 use super::{Config, Source};
-use crate::handler::{Handler, Mode};
 
 /// A setting with its effective value and its source.
 #[derive(Debug, Clone)]
@@ -31,11 +31,10 @@ impl Config {
             Shown::Worker(show) => Some(self.setting(declared, declared.key.to_owned(), show(self))),
             _ => None,
         });
-        let default = self.handlers.default.iter().flat_map(|handler| self.handler_settings(None, handler));
-        let mut routes: Vec<_> = self.handlers.routes.iter().collect();
-        routes.sort_by_key(|(job_type, _)| *job_type);
-        let routes = routes.into_iter().flat_map(|(job_type, handler)| self.handler_settings(Some(job_type), handler));
-        own.chain(default).chain(routes).collect()
+        let mut handlers: Vec<_> = self.handlers.by_type().collect();
+        handlers.sort_by_key(|(job_type, _)| *job_type);
+        let handlers = handlers.into_iter().flat_map(|(job_type, handler)| self.handler_settings(job_type, handler));
+        own.chain(handlers).collect()
     }
 
     fn setting(&self, declared: &Declared, name: String, value: String) -> Setting {

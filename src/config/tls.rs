@@ -1,11 +1,12 @@
 //! The TLS settings. Their files are read and checked before the worker connects to the server.
 
-use std::io;
+use std::io::Read;
 use std::path::Path;
 
 use super::declared::{self, Declared};
 use super::layers::Layers;
 use super::value::Raw;
+use super::variable::open_regular;
 use super::{ConfigError, Source};
 use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
 use crate::client::{ServerUrl, Tls};
@@ -50,8 +51,9 @@ impl File {
     fn find(layers: &Layers<'_>, declared: &Declared) -> Result<Option<Self>, ConfigError> {
         let setting = declared.name();
         let Some((path, source)) = layers.locate(declared, Raw::text)? else { return Ok(None) };
-        match read(Path::new(&path)) {
-            Ok(bytes) => Ok(Some(Self { setting, path, source, bytes })),
+        let mut bytes = Vec::new();
+        match open_regular(Path::new(&path)).and_then(|mut file| file.read_to_end(&mut bytes)) {
+            Ok(_) => Ok(Some(Self { setting, path, source, bytes })),
             Err(error) => Err(ConfigError::unusable(source, format!("{setting}: cannot read {path}: {error}"))),
         }
     }
@@ -64,14 +66,5 @@ impl File {
     /// "is not PEM".
     fn error(&self, problem: &str) -> ConfigError {
         ConfigError::unusable(self.source.clone(), format!("{}: {} {problem}", self.setting, self.path))
-    }
-}
-
-/// Reads a regular file. Rejects a pipe or a device, because a read from one can block forever.
-fn read(path: &Path) -> io::Result<Vec<u8>> {
-    if std::fs::metadata(path)?.is_file() {
-        std::fs::read(path)
-    } else {
-        Err(io::Error::other("it is not a regular file"))
     }
 }

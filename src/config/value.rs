@@ -52,11 +52,7 @@ impl Raw {
     /// Parses one of `words`, ignoring case.
     pub(super) fn one_of<T: Copy>(&self, name: &str, words: &[(&str, T)]) -> Result<T, String> {
         let text = self.text(name)?;
-        let found = words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text.trim()));
-        found.map(|(_, value)| *value).ok_or_else(|| {
-            let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-            format!("{name} must be one of {} (got {text})", words.join(", "))
-        })
+        named(&text, words).ok_or_else(|| format!("{name} must be one of {} (got {text})", names(words).join(", ")))
     }
 
     /// Parses a whole number of at least 1.
@@ -183,15 +179,9 @@ impl Raw {
 
     /// Parses a table of environment variables from the file. Messages never quote a value, because it can be a secret.
     pub(super) fn variables(&self, name: &str) -> Result<Vec<(String, Variable)>, String> {
-        let table = match self {
-            Self::Toml(Value::Table(table)) => table,
-            Self::Toml(other) => {
-                let kind = other.type_str();
-                return Err(format!(
-                    "{name} must be a table of variable names and values (got a value of type {kind})"
-                ));
-            }
-            Self::Text(_) => return Err(format!("{name} must be a table of variable names and values")),
+        let Self::Toml(Value::Table(table)) = self else {
+            let kind = if let Self::Toml(value) = self { value.type_str() } else { "string" };
+            return Err(format!("{name} must be a table of variable names and values (got a value of type {kind})"));
         };
         table.iter().map(|(variable, value)| Ok((variable.clone(), Variable::read(name, variable, value)?))).collect()
     }
@@ -206,20 +196,28 @@ impl Raw {
     }
 
     fn words(&self, name: &str) -> Result<Vec<String>, String> {
-        let words = match self {
-            Self::Toml(value @ Value::Array(_)) => strings(value),
-            _ => {
-                let text = self
-                    .text(name)
-                    .map_err(|_| format!("{name} must be a string or a list of strings (got {self})"))?;
-                return match shlex::split(&text) {
-                    Some(words) => Ok(words),
-                    None => Err(format!("{name} has a quote or a backslash without its other half (got {text})")),
-                };
-            }
-        };
-        words.ok_or_else(|| format!("{name} must be a string or a list of strings (got {self})"))
+        let wanted = || format!("{name} must be a string or a list of strings (got {self})");
+        if let Self::Toml(value @ Value::Array(_)) = self {
+            return strings(value).ok_or_else(wanted);
+        }
+        let text = self.text(name).map_err(|_| wanted())?;
+        let split = shlex::split(&text);
+        split.ok_or_else(|| format!("{name} has a quote or a backslash without its other half (got {text})"))
     }
+}
+
+/// Returns the value that `text` names, ignoring case.
+pub(super) fn named<T: Copy>(text: &str, words: &[(&str, T)]) -> Option<T> {
+    words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text.trim())).map(|(_, value)| *value)
+}
+
+/// Returns the name of `value`.
+pub(super) fn name_in<T: PartialEq>(words: &[(&'static str, T)], value: &T) -> &'static str {
+    words.iter().find(|(_, named)| named == value).map_or("", |(word, _)| word)
+}
+
+pub(super) fn names<'a, T>(words: &[(&'a str, T)]) -> Vec<&'a str> {
+    words.iter().map(|(word, _)| *word).collect()
 }
 
 fn strings(value: &Value) -> Option<Vec<String>> {
@@ -244,42 +242,10 @@ mod tests {
     }
 
     #[test]
-    fn a_number_in_the_file_is_seconds_too() {
-        assert_eq!(Raw::Toml(Value::Integer(2)).duration("d").unwrap(), Duration::from_secs(2));
-        assert_eq!(Raw::Toml(Value::Float(0.25)).duration("d").unwrap(), Duration::from_millis(250));
-    }
-
-    #[test]
     fn durations_that_make_no_sense_are_refused() {
         for bad in ["", "-1", "soon", "1 parsec", "NaN", "inf", "1e300", "400 days"] {
             assert!(typed(bad, |raw| raw.duration("d")).is_err(), "{bad}");
         }
         assert_eq!(typed("0", |raw| raw.positive_duration("d")).unwrap_err(), "d must be greater than 0s (got 0)");
-    }
-
-    #[test]
-    fn an_invalid_count_names_the_limit() {
-        let error = |text| typed(text, |raw| raw.count_up_to("threads", 10)).unwrap_err();
-        assert_eq!(error("0"), "threads must be at least 1 (got 0)");
-        assert_eq!(error("-3"), "threads must be at least 1 (got -3)");
-        assert_eq!(error("four"), "threads must be a whole number, at least 1 (got four)");
-        assert_eq!(error("11"), "threads must be at most 10 (got 11)");
-    }
-
-    #[test]
-    fn lists_are_split_and_trimmed_and_have_no_empty_names() {
-        let list = |values: [&str; 2]| Raw::Text(values.map(str::to_owned).to_vec()).list("queues");
-        assert_eq!(list(["a, b", " c "]).unwrap(), ["a", "b", "c"]);
-        for bad in [["a", ""], ["", "a"], ["a,,b", "c"], ["a,", "b"]] {
-            assert!(list(bad).unwrap_err().ends_with(&format!("(got {:?})", bad.join(","))), "{bad:?}");
-        }
-        assert_eq!(Raw::Toml(Value::Array(Vec::new())).list("queues").unwrap(), [""; 0]);
-    }
-
-    #[test]
-    fn a_command_is_split_into_words_without_a_shell() {
-        let words = typed("sh -c 'echo \"$1\"' x", |raw| raw.command("exec")).unwrap();
-        assert_eq!(words, ["sh", "-c", "echo \"$1\"", "x"]);
-        assert!(typed("sh 'oops", |raw| raw.command("exec")).is_err());
     }
 }

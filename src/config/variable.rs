@@ -32,14 +32,13 @@ impl Variable {
         if name.is_empty() || name.contains(['=', '\0']) {
             return Err(format!("{env} has a name that no variable can have ({name:?})"));
         }
-        match value {
-            Value::String(text) if text.contains('\0') => Err(format!("{env}.{name} must not have a zero byte")),
-            Value::String(text) => Ok(Self::Text(text.clone())),
-            Value::Table(table) if table.len() == 1 => match table.get("file") {
-                Some(Value::String(path)) => Ok(Self::File(PathBuf::from(path))),
-                _ => Err(wanted(env, name, value)),
-            },
-            _ => Err(wanted(env, name, value)),
+        let file = value.as_table().filter(|table| table.len() == 1).and_then(|table| table.get("file")?.as_str());
+        let kind = value.type_str();
+        match (value, file) {
+            (Value::String(text), _) if text.contains('\0') => Err(format!("{env}.{name} must not have a zero byte")),
+            (Value::String(text), _) => Ok(Self::Text(text.clone())),
+            (_, Some(path)) => Ok(Self::File(PathBuf::from(path))),
+            _ => Err(format!("{env}.{name} must be a string, or {{ file = \"PATH\" }} (got a value of type {kind})")),
         }
     }
 
@@ -63,10 +62,6 @@ impl Variable {
     }
 }
 
-fn wanted(env: &str, name: &str, value: &Value) -> String {
-    format!("{env}.{name} must be a string, or {{ file = \"PATH\" }} (got a value of type {})", value.type_str())
-}
-
 /// Returns the contents of a file without the trailing newline.
 fn contents(path: &Path) -> io::Result<OsString> {
     let name = path.display();
@@ -81,13 +76,14 @@ fn contents(path: &Path) -> io::Result<OsString> {
     Ok(OsString::from_vec(value.to_vec()))
 }
 
-/// Reads at most `MAX_BYTES + 1` bytes, so that the caller can detect a larger file. Rejects a pipe or a device, because a read
-/// from one can block forever.
+/// Reads at most `MAX_BYTES + 1` bytes, so that the caller can detect a larger file.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
-    }
     let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    open_regular(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+/// Opens a regular file. Rejects a pipe or a device, because a read from one can block forever.
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+    if fs::metadata(path)?.is_file() { File::open(path) } else { Err(io::Error::other("it is not a regular file")) }
 }

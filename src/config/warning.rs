@@ -3,79 +3,34 @@
 use std::fmt;
 use std::time::Duration;
 
-use humantime::format_duration;
 use tracing::warn;
 
-use super::handler::table_of;
+use super::declared::duration;
+use super::handler::{Handler, Mode, Pool};
+use super::handlers::table_of;
 use super::{Config, WorkerConfig};
-use crate::handler::{Handler, Mode};
 
 /// A warning about a valid configuration that is probably a mistake. The worker logs warnings at its start and at a reload, and
-/// `--check` prints them.
+/// `--check` prints them. `handler` is the name of the handler's table in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names of the fields are the documentation")]
 pub enum Warning {
     /// An environment variable that starts with `ZIZQ_` but belongs to no setting.
-    UnknownVariable {
-        /// The name of the variable.
-        variable: String,
-        /// The name of the most similar variable that belongs to a setting, if one is similar enough.
-        nearest: Option<String>,
-    },
+    UnknownVariable { variable: String, nearest: Option<String> },
     /// A prefetch below the number of worker loops, so that some loops stay idle.
-    LowPrefetch {
-        /// The value of `prefetch`.
-        prefetch: usize,
-        /// The number of worker loops.
-        concurrency: usize,
-    },
+    LowPrefetch { prefetch: usize, concurrency: usize },
     /// A warm handler whose `max_processes` is below the number of worker loops.
-    FewProcesses {
-        /// The name of the handler's table in the file.
-        handler: String,
-        /// The value of `max_processes`.
-        max_processes: usize,
-        /// The number of worker loops.
-        concurrency: usize,
-    },
+    FewProcesses { handler: String, max_processes: usize, concurrency: usize },
     /// Settings of warm handlers in a table whose handlers are all spawned.
-    NotWarm {
-        /// The name of the table in the file.
-        handler: String,
-        /// The keys of the settings.
-        settings: String,
-    },
+    NotWarm { handler: String, settings: String },
     /// A file with the value of a variable, which only the running worker may read.
-    UnreadableVariable {
-        /// The name of the handler's table in the file.
-        handler: String,
-        /// The name of the variable.
-        variable: String,
-        /// The error of the read.
-        problem: String,
-    },
+    UnreadableVariable { handler: String, variable: String, problem: String },
     /// A handler for a job type that contains `*`. The `*` matches only itself.
-    Pattern {
-        /// The name of the handler's table in the file.
-        handler: String,
-    },
+    Pattern { handler: String },
     /// A handler whose time limit is longer than the shutdown deadline.
-    LongTimeout {
-        /// The name of the handler's table in the file.
-        handler: String,
-        /// The handler's time limit for a job.
-        timeout: Duration,
-        /// The worker's time limit for running jobs at a shutdown.
-        shutdown_deadline: Duration,
-    },
+    LongTimeout { handler: String, timeout: Duration, shutdown_deadline: Duration },
     /// A handler whose `kill_grace` is longer than the shutdown deadline.
-    LongGrace {
-        /// The name of the handler's table in the file.
-        handler: String,
-        /// The handler's wait between SIGTERM and SIGKILL.
-        kill_grace: Duration,
-        /// The worker's time limit for running jobs at a shutdown.
-        shutdown_deadline: Duration,
-    },
+    LongGrace { handler: String, kill_grace: Duration, shutdown_deadline: Duration },
 }
 
 const UNKNOWN_VARIABLE: &str =
@@ -157,40 +112,35 @@ impl fmt::Display for Warning {
     }
 }
 
-fn duration(value: Duration) -> String {
-    format_duration(value).to_string()
-}
-
 impl Config {
     /// Returns all warnings about this configuration.
     pub fn warnings(&self) -> Vec<Warning> {
-        let handlers = self.handlers.by_type().flat_map(|(job_type, handler)| {
-            let table = table_of(job_type);
-            let pattern = job_type.filter(|job_type| job_type.contains('*'));
-            let pattern = pattern.map(|_| Warning::Pattern { handler: table.clone() });
-            let pool = self.pool_warning(&table, handler);
-            pattern.into_iter().chain(pool).chain(self.deadline_warnings(&table, handler))
-        });
+        let handlers = self.handlers.by_type();
+        let handlers = handlers.flat_map(|(job_type, handler)| self.handler_warnings(job_type, handler));
         let mut handlers: Vec<Warning> = handlers.collect();
         handlers.sort_by_key(ToString::to_string);
         self.found_warnings.iter().cloned().chain(self.worker.low_prefetch()).chain(handlers).collect()
     }
 
-    fn pool_warning(&self, table: &str, handler: &Handler) -> Option<Warning> {
-        let concurrency = self.worker.concurrency().get();
-        let Mode::Warm(pool) = &handler.mode else { return None };
-        let max = pool.max_processes.filter(|max| max.get() < concurrency)?;
-        Some(Warning::FewProcesses { handler: table.to_owned(), max_processes: max.get(), concurrency })
-    }
-
-    fn deadline_warnings(&self, table: &str, handler: &Handler) -> impl Iterator<Item = Warning> + use<> {
-        let (shutdown_deadline, kill_grace) = (self.worker.shutdown_deadline, handler.kill_grace);
-        let name = || table.to_owned();
-        let long = handler.timeout.filter(|timeout| *timeout > shutdown_deadline);
-        let timeout = long.map(|timeout| Warning::LongTimeout { handler: name(), timeout, shutdown_deadline });
-        let is_long = kill_grace > shutdown_deadline;
-        let grace = is_long.then(|| Warning::LongGrace { handler: name(), kill_grace, shutdown_deadline });
-        timeout.into_iter().chain(grace)
+    fn handler_warnings(&self, job_type: Option<&str>, handler: &Handler) -> Vec<Warning> {
+        let (concurrency, shutdown_deadline) = (self.worker.concurrency().get(), self.worker.shutdown_deadline);
+        let (name, kill_grace) = (|| table_of(job_type), handler.kill_grace);
+        let mut warnings = Vec::new();
+        if job_type.is_some_and(|job_type| job_type.contains('*')) {
+            warnings.push(Warning::Pattern { handler: name() });
+        }
+        if let Mode::Warm(Pool { max_processes: Some(max), .. }) = &handler.mode
+            && max.get() < concurrency
+        {
+            warnings.push(Warning::FewProcesses { handler: name(), max_processes: max.get(), concurrency });
+        }
+        if let Some(timeout) = handler.timeout.filter(|timeout| *timeout > shutdown_deadline) {
+            warnings.push(Warning::LongTimeout { handler: name(), timeout, shutdown_deadline });
+        }
+        if kill_grace > shutdown_deadline {
+            warnings.push(Warning::LongGrace { handler: name(), kill_grace, shutdown_deadline });
+        }
+        warnings
     }
 }
 

@@ -10,7 +10,9 @@ use super::declared;
 use super::layers::Layers;
 use super::tls;
 use super::value::Raw;
-use super::{ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source, Warning};
+use super::{
+    Config, ConfigError, DEFAULT_RETRY_MAX_WAIT, DEFAULT_RETRY_MIN_WAIT, DEFAULT_RETRY_MULTIPLIER, Source, Warning,
+};
 use crate::backoff::Backoff;
 use crate::client::url::without_secrets;
 use crate::client::{Connector, ServerUrl, Tls, WorkerId};
@@ -109,7 +111,7 @@ impl WorkerConfig {
             backoff: resolve_backoff(layers)?,
             stream_limits: resolve_stream_limits(layers)?,
             shutdown_deadline: deadline.unwrap_or(DEFAULT_SHUTDOWN_DEADLINE),
-            max_jobs: layers.pick(&declared::MAX_JOBS, Raw::count)?.map(at_most_u64),
+            max_jobs: layers.pick(&declared::MAX_JOBS, Raw::count)?.and_then(|count| count.try_into().ok()),
             max_time: layers.pick(&declared::MAX_TIME, Raw::positive_duration)?,
             exit_when_idle: layers.pick(&declared::EXIT_WHEN_IDLE, Raw::positive_duration)?,
         })
@@ -130,13 +132,20 @@ impl WorkerConfig {
     }
 }
 
-fn at_most_u64(count: NonZeroUsize) -> NonZeroU64 {
-    NonZeroU64::try_from(count).unwrap_or(NonZeroU64::MAX)
+impl Config {
+    /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their `running` values.
+    pub fn take_over(&mut self, running: &WorkerConfig) {
+        let WorkerConfig { url, tls, queues, prefetch, stream_limits, .. } = self.worker.clone();
+        // Compute the default from the running threads and fibers, because new values of these settings need a restart.
+        let is_given = self.sources.contains_key(declared::PREFETCH.key);
+        let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
+        self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };
+    }
 }
 
 /// Returns the default prefetch: two jobs per worker loop, one running and one queued. With only one, a loop would idle while
 /// a report travels to the server and the next job back.
-pub(super) fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
+fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
     concurrency.saturating_add(concurrency.get())
 }
 
