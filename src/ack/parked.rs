@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{AckQueue, Reporter, Urgency};
-use crate::backoff::Waits;
+use crate::backoff::{Retryable, Waits};
 use crate::client::ClientError;
 use crate::fate::{Answer, Kind, Step, Told, fate};
 use crate::job::JobId;
