@@ -79,9 +79,7 @@ fn fingerprint(roots: &RootCertStore, identity: Option<&Identity>) -> u64 {
     for root in &roots.roots {
         (root.subject.as_ref(), root.subject_public_key_info.as_ref()).hash(&mut hasher);
     }
-    let identity = identity.map(|(chain, key)| (chain.iter().map(AsRef::as_ref).collect(), key.secret_der()));
-    let identity: Option<(Vec<&[u8]>, &[u8])> = identity;
-    identity.hash(&mut hasher);
+    identity.map(|(chain, key)| (chain, key.secret_der())).hash(&mut hasher);
     hasher.finish()
 }
 
