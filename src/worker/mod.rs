@@ -140,7 +140,9 @@ impl<D: Dispatcher> Worker<D> {
         // The queue needs no bound, because each stream's permits limit its jobs in the queue to its prefetch.
         let (dispatch_queue, jobs) = async_channel::unbounded();
         let loops = self.start_loops(&jobs, &run);
-        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &jobs, &run).run()));
+        let intake = self.controls.intake.clone();
+        let producer = Producer::new(&self.config, intake, dispatch_queue, jobs.clone(), run.clone());
+        let producer = AbortOnDropHandle::new(tokio::spawn(producer.run()));
         let _watches = self.start_watches(&run);
 
         lifecycle.reached(Phase::Draining).await;
@@ -162,22 +164,6 @@ impl<D: Dispatcher> Worker<D> {
         let reporter = Reporter::new(Arc::clone(&ledger), self.config.backoff, lifecycle.clone(), metrics.clone());
         let (processor, acks) = AckProcessor::start(reporter, capacity, metrics.clone());
         (processor, Run { ledger, activity, tally: Arc::default(), metrics, lifecycle, acks })
-    }
-
-    fn producer(
-        &self,
-        dispatch_queue: async_channel::Sender<Taken>,
-        waiting: &async_channel::Receiver<Taken>,
-        run: &Run,
-    ) -> Producer {
-        Producer {
-            intake: self.controls.intake.clone(),
-            backoff: self.config.backoff,
-            dispatch_queue,
-            waiting: waiting.clone(),
-            run: run.clone(),
-            concurrency: self.config.concurrency().get(),
-        }
     }
 
     fn start_loops(&self, jobs: &async_channel::Receiver<Taken>, run: &Run) -> JoinSet<()> {
