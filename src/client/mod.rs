@@ -134,7 +134,6 @@ impl Client {
         &self.url
     }
 
-    /// Returns the health of the calls to this server.
     pub(crate) fn health(&self) -> &Health {
         &self.health
     }

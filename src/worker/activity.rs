@@ -21,7 +21,6 @@ pub(super) struct Activity {
     state: watch::Sender<State>,
     /// The open streams, in a channel of their own because they change far less often than `state`.
     pub(super) connection: watch::Sender<Connection>,
-    /// The worker loops, each with its current job.
     loops: Vec<Slot>,
     running: AtomicUsize,
     pub(super) ended: Tally,
@@ -76,7 +75,6 @@ pub(super) struct Current {
     pub(super) started: Instant,
 }
 
-/// The open streams.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Connection {
     /// Whether a stream takes jobs.
@@ -156,14 +154,12 @@ impl Activity {
         }
     }
 
-    /// Records the open streams.
     pub(super) fn set_connection(&self, connection: Connection) {
         let is_taking = connection.is_taking;
         self.state.send_if_modified(|state| std::mem::replace(&mut state.is_taking, is_taking) != is_taking);
         self.connection.send_if_modified(|before| std::mem::replace(before, connection) != connection);
     }
 
-    /// Reports whether a stream takes jobs.
     pub(super) fn is_taking(&self) -> bool {
         self.state.borrow().is_taking
     }
@@ -186,7 +182,6 @@ impl Activity {
         Running { activity: Arc::clone(self), slot }
     }
 
-    /// Records the outcome of a job.
     pub(super) fn note_end(&self, job: &Job, outcome: &Outcome) {
         self.ended.count(outcome);
         self.history.count(outcome);
@@ -200,7 +195,6 @@ impl Activity {
         Counts { running, waiting: self.state.borrow().unfinished.saturating_sub(running) }
     }
 
-    /// Returns the names of the loops, in order.
     pub(super) fn loop_names(&self) -> impl Iterator<Item = &str> {
         self.loops.iter().map(|slot| slot.name.as_str())
     }

@@ -57,7 +57,6 @@ impl<D: Dispatcher> Controls<D> {
         self.intake.change_settings(config)
     }
 
-    /// Returns the worker's metrics.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.metrics
     }

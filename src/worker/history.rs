@@ -51,7 +51,6 @@ impl Buckets {
 }
 
 impl History {
-    /// Returns an empty history that begins at `started`.
     pub(super) fn new(started: Instant) -> Self {
         Self { started, buckets: Mutex::new(Buckets { newest: 0, counts: [[0; 2]].into() }) }
     }
