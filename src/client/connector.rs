@@ -124,12 +124,6 @@ pub(super) enum Dialer {
     Supplied(ServerUrl, Arc<Supplier>),
 }
 
-impl fmt::Debug for Dialer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Dialer")
-    }
-}
-
 impl Service<Uri> for Dialer {
     type Response = TokioIo<Box<dyn Stream>>;
     type Error = BoxError;

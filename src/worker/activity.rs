@@ -75,6 +75,7 @@ pub(super) struct Current {
     pub(super) started: Instant,
 }
 
+/// The open streams.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Connection {
     /// Whether a stream takes jobs.

@@ -47,7 +47,7 @@ impl Streams {
     /// Adds a taking stream.
     pub(super) fn add(&mut self, settings: Arc<StreamSettings>, stream: TakeStream) {
         let (client, seen) = (Arc::clone(&settings.client), Arc::clone(&self.seen_version));
-        let session = self.open(settings, stream, None);
+        let session = self.session(settings, stream, None);
         self.sessions.spawn(async move {
             let id = session.id;
             tokio::select! {
@@ -60,12 +60,12 @@ impl Streams {
 
     /// Adds a search stream with its own prefetch.
     pub(super) fn add_search(&mut self, settings: Arc<StreamSettings>, stream: TakeStream, prefetch: usize) {
-        let session = self.open(settings, stream, Some(prefetch));
+        let session = self.session(settings, stream, Some(prefetch));
         self.sessions.spawn(async move { (session.id, session.run().await) });
     }
 
-    /// Returns the session of a new stream. `search` is the prefetch of a search stream.
-    fn open(&mut self, settings: Arc<StreamSettings>, stream: TakeStream, search: Option<usize>) -> Session {
+    /// Adds a stream, and returns its session. `search` is the prefetch of a search stream.
+    fn session(&mut self, settings: Arc<StreamSettings>, stream: TakeStream, search: Option<usize>) -> Session {
         let is_search = search.is_some();
         let (sender, purpose) = watch::channel(if is_search { Purpose::Finish } else { Purpose::Take });
         let (run, intake, dispatch_queue) = (self.run.clone(), self.intake.clone(), self.dispatch_queue.clone());
