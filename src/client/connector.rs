@@ -3,17 +3,15 @@
 use std::error::Error;
 use std::fmt;
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use hyper::Uri;
-use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tower_service::Service;
 
 use super::ServerUrl;
@@ -35,13 +33,18 @@ const TCP_KEEPALIVE_RETRIES: u32 = 3;
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 type BoxError = Box<dyn Error + Send + Sync>;
-type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
-pub(super) type Supplier = dyn Fn(ServerUrl) -> BoxFuture<io::Result<Box<dyn Stream>>> + Send + Sync;
+pub(super) type Supplier = dyn Fn(ServerUrl) -> BoxFuture<'static, io::Result<Box<dyn Stream>>> + Send + Sync;
 
-/// A connection that can be read and written. Every type with these supertraits implements `Stream`.
+/// A connection that can be read and written, before TLS is added. Every type with these supertraits implements `Stream`.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+impl Connection for Box<dyn Stream> {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
 
 /// The source of a client's connections to its server: TCP by default, or a function of the embedding program.
 ///
@@ -55,13 +58,9 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 /// let config = WorkerConfig { connector, ..WorkerConfig::default() };
 /// ```
 #[derive(Clone, Default)]
-pub struct Connector(Way);
-
-#[derive(Clone, Default)]
-enum Way {
-    #[default]
-    Network,
-    Supplied(Arc<Supplier>),
+pub struct Connector {
+    /// The function of the embedding program, or `None` for TCP.
+    supplier: Option<Arc<Supplier>>,
 }
 
 impl Connector {
@@ -72,18 +71,18 @@ impl Connector {
         F: Future<Output = io::Result<T>> + Send + 'static,
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let supplier = move |url| -> BoxFuture<io::Result<Box<dyn Stream>>> {
+        let supplier = move |url| -> BoxFuture<'static, io::Result<Box<dyn Stream>>> {
             let connecting = connect(url);
             Box::pin(async move { Ok(Box::new(connecting.await?) as Box<dyn Stream>) })
         };
-        Self(Way::Supplied(Arc::new(supplier)))
+        Self { supplier: Some(Arc::new(supplier)) }
     }
 
     /// Returns the service that opens the connections of one client.
     pub(super) fn dialer(&self, url: &ServerUrl) -> Dialer {
-        match &self.0 {
-            Way::Network => Dialer::Network(tcp()),
-            Way::Supplied(supplier) => Dialer::Supplied(url.clone(), Arc::clone(supplier)),
+        match &self.supplier {
+            None => Dialer::Network(tcp()),
+            Some(supplier) => Dialer::Supplied(url.clone(), Arc::clone(supplier)),
         }
     }
 }
@@ -91,9 +90,9 @@ impl Connector {
 /// Two connectors are equal if both use TCP, or if they are clones of one connector.
 impl PartialEq for Connector {
     fn eq(&self, other: &Self) -> bool {
-        match (&self.0, &other.0) {
-            (Way::Network, Way::Network) => true,
-            (Way::Supplied(one), Way::Supplied(other)) => Arc::ptr_eq(one, other),
+        match (&self.supplier, &other.supplier) {
+            (None, None) => true,
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
             _ => false,
         }
     }
@@ -101,10 +100,7 @@ impl PartialEq for Connector {
 
 impl fmt::Debug for Connector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match &self.0 {
-            Way::Network => "Connector(network)",
-            Way::Supplied(_) => "Connector(supplied)",
-        })
+        f.write_str(if self.supplier.is_some() { "Connector(supplied)" } else { "Connector(network)" })
     }
 }
 
@@ -128,16 +124,10 @@ pub(super) enum Dialer {
     Supplied(ServerUrl, Arc<Supplier>),
 }
 
-impl fmt::Debug for Dialer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Dialer")
-    }
-}
-
 impl Service<Uri> for Dialer {
-    type Response = Wire;
+    type Response = TokioIo<Box<dyn Stream>>;
     type Error = BoxError;
-    type Future = BoxFuture<Result<Wire, BoxError>>;
+    type Future = BoxFuture<'static, Result<Self::Response, BoxError>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         match self {
@@ -150,77 +140,12 @@ impl Service<Uri> for Dialer {
         match self {
             Self::Network(tcp) => {
                 let connecting = tcp.call(uri);
-                Box::pin(async move { Ok(Wire::Network(connecting.await?)) })
+                Box::pin(async move { Ok(TokioIo::new(Box::new(connecting.await?.into_inner()) as _)) })
             }
             Self::Supplied(url, supplier) => {
                 let connecting = tokio::time::timeout(CONNECT_TIMEOUT, supplier(url.clone()));
-                Box::pin(async move { Ok(Wire::Supplied(TokioIo::new(connecting.await??))) })
+                Box::pin(async move { Ok(TokioIo::new(connecting.await??)) })
             }
-        }
-    }
-}
-
-/// An open connection, before TLS is added.
-pub(super) enum Wire {
-    Network(TokioIo<TcpStream>),
-    Supplied(TokioIo<Box<dyn Stream>>),
-}
-
-impl Connection for Wire {
-    fn connected(&self) -> Connected {
-        match self {
-            Self::Network(tcp) => tcp.connected(),
-            Self::Supplied(_) => Connected::new(),
-        }
-    }
-}
-
-impl Read for Wire {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Network(tcp) => Pin::new(tcp).poll_read(cx, buf),
-            Self::Supplied(stream) => Pin::new(stream).poll_read(cx, buf),
-        }
-    }
-}
-
-impl Write for Wire {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Network(tcp) => Pin::new(tcp).poll_write(cx, buf),
-            Self::Supplied(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Network(tcp) => Pin::new(tcp).poll_flush(cx),
-            Self::Supplied(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Network(tcp) => Pin::new(tcp).poll_shutdown(cx),
-            Self::Supplied(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Network(tcp) => tcp.is_write_vectored(),
-            Self::Supplied(stream) => stream.is_write_vectored(),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Network(tcp) => Pin::new(tcp).poll_write_vectored(cx, bufs),
-            Self::Supplied(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
 }

@@ -103,31 +103,29 @@ impl ClientError {
         }
     }
 
+    /// Returns the status of an unexpected answer.
+    fn status(&self) -> Option<StatusCode> {
+        match self {
+            Self::Refused { status, .. } | Self::NotTheServer { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
     /// Reports whether this error, if the worker's first request fails with it, indicates a wrong setting, such as the url, the
     /// queues or the credentials.
     pub(crate) fn is_mistake(&self) -> bool {
-        match self {
-            Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
-                status.is_client_error() && !NO_MISTAKE.contains(status)
-            }
-            Self::Unsendable(_) => true,
-            _ => false,
-        }
+        matches!(self, Self::Unsendable(_))
+            || self.status().is_some_and(|status| status.is_client_error() && !NO_MISTAKE.contains(&status))
     }
 
     /// Reports whether the server or a proxy refused the call, and would probably refuse it again.
     pub(crate) fn is_refusal(&self) -> bool {
-        match self {
-            Self::Refused { status, .. } | Self::NotTheServer { status, .. } => {
-                status.is_client_error() && !MOMENTARY.contains(status)
-            }
-            _ => false,
-        }
+        self.status().is_some_and(|status| status.is_client_error() && !MOMENTARY.contains(&status))
     }
 
     /// Reports whether the answer is a 5xx.
     pub(crate) fn is_server_error(&self) -> bool {
-        matches!(self, Self::Refused { status, .. } | Self::NotTheServer { status, .. } if status.is_server_error())
+        self.status().is_some_and(|status| status.is_server_error())
     }
 
     /// Reports whether the answer is not HTTP, for example the alert of a TLS port.
@@ -141,14 +139,6 @@ impl ClientError {
             cause.downcast_ref().is_some_and(hyper::Error::is_incomplete_message)
                 || cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
         })
-    }
-
-    /// Returns the wait that the answer asks for (`Retry-After`), if there is one.
-    pub(crate) fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Refused { retry_after, .. } => *retry_after,
-            _ => None,
-        }
     }
 }
 
@@ -179,7 +169,10 @@ impl Retryable for ClientError {
     }
 
     fn retry_after(&self) -> Option<Duration> {
-        Self::retry_after(self)
+        match self {
+            Self::Refused { retry_after, .. } => *retry_after,
+            _ => None,
+        }
     }
 }
 

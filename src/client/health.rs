@@ -3,7 +3,6 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::ClientError;
@@ -14,18 +13,12 @@ use crate::watch;
 const DISTURBANCE: Duration = Duration::from_secs(1);
 
 /// The health of the calls to one server: the start of the current run of failed calls, and the waiters for a recovery.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Health {
     failing_since: Mutex<Option<Instant>>,
     recoveries: watch::Sender<()>,
-    /// The single permit to probe a failing server, so that failed calls probe one at a time.
-    probe: Semaphore,
-}
-
-impl Default for Health {
-    fn default() -> Self {
-        Self { failing_since: Mutex::default(), recoveries: watch::Sender::default(), probe: Semaphore::new(1) }
-    }
+    /// The turn to probe a failing server, so that failed calls probe one at a time.
+    probe: tokio::sync::Mutex<()>,
 }
 
 impl Health {
@@ -68,8 +61,7 @@ impl Health {
     /// Waits for the caller's turn to probe the server. Turns are granted one at a time, in the order of the calls, each after
     /// its own `pause`.
     pub(crate) async fn probe_turn(&self, pause: Duration) {
-        // The semaphore is never closed, so `acquire` cannot fail.
-        let _turn = self.probe.acquire().await;
+        let _turn = self.probe.lock().await;
         tokio::time::sleep(pause).await;
     }
 }

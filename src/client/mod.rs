@@ -18,7 +18,6 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
-use hyper::rt::{Read, Write};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client as PooledClient;
@@ -135,7 +134,6 @@ impl Client {
         &self.url
     }
 
-    /// Returns the health of the calls to this server.
     pub(crate) fn health(&self) -> &Health {
         &self.health
     }
@@ -158,8 +156,8 @@ impl Client {
         limits: StreamLimits,
     ) -> Result<TakeStream, ClientError> {
         let opened = within_request_timeout(async {
-            let (mut sender, connection) =
-                http1::handshake(self.connect().await?).await.map_err(ClientError::Transport)?;
+            let connected = self.connector.clone().call(self.url.uri()).await.map_err(ClientError::Connect)?;
+            let (mut sender, connection) = http1::handshake(connected).await.map_err(ClientError::Transport)?;
             let connection = AbortOnDropHandle::new(tokio::spawn(async {
                 // Ignore the result, because the response body reports the end of the connection and any error.
                 let _ = connection.await;
@@ -177,11 +175,6 @@ impl Client {
             self.health.connected();
         }
         self.health.observe(opened)
-    }
-
-    async fn connect(&self) -> Result<impl Read + Write + Unpin + use<>, ClientError> {
-        let connected = self.connector.clone().call(self.url.uri()).await;
-        connected.map_err(ClientError::Connect)
     }
 
     fn take_request(&self, queues: &[String], prefetch: usize) -> Result<Request<Body>, ClientError> {

@@ -27,15 +27,15 @@ impl StreamSettings {
         let same_server = |previous: &&Self| {
             *previous.client.url() == config.url && previous.tls == config.tls && previous.connector == config.connector
         };
+        let client = previous.filter(same_server).map(|previous| Arc::clone(&previous.client));
+        let WorkerConfig { url, worker_id, tls, connector, .. } = config;
         Self {
-            client: previous
-                .filter(same_server)
-                .map_or_else(|| client(config), |previous| Arc::clone(&previous.client)),
+            client: client.unwrap_or_else(|| Arc::new(Client::new(url.clone(), worker_id.clone(), tls, connector))),
             queues: config.queues.clone(),
             prefetch: config.prefetch.get().min(most),
             limits: config.stream_limits,
-            tls: config.tls.clone(),
-            connector: config.connector.clone(),
+            tls: tls.clone(),
+            connector: connector.clone(),
         }
     }
 
@@ -66,9 +66,4 @@ impl StreamSettings {
     pub(crate) async fn open(&self, prefetch: usize) -> Result<TakeStream, ClientError> {
         self.client.take(&self.queues, prefetch, self.limits).await
     }
-}
-
-fn client(config: &WorkerConfig) -> Arc<Client> {
-    let WorkerConfig { url, worker_id, tls, connector, .. } = config;
-    Arc::new(Client::new(url.clone(), worker_id.clone(), tls, connector))
 }

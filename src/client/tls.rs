@@ -57,12 +57,10 @@ impl Tls {
     /// # Errors
     /// When the key does not belong to the certificate.
     pub(crate) fn new(roots: RootCertStore, identity: Option<Identity>) -> Result<Self, String> {
-        let fingerprint = fingerprint(&roots, identity.as_ref());
-        let builder = builder(roots);
-        let config = match identity {
-            Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|error| error.to_string())?,
-            None => builder.with_no_client_auth(),
-        };
+        let Some(identity) = identity else { return Ok(Self::trusting(roots)) };
+        let fingerprint = fingerprint(&roots, Some(&identity));
+        let (chain, key) = identity;
+        let config = builder(roots).with_client_auth_cert(chain, key).map_err(|error| error.to_string())?;
         Ok(Self { config: Arc::new(config), fingerprint })
     }
 
@@ -79,9 +77,7 @@ fn fingerprint(roots: &RootCertStore, identity: Option<&Identity>) -> u64 {
     for root in &roots.roots {
         (root.subject.as_ref(), root.subject_public_key_info.as_ref()).hash(&mut hasher);
     }
-    let identity = identity.map(|(chain, key)| (chain.iter().map(AsRef::as_ref).collect(), key.secret_der()));
-    let identity: Option<(Vec<&[u8]>, &[u8])> = identity;
-    identity.hash(&mut hasher);
+    identity.map(|(chain, key)| (chain, key.secret_der())).hash(&mut hasher);
     hasher.finish()
 }
 

@@ -10,7 +10,7 @@ use crate::client::{Client, StreamSettings};
 use crate::fate::Kind;
 use crate::job::{JobId, Report};
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Entries {
     pub(super) by_id: BTreeMap<JobId, LedgerEntry>,
     /// The parked and settled jobs, oldest first.

@@ -16,7 +16,6 @@ mod entries;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::client::{Client, StreamSettings};
@@ -110,19 +109,7 @@ pub(crate) struct Parked {
 impl Ledger {
     /// Returns an empty ledger that keeps at most `max_kept` parked and settled jobs, and lets at most `max_runs` runs begin.
     pub(crate) fn new(max_kept: usize, max_runs: Option<u64>) -> Self {
-        let entries = Entries {
-            by_id: BTreeMap::new(),
-            kept: VecDeque::new(),
-            max_kept,
-            deliveries: 0,
-            streams: 0,
-            open: BTreeSet::new(),
-            coming: 0,
-            present_server: None,
-            runs_left: max_runs,
-            lost_places: BTreeMap::new(),
-            evicted: 0,
-        };
+        let entries = Entries { max_kept, runs_left: max_runs, ..Entries::default() };
         Self {
             entries: Mutex::new(entries),
             moved: watch::Sender::default(),

@@ -60,6 +60,12 @@ fn running(ledger: &Here, attempt: &Attempt) {
     assert_eq!(ledger.begin(&attempt.id, delivery), Beginning::Begun { is_last: false });
 }
 
+/// Delivers a job, and runs it to its end.
+fn ended(ledger: &Here, attempt: &Attempt, report: &Report) {
+    running(ledger, attempt);
+    ledger.end(&attempt.id, report);
+}
+
 #[test]
 fn a_job_redelivered_while_it_runs_is_not_started_again() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
@@ -122,8 +128,7 @@ fn only_a_denied_delivery_is_parked_after_a_redelivery() {
 #[test]
 fn a_counted_failure_is_not_reported_for_the_next_attempt() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
-    running(&ledger, &job);
-    ledger.end(&job.id, &failure());
+    ended(&ledger, &job, &failure());
     let (arrival, delivery) = ledger.arrive(&attempt("a", 1));
     assert_eq!(arrival, Arrival::New);
     assert_eq!(ledger.held(&job), None);
@@ -135,8 +140,7 @@ fn a_counted_failure_is_not_reported_for_the_next_attempt() {
 #[test]
 fn a_success_answers_for_the_next_attempt_as_well() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
-    running(&ledger, &job);
-    ledger.end(&job.id, &Report::Success);
+    ended(&ledger, &job, &Report::Success);
     ledger.lose_stream();
     ledger.park(&job, None, Report::Success, false);
     assert_eq!(ledger.arrive(&attempt("a", 3)).0, Arrival::Ended(Report::Success));
@@ -145,8 +149,7 @@ fn a_success_answers_for_the_next_attempt_as_well() {
 #[test]
 fn a_success_in_flight_answers_for_any_redelivered_attempt() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
-    running(&ledger, &job);
-    ledger.end(&job.id, &Report::Success);
+    ended(&ledger, &job, &Report::Success);
     ledger.lose_stream();
     assert_eq!(ledger.arrive(&attempt("a", 1)).0, Arrival::UnderWay);
     let seen = ledger.held(&job);
@@ -192,8 +195,7 @@ fn a_stale_line_of_a_reported_job_starts_nothing() {
     for (report, next) in [(Report::Success, Arrival::UnderWay), (failure(), Arrival::New)] {
         let (ledger, job) = (Here::new(8), attempt("a", 0));
         let settled = || {
-            running(&ledger, &job);
-            ledger.end(&job.id, &report);
+            ended(&ledger, &job, &report);
             ledger.lose_stream();
             ledger.settle(&job, ledger.held(&job));
             assert!(ledger.is_empty() && ledger.ended().is_empty());
@@ -212,8 +214,7 @@ fn a_stale_line_of_a_reported_job_starts_nothing() {
 #[test]
 fn a_job_held_when_its_report_arrives_is_forgotten() {
     let (ledger, job) = (Here::new(8), attempt("a", 0));
-    running(&ledger, &job);
-    ledger.end(&job.id, &Report::Success);
+    ended(&ledger, &job, &Report::Success);
     ledger.settle(&job, ledger.held(&job));
     assert!(ledger.entries().by_id.is_empty() && ledger.entries().kept.is_empty());
 }
@@ -223,8 +224,7 @@ fn the_number_of_remembered_jobs_is_bounded() {
     let ledger = Here::new(2);
     for name in ["a", "b", "c"] {
         let job = attempt(name, 0);
-        running(&ledger, &job);
-        ledger.end(&job.id, &Report::Success);
+        ended(&ledger, &job, &Report::Success);
         ledger.park(&job, ledger.held(&job), Report::Success, false);
     }
     ledger.lose_stream();
@@ -270,8 +270,7 @@ fn the_loss_of_a_stale_line_gives_the_hold_back() {
 #[test]
 fn a_later_attempt_gives_no_hold_back_to_the_stream_before() {
     let (here, job) = (Here::new(8), attempt("a", 0));
-    running(&here, &job);
-    here.end(&job.id, &failure());
+    ended(&here, &job, &failure());
     let first = here.stream.replace(here.open_stream());
     running(&here, &attempt("a", 1));
     here.lose_stream();
@@ -313,8 +312,7 @@ fn the_answer_for_an_earlier_malformed_delivery_settles_no_later_one() {
 #[test]
 fn a_stale_line_is_expected_until_all_streams_are_lost() {
     let (here, job) = (Here::new(8), attempt("a", 0));
-    running(&here, &job);
-    here.end(&job.id, &Report::Success);
+    ended(&here, &job, &Report::Success);
     let second = here.open_stream();
     here.lose_stream();
     here.settle(&job, here.held(&job));
@@ -337,13 +335,11 @@ fn a_denied_delivery_is_held_no_more() {
 #[test]
 fn a_report_given_up_loses_a_place_only_while_its_job_is_held() {
     let (here, a, b) = (Here::new(8), attempt("a", 0), attempt("b", 0));
-    running(&here, &a);
-    here.end(&a.id, &failure());
+    ended(&here, &a, &failure());
     here.lose_stream();
     here.forget(&a);
     assert!(!here.has_lost_places(here.stream.get()));
-    running(&here, &b);
-    here.end(&b.id, &failure());
+    ended(&here, &b, &failure());
     here.forget(&b);
     assert!(here.has_lost_places(here.stream.get()) && here.is_empty());
 }
@@ -351,8 +347,7 @@ fn a_report_given_up_loses_a_place_only_while_its_job_is_held() {
 #[test]
 fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
     let (here, job) = (Here::new(8), attempt("a", 0));
-    running(&here, &job);
-    here.end(&job.id, &failure());
+    ended(&here, &job, &failure());
     here.lose_stream();
     here.park(&job, None, failure(), false);
     assert_eq!(here.arrive(&job).0, Arrival::Ended(failure()));
@@ -364,8 +359,7 @@ fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
 #[test]
 fn a_stale_line_over_another_stream_is_expected_of_a_held_job() {
     let (here, job) = (Here::new(8), attempt("a", 0));
-    running(&here, &job);
-    here.end(&job.id, &Report::Success);
+    ended(&here, &job, &Report::Success);
     let first = here.stream.replace(here.open_stream());
     here.settle(&job, here.held(&job));
     assert_eq!(here.arrive(&job).0, Arrival::UnderWay);
@@ -378,8 +372,7 @@ fn settled_entries_leave_before_parked_ones() {
     let here = Here::new(2);
     let end = |name| {
         let job = attempt(name, 0);
-        running(&here, &job);
-        here.end(&job.id, &Report::Success);
+        ended(&here, &job, &Report::Success);
         job
     };
     let parked = end("parked");

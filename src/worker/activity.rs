@@ -14,22 +14,18 @@ use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::watch;
 
-/// The running jobs and counts of one worker. Clones share them.
-#[derive(Debug, Clone)]
-pub(super) struct Activity(Arc<Shared>);
-
+/// The running jobs and counts of one worker, over all its runs.
 #[derive(Debug)]
-struct Shared {
-    started: Instant,
+pub(super) struct Activity {
+    pub(super) started: Instant,
     state: watch::Sender<State>,
     /// The open streams, in a channel of their own because they change far less often than `state`.
-    connection: watch::Sender<Connection>,
-    /// The worker loops, each with its current job.
+    pub(super) connection: watch::Sender<Connection>,
     loops: Vec<Slot>,
     running: AtomicUsize,
-    ended: Tally,
-    history: History,
-    failures: Failures,
+    pub(super) ended: Tally,
+    pub(super) history: History,
+    pub(super) failures: Failures,
 }
 
 /// The number of ended jobs by outcome.
@@ -94,7 +90,6 @@ pub(crate) struct Connection {
 #[derive(Debug, Default)]
 struct State {
     is_taking: bool,
-    is_connected: bool,
     unfinished: usize,
 }
 
@@ -115,25 +110,25 @@ pub(super) struct Counts {
 
 /// A guard that counts a taken job as unfinished until the job's report is queued or the job is given back.
 #[derive(Debug)]
-pub(super) struct Unfinished(Activity);
+pub(super) struct Unfinished(Arc<Activity>);
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        self.0.0.state.send_modify(|state| state.unfinished -= 1);
+        self.0.state.send_modify(|state| state.unfinished -= 1);
     }
 }
 
 /// A guard that marks a job as running in a worker loop.
 #[derive(Debug)]
 pub(super) struct Running {
-    activity: Activity,
+    activity: Arc<Activity>,
     slot: usize,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.activity.0.running.fetch_sub(1, Ordering::Relaxed);
-        self.activity.0.loops[self.slot].set(None);
+        self.activity.running.fetch_sub(1, Ordering::Relaxed);
+        self.activity.loops[self.slot].set(None);
     }
 }
 
@@ -148,7 +143,7 @@ impl Activity {
     pub(super) fn new(threads: usize, fibers: usize) -> Self {
         let names = (0..threads).flat_map(|thread| (0..fibers).map(move |fiber| format!("{thread}:{fiber}")));
         let started = Instant::now();
-        Self(Arc::new(Shared {
+        Self {
             started,
             state: watch::Sender::default(),
             connection: watch::Sender::default(),
@@ -157,106 +152,64 @@ impl Activity {
             ended: Tally::default(),
             history: History::new(started),
             failures: Failures::default(),
-        }))
+        }
     }
 
-    /// Records the open streams.
     pub(super) fn set_connection(&self, connection: Connection) {
-        let Connection { is_taking, is_open, .. } = connection;
-        self.0.state.send_if_modified(|state| {
-            let differs = (state.is_taking, state.is_connected) != (is_taking, is_open);
-            (state.is_taking, state.is_connected) = (is_taking, is_open);
-            differs
-        });
-        self.0.connection.send_if_modified(|before| std::mem::replace(before, connection) != connection);
+        let is_taking = connection.is_taking;
+        self.state.send_if_modified(|state| std::mem::replace(&mut state.is_taking, is_taking) != is_taking);
+        self.connection.send_if_modified(|before| std::mem::replace(before, connection) != connection);
     }
 
-    /// Returns a receiver that is notified when a stream opens or closes.
-    pub(super) fn connection(&self) -> watch::Receiver<Connection> {
-        self.0.connection.subscribe()
-    }
-
-    /// Returns the number of streams that finish their jobs while another stream takes jobs or is being opened.
-    pub(super) fn finishing_streams(&self) -> usize {
-        self.0.connection.borrow().finishing
-    }
-
-    /// Reports whether a stream takes jobs.
     pub(super) fn is_taking(&self) -> bool {
-        self.0.state.borrow().is_taking
+        self.state.borrow().is_taking
     }
 
-    /// Reports whether any stream is open.
-    pub(super) fn is_connected(&self) -> bool {
-        self.0.state.borrow().is_connected
-    }
-
-    pub(super) fn uptime(&self) -> Duration {
-        self.0.started.elapsed()
-    }
-
-    pub(super) fn take_job(&self) -> Unfinished {
-        self.0.state.send_modify(|state| state.unfinished += 1);
-        Unfinished(self.clone())
+    pub(super) fn take_job(self: &Arc<Self>) -> Unfinished {
+        self.state.send_modify(|state| state.unfinished += 1);
+        Unfinished(Arc::clone(self))
     }
 
     /// Records that a job starts in the loop with the number `slot`.
-    pub(super) fn start_job(&self, slot: usize, job: &Job) -> Running {
-        self.0.running.fetch_add(1, Ordering::Relaxed);
-        self.0.loops[slot].set(Some(Current {
+    pub(super) fn start_job(self: &Arc<Self>, slot: usize, job: &Job) -> Running {
+        self.running.fetch_add(1, Ordering::Relaxed);
+        self.loops[slot].set(Some(Current {
             id: job.id.clone(),
             job_type: beginning(&job.job_type).to_owned(),
             queue: beginning(&job.queue).to_owned(),
             attempt: job.attempts.saturating_add(1),
             started: Instant::now(),
         }));
-        Running { activity: self.clone(), slot }
+        Running { activity: Arc::clone(self), slot }
     }
 
-    /// Returns the counts of ended jobs over all runs of the worker.
-    pub(super) fn ended(&self) -> &Tally {
-        &self.0.ended
-    }
-
-    /// Records the outcome of a job.
     pub(super) fn note_end(&self, job: &Job, outcome: &Outcome) {
-        self.0.ended.count(outcome);
-        self.0.history.count(outcome);
+        self.ended.count(outcome);
+        self.history.count(outcome);
         if let Outcome::Failure(failure) = outcome {
-            self.0.failures.push(job, failure);
+            self.failures.push(job, failure);
         }
     }
 
-    /// Returns the counts of jobs that ended in the last ten minutes.
-    pub(super) fn history(&self) -> &History {
-        &self.0.history
-    }
-
-    /// Returns the last failures.
-    pub(super) fn failures(&self) -> &Failures {
-        &self.0.failures
-    }
-
     pub(super) fn counts(&self) -> Counts {
-        let running = self.0.running.load(Ordering::Relaxed);
-        Counts { running, waiting: self.0.state.borrow().unfinished.saturating_sub(running) }
+        let running = self.running.load(Ordering::Relaxed);
+        Counts { running, waiting: self.state.borrow().unfinished.saturating_sub(running) }
     }
 
-    /// Returns the names of the loops, in order.
     pub(super) fn loop_names(&self) -> impl Iterator<Item = &str> {
-        self.0.loops.iter().map(|slot| slot.name.as_str())
+        self.loops.iter().map(|slot| slot.name.as_str())
     }
 
     /// Returns the names of the loops, each with its current job.
     pub(super) fn loops(&self) -> impl Iterator<Item = (&str, Option<Current>)> {
         let current = |slot: &Slot| slot.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        self.0.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
+        self.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
     /// Starts a drain once the worker has had a taking stream for `limit` without a job or a waiting report. Waiting reports
     /// count, because the server can hold back more jobs until it receives the reports.
     pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
-        let (mut states, mut movements) = (self.0.state.subscribe(), ledger.movements());
+        let (mut states, mut movements) = (self.state.subscribe(), ledger.movements());
         while states.wait_for(State::is_idle).await.is_ok() {
             tokio::select! {
                 biased;

@@ -18,7 +18,7 @@ use crate::watch;
 pub struct Controls<D> {
     pub(super) dispatcher: Arc<D>,
     pub(super) intake: Intake,
-    pub(super) activity: Activity,
+    pub(super) activity: Arc<Activity>,
     pub(super) metrics: Metrics,
 }
 
@@ -27,7 +27,7 @@ impl<D> Clone for Controls<D> {
         Self {
             dispatcher: Arc::clone(&self.dispatcher),
             intake: self.intake.clone(),
-            activity: self.activity.clone(),
+            activity: Arc::clone(&self.activity),
             metrics: self.metrics.clone(),
         }
     }
@@ -57,25 +57,25 @@ impl<D: Dispatcher> Controls<D> {
         self.intake.change_settings(config)
     }
 
-    /// Returns the worker's metrics.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
     /// Returns a receiver that is notified when a stream opens or closes.
     pub(crate) fn connection(&self) -> watch::Receiver<Connection> {
-        self.activity.connection()
+        self.activity.connection.subscribe()
     }
 
     /// Returns the worker's status.
     pub fn status(&self, lifecycle: &Lifecycle) -> Status {
         let Counts { running, waiting } = self.activity.counts();
-        let Summary { succeeded, failed, interrupted, .. } = self.activity.ended().summary();
+        let Summary { succeeded, failed, interrupted, .. } = self.activity.ended.summary();
+        let Connection { is_open, finishing, .. } = *self.activity.connection.borrow();
         Status {
             state: self.state(lifecycle),
-            connected: self.activity.is_connected(),
-            finishing_streams: self.activity.finishing_streams(),
-            uptime_seconds: seconds(self.activity.uptime()),
+            connected: is_open,
+            finishing_streams: finishing,
+            uptime_seconds: seconds(self.activity.started.elapsed()),
             running,
             waiting,
             reports_waiting: self.metrics.waiting_reports(),
@@ -85,8 +85,8 @@ impl<D: Dispatcher> Controls<D> {
             loops: self.activity.loops().map(|(name, current)| self.loop_status(name, current)).collect(),
             handlers: self.dispatcher.handlers(),
             handler_processes: self.dispatcher.processes(),
-            last_failures: self.activity.failures().list(),
-            history: self.activity.history().list(),
+            last_failures: self.activity.failures.list(),
+            history: self.activity.history.list(),
         }
     }
 
@@ -119,7 +119,8 @@ impl<D: Dispatcher> Controls<D> {
             "paused" => Some(Unready::Paused),
             _ => Some(Unready::Stopping(state)),
         };
-        let is_connected = if state == "running" { self.activity.is_taking() } else { self.activity.is_connected() };
+        let Connection { is_taking, is_open, .. } = *self.activity.connection.borrow();
+        let is_connected = if state == "running" { is_taking } else { is_open };
         let unconnected = (!is_connected).then_some(Unready::NotConnected);
         let broken = self.dispatcher.broken().into_iter().map(Unready::Broken);
         of_state.into_iter().chain(unconnected).chain(broken).collect()
@@ -144,9 +145,7 @@ impl<D: Dispatcher> Controls<D> {
         // Encoding fails only for names that Prometheus rejects. A test checks that no metric has such a name.
         self.metrics.text(gauges).unwrap_or_default()
     }
-}
 
-impl<D: Dispatcher> Controls<D> {
     fn types(&self) -> Vec<CountedType> {
         let types = self.dispatcher.types_counted_apart().into_iter();
         types.map(|name| CountedType { failures: self.dispatcher.usual_failures(&name), name }).collect()

@@ -27,11 +27,11 @@ pub(super) struct History {
     buckets: Mutex<Buckets>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Buckets {
     /// The number of the newest bucket, counted from `History::started`.
     newest: u64,
-    /// The counts of succeeded and failed jobs, oldest first.
+    /// The counts of succeeded and failed jobs, oldest first. Never empty.
     counts: VecDeque<[u32; 2]>,
 }
 
@@ -41,26 +41,18 @@ impl Buckets {
     fn advance(&mut self, to: u64) {
         let missing = to.saturating_sub(self.newest).min(BUCKETS as u64);
         for _ in 0..missing {
-            self.push_empty();
+            if self.counts.len() == BUCKETS {
+                self.counts.pop_front();
+            }
+            self.counts.push_back([0; 2]);
         }
         self.newest = self.newest.max(to);
-        if self.counts.is_empty() {
-            self.push_empty();
-        }
-    }
-
-    fn push_empty(&mut self) {
-        if self.counts.len() == BUCKETS {
-            self.counts.pop_front();
-        }
-        self.counts.push_back([0; 2]);
     }
 }
 
 impl History {
-    /// Returns an empty history that begins at `started`.
     pub(super) fn new(started: Instant) -> Self {
-        Self { started, buckets: Mutex::default() }
+        Self { started, buckets: Mutex::new(Buckets { newest: 0, counts: [[0; 2]].into() }) }
     }
 
     fn buckets(&self) -> MutexGuard<'_, Buckets> {

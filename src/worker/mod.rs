@@ -55,7 +55,7 @@ struct Taken {
 #[derive(Debug, Clone)]
 struct Run {
     ledger: Arc<Ledger>,
-    activity: Activity,
+    activity: Arc<Activity>,
     /// The counts of ended jobs in this run.
     tally: Arc<Tally>,
     metrics: Metrics,
@@ -67,10 +67,7 @@ struct Run {
 #[derive(Debug)]
 pub struct Worker<D> {
     config: WorkerConfig,
-    dispatcher: Arc<D>,
-    intake: Intake,
-    activity: Activity,
-    metrics: Metrics,
+    controls: Controls<D>,
 }
 
 /// The summary of a run.
@@ -122,20 +119,14 @@ impl<D: Dispatcher> Worker<D> {
     /// Returns a worker that has not started.
     pub fn new(config: WorkerConfig, dispatcher: D) -> Self {
         let intake = Intake::new(&config);
-        let activity = Activity::new(config.threads.get(), config.fibers.get());
+        let activity = Arc::new(Activity::new(config.threads.get(), config.fibers.get()));
         let metrics = Metrics::new(&config.queues);
-        Self { config, dispatcher: Arc::new(dispatcher), intake, activity, metrics }
+        Self { config, controls: Controls { dispatcher: Arc::new(dispatcher), intake, activity, metrics } }
     }
 
     /// Returns the handle to watch and control the worker.
     pub fn controls(&self) -> Controls<D> {
-        let Self { dispatcher, intake, activity, metrics, .. } = self;
-        Controls {
-            dispatcher: Arc::clone(dispatcher),
-            intake: intake.clone(),
-            activity: activity.clone(),
-            metrics: metrics.clone(),
-        }
+        self.controls.clone()
     }
 
     /// Runs until `lifecycle` is stopped and everything has ended. A worker can run again with a new lifecycle, because each run
@@ -149,17 +140,16 @@ impl<D: Dispatcher> Worker<D> {
         // The queue needs no bound, because each stream's permits limit its jobs in the queue to its prefetch.
         let (dispatch_queue, jobs) = async_channel::unbounded();
         let loops = self.start_loops(&jobs, &run);
-        let producer = AbortOnDropHandle::new(tokio::spawn(self.producer(dispatch_queue, &jobs, &run).run()));
+        let intake = self.controls.intake.clone();
+        let producer = Producer::new(&self.config, intake, dispatch_queue, jobs.clone(), run.clone());
+        let producer = AbortOnDropHandle::new(tokio::spawn(producer.run()));
         let _watches = self.start_watches(&run);
 
         lifecycle.reached(Phase::Draining).await;
-        let Counts { running, waiting } = self.activity.counts();
+        let Counts { running, waiting } = self.controls.activity.counts();
         info!(running, waiting, "shutting down, waiting for workers to finish");
-        let tally = run.tally;
-        let ended = self.tear_down(jobs, loops, acks, producer, lifecycle).await;
-        let TornDown { killed, ended_by_itself, reports_dropped, producer } = ended;
-        let summary = Summary { killed, ended_by_itself, reports_dropped, ..tally.summary() };
-        let Summary { succeeded, failed, interrupted, .. } = summary;
+        let (summary, producer) = self.tear_down(jobs, loops, acks, producer, run).await;
+        let Summary { succeeded, failed, interrupted, reports_dropped, .. } = summary;
         let reason = lifecycle.reason().unwrap_or("asked to stop");
         info!(reason, succeeded, failed, interrupted, reports_dropped, "worker stopped");
         producer.map(|()| summary)
@@ -168,40 +158,23 @@ impl<D: Dispatcher> Worker<D> {
     fn start_acks(&self, lifecycle: &Lifecycle) -> (AckProcessor, Run) {
         let capacity = self.config.prefetch.get() * 2;
         let max_kept = max_kept(capacity, self.config.concurrency().get());
-        let ledger = Ledger::new(max_kept, self.config.max_jobs.map(NonZeroU64::get));
-        let ledger = Arc::new(ledger);
-        let (activity, metrics, lifecycle) = (self.activity.clone(), self.metrics.clone(), lifecycle.clone());
-        let backoff = self.config.backoff;
-        let reporter = Reporter::new(Arc::clone(&ledger), backoff, lifecycle.clone(), metrics.clone());
+        let ledger = Arc::new(Ledger::new(max_kept, self.config.max_jobs.map(NonZeroU64::get)));
+        let activity = Arc::clone(&self.controls.activity);
+        let (metrics, lifecycle) = (self.controls.metrics.clone(), lifecycle.clone());
+        let reporter = Reporter::new(Arc::clone(&ledger), self.config.backoff, lifecycle.clone(), metrics.clone());
         let (processor, acks) = AckProcessor::start(reporter, capacity, metrics.clone());
         (processor, Run { ledger, activity, tally: Arc::default(), metrics, lifecycle, acks })
     }
 
-    fn producer(
-        &self,
-        dispatch_queue: async_channel::Sender<Taken>,
-        waiting: &async_channel::Receiver<Taken>,
-        run: &Run,
-    ) -> Producer {
-        Producer {
-            intake: self.intake.clone(),
-            backoff: self.config.backoff,
-            dispatch_queue,
-            waiting: waiting.clone(),
-            run: run.clone(),
-            concurrency: self.config.concurrency().get(),
-        }
-    }
-
     fn start_loops(&self, jobs: &async_channel::Receiver<Taken>, run: &Run) -> JoinSet<()> {
         let mut loops = JoinSet::new();
-        for (slot, name) in self.activity.loop_names().enumerate() {
+        for (slot, name) in self.controls.activity.loop_names().enumerate() {
             let worker_loop = WorkerLoop {
                 slot,
                 name: name.to_owned(),
                 reserve: self.config.concurrency().get().div_ceil(4),
                 jobs: jobs.clone(),
-                dispatcher: Arc::clone(&self.dispatcher),
+                dispatcher: Arc::clone(&self.controls.dispatcher),
                 run: run.clone(),
             };
             loops.spawn(worker_loop.run());
@@ -217,16 +190,18 @@ impl<D: Dispatcher> Worker<D> {
         loops: JoinSet<()>,
         acks: AckProcessor,
         producer: AbortOnDropHandle<Result<(), WorkerError>>,
-        lifecycle: &Lifecycle,
-    ) -> TornDown {
+        run: Run,
+    ) -> (Summary, Result<(), WorkerError>) {
+        let Run { lifecycle, tally, .. } = &run;
         jobs.close();
         loops.join_all().await;
-        self.dispatcher.finish(lifecycle).await;
+        self.controls.dispatcher.finish(lifecycle).await;
         let reports_dropped = acks.finish(self.config.shutdown_deadline).await as u64;
         let (killed, ended_by_itself) = (lifecycle.phase() >= Phase::Killing, !lifecycle.is_awaited());
+        let summary = Summary { killed, ended_by_itself, reports_dropped, ..tally.summary() };
         lifecycle.stopped();
         let producer = producer.await.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic()));
-        TornDown { killed, ended_by_itself, reports_dropped, producer }
+        (summary, producer)
     }
 
     /// Starts the tasks that end a run without a signal: the deadline of a drain, `max_time`, and `exit_when_idle`.
@@ -256,11 +231,4 @@ const MIN_KEPT: usize = 100;
 /// Returns the maximum number of parked and settled jobs that the ledger keeps.
 fn max_kept(ack_capacity: usize, concurrency: usize) -> usize {
     ack_capacity.max(2 * concurrency).max(MIN_KEPT)
-}
-
-struct TornDown {
-    killed: bool,
-    ended_by_itself: bool,
-    reports_dropped: u64,
-    producer: Result<(), WorkerError>,
 }

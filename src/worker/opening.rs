@@ -1,9 +1,9 @@
 //! [`open`]: opens the taking stream, with retries.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tracing::{error, info, warn};
 
 use super::Run;
@@ -14,28 +14,25 @@ use crate::ledger::ComingStream;
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
-/// The reason why a stream was not opened.
-pub(super) enum Unopened {
-    /// The server refused the very first request, so a retry would not help.
-    Refused(ClientError),
-    /// No stream can be opened now.
-    Unreachable(ClientError),
+/// The error of a stream that was not opened.
+pub(super) struct Unopened {
+    pub(super) error: ClientError,
+    /// Whether the server refused the very first request, so a retry would not help.
+    pub(super) is_final: bool,
 }
 
 impl Retryable for Unopened {
     fn is_retryable(&self) -> bool {
-        !matches!(self, Self::Refused(_))
+        !self.is_final
     }
 
     fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Refused(error) | Self::Unreachable(error) => error.retry_after(),
-        }
+        self.error.retry_after()
     }
 }
 
 /// A stream that is being opened.
-pub(super) type Opening = Pin<Box<dyn Future<Output = Result<(TakeStream, ComingStream), Unopened>> + Send>>;
+pub(super) type Opening = BoxFuture<'static, Result<(TakeStream, ComingStream), Unopened>>;
 
 /// Opens a stream after `wait`, or earlier if the server recovers. Gives up once the worker drains. `is_first` means that no
 /// stream has been open yet and the settings are the initial ones. A refusal then means a mistake in the settings, and is not
@@ -52,14 +49,13 @@ pub(super) fn open(run: &Run, settings: Arc<StreamSettings>, is_first: bool, wai
         let attempt = || async {
             info!(url = %settings.client.url(), "connecting");
             let coming = ledger.expect_stream();
-            let opened = settings.open(settings.prefetch).await.map_err(|error| {
-                if is_first && error.is_mistake() { Unopened::Refused(error) } else { Unopened::Unreachable(error) }
-            });
-            Ok((opened?, coming))
+            let opened = settings.open(settings.prefetch).await;
+            let stream = opened.map_err(|error| Unopened { is_final: is_first && error.is_mistake(), error })?;
+            Ok((stream, coming))
         };
         let on_error = |unopened: &Unopened, wait: Option<Duration>| {
             metrics.reconnecting();
-            log_unopened(unopened, wait.unwrap_or_default());
+            log_unopened(&unopened.error, wait.unwrap_or_default());
         };
         let early = || async {
             health.recovered().await;
@@ -69,15 +65,12 @@ pub(super) fn open(run: &Run, settings: Arc<StreamSettings>, is_first: bool, wai
     })
 }
 
-fn log_unopened(unopened: &Unopened, wait: Duration) {
+fn log_unopened(error: &ClientError, wait: Duration) {
     let reconnect_in = seconds(wait);
-    match unopened {
-        Unopened::Unreachable(error) | Unopened::Refused(error) if error.is_mistake() => {
-            error!(error = %Chain(error), reconnect_in, "server refuses the worker, reconnecting");
-        }
-        Unopened::Unreachable(error) | Unopened::Refused(error) => {
-            warn!(error = %Chain(error), reconnect_in, "server unreachable, reconnecting");
-        }
+    if error.is_mistake() {
+        error!(error = %Chain(error), reconnect_in, "server refuses the worker, reconnecting");
+    } else {
+        warn!(error = %Chain(error), reconnect_in, "server unreachable, reconnecting");
     }
 }
 

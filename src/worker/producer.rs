@@ -1,9 +1,9 @@
 //! [`Producer`]: decides which take streams are open and which purpose each has, and reopens a lost taking stream.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::{BoxFuture, OptionFuture};
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
@@ -17,26 +17,22 @@ use super::{Run, Taken, WorkerError, max_kept};
 use crate::backoff::{Backoff, Waits, sleep_until_if};
 use crate::chain::Chain;
 use crate::client::StreamSettings;
+use crate::config::WorkerConfig;
 use crate::ledger::{ComingStream, StreamId};
 use crate::lifecycle::{Lifecycle, LifecycleState, Phase};
 use crate::stream::{StreamError, TakeStream};
 use crate::watch;
 
-pub(super) struct Producer {
-    pub(super) intake: Intake,
-    pub(super) backoff: Backoff,
-    pub(super) dispatch_queue: async_channel::Sender<Taken>,
-    /// The receiving end of the dispatch queue, from which the jobs of a closed stream are removed.
-    pub(super) waiting: async_channel::Receiver<Taken>,
-    pub(super) run: Run,
-    /// The maximum number of jobs that run at once.
-    pub(super) concurrency: usize,
-}
-
-type Searching = Pin<Box<dyn Future<Output = (Search, Option<SearchStream>)> + Send>>;
-
 /// The streams of one run, and the streams that are being opened.
-struct ProducerState {
+pub(super) struct Producer {
+    intake: Intake,
+    backoff: Backoff,
+    dispatch_queue: async_channel::Sender<Taken>,
+    /// The receiving end of the dispatch queue, from which the jobs of a closed stream are removed.
+    waiting: async_channel::Receiver<Taken>,
+    run: Run,
+    /// The maximum number of jobs that run at once.
+    concurrency: usize,
     streams: Streams,
     /// The taking stream that is being opened, with its settings.
     opening: Option<(Arc<StreamSettings>, Opening)>,
@@ -44,7 +40,7 @@ struct ProducerState {
     /// lost.
     pause: Option<(Duration, Waits)>,
     search: Option<Search>,
-    searching: Option<Searching>,
+    searching: Option<BoxFuture<'static, (Search, Option<SearchStream>)>>,
     /// The initial settings, until the first stream is open. If the server refuses them, the run ends.
     first: Option<Arc<StreamSettings>>,
     /// The backoff between replacements of streams that lose part of their prefetch.
@@ -67,64 +63,79 @@ enum Event {
 }
 
 impl Producer {
-    /// Opens and closes streams until the lifecycle is stopped. If this task ends for another reason, the worker is stopped too.
-    pub(super) async fn run(self) -> Result<(), WorkerError> {
-        let _stop = StopOnDrop(self.run.lifecycle.clone());
-        let mut state = ProducerState {
-            streams: Streams::new(self.run.clone(), self.intake.clone(), self.dispatch_queue.clone()),
+    pub(super) fn new(
+        config: &WorkerConfig,
+        intake: Intake,
+        dispatch_queue: async_channel::Sender<Taken>,
+        waiting: async_channel::Receiver<Taken>,
+        run: Run,
+    ) -> Self {
+        Self {
+            backoff: config.backoff,
+            concurrency: config.concurrency().get(),
+            streams: Streams::new(run.clone(), intake.clone(), dispatch_queue.clone()),
             opening: None,
             pause: None,
             search: None,
             searching: None,
-            first: Some(self.intake.settings()),
-            renewals: self.backoff.waits(),
+            first: Some(intake.settings()),
+            renewals: config.backoff.waits(),
             renewed: None,
             renewal_due: None,
             prefetch: 0,
-        };
+            intake,
+            dispatch_queue,
+            waiting,
+            run,
+        }
+    }
+
+    /// Opens and closes streams until the lifecycle is stopped. If this task ends for another reason, the worker is stopped too.
+    pub(super) async fn run(mut self) -> Result<(), WorkerError> {
+        let _stop = StopOnDrop(self.run.lifecycle.clone());
         let mut changes = Changes::of(&self.run, &self.intake);
         while self.run.lifecycle.phase() < Phase::Stopped {
-            self.decide(&mut state);
-            match next_event(&mut state, &mut changes).await {
+            self.decide();
+            match self.next_event(&mut changes).await {
                 Event::Changed => {}
-                Event::CloseReason(id, ended) => self.closed(&mut state, id, ended),
-                Event::Opened(settings, opened) => self.opened(&mut state, settings, opened)?,
-                Event::Searched(search, found) => searched(&mut state, search, found),
+                Event::CloseReason(id, ended) => self.closed(id, ended),
+                Event::Opened(settings, opened) => self.opened(settings, opened)?,
+                Event::Searched(search, found) => self.searched(search, found),
             }
         }
-        state.streams.close_all().await;
+        self.streams.close_all().await;
         Ok(())
     }
 
     /// Assigns each stream its purpose, and starts to open a taking stream or a search stream if one is needed.
-    fn decide(&self, state: &mut ProducerState) {
+    fn decide(&mut self) {
         let settings = self.intake.settings();
         self.run.ledger.set_present_server(&settings.client);
-        self.make_room(state, settings.prefetch);
-        self.renew_if_due(state);
+        self.make_room(settings.prefetch);
+        self.renew_if_due();
         let (phase, is_paused) = (self.run.lifecycle.phase(), self.intake.is_paused());
-        let is_taking = state.streams.assign(phase, is_paused, &settings);
+        let is_taking = self.streams.assign(phase, is_paused, &settings);
         let takes = phase == Phase::Running && !is_paused;
-        let finishing = if takes { state.streams.count_finishing() } else { 0 };
-        let is_open = state.streams.is_any_open();
+        let finishing = if takes { self.streams.count_finishing() } else { 0 };
+        let is_open = self.streams.is_any_open();
         self.run.activity.set_connection(Connection { is_taking, is_open, finishing });
         if !takes || is_taking {
-            state.opening = None;
-        } else if state.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {
+            self.opening = None;
+        } else if self.opening.as_ref().is_none_or(|(opening, _)| !Arc::ptr_eq(opening, &settings)) {
             // The pause is for the server whose stream was lost. If the settings have changed while a stream was being opened,
             // the stream with the new settings is opened without a pause.
-            let pause = state.pause.take().filter(|_| state.opening.is_none());
+            let pause = self.pause.take().filter(|_| self.opening.is_none());
             let (wait, waits) = pause.unwrap_or_else(|| (Duration::ZERO, self.backoff.waits()));
-            let is_first = state.first.as_ref().is_some_and(|first| Arc::ptr_eq(first, &settings));
+            let is_first = self.first.as_ref().is_some_and(|first| Arc::ptr_eq(first, &settings));
             let opening = open(&self.run, Arc::clone(&settings), is_first, wait, waits);
-            state.opening = Some((Arc::clone(&settings), opening));
+            self.opening = Some((Arc::clone(&settings), opening));
         }
-        self.search_if_needed(state, takes.then_some(&settings));
+        self.search_if_needed(takes.then_some(&settings));
     }
 
     /// Resizes the ack queue and the ledger if the prefetch has changed.
-    fn make_room(&self, state: &mut ProducerState, prefetch: usize) {
-        if std::mem::replace(&mut state.prefetch, prefetch) != prefetch {
+    fn make_room(&mut self, prefetch: usize) {
+        if std::mem::replace(&mut self.prefetch, prefetch) != prefetch {
             let capacity = prefetch.saturating_mul(2);
             self.run.acks.resize(capacity);
             self.run.ledger.make_room(max_kept(capacity, self.concurrency));
@@ -134,28 +145,28 @@ impl Producer {
     /// Replaces the taking stream if part of its prefetch is lost to jobs whose reports were dropped. The server still counts
     /// these jobs as in flight. Replacements are spaced by the backoff, otherwise a job whose report is always refused would run
     /// again without pause. Until the next replacement, the stream takes jobs with the rest of its prefetch.
-    fn renew_if_due(&self, state: &mut ProducerState) {
-        if !state.streams.is_taking_one_spent() {
-            state.renewal_due = None;
+    fn renew_if_due(&mut self) {
+        if !self.streams.is_taking_one_spent() {
+            self.renewal_due = None;
             return;
         }
         let now = Instant::now();
         let due =
-            *state.renewal_due.get_or_insert_with(|| next_renewal(state.renewed, &mut state.renewals, &self.backoff));
+            *self.renewal_due.get_or_insert_with(|| next_renewal(self.renewed, &mut self.renewals, &self.backoff));
         if now >= due {
-            state.streams.retire_spent();
-            (state.renewed, state.renewal_due) = (Some(now), None);
+            self.streams.retire_spent();
+            (self.renewed, self.renewal_due) = (Some(now), None);
             info!("opening another stream: the server still holds jobs whose reports were dropped");
         }
     }
 
-    fn search_if_needed(&self, state: &mut ProducerState, taking: Option<&Arc<StreamSettings>>) {
+    fn search_if_needed(&mut self, taking: Option<&Arc<StreamSettings>>) {
         if Search::wanted(&self.run, taking).is_empty() {
-            (state.search, state.searching) = (None, None);
-        } else if state.searching.is_none() && !state.streams.is_searching() {
-            let mut search = state.search.take().unwrap_or_else(|| Search::new(&self.backoff));
+            (self.search, self.searching) = (None, None);
+        } else if self.searching.is_none() && !self.streams.is_searching() {
+            let mut search = self.search.take().unwrap_or_else(|| Search::new(&self.backoff));
             let (run, taking) = (self.run.clone(), taking.cloned());
-            state.searching = Some(Box::pin(async move {
+            self.searching = Some(Box::pin(async move {
                 let found = search.round(&run, taking.as_ref()).await;
                 (search, found)
             }));
@@ -163,33 +174,32 @@ impl Producer {
     }
 
     fn opened(
-        &self,
-        state: &mut ProducerState,
+        &mut self,
         settings: Arc<StreamSettings>,
         opened: Result<(TakeStream, ComingStream), Unopened>,
     ) -> Result<(), WorkerError> {
-        state.opening = None;
+        self.opening = None;
         match opened {
             Ok((stream, _coming)) => {
                 info!("connected, listening for jobs");
-                (state.first, state.pause) = (None, None);
-                state.streams.add(settings, stream);
+                (self.first, self.pause) = (None, None);
+                self.streams.add(settings, stream);
                 Ok(())
             }
-            Err(Unopened::Refused(error)) => Err(WorkerError::Refused(error)),
+            Err(Unopened { error, is_final: true }) => Err(WorkerError::Refused(error)),
             // `open` returns this error only once the worker drains.
-            Err(Unopened::Unreachable(_)) => Ok(()),
+            Err(Unopened { is_final: false, .. }) => Ok(()),
         }
     }
 
-    fn closed(&self, state: &mut ProducerState, id: StreamId, ended: Result<CloseReason, StreamError>) {
-        let was_taking = state.streams.remove(id);
+    fn closed(&mut self, id: StreamId, ended: Result<CloseReason, StreamError>) {
+        let was_taking = self.streams.remove(id);
         self.drop_waiting(id);
         match ended {
             Ok(CloseReason::Finished) => info!("stream closed, everything taken over it has been reported"),
             Ok(CloseReason::NotFound { prefetch, is_full }) => {
                 debug!(prefetch, is_full, "stream closed, it has brought none of the jobs that are here");
-                if let Some(search) = state.search.as_mut().filter(|_| is_full) {
+                if let Some(search) = self.search.as_mut().filter(|_| is_full) {
                     search.missed(&self.run, prefetch);
                 }
             }
@@ -199,13 +209,34 @@ impl Producer {
             Err(error) if was_taking => {
                 let mut waits = self.backoff.waits();
                 let wait = waits.next_wait();
-                state.pause = Some((wait, waits));
+                self.pause = Some((wait, waits));
                 self.run.metrics.reconnecting();
                 log_lost(&error, wait);
             }
             Err(error) => {
                 warn!(error = %Chain(&error), "stream lost while its last jobs were finished");
             }
+        }
+    }
+
+    fn searched(&mut self, search: Search, found: Option<SearchStream>) {
+        (self.search, self.searching) = (Some(search), None);
+        if let Some(SearchStream { settings, stream, coming: _coming, prefetch }) = found {
+            self.streams.add_search(settings, stream, prefetch);
+        }
+    }
+
+    /// Waits for the next event that may change which streams are needed.
+    async fn next_event(&mut self, changes: &mut Changes) -> Event {
+        let with_movements = !self.streams.is_any_taking() || self.search.is_some() || self.searching.is_some();
+        let opening = self.opening.as_mut().map(async |(settings, opening)| (Arc::clone(settings), opening.await));
+        tokio::select! {
+            biased;
+            () = changes.next(with_movements) => Event::Changed,
+            Some((id, ended)) = self.streams.next_closed() => Event::CloseReason(id, ended),
+            Some((settings, opened)) = OptionFuture::from(opening) => Event::Opened(settings, opened),
+            Some((search, found)) = OptionFuture::from(self.searching.as_mut()) => Event::Searched(search, found),
+            () = sleep_until_if(self.renewal_due) => Event::Changed,
         }
     }
 
@@ -241,39 +272,6 @@ fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backof
             renewals.reset();
             Instant::now()
         }
-    }
-}
-
-fn searched(state: &mut ProducerState, search: Search, found: Option<SearchStream>) {
-    (state.search, state.searching) = (Some(search), None);
-    if let Some(SearchStream { settings, stream, coming: _coming, prefetch }) = found {
-        state.streams.add_search(settings, stream, prefetch);
-    }
-}
-
-/// Waits for the next event that may change which streams are needed.
-async fn next_event(state: &mut ProducerState, changes: &mut Changes) -> Event {
-    let ProducerState { streams, opening, search, searching, renewal_due, .. } = state;
-    let with_movements = !streams.is_any_taking() || search.is_some() || searching.is_some();
-    let opened = async {
-        match opening {
-            Some((settings, opening)) => (Arc::clone(settings), opening.await),
-            None => std::future::pending().await,
-        }
-    };
-    let searched = async {
-        match searching {
-            Some(searching) => searching.await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        biased;
-        () = changes.next(with_movements) => Event::Changed,
-        (id, ended) = streams.next_closed() => Event::CloseReason(id, ended),
-        (settings, opened) = opened => Event::Opened(settings, opened),
-        (search, found) = searched => Event::Searched(search, found),
-        () = sleep_until_if(*renewal_due) => Event::Changed,
     }
 }
 

@@ -25,13 +25,13 @@ const SEARCH_TIME: Duration = Duration::from_secs(1);
 
 /// An open stream and the queue for its jobs.
 pub(super) struct Session {
-    pub(super) run: Run,
-    pub(super) intake: Intake,
-    pub(super) dispatch_queue: async_channel::Sender<Taken>,
+    run: Run,
+    intake: Intake,
+    dispatch_queue: async_channel::Sender<Taken>,
     pub(super) id: StreamId,
-    pub(super) settings: Arc<StreamSettings>,
-    pub(super) stream: TakeStream,
-    pub(super) purpose: watch::Receiver<Purpose>,
+    settings: Arc<StreamSettings>,
+    stream: TakeStream,
+    purpose: watch::Receiver<Purpose>,
     /// The permits for this stream's jobs in the dispatch queue: as many as the prefetch, even if the server sends more jobs.
     places: Arc<Semaphore>,
     /// The received jobs that are not started. They are started if the stream takes again. Otherwise the server requeues them
@@ -66,6 +66,7 @@ pub(super) enum CloseReason {
 }
 
 impl Session {
+    /// Returns the session of a stream. `search` is the prefetch of a search stream.
     pub(super) fn new(
         run: Run,
         intake: Intake,
@@ -73,9 +74,11 @@ impl Session {
         settings: Arc<StreamSettings>,
         stream: TakeStream,
         purpose: watch::Receiver<Purpose>,
+        search: Option<usize>,
     ) -> Self {
         let places = Arc::new(Semaphore::new(settings.prefetch));
         let id = run.ledger.open_stream();
+        let end = Instant::now() + SEARCH_TIME;
         Self {
             run,
             intake,
@@ -87,14 +90,8 @@ impl Session {
             places,
             held_back: Vec::new(),
             finishing_since: None,
-            search: None,
+            search: search.map(|prefetch| SearchProgress { end, prefetch, left: prefetch, has_found: false }),
         }
-    }
-
-    /// Turns the session into a search for certain jobs. `prefetch` is the number of jobs that the stream may bring.
-    pub(super) fn searching(self, prefetch: usize) -> Self {
-        let end = Instant::now() + SEARCH_TIME;
-        Self { search: Some(SearchProgress { end, prefetch, left: prefetch, has_found: false }), ..self }
     }
 
     /// Receives jobs until the stream is lost or no longer needed, and then closes the stream.
@@ -103,9 +100,10 @@ impl Session {
         self.run.ledger.lose_stream(self.id);
         self.stream.close().await;
         ended.map(|()| match self.search {
-            None => CloseReason::Finished,
-            Some(SearchProgress { has_found: true, .. }) => CloseReason::Finished,
-            Some(SearchProgress { left, prefetch, .. }) => CloseReason::NotFound { prefetch, is_full: left == 0 },
+            Some(SearchProgress { has_found: false, left, prefetch, .. }) => {
+                CloseReason::NotFound { prefetch, is_full: left == 0 }
+            }
+            _ => CloseReason::Finished,
         })
     }
 
@@ -162,15 +160,16 @@ impl Session {
         match received {
             Received::Job(job) => {
                 let arrived = self.arrive(job).await;
-                if let (None, Some(search)) = (&arrived, &mut self.search) {
-                    search.has_found = true;
-                }
-                if let Some(taken) = arrived {
-                    let is_draining = self.run.lifecycle.phase() >= Phase::Draining;
-                    if !is_draining && (purpose == Purpose::Take || self.may_start(&taken.job)) {
+                let is_draining = self.run.lifecycle.phase() >= Phase::Draining;
+                match arrived {
+                    Some(taken) if !is_draining && (purpose == Purpose::Take || self.may_start(&taken.job)) => {
                         self.push(taken, purpose).await;
-                    } else {
-                        self.hold_back(taken);
+                    }
+                    Some(taken) => self.hold_back(taken),
+                    None => {
+                        if let Some(search) = &mut self.search {
+                            search.has_found = true;
+                        }
                     }
                 }
             }
@@ -219,7 +218,7 @@ impl Session {
         tokio::select! {
             biased;
             () = self.run.lifecycle.reached(Phase::Draining) => return self.hold_back(taken),
-            () = until_other(&mut self.purpose, purpose) => return self.hold_back(taken),
+            _ = self.purpose.wait_for(|present| *present != purpose) => return self.hold_back(taken),
             // The semaphore is never closed.
             place = Arc::clone(&self.places).acquire_owned() => taken.place = place.ok(),
         }
@@ -269,9 +268,4 @@ impl Session {
             () = work => {}
         }
     }
-}
-
-/// Waits until the purpose of the stream changes, or its sender is dropped.
-async fn until_other(purposes: &mut watch::Receiver<Purpose>, present: Purpose) {
-    let _ = purposes.wait_for(|purpose| *purpose != present).await.is_ok();
 }

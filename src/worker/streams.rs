@@ -46,11 +46,10 @@ impl Streams {
 
     /// Adds a taking stream.
     pub(super) fn add(&mut self, settings: Arc<StreamSettings>, stream: TakeStream) {
-        let (sender, receiver) = watch::channel(Purpose::Take);
-        let session = self.session(&settings, stream, receiver);
-        let (id, client, seen) = (session.id, Arc::clone(&settings.client), Arc::clone(&self.seen_version));
-        self.open.push(OpenStream { id, settings, purpose: sender, only_finishes: false, is_search: false });
+        let (client, seen) = (Arc::clone(&settings.client), Arc::clone(&self.seen_version));
+        let session = self.session(settings, stream, None);
         self.sessions.spawn(async move {
+            let id = session.id;
             tokio::select! {
                 biased;
                 ended = session.run() => (id, ended),
@@ -61,21 +60,19 @@ impl Streams {
 
     /// Adds a search stream with its own prefetch.
     pub(super) fn add_search(&mut self, settings: Arc<StreamSettings>, stream: TakeStream, prefetch: usize) {
-        let (sender, receiver) = watch::channel(Purpose::Finish);
-        let session = self.session(&settings, stream, receiver).searching(prefetch);
-        let id = session.id;
-        self.open.push(OpenStream { id, settings, purpose: sender, only_finishes: true, is_search: true });
-        self.sessions.spawn(async move { (id, session.run().await) });
+        let session = self.session(settings, stream, Some(prefetch));
+        self.sessions.spawn(async move { (session.id, session.run().await) });
     }
 
-    fn session(
-        &self,
-        settings: &Arc<StreamSettings>,
-        stream: TakeStream,
-        purpose: watch::Receiver<Purpose>,
-    ) -> Session {
+    /// Adds a stream, and returns its session. `search` is the prefetch of a search stream.
+    fn session(&mut self, settings: Arc<StreamSettings>, stream: TakeStream, search: Option<usize>) -> Session {
+        let is_search = search.is_some();
+        let (sender, purpose) = watch::channel(if is_search { Purpose::Finish } else { Purpose::Take });
         let (run, intake, dispatch_queue) = (self.run.clone(), self.intake.clone(), self.dispatch_queue.clone());
-        Session::new(run, intake, dispatch_queue, Arc::clone(settings), stream, purpose)
+        let session = Session::new(run, intake, dispatch_queue, Arc::clone(&settings), stream, purpose, search);
+        let id = session.id;
+        self.open.push(OpenStream { id, settings, purpose: sender, only_finishes: is_search, is_search });
+        session
     }
 
     /// Assigns each stream its purpose. Returns whether a stream takes.
@@ -130,11 +127,10 @@ impl Streams {
         self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
     }
 
-    pub(super) async fn next_closed(&mut self) -> (StreamId, Result<CloseReason, StreamError>) {
-        match self.sessions.join_next().await {
-            Some(closed) => closed.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())),
-            None => std::future::pending().await,
-        }
+    /// Waits until a stream closes. Returns `None` if no stream is open.
+    pub(super) async fn next_closed(&mut self) -> Option<(StreamId, Result<CloseReason, StreamError>)> {
+        let closed = self.sessions.join_next().await?;
+        Some(closed.unwrap_or_else(|died| std::panic::resume_unwind(died.into_panic())))
     }
 
     /// Removes a stream that has closed. Returns whether it was the taking stream.
