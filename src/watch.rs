@@ -5,9 +5,11 @@ use std::fmt;
 use std::ops::Deref;
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
+
+use crate::lock::lock;
 
 /// The writing side of the channel. Clones share one value.
 pub(crate) struct Sender<T>(Arc<Shared<T>>);
@@ -42,13 +44,6 @@ impl<T> Deref for Ref<'_, T> {
 
     fn deref(&self) -> &T {
         &self.0.value
-    }
-}
-
-impl<T> Shared<T> {
-    fn lock(&self) -> MutexGuard<'_, Versioned<T>> {
-        // Ignore poisoning: it only shows that a caller's closure panicked, not that the value is inconsistent.
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -87,7 +82,7 @@ impl<T: fmt::Debug> fmt::Debug for Sender<T> {
 
 impl<T: fmt::Debug> fmt::Debug for Receiver<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Receiver").field(&self.shared.lock().value).finish()
+        f.debug_tuple("Receiver").field(&lock(&self.shared.slot).value).finish()
     }
 }
 
@@ -98,7 +93,7 @@ impl<T> Sender<T> {
     }
 
     pub(crate) fn borrow(&self) -> Ref<'_, T> {
-        Ref(self.0.lock())
+        Ref(lock(&self.0.slot))
     }
 
     pub(crate) fn send_modify(&self, modify: impl FnOnce(&mut T)) {
@@ -114,7 +109,7 @@ impl<T> Sender<T> {
 
     /// Calls `modify` with the value, and wakes the waiters if it returns true. Returns the result of `modify`.
     pub(crate) fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
-        let mut slot = self.0.lock();
+        let mut slot = lock(&self.0.slot);
         let is_modified = modify(&mut slot.value);
         if is_modified {
             slot.version += 1;
@@ -126,14 +121,14 @@ impl<T> Sender<T> {
 
     /// Returns a receiver that has seen the current value.
     pub(crate) fn subscribe(&self) -> Receiver<T> {
-        Receiver { shared: Arc::clone(&self.0), seen: self.0.lock().version }
+        Receiver { shared: Arc::clone(&self.0), seen: lock(&self.0.slot).version }
     }
 }
 
 impl<T> Receiver<T> {
     /// Returns the value, and marks it as seen.
     pub(crate) fn borrow_and_update(&mut self) -> Ref<'_, T> {
-        let slot = self.shared.lock();
+        let slot = lock(&self.shared.slot);
         self.seen = slot.version;
         Ref(slot)
     }
@@ -162,7 +157,7 @@ impl<T> Receiver<T> {
             changed.as_mut().enable();
             let is_closed = self.shared.senders.load(Ordering::Acquire) == 0;
             {
-                let slot = self.shared.lock();
+                let slot = lock(&self.shared.slot);
                 self.seen = slot.version;
                 if is_over(&slot) {
                     return Ok(());

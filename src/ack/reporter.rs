@@ -2,7 +2,7 @@
 //! `Phase::Killing` fails.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -19,6 +19,7 @@ use crate::fate::{Answer, Kind, Step, Told, fate};
 use crate::job::{Failure, Report};
 use crate::ledger::{Attempt, Delivery, Ledger};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::lock::lock;
 use crate::metrics::Metrics;
 
 /// The time limit for the last try of each report, after the worker has entered `Phase::Killing`.
@@ -260,10 +261,6 @@ impl Reporter {
     pub(super) fn dropped(&self) -> usize {
         self.dropped.load(Ordering::Relaxed) + self.ledger.evicted()
     }
-}
-
-fn lock(doubt: &Mutex<Doubt>) -> MutexGuard<'_, Doubt> {
-    doubt.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reports whether an unanswered failure report may have been counted, given the delivery that holds the job now.

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
@@ -17,6 +17,7 @@ use crate::client::{Client, ClientError};
 use crate::fate::{Answer, Kind, Step, Told, fate};
 use crate::job::{JobId, Report};
 use crate::ledger::{Attempt, Delivery};
+use crate::lock::lock;
 
 /// The maximum number of ids in one bulk request, small enough for the size limits of servers and proxies.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
@@ -72,12 +73,8 @@ impl Bulk {
 }
 
 impl Gathered {
-    fn lock(&self) -> MutexGuard<'_, Vec<Bulk>> {
-        self.by_server.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn add(&self, client: Arc<Client>, success: SuccessReport) {
-        let mut bulks = self.lock();
+        let mut bulks = lock(&self.by_server);
         let at = bulks.iter().position(|bulk| Arc::ptr_eq(&bulk.client, &client)).unwrap_or_else(|| {
             bulks.push(Bulk { client, waiting: Vec::new(), is_under_way: false, due: Instant::now() });
             bulks.len() - 1
@@ -87,12 +84,12 @@ impl Gathered {
 
     /// Returns the earliest due time of the servers that have waiting successes and no request in flight.
     fn next_due(&self) -> Option<Instant> {
-        self.lock().iter().filter(|bulk| bulk.is_held()).map(|bulk| bulk.due).min()
+        lock(&self.by_server).iter().filter(|bulk| bulk.is_held()).map(|bulk| bulk.due).min()
     }
 
     /// Returns the servers that have due successes and no request in flight, and marks each as having a request in flight.
     fn begin(&self) -> Vec<Arc<Client>> {
-        let mut bulks = self.lock();
+        let mut bulks = lock(&self.by_server);
         let now = Instant::now();
         let ready = bulks.iter_mut().filter(|bulk| bulk.is_held() && bulk.due <= now);
         ready
@@ -105,7 +102,7 @@ impl Gathered {
 
     /// Moves waiting successes for a server into `batch`, up to the maximum size of a request.
     fn take(&self, client: &Arc<Client>, batch: &mut Vec<SuccessReport>) {
-        let mut bulks = self.lock();
+        let mut bulks = lock(&self.by_server);
         if let Some(bulk) = bulks.iter_mut().find(|bulk| Arc::ptr_eq(&bulk.client, client)) {
             let room = MAX_SUCCESSES_PER_REQUEST.saturating_sub(batch.len()).min(bulk.waiting.len());
             batch.extend(bulk.waiting.drain(..room));
@@ -114,7 +111,7 @@ impl Gathered {
 
     /// Records that the request to a server has ended, and removes the server if no success waits for a request.
     fn end(&self, client: &Arc<Client>) {
-        self.lock().retain_mut(|bulk| {
+        lock(&self.by_server).retain_mut(|bulk| {
             if Arc::ptr_eq(&bulk.client, client) {
                 bulk.is_under_way = false;
             }

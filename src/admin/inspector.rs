@@ -1,13 +1,14 @@
 //! [`Inspector`]: the state of the daemon that the admin server shows.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use serde::Serialize;
 
 use crate::config::{Reload, Setting};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::Lifecycle;
+use crate::lock::lock;
 use crate::version::VERSION;
 use crate::worker::{Controls, Status};
 
@@ -59,7 +60,7 @@ impl Inspector {
     /// Replaces the settings in force, except those that need a restart. Returns the names of the excepted settings
     /// whose value in force differs from the value in `written`, the settings as the reload has read them.
     pub(crate) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
-        let mut present = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut present = lock(&self.settings);
         let (kept, _): (Vec<Setting>, Vec<Setting>) =
             present.drain(..).partition(|setting| setting.reload == Reload::Restart);
         let differs = |kept: &&Setting| written.iter().any(|new| new.name == kept.name && new.value != kept.value);
@@ -69,7 +70,7 @@ impl Inspector {
     }
 
     fn settings(&self) -> BTreeMap<String, Shown> {
-        let settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        let settings = lock(&self.settings);
         let shown = |setting: &Setting| {
             let value = setting.public_value.as_ref().unwrap_or(&setting.value).clone();
             let source = setting.source.as_ref().map_or("default".to_owned(), ToString::to_string);

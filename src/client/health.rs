@@ -1,11 +1,12 @@
 //! [`Health`]: tracks whether calls to a server fail, and wakes waiters when calls succeed again.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::ClientError;
+use crate::lock::lock;
 use crate::watch;
 
 /// The minimum duration of a run of failed calls before a success counts as a recovery. Without a minimum, a call that always
@@ -29,7 +30,7 @@ impl Health {
             return called;
         }
         let failed = called.as_ref().is_err_and(ClientError::is_retryable);
-        let mut failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failing_since = lock(&self.failing_since);
         if failed {
             failing_since.get_or_insert_with(Instant::now);
         } else if failing_since.take().is_some_and(|since| since.elapsed() >= DISTURBANCE) {
@@ -40,13 +41,13 @@ impl Health {
 
     /// Reports whether the latest call failed.
     pub(crate) fn is_failing(&self) -> bool {
-        self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        lock(&self.failing_since).is_some()
     }
 
     /// Records that a take stream has been opened. If the latest call failed, this counts as a recovery, however short the run of
     /// failed calls was.
     pub(super) fn connected(&self) {
-        let failing_since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let failing_since = lock(&self.failing_since).take();
         if failing_since.is_some() {
             self.recoveries.send_replace(());
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::pin::pin;
-use std::sync::{self, PoisonError};
+use std::sync;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use tracing::{error, info};
 
 use super::BrakeStatus;
+use crate::lock::lock;
 
 /// The time for which a job retries a start whose error may be temporary, for example while a deploy replaces the program file.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -92,7 +93,7 @@ impl Brake {
     }
 
     fn trouble(&self) -> sync::MutexGuard<'_, Option<Trouble>> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.trouble)
     }
 
     /// Reports whether the handler has failed and has not worked since.

@@ -1,9 +1,10 @@
 //! [`Pids`]: the id of the process that runs each job.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use crate::job::JobId;
+use crate::lock::lock;
 
 #[derive(Debug, Default)]
 pub(super) struct Pids(Mutex<HashMap<JobId, u32>>);
@@ -17,21 +18,17 @@ pub(super) struct Listed<'a> {
 
 impl Drop for Listed<'_> {
     fn drop(&mut self) {
-        self.pids.lock().remove(self.id);
+        lock(&self.pids.0).remove(self.id);
     }
 }
 
 impl Pids {
-    fn lock(&self) -> MutexGuard<'_, HashMap<JobId, u32>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn list<'a>(&'a self, id: &'a JobId, pid: u32) -> Listed<'a> {
-        self.lock().insert(id.clone(), pid);
+        lock(&self.0).insert(id.clone(), pid);
         Listed { pids: self, id }
     }
 
     pub(super) fn get(&self, id: &JobId) -> Option<u32> {
-        self.lock().get(id).copied()
+        lock(&self.0).get(id).copied()
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -14,6 +14,7 @@ use super::file_threads::FileThreads;
 use super::variables::is_about_a_job;
 use super::warm::{Pool, Processes};
 use crate::handler::{Handler, Handlers, Mode};
+use crate::lock::lock;
 use crate::process::Command;
 
 /// The time limit for checking the files that may explain a failed start.
@@ -38,10 +39,6 @@ struct Look {
     is_under_way: bool,
     /// The time at which the check began, if it found no problem.
     fine_at: Option<Instant>,
-}
-
-fn lock(look: &Mutex<Look>) -> MutexGuard<'_, Look> {
-    look.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Route {

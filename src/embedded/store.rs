@@ -4,7 +4,7 @@
 //! the lock is released. Tasks wait on watch channels, because a watch channel does not lose a change that happens
 //! between a check and the wait.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
@@ -15,6 +15,7 @@ use super::job::{JobView, Status};
 use super::options::{Options, millis};
 use super::order::EnqueueRequest;
 use super::state::State;
+use crate::lock::lock;
 
 /// The jobs of an embedded server. Clones share the same jobs, which outlive the server.
 #[derive(Clone)]
@@ -81,7 +82,7 @@ impl Store {
     /// needed.
     pub(super) fn with<T>(&self, action: impl FnOnce(&mut State, u64) -> T) -> T {
         // Ignore the poisoning, because a panic in one request must not stop all others.
-        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.shared.state);
         // Read the clock under the lock, otherwise a job's `dequeued_at` could be earlier than its `ready_at`.
         let now = now_ms();
         state.advance(now);

@@ -16,11 +16,12 @@ mod entries;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::client::{Client, StreamSettings};
 use crate::fate::{Hold, Kind};
 use crate::job::{JobId, Report};
+use crate::lock::lock;
 use crate::watch;
 use entries::{Entries, EntryState, LedgerEntry};
 
@@ -120,7 +121,7 @@ impl Ledger {
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
         // Ignore poisoning: no operation panics in the middle of a change, so the entries are consistent.
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.entries)
     }
 
     /// Raises the limit of parked and settled jobs to `max_kept`. The limit is never lowered, because jobs of an earlier stream

@@ -1,7 +1,7 @@
 //! [`Activity`]: a worker's running jobs and counts, for its status, its metrics and `exit_when_idle`.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use humantime::format_duration;
@@ -12,6 +12,7 @@ use super::history::{Failures, History, beginning};
 use crate::job::{Job, JobId, Outcome};
 use crate::ledger::Ledger;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::lock::lock;
 use crate::watch;
 
 /// The running jobs and counts of one worker, over all its runs.
@@ -134,7 +135,7 @@ impl Drop for Running {
 
 impl Slot {
     fn set(&self, current: Option<Current>) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = current;
+        *lock(&self.current) = current;
     }
 }
 
@@ -202,7 +203,7 @@ impl Activity {
 
     /// Returns the names of the loops, each with its current job.
     pub(super) fn loops(&self) -> impl Iterator<Item = (&str, Option<Current>)> {
-        let current = |slot: &Slot| slot.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let current = |slot: &Slot| lock(&slot.current).clone();
         self.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 

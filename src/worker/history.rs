@@ -1,12 +1,13 @@
 //! [`History`]: the counts of jobs that ended in the last ten minutes, in buckets. [`Failures`]: the last failures.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::controls::seconds;
 use super::status::{EndedJobs, LastFailure};
 use crate::job::{Failure, Job, Outcome};
+use crate::lock::lock;
 
 /// Width of a bucket. Narrow enough to show a burst, and wide enough to keep ten minutes in few numbers.
 const BUCKET: Duration = Duration::from_secs(5);
@@ -56,7 +57,7 @@ impl History {
     }
 
     fn buckets(&self) -> MutexGuard<'_, Buckets> {
-        self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.buckets)
     }
 
     /// Counts an ended job, unless the job was interrupted.
@@ -115,14 +116,14 @@ impl Failures {
             message: cut(&failure.message),
             ago_seconds: 0.0,
         };
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.0);
         all.truncate(MAX_FAILURES - 1);
         all.push_front((Instant::now(), kept));
     }
 
     /// Returns the failures, newest first.
     pub(super) fn list(&self) -> Vec<LastFailure> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = lock(&self.0);
         let aged = |(at, failure): &(Instant, LastFailure)| LastFailure {
             ago_seconds: seconds(at.elapsed()),
             ..failure.clone()

@@ -3,7 +3,7 @@
 use std::io;
 use std::process::ExitStatus;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
@@ -16,6 +16,7 @@ use crate::dispatch::deadline::last_wait;
 use crate::dispatch::output_log::log_line;
 use crate::job::JobId;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::lock::lock;
 use crate::places::Place;
 use crate::process::{Channel, Resident, ResourceUsage, Signal, Tail, Termination};
 use crate::watch;
@@ -103,7 +104,7 @@ pub(super) struct Work {
 
 impl Member {
     pub(super) fn work(&self) -> MutexGuard<'_, Work> {
-        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.work)
     }
 
     /// Requests a stop, and marks the process as ending. A request that is less severe than an earlier one does not replace it.

@@ -23,7 +23,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
@@ -33,6 +33,7 @@ use tracing::{debug, info, warn};
 use super::brake::Begin;
 use crate::handler::{self, Handler};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::lock::lock;
 use crate::places::{Place, Places};
 use crate::process::Resident;
 pub(super) use busy::{Busy, HandlerHealth};
@@ -104,11 +105,11 @@ impl Pool {
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waiting)
     }
 
     fn last_success(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.last_success.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.last_success)
     }
 
     /// Reports whether a job of the handler has succeeded since `member` was started.
@@ -214,7 +215,7 @@ impl Pool {
 
     /// Records the reason why a process ended. It becomes the reason for a later start.
     fn record_vacancy(&self, reason: &'static str) {
-        let mut vacancies = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut vacancies = lock(&self.vacancies);
         vacancies.push_back(reason);
         vacancies.truncate(self.slots.capacity());
     }
@@ -357,7 +358,7 @@ impl Pool {
         })?;
         let socket = Socket(socket);
         let resident = spawn(&socket.0)?;
-        let vacancy = self.vacancies.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let vacancy = lock(&self.vacancies).pop_front();
         let reason = vacancy.unwrap_or("demand");
         self.processes.count_start(&self.name, reason);
         let member = spawn_keeper(self, resident, Arc::clone(slot), lifecycle);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio_util::task::TaskTracker;
 
@@ -11,6 +11,7 @@ use super::Pool;
 use super::member::{Member, Stop};
 use crate::dispatch::{HandlerProcess, ProcessStarts};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::lock::lock;
 
 /// Processes with their pools, by `Member::number`.
 pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
@@ -28,7 +29,7 @@ pub(in crate::dispatch) struct Processes {
 
 impl Processes {
     pub(super) fn members(&self) -> MutexGuard<'_, Members> {
-        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.members)
     }
 
     fn all(&self) -> Vec<(Arc<Pool>, Arc<Member>)> {
@@ -36,7 +37,7 @@ impl Processes {
     }
 
     pub(super) fn count_start(&self, handler: &str, reason: &'static str) {
-        let mut starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut starts = lock(&self.starts);
         *starts.entry((handler.to_owned(), reason)).or_default() += 1;
     }
 
@@ -85,7 +86,7 @@ impl Processes {
 
     /// Returns the number of started processes, by handler and by the reason for the start.
     pub(in crate::dispatch) fn starts(&self) -> Vec<ProcessStarts> {
-        let starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        let starts = lock(&self.starts);
         let count = starts.iter().map(|((handler, reason), count)| (handler.clone(), *reason, *count));
         count.map(|(handler, reason, count)| ProcessStarts { handler, reason, count }).collect()
     }
