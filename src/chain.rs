@@ -43,10 +43,19 @@ pub(crate) fn is_unruly(char: char) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::CString;
+
     use super::*;
 
     #[test]
-    fn a_chain_names_its_causes_and_stays_on_its_line() {
+    fn a_chain_names_its_causes() {
+        let error = CString::new([0xff]).unwrap().into_string().unwrap_err();
+        let text = "C string contained non-utf8 bytes: invalid utf-8 sequence of 1 bytes from index 0";
+        assert_eq!(Chain(&error).to_string(), text);
+    }
+
+    #[test]
+    fn a_chain_stays_on_its_line() {
         let error: Box<dyn Error> = "no\nerror: \u{1b}[31mforged\u{2028}".into();
         assert_eq!(Chain(error.as_ref()).to_string(), r"no\nerror: \u{1b}[31mforged\u{2028}");
     }

@@ -16,7 +16,7 @@ use crate::client::Client;
 use crate::config::{Config, ConfigError, Setting};
 use crate::dispatch::ExecDispatcher;
 use crate::lifecycle::{Lifecycle, Phase, WorkerSignals};
-use crate::process::{OpenFiles, TOO_FEW_DESCRIPTORS, TooFewDescriptors, Trial, Way};
+use crate::process::{OpenFiles, StartMethod, TOO_FEW_DESCRIPTORS, TooFewDescriptors, Trial};
 use crate::version::misfit;
 
 /// The reason why a check failed.
@@ -140,7 +140,7 @@ fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
 }
 
 /// Warns of a limit on open files that is too low for the configured number of processes.
-fn check_open_files(config: &Config, way: Way, out: &mut impl Write) -> Result<(), CheckError> {
+fn check_open_files(config: &Config, way: StartMethod, out: &mut impl Write) -> Result<(), CheckError> {
     let processes = config.handlers.max_processes(config.worker.concurrency().get());
     let (_, enough) = OpenFiles::ensure(processes, way);
     if let Err(TooFewDescriptors { limit, needed }) = enough {

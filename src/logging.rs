@@ -42,7 +42,7 @@ impl Log {
         let is_terminal = stderr().is_terminal();
         let format = config.format.unwrap_or(if is_terminal { LogFormat::Pretty } else { LogFormat::Compact });
         let live = (is_terminal && format != LogFormat::Json).then(LiveLine::default);
-        let lines = Lines { have_priorities: is_journal(config.journal_stream.as_deref()) };
+        let lines = EventWriters { have_priorities: is_journal(config.journal_stream.as_deref()) };
         let plain = layer().log_internal_errors(false).with_target(false).with_ansi(is_terminal && !config.no_color);
         let writing = match (format, &live) {
             (LogFormat::Json, _) => {
@@ -155,29 +155,29 @@ fn priority(level: Level) -> &'static str {
 
 /// A factory for writers that write plain events to stderr.
 #[derive(Debug, Clone, Copy)]
-struct Lines {
+struct EventWriters {
     have_priorities: bool,
 }
 
 /// A writer that writes one event to stderr. It puts the priority, if any, before each line.
 #[derive(Debug)]
-struct Line {
+struct EventWriter {
     priority: Option<&'static str>,
 }
 
-impl MakeWriter<'_> for Lines {
-    type Writer = Line;
+impl MakeWriter<'_> for EventWriters {
+    type Writer = EventWriter;
 
-    fn make_writer(&self) -> Line {
-        Line { priority: None }
+    fn make_writer(&self) -> EventWriter {
+        EventWriter { priority: None }
     }
 
-    fn make_writer_for(&self, event: &Metadata<'_>) -> Line {
-        Line { priority: self.have_priorities.then(|| priority(*event.level())) }
+    fn make_writer_for(&self, event: &Metadata<'_>) -> EventWriter {
+        EventWriter { priority: self.have_priorities.then(|| priority(*event.level())) }
     }
 }
 
-impl Write for Line {
+impl Write for EventWriter {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let Some(priority) = self.priority else { return Stderr.write(event) };
         let lines = event.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [priority.as_bytes(), line]);

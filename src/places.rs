@@ -8,10 +8,10 @@ use crate::lock::lock;
 
 /// A counting semaphore with `capacity` places. Clones share the places.
 #[derive(Debug, Clone)]
-pub(crate) struct Places(Arc<Shared>);
+pub(crate) struct Places(Arc<PlacesShared>);
 
 #[derive(Debug)]
-struct Shared {
+struct PlacesShared {
     free: Semaphore,
     size: Mutex<Size>,
 }
@@ -29,7 +29,7 @@ pub(crate) struct Place(Places);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let Shared { free, size } = &*self.0.0;
+        let PlacesShared { free, size } = &*self.0.0;
         let mut size = lock(size);
         if size.surplus > 0 {
             size.surplus -= 1;
@@ -41,7 +41,7 @@ impl Drop for Place {
 
 impl Places {
     pub(crate) fn new(capacity: usize) -> Self {
-        Self(Arc::new(Shared { free: Semaphore::new(capacity), size: Mutex::new(Size { capacity, surplus: 0 }) }))
+        Self(Arc::new(PlacesShared { free: Semaphore::new(capacity), size: Mutex::new(Size { capacity, surplus: 0 }) }))
     }
 
     pub(crate) fn capacity(&self) -> usize {

@@ -12,11 +12,11 @@ use tokio::sync::Notify;
 use crate::lock::lock;
 
 /// The writing side of the channel. Clones share one value.
-pub(crate) struct Sender<T>(Arc<Shared<T>>);
+pub(crate) struct Sender<T>(Arc<WatchShared<T>>);
 
 /// The waiting side of the channel.
 pub(crate) struct Receiver<T> {
-    shared: Arc<Shared<T>>,
+    shared: Arc<WatchShared<T>>,
     /// The last version that this receiver has seen.
     seen: u64,
 }
@@ -25,7 +25,7 @@ pub(crate) struct Receiver<T> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Closed;
 
-struct Shared<T> {
+struct WatchShared<T> {
     slot: Mutex<Versioned<T>>,
     changed: Notify,
     senders: AtomicUsize,
@@ -89,7 +89,7 @@ impl<T: fmt::Debug> fmt::Debug for Receiver<T> {
 impl<T> Sender<T> {
     pub(crate) fn new(value: T) -> Self {
         let (slot, changed) = (Mutex::new(Versioned { value, version: 0 }), Notify::new());
-        Self(Arc::new(Shared { slot, changed, senders: AtomicUsize::new(1) }))
+        Self(Arc::new(WatchShared { slot, changed, senders: AtomicUsize::new(1) }))
     }
 
     pub(crate) fn borrow(&self) -> Ref<'_, T> {

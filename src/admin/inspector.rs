@@ -17,19 +17,19 @@ const FORMAT: u32 = 1;
 
 /// The response body of `/status`.
 #[derive(Serialize)]
-struct Answer<'a> {
+struct StatusAnswer<'a> {
     format: u32,
     version: &'static str,
     worker_id: &'a str,
     unready: Vec<String>,
     #[serde(flatten)]
     worker: Status,
-    settings: BTreeMap<String, Shown>,
+    settings: BTreeMap<String, ShownSetting>,
 }
 
 /// A setting in the `/status` response, without secrets.
 #[derive(Serialize)]
-struct Shown {
+struct ShownSetting {
     value: String,
     source: String,
 }
@@ -69,12 +69,12 @@ impl Inspector {
         differing
     }
 
-    fn settings(&self) -> BTreeMap<String, Shown> {
+    fn settings(&self) -> BTreeMap<String, ShownSetting> {
         let settings = lock(&self.settings);
         let shown = |setting: &Setting| {
             let value = setting.public_value.as_ref().unwrap_or(&setting.value).clone();
             let source = setting.source.as_ref().map_or("default".to_owned(), ToString::to_string);
-            (setting.name.clone(), Shown { value, source })
+            (setting.name.clone(), ShownSetting { value, source })
         };
         settings.iter().map(shown).collect()
     }
@@ -86,7 +86,7 @@ impl Inspector {
 
     /// Returns the worker's status, as JSON.
     pub(super) fn status(&self) -> String {
-        let answer = Answer {
+        let answer = StatusAnswer {
             format: FORMAT,
             version: VERSION,
             worker_id: &self.worker_id,

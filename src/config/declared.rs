@@ -9,7 +9,7 @@ use signal_hook::low_level::signal_name;
 
 use super::Config;
 use super::handler::{
-    DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, MODE_NAMES, Mode, OUTPUT_NAMES, Pool, STDIN_NAMES,
+    DEFAULT_KILL_GRACE, DEFAULT_START_TIMEOUT, Handler, MODE_NAMES, Mode, OUTPUT_NAMES, PoolSettings, STDIN_NAMES,
 };
 use super::log::{LogFormat, LogLevel};
 use super::value::{name_in, names};
@@ -90,7 +90,7 @@ pub(super) enum Shown {
     Worker(fn(&Config) -> String),
     Handler(fn(&Handler) -> String),
     /// A setting of warm handlers.
-    Warm(fn(&Pool) -> String),
+    Warm(fn(&PoolSettings) -> String),
     /// A setting of a handler that the admin server shows in another form, because the value can contain a secret.
     Private(fn(&Handler) -> String, fn(&Handler) -> String),
     /// The names of a handler's variables, and the files that hold their values. The admin server shows only their number.

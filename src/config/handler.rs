@@ -11,7 +11,7 @@ use signal_hook::low_level::signal_name;
 
 use super::declared::{self, Declared};
 use super::file::Keys;
-use super::handlers::Written;
+use super::handlers::WrittenCommand;
 use super::layers::{Layers, Parse, read};
 use super::value::Raw;
 use super::variable::{Variable, variable_of};
@@ -43,7 +43,7 @@ pub enum Mode {
     #[default]
     Spawn,
     /// One process for many jobs, which it receives over a socket.
-    Warm(Pool),
+    Warm(PoolSettings),
 }
 
 /// Default time limit for a warm handler to connect.
@@ -51,7 +51,7 @@ pub const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The size of a warm handler's pool, and the limits of its processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pool {
+pub struct PoolSettings {
     /// The number of processes that are kept even after `idle_timeout`.
     pub min_processes: usize,
     /// The maximum number of processes. `None` means one for each worker loop.
@@ -68,7 +68,7 @@ pub struct Pool {
     pub idle_timeout: Option<Duration>,
 }
 
-impl Default for Pool {
+impl Default for PoolSettings {
     fn default() -> Self {
         Self {
             min_processes: 0,
@@ -146,7 +146,7 @@ pub(super) struct Scope<'a> {
 }
 
 impl Scope<'_> {
-    pub(super) fn handler(&self, (words, source): Written) -> Result<Handler, ConfigError> {
+    pub(super) fn handler(&self, (words, source): WrittenCommand) -> Result<Handler, ConfigError> {
         self.note("exec", &source);
         let mut words = words.into_iter();
         let Some(name) = words.next() else {
@@ -177,7 +177,7 @@ impl Scope<'_> {
         Ok(if is_warm { Mode::Warm(pool) } else { Mode::Spawn })
     }
 
-    fn pool(&self) -> Result<Pool, ConfigError> {
+    fn pool(&self) -> Result<PoolSettings, ConfigError> {
         let max = self.pick(&declared::MAX_PROCESSES, Raw::count)?;
         let min = self.locate(&declared::MIN_PROCESSES, Raw::count_from_0)?;
         if let (Some((min, source)), Some(max)) = (&min, max)
@@ -187,7 +187,7 @@ impl Scope<'_> {
             return Err(ConfigError::new(source.clone(), problem));
         }
         let max_jobs = self.pick(&declared::PROCESS_MAX_JOBS, Raw::count)?;
-        Ok(Pool {
+        Ok(PoolSettings {
             min_processes: min.map(|(min, _)| min).unwrap_or_default(),
             max_processes: max,
             start_timeout: self

@@ -106,9 +106,9 @@ const NO_HANDLER: &str = "no handler given; say what to run with --exec \"CMD AR
      file's [handler] or [handlers.TYPE]";
 
 /// The words of a command, and the source of the setting that has them.
-pub(super) type Written = (Vec<OsString>, Source);
+pub(super) type WrittenCommand = (Vec<OsString>, Source);
 
-fn default_command(layers: &Layers<'_>) -> Result<Option<Written>, ConfigError> {
+fn default_command(layers: &Layers<'_>) -> Result<Option<WrittenCommand>, ConfigError> {
     let flag = layers.args.given("exec")?.map(|given| given.source);
     match layers.args.trailing_command() {
         Some(_) if matches!(flag, Some(Source::Flag(_))) => {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tracing::warn;
 
 use super::declared::duration;
-use super::handler::{Handler, Mode, Pool};
+use super::handler::{Handler, Mode, PoolSettings};
 use super::handlers::table_of;
 use super::{Config, WorkerConfig};
 
@@ -129,7 +129,7 @@ impl Config {
         if job_type.is_some_and(|job_type| job_type.contains('*')) {
             warnings.push(Warning::Pattern { handler: name() });
         }
-        if let Mode::Warm(Pool { max_processes: Some(max), .. }) = &handler.mode
+        if let Mode::Warm(PoolSettings { max_processes: Some(max), .. }) = &handler.mode
             && max.get() < concurrency
         {
             warnings.push(Warning::FewProcesses { handler: name(), max_processes: max.get(), concurrency });

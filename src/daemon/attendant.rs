@@ -70,7 +70,7 @@ impl Attendant {
         if let Some(supervisor) = &mut self.supervisor {
             supervisor.stopping(&self.inspector.worker());
         }
-        let mut stop = Stop { begun: Instant::now(), asked: None, killed: None };
+        let mut stop = StopTimes { begun: Instant::now(), asked: None, killed: None };
         let period = self.supervisor.as_ref().map(Supervisor::period);
         let mut ticks = self.log.live_line().map(|_| LIVE_PERIOD).or(period).map(ticks_every);
         loop {
@@ -96,7 +96,7 @@ impl Attendant {
         }
     }
 
-    fn tell_of(&mut self, stop: &Stop) {
+    fn tell_of(&mut self, stop: &StopTimes) {
         self.tell();
         // A process that survives SIGKILL hangs in the kernel. Once `MARGIN` is over, no longer ask the service manager for more
         // time, so that it enforces its time limit for the stop.
@@ -106,7 +106,7 @@ impl Attendant {
         }
     }
 
-    fn show(&self, stop: &Stop) {
+    fn show(&self, stop: &StopTimes) {
         let Some(line) = self.log.live_line() else { return };
         let Status { running, .. } = self.inspector.worker();
         // Show nothing at first if no job is running, because the stop then usually ends before the line could be read.
@@ -201,13 +201,13 @@ impl Attendant {
 
 /// The times at which the stop began, at which a stop was first seen to be asked for, and at which `Phase::Killing` was first
 /// seen to be reached.
-struct Stop {
+struct StopTimes {
     begun: Instant,
     asked: Option<Instant>,
     killed: Option<Instant>,
 }
 
-impl Stop {
+impl StopTimes {
     fn look_at(&mut self, lifecycle: &Lifecycle) {
         let now = Instant::now();
         if lifecycle.is_awaited() {

@@ -15,7 +15,7 @@ use crate::lock::lock;
 /// The maximum number of tasks that wait for a thread.
 const MAX_WAITING: usize = 1024;
 
-type Task = Box<dyn FnOnce() + Send>;
+type FileTask = Box<dyn FnOnce() + Send>;
 
 /// A set of threads that run tasks. A thread is started for a new task, and ends when no task waits. Clones share one set.
 #[derive(Debug, Clone)]
@@ -26,7 +26,7 @@ pub(super) struct FileThreads {
 
 #[derive(Default)]
 struct Queue {
-    waiting: VecDeque<Task>,
+    waiting: VecDeque<FileTask>,
     threads: usize,
 }
 
@@ -92,7 +92,7 @@ impl FileThreads {
     }
 
     /// Takes the next task. If there is none, decrements the number of threads, because the calling thread then ends.
-    fn next(&self) -> Option<Task> {
+    fn next(&self) -> Option<FileTask> {
         let mut queue = self.queue();
         let next = queue.waiting.pop_front();
         queue.threads -= usize::from(next.is_none());

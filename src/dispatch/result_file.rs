@@ -253,7 +253,7 @@ pub(super) struct Verdict {
 /// The JSON form of a [`Verdict`].
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Written {
+pub(super) struct WrittenVerdict {
     pub(super) message: Option<String>,
     pub(super) error_type: Option<String>,
     pub(super) backtrace: Option<String>,
@@ -278,7 +278,7 @@ impl Verdict {
     ///
     /// # Errors
     /// When `retry_in` and `retry_at` are both set, or one of them is invalid.
-    pub(super) fn of(written: Written) -> Result<Self, String> {
+    pub(super) fn of(written: WrittenVerdict) -> Result<Self, String> {
         let retry_at = match (written.retry_in, written.retry_at) {
             (Some(_), Some(_)) => return Err("it has both retry_in and retry_at".to_owned()),
             (Some(wait), None) => Some(from_now(retry_in(&wait)?)),

@@ -42,7 +42,7 @@ struct Look {
 }
 
 impl Route {
-    fn new(mut handler: Handler, before: Option<&Self>, shared: &Shared) -> Arc<Self> {
+    fn new(mut handler: Handler, before: Option<&Self>, shared: &RoutesShared) -> Arc<Self> {
         // If a variable occurs twice, the later value wins. Variables about the job are dropped, because only the worker sets
         // them.
         let env: BTreeMap<_, _> = handler.env.into_iter().filter(|(name, _)| !is_about_a_job(name)).collect();
@@ -136,12 +136,12 @@ impl Route {
 pub(super) struct Routes {
     by_type: HashMap<String, Arc<Route>>,
     default: Option<Arc<Route>>,
-    shared: Shared,
+    shared: RoutesShared,
 }
 
 /// The state that all routes share, including those of earlier configurations.
 #[derive(Debug, Clone)]
-struct Shared {
+struct RoutesShared {
     /// The threads that check handlers' files.
     files: FileThreads,
     /// The maximum number of jobs that run at once.
@@ -151,7 +151,7 @@ struct Shared {
 
 impl Routes {
     pub(super) fn new(handlers: Handlers, concurrency: usize) -> Self {
-        let shared = Shared { files: FileThreads::with_threads(4), concurrency, processes: Arc::default() };
+        let shared = RoutesShared { files: FileThreads::with_threads(4), concurrency, processes: Arc::default() };
         let none = Self { by_type: HashMap::new(), default: None, shared };
         none.renewed(handlers)
     }

@@ -21,8 +21,8 @@ use super::format::{Format, StreamFormat};
 use super::order::OrderError;
 
 /// The body of an answer, whole or streamed. Reading the body cannot fail.
-pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
-pub(super) type Answer = Response<Body>;
+pub(super) type AnswerBody = UnsyncBoxBody<Bytes, Infallible>;
+pub(super) type HttpAnswer = Response<AnswerBody>;
 
 /// The reason why a request is answered with an error.
 #[derive(Debug, PartialEq)]
@@ -49,7 +49,7 @@ impl Rejection {
         Self::BadRequest(format!("invalid query parameters: {error}"))
     }
 
-    pub(super) fn into_answer(self, format: Format) -> Answer {
+    pub(super) fn into_answer(self, format: Format) -> HttpAnswer {
         let error = |status, text: &str| whole(format, status, &json!({"error": text}));
         match self {
             Self::BadRequest(text) => error(StatusCode::BAD_REQUEST, &text),
@@ -80,19 +80,19 @@ impl From<OrderError> for Rejection {
 }
 
 /// Returns an answer whose body is `value`, serialized in `format`.
-pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) -> Answer {
+pub(super) fn whole(format: Format, status: StatusCode, value: &impl Serialize) -> HttpAnswer {
     let mut answer = Response::new(Full::new(format.write(value).into()).boxed_unsync());
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(format.media_type()));
     answer
 }
 
-pub(super) fn no_content() -> Answer {
+pub(super) fn no_content() -> HttpAnswer {
     empty(StatusCode::NO_CONTENT)
 }
 
 /// Returns a 200 answer with the body `frames`. The body ends when the stream ends.
-pub(super) fn streamed<S>(format: StreamFormat, frames: S) -> Answer
+pub(super) fn streamed<S>(format: StreamFormat, frames: S) -> HttpAnswer
 where
     S: Stream<Item = Result<Frame<Bytes>, Infallible>> + Send + 'static,
 {
@@ -106,13 +106,13 @@ where
 }
 
 /// Returns a 405 answer. The body is empty, because the `allow` header lists the methods of the path.
-fn wrong_method(allowed: &'static str) -> Answer {
+fn wrong_method(allowed: &'static str) -> HttpAnswer {
     let mut answer = empty(StatusCode::METHOD_NOT_ALLOWED);
     answer.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     answer
 }
 
-fn empty(status: StatusCode) -> Answer {
+fn empty(status: StatusCode) -> HttpAnswer {
     let mut answer = Response::new(Empty::new().boxed_unsync());
     *answer.status_mut() = status;
     answer

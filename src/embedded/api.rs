@@ -1,4 +1,4 @@
-//! The API: one function per route, which turns a request into an answer.
+//! The API: one function per endpoint, which turns a request into an answer.
 //!
 //! Each function parses the request, runs one operation on the store, and serializes the answer. The store is locked only
 //! during the operation, so neither a slow client nor a large body delays other requests.
@@ -14,17 +14,17 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::PROTOCOL_VERSION;
-use super::answer::{Answer, Rejection, no_content, streamed, whole};
+use super::answer::{HttpAnswer, Rejection, no_content, streamed, whole};
+use super::endpoint::Endpoint;
 use super::format::{Format, StreamFormat};
-use super::id::JobId;
-use super::job::{ErrorRecord, Job, JobView};
+use super::id::StoredJobId;
+use super::job::{ErrorRecord, JobView, StoredJob};
+use super::jobs::Enqueued;
 use super::order::{BulkRequest, EnqueueRequest, OrderError};
 use super::page::{Links, PageRequest};
 use super::patch::PatchRequest;
 use super::query::{FILTERS, Fields, Filter, parse_id};
-use super::report::{Failure, Successes};
-use super::route::Route;
-use super::state::Enqueued;
+use super::report::{FailureBody, SuccessBody};
 use super::store::Store;
 use super::take;
 
@@ -54,20 +54,20 @@ struct ErrorList {
 
 /// Answers one request. The checks run in the real server's order: first for a wrong method (405), then for a format that
 /// the client does not accept (406), then all others.
-pub(super) async fn answer(store: Store, request: Request<Incoming>) -> Answer {
+pub(super) async fn answer(store: Store, request: Request<Incoming>) -> HttpAnswer {
     let (head, body) = request.into_parts();
-    let route = Route::parse(&head.method, head.uri.path());
-    let format = match route {
+    let endpoint = Endpoint::parse(&head.method, head.uri.path());
+    let format = match endpoint {
         // Skip the check, because a take stream has its own formats, and a 405 has no body.
-        Ok(Route::Take) | Err(Rejection::WrongMethod(_)) => Format::Json,
+        Ok(Endpoint::Take) | Err(Rejection::WrongMethod(_)) => Format::Json,
         _ => match Format::accepted(&head.headers) {
             Ok(format) => format,
             Err(error) => return error.into_answer(Format::Json),
         },
     };
     let call = Call { store: &store, head: &head, format };
-    let answer = match route {
-        Ok(route) => call.answer(route, body).await,
+    let answer = match endpoint {
+        Ok(endpoint) => call.answer(endpoint, body).await,
         Err(error) => Err(error),
     };
     answer.unwrap_or_else(|error| error.into_answer(format))
@@ -82,27 +82,27 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    async fn answer(&self, route: Route, body: Incoming) -> Result<Answer, Rejection> {
-        match route {
-            Route::Health => Ok(self.ok(&json!({"status": "ok"}))),
-            Route::Version => Ok(self.ok(&json!({"version": PROTOCOL_VERSION}))),
-            Route::Queues => Ok(self.queues()),
-            Route::Enqueue => self.enqueue(self.read(body).await?),
-            Route::EnqueueBulk => self.enqueue_bulk(self.read(body).await?),
-            Route::List => self.list(),
-            Route::Count => self.count(),
-            Route::PatchMatching => self.patch_matching(self.read(body).await?),
-            Route::DeleteMatching => self.delete_matching(),
-            Route::Take => self.take(),
-            Route::Get(id) => self.get(&id),
-            Route::Patch(id) => self.patch(&id, self.read(body).await?),
-            Route::Delete(id) => self.delete(&id),
-            Route::Complete(id) => self.complete(&id),
-            Route::CompleteBulk => self.complete_bulk(self.read(body).await?),
-            Route::Fail(id) => self.fail(&id, self.read(body).await?),
-            Route::Errors(id) => self.errors(&id),
-            Route::Error(id, attempt) => self.error(&id, attempt),
-            Route::Reset => Ok(self.reset()),
+    async fn answer(&self, endpoint: Endpoint, body: Incoming) -> Result<HttpAnswer, Rejection> {
+        match endpoint {
+            Endpoint::Health => Ok(self.ok(&json!({"status": "ok"}))),
+            Endpoint::Version => Ok(self.ok(&json!({"version": PROTOCOL_VERSION}))),
+            Endpoint::Queues => Ok(self.queues()),
+            Endpoint::Enqueue => self.enqueue(self.read(body).await?),
+            Endpoint::EnqueueBulk => self.enqueue_bulk(self.read(body).await?),
+            Endpoint::List => self.list(),
+            Endpoint::Count => self.count(),
+            Endpoint::PatchMatching => self.patch_matching(self.read(body).await?),
+            Endpoint::DeleteMatching => self.delete_matching(),
+            Endpoint::Take => self.take(),
+            Endpoint::Get(id) => self.get(&id),
+            Endpoint::Patch(id) => self.patch(&id, self.read(body).await?),
+            Endpoint::Delete(id) => self.delete(&id),
+            Endpoint::Complete(id) => self.complete(&id),
+            Endpoint::CompleteBulk => self.complete_bulk(self.read(body).await?),
+            Endpoint::Fail(id) => self.fail(&id, self.read(body).await?),
+            Endpoint::Errors(id) => self.errors(&id),
+            Endpoint::Error(id, attempt) => self.error(&id, attempt),
+            Endpoint::Reset => Ok(self.reset()),
         }
     }
 
@@ -119,31 +119,31 @@ impl Call<'_> {
         self.head.uri.query().unwrap_or_default()
     }
 
-    fn ok(&self, body: &impl Serialize) -> Answer {
+    fn ok(&self, body: &impl Serialize) -> HttpAnswer {
         self.with_status(StatusCode::OK, body)
     }
 
-    fn with_status(&self, status: StatusCode, body: &impl Serialize) -> Answer {
+    fn with_status(&self, status: StatusCode, body: &impl Serialize) -> HttpAnswer {
         whole(self.format, status, body)
     }
 
     /// Lists the queues that have jobs. Finished jobs count too.
-    fn queues(&self) -> Answer {
+    fn queues(&self) -> HttpAnswer {
         let queues: BTreeSet<String> =
-            self.store.with(|state, _| state.jobs().map(|job| job.spec.queue.clone()).collect());
+            self.store.with(|jobs, _| jobs.jobs().map(|job| job.spec.queue.clone()).collect());
         self.ok(&json!({"queues": queues}))
     }
 
     /// Enqueues a job. Answers 201 with the new job, or 200 with the job that already holds the unique key.
-    fn enqueue(&self, request: EnqueueRequest) -> Result<Answer, Rejection> {
+    fn enqueue(&self, request: EnqueueRequest) -> Result<HttpAnswer, Rejection> {
         let order = request.into_order()?;
-        let Enqueued { job, duplicate } = self.store.with(|state, now| state.enqueue(now, order));
+        let Enqueued { job, duplicate } = self.store.with(|jobs, now| jobs.enqueue(now, order));
         let status = if duplicate { StatusCode::OK } else { StatusCode::CREATED };
         Ok(self.with_status(status, &JobView::enqueued(&job, duplicate)))
     }
 
     /// Enqueues all jobs or none: every order is checked before the first one is enqueued.
-    fn enqueue_bulk(&self, request: BulkRequest) -> Result<Answer, Rejection> {
+    fn enqueue_bulk(&self, request: BulkRequest) -> Result<HttpAnswer, Rejection> {
         let orders = request
             .jobs
             .into_iter()
@@ -151,7 +151,7 @@ impl Call<'_> {
             .map(|(index, request)| request.into_order().map_err(|error| error.at(index)));
         let orders = orders.collect::<Result<Vec<_>, OrderError>>()?;
         let enqueued: Vec<Enqueued> =
-            self.store.with(|state, now| orders.into_iter().map(|order| state.enqueue(now, order)).collect());
+            self.store.with(|jobs, now| orders.into_iter().map(|order| jobs.enqueue(now, order)).collect());
         // Answer 200 only if every job is a duplicate. As on the real server, an empty bulk request gets a 201.
         let nothing_new = !enqueued.is_empty() && enqueued.iter().all(|one| one.duplicate);
         let status = if nothing_new { StatusCode::OK } else { StatusCode::CREATED };
@@ -160,15 +160,15 @@ impl Call<'_> {
     }
 
     /// Lists one page of the matching jobs, with their payloads.
-    fn list(&self) -> Result<Answer, Rejection> {
+    fn list(&self) -> Result<HttpAnswer, Rejection> {
         let known = [&FILTERS[..], &["from", "order", "limit"]].concat();
         let mut fields = Fields::parse(self.query(), &known)?;
         let cursor = fields.text("from").map(|id| parse_id(&id)).transpose()?;
         let page = PageRequest::parse(&mut fields, cursor)?;
         let filter = filter(&mut fields)?;
         // Cloned jobs share their payloads, so no payload is copied under the lock.
-        let mut jobs: Vec<Job> = self.store.with(|state, _| {
-            let jobs = state.jobs_from(page.cursor, page.direction);
+        let mut jobs: Vec<StoredJob> = self.store.with(|jobs, _| {
+            let jobs = jobs.jobs_from(page.cursor, page.direction);
             jobs.filter(|job| filter.matches(job)).take(page.reach()).cloned().collect()
         });
         let pages = page.cut(&mut jobs, |job| job.id, "/jobs", &filter.to_query());
@@ -176,19 +176,18 @@ impl Call<'_> {
         Ok(self.ok(&JobList { jobs, pages: Some(pages) }))
     }
 
-    fn count(&self) -> Result<Answer, Rejection> {
+    fn count(&self) -> Result<HttpAnswer, Rejection> {
         let filter = only_filter(self.query())?;
-        let count = self.store.with(|state, _| state.jobs().filter(|job| filter.matches(job)).count());
+        let count = self.store.with(|jobs, _| jobs.jobs().filter(|job| filter.matches(job)).count());
         Ok(self.ok(&json!({"count": count})))
     }
 
     /// Changes a job that is not finished.
-    fn patch(&self, id: &str, request: PatchRequest) -> Result<Answer, Rejection> {
+    fn patch(&self, id: &str, request: PatchRequest) -> Result<HttpAnswer, Rejection> {
         let patch = request.into_patch()?;
-        let id = JobId::parse(id).ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
-        let patched = self
-            .store
-            .with(|state, now| state.patch(now, id, &patch).ok_or_else(|| state.get(id).map(|job| job.status)));
+        let id = StoredJobId::parse(id).ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
+        let patched =
+            self.store.with(|jobs, now| jobs.patch(now, id, &patch).ok_or_else(|| jobs.get(id).map(|job| job.status)));
         match patched {
             Ok(job) => Ok(self.ok(&JobView::bare(&job))),
             Err(Some(status)) => Err(Rejection::Unprocessable(format!("cannot patch job {id} in {status} status"))),
@@ -197,27 +196,27 @@ impl Call<'_> {
     }
 
     /// Changes all matching jobs that are not finished. Without a filter, all jobs match.
-    fn patch_matching(&self, request: PatchRequest) -> Result<Answer, Rejection> {
+    fn patch_matching(&self, request: PatchRequest) -> Result<HttpAnswer, Rejection> {
         let mut fields = Fields::parse(self.query(), &FILTERS)?;
         let filter = Filter::parse(&mut fields)?;
         filter.check_patchable()?;
         filter.check_ids()?;
         let patch = request.into_patch()?;
         check_no_jq(&mut fields)?;
-        let patched = self.store.with(|state, now| state.patch_matching(now, &patch, |job| filter.matches(job)));
+        let patched = self.store.with(|jobs, now| jobs.patch_matching(now, &patch, |job| filter.matches(job)));
         Ok(self.ok(&json!({"patched": patched})))
     }
 
     /// Deletes all matching jobs. Without a filter, all jobs match.
-    fn delete_matching(&self) -> Result<Answer, Rejection> {
+    fn delete_matching(&self) -> Result<HttpAnswer, Rejection> {
         let filter = only_filter(self.query())?;
-        let deleted = self.store.with(|state, _| state.delete_matching(|job| filter.matches(job)));
+        let deleted = self.store.with(|jobs, _| jobs.delete_matching(|job| filter.matches(job)));
         Ok(self.ok(&json!({"deleted": deleted})))
     }
 
     /// Opens a take stream. The headers are sent at once, even if no job is ready. The body ends only with the
     /// connection.
-    fn take(&self) -> Result<Answer, Rejection> {
+    fn take(&self) -> Result<HttpAnswer, Rejection> {
         let format = StreamFormat::accepted(&self.head.headers)?;
         let mut fields = Fields::parse(self.query(), &["prefetch", "queue"])?;
         let prefetch = fields.value("prefetch")?.unwrap_or(DEFAULT_PREFETCH);
@@ -226,36 +225,36 @@ impl Call<'_> {
     }
 
     /// Answers with the job, whatever its status is.
-    fn get(&self, id: &str) -> Result<Answer, Rejection> {
-        let job = JobId::parse(id).and_then(|id| self.store.with(|state, _| state.get(id).cloned()));
+    fn get(&self, id: &str) -> Result<HttpAnswer, Rejection> {
+        let job = StoredJobId::parse(id).and_then(|id| self.store.with(|jobs, _| jobs.get(id).cloned()));
         let job = job.ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
         Ok(self.ok(&JobView::full(&job)))
     }
 
     /// Deletes a job, even one in flight. A later report about the job gets the same answer as for an unknown job.
-    fn delete(&self, id: &str) -> Result<Answer, Rejection> {
-        let deleted = JobId::parse(id).is_some_and(|id| self.store.with(|state, _| state.delete(id)));
+    fn delete(&self, id: &str) -> Result<HttpAnswer, Rejection> {
+        let deleted = StoredJobId::parse(id).is_some_and(|id| self.store.with(|jobs, _| jobs.delete(id)));
         if deleted { Ok(no_content()) } else { Err(Rejection::NotFound(NO_SUCH_JOB)) }
     }
 
     /// Completes a job in flight. The job is removed at once, unless its retention keeps it.
-    fn complete(&self, id: &str) -> Result<Answer, Rejection> {
-        let done = JobId::parse(id).is_some_and(|id| self.store.with(|state, now| state.complete(now, id)));
+    fn complete(&self, id: &str) -> Result<HttpAnswer, Rejection> {
+        let done = StoredJobId::parse(id).is_some_and(|id| self.store.with(|jobs, now| jobs.complete(now, id)));
         if done { Ok(no_content()) } else { Err(Rejection::NotFound(NOT_IN_FLIGHT)) }
     }
 
     /// Completes the listed jobs that are in flight. If any listed job is not in flight, answers 422 with the ids of
     /// these jobs. A repeated id counts once.
-    fn complete_bulk(&self, request: Successes) -> Result<Answer, Rejection> {
+    fn complete_bulk(&self, request: SuccessBody) -> Result<HttpAnswer, Rejection> {
         if request.ids.is_empty() {
             return Err(Rejection::BadRequest("ids must not be empty".to_owned()));
         }
         // Lock once for all jobs, so that a large report wakes the take streams once, not once per job.
         let mut seen = BTreeSet::new();
         let ids = request.ids.iter().filter(|id| seen.insert(id.as_str()));
-        let not_found: Vec<&String> = self
-            .store
-            .with(|state, now| ids.filter(|id| !JobId::parse(id).is_some_and(|id| state.complete(now, id))).collect());
+        let not_found: Vec<&String> = self.store.with(|jobs, now| {
+            ids.filter(|id| !StoredJobId::parse(id).is_some_and(|id| jobs.complete(now, id))).collect()
+        });
         if not_found.is_empty() {
             return Ok(no_content());
         }
@@ -264,20 +263,20 @@ impl Call<'_> {
 
     /// Records a failure. Answers with the updated job, so that a worker can log when the job is retried, or that it is
     /// dead.
-    fn fail(&self, id: &str, failure: Failure) -> Result<Answer, Rejection> {
+    fn fail(&self, id: &str, failure: FailureBody) -> Result<HttpAnswer, Rejection> {
         // The caller has already parsed the body, so a malformed report gets a 400 even if the job does not exist.
-        let id = JobId::parse(id).ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
-        let job = self.store.with(|state, now| state.fail(now, id, failure, fastrand::f64()));
+        let id = StoredJobId::parse(id).ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
+        let job = self.store.with(|jobs, now| jobs.fail(now, id, failure, fastrand::f64()));
         let job = job.ok_or(Rejection::NotFound(NOT_IN_FLIGHT))?;
         Ok(self.ok(&JobView::bare(&job)))
     }
 
     /// Lists one page of a job's failed attempts. They are removed together with the job.
-    fn errors(&self, id: &str) -> Result<Answer, Rejection> {
+    fn errors(&self, id: &str) -> Result<HttpAnswer, Rejection> {
         let mut fields = Fields::parse(self.query(), &["from", "order", "limit"])?;
         let cursor = fields.value("from")?;
         let page = PageRequest::parse(&mut fields, cursor)?;
-        let errors = JobId::parse(id).and_then(|id| self.store.with(|state, _| state.errors_on(id, &page)));
+        let errors = StoredJobId::parse(id).and_then(|id| self.store.with(|jobs, _| jobs.errors_on(id, &page)));
         let mut errors = errors.ok_or(Rejection::NotFound(NO_SUCH_JOB))?;
         let path = format!("/jobs/{id}/errors");
         let pages = page.cut(&mut errors, |error| error.attempt, &path, "");
@@ -285,10 +284,10 @@ impl Call<'_> {
     }
 
     /// Answers with one failed attempt. The error text says whether the job or the attempt is missing.
-    fn error(&self, id: &str, attempt: u32) -> Result<Answer, Rejection> {
-        let errors = JobId::parse(id).and_then(|id| {
-            self.store.with(|state, _| {
-                let errors = state.errors(id)?;
+    fn error(&self, id: &str, attempt: u32) -> Result<HttpAnswer, Rejection> {
+        let errors = StoredJobId::parse(id).and_then(|id| {
+            self.store.with(|jobs, _| {
+                let errors = jobs.errors(id)?;
                 Some(errors.iter().find(|error| error.attempt == attempt).cloned())
             })
         });
@@ -298,8 +297,8 @@ impl Call<'_> {
     }
 
     /// Deletes all jobs, including jobs in flight. Streams stay open.
-    fn reset(&self) -> Answer {
-        self.store.with(|state, _| state.delete_matching(|_| true));
+    fn reset(&self) -> HttpAnswer {
+        self.store.with(|jobs, _| jobs.delete_matching(|_| true));
         no_content()
     }
 }

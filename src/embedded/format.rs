@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::answer::Rejection;
-use super::job::{Job, JobView};
+use super::job::{JobView, StoredJob};
 
 const JSON: &str = "application/json";
 const MSGPACK: &str = "application/msgpack";
@@ -119,7 +119,7 @@ impl StreamFormat {
         }
     }
 
-    pub(super) fn write(self, job: &Job, chunk: &mut Vec<u8>) {
+    pub(super) fn write(self, job: &StoredJob, chunk: &mut Vec<u8>) {
         let job = JobView::full(job);
         match self {
             Self::Events => wrap(b"data: ", &Format::Json.write(&job), b"\n\n", chunk),

@@ -12,9 +12,9 @@ const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
 
 /// The id of a job. Ids sort in the order of enqueueing, which is also the order of ready jobs with the same priority.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct JobId([u8; LENGTH]);
+pub(super) struct StoredJobId([u8; LENGTH]);
 
-impl JobId {
+impl StoredJobId {
     /// Parses an id. Returns `None` unless `text` consists of exactly 25 lower-case ASCII letters and digits.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let bytes: [u8; LENGTH] = text.as_bytes().try_into().ok()?;
@@ -38,19 +38,19 @@ impl JobId {
     }
 }
 
-impl fmt::Display for JobId {
+impl fmt::Display for StoredJobId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
 }
 
-impl fmt::Debug for JobId {
+impl fmt::Debug for StoredJobId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
 }
 
-impl Serialize for JobId {
+impl Serialize for StoredJobId {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.as_str())
     }
@@ -67,12 +67,12 @@ pub(super) struct IdSource {
 impl IdSource {
     /// Returns the next id. If the clock has stepped back, uses the latest time seen so far, because the new job would
     /// otherwise sort before older ones.
-    pub(super) fn next(&mut self, now: u64) -> JobId {
+    pub(super) fn next(&mut self, now: u64) -> StoredJobId {
         self.latest = self.latest.max(now);
         self.count += 1;
         let time = u128::from(self.latest) << 80;
         let count = u128::from(self.count) << 32;
-        JobId::from_number(time | count | u128::from(fastrand::u32(..)))
+        StoredJobId::from_number(time | count | u128::from(fastrand::u32(..)))
     }
 }
 
@@ -85,13 +85,13 @@ mod tests {
         let mut source = IdSource::default();
         let ids = [source.next(1_000), source.next(1_000), source.next(5), source.next(2_000)];
         assert!(ids.is_sorted());
-        assert_eq!(JobId::parse(ids[0].as_str()), Some(ids[0]));
+        assert_eq!(StoredJobId::parse(ids[0].as_str()), Some(ids[0]));
     }
 
     #[test]
     fn only_25_lower_case_letters_and_digits_are_an_id() {
-        assert_eq!(JobId::parse("short"), None);
-        assert_eq!(JobId::parse(&"A".repeat(25)), None);
-        assert!(JobId::parse(&"z".repeat(25)).is_some());
+        assert_eq!(StoredJobId::parse("short"), None);
+        assert_eq!(StoredJobId::parse(&"A".repeat(25)), None);
+        assert!(StoredJobId::parse(&"z".repeat(25)).is_some());
     }
 }

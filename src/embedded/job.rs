@@ -1,4 +1,4 @@
-//! [`Job`]: the store's record of a job. [`JobView`]: a job as it appears in an answer, with exactly the real server's
+//! [`StoredJob`]: the store's record of a job. [`JobView`]: a job as it appears in an answer, with exactly the real server's
 //! fields.
 
 use std::fmt;
@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::id::JobId;
-use super::options::Backoff;
+use super::id::StoredJobId;
+use super::options::ServerBackoff;
 use super::payload::Payload;
 
 /// The status of a job. The order of the variants matters, because `UniqueScope::covers` compares statuses with `<=`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Status {
+pub enum JobStatus {
     /// The job waits until its `ready_at`.
     Scheduled,
     /// The job waits for a worker.
@@ -27,13 +27,13 @@ pub enum Status {
     Dead,
 }
 
-impl Status {
+impl JobStatus {
     pub(super) fn is_finished(self) -> bool {
         matches!(self, Self::Completed | Self::Dead)
     }
 }
 
-impl fmt::Display for Status {
+impl fmt::Display for JobStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Scheduled => "scheduled",
@@ -45,7 +45,7 @@ impl fmt::Display for Status {
     }
 }
 
-impl FromStr for Status {
+impl FromStr for JobStatus {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -74,10 +74,10 @@ pub(super) struct Spec {
 
 /// A job. Cloning is cheap, so that a job can be cloned under the store's lock and serialized after the lock is released.
 #[derive(Debug, Clone)]
-pub(super) struct Job {
-    pub(super) id: JobId,
+pub(super) struct StoredJob {
+    pub(super) id: StoredJobId,
     pub(super) spec: Arc<Spec>,
-    pub(super) status: Status,
+    pub(super) status: JobStatus,
     /// The time at which the job becomes ready. A retry changes this time, but a requeue does not.
     pub(super) ready_at: u64,
     /// The number of failed attempts. An attempt that ends because the take stream closes is not counted.
@@ -90,10 +90,10 @@ pub(super) struct Job {
     pub(super) purge_at: Option<u64>,
 }
 
-impl Job {
+impl StoredJob {
     /// Returns the job's sort key in the ready queue: priority, then id. A requeue changes neither, so a requeued job
     /// returns to its old position.
-    pub(super) fn place(&self) -> (u16, JobId) {
+    pub(super) fn place(&self) -> (u16, StoredJobId) {
         (self.spec.priority, self.id)
     }
 }
@@ -106,7 +106,7 @@ pub(super) struct JobBackoff {
     jitter_ms: u32,
 }
 
-impl From<JobBackoff> for Backoff {
+impl From<JobBackoff> for ServerBackoff {
     fn from(backoff: JobBackoff) -> Self {
         let millis = |ms: u32| std::time::Duration::from_millis(ms.into());
         Self { base: millis(backoff.base_ms), exponent: backoff.exponent, jitter: millis(backoff.jitter_ms) }
@@ -145,11 +145,11 @@ pub(super) enum UniqueScope {
 
 impl UniqueScope {
     /// Reports whether an existing job with the status `other` blocks a new job with the same key. Relies on the order of
-    /// [`Status`].
-    pub(super) fn covers(self, other: Status) -> bool {
+    /// [`JobStatus`].
+    pub(super) fn covers(self, other: JobStatus) -> bool {
         match self {
-            Self::Queued => other <= Status::Ready,
-            Self::Active => other <= Status::InFlight,
+            Self::Queued => other <= JobStatus::Ready,
+            Self::Active => other <= JobStatus::InFlight,
             Self::Exists => true,
         }
     }
@@ -186,12 +186,12 @@ pub(super) struct ErrorRecord {
 /// is omitted rather than null, because the official clients rely on this.
 #[derive(Debug, Serialize)]
 pub(super) struct JobView<'a> {
-    id: JobId,
+    id: StoredJobId,
     #[serde(rename = "type")]
     kind: &'a str,
     queue: &'a str,
     priority: u16,
-    status: Status,
+    status: JobStatus,
     #[serde(skip_serializing_if = "Option::is_none")]
     payload: Option<&'a Payload>,
     ready_at: u64,
@@ -222,12 +222,12 @@ pub(super) struct JobView<'a> {
 
 impl<'a> JobView<'a> {
     /// Returns the view with the payload, for take streams and lookups.
-    pub(super) fn full(job: &'a Job) -> Self {
+    pub(super) fn full(job: &'a StoredJob) -> Self {
         Self { payload: Some(&job.spec.payload), ..Self::bare(job) }
     }
 
     /// Returns the view without the payload, for the answers to failure reports and patches.
-    pub(super) fn bare(job: &'a Job) -> Self {
+    pub(super) fn bare(job: &'a StoredJob) -> Self {
         let spec = &*job.spec;
         let unique = spec.unique.as_ref();
         Self {
@@ -255,7 +255,7 @@ impl<'a> JobView<'a> {
 
     /// Returns the view for the answer to an enqueue. `folded` is always false, because folding needs jq, which this
     /// server does not support.
-    pub(super) fn enqueued(job: &'a Job, duplicate: bool) -> Self {
+    pub(super) fn enqueued(job: &'a StoredJob, duplicate: bool) -> Self {
         Self { duplicate: Some(duplicate), folded: Some(false), ..Self::bare(job) }
     }
 }

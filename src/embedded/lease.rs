@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use super::id::JobId;
+use super::id::StoredJobId;
 
 /// The id of a take stream. Ids are not reused, so a stream whose lease is closed cannot affect the lease of another
 /// stream.
@@ -26,7 +26,7 @@ struct Lease {
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     open: HashMap<LeaseId, Lease>,
-    holders: HashMap<JobId, LeaseId>,
+    holders: HashMap<StoredJobId, LeaseId>,
     count: u64,
 }
 
@@ -52,7 +52,7 @@ impl Leases {
 
     /// Records that a stream holds a job. Does nothing if the stream is closed, because a closed stream never releases
     /// the job.
-    pub(super) fn hold(&mut self, id: LeaseId, job: JobId) {
+    pub(super) fn hold(&mut self, id: LeaseId, job: StoredJobId) {
         if let Some(lease) = self.open.get_mut(&id) {
             lease.held += 1;
             self.holders.insert(job, id);
@@ -60,7 +60,7 @@ impl Leases {
     }
 
     /// Removes a job from the stream that holds it. Returns false if no stream holds the job.
-    pub(super) fn release(&mut self, job: JobId) -> bool {
+    pub(super) fn release(&mut self, job: StoredJobId) -> bool {
         let Some(holder) = self.holders.remove(&job) else {
             return false;
         };
@@ -71,13 +71,13 @@ impl Leases {
     }
 
     /// Closes a stream and returns the jobs that it still held.
-    pub(super) fn close(&mut self, id: LeaseId) -> Vec<JobId> {
+    pub(super) fn close(&mut self, id: LeaseId) -> Vec<StoredJobId> {
         self.open.remove(&id);
         self.holders.extract_if(|_, holder| *holder == id).map(|(job, _)| job).collect()
     }
 
     /// Closes all streams and returns the jobs that they held.
-    pub(super) fn close_all(&mut self) -> Vec<JobId> {
+    pub(super) fn close_all(&mut self) -> Vec<StoredJobId> {
         self.open.clear();
         self.holders.drain().map(|(job, _)| job).collect()
     }

@@ -17,9 +17,11 @@
 
 mod answer;
 mod api;
+mod endpoint;
 mod format;
 mod id;
 mod job;
+mod jobs;
 mod lease;
 mod options;
 mod order;
@@ -29,15 +31,13 @@ mod payload;
 mod query;
 mod ready;
 mod report;
-mod route;
 mod server;
 mod start;
-mod state;
 mod store;
 mod take;
 
-pub use job::Status;
-pub use options::{Backoff, Options};
+pub use job::JobStatus;
+pub use options::{Options, ServerBackoff};
 pub use server::EmbeddedServer;
 pub(crate) use start::prepare;
 pub use start::start;

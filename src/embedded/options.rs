@@ -21,7 +21,7 @@ pub struct Options {
     /// The maximum number of jobs in flight over all connections; 0 means no limit.
     pub in_flight_limit: usize,
     /// The wait before a failed job's next attempt. A job's own backoff overrides this one.
-    pub backoff: Backoff,
+    pub backoff: ServerBackoff,
 }
 
 impl Default for Options {
@@ -29,14 +29,14 @@ impl Default for Options {
         Self {
             heartbeat_interval: DEFAULT_HEARTBEAT_INTERVAL,
             in_flight_limit: DEFAULT_IN_FLIGHT_LIMIT,
-            backoff: Backoff::default(),
+            backoff: ServerBackoff::default(),
         }
     }
 }
 
 /// The wait before a retry: `base + (attempts ^ exponent) seconds + random(0..jitter) × attempts`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Backoff {
+pub struct ServerBackoff {
     /// The constant part of the wait.
     pub base: Duration,
     /// The power to which the number of failed attempts is raised.
@@ -45,13 +45,13 @@ pub struct Backoff {
     pub jitter: Duration,
 }
 
-impl Default for Backoff {
+impl Default for ServerBackoff {
     fn default() -> Self {
         Self { base: Duration::from_secs(15), exponent: 4.0, jitter: Duration::from_secs(30) }
     }
 }
 
-impl Backoff {
+impl ServerBackoff {
     /// Returns the wait after `attempts` failures, in milliseconds. `chance`, from 0 to 1, is the random factor for the
     /// jitter. It is an argument so that tests can choose it.
     pub(super) fn delay_ms(&self, attempts: u32, chance: f64) -> u64 {
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn the_delay_follows_the_servers_formula() {
-        let backoff = Backoff::default();
+        let backoff = ServerBackoff::default();
         assert_eq!(backoff.delay_ms(1, 0.0), 16_000);
         assert_eq!(backoff.delay_ms(3, 0.0), 15_000 + 81_000);
         assert_eq!(backoff.delay_ms(3, 0.5), 15_000 + 81_000 + 45_000);
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn an_absurd_exponent_saturates() {
-        let backoff = Backoff { exponent: 1e30, ..Backoff::default() };
+        let backoff = ServerBackoff { exponent: 1e30, ..ServerBackoff::default() };
         assert_eq!(backoff.delay_ms(2, 0.0), u64::MAX);
     }
 }

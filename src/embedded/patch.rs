@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Deserializer};
 
 use super::answer::Rejection;
-use super::job::{Job, JobBackoff, Retention, Spec, Status};
+use super::job::{JobBackoff, JobStatus, Retention, Spec, StoredJob};
 use super::order::check_name;
 
 /// The body of `PATCH /jobs` and `PATCH /jobs/{id}`. Unknown fields are ignored, as on the real
@@ -82,21 +82,21 @@ fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, Rejection> 
 
 impl Patch {
     /// Applies the patch to a job that is not finished. The caller updates the indexes of the state.
-    pub(super) fn apply(&self, job: &mut Job, now: u64) {
+    pub(super) fn apply(&self, job: &mut StoredJob, now: u64) {
         self.apply_to_spec(Arc::make_mut(&mut job.spec));
         match self.ready_at {
             None => {}
             // A null means "ready now". Only a scheduled job changes, because other jobs are already ready or in flight.
-            Some(None) if job.status == Status::Scheduled => {
+            Some(None) if job.status == JobStatus::Scheduled => {
                 job.ready_at = now;
-                job.status = Status::Ready;
+                job.status = JobStatus::Ready;
             }
             Some(None) => {}
             Some(Some(time)) => {
                 job.ready_at = time;
                 // A job in flight stays in flight, whatever the new time is.
-                if job.status != Status::InFlight {
-                    job.status = if time > now { Status::Scheduled } else { Status::Ready };
+                if job.status != JobStatus::InFlight {
+                    job.status = if time > now { JobStatus::Scheduled } else { JobStatus::Ready };
                 }
             }
         }

@@ -11,8 +11,8 @@ use std::str::FromStr;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::answer::Rejection;
-use super::id::JobId;
-use super::job::{Job, Status};
+use super::id::StoredJobId;
+use super::job::{JobStatus, StoredJob};
 
 /// The names of the fields that filter jobs.
 pub(super) const FILTERS: [&str; 8] = ["id", "status", "queue", "type", "priority", "ready_at", "attempts", "filter"];
@@ -121,7 +121,7 @@ fn decode(text: &str) -> String {
 pub(super) struct Filter {
     /// The ids as text, so that the error for an invalid id can quote it.
     ids: BTreeSet<String>,
-    statuses: BTreeSet<Status>,
+    statuses: BTreeSet<JobStatus>,
     /// The exact names of queues. Patterns are not supported.
     queues: BTreeSet<String>,
     /// The field `type` of the API.
@@ -157,7 +157,7 @@ impl Filter {
         }
     }
 
-    pub(super) fn matches(&self, job: &Job) -> bool {
+    pub(super) fn matches(&self, job: &StoredJob) -> bool {
         let within =
             |range: &Option<Range>, value: u64| range.as_ref().is_none_or(|range| range.numbers.contains(&value));
         let among = |names: &BTreeSet<String>, name: &str| names.is_empty() || names.contains(name);
@@ -188,8 +188,8 @@ impl Filter {
 
 /// Parses an id in a filter or a cursor. The real server accepts an invalid cursor and finds no jobs. This server returns
 /// an error, which is more helpful.
-pub(super) fn parse_id(id: &str) -> Result<JobId, Rejection> {
-    JobId::parse(id).ok_or_else(|| Rejection::BadRequest(format!("invalid job ID: {id:?}")))
+pub(super) fn parse_id(id: &str) -> Result<StoredJobId, Rejection> {
+    StoredJobId::parse(id).ok_or_else(|| Rejection::BadRequest(format!("invalid job ID: {id:?}")))
 }
 
 /// Returns a comma-separated list. The set is sorted, so equal filters produce equal links.

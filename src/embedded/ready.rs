@@ -5,22 +5,22 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::id::JobId;
-use super::job::Job;
+use super::id::StoredJobId;
+use super::job::StoredJob;
 
 /// The sort key of a ready job: its priority, then its id, which rises with the time of enqueueing.
-type Place = (u16, JobId);
+type ReadyKey = (u16, StoredJobId);
 
 /// The ready jobs, sorted once over all queues and once per queue, so that a search in one queue does not iterate over the
 /// jobs of other queues.
 #[derive(Debug, Default)]
 pub(super) struct ReadyQueue {
-    all: BTreeSet<Place>,
-    by_queue: HashMap<String, BTreeSet<Place>>,
+    all: BTreeSet<ReadyKey>,
+    by_queue: HashMap<String, BTreeSet<ReadyKey>>,
 }
 
 impl ReadyQueue {
-    pub(super) fn insert(&mut self, job: &Job) {
+    pub(super) fn insert(&mut self, job: &StoredJob) {
         self.all.insert(job.place());
         // The entry API would clone the queue's name for every job, even if the queue exists.
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
@@ -32,7 +32,7 @@ impl ReadyQueue {
     }
 
     /// Removes a job. Does nothing if the job is not ready.
-    pub(super) fn remove(&mut self, job: &Job) {
+    pub(super) fn remove(&mut self, job: &StoredJob) {
         self.all.remove(&job.place());
         if let Some(queue) = self.by_queue.get_mut(&job.spec.queue) {
             queue.remove(&job.place());
@@ -44,7 +44,7 @@ impl ReadyQueue {
     }
 
     /// Returns the next job in `queues`, without removing it. An empty list means all queues.
-    pub(super) fn first(&self, queues: &[String]) -> Option<JobId> {
+    pub(super) fn first(&self, queues: &[String]) -> Option<StoredJobId> {
         let place = if queues.is_empty() {
             self.all.first().copied()
         } else {

@@ -4,17 +4,17 @@
 
 use serde::Deserialize;
 
-use super::job::{ErrorRecord, Job};
+use super::job::{ErrorRecord, StoredJob};
 
 /// The body of `POST /jobs/success`.
 #[derive(Debug, Deserialize)]
-pub(super) struct Successes {
+pub(super) struct SuccessBody {
     pub(super) ids: Vec<String>,
 }
 
 /// The body of `POST /jobs/{id}/failure`.
 #[derive(Debug, Deserialize)]
-pub(super) struct Failure {
+pub(super) struct FailureBody {
     /// The error text. It is required, because a failure without a text cannot be explained.
     message: String,
     error_type: Option<String>,
@@ -26,10 +26,10 @@ pub(super) struct Failure {
     pub(super) kill: bool,
 }
 
-impl Failure {
+impl FailureBody {
     /// Returns the record of the attempt of `job` that has just failed. The caller has already increased the job's
     /// `attempts`.
-    pub(super) fn into_record(self, job: &Job, now: u64) -> ErrorRecord {
+    pub(super) fn into_record(self, job: &StoredJob, now: u64) -> ErrorRecord {
         ErrorRecord {
             attempt: job.attempts,
             message: self.message,

@@ -45,7 +45,7 @@ impl EmbeddedServer {
     pub async fn bind(address: impl ToSocketAddrs, store: Store) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
-        store.with(|state, _| state.start());
+        store.with(|jobs, _| jobs.start());
         Ok(Self { listener, address, store, tls: None })
     }
 
@@ -72,7 +72,7 @@ impl EmbeddedServer {
         connections.execute(store.clone().keep_time());
         stop.run_until_cancelled(accept(listener, tls.map(TlsAcceptor::from), store.clone(), connections.clone()))
             .await;
-        store.with(|state, _| state.halt());
+        store.with(|jobs, _| jobs.halt());
         connections.end.cancel();
         connections.tasks.close();
         connections.tasks.wait().await;

@@ -1,4 +1,4 @@
-//! The store of jobs: the state machine under one lock, a clock, and the signals that wake waiting tasks.
+//! The store of jobs: all jobs under one lock, a clock, and the signals that wake waiting tasks.
 //!
 //! One lock is sufficient, because it is held only briefly: JSON is parsed before the lock is taken and serialized after
 //! the lock is released. Tasks wait on watch channels, because a watch channel does not lose a change that happens
@@ -10,21 +10,21 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::id::JobId;
-use super::job::{JobView, Status};
+use super::id::StoredJobId;
+use super::job::{JobStatus, JobView};
+use super::jobs::Jobs;
 use super::options::{Options, millis};
 use super::order::EnqueueRequest;
-use super::state::State;
 use crate::lock::lock;
 
 /// The jobs of an embedded server. Clones share the same jobs, which outlive the server.
 #[derive(Clone)]
 pub struct Store {
-    shared: Arc<Shared>,
+    shared: Arc<StoreShared>,
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct StoreShared {
+    jobs: Mutex<Jobs>,
     heartbeat_interval: Duration,
     /// The signal to the take streams that a job may have become ready or that a slot may have become free.
     takers: watch::Sender<()>,
@@ -37,8 +37,8 @@ impl Store {
     /// Creates an empty store.
     pub fn new(options: Options) -> Self {
         let heartbeat_interval = options.heartbeat_interval;
-        let shared = Shared {
-            state: Mutex::new(State::new(options)),
+        let shared = StoreShared {
+            jobs: Mutex::new(Jobs::new(options)),
             heartbeat_interval,
             takers: watch::Sender::new(()),
             next_due: watch::Sender::new(None),
@@ -54,44 +54,43 @@ impl Store {
     pub fn enqueue_line(&self, line: &str) -> Result<String, String> {
         let request: EnqueueRequest = serde_json::from_str(line).map_err(|error| format!("invalid JSON: {error}"))?;
         let order = request.into_order().map_err(|error| error.to_string())?;
-        let enqueued = self.with(|state, now| state.enqueue(now, order));
+        let enqueued = self.with(|jobs, now| jobs.enqueue(now, order));
         Ok(enqueued.job.id.to_string())
     }
 
     /// Returns the number of jobs with this status.
-    pub fn count(&self, status: Status) -> usize {
-        self.with(|state, _| state.jobs().filter(|job| job.status == status).count())
+    pub fn count(&self, status: JobStatus) -> usize {
+        self.with(|jobs, _| jobs.jobs().filter(|job| job.status == status).count())
     }
 
     /// Returns a job in the JSON format of `GET /jobs/{id}`, or `None` if there is no such job.
     pub fn job(&self, id: &str) -> Option<Value> {
-        let id = JobId::parse(id)?;
-        let job = self.with(|state, _| state.get(id).cloned())?;
+        let id = StoredJobId::parse(id)?;
+        let job = self.with(|jobs, _| jobs.get(id).cloned())?;
         serde_json::to_value(JobView::full(&job)).ok()
     }
 
     /// Returns all failed attempts of a job, oldest first, each in the JSON format of `GET /jobs/{id}/errors/{attempt}`.
     /// An unknown job has none.
     pub fn errors(&self, id: &str) -> Vec<Value> {
-        let records = JobId::parse(id).and_then(|id| self.with(|state, _| state.errors(id).map(<[_]>::to_vec)));
+        let records = StoredJobId::parse(id).and_then(|id| self.with(|jobs, _| jobs.errors(id).map(<[_]>::to_vec)));
         let records = records.unwrap_or_default();
         records.iter().filter_map(|record| serde_json::to_value(record).ok()).collect()
     }
 
-    /// Advances the state to the current time, runs `action` on the state, then wakes the take streams and the timer if
+    /// Advances the jobs to the current time, runs `action` on them, then wakes the take streams and the timer if
     /// needed.
-    pub(super) fn with<T>(&self, action: impl FnOnce(&mut State, u64) -> T) -> T {
-        // Ignore the poisoning, because a panic in one request must not stop all others.
-        let mut state = lock(&self.shared.state);
+    pub(super) fn with<T>(&self, action: impl FnOnce(&mut Jobs, u64) -> T) -> T {
+        let mut jobs = lock(&self.shared.jobs);
         // Read the clock under the lock, otherwise a job's `dequeued_at` could be earlier than its `ready_at`.
         let now = now_ms();
-        state.advance(now);
-        let answer = action(&mut state, now);
-        let should_look = state.take_look_flag();
-        let next_due = state.next_due();
+        jobs.advance(now);
+        let answer = action(&mut jobs, now);
+        let should_look = jobs.take_look_flag();
+        let next_due = jobs.next_due();
         // Send under the lock, otherwise this value could overwrite the value of a later state.
         self.shared.next_due.send_if_modified(|due| std::mem::replace(due, next_due) != next_due);
-        drop(state);
+        drop(jobs);
         // Wake the streams after the unlock, because the first step of a woken stream is to take the lock.
         if should_look {
             self.shared.takers.send_replace(());

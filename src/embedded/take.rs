@@ -13,7 +13,7 @@ use hyper::body::Frame;
 use tokio::sync::watch;
 
 use super::format::StreamFormat;
-use super::job::Job;
+use super::job::StoredJob;
 use super::lease::LeaseId;
 use super::store::Store;
 
@@ -56,12 +56,12 @@ impl Take {
     }
 
     /// Takes jobs for the next chunk, until the chunk is full or the state gives this stream no further job.
-    fn take_jobs(&self) -> Vec<Job> {
+    fn take_jobs(&self) -> Vec<StoredJob> {
         let mut jobs = Vec::new();
         let mut size = 0;
-        self.store.with(|state, now| {
+        self.store.with(|all, now| {
             while size < CHUNK_BYTES
-                && let Some(job) = state.take(now, self.lease)
+                && let Some(job) = all.take(now, self.lease)
             {
                 size += ENVELOPE_BYTES + job.spec.payload.get().len();
                 jobs.push(job);
@@ -71,7 +71,7 @@ impl Take {
     }
 
     /// Serializes jobs into a chunk. The store is not locked.
-    fn chunk(&self, jobs: &[Job]) -> Bytes {
+    fn chunk(&self, jobs: &[StoredJob]) -> Bytes {
         let mut chunk = Vec::new();
         for job in jobs {
             self.format.write(job, &mut chunk);
@@ -82,7 +82,7 @@ impl Take {
 
 impl Drop for Take {
     fn drop(&mut self) {
-        self.store.with(|state, _| state.close(self.lease));
+        self.store.with(|jobs, _| jobs.close(self.lease));
     }
 }
 
@@ -97,7 +97,7 @@ pub(super) fn frames(
         format,
         look_again: store.watch_for_takers(),
         heartbeat_interval: store.heartbeat_interval(),
-        lease: store.with(|state, _| state.open(prefetch, queues)),
+        lease: store.with(|jobs, _| jobs.open(prefetch, queues)),
         store,
     };
     stream::unfold(take, async |mut take| {

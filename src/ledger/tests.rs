@@ -278,7 +278,7 @@ fn a_later_attempt_gives_no_hold_back_to_the_stream_before() {
 }
 
 #[test]
-fn a_waiting_job_of_a_stale_line_costs_a_place_of_the_stream_before() {
+fn a_waiting_job_of_a_stale_line_costs_a_place_of_its_stream() {
     let (here, job) = (Here::new(8), attempt("a", 0));
     here.arrive(&job);
     let first = here.stream.replace(here.open_stream());
@@ -299,7 +299,7 @@ fn a_released_job_costs_its_stream_a_place() {
 }
 
 #[test]
-fn the_answer_for_an_earlier_malformed_delivery_settles_no_later_one() {
+fn an_answer_for_a_malformed_delivery_settles_no_later_one() {
     let (here, job) = (Here::new(8), Attempt { id: "a".into(), attempts: None });
     running(&here, &job);
     let seen = here.held(&job);

@@ -26,14 +26,14 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for Json
         writer.write_str("{\"timestamp\":\"")?;
         SystemTime.format_time(&mut writer)?;
         write!(writer, "\",\"level\":\"{}\"", event.metadata().level())?;
-        let mut members = Members::default();
+        let mut members = JsonMembers::default();
         for span in context.event_scope().into_iter().flatten() {
             let extensions = span.extensions();
             let fields = extensions.get::<FormattedFields<JsonFields>>().map_or("", |fields| fields.as_str());
             members.push_all(fields, span.name() == "job");
         }
         event.record(&mut members);
-        let Members { event, job } = &members;
+        let JsonMembers { event, job } = &members;
         write_escaped(&mut writer, event)?;
         if let Some(job) = job.strip_prefix(',') {
             writer.write_str(",\"job\":{")?;
@@ -46,12 +46,12 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for Json
 
 /// The members of a line's JSON object, and of its `job` object. A comma precedes each member.
 #[derive(Debug, Default)]
-struct Members {
+struct JsonMembers {
     event: String,
     job: String,
 }
 
-impl Members {
+impl JsonMembers {
     /// Adds the members of the JSON object `object`: to `job` if `are_of_job`, else to `event`.
     fn push_all(&mut self, object: &str, are_of_job: bool) {
         let fields = object.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')).unwrap_or_default();
@@ -74,7 +74,7 @@ impl Members {
     }
 }
 
-impl Visit for Members {
+impl Visit for JsonMembers {
     fn record_f64(&mut self, field: &Field, value: f64) {
         self.push(field, &value);
     }

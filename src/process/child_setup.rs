@@ -23,7 +23,7 @@ use super::open_files::OpenFiles;
 use super::poll_until;
 use super::signals::action_of;
 use super::stack::Stack;
-use super::starter::{Starter, Way};
+use super::starter::{StartMethod, Starter};
 
 /// The longest pause between two checks of whether the child has executed its program.
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
@@ -41,7 +41,7 @@ pub(super) struct ChildSetup {
     handled_signals: &'static [c_int],
     open_files: OpenFiles,
     pub(super) stack: Stack,
-    pub(super) way: Way,
+    pub(super) way: StartMethod,
     /// The pipe on which a child with a copy of the memory reports an error.
     error_pipe: Option<ErrorPipe>,
     /// A word that is not 0 until the child leaves this process's memory. The kernel sets the word to 0 at `execve` or at the
@@ -86,7 +86,7 @@ impl ChildSetup {
 
     /// Opens the error pipe of a child that needs one, and returns the child's end.
     pub(super) fn open_error_pipe(&mut self) -> io::Result<Option<OwnedFd>> {
-        if self.way == Way::Sharing {
+        if self.way == StartMethod::Sharing {
             return Ok(None);
         }
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;

@@ -252,11 +252,11 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::process::Way;
+    use crate::process::StartMethod;
     use crate::process::spawn::{spawn, tests::setup_of};
 
     fn sleeping_group() -> Group {
-        let child = spawn(setup_of(Way::Sharing, "sleep", None)).unwrap();
+        let child = spawn(setup_of(StartMethod::Sharing, "sleep", None)).unwrap();
         Group::of(child, Children::of_this_process())
     }
 

@@ -12,7 +12,7 @@
 //!
 //! Until `wait4`, the process number cannot be reused, so a signal to the process or to the group reaches no other job. A child
 //! whose setup fails exits at once, and `ChildSetup::failure` returns the error. A child with a copy of the memory
-//! (`Way::Copying`) reports its `execve` or its error through a pipe. When a job is dropped, its child is killed, and the
+//! (`StartMethod::Copying`) reports its `execve` or its error through a pipe. When a job is dropped, its child is killed, and the
 //! [`reaper`] keeps the `ChildSetup` until the child is reaped.
 
 mod census;
@@ -65,7 +65,7 @@ pub(crate) use read_delay::ReadDelay;
 pub(crate) use resident::Resident;
 pub use rustix::process::Signal;
 pub(crate) use signals::{is_ignored, keep_exit_statuses, without_signals};
-pub(crate) use starter::{Starter, Trial, Way};
+pub(crate) use starter::{StartMethod, Starter, Trial};
 
 /// The time for which output is still read after the leader's exit if another process holds a pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(100);

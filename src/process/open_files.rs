@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::starter::Way;
+use super::starter::StartMethod;
 
 /// The number of descriptors that this process needs apart from its children: for the runtime, the log and connections.
 const OTHER_DESCRIPTORS: u64 = 64;
@@ -30,7 +30,7 @@ pub(crate) struct OpenFiles {
 impl OpenFiles {
     /// Raises the soft limit on open files so that `processes` children can run at once. Also returns an error if the limit stays
     /// too low.
-    pub(crate) fn ensure(processes: usize, way: Way) -> (Self, Result<(), TooFewDescriptors>) {
+    pub(crate) fn ensure(processes: usize, way: StartMethod) -> (Self, Result<(), TooFewDescriptors>) {
         let needed = way.descriptors() * processes as u64 + OTHER_DESCRIPTORS;
         let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
         let handed_down = *HANDED_DOWN.get_or_init(|| current);

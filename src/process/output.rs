@@ -68,14 +68,14 @@ pub(super) async fn read_lines(
     mut tail: Option<&mut Tail>,
 ) {
     let Some(pipe) = pipe else { return };
-    let mut lines = Lines::default();
+    let mut lines = LineSplitter::default();
     let on_line = |line: &str| printer.print(channel, line);
     let mut take = |chunk: &[u8]| {
         read.fetch_add(chunk.len() as u64, Ordering::Relaxed);
         if printer.wants(channel) {
             lines.push(chunk, &on_line);
         } else {
-            lines = Lines::default();
+            lines = LineSplitter::default();
         }
         if let Some(tail) = &mut tail {
             tail.push(chunk);
@@ -127,7 +127,7 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
 pub(super) struct SharedOutput {
     pipe: OwnedFd,
     channel: Channel,
-    lines: Mutex<Lines>,
+    lines: Mutex<LineSplitter>,
 }
 
 impl SharedOutput {
@@ -216,12 +216,12 @@ fn read_some(pipe: &OwnedFd, portion: usize, take: impl FnOnce(&[u8])) -> Result
 
 /// A splitter of bytes into lines. Invalid UTF-8 is replaced, and a line longer than `MAX_LINE_BYTES` is cut.
 #[derive(Debug, Default)]
-struct Lines {
+struct LineSplitter {
     partial: Vec<u8>,
     left_out: usize,
 }
 
-impl Lines {
+impl LineSplitter {
     fn push(&mut self, mut chunk: &[u8], on_line: &impl Fn(&str)) {
         while let Some(end) = memchr::memchr(b'\n', chunk) {
             let (line, rest) = (&chunk[..end], &chunk[end + 1..]);
@@ -323,7 +323,7 @@ mod tests {
     fn lines(chunks: &[&[u8]]) -> Vec<String> {
         let seen = RefCell::new(Vec::new());
         let on_line = |line: &str| seen.borrow_mut().push(line.to_owned());
-        let mut lines = Lines::default();
+        let mut lines = LineSplitter::default();
         for chunk in chunks {
             lines.push(chunk, &on_line);
         }

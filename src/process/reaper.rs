@@ -28,10 +28,10 @@ pub(super) struct Killed {
 
 /// The list of killed children that are not reaped yet. Clones share the list.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Reaper(Arc<Shared>);
+pub(super) struct Reaper(Arc<ReaperShared>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct ReaperShared {
     state: Mutex<ReaperState>,
     added: Condvar,
 }

@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_
 use super::child_setup::{ChildSetup, child_main};
 use super::signals::without_signals;
 use super::stack::Stack;
-use super::starter::Way;
+use super::starter::StartMethod;
 
 /// A child that leads its own process group.
 #[derive(Debug)]
@@ -52,12 +52,12 @@ pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
 /// lock, allocate nothing, and not write to `errno`.
 #[expect(unsafe_code, reason = "no safe wrapper starts a process that shares memory")]
 pub(super) unsafe fn clone(
-    way: Way,
+    way: StartMethod,
     child_main: extern "C" fn(*mut c_void) -> c_int,
     argument: *mut c_void,
     stack: &Stack,
 ) -> io::Result<(Pid, Option<OwnedFd>)> {
-    let flags = libc::SIGCHLD | if way == Way::Sharing { libc::CLONE_VM | libc::CLONE_PIDFD } else { 0 };
+    let flags = libc::SIGCHLD | if way == StartMethod::Sharing { libc::CLONE_VM | libc::CLONE_PIDFD } else { 0 };
     let mut pidfd = -1;
     // SAFETY: the child inherits this thread's mask, which blocks all signals, so no signal handler of this process runs in the
     // child. The child has a stack of its own. The kernel copies the table of descriptors, the working directory and the signal
@@ -69,8 +69,8 @@ pub(super) unsafe fn clone(
     };
     match way {
         // SAFETY: the kernel has just opened the descriptor, and nothing else owns it.
-        Way::Sharing if pidfd >= 0 => Ok((id, Some(unsafe { OwnedFd::from_raw_fd(pidfd) }))),
-        Way::Sharing => {
+        StartMethod::Sharing if pidfd >= 0 => Ok((id, Some(unsafe { OwnedFd::from_raw_fd(pidfd) }))),
+        StartMethod::Sharing => {
             // An old kernel ignores CLONE_PIDFD. Kill the child and wait for its end, because the caller frees the shared memory
             // after the error.
             let _ = kill_process(id, Signal::KILL);
@@ -78,7 +78,7 @@ pub(super) unsafe fn clone(
             Err(io::Error::other("the kernel gives no pidfd"))
         }
         // The process id cannot be reused until this process reaps the child, so the pidfd is the child's.
-        Way::Copying => Ok((id, pidfd_open(id, PidfdFlags::empty()).ok())),
+        StartMethod::Copying => Ok((id, pidfd_open(id, PidfdFlags::empty()).ok())),
     }
 }
 
@@ -93,14 +93,14 @@ pub(super) mod tests {
     use crate::process::starter::Starter;
     use crate::process::{Command, OpenFiles, Program};
 
-    pub(in crate::process) fn setup_of(way: Way, program: &str, cwd: Option<&str>) -> ChildSetup {
+    pub(in crate::process) fn setup_of(way: StartMethod, program: &str, cwd: Option<&str>) -> ChildSetup {
         let program = Program::find(program.into(), vec!["600".into()], Some(&"/bin:/usr/bin".into())).unwrap();
         let command = Command::new(&program, [], cwd.map(std::path::Path::new)).unwrap();
         let starter = Starter::new(way, OpenFiles::ensure(1, way).0);
         ChildSetup::of(&starter, Arc::new(command), &[], [None; 3]).unwrap()
     }
 
-    const WAYS: [Way; 2] = [Way::Sharing, Way::Copying];
+    const WAYS: [StartMethod; 2] = [StartMethod::Sharing, StartMethod::Copying];
 
     fn end_of(child: &Child) {
         let _ = kill_process_group(child.id, Signal::KILL);
@@ -153,7 +153,7 @@ pub(super) mod tests {
     #[expect(unsafe_code, reason = "nothing else looks at that memory")]
     async fn a_child_has_far_more_stack_than_it_uses() {
         for cwd in [None, Some("/no/such/directory")] {
-            let setup = setup_of(Way::Sharing, "sleep", cwd);
+            let setup = setup_of(StartMethod::Sharing, "sleep", cwd);
             let bottom = setup.stack.bottom();
             // SAFETY: the range is the stack, and no child runs on it yet.
             unsafe { bottom.write_bytes(0xa5, SIZE) };

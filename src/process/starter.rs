@@ -1,4 +1,4 @@
-//! [`Starter`]: the state shared by all starts of processes. [`Trial`]: a test that finds the [`Way`] of starting processes that
+//! [`Starter`]: the state shared by all starts of processes. [`Trial`]: a test that finds the [`StartMethod`] of starting processes that
 //! works on this machine.
 
 use std::io;
@@ -18,14 +18,14 @@ use super::stack::Stacks;
 
 /// The way of starting processes, which differs in the memory that a child uses until `execve`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum StartMethod {
     /// The child shares this process's memory, and the kernel returns a pidfd for the child.
     Sharing,
     /// The child has a copy of the memory, as by `fork`. Slower, but works where a sandbox or an emulator refuses `Sharing`.
     Copying,
 }
 
-impl Way {
+impl StartMethod {
     /// Returns the number of descriptors that this process needs for one child: this process's ends of stdin, stdout and stderr,
     /// the pidfd, the child's three ends during the start, and with `Copying` the error pipe.
     pub(super) fn descriptors(self) -> u64 {
@@ -39,13 +39,13 @@ impl Way {
 /// The state that all starts of processes share.
 #[derive(Debug)]
 pub(crate) struct Starter {
-    pub(super) way: Way,
+    pub(super) way: StartMethod,
     pub(super) stacks: Stacks,
     pub(super) open_files: OpenFiles,
 }
 
 impl Starter {
-    pub(crate) fn new(way: Way, open_files: OpenFiles) -> Self {
+    pub(crate) fn new(way: StartMethod, open_files: OpenFiles) -> Self {
         Self { way, stacks: Stacks::default(), open_files }
     }
 }
@@ -53,9 +53,9 @@ impl Starter {
 /// The result of a trial start of a process that exits at once.
 #[derive(Debug)]
 pub(crate) enum Trial {
-    /// [`Way::Sharing`] works.
+    /// [`StartMethod::Sharing`] works.
     Usual,
-    /// Only [`Way::Copying`] works. Contains the error of [`Way::Sharing`].
+    /// Only [`StartMethod::Copying`] works. Contains the error of [`StartMethod::Sharing`].
     Slow(io::Error),
     /// Neither way works, or the machine lacks a resource.
     Impossible(io::Error),
@@ -64,22 +64,22 @@ pub(crate) enum Trial {
 impl Trial {
     /// Starts a process in each way until one works, or until the machine lacks a resource. Takes well under a millisecond.
     pub(crate) fn of_this_machine() -> Self {
-        match try_start(Way::Sharing) {
+        match try_start(StartMethod::Sharing) {
             Ok(()) => Self::Usual,
             Err(error) if is_shortage(&error) => Self::Impossible(error),
-            Err(refused) => match try_start(Way::Copying) {
+            Err(refused) => match try_start(StartMethod::Copying) {
                 Ok(()) => Self::Slow(refused),
                 Err(error) => Self::Impossible(error),
             },
         }
     }
 
-    /// Returns the way to start processes from now on. `Impossible` leads to [`Way::Sharing`], because a shortage of resources
+    /// Returns the way to start processes from now on. `Impossible` leads to [`StartMethod::Sharing`], because a shortage of resources
     /// may be temporary. If it is not, each start fails with its own error.
-    pub(crate) fn way(&self) -> Way {
+    pub(crate) fn way(&self) -> StartMethod {
         match self {
-            Self::Usual | Self::Impossible(_) => Way::Sharing,
-            Self::Slow(_) => Way::Copying,
+            Self::Usual | Self::Impossible(_) => StartMethod::Sharing,
+            Self::Slow(_) => StartMethod::Copying,
         }
     }
 }
@@ -103,24 +103,24 @@ const LONGEST_EXIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 
 /// Starts a process that ends at once, and checks everything that a real start relies on.
 #[expect(unsafe_code, reason = "see `clone`")]
-fn try_start(way: Way) -> io::Result<()> {
+fn try_start(way: StartMethod) -> io::Result<()> {
     let trace = Trace { uses_our_memory: AtomicU32::new(1), ..Trace::default() };
     let stack = Stacks::default().take()?;
     // SAFETY: `trace` and the stack live until the child is reaped, below. `leave` meets the requirements of `clone`.
     let (id, pidfd) = unsafe { clone(way, leave, ptr::from_ref(&trace).cast_mut().cast(), &stack) }?;
     let told = pidfd.is_some_and(|pidfd| tells_of_exit(&pidfd));
-    if way == Way::Sharing && !told {
+    if way == StartMethod::Sharing && !told {
         let _ = kill_process(id, Signal::KILL);
     }
     while matches!(waitpid(Some(id), WaitOptions::empty()), Err(Errno::INTR)) {}
     let problem = match way {
-        Way::Copying => None,
-        Way::Sharing if !told => Some("the kernel does not tell when a child exits"),
-        Way::Sharing if !trace.was_shared.load(Ordering::Acquire) => Some("a child does not share memory"),
-        Way::Sharing if trace.uses_our_memory.load(Ordering::Acquire) != 0 => {
+        StartMethod::Copying => None,
+        StartMethod::Sharing if !told => Some("the kernel does not tell when a child exits"),
+        StartMethod::Sharing if !trace.was_shared.load(Ordering::Acquire) => Some("a child does not share memory"),
+        StartMethod::Sharing if trace.uses_our_memory.load(Ordering::Acquire) != 0 => {
             Some("the kernel does not tell when a child has left the memory that it shares")
         }
-        Way::Sharing => None,
+        StartMethod::Sharing => None,
     };
     problem.map_or(Ok(()), |problem| Err(io::Error::other(problem)))
 }
@@ -155,6 +155,6 @@ mod tests {
     #[test]
     fn both_ways_work_here() {
         assert!(matches!(Trial::of_this_machine(), Trial::Usual));
-        try_start(Way::Copying).unwrap();
+        try_start(StartMethod::Copying).unwrap();
     }
 }

@@ -19,7 +19,7 @@ use crate::watch;
 #[derive(Debug)]
 pub(super) struct Activity {
     pub(super) started: Instant,
-    state: watch::Sender<State>,
+    state: watch::Sender<IdleState>,
     /// The open streams, in a channel of their own because they change far less often than `state`.
     pub(super) connection: watch::Sender<Connection>,
     loops: Vec<Slot>,
@@ -89,12 +89,12 @@ pub(crate) struct Connection {
 
 /// The values that decide whether the worker is idle.
 #[derive(Debug, Default)]
-struct State {
+struct IdleState {
     is_taking: bool,
     unfinished: usize,
 }
 
-impl State {
+impl IdleState {
     /// Reports whether the worker is idle. A worker without a taking stream is not idle, because the server can have waiting
     /// jobs.
     fn is_idle(&self) -> bool {
@@ -211,7 +211,7 @@ impl Activity {
     /// count, because the server can hold back more jobs until it receives the reports.
     pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
         let (mut states, mut movements) = (self.state.subscribe(), ledger.movements());
-        while states.wait_for(State::is_idle).await.is_ok() {
+        while states.wait_for(IdleState::is_idle).await.is_ok() {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => return,

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use zizq_worker::embedded::{Backoff, EmbeddedServer, Options, Status, Store};
+use zizq_worker::embedded::{EmbeddedServer, JobStatus, Options, ServerBackoff, Store};
 
 /// The time limit of each wait for an event. Only a failing test waits this long.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -88,7 +88,7 @@ impl Server {
         Connection::http1(self.address).await.take(query).await
     }
 
-    async fn count_is(&self, status: Status, count: usize) {
+    async fn count_is(&self, status: JobStatus, count: usize) {
         soon(async {
             while self.store.count(status) != count {
                 tokio::time::sleep(Duration::from_millis(2)).await;
@@ -254,7 +254,7 @@ async fn a_stream_takes_one_job_at_a_time_unless_it_asks_for_more() {
     assert_eq!(one.id().await, ids[0]);
     let mut two = server.take("?prefetch=2").await;
     assert_eq!([two.id().await, two.id().await], [ids[1].clone(), ids[2].clone()]);
-    assert_eq!((server.store.count(Status::InFlight), server.store.count(Status::Ready)), (3, 1));
+    assert_eq!((server.store.count(JobStatus::InFlight), server.store.count(JobStatus::Ready)), (3, 1));
 }
 
 #[tokio::test]
@@ -278,7 +278,7 @@ async fn a_stream_gets_jobs_of_the_queues_it_names() {
     assert_eq!(stream.id().await, wanted);
     let wanted = server.enqueue_in("other", "1", "");
     assert_eq!(stream.id().await, wanted);
-    assert_eq!(server.store.count(Status::Ready), 1);
+    assert_eq!(server.store.count(JobStatus::Ready), 1);
 }
 
 #[tokio::test]
@@ -298,7 +298,7 @@ async fn a_closed_connection_returns_its_jobs_with_attempts_unchanged() {
     stream.id().await;
     stream.id().await;
     drop(stream);
-    server.count_is(Status::Ready, 3).await;
+    server.count_is(JobStatus::Ready, 3).await;
     let job = server.store.job(&ids[0]).unwrap();
     assert_eq!((&job["attempts"], &job["status"]), (&json!(0), &json!("ready")));
     // The job stays ahead of younger jobs.
@@ -313,7 +313,7 @@ async fn a_reset_http2_stream_returns_its_jobs() {
     let mut stream = connection.take_on("").await;
     stream.id().await;
     drop(stream);
-    server.count_is(Status::Ready, 1).await;
+    server.count_is(JobStatus::Ready, 1).await;
     assert_eq!(connection.send(Method::GET, "/health", "").await.status(), 200);
 }
 
@@ -327,7 +327,7 @@ async fn a_closed_http2_connection_returns_all_its_jobs() {
         stream.id().await;
     }
     drop(connection);
-    server.count_is(Status::Ready, 2).await;
+    server.count_is(JobStatus::Ready, 2).await;
 }
 
 #[tokio::test]
@@ -337,7 +337,7 @@ async fn a_report_counts_by_id_while_its_job_is_in_flight() {
     let mut stream = server.take("").await;
     stream.id().await;
     drop(stream);
-    server.count_is(Status::Ready, 1).await;
+    server.count_is(JobStatus::Ready, 1).await;
     let (status, body) = server.call(Method::POST, &format!("/jobs/{id}/success"), "").await;
     assert_eq!((status, body), (404, json!({"error": "job not found in in-flight set"})));
     assert_eq!(server.fail(&id, json!({"message": "no"})).await.0, 404);
@@ -364,7 +364,7 @@ async fn bulk_success_acknowledges_jobs_in_flight_and_names_the_rest() {
 
 #[tokio::test]
 async fn a_failed_job_is_redelivered_with_one_attempt_more() {
-    let backoff = Backoff { base: Duration::ZERO, exponent: 0.0, jitter: Duration::ZERO };
+    let backoff = ServerBackoff { base: Duration::ZERO, exponent: 0.0, jitter: Duration::ZERO };
     let server = Server::with(Options { backoff, ..Options::default() }).await;
     let id = server.enqueue_in("q", "1", r#","backoff":{"exponent":-60,"base_ms":30,"jitter_ms":0}"#);
     let mut stream = server.take("").await;
@@ -401,7 +401,7 @@ async fn a_killed_job_is_dead() {
     stream.id().await;
     let (status, job) = server.fail(&id, json!({"message": "no", "kill": true})).await;
     assert_eq!((status, &job["status"], &job["attempts"]), (200, &json!("dead"), &json!(1)));
-    assert_eq!(server.store.count(Status::Dead), 1);
+    assert_eq!(server.store.count(JobStatus::Dead), 1);
 }
 
 #[tokio::test]
@@ -411,7 +411,7 @@ async fn a_failure_needs_a_message() {
     let mut stream = server.take("").await;
     stream.id().await;
     assert_eq!(server.fail(&id, json!({"error_type": "E"})).await.0, 400);
-    assert_eq!(server.store.count(Status::InFlight), 1);
+    assert_eq!(server.store.count(JobStatus::InFlight), 1);
 }
 
 #[tokio::test]
@@ -420,7 +420,7 @@ async fn a_job_for_later_arrives_when_it_is_due() {
     let mut stream = server.take("").await;
     let due = now() + 60;
     server.enqueue_in("q", "1", &format!(r#","ready_at":{due}"#));
-    assert_eq!(server.store.count(Status::Scheduled), 1);
+    assert_eq!(server.store.count(JobStatus::Scheduled), 1);
     let job = stream.job().await;
     assert!(job["dequeued_at"].as_u64().unwrap() >= due);
 }
@@ -432,13 +432,18 @@ async fn the_in_flight_limit_spans_all_connections() {
     let mut first = server.take("?prefetch=0").await;
     assert_eq!([first.id().await, first.id().await], [ids[0].clone(), ids[1].clone()]);
     let mut second = server.take("?prefetch=0").await;
+    // These requests give the server time to send the third job, which would exceed the limit.
+    for _ in 0..50 {
+        server.get("/health").await;
+    }
+    assert_eq!(server.store.count(JobStatus::Ready), 1);
     server.succeed(&ids[0]).await;
     // Either stream can receive the third job, but only after the success above.
     tokio::select! {
         id = first.id() => assert_eq!(id, ids[2]),
         id = second.id() => assert_eq!(id, ids[2]),
     }
-    assert_eq!(server.store.count(Status::InFlight), 2);
+    assert_eq!(server.store.count(JobStatus::InFlight), 2);
 }
 
 #[tokio::test]
@@ -454,7 +459,7 @@ async fn an_unlimited_stream_takes_no_more_than_its_client_reads() {
     for _ in 0..50 {
         server.get("/health").await;
     }
-    assert!(server.store.count(Status::Ready) > 100);
+    assert!(server.store.count(JobStatus::Ready) > 100);
     for _ in 1..400 {
         assert!(stream.line().await.is_some_and(|line| line.len() > payload.len()));
     }
@@ -470,7 +475,7 @@ async fn the_successor_of_a_stopped_server_redelivers_its_jobs() {
     let mut idle = server.take("").await;
     let (address, store) = server.stop().await;
     assert_eq!((stream.line().await, idle.line().await), (None, None));
-    assert_eq!(store.count(Status::Ready), 1);
+    assert_eq!(store.count(JobStatus::Ready), 1);
     let server = Server::on(&address.to_string(), store).await;
     let job = server.take("").await.job().await;
     assert_eq!((&job["id"], &job["attempts"]), (&json!(id), &json!(0)));

@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use tempfile::TempDir;
-use zizq_worker::handler::{Mode, Pool};
+use zizq_worker::handler::{Mode, PoolSettings};
 use zizq_worker::{ExecDispatcher, Handler, Handlers, Lifecycle, Program, Worker, WorkerConfig};
 
 use crate::support::{
@@ -225,7 +225,7 @@ fn a_worker_dropped_in_a_warm_job_leaves_no_process() {
     let program = Program::find(script.into_os_string(), Vec::new(), None).unwrap();
     let path = std::env::var_os("PATH").unwrap();
     let env = vec![("DIR".into(), dir.path().as_os_str().to_owned()), ("PATH".into(), path)];
-    let handler = Handler { mode: Mode::Warm(Pool::default()), env, ..Handler::new(program) };
+    let handler = Handler { mode: Mode::Warm(PoolSettings::default()), env, ..Handler::new(program) };
     let handlers = Handlers { default: Some(handler), ..Handlers::default() };
     let config = WorkerConfig { url: server.url.parse().unwrap(), ..WorkerConfig::default() };
     let lines = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap_or_default();

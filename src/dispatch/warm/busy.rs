@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::member::{Member, ProcessState, Stop};
+use super::member::{Member, ProcessState, StopRequest};
 use super::wire::{NoReply, Reply, Wire};
 use super::{HANG_UP, Idle, Pool};
 use crate::dispatch::deadline::cause_to_terminate;
@@ -140,7 +140,7 @@ impl Busy {
             }
         };
         match self.pool.reason_to_recycle(&self.member, reply.is_last) {
-            Some(reason) => self.pool.retire(&self.member, reason, Stop::Retire),
+            Some(reason) => self.pool.retire(&self.member, reason, StopRequest::Retire),
             None => {
                 self.pool.waiting().give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
                 // If the process has ended since its reply, its keeper may already have finished, and no longer removes the
@@ -165,11 +165,11 @@ impl Busy {
         let (cause, violation) = match end {
             ExchangeEnd::Stopped(cause) => {
                 let reason = if cause == Cause::Timeout { "timeout" } else { "kill" };
-                self.pool.retire(&self.member, reason, Stop::Terminate);
+                self.pool.retire(&self.member, reason, StopRequest::Terminate);
                 (Some(cause), None)
             }
             ExchangeEnd::NoReply(NoReply::Invalid(what)) => {
-                self.pool.retire(&self.member, "protocol", Stop::Kill);
+                self.pool.retire(&self.member, "protocol", StopRequest::Kill);
                 (None, Some(what))
             }
             ExchangeEnd::NoReply(NoReply::Closed | NoReply::Unread) => {
@@ -180,7 +180,7 @@ impl Busy {
                     () = lifecycle.reached(Phase::Killing) => false,
                 };
                 if !exited {
-                    self.pool.retire(&self.member, HANG_UP, Stop::Terminate);
+                    self.pool.retire(&self.member, HANG_UP, StopRequest::Terminate);
                 }
                 (None, (!exited).then(|| "it has closed its connection without a reply".to_owned()))
             }
@@ -214,7 +214,7 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         if self.wire.is_some() || self.member.work().state == ProcessState::Busy {
-            self.member.stop(Stop::Kill);
+            self.member.stop(StopRequest::Kill);
         }
     }
 }

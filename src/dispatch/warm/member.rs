@@ -32,7 +32,7 @@ const PEAK_AGE: Duration = Duration::from_secs(1);
 
 /// A requested stop of a process. The variants are in order of severity, and a request never becomes less severe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Stop {
+pub(super) enum StopRequest {
     NotRequested,
     /// The connection is closed, so that the process exits. SIGTERM follows after `kill_grace`, and SIGKILL after another
     /// `kill_grace`.
@@ -85,7 +85,7 @@ pub(super) struct Member {
     /// The handle of the process, which the keeper drops when it ends the process.
     resident: Weak<Resident>,
     work: Mutex<Work>,
-    stop: watch::Sender<Stop>,
+    stop: watch::Sender<StopRequest>,
     end: watch::Sender<Option<Arc<End>>>,
 }
 
@@ -108,7 +108,7 @@ impl Member {
     }
 
     /// Requests a stop, and marks the process as ending. A request that is less severe than an earlier one does not replace it.
-    pub(super) fn stop(&self, stop: Stop) {
+    pub(super) fn stop(&self, stop: StopRequest) {
         self.stop.send_if_modified(|present| {
             let before = *present;
             *present = stop.max(before);
@@ -118,7 +118,7 @@ impl Member {
     }
 
     pub(super) fn is_asked_to_end(&self) -> bool {
-        *self.stop.borrow() != Stop::NotRequested
+        *self.stop.borrow() != StopRequest::NotRequested
     }
 
     /// Waits until the process and the rest of its group have ended, or the worker has given up on the process.
@@ -241,7 +241,7 @@ pub(super) fn spawn_keeper(
         span,
         resident: Arc::downgrade(&resident),
         work: Mutex::new(work),
-        stop: watch::Sender::new(Stop::NotRequested),
+        stop: watch::Sender::new(StopRequest::NotRequested),
         end: watch::Sender::new(None),
     });
     let keeper = Keeper { pool: Arc::clone(pool), member: Arc::clone(&member), lifecycle: lifecycle.clone() };
@@ -294,14 +294,14 @@ impl Keeper {
     async fn wait_for_exit(&self, resident: &Resident) -> Option<Termination> {
         let mut stops = self.member.stop.subscribe();
         let grace = self.pool.handler.kill_grace;
-        if *stops.borrow_and_update() == Stop::NotRequested {
+        if *stops.borrow_and_update() == StopRequest::NotRequested {
             tokio::select! {
                 biased;
                 () = resident.exited() => return None,
                 _ = stops.changed() => {}
             }
         }
-        if *stops.borrow_and_update() == Stop::Retire {
+        if *stops.borrow_and_update() == StopRequest::Retire {
             tokio::select! {
                 biased;
                 () = resident.exited() => return None,
@@ -309,7 +309,7 @@ impl Keeper {
                 () = sleep(grace) => {}
             }
         }
-        if *stops.borrow_and_update() == Stop::Kill {
+        if *stops.borrow_and_update() == StopRequest::Kill {
             return Some(resident.kill(last_wait(&self.lifecycle)).await);
         }
         Some(self.terminate(resident, grace).await)
@@ -321,7 +321,7 @@ impl Keeper {
             tokio::select! {
                 biased;
                 () = self.lifecycle.reached(Phase::Forcing) => {}
-                _ = stops.wait_for(|stop| *stop == Stop::Kill) => {}
+                _ = stops.wait_for(|stop| *stop == StopRequest::Kill) => {}
             }
         };
         resident.terminate(grace, skip_grace, last_wait(&self.lifecycle)).await

@@ -39,7 +39,7 @@ use crate::process::Resident;
 pub(super) use busy::{Busy, HandlerHealth};
 use line::Waiting;
 pub(super) use line::{Idle, InLine};
-use member::{End, Member, ProcessState, Stop, spawn_keeper};
+use member::{End, Member, ProcessState, StopRequest, spawn_keeper};
 pub(super) use processes::Processes;
 use starting::Socket;
 pub(super) use starting::{StartError, Starting};
@@ -56,7 +56,7 @@ const HANG_UP: &str = "hang-up";
 pub(super) struct Pool {
     name: String,
     handler: Handler,
-    settings: handler::Pool,
+    settings: handler::PoolSettings,
     processes: Arc<Processes>,
     /// The places for jobs. A job holds its place while it waits for a process and while it runs.
     jobs: Places,
@@ -80,7 +80,7 @@ impl Pool {
     /// of `before`, whose remaining processes count towards the limit.
     pub(super) fn new(
         handler: &Handler,
-        settings: &handler::Pool,
+        settings: &handler::PoolSettings,
         concurrency: usize,
         processes: &Arc<Processes>,
         before: Option<&Self>,
@@ -197,7 +197,7 @@ impl Pool {
             pid = member.pid,
             "idle handler process has closed its connection or sent a line without a job"
         );
-        self.retire(member, HANG_UP, Stop::Terminate);
+        self.retire(member, HANG_UP, StopRequest::Terminate);
     }
 
     /// Removes a process from the idle processes, if it is one of them.
@@ -206,7 +206,7 @@ impl Pool {
     }
 
     /// Ends a process. Logs the reason, and records it as the reason for the start of a replacement.
-    fn retire(&self, member: &Member, reason: &'static str, stop: Stop) {
+    fn retire(&self, member: &Member, reason: &'static str, stop: StopRequest) {
         let jobs = member.work().jobs;
         info!(handler = self.name, pid = member.pid, reason, jobs, "handler process is ended");
         self.record_vacancy(reason);
@@ -224,7 +224,7 @@ impl Pool {
     pub(super) fn renew(&self) {
         self.generation.fetch_add(1, Ordering::Relaxed);
         let idle = std::mem::take(&mut self.waiting().idle);
-        idle.iter().for_each(|idle| self.retire(&idle.member, "reload", Stop::Retire));
+        idle.iter().for_each(|idle| self.retire(&idle.member, "reload", StopRequest::Retire));
     }
 
     /// Ends a process if it is idle and there is a reason to end it. Otherwise the order of the idle processes does not change.
@@ -243,7 +243,7 @@ impl Pool {
         match reason {
             None => {}
             Some(HANG_UP) => self.retire_hung_up(member),
-            Some(reason) => self.retire(member, reason, Stop::Retire),
+            Some(reason) => self.retire(member, reason, StopRequest::Retire),
         }
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tokio_util::task::TaskTracker;
 
 use super::Pool;
-use super::member::{Member, Stop};
+use super::member::{Member, StopRequest};
 use crate::dispatch::{HandlerProcess, ProcessStarts};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::lock::lock;
@@ -43,18 +43,18 @@ impl Processes {
 
     /// Ends all processes, and waits until their process groups have ended. Must not be called while a job runs.
     pub(in crate::dispatch) async fn finish(&self, lifecycle: &Lifecycle) {
-        self.stop_all(Stop::Retire);
+        self.stop_all(StopRequest::Retire);
         self.tasks.close();
         let mut gone = pin!(self.tasks.wait());
         tokio::select! {
             biased;
             () = &mut gone => return,
-            () = lifecycle.reached(Phase::Killing) => self.stop_all(Stop::Terminate),
+            () = lifecycle.reached(Phase::Killing) => self.stop_all(StopRequest::Terminate),
         }
         gone.await;
     }
 
-    pub(super) fn stop_all(&self, stop: Stop) {
+    pub(super) fn stop_all(&self, stop: StopRequest) {
         for (pool, member) in self.all() {
             pool.remove_idle(&member);
             member.stop(stop);
@@ -63,7 +63,7 @@ impl Processes {
 
     /// Kills all processes, and does not wait until they have ended.
     pub(in crate::dispatch) fn kill(&self) {
-        self.stop_all(Stop::Kill);
+        self.stop_all(StopRequest::Kill);
     }
 
     /// Returns the status of each process.

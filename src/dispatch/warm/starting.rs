@@ -11,7 +11,7 @@ use tokio::net::UnixListener;
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::member::{End, Member, ProcessState, Stop};
+use super::member::{End, Member, ProcessState, StopRequest};
 use super::wire::Wire;
 use super::{Idle, Pool};
 use crate::dispatch::brake::Begin;
@@ -56,7 +56,7 @@ impl Starting {
     pub(in crate::dispatch) async fn end(mut self) -> Duration {
         let took = self.member.started.elapsed();
         drop(self.wire.take());
-        self.member.stop(Stop::Retire);
+        self.member.stop(StopRequest::Retire);
         self.member.ended().await;
         took
     }
@@ -66,7 +66,7 @@ impl Drop for Starting {
     fn drop(&mut self) {
         // The wire of a connected process is `None` once the process has been given to a job or the pool.
         if self.wire.get().is_some() || self.member.work().state == ProcessState::Starting {
-            self.member.stop(Stop::Kill);
+            self.member.stop(StopRequest::Kill);
         }
     }
 }
@@ -89,7 +89,7 @@ impl Begin for Starting {
             end = self.member.ended() => Err(self.not_connected(&end)),
             never = self.warn_of_slow_start() => match never {},
             () = tokio::time::sleep_until(self.member.started + limit) => {
-                self.member.stop(Stop::Kill);
+                self.member.stop(StopRequest::Kill);
                 self.member.ended().await;
                 let limit = humantime::format_duration(limit);
                 let what = format!("did not connect to ZIZQ_SOCKET within {limit}");

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::dispatch::result_file::{NumberOrText, Verdict, Written};
+use crate::dispatch::result_file::{NumberOrText, Verdict, WrittenVerdict};
 use crate::job::{Job, JobId};
 
 /// The maximum size of a reply in bytes.
@@ -46,7 +46,7 @@ pub(super) enum NoReply {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Line {
+struct ReplyLine {
     id: Option<String>,
     ok: Option<bool>,
     #[serde(default)]
@@ -167,14 +167,15 @@ fn escape_separators(json: &Bytes) -> Bytes {
 
 fn parse(line: &[u8], id: &JobId) -> Result<Reply, String> {
     let line_of = |problem: String| format!("{problem}: {}", excerpt(line));
-    let parsed: Line = serde_json::from_slice(line).map_err(|error| line_of(format!("it sent no reply, {error}")))?;
-    let Line { id: named, ok, last, message, error_type, backtrace, retry_in, retry_at, kill } = parsed;
+    let parsed: ReplyLine =
+        serde_json::from_slice(line).map_err(|error| line_of(format!("it sent no reply, {error}")))?;
+    let ReplyLine { id: named, ok, last, message, error_type, backtrace, retry_in, retry_at, kill } = parsed;
     let named = named.ok_or_else(|| line_of("its reply has no id".to_owned()))?;
     if named != id.as_str() {
         return Err(line_of("it replied for another job".to_owned()));
     }
     let ok = ok.ok_or_else(|| line_of("its reply has no ok".to_owned()))?;
-    let written = Written { message, error_type, backtrace, retry_in, retry_at, kill };
+    let written = WrittenVerdict { message, error_type, backtrace, retry_in, retry_at, kill };
     let failure =
         if ok { None } else { Some(Verdict::of(written).map_err(|problem| format!("in its reply {problem}"))?) };
     Ok(Reply { failure, is_last: last })

@@ -1,4 +1,4 @@
-//! [`Route`]: the endpoint that is selected by a method and a path.
+//! [`Endpoint`]: the endpoint that is selected by a method and a path.
 //!
 //! A path is split before its parts are percent-decoded, so an encoded slash does not split an id. A known path with an
 //! unsupported method gets a 405, and an unknown path gets a 404.
@@ -10,7 +10,7 @@ use super::answer::Rejection;
 
 /// The endpoint of a request.
 #[derive(Debug, PartialEq)]
-pub(super) enum Route {
+pub(super) enum Endpoint {
     Health,
     Version,
     Queues,
@@ -32,7 +32,7 @@ pub(super) enum Route {
     Reset,
 }
 
-impl Route {
+impl Endpoint {
     /// Parses a method and a path. `HEAD` is treated as `GET`, because hyper omits the body of the answer to a `HEAD`
     /// request. A fixed name such as `bulk` is never an id, even with a method that is allowed only for ids.
     pub(super) fn parse(method: &Method, path: &str) -> Result<Self, Rejection> {
@@ -95,14 +95,14 @@ mod tests {
 
     #[test]
     fn an_id_is_percent_decoded() {
-        let route = Route::parse(&Method::POST, "/jobs/a%20b/success").unwrap();
-        assert_eq!(route, Route::Complete("a b".to_owned()));
+        let endpoint = Endpoint::parse(&Method::POST, "/jobs/a%20b/success").unwrap();
+        assert_eq!(endpoint, Endpoint::Complete("a b".to_owned()));
     }
 
     #[test]
     fn an_unknown_path_is_not_found() {
         for path in ["/nope", "/jobs/", "//jobs", "/jobs/a/b", "/jobs/a/b/c/d", "/"] {
-            assert!(matches!(Route::parse(&Method::GET, path), Err(Rejection::NotFound(_))), "{path}");
+            assert!(matches!(Endpoint::parse(&Method::GET, path), Err(Rejection::NotFound(_))), "{path}");
         }
     }
 }

@@ -7,19 +7,19 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::id::{IdSource, JobId};
-use super::job::{ErrorRecord, Job, Spec, Status};
+use super::id::{IdSource, StoredJobId};
+use super::job::{ErrorRecord, JobStatus, Spec, StoredJob};
 use super::lease::{LeaseId, Leases};
-use super::options::{Backoff, DEAD_RETENTION_MS, Options, RETRY_LIMIT};
+use super::options::{DEAD_RETENTION_MS, Options, RETRY_LIMIT, ServerBackoff};
 use super::order::Order;
 use super::page::{Direction, PageRequest};
 use super::patch::Patch;
 use super::ready::ReadyQueue;
-use super::report::Failure;
+use super::report::FailureBody;
 
 #[derive(Debug)]
 struct Entry {
-    job: Job,
+    job: StoredJob,
     /// The failed attempts, oldest first.
     errors: Vec<ErrorRecord>,
 }
@@ -27,23 +27,23 @@ struct Entry {
 /// The result of an enqueue: a new job, or the job that already holds the unique key.
 #[derive(Debug)]
 pub(super) struct Enqueued {
-    pub(super) job: Job,
+    pub(super) job: StoredJob,
     pub(super) duplicate: bool,
 }
 
 /// All jobs, and the indexes over them.
 #[derive(Debug)]
-pub(super) struct State {
+pub(super) struct Jobs {
     options: Options,
     ids: IdSource,
     /// The jobs by id. Ids sort in the order of enqueueing, so the map yields the jobs oldest first.
-    jobs: BTreeMap<JobId, Entry>,
+    jobs: BTreeMap<StoredJobId, Entry>,
     ready: ReadyQueue,
     /// The time of each job's next change: `ready_at` for a scheduled job, `purge_at` for a finished job. Other jobs have
     /// no entry.
-    due: BTreeSet<(u64, JobId)>,
+    due: BTreeSet<(u64, StoredJobId)>,
     /// The job that last claimed each unique key.
-    unique: HashMap<String, JobId>,
+    unique: HashMap<String, StoredJobId>,
     leases: Leases,
     /// Whether a take stream may now be able to take a job, because a job has become ready or a slot has become free.
     /// The store reads and clears this flag after each operation.
@@ -51,7 +51,7 @@ pub(super) struct State {
     is_halted: bool,
 }
 
-impl State {
+impl Jobs {
     pub(super) fn new(options: Options) -> Self {
         Self {
             options,
@@ -84,8 +84,8 @@ impl State {
             // Remove the entry, otherwise the loop would find it again and never end.
             self.due.pop_first();
             match self.jobs.get(&id).map(|entry| entry.job.status) {
-                Some(Status::Scheduled) => self.make_ready(id),
-                Some(Status::Completed | Status::Dead) => drop(self.forget(id)),
+                Some(JobStatus::Scheduled) => self.make_ready(id),
+                Some(JobStatus::Completed | JobStatus::Dead) => drop(self.forget(id)),
                 _ => {}
             }
         }
@@ -105,7 +105,7 @@ impl State {
         if ready_at > now {
             self.due.insert((ready_at, id));
         } else {
-            job.status = Status::Ready;
+            job.status = JobStatus::Ready;
             self.ready.insert(&job);
             self.takers_should_look = true;
         }
@@ -115,7 +115,7 @@ impl State {
 
     /// Returns the existing job that blocks `spec` because of the unique key. The index may name a job whose status no
     /// longer blocks the key, so the status is checked too.
-    fn holder_of_key(&self, spec: &Spec) -> Option<&Job> {
+    fn holder_of_key(&self, spec: &Spec) -> Option<&StoredJob> {
         let unique = spec.unique.as_ref()?;
         let job = self.get(*self.unique.get(&unique.key)?)?;
         unique.scope.covers(job.status).then_some(job)
@@ -130,7 +130,7 @@ impl State {
     /// Takes the next job for a stream. Returns `None` if no job is ready, the stream is full or closed, the limit on
     /// jobs in flight is reached, or the server has halted. Takes one job per call, so that the prefetch and the limit
     /// are checked for each job.
-    pub(super) fn take(&mut self, now: u64, lease: LeaseId) -> Option<Job> {
+    pub(super) fn take(&mut self, now: u64, lease: LeaseId) -> Option<StoredJob> {
         let limit = self.options.in_flight_limit;
         if self.is_halted || (limit > 0 && self.leases.held() >= limit) {
             return None;
@@ -139,7 +139,7 @@ impl State {
         let job = &mut self.jobs.get_mut(&id)?.job;
         self.ready.remove(job);
         self.leases.hold(lease, id);
-        job.status = Status::InFlight;
+        job.status = JobStatus::InFlight;
         job.dequeued_at = Some(now);
         Some(job.clone())
     }
@@ -167,7 +167,7 @@ impl State {
     }
 
     /// Completes a job. Returns false if the job is not in flight.
-    pub(super) fn complete(&mut self, now: u64, id: JobId) -> bool {
+    pub(super) fn complete(&mut self, now: u64, id: StoredJobId) -> bool {
         if !self.release(id) {
             return false;
         }
@@ -177,13 +177,13 @@ impl State {
             job.spec.retention?.completed_ms
         });
         // As on the real server, a completed job without a retention of its own is not kept.
-        self.finish(id, Status::Completed, now, own.unwrap_or_default());
+        self.finish(id, JobStatus::Completed, now, own.unwrap_or_default());
         true
     }
 
     /// Records a failed attempt, and either schedules a retry or marks the job as dead. Returns `None` if the job is not in
     /// flight. `chance`, from 0 to 1, scales the jitter of the backoff.
-    pub(super) fn fail(&mut self, now: u64, id: JobId, failure: Failure, chance: f64) -> Option<Job> {
+    pub(super) fn fail(&mut self, now: u64, id: StoredJobId, failure: FailureBody, chance: f64) -> Option<StoredJob> {
         if !self.release(id) {
             return None;
         }
@@ -200,32 +200,32 @@ impl State {
     }
 
     /// Schedules a retry. If `time` is in the past, the next [`advance`](Self::advance) makes the job ready.
-    fn retry(&mut self, id: JobId, time: u64) -> Option<Job> {
+    fn retry(&mut self, id: StoredJobId, time: u64) -> Option<StoredJob> {
         // Restore the key now, not when the job becomes ready, because a scheduled job blocks its unique key too.
         self.restore_key(id);
         let job = &mut self.jobs.get_mut(&id)?.job;
-        job.status = Status::Scheduled;
+        job.status = JobStatus::Scheduled;
         job.ready_at = time;
         self.due.insert((time, id));
         Some(job.clone())
     }
 
     /// Marks a job as dead, and keeps it for its retention.
-    fn bury(&mut self, id: JobId, now: u64) -> Option<Job> {
+    fn bury(&mut self, id: StoredJobId, now: u64) -> Option<StoredJob> {
         let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
-        self.finish(id, Status::Dead, now, own.unwrap_or(DEAD_RETENTION_MS))
+        self.finish(id, JobStatus::Dead, now, own.unwrap_or(DEAD_RETENTION_MS))
     }
 
-    pub(super) fn get(&self, id: JobId) -> Option<&Job> {
+    pub(super) fn get(&self, id: StoredJobId) -> Option<&StoredJob> {
         self.jobs.get(&id).map(|entry| &entry.job)
     }
 
-    pub(super) fn errors(&self, id: JobId) -> Option<&[ErrorRecord]> {
+    pub(super) fn errors(&self, id: StoredJobId) -> Option<&[ErrorRecord]> {
         self.jobs.get(&id).map(|entry| entry.errors.as_slice())
     }
 
     /// Returns one page of a job's failed attempts, plus one more attempt if there is a next page.
-    pub(super) fn errors_on(&self, id: JobId, page: &PageRequest<u32>) -> Option<Vec<ErrorRecord>> {
+    pub(super) fn errors_on(&self, id: StoredJobId, page: &PageRequest<u32>) -> Option<Vec<ErrorRecord>> {
         let errors = self.errors(id)?.iter().cloned();
         let cursor = page.cursor;
         Some(match page.direction {
@@ -241,12 +241,16 @@ impl State {
     }
 
     /// Returns all jobs, oldest first.
-    pub(super) fn jobs(&self) -> impl Iterator<Item = &Job> {
+    pub(super) fn jobs(&self) -> impl Iterator<Item = &StoredJob> {
         self.jobs.values().map(|entry| &entry.job)
     }
 
     /// Returns the jobs after `cursor` in `direction`, or all jobs if there is no cursor.
-    pub(super) fn jobs_from(&self, cursor: Option<JobId>, direction: Direction) -> Box<dyn Iterator<Item = &Job> + '_> {
+    pub(super) fn jobs_from(
+        &self,
+        cursor: Option<StoredJobId>,
+        direction: Direction,
+    ) -> Box<dyn Iterator<Item = &StoredJob> + '_> {
         let bound = cursor.map_or(Bound::Unbounded, Bound::Excluded);
         match direction {
             Direction::Asc => Box::new(self.jobs.range((bound, Bound::Unbounded)).map(job_of)),
@@ -256,7 +260,7 @@ impl State {
 
     /// Applies a patch to a job. Returns `None` if the job does not exist or is finished. A job in flight stays with the
     /// stream that holds it.
-    pub(super) fn patch(&mut self, now: u64, id: JobId, patch: &Patch) -> Option<Job> {
+    pub(super) fn patch(&mut self, now: u64, id: StoredJobId, patch: &Patch) -> Option<StoredJob> {
         let job = &mut self.jobs.get_mut(&id)?.job;
         if job.status.is_finished() {
             return None;
@@ -265,9 +269,9 @@ impl State {
         self.ready.remove(job);
         self.due.remove(&(job.ready_at, id));
         patch.apply(job, now);
-        if job.status == Status::Scheduled {
+        if job.status == JobStatus::Scheduled {
             self.due.insert((job.ready_at, id));
-        } else if job.status == Status::Ready {
+        } else if job.status == JobStatus::Ready {
             self.ready.insert(job);
             self.takers_should_look = true;
         }
@@ -275,14 +279,14 @@ impl State {
     }
 
     /// Applies a patch to the matching jobs that are not finished, and returns the number of patched jobs.
-    pub(super) fn patch_matching(&mut self, now: u64, patch: &Patch, matches: impl Fn(&Job) -> bool) -> usize {
-        let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
+    pub(super) fn patch_matching(&mut self, now: u64, patch: &Patch, matches: impl Fn(&StoredJob) -> bool) -> usize {
+        let ids: Vec<StoredJobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
         ids.iter().filter(|id| self.patch(now, **id, patch).is_some()).count()
     }
 
     /// Removes a job in any state. If the job is in flight, its slot in the stream becomes free. Returns false if there
     /// is no such job.
-    pub(super) fn delete(&mut self, id: JobId) -> bool {
+    pub(super) fn delete(&mut self, id: StoredJobId) -> bool {
         self.release(id);
         let Some(job) = self.forget(id) else {
             return false;
@@ -295,31 +299,31 @@ impl State {
     }
 
     /// Removes the matching jobs, and returns the number of removed jobs.
-    pub(super) fn delete_matching(&mut self, matches: impl Fn(&Job) -> bool) -> usize {
-        let ids: Vec<JobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
+    pub(super) fn delete_matching(&mut self, matches: impl Fn(&StoredJob) -> bool) -> usize {
+        let ids: Vec<StoredJobId> = self.jobs().filter(|job| matches(job)).map(|job| job.id).collect();
         ids.iter().filter(|id| self.delete(**id)).count()
     }
 
     /// Releases a job from the stream that holds it, and notes that a slot is free. Returns false if no stream holds the
     /// job.
-    fn release(&mut self, id: JobId) -> bool {
+    fn release(&mut self, id: StoredJobId) -> bool {
         let released = self.leases.release(id);
         self.takers_should_look |= released;
         released
     }
 
     /// Makes a scheduled or a requeued job ready.
-    fn make_ready(&mut self, id: JobId) {
+    fn make_ready(&mut self, id: StoredJobId) {
         self.restore_key(id);
         if let Some(entry) = self.jobs.get_mut(&id) {
-            entry.job.status = Status::Ready;
+            entry.job.status = JobStatus::Ready;
             self.ready.insert(&entry.job);
             self.takers_should_look = true;
         }
     }
 
     /// Registers the unique key of a retried or requeued job again, unless the key is registered for another job.
-    fn restore_key(&mut self, id: JobId) {
+    fn restore_key(&mut self, id: StoredJobId) {
         if let Some(entry) = self.jobs.get(&id)
             && let Some(unique) = &entry.job.spec.unique
         {
@@ -329,7 +333,7 @@ impl State {
 
     /// Sets the final status of a job and the time of its removal, and returns the job. If `keep_ms` is 0, removes the
     /// job at once.
-    fn finish(&mut self, id: JobId, status: Status, now: u64, keep_ms: u64) -> Option<Job> {
+    fn finish(&mut self, id: StoredJobId, status: JobStatus, now: u64, keep_ms: u64) -> Option<StoredJob> {
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = status;
         if keep_ms == 0 {
@@ -342,7 +346,7 @@ impl State {
     }
 
     /// Removes a job and its unique key. The key stays if it is registered for another job.
-    fn forget(&mut self, id: JobId) -> Option<Job> {
+    fn forget(&mut self, id: StoredJobId) -> Option<StoredJob> {
         let job = self.jobs.remove(&id)?.job;
         if let Some(unique) = &job.spec.unique
             && self.unique.get(&unique.key) == Some(&id)
@@ -356,7 +360,7 @@ impl State {
 /// Returns the time of a failed job's next attempt, or `None` if the job is not retried.
 ///
 /// As on the real server, `kill` takes precedence over `retry_at`, which takes precedence over the retry limit.
-fn retry_time(backoff: Backoff, job: &Job, failure: &Failure, now: u64, chance: f64) -> Option<u64> {
+fn retry_time(backoff: ServerBackoff, job: &StoredJob, failure: &FailureBody, now: u64, chance: f64) -> Option<u64> {
     if failure.kill {
         return None;
     }
@@ -369,15 +373,15 @@ fn retry_time(backoff: Backoff, job: &Job, failure: &Failure, now: u64, chance: 
     (job.attempts <= limit).then(|| now.saturating_add(delay))
 }
 
-fn job_of<'a>((_, entry): (&JobId, &'a Entry)) -> &'a Job {
+fn job_of<'a>((_, entry): (&StoredJobId, &'a Entry)) -> &'a StoredJob {
     &entry.job
 }
 
-fn new_job(id: JobId, spec: Spec, ready_at: u64) -> Job {
-    Job {
+fn new_job(id: StoredJobId, spec: Spec, ready_at: u64) -> StoredJob {
+    StoredJob {
         id,
         spec: Arc::new(spec),
-        status: Status::Scheduled,
+        status: JobStatus::Scheduled,
         ready_at,
         attempts: 0,
         dequeued_at: None,

@@ -1,19 +1,19 @@
 //! Tests of the state machine, with fixed times instead of a clock.
 
 use super::*;
-use crate::embedded::Backoff;
+use crate::embedded::ServerBackoff;
 use crate::embedded::order::EnqueueRequest;
 use std::time::Duration;
 
 const NOW: u64 = 1_000_000;
 
 fn options() -> Options {
-    let backoff = Backoff { base: Duration::from_millis(100), exponent: 1.0, jitter: Duration::ZERO };
+    let backoff = ServerBackoff { base: Duration::from_millis(100), exponent: 1.0, jitter: Duration::ZERO };
     Options { backoff, ..Options::default() }
 }
 
-fn state() -> State {
-    State::new(options())
+fn state() -> Jobs {
+    Jobs::new(options())
 }
 
 fn order(json: &str) -> Order {
@@ -21,29 +21,29 @@ fn order(json: &str) -> Order {
     request.into_order().unwrap()
 }
 
-fn enqueue(state: &mut State, extra: &str) -> JobId {
+fn enqueue(state: &mut Jobs, extra: &str) -> StoredJobId {
     let json = format!(r#"{{"type":"t","queue":"q","payload":null{extra}}}"#);
     state.enqueue(NOW, order(&json)).job.id
 }
 
-fn failure(json: &str) -> Failure {
+fn failure(json: &str) -> FailureBody {
     serde_json::from_str(json).unwrap()
 }
 
-fn plain_failure() -> Failure {
+fn plain_failure() -> FailureBody {
     failure(r#"{"message":"no"}"#)
 }
 
 /// Opens a stream over all queues, with an unlimited prefetch.
-fn open(state: &mut State) -> LeaseId {
+fn open(state: &mut Jobs) -> LeaseId {
     state.open(0, Vec::new())
 }
 
-fn take(state: &mut State, lease: LeaseId) -> Option<JobId> {
+fn take(state: &mut Jobs, lease: LeaseId) -> Option<StoredJobId> {
     state.take(NOW, lease).map(|job| job.id)
 }
 
-fn status(state: &State, id: JobId) -> Option<Status> {
+fn status(state: &Jobs, id: StoredJobId) -> Option<JobStatus> {
     state.get(id).map(|job| job.status)
 }
 
@@ -62,7 +62,7 @@ fn a_stream_gets_jobs_of_its_queues_only() {
 
 #[test]
 fn the_in_flight_limit_spans_all_streams() {
-    let mut state = State::new(Options { in_flight_limit: 1, ..options() });
+    let mut state = Jobs::new(Options { in_flight_limit: 1, ..options() });
     let ids = [(); 2].map(|()| enqueue(&mut state, ""));
     let (one, other) = (open(&mut state), open(&mut state));
     assert_eq!(take(&mut state, one), Some(ids[0]));
@@ -96,7 +96,7 @@ fn a_completed_job_is_gone_unless_it_is_kept() {
     assert!(state.complete(NOW, gone) && state.complete(NOW, kept));
     assert_eq!(status(&state, gone), None);
     let job = state.get(kept).unwrap();
-    assert_eq!((job.status, job.completed_at, job.purge_at), (Status::Completed, Some(NOW), Some(NOW + 50)));
+    assert_eq!((job.status, job.completed_at, job.purge_at), (JobStatus::Completed, Some(NOW), Some(NOW + 50)));
     state.advance(NOW + 49);
     assert!(status(&state, kept).is_some());
     state.advance(NOW + 50);
@@ -111,7 +111,7 @@ fn a_failed_job_waits_out_its_backoff() {
     let lease = open(&mut state);
     take(&mut state, lease);
     let job = state.fail(NOW, id, plain_failure(), 0.0).unwrap();
-    assert_eq!((job.status, job.attempts, job.ready_at), (Status::Scheduled, 1, NOW + 1_100));
+    assert_eq!((job.status, job.attempts, job.ready_at), (JobStatus::Scheduled, 1, NOW + 1_100));
     assert_eq!(job.failed_at, Some(NOW));
     assert_eq!(state.next_due(), Some(NOW + 1_100));
     state.advance(NOW + 1_099);
@@ -135,7 +135,7 @@ fn more_failures_than_the_retry_limit_are_death() {
     let mut state = state();
     let id = enqueue(&mut state, r#","retry_limit":1"#);
     let lease = open(&mut state);
-    for expected in [Status::Scheduled, Status::Dead] {
+    for expected in [JobStatus::Scheduled, JobStatus::Dead] {
         state.advance(NOW * 2);
         take(&mut state, lease);
         let job = state.fail(NOW, id, plain_failure(), 0.0).unwrap();
@@ -152,12 +152,12 @@ fn retry_at_beats_the_retry_limit_and_kill_beats_both() {
     take(&mut state, lease);
     let report = failure(r#"{"message":"later","retry_at":5}"#);
     let job = state.fail(NOW, id, report, 0.0).unwrap();
-    assert_eq!((job.status, job.ready_at), (Status::Scheduled, 5));
+    assert_eq!((job.status, job.ready_at), (JobStatus::Scheduled, 5));
     state.advance(NOW);
     take(&mut state, lease);
     let report = failure(r#"{"message":"never","retry_at":5,"kill":true}"#);
     let job = state.fail(NOW, id, report, 0.0).unwrap();
-    assert_eq!((job.status, job.attempts), (Status::Dead, 2));
+    assert_eq!((job.status, job.attempts), (JobStatus::Dead, 2));
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn a_dead_job_is_kept_for_a_week_by_default() {
     for id in [kept, gone] {
         take(&mut state, lease);
         let job = state.fail(NOW, id, failure(r#"{"message":"no","kill":true}"#), 0.0).unwrap();
-        assert_eq!(job.status, Status::Dead);
+        assert_eq!(job.status, JobStatus::Dead);
     }
     assert_eq!(status(&state, gone), None);
     let week = 7 * 24 * 60 * 60 * 1_000;
@@ -179,12 +179,12 @@ fn a_dead_job_is_kept_for_a_week_by_default() {
 fn a_job_for_later_becomes_ready_on_time() {
     let mut state = state();
     let id = enqueue(&mut state, &format!(r#","ready_at":{}"#, NOW + 5));
-    assert_eq!(status(&state, id), Some(Status::Scheduled));
+    assert_eq!(status(&state, id), Some(JobStatus::Scheduled));
     state.advance(NOW + 4);
-    assert_eq!(status(&state, id), Some(Status::Scheduled));
+    assert_eq!(status(&state, id), Some(JobStatus::Scheduled));
     assert!(!state.take_look_flag());
     state.advance(NOW + 5);
-    assert_eq!(status(&state, id), Some(Status::Ready));
+    assert_eq!(status(&state, id), Some(JobStatus::Ready));
     assert!(state.take_look_flag());
 }
 
