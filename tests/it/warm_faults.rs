@@ -130,12 +130,12 @@ const NONSENSE: [(&str, &str); 12] = [
     ("reply(id='other')", "replied for another job"),
     ("send('x' * (2 << 20) + '\\n'); time.sleep(1000)", "more than 1048576 bytes"),
     ("send('x' * (2 << 20)); time.sleep(1000)", "more than 1048576 bytes"),
-    ("send('hello\\n'); time.sleep(1000)", "no reply"),
-    ("send('\\n'); time.sleep(1000)", "no reply"),
-    ("send('[]\\n')", "no reply"),
+    ("send('hello\\n'); time.sleep(1000)", "its reply is invalid"),
+    ("send('\\n'); time.sleep(1000)", "its reply is invalid"),
+    ("send('[]\\n')", "its reply is invalid"),
     ("send('{}\\n')", "no id"),
     ("reply(ok=None)", "no ok"),
-    ("reply(ok='yes')", "no reply"),
+    ("reply(ok='yes')", "its reply is invalid"),
     ("server.shutdown(socket.SHUT_RDWR); time.sleep(1000)", "closed its connection without a reply"),
 ];
 

@@ -168,7 +168,7 @@ fn escape_separators(json: &Bytes) -> Bytes {
 fn parse(line: &[u8], id: &JobId) -> Result<Reply, String> {
     let line_of = |problem: String| format!("{problem}: {}", excerpt(line));
     let parsed: ReplyLine =
-        serde_json::from_slice(line).map_err(|error| line_of(format!("it sent no reply, {error}")))?;
+        serde_json::from_slice(line).map_err(|error| line_of(format!("its reply is invalid: {error}")))?;
     let ReplyLine { id: named, ok, last, message, error_type, backtrace, retry_in, retry_at, kill } = parsed;
     let named = named.ok_or_else(|| line_of("its reply has no id".to_owned()))?;
     if named != id.as_str() {
