@@ -14,7 +14,7 @@ use super::{Channel, OUTPUT_GRACE, Process, Signal, Start, Termination, clock, t
 #[derive(Debug)]
 pub(crate) struct Resident {
     group: Group,
-    /// Stdout and stderr, unless they go elsewhere.
+    /// Stdout and stderr. `None` if the worker does not read them.
     outputs: Option<[SharedOutput; 2]>,
 }
 
@@ -55,7 +55,9 @@ impl Resident {
 
     /// Returns the peak of the leader's resident memory, in bytes.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.id())).ok()?;
+        let text = fs::read(format!("/proc/{}/status", self.id())).ok()?;
+        // The process's name in the first line need not be UTF-8.
+        let text = String::from_utf8_lossy(&text);
         let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         Some(kibibytes * 1024)
@@ -96,9 +98,9 @@ impl Resident {
     /// # Errors
     /// When the leader never executed its program.
     pub(crate) async fn end(self, on_line: impl Fn(Channel, &str)) -> io::Result<WaitResult> {
-        // Otherwise the rest of the group would hold the pipes open. A process that has left the group can still do so.
+        // Kill the rest of the group, which may hold the pipes open.
         self.group.signal(Signal::KILL);
-        // After this time, only a process that has left the group can still hold a pipe open. Its output is not waited for.
+        // After `OUTPUT_GRACE`, only a process that has left the group can still hold a pipe open. Its output is not waited for.
         let _ = timeout(OUTPUT_GRACE, self.read_output(on_line)).await;
         self.group.end().await
     }

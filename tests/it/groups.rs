@@ -110,6 +110,19 @@ until [ -e $DIR/up ]; do sleep 0.01; done; wait";
     }
 }
 
+/// The kernel keeps 15 bytes of a program's name, which cuts the last character of this name in half. The child counts instead of
+/// sleeping, because a `sleep` of its group would show that the group is alive.
+#[test]
+fn a_child_whose_name_is_not_utf8_has_the_grace_too() {
+    let script = "cp /bin/sh $DIR/nightly-importü
+$DIR/nightly-importü -c 'trap \"while [ \\$((i += 1)) -lt 300000 ]; do :; done; echo saved > $DIR/saved; exit\" TERM
+echo up > $DIR/up; while :; do sleep 0.02; done' > /dev/null 2>&1 &
+until [ -e $DIR/up ]; do sleep 0.01; done; wait";
+    let (error, finished) = fail(script, "timeout = '1s'\nkill_grace = '10m'");
+    assert_eq!(error["error_type"], "Timeout");
+    assert_eq!(finished.read("saved"), "saved\n");
+}
+
 #[test]
 fn the_rest_of_the_group_is_killed_when_the_leader_exits() {
     let script = "trap '' TERM; sleep 1000 & echo $! > $DIR/left
@@ -136,7 +149,7 @@ fn a_grandchild_that_holds_the_pipes_delays_nothing() {
     assert_eq!(finished.event("stderr")["line"], "last");
 }
 
-/// The beginning of a script. It starts a process in a session of its own, which keeps the handler's three pipes open.
+/// The beginning of a script. It starts a process that leads a session of its own and keeps the handler's three pipes open.
 const DETACHED: &str = "echo before; setsid sleep 1000 <&0 & echo $! > $DIR/detached
 until [ $(ps -o sid= -p $(cat $DIR/detached)) = $(cat $DIR/detached) ]; do sleep 0.01; done";
 
@@ -221,7 +234,7 @@ fn a_process_of_another_user_is_not_taken_for_gone() {
     assert!(running.stop().has(STILL_THERE));
 }
 
-/// Stops a worker whose job survives SIGKILL, with two or three signals. Returns the time from the last signal to the exit, or
+/// Sends two or three signals to stop a worker whose job survives SIGKILL. Returns the time from the last signal to the exit, or
 /// `None` if the test cannot start a process as root.
 fn kill_with_survivor(signals: usize) -> Option<Duration> {
     let server = Server::start();
@@ -397,7 +410,7 @@ fn children(running: &Running) -> String {
     String::from_utf8(shown.stdout).unwrap()
 }
 
-/// The jobs end in six ways: success, failure, a signal, a timeout, with a leftover process, and with unread input.
+/// The jobs end in six ways: with success, a failure, a signal, a timeout, a leftover process, and unread input.
 #[test]
 fn no_job_leaves_a_descriptor_or_a_zombie_in_the_worker() {
     let server = Server::start();
