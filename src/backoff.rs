@@ -13,11 +13,11 @@ pub const DEFAULT_RETRY_MIN_WAIT: Duration = Duration::from_secs(1);
 /// soon after the server recovers.
 pub const DEFAULT_RETRY_MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// The default factor by which each wait is longer than the previous one.
+/// The default ratio of each wait to the previous one.
 pub const DEFAULT_RETRY_MULTIPLIER: f64 = 2.0;
 
-/// The maximum random extension of each wait, as a fraction of the wait. Without it, all workers that lose the server at the
-/// same moment would also reconnect at the same moment.
+/// The maximum random extension of each wait, as a fraction of the wait. Without the extension, all workers that lose the server
+/// at the same moment would also reconnect at the same moment.
 const JITTER: f64 = 0.25;
 
 /// Waits that grow by a fixed factor from a minimum to a maximum, each extended by up to 25 % at random.
@@ -115,7 +115,7 @@ pub(crate) trait Retryable {
     /// Reports whether a retry may succeed.
     fn is_retryable(&self) -> bool;
 
-    /// Returns the wait that the server has asked for, if any. [`retry`] does not let `early` end the wait sooner than that.
+    /// Returns the wait that the server has asked for, if any. In [`retry`], `early` does not end a wait sooner than that.
     fn retry_after(&self) -> Option<Duration> {
         None
     }
@@ -130,12 +130,12 @@ pub(crate) enum Early {
     Turn,
 }
 
-/// Calls `attempt` until it succeeds, or fails with an error that is not retryable, or fails once the phase `until` is reached.
-/// Reaching `until` ends a wait at once, for one last try. The first try always runs.
+/// Calls `attempt` until it succeeds or fails with an error that is not retryable. Once the phase `until` is reached, no error is
+/// retried: a try in progress is the last one, and a wait in progress ends at once, for one last try. The first try always runs.
 ///
-/// `on_error` receives each error after which `attempt` is called again, and the wait if a new one begins. A wait also ends
-/// when `early` completes, but not before the error's `retry_after`. If a try after an [`Early::Turn`] fails, the rest of the
-/// interrupted wait follows, unless the server asks for a wait.
+/// `on_error` receives each error after which `attempt` is called again, and the length of the wait if a new wait begins. A wait
+/// also ends when `early` completes, but not before the error's `retry_after`. If a try after an [`Early::Turn`] fails, the rest of
+/// the interrupted wait follows, unless the server asks for a wait.
 pub(crate) async fn retry<T, E, F, S>(
     mut waits: Waits,
     lifecycle: &Lifecycle,

@@ -132,7 +132,7 @@ async fn check_embedded(config: &Config, out: &mut impl Write) -> Result<(), Che
 fn dispatcher(config: &Config) -> Result<ExecDispatcher, CheckError> {
     let worker_id = config.worker.worker_id.to_string();
     let (handlers, concurrency) = (config.handlers.clone(), config.worker.concurrency().get());
-    // The check prints the warnings that a dispatcher logs.
+    // Suppress the warnings that a dispatcher logs, because the check itself prints them.
     let made = tracing::subscriber::with_default(NoSubscriber::new(), || {
         ExecDispatcher::new(handlers, concurrency, worker_id, &std::env::temp_dir())
     });

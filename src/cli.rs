@@ -195,8 +195,8 @@ impl Args {
 /// Prefix of each setting's environment variable.
 const PREFIX: &str = "ZIZQ_";
 
-/// Similarity (0 to 1) above which a known variable is suggested for a mistyped one. A lower limit would suggest unrelated names
-/// for short ones.
+/// Similarity (0 to 1) above which a known variable is suggested for a mistyped one. With a lower limit, unrelated variables would
+/// be suggested for short names.
 const MIN_LIKENESS: f64 = 0.8;
 
 /// Returns the name of a setting's environment variable.

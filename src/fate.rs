@@ -29,13 +29,13 @@
 //! | Failure | KeptElsewhere | InFlight | Lost | Settle |
 //! | … | Kept, KeptElsewhere | … | … | Park |
 //!
-//! The server accepts a success for any job in flight, whichever attempt that is and wherever it runs. A failure costs the job an
-//! attempt, and the server identifies the job by its id alone. So a failure is sent only while this worker holds the very
-//! attempt that failed.
+//! The server accepts a success for any job in flight, whichever attempt is in flight and whichever worker runs the job. A failure
+//! report costs the job an attempt, and the server identifies the job by its id alone. So a failure is sent only while this worker
+//! holds the very attempt that failed.
 //!
-//! If the answer to a failure report was lost, the report is sent again only after a query of the job (`GET /jobs/{id}`) has
-//! shown that the first report did not arrive. A redelivery of the same attempt shows this too. If a proxy refuses the query, the
-//! job is released (`Step::Release`), and the server then redelivers the job if it has not counted the failure.
+//! If the answer to a failure report was lost, the report is sent again only when it is known that the first report did not
+//! arrive. A query of the job (`GET /jobs/{id}`) can show this, and so can a redelivery of the same attempt. If a proxy refuses the
+//! query, the job is released (`Step::Release`). The server then redelivers the job if it has not counted the failure.
 
 use crate::job::Report;
 
@@ -94,8 +94,9 @@ pub(crate) enum Told {
     InFlight,
 }
 
-/// The hold of this worker on the attempt now, compared with the hold at an earlier moment. For a denied report, the earlier
-/// moment is when the report was sent. Otherwise, it is the last query of the job, or the start of the try if there was no query.
+/// Whether this worker holds the attempt now, and whether through the same delivery as at an earlier moment. For a denied report,
+/// the earlier moment is when the report was sent. For all others, the earlier moment is the last query of the job, or the start of
+/// the try if there was no query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
     /// The worker holds the attempt through the same delivery as before, over a stream that is still open.
@@ -126,7 +127,7 @@ pub(crate) enum Step {
     Drop,
 }
 
-/// Decides the next step for an outcome, by the table in this module's documentation.
+/// Decides the next step for an outcome, according to the table in this module's documentation.
 pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
     match (answer, kind) {
         (Answer::Accepted, _) => Step::Settle,

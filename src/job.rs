@@ -145,8 +145,8 @@ pub enum Outcome {
     Success,
     /// The work failed. Unless the failure says otherwise, the server decides whether and when to retry.
     Failure(Failure),
-    /// The work was interrupted because this worker stops. Nothing is reported, and no attempt is counted. The server requeues
-    /// the job when the stream closes.
+    /// The work was interrupted because this worker is stopping. Nothing is reported, and no attempt is counted. The server
+    /// requeues the job when the stream closes.
     Interrupted,
 }
 

@@ -1,4 +1,4 @@
-//! Runs a command for each job of a [Zizq](https://zizq.io) queue server, and reports how it ended.
+//! Runs a command for each job of a [Zizq](https://zizq.io) queue server, and reports the outcome to the server.
 //!
 //! ```text
 //! server ── GET /jobs/take ──▶ producer ──▶ dispatch queue ──▶ worker loop ──────▶ dispatcher ──▶ process ──▶ Outcome
@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Jobs flow in one direction. A worker loop runs one job at a time, and queues the job's outcome before it takes the next job.
-//! A full ack queue blocks the loops, and the server then sends no more jobs than `prefetch` allows.
+//! A full ack queue blocks the loops. The server then stops sending jobs once `prefetch` jobs are unreported.
 //!
 //! | module | content |
 //! | --- | --- |
@@ -16,7 +16,7 @@
 //! | [`handler`] | the command for a job, and its settings |
 //! | [`job`] | a job, an outcome, a failure |
 //! | [`lifecycle`] | the phases of a stop, and signals |
-//! | [`config`] | the settings, each from its flag, else its variable, else the file, else its default |
+//! | [`config`] | the settings, each from its flag, else its environment variable, else the file, else its default |
 //! | [`client`] | the calls to the server's API |
 //! | [`stream`] | the take stream and its limits |
 //! | [`backoff`] | the waits between retries |

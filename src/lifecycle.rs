@@ -59,7 +59,7 @@ pub struct Lifecycle {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LifecycleState {
     phase: Phase,
-    /// Whether a stop was asked for. Otherwise, a drain has no deadline.
+    /// Whether a stop was asked for. Until then, a drain has no deadline.
     awaited: bool,
 }
 
@@ -209,7 +209,7 @@ impl WorkerSignals {
     pub fn listen() -> io::Result<Self> {
         // Inspect the terminal first, because a registered handler for SIGHUP hides whether SIGHUP was ignored.
         let terminal = Terminal::of_this_process();
-        // Block signals during the registration, otherwise a signal that arrives before the end of it could be lost.
+        // Block signals during the registration, because a signal that arrives before the registration is complete could be lost.
         without_signals(|| {
             let signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCONT])?;
             Ok(Self { signals, hang_ups: SignalsInfo::new([SIGHUP])?, terminal })
@@ -217,7 +217,7 @@ impl WorkerSignals {
     }
 
     /// Handles signals until the process ends. The first SIGTERM or SIGINT drains, the second kills, and the third kills without
-    /// grace. A SIGHUP from the end of the terminal drains, or is ignored under nohup. Every other signal is sent to
+    /// grace. A SIGHUP that means the end of the terminal drains, or is ignored under nohup. Every other signal is sent to
     /// `requests` as a `Request`, because handling a request may take long and must not delay a stop.
     pub async fn obey(mut self, lifecycle: Lifecycle, requests: mpsc::UnboundedSender<Request>) {
         let mut count = 0;

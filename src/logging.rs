@@ -181,7 +181,7 @@ impl Write for EventWriter {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let Some(priority) = self.priority else { return Stderr.write(event) };
         let lines = event.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [priority.as_bytes(), line]);
-        // Use one write, otherwise a line of another process could come between the lines of this event.
+        // Use one write, so that no line of another process comes between the lines of this event.
         Stderr.write_all(&lines.collect::<Vec<_>>().concat())?;
         Ok(event.len())
     }

@@ -171,7 +171,7 @@ impl Metrics {
         self
     }
 
-    /// Records the start of a job. Returns the series that count the job's end, which are created unless they exist.
+    /// Records the start of a job. Returns the series that count the job's end, and creates these series unless they exist.
     pub(crate) fn job_started(
         &self,
         job: &Job,

@@ -49,7 +49,7 @@ impl Places {
     }
 
     pub(crate) async fn take(&self) -> Place {
-        // The permit is always `Ok`, because the semaphore is never closed. `Place` returns it.
+        // The result is always `Ok`, because the semaphore is never closed. The permit is given back when the `Place` is dropped.
         if let Ok(permit) = self.0.free.acquire().await {
             permit.forget();
         }

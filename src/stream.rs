@@ -70,7 +70,7 @@ pub enum Received {
     Malformed {
         /// The id in the line.
         id: JobId,
-        /// The parse error, or that the line is too long.
+        /// The parse error, or a message that the line is too long.
         reason: String,
     },
 }
@@ -200,7 +200,7 @@ impl Buffers {
     fn take(&mut self, length: usize) -> BytesMut {
         let wanted = length.max(self.usual);
         let free = self.last.iter_mut().position(|buffer| buffer.try_reclaim(wanted));
-        // Allocate twice the length, otherwise a line that outgrows the usual length would be copied again at each chunk.
+        // Allocate twice the length, so that a line that outgrows the usual length is not copied again at each chunk.
         free.and_then(|at| self.last.remove(at)).unwrap_or_else(|| BytesMut::with_capacity(wanted.max(2 * length)))
     }
 
@@ -219,8 +219,8 @@ impl Buffers {
     }
 }
 
-/// A decoder that splits the body into lines, wherever the chunks are cut. A line that lies within one chunk is returned as a
-/// slice of the chunk, not a copy.
+/// A decoder that splits the body into lines, regardless of the boundaries between chunks. A line that lies within one chunk is
+/// returned as a slice of the chunk, not a copy.
 #[derive(Debug)]
 struct Decoder {
     max_line: usize,
@@ -241,6 +241,7 @@ impl Decoder {
 
     /// Adds the next chunk of the body. All lines of the previous chunk must have been read.
     fn push(&mut self, chunk: Bytes) {
+        debug_assert!(self.chunk.is_empty());
         self.chunk = chunk;
     }
 

@@ -4,7 +4,8 @@
 /// The version of this worker.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Returns a message that says why a server's version is incompatible, or `None` if it is compatible or cannot be parsed.
+/// Returns a message that says why a server's version is incompatible, or `None` if the version is compatible or cannot be
+/// parsed.
 pub(crate) fn misfit(server: &str) -> Option<String> {
     misfit_between(VERSION, server)
 }

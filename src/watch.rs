@@ -107,7 +107,7 @@ impl<T> Sender<T> {
         self.send_modify(|slot| *slot = value);
     }
 
-    /// Calls `modify` with the value, and wakes the waiters if it returns true. Returns the result of `modify`.
+    /// Calls `modify` with the value, wakes the waiters if `modify` returns true, and returns the result of `modify`.
     pub(crate) fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
         let mut slot = lock(&self.0.slot);
         let is_modified = modify(&mut slot.value);
@@ -152,7 +152,7 @@ impl<T> Receiver<T> {
 
     async fn until(&mut self, mut is_over: impl FnMut(&Versioned<T>) -> bool) -> Result<(), Closed> {
         loop {
-            // Register for notifications before the value is read, otherwise a change between read and wait would be missed.
+            // Register for notifications before reading the value, so that a change between the read and the wait is not missed.
             let mut changed = pin!(self.shared.changed.notified());
             changed.as_mut().enable();
             let is_closed = self.shared.senders.load(Ordering::Acquire) == 0;

@@ -1,6 +1,5 @@
-//! The bare loop: for each job, a thread starts a process with three pipes, writes the input, reads both outputs and waits for
-//! the exit. The loop uses `std::process`, which calls `posix_spawn`. The kernel's work for a job is the same as under a
-//! worker.
+//! The bare loop: for each job, a thread starts a process with three pipes, writes the input, reads both outputs and waits for the
+//! exit. The loop uses `std::process`, which calls `posix_spawn`. For each job, the kernel does the same work as for a worker.
 
 use std::io::Write;
 use std::process::{Command, Stdio};

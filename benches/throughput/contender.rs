@@ -141,8 +141,8 @@ fn run_bare(bench: &Bench, contest: &Contest) -> Result<Sample> {
     })
 }
 
-/// Runs the jobs with `xargs`, which gives handlers no input and does not read their output. Its speed is an upper bound for
-/// that of a worker.
+/// Runs the jobs with `xargs`, which gives handlers no input and does not read their output. The speed of `xargs` is an upper bound
+/// for the speed of a worker.
 fn run_xargs(contest: &Contest) -> Result<Sample> {
     let started = Instant::now();
     let (reader, mut writer) = std::io::pipe()?;

@@ -41,7 +41,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, vec![Target::at_least(about, 0.95, Some(ratio(deep)))]))
 }
 
-/// Runs a worker for a minute, and returns the number of reported jobs. If `failing` is true, reports fail for ten seconds of it.
+/// Runs a worker for a minute, and returns the number of reported jobs. If `failing` is true, reports fail for ten seconds of that
+/// minute.
 fn minute(bench: &Bench, contender: &Contender, options: &[&str], failing: bool) -> Result<u64> {
     let proxy = Proxy::start(&bench.server.url)?;
     bench.server.enqueue(JOBS, &server::payload(PAYLOAD_BYTES))?;

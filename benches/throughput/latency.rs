@@ -13,7 +13,7 @@ use crate::{Result, bare, server};
 
 const JOBS: usize = 200;
 
-/// The pause before each job, after which all processes are idle again.
+/// The pause before each job. It is long enough for all processes to become idle again.
 const GAP: Duration = Duration::from_millis(20);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Section> {

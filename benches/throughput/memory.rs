@@ -58,7 +58,8 @@ fn many_jobs(bench: &Bench) -> usize {
 fn growth(bench: &Bench, contender: &Contender) -> Result<(u64, u64)> {
     let worker = contender.start(bench, 8, &["/bin/true".to_owned()], &[])?;
     let mut early = 0;
-    // Enqueue in portions, so that the server never holds more than `FEW_JOBS` jobs, and its size does not affect the run.
+    // Enqueue in portions, so that the server never holds more than `FEW_JOBS` jobs. The size of the server then does not affect
+    // the run.
     for done in (0..many_jobs(bench)).step_by(FEW_JOBS) {
         bench.server.enqueue(FEW_JOBS, &server::payload(PAYLOAD_BYTES))?;
         bench.server.wait_until_done()?;

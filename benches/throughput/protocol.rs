@@ -67,8 +67,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::new(rows, targets))
 }
 
-/// Returns a lower bound for a worker's own CPU time, relative to the bare loop: the own CPU time of the bare loop plus that of
-/// the protocol alone, divided by that of the bare loop.
+/// Returns a lower bound for a worker's own CPU time, relative to the bare loop. The bound is the sum of the own CPU times of the
+/// bare loop and of the protocol alone, divided by the own CPU time of the bare loop.
 fn floor(rows: &[Row]) -> Option<Target> {
     let [bare, protocol] = rows else { return None };
     let about = format!("(own CPU of the bare loop and of the protocol alone / bare loop), {} at once", bare.at_once);

@@ -1,5 +1,5 @@
-//! A handler that sends the time of its start, called a stamp, to the benchmark, and the receiver of the stamps. All times are
-//! from the monotonic clock, which is the same for all processes.
+//! A handler that sends the time of its start to the benchmark. Such a time is called a stamp, and [`Stamps`] receives it. All
+//! times are from the monotonic clock, which is the same for all processes.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};

@@ -23,7 +23,7 @@ const SPAWNED_PYTHON_JOBS: usize = 150;
 
 const LATENCY_JOBS: usize = 200;
 
-/// The pause before each job, after which all processes are idle again.
+/// The pause before each job. It is long enough for all processes to become idle again.
 const GAP: Duration = Duration::from_millis(20);
 
 const FEW: usize = 4;

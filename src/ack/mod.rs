@@ -19,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::places::{Place, Places};
 pub(crate) use reporter::Reporter;
 
-/// A slot in the ack queue, freed when the report is settled, parked or dropped.
+/// A report's slot in the ack queue, freed when the report is settled, parked or dropped.
 #[derive(Debug)]
 struct AckSlot {
     _place: Place,

@@ -52,10 +52,10 @@ impl Reporter {
         tokio::time::sleep(waits.next_wait()).await;
     }
 
-    /// Checks the released jobs, which are parked jobs that the server may still have in flight for this worker. If a check finds
-    /// a job in flight, the job's report is sent. The wait before a round is the first wait of the backoff, or a longer
-    /// `Retry-After`. Without a `Retry-After`, a recovery of the server ends the wait. A check that is refused or gets no answer
-    /// ends the round.
+    /// Checks the released jobs in rounds. Released jobs are parked jobs that the server may still have in flight for this worker.
+    /// If a check finds a job in flight, the job's report is sent. The wait before each round is the first wait of the backoff, or
+    /// the server's `Retry-After` if that is longer. Without a `Retry-After`, a recovery of the server ends the wait. A check that
+    /// is refused or gets no answer ends the round.
     async fn look_at_released(&self, acks: &AckQueue) {
         let (mut parkings, mut asked) = (self.ledger.parkings(), None);
         loop {

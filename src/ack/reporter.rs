@@ -120,7 +120,8 @@ impl Reporter {
     /// Makes one try to report a failure. [`fate`] decides when to send the report and when to query the state of the job.
     ///
     /// Returns `Settle`, `Park` or `Release`, and the delivery that held the job when the try sent the report. If the try sent no
-    /// report, this is the delivery at the last check of the job, or else at the start of the try.
+    /// report, returns the delivery that held the job at the last check of the job, or at the start of the try if there was no
+    /// check.
     async fn try_failure(
         &self,
         attempt: &Attempt,
@@ -151,8 +152,8 @@ impl Reporter {
                 Step::Send => {
                     seen = self.ledger.held(attempt);
                     told = Told::NotAsked;
-                    // Opening a connection may take a long time. The report is withdrawn if the delivery `seen` no longer holds
-                    // the job by then.
+                    // Opening a connection may take a long time. If the delivery `seen` no longer holds the job once the
+                    // connection is open, the report is withdrawn.
                     let is_held = self.ledger.watch_hold(attempt, seen);
                     let sent = client.failure_if(&attempt.id, failure, is_held).await;
                     if matches!(sent, Err(ClientError::Withdrawn)) {

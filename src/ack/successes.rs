@@ -22,8 +22,8 @@ use crate::lock::lock;
 /// The maximum number of ids in one bulk request, small enough for the size limits of servers and proxies.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
-/// The longest time that a success of `Urgency::Soon` waits for other successes to share its request. A request costs more than
-/// the successes in it.
+/// The longest time that a success of `Urgency::Soon` waits for other successes to share its request. The request itself costs
+/// more than the successes that it contains.
 const LONGEST_HOLD: Duration = Duration::from_millis(5);
 
 /// The number of yields to the runtime before a bulk request is built, so that jobs that end at the same moment share the
@@ -44,7 +44,7 @@ const MAX_LOOKS_IN_FLIGHT: usize = 8;
 #[derive(Default)]
 struct Gathered {
     by_server: Mutex<Vec<Bulk>>,
-    /// The signal that a success was rerouted.
+    /// The signal that a success was put back into `by_server`, to be sent in another request.
     rerouted: Notify,
 }
 
@@ -191,8 +191,8 @@ impl Reporter {
                 unsettled.into_iter().for_each(|attempt| self.drop_report(attempt, &error));
             }
         }
-        // Put the successes that still need a report back into `gathered`, for example because another server has redelivered the
-        // job.
+        // Some successes may still need a report, for example because another server has redelivered the job. Put these successes
+        // back into `gathered`.
         batch.into_iter().for_each(|success| self.reroute(gathered, success));
         if joining.is_some() {
             gathered.end(&client);
@@ -200,9 +200,9 @@ impl Reporter {
         apart
     }
 
-    /// Sends all successes in one request. If this causes a server error and `count` is greater than 1, sends them again in up to
-    /// `count` parts, so that one success that always causes a server error does not block the others forever. Returns the failed
-    /// parts, or the error if the whole try failed.
+    /// Sends all successes in one request. If the request causes a server error and `count` is greater than 1, sends the successes
+    /// again in up to `count` parts. One success that always causes a server error then does not block the others forever. Returns
+    /// the failed parts, or the error if the whole try failed.
     async fn try_parts(
         &self,
         client: &Arc<Client>,

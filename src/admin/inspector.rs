@@ -57,8 +57,8 @@ impl Inspector {
         self.controls.status(&self.lifecycle)
     }
 
-    /// Replaces the settings in force, except those that need a restart. Returns the names of the excepted settings
-    /// whose value in force differs from the value in `written`, the settings as the reload has read them.
+    /// Replaces the settings in force, except those that need a restart. `written` contains the settings as the reload has read
+    /// them. Returns the names of the settings that need a restart and whose value in `written` differs from the value in force.
     pub(crate) fn renew(&self, settings: Vec<Setting>, written: &[Setting]) -> Vec<String> {
         let mut present = lock(&self.settings);
         let (kept, _): (Vec<Setting>, Vec<Setting>) =

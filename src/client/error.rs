@@ -111,7 +111,7 @@ impl ClientError {
         }
     }
 
-    /// Reports whether this error, if the worker's first request fails with it, indicates a wrong setting, such as the url, the
+    /// Reports whether this error, as the result of the worker's first request, indicates a wrong setting, such as the url, the
     /// queues or the credentials.
     pub(crate) fn is_mistake(&self) -> bool {
         matches!(self, Self::Unsendable(_))
@@ -142,7 +142,7 @@ impl ClientError {
     }
 }
 
-/// Returns an error and its causes. The `source` of an `io::Error` skips the wrapped error, so the wrapped error follows explicitly.
+/// Returns an error and its causes. The cause of an `io::Error` is taken from `get_ref`, because `source` skips the wrapped error.
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |&error| match error.downcast_ref::<io::Error>() {
         Some(outer) => outer.get_ref().map(|inner| inner as &(dyn Error + 'static)),

@@ -18,7 +18,7 @@ const DISTURBANCE: Duration = Duration::from_secs(1);
 pub(crate) struct Health {
     failing_since: Mutex<Option<Instant>>,
     recoveries: watch::Sender<()>,
-    /// The turn to probe a failing server, so that failed calls probe one at a time.
+    /// The mutex that lets failed calls probe the server one at a time.
     probe: tokio::sync::Mutex<()>,
 }
 

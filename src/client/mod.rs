@@ -55,7 +55,7 @@ const HTTP2_KEEPALIVE: Duration = Duration::from_secs(10);
 /// The maximum number of failure reports in flight: enough to hide the round trip, few enough to spare the server.
 const MAX_FAILURES_IN_FLIGHT: usize = 8;
 
-/// The characters that a path segment or query value leaves unescaped (RFC 3986, unreserved).
+/// The characters that are escaped in a path segment or query value: all that are not unreserved (RFC 3986, section 2.3).
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// A client for one server, under one worker id. Reports share pooled connections, and each take stream has a connection of its

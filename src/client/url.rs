@@ -35,7 +35,7 @@ impl FromStr for ServerUrl {
             && !authority.as_str().contains('@')
             && uri.query().is_none()
             && !text.contains('#')
-            // A client cannot connect to port 0. An embedded server that binds port 0 would listen on an arbitrary port.
+            // Refuse port 0: a client cannot connect to port 0, and an embedded server that binds it listens on an arbitrary port.
             && authority.port_u16() != Some(0)
             && (authority.port_u16().is_some() || authority.as_str() == authority.host());
         if fits { Ok(Self(uri)) } else { Err(wanted()) }

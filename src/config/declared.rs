@@ -1,5 +1,5 @@
-//! [`Declared`]: every setting, once. Flags and help, the keys of the file, `--check`, the reload, the man page, the table of settings
-//! and the commented file are made from this list.
+//! [`Declared`]: the declaration of a setting. [`SETTINGS`]: the declarations of all settings. They are the single source for the
+//! flags and the help, the keys of the file, `--check`, the reload, the man page, the table of settings and the commented file.
 
 use std::time::Duration;
 
@@ -21,20 +21,21 @@ use crate::stream::{DEFAULT_MAX_JOB_SIZE, DEFAULT_STREAM_IDLE_TIMEOUT};
 /// The declaration of one setting.
 #[derive(Debug)]
 pub struct Declared {
-    /// The key in the file, with its table: `worker.threads`. A key in `[handler]` also stands for the same key of each `[handlers.TYPE]`.
+    /// The key in the file, with its table: `worker.threads`. A key in `[handler]` also stands for the same key in each
+    /// `[handlers.TYPE]`.
     pub key: &'static str,
-    /// The flag, after which the variable is named. `None` if only the file has the setting.
+    /// The flag. The name of the environment variable is derived from the flag's name. `None` if only the file has the setting.
     pub flag: Option<Flag>,
     /// The default, in words.
     pub default: fn() -> String,
-    /// The explanation in the commented file. It names the default unless the example is the default. Empty if the setting before
-    /// explains this one too.
+    /// The explanation in the commented file. It names the default unless the example is the default. Empty if the preceding
+    /// setting's comment also explains this setting.
     pub comment: &'static str,
     /// The value in the commented file.
     pub example: Example,
     /// The effect of a changed value on a running worker.
     pub reload: Reload,
-    /// The value in force, for people.
+    /// The way to show the effective value to people.
     pub(super) shown: Shown,
 }
 
@@ -48,7 +49,7 @@ pub struct Flag {
     pub(crate) value_name: &'static str,
     pub(crate) heading: Heading,
     pub(crate) help: &'static str,
-    /// The valid words, for the completions. Empty if other values are valid.
+    /// The words that shell completions offer. Empty if they offer none.
     pub(crate) words: fn() -> Vec<&'static str>,
     pub(crate) is_repeatable: bool,
 }
@@ -84,14 +85,14 @@ pub enum Reload {
     Restart,
 }
 
-/// The way to show the value in force.
+/// The way to show the effective value.
 #[derive(Debug)]
 pub(super) enum Shown {
     Worker(fn(&Config) -> String),
     Handler(fn(&Handler) -> String),
     /// A setting of warm handlers.
     Warm(fn(&PoolSettings) -> String),
-    /// A setting of a handler that the admin server shows in another form, because the value can contain a secret.
+    /// A handler setting whose value can contain a secret. The second function returns the form for the admin server.
     Private(fn(&Handler) -> String, fn(&Handler) -> String),
     /// The names of a handler's variables, and the files that hold their values. The admin server shows only their number.
     Variables,
@@ -112,12 +113,12 @@ impl Declared {
         }
     }
 
-    /// Returns the name that messages use. It is the flag's, or else the key without its table.
+    /// Returns the setting's name in messages: the name of the flag with underscores, or the key without its table.
     pub(super) fn name(&self) -> String {
         self.flag.as_ref().map_or(self.table_and_key().1.to_owned(), |flag| flag.name.replace('-', "_"))
     }
 
-    /// Splits the key into its table, empty for the top level, and the key within.
+    /// Splits the key into the table and the key within the table. The table is empty for a key at the top level.
     pub fn table_and_key(&self) -> (&'static str, &'static str) {
         self.key.split_once('.').unwrap_or(("", self.key))
     }

@@ -44,7 +44,7 @@ struct Tables {
 pub(super) type Keys = BTreeMap<Spanned<String>, Spanned<Value>>;
 
 /// A wrapper that accepts only a TOML table. For any other value, such as an array from `[[worker]]`, the error describes the
-/// correct form. `OF_TYPES` is true for the tables of job types.
+/// correct form. `OF_TYPES` is true for `[handlers]` and for each `[handlers.TYPE]`.
 #[derive(Debug, Default)]
 struct Table<T, const OF_TYPES: bool = false>(T);
 

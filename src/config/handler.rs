@@ -1,4 +1,4 @@
-//! [`Handler`]: the command for a job, and its settings, each with its lookup.
+//! [`Handler`]: the command for a job, and its settings. `Scope`: the lookup of these settings.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -259,8 +259,8 @@ impl Scope<'_> {
         Ok(env)
     }
 
-    /// Returns the value of a variable. An offline check does not need the permission to read a file, because systemd lets only
-    /// the worker itself read its credentials, not a command of `ExecReload=`.
+    /// Returns the value of a variable. In an offline check, a missing permission to read the value's file is only a warning:
+    /// `ExecReload=` can run such a check, and systemd lets the worker read its credentials, but not a command of `ExecReload=`.
     fn value_of(&self, name: &str, variable: &Variable, source: &Source) -> Result<OsString, ConfigError> {
         variable.resolve().or_else(|problem| {
             let is_check = self.layers.args.check() == Some(Reach::Offline);

@@ -30,8 +30,8 @@ impl Handlers {
         self.all().any(|handler| matches!(handler.mode, Mode::Warm(_)))
     }
 
-    /// Returns the number of simultaneous processes to expect if up to `concurrency` jobs run at once: the sizes of all warm
-    /// pools together, or `concurrency` if that is greater.
+    /// Returns the number of simultaneous processes to expect if up to `concurrency` jobs run at once: the sum of the sizes of all
+    /// warm pools, but at least `concurrency`.
     pub(crate) fn max_processes(&self, concurrency: usize) -> usize {
         let warm = self.all().filter_map(|handler| match &handler.mode {
             Mode::Spawn => None,
@@ -84,7 +84,7 @@ pub(super) fn resolve(layers: &Layers<'_>) -> Result<Handlers, ConfigError> {
 
 /// Warns of settings of warm handlers in a table that applies only to spawned handlers.
 fn warn_of_unused_settings(layers: &Layers<'_>, handlers: &Handlers) {
-    // The package's file contains the settings that have a default value, although its handler is spawned.
+    // Skip settings whose example is the default: the package's configuration file contains them, although its handler is spawned.
     let is_of_warm = |declared: &Declared| {
         matches!(declared.shown, Shown::Warm(_)) && !matches!(declared.example, Example::Default(_))
     };

@@ -1,4 +1,5 @@
-//! [`Layers`]: the lookup of a setting on the command line, in the environment and in the file. [`Source`]: the origin of its value.
+//! [`Layers`]: the lookup of a setting on the command line, in the environment and in the file. [`Source`]: the origin of a
+//! setting's value.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -48,7 +49,7 @@ pub(super) struct Layers<'a> {
 }
 
 /// The source of each given setting, and the text that the user wrote, by key. For a variable in `env`, the text is the path of
-/// the file that holds its value, or empty.
+/// the file that holds the variable's value, or empty if the value is given directly.
 pub(super) type Sources = BTreeMap<String, (Source, String)>;
 
 /// A parser of a raw value. The second argument is the setting's name, for messages.

@@ -60,7 +60,7 @@ impl Raw {
         self.count_up_to(name, usize::MAX)
     }
 
-    /// Parses a whole number of at least 0. Accepts 0 only as a TOML integer, because no flag takes such a number.
+    /// Parses a whole number of at least 0. Accepts 0 only as a TOML integer, because no setting that may be 0 has a flag.
     pub(super) fn count_from_0(&self, name: &str) -> Result<usize, String> {
         match self {
             Self::Toml(Value::Integer(0)) => Ok(0),

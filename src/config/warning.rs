@@ -23,7 +23,7 @@ pub enum Warning {
     FewProcesses { handler: String, max_processes: usize, concurrency: usize },
     /// Settings of warm handlers in a table whose handlers are all spawned.
     NotWarm { handler: String, settings: String },
-    /// A file with the value of a variable, which only the running worker may read.
+    /// A file that holds the value of a variable, and that only the running worker may read.
     UnreadableVariable { handler: String, variable: String, problem: String },
     /// A handler for a job type that contains `*`. The `*` matches only itself.
     Pattern { handler: String },

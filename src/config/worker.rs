@@ -143,8 +143,8 @@ impl Config {
     }
 }
 
-/// Returns the default prefetch: two jobs per worker loop, one running and one queued. With only one, a loop would idle while
-/// a report travels to the server and the next job back.
+/// Returns the default prefetch: two jobs per worker loop, one running and one queued. With only one job per loop, a loop would
+/// be idle while its report travels to the server and the next job travels to the worker.
 fn default_prefetch(concurrency: NonZeroUsize) -> NonZeroUsize {
     concurrency.saturating_add(concurrency.get())
 }

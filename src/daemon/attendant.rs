@@ -22,8 +22,8 @@ use crate::worker::{LoopStatus, RunningJob, Status};
 /// Update interval of the live line on the terminal.
 const LIVE_PERIOD: Duration = Duration::from_secs(1);
 
-/// Time that a killed worker has for its exit after the longest kill grace. It is twice the time limit of the last report
-/// attempts.
+/// Time that a worker in `Phase::Killing` has to exit, in addition to the longest kill grace. It is twice the time limit of the
+/// last report attempts.
 const MARGIN: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
@@ -43,8 +43,8 @@ pub(super) struct Attendant {
 }
 
 impl Attendant {
-    /// Handles requests until the worker has stopped. This task also notifies the watchdog, each time after it
-    /// has read the worker's status. The read takes locks that jobs take too, so a deadlock there stops the notifications.
+    /// Handles requests until the worker has stopped. This task also notifies the watchdog, each time after it has read the
+    /// worker's status. Reading the status takes locks that jobs take too, so a deadlock on these locks stops the notifications.
     pub(super) async fn attend(mut self, mut requests: UnboundedReceiver<Request>) {
         let lifecycle = self.inspector.lifecycle.clone();
         let mut ticks = self.supervisor.as_ref().map(Supervisor::period).map(ticks_every);
@@ -199,8 +199,8 @@ impl Attendant {
     }
 }
 
-/// The times at which the stop began, at which a stop was first seen to be asked for, and at which `Phase::Killing` was first
-/// seen to be reached.
+/// The time at which the stop began, and the times at which `look_at` first found that a stop was asked for (`asked`) and that
+/// `Phase::Killing` was reached (`killed`).
 struct StopTimes {
     begun: Instant,
     asked: Option<Instant>,

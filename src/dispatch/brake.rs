@@ -1,4 +1,5 @@
-//! [`Brake`]: delays the starts of a handler that keeps failing, which would otherwise fail every job in its queue.
+//! [`Brake`]: delays the starts of a handler that keeps failing, because without delays the handler would soon fail every job in
+//! its queue.
 
 use std::io;
 use std::pin::pin;
@@ -68,7 +69,7 @@ pub(super) struct Brake {
     turn: Mutex<()>,
     /// `None` while the brake is not engaged: the handler has not failed, or has worked since.
     trouble: sync::Mutex<Option<Trouble>>,
-    /// The notification that the handler works again, which ends the pause early.
+    /// The notification that ends the pause early, because the handler works again.
     released: Notify,
 }
 
@@ -107,8 +108,8 @@ impl Brake {
         self.trouble().as_ref().is_some_and(|trouble| !trouble.runs)
     }
 
-    /// Returns the end of the last pause, which may be in the past. Returns `None` if the brake is not engaged, or if a job holds
-    /// `turn`, because that job waits for the end of the pause, or its start is in progress.
+    /// Returns the end of the last pause, which may be in the past. Returns `None` if the brake is not engaged. Also returns `None`
+    /// if a job holds `turn`, because that job is waiting for the end of the pause or is starting a process.
     pub(super) fn pause_end(&self) -> Option<Instant> {
         let _turn = self.turn.try_lock().ok()?;
         self.trouble().as_ref().map(|trouble| trouble.not_before)
@@ -124,9 +125,9 @@ impl Brake {
     }
 
     /// Starts a process with `spawn`. `fault` is the error of the job's previous start, if that start failed. If the brake is
-    /// engaged or a start of this job has failed, the job waits for its turn and for the end of the pause. It keeps the turn
-    /// until the program runs, the start has failed, or the job reaches its timeout. `cut_short` ends every wait. If a process
-    /// exists at that time, its program may already run, so the process is returned together with the output of `cut_short`.
+    /// engaged or a start of this job has failed, the job waits for its turn and for the end of the pause. The job keeps the turn
+    /// until the program runs, the start has failed, or the job reaches its timeout. Every wait ends when `cut_short` completes. If
+    /// a process exists by then, its program may already run, so the process is returned together with the output of `cut_short`.
     pub(super) async fn start<T: Begin, C>(
         &self,
         fault: Option<io::Error>,
@@ -201,7 +202,8 @@ impl Brake {
                         Err(error) => error,
                     },
                     why = &mut cut_short => {
-                        // Otherwise the next start would follow at once, while the result of this one is still unknown.
+                        // Start a new pause, because otherwise the next start would follow at once, while the result of this start
+                        // is still unknown.
                         if self.proof == ProvenBy::Job {
                             self.pause();
                         }
@@ -233,22 +235,23 @@ impl Brake {
         }
     }
 
-    /// Records that a process started at `started` did not connect, unless another failure has been counted since then.
+    /// Records that the process that was started at `started` did not connect. Does nothing if another failure has been counted
+    /// since that start.
     pub(super) fn failed_since(&self, started: Instant, error: &io::Error) {
         if !self.has_failed_since(started) {
             self.failed(error);
         }
     }
 
-    /// Reports whether a failure has been counted since `started`, the time at which a process was started. Of several processes
-    /// that ran at the same time, only the first failure counts. Otherwise one fault would raise the delay to its maximum at
-    /// once.
+    /// Reports whether a failure has been counted since `started`, the time at which a process was started. If several processes
+    /// that ran at the same time fail, only the first failure is counted, because otherwise one fault would raise the delay to its
+    /// maximum at once.
     fn has_failed_since(&self, started: Instant) -> bool {
         self.trouble().as_ref().is_some_and(|trouble| started <= trouble.failed_at)
     }
 
-    /// Records that a process started at `started` ended before it had shown that the handler works. Does nothing if another
-    /// failure has been counted since that start.
+    /// Records that the process that was started at `started` ended before it had shown that the handler works. Does nothing if
+    /// another failure has been counted since that start.
     pub(super) fn crashed(&self, started: Instant, error: &str) {
         if !self.has_failed_since(started) && self.count_failure(true, error.to_owned()) {
             error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
@@ -286,9 +289,9 @@ impl Brake {
         }
     }
 
-    /// Records that a process started at `started` has done a job. Releases the brake if no failure has been counted since that
-    /// start. A process from before the last failure does not show that a new one can be started, so it releases the brake only
-    /// if the pause ended more than `LONGEST_DELAY` ago.
+    /// Records that the process that was started at `started` has done a job. Releases the brake if no failure has been counted
+    /// since that start. A process that was started before the last failure does not show that a new process can be started. Such a
+    /// process releases the brake only if the pause ended more than `LONGEST_DELAY` ago.
     pub(super) fn proven(&self, started: Instant) {
         let is_proof = |trouble: &Trouble| started > trouble.failed_at || trouble.not_before.elapsed() > LONGEST_DELAY;
         if self.trouble().as_ref().is_some_and(is_proof) {
@@ -305,8 +308,8 @@ impl Brake {
     }
 }
 
-/// Reports whether an error may be temporary. ENOENT and EACCES may be, because the program was usable when the handler was
-/// configured.
+/// Reports whether an error may be temporary. ENOENT and EACCES may be temporary, because the program was usable when the handler
+/// was configured.
 fn may_pass(error: &io::Error) -> bool {
     use Errno as E;
     matches!(

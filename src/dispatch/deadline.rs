@@ -1,4 +1,4 @@
-//! The deadlines of a process: the timeout of its handler, and the last wait for its death.
+//! The deadlines of a process: the timeout of the handler, and the last wait for a process that survives SIGKILL.
 
 use std::time::Duration;
 

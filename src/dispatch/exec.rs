@@ -95,8 +95,8 @@ impl ExecDispatcher {
         self.children.clone().reap_orphans()
     }
 
-    /// Starts a process of each warm handler, waits until it connects, and ends it. Returns each handler's name, with the time
-    /// that the process took to connect or an error.
+    /// Starts a process of each warm handler, waits until it connects, and ends it. Returns each handler's name, with either the
+    /// time until the process connected or the error.
     pub(crate) async fn start_each_warm(&self) -> Vec<(String, Result<Duration, String>)> {
         let mut tried = Vec::new();
         for route in self.routes().all() {
@@ -194,8 +194,8 @@ impl Dispatcher for ExecDispatcher {
     }
 }
 
-/// Tests how processes can be started on this system, and raises the limit of open files so that `processes` of them can run at
-/// once.
+/// Tests how processes can be started on this system. Raises the limit of open files, so that as many as `processes` handler
+/// processes can run at once.
 fn starter(processes: usize) -> Starter {
     keep_exit_statuses();
     let trial = Trial::of_this_machine();

@@ -31,7 +31,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
 /// The time limit for reading a result file. Reading 1 MiB from a disk takes milliseconds.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time limit for removing the files that handlers have left behind, when the worker ends.
+/// The time limit for the final removal of the files that handlers have left behind, when the worker ends.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A private directory for result files and for the sockets of warm processes. Dropping this removes the directory.
@@ -203,7 +203,7 @@ impl Drop for ResultDir {
 }
 
 /// Removes a directory of any depth. `fs::remove_dir_all` needs a stack frame and a descriptor for each level, so about ten
-/// thousand levels would crash the worker. This function instead moves each nested directory up to `top` before it removes the
+/// thousand levels would crash the worker. This function instead moves each nested directory into `top` before it removes that
 /// directory.
 fn remove_tree(top: &Path) -> io::Result<()> {
     loop {
@@ -307,7 +307,7 @@ impl Verdict {
     }
 }
 
-/// Returns the time after `wait` in Unix milliseconds.
+/// Returns the time that is `wait` from now, in Unix milliseconds.
 #[expect(clippy::disallowed_methods, reason = "the server schedules retries by wall time")]
 fn from_now(wait: Duration) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

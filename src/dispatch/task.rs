@@ -1,4 +1,5 @@
-//! [`Task`]: a job from the choice of its handler to its end, with all tries to start or to find a process.
+//! [`Task`]: a job that is being run, from the choice of its handler to its outcome. Starting or finding a process may take several
+//! tries.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use crate::job::{Failure, Job, Outcome};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::process::{Input, Resident, Start};
 
-/// A job, and the state that is kept from one try to run it to the next.
+/// A job, and the state that is kept between the tries to run the job.
 pub(super) struct Task<'a> {
     pub(super) job: &'a Job,
     pub(super) lifecycle: &'a Lifecycle,
@@ -202,7 +203,7 @@ fn start_error(error: &io::Error) -> Option<&StartError> {
     error.get_ref()?.downcast_ref()
 }
 
-/// Returns the reason why a start failed, for people.
+/// Describes why a start failed, for error messages.
 pub(super) async fn why_not_started(route: &Route, error: &io::Error) -> String {
     if start_error(error).is_some() { format!("{} {error}", route.brake.name) } else { route.not_started(error).await }
 }

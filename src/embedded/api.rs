@@ -37,8 +37,8 @@ const DEFAULT_PREFETCH: usize = 1;
 const NOT_IN_FLIGHT: &str = "job not found in in-flight set";
 const NO_SUCH_JOB: &str = "job not found";
 
-/// A list of jobs in an answer. `json!` instead of this struct would parse the payloads and change their text, for
-/// example the order of keys.
+/// A list of jobs in an answer. The list is not built with `json!`, because `json!` would parse the payloads and change
+/// their text, for example the order of keys.
 #[derive(Serialize)]
 struct JobList<'a> {
     jobs: Vec<JobView<'a>>,
@@ -243,8 +243,8 @@ impl Call<'_> {
         if done { Ok(no_content()) } else { Err(Rejection::NotFound(NOT_IN_FLIGHT)) }
     }
 
-    /// Completes the listed jobs that are in flight. If any listed job is not in flight, answers 422 with the ids of
-    /// these jobs. A repeated id counts once.
+    /// Completes each listed job that is in flight. If any listed jobs are not in flight, answers 422 with their ids.
+    /// A repeated id counts once.
     fn complete_bulk(&self, request: SuccessBody) -> Result<HttpAnswer, Rejection> {
         if request.ids.is_empty() {
             return Err(Rejection::BadRequest("ids must not be empty".to_owned()));
@@ -271,7 +271,7 @@ impl Call<'_> {
         Ok(self.ok(&JobView::bare(&job)))
     }
 
-    /// Lists one page of a job's failed attempts. They are removed together with the job.
+    /// Lists one page of a job's failed attempts. The attempts are removed together with the job.
     fn errors(&self, id: &str) -> Result<HttpAnswer, Rejection> {
         let mut fields = Fields::parse(self.query(), &["from", "order", "limit"])?;
         let cursor = fields.value("from")?;

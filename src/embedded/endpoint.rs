@@ -34,7 +34,7 @@ pub(super) enum Endpoint {
 
 impl Endpoint {
     /// Parses a method and a path. `HEAD` is treated as `GET`, because hyper omits the body of the answer to a `HEAD`
-    /// request. A fixed name such as `bulk` is never an id, even with a method that is allowed only for ids.
+    /// request. A fixed name such as `bulk` is never an id, so `DELETE /jobs/bulk` gets a 405.
     pub(super) fn parse(method: &Method, path: &str) -> Result<Self, Rejection> {
         let method = if method == Method::HEAD { &Method::GET } else { method };
         let path = path.strip_prefix('/').unwrap_or(path);

@@ -201,7 +201,7 @@ impl Jobs {
 
     /// Schedules a retry. If `time` is in the past, the next [`advance`](Self::advance) makes the job ready.
     fn retry(&mut self, id: StoredJobId, time: u64) -> Option<StoredJob> {
-        // Restore the key now, not when the job becomes ready, because a scheduled job blocks its unique key too.
+        // Restore the key now, not when the job becomes ready, because even a scheduled job blocks new jobs with its key.
         self.restore_key(id);
         let job = &mut self.jobs.get_mut(&id)?.job;
         job.status = JobStatus::Scheduled;

@@ -1,15 +1,15 @@
 //! An in-memory Zizq server, for `--embedded` and for tests.
 //!
-//! The server implements the part of the HTTP API that a worker, its tests and its tools need, and behaves like a real
-//! server of version [`PROTOCOL_VERSION`]. This part consists of the take stream with prefetch and heartbeats, reports by
-//! job id, retries with backoff, and lookups. Nothing is written to disk.
+//! The server implements the part of the HTTP API that a worker, its tests and its tools need: the take stream with
+//! prefetch and heartbeats, reports by job id, retries with backoff, and lookups. In this part, the server behaves like a
+//! real server of version [`PROTOCOL_VERSION`]. Nothing is written to disk.
 //!
 //! The jobs are in a [`Store`], which outlives the [`EmbeddedServer`]. A test restarts a server by stopping it and
 //! binding a new one to the same store.
 //!
-//! - [`Store`]: a lock, a clock and wake-up signals around `state`, which is the pure state machine with its
+//! - [`Store`]: a lock, a clock and wake-up signals around `jobs`, which is the pure state machine with its
 //!   `ready` queue and its `lease`s.
-//! - `api`: one function per `route`. The function parses the request, which is an `order` with its `payload`,
+//! - `api`: one function per `endpoint`. The function parses the request, which is an `order` with its `payload`,
 //!   a `patch`, a `report`, or a `query` with its `page`. Then it returns an `answer` in a `format`.
 //! - `take`: the take stream.
 //!

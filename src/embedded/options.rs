@@ -10,7 +10,7 @@ const DEFAULT_IN_FLIGHT_LIMIT: usize = 1024;
 /// `--default-retry-limit`.
 pub(super) const RETRY_LIMIT: u32 = 25;
 /// The time in milliseconds for which a dead job without a retention of its own is kept: the default of the real server's
-/// `--default-dead-job-retention`, one week, in which a failure can be investigated.
+/// `--default-dead-job-retention`, which is one week. In this time, a failure can be investigated.
 pub(super) const DEAD_RETENTION_MS: u64 = 7 * 24 * 60 * 60 * 1_000;
 
 /// The settings of a server.

@@ -13,7 +13,7 @@ use super::payload::Payload;
 
 /// The real server's default priority: the middle of the range.
 const DEFAULT_PRIORITY: u16 = 32_768;
-/// The characters in names that the real server reserves for future patterns.
+/// The characters that names must not contain, because the real server reserves them for future patterns.
 const RESERVED: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
 
 /// A checked request to enqueue one job.
@@ -24,7 +24,7 @@ pub(super) struct Order {
     pub(super) ready_at: Option<u64>,
 }
 
-/// The body of `POST /jobs`. Unknown fields are ignored, as by the real server.
+/// The body of `POST /jobs`. Unknown fields are ignored, as on the real server.
 #[derive(Debug, Deserialize)]
 pub(super) struct EnqueueRequest {
     #[serde(rename = "type")]
@@ -118,8 +118,8 @@ pub(super) fn check_name(field: &str, name: &str) -> Result<(), String> {
     }
 }
 
-/// Returns the unique key, if the request has one. Refuses a scope without a key, because it would have no effect, and a
-/// key for a batched job.
+/// Returns the unique key, if the request has one. Refuses a scope without a key, because the scope would have no effect.
+/// Also refuses a key for a batched job.
 fn unique(key: Option<String>, scope: Option<String>, is_batch: bool) -> Result<Option<Unique>, OrderError> {
     let invalid = |text: &str| OrderError::Invalid(text.to_owned());
     if scope.is_some() && key.is_none() {

@@ -50,7 +50,7 @@ pub(super) struct Patch {
     retention: Option<Option<RetentionPatch>>,
 }
 
-/// Deserializes a field that is present to `Some`, even if the field is null. An absent field becomes `None` through
+/// Deserializes a field of the body to `Some`, even if the field is null. An absent field becomes `None` through
 /// `serde(default)`.
 fn present<'de, T, D>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
 where

@@ -50,7 +50,7 @@ impl Serialize for Payload {
 }
 
 /// Replaces line breaks with spaces, because a job is one line in NDJSON and in server-sent events. The payload keeps its
-/// meaning, because line breaks in JSON strings are escaped, so the replaced ones are white space between tokens.
+/// meaning: line breaks in JSON strings are escaped, so all replaced line breaks are white space between tokens.
 fn on_one_line(payload: Box<RawValue>) -> Box<RawValue> {
     if !payload.get().contains(['\n', '\r']) {
         return payload;

@@ -1,7 +1,7 @@
 //! The ready queue: the ready jobs in the order in which they are taken, both over all queues and per queue.
 //!
-//! The jobs are kept in ordered sets, not in heaps or lists. A deleted or patched job is removed from the middle, and a
-//! requeued job is inserted at its old position.
+//! The jobs are kept in ordered sets, not in heaps or lists, because a deleted or patched job is removed from the middle,
+//! and a requeued job is inserted at its old position.
 
 use std::collections::{BTreeSet, HashMap};
 

@@ -80,8 +80,8 @@ impl EmbeddedServer {
     }
 }
 
-/// The tasks of the server, which all end when `end` is cancelled. hyper uses this executor too, because it spawns a task
-/// for each HTTP/2 stream. Such a task could otherwise continue to take jobs after the server has stopped.
+/// The tasks of the server. All of them end when `end` is cancelled. This struct is also the executor of hyper, which spawns
+/// a task for each HTTP/2 stream. On another executor, such a task could continue to take jobs after the server has stopped.
 #[derive(Clone)]
 struct Connections {
     end: CancellationToken,

@@ -55,7 +55,7 @@ impl Take {
         }
     }
 
-    /// Takes jobs for the next chunk, until the chunk is full or the state gives this stream no further job.
+    /// Takes jobs for the next chunk, until the chunk is full or there is no further job that this stream may take.
     fn take_jobs(&self) -> Vec<StoredJob> {
         let mut jobs = Vec::new();
         let mut size = 0;

@@ -42,7 +42,7 @@ pub(super) struct LedgerEntry {
     /// The stream that delivered the job before `stream` did, and that still holds the job if the delivery over `stream` was
     /// stale.
     pub(super) earlier: Option<StreamId>,
-    /// Whether the outcome was parked while the server possibly still had the job in flight on `stream`.
+    /// Whether the outcome is parked although the server may still have the job in flight over `stream`.
     pub(super) is_released: bool,
     pub(super) state: EntryState,
 }
@@ -116,7 +116,7 @@ impl Entries {
     pub(super) fn server_of(&self, entry: &LedgerEntry) -> Arc<Client> {
         let own = &entry.source.client;
         match &self.present_server {
-            // The present client may have newer certificates, because a reload of certificates does not change the url.
+            // Use the present client, because a reload may have given it newer certificates without a change of the url.
             Some(present) if present.url() == own.url() => Arc::clone(present),
             Some(present) if !entry.is_held && own.health().is_failing() => Arc::clone(present),
             _ => Arc::clone(own),

@@ -10,7 +10,7 @@
 //! | Running | is in a worker loop | until its stream is lost |
 //! | Reporting | has ended, and its report is in flight | until its stream is lost |
 //! | Parked | has ended, and its outcome waits for a redelivery | never |
-//! | Settled | is reported, and an outdated delivery of the same attempt may still arrive | never |
+//! | Settled | is reported, and a stale delivery of the same attempt may still arrive | never |
 
 mod entries;
 #[cfg(test)]
@@ -159,8 +159,9 @@ impl Ledger {
                 (entry.is_held, entry.is_released) = (false, false);
                 let earlier = entry.earlier.take().filter(|earlier| open.contains(earlier));
                 match (earlier, &entry.state) {
-                    // The delivery over the lost stream was stale, and replaced the delivery over `earlier`, which still holds
-                    // the job. The job is removed below, so one prefetch slot of `earlier` is lost until that stream closes.
+                    // The delivery over the lost stream was stale. It had replaced the delivery over the stream `earlier`, which
+                    // still holds the job. The job is removed below, so one prefetch slot of `earlier` is lost until `earlier`
+                    // closes.
                     (Some(earlier), EntryState::Waiting) => *lost_places.entry(earlier).or_default() += 1,
                     (Some(earlier), _) => (entry.stream, entry.is_held) = (earlier, true),
                     (None, _) => {}
@@ -227,7 +228,7 @@ impl Ledger {
         Beginning::Begun { is_last: *runs_left == Some(0) }
     }
 
-    /// Removes a waiting job that is held back instead of started. The server requeues the job when the stream closes.
+    /// Removes a waiting job that this worker does not start. The server requeues the job when the stream closes.
     pub(crate) fn give_back(&self, id: &JobId, delivery: Delivery) {
         let mut entries = self.entries();
         if entries.by_id.get(id).is_some_and(|entry| entry.waits_since(delivery)) {
@@ -289,9 +290,9 @@ impl Ledger {
         move || ledger.hold(&attempt, seen) == Hold::Same
     }
 
-    /// Records that the server has accepted the report of an attempt that the delivery `seen` held. Returns false if the report
-    /// must be sent again. This happens if an attempt without a number was redelivered after `seen`, because the redelivery may
-    /// be a later attempt.
+    /// Records that the server has accepted the report of an attempt. `seen` is the delivery that held the attempt at the time of
+    /// the report. Returns false if the report must be sent again: an attempt without a number was redelivered after `seen`, and
+    /// the redelivery may be a later attempt.
     pub(crate) fn settle(&self, attempt: &Attempt, seen: Option<Delivery>) -> bool {
         let mut entries = self.entries();
         let is_only_stream = entries.open.len() + entries.coming <= 1;
@@ -304,8 +305,8 @@ impl Ledger {
         if attempt.attempts.is_none() && entry.is_held && seen != Some(entry.delivery) {
             return false;
         }
-        // If only one stream is open, no stale delivery can arrive for a job that this stream holds. An attempt without a number
-        // is removed too, because its settled entry would also match the next attempt.
+        // Remove the entry if the only stream holds the job, because no stale delivery of the job can then arrive. Also remove the
+        // entry of an attempt without a number, because a settled entry would match the next attempt as well.
         if (entry.is_held && is_only_stream) || attempt.attempts.is_none() {
             entries.remove(&attempt.id);
         } else {
@@ -453,7 +454,7 @@ impl Ledger {
         self.entries().by_id.values().all(|entry| matches!(entry.state, EntryState::Parked(_) | EntryState::Settled(_)))
     }
 
-    /// Returns the number of jobs that the server holds over a stream. If `until` is given, later deliveries are not counted.
+    /// Returns the number of jobs that the server holds over a stream. Ignores deliveries after `until`, if given.
     pub(crate) fn under_way(&self, stream: StreamId, until: Option<Delivery>) -> usize {
         let counts = |entry: &&LedgerEntry| {
             entry.is_held && entry.stream == stream && until.is_none_or(|until| entry.delivery <= until)

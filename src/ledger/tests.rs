@@ -355,7 +355,8 @@ fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
     assert_eq!(here.ended(), [job.id]);
 }
 
-/// The server has already noticed the end of the first stream, and has redelivered the job over the second. The worker has not.
+/// The server has already noticed the end of the first stream, and has redelivered the job over the second. The worker has not
+/// noticed the end yet.
 #[test]
 fn a_stale_line_over_another_stream_is_expected_of_a_held_job() {
     let (here, job) = (Here::new(8), attempt("a", 0));

@@ -100,9 +100,8 @@ impl Visit for JsonMembers {
     }
 }
 
-/// Writes JSON, and escapes characters that JSON allows unescaped but a terminal interprets: control characters from U+007F
-/// upwards, and Unicode's separators and controls of direction. In JSON, these characters occur only within strings, where an
-/// escape is valid.
+/// Writes JSON, and escapes characters that JSON allows unescaped but a terminal interprets: control characters from U+007F up,
+/// and Unicode separators and direction controls. In JSON, these characters occur only within strings, where an escape is valid.
 fn write_escaped(writer: &mut Writer<'_>, mut json: &str) -> fmt::Result {
     let is_foreign = |char: char| !matches!(char, '\0'..='~') && is_unruly(char);
     while let Some((start, char)) = json.char_indices().find(|(_, char)| is_foreign(*char)) {

@@ -1,11 +1,11 @@
-//! [`Stderr`]: writes that wait for the reader.
+//! [`Stderr`]: writes that block even if the descriptor of stderr is non-blocking.
 
 use std::io::{self, ErrorKind, Write, stderr};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-/// This process's stderr. A write waits for the reader even if the descriptor is non-blocking, because a handler with
-/// `output = "inherit"` shares the open file description, and can set `O_NONBLOCK` on it.
+/// This process's stderr. A write blocks even if the descriptor is non-blocking. The descriptor can become non-blocking, because a
+/// handler with `output = "inherit"` shares the open file description, and can set `O_NONBLOCK` on it.
 #[derive(Debug, Clone, Copy)]
 pub struct Stderr;
 
@@ -20,7 +20,7 @@ impl Write for Stderr {
     }
 
     fn write_all(&mut self, mut text: &[u8]) -> io::Result<()> {
-        // Hold the lock until all parts are written, otherwise a line of another thread could come between them.
+        // Hold the lock until all parts are written, so that no line of another thread comes between the parts.
         let _whole = stderr().lock();
         while !text.is_empty() {
             match self.write(text) {

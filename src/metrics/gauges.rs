@@ -6,7 +6,7 @@ use crate::dispatch::{HandlerProcess, HandlerStatus, ProcessStarts};
 #[derive(Debug, Clone)]
 pub(crate) struct CountedType {
     pub(crate) name: String,
-    /// The usual error types of failures of this type.
+    /// The usual error types of failed jobs of this job type.
     pub(crate) failures: &'static [&'static str],
 }
 

@@ -9,8 +9,8 @@ use crate::lock::lock;
 /// and in Prometheus.
 pub(super) const OTHER: &str = "(other)";
 
-/// Maximum number of queues with a label of their own, and likewise of job types. Configured queues and types always have a label
-/// of their own. Configured queues count towards the limit, and configured types do not.
+/// Maximum number of queues with a label of their own. A separate limit of the same size applies to job types. Configured queues
+/// and types always have a label of their own. Configured queues count towards the limit, and configured types do not.
 pub(super) const MAX_NAMES: usize = 100;
 
 /// Maximum length in bytes of a name with a label of its own, unless the name is configured.

@@ -1,5 +1,5 @@
-//! [`ChildSetup`]: the code that a child runs between `clone` and `execve`, and the state by which this process follows the
-//! child.
+//! [`ChildSetup`]: the code that a child runs between `clone` and `execve`, and the state that shows this process whether the
+//! child has executed its program or failed.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -42,10 +42,10 @@ pub(super) struct ChildSetup {
     open_files: OpenFiles,
     pub(super) stack: Stack,
     pub(super) way: StartMethod,
-    /// The pipe on which a child with a copy of the memory reports an error.
+    /// The pipe on which a child that has a copy of this process's memory reports an error.
     error_pipe: Option<ErrorPipe>,
-    /// A word that is not 0 until the child leaves this process's memory. The kernel sets the word to 0 at `execve` or at the
-    /// child's exit. For a child with a copy of the memory, `is_before_exec` does so.
+    /// A flag that is 1 until the child's `execve` or exit, and 0 afterwards. The kernel clears the flag if the child shares this
+    /// process's memory. If the child has a copy of the memory, `is_before_exec` clears the flag.
     uses_our_memory: AtomicU32,
     /// The errno of a failed setup, or 0.
     failure: AtomicI32,
@@ -59,11 +59,11 @@ struct ErrorPipe {
 }
 
 impl ChildSetup {
-    /// Prepares a child. `variables` are added to the command's environment. `stdio` has the child's stdin, stdout and stderr;
-    /// `None` means that of this process.
+    /// Prepares a child. `variables` are added to the command's environment. `stdio` contains the child's stdin, stdout and
+    /// stderr. Where it is `None`, the child inherits this process's own file.
     ///
     /// # Errors
-    /// When a variable contains a zero byte, or the system has no memory.
+    /// When a variable contains a zero byte, or the system is out of memory.
     pub(super) fn of(
         starter: &Starter,
         command: Arc<Command>,
@@ -127,10 +127,10 @@ impl ChildSetup {
         false
     }
 
-    /// Sets up the child and executes its program. The child runs concurrently with this process's threads, so it must take no
-    /// lock, allocate nothing, and not write to the `errno` of the thread that created it. So calls that can fail bypass the C
-    /// library, which would set `errno`. Inherited files are closed before any call that may hang, otherwise the child would hold
-    /// another job's pipe open, and that job would wait for end of file.
+    /// Sets up the child and executes its program. The child runs concurrently with this process's threads, so the child must take
+    /// no lock, allocate nothing, and not write to the `errno` of the thread that created the child. Calls that can fail bypass the
+    /// C library, which would set `errno`. Inherited files are closed before any call that may hang, because one of them may be
+    /// another job's pipe. While a hanging child held that pipe open, the other job would wait for end of file.
     ///
     /// # Safety
     /// Must run only in a child that `clone` has created for this `ChildSetup`.
@@ -141,8 +141,8 @@ impl ChildSetup {
         // needed, and the files are open. The kernel has given the child its own table of descriptors, working directory, limits
         // and signal actions, so nothing here changes those of the parent. The C library's calls do not fail for these arguments.
         unsafe {
-            // Asks the kernel to clear `uses_our_memory` when the child leaves the memory. Not every C library's `clone` can
-            // request this.
+            // Ask the kernel to clear `uses_our_memory` when the child stops using this process's memory. Not every C library's
+            // `clone` can request this.
             let _ = syscall!(Sysno::set_tid_address, self.uses_our_memory.as_ptr());
             let _ = syscall!(Sysno::setpgid, 0, 0);
             set_signals_back(self.handled_signals);

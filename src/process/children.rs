@@ -86,8 +86,8 @@ impl Children {
     }
 }
 
-/// Reports whether this process inherits orphans: as process 1, or as a subreaper. The program that executed this one may have
-/// made the process a subreaper, because the attribute survives `execve`.
+/// Reports whether this process inherits orphans: as process 1, or as a subreaper. A program that ran in this process earlier may
+/// have made the process a subreaper, because the attribute survives `execve`.
 fn inherits_orphans() -> bool {
     getpid() == Pid::INIT || child_subreaper().is_ok_and(|subreaper| subreaper.is_some())
 }

@@ -18,7 +18,7 @@ pub(crate) struct Command {
     /// The working directory of the child. `None` means that of this process.
     pub(super) cwd: Option<CString>,
     /// Whether the last process of this command printed more than a pipe holds. If so, the next process gets a larger pipe for
-    /// stdout and no read delay, otherwise the process would soon block on a full pipe.
+    /// stdout and no read delay, because it would otherwise soon block on a full pipe.
     pub(super) prints_much: AtomicBool,
 }
 

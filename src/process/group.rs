@@ -26,8 +26,8 @@ use super::spawn::Child;
 /// exceed this limit.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The pauses between checks of whether a killed group has disappeared, its zombies included. After the last pause, only living
-/// processes count, as listed in /proc. Otherwise a process 1 that is slow to reap zombies would delay the job.
+/// The pauses between checks of whether a killed group, including its zombies, has disappeared. After the last pause, only the
+/// living processes in /proc count, because an init process that is slow to reap zombies must not delay the job.
 const PAUSES: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(2), Duration::from_millis(4)];
 
 /// The longest pause between two tries to reap a leader that has exited.
@@ -85,8 +85,8 @@ impl Group {
         };
     }
 
-    /// Returns the result of a signal that is sent now, if the leader then ends. The worker may have no permission to signal the
-    /// leader, because the leader may have changed its user since its start.
+    /// Returns the `Termination` to report if a signal is sent now and the leader ends afterwards. The worker may have no
+    /// permission to signal the leader, because the leader may have changed its user since its start.
     pub(super) fn end_by_signal(&self) -> Termination {
         if test_kill_process(self.leader) == Err(Errno::PERM) { Termination::Denied } else { Termination::Stopped }
     }
@@ -141,8 +141,8 @@ impl Group {
         }
     }
 
-    /// Waits for the leader's exit, and kills the group again at intervals, because a leader that ran as another user may have
-    /// changed back to a user that the worker has permission to signal.
+    /// Waits for the leader's exit, and sends the group SIGKILL again at intervals. By then, a leader that ran as another user may
+    /// have changed back to a user whose processes the worker has permission to signal.
     async fn leader_killed(&self) {
         while timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_err() {
             self.signal(Signal::KILL);
@@ -181,7 +181,7 @@ impl Drop for Group {
     }
 }
 
-/// Logs that processes have outlived SIGKILL, and the error of the signal if there is one.
+/// Logs that processes have outlived SIGKILL, and the error if the worker cannot signal them.
 fn warn_of_survivors(group: Pid, signalled: Result<(), Errno>) {
     let error = signalled.err().map(|errno| io::Error::from(errno).to_string());
     warn!(group = group.as_raw_nonzero().get(), error, "killed processes of the job are still there");

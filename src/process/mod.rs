@@ -104,7 +104,7 @@ pub(crate) struct Start<'a> {
     pub(crate) children: &'a Children,
 }
 
-/// The futures by which the caller intervenes in a running process. A future that never completes has no effect.
+/// The futures with which the caller controls a running process. A future that never completes has no effect.
 #[derive(Debug)]
 pub(crate) struct Stops<C, F, G, H> {
     /// Completes with a cause when the process is to be terminated: the group gets SIGTERM, and SIGKILL after `kill_grace`.
@@ -249,9 +249,9 @@ async fn serve_pipes(
     tokio::join!(feed(stdin), out, err);
 }
 
-/// Reads the rest of the output after the leader's exit, to end of file or for `OUTPUT_GRACE`. Continues after that only while it
-/// makes progress on the bytes that the pipes held at the exit. Later bytes come from a process that has left the group, and are
-/// not waited for.
+/// Reads the rest of the output after the leader's exit, until end of file or for `OUTPUT_GRACE`. After `OUTPUT_GRACE`, continues
+/// only while bytes that were in the pipes at the exit are still being read. Bytes that are written later come from a process that
+/// has left the group, and are not waited for.
 async fn read_the_rest(
     mut io: Pin<&mut impl Future<Output = ()>>,
     group: &Group,
@@ -262,7 +262,7 @@ async fn read_the_rest(
     if poll_fn(|context| Poll::Ready(io.as_mut().poll(context).is_ready())).await {
         return;
     }
-    // Otherwise the rest of the group would hold the pipes open. A process that has left the group can still do so.
+    // Kill the rest of the group, which may hold the pipes open. A process that has left the group can still hold them open.
     group.signal(Signal::KILL);
     let unread = pipes.into_iter().flatten().map(|pipe| ioctl_fionread(pipe).unwrap_or_default());
     let all = read.load(Ordering::Relaxed) + unread.sum::<u64>();
@@ -276,8 +276,8 @@ async fn read_the_rest(
     }
 }
 
-/// Waits until the leader exits by itself, and returns `None`, or until `terminate` completes, and returns the cause. While
-/// waiting, sends the signal of `notify` when it is due, and sets `notified`.
+/// Returns `None` when the leader exits by itself, or the cause when `terminate` completes. While waiting, sends the signal of
+/// `notify` when that signal is due, and sets `notified`.
 async fn until_exit_or_cause<C>(
     group: &Group,
     terminate: impl Future<Output = C>,

@@ -39,8 +39,8 @@ const TURN: Duration = Duration::from_millis(1);
 /// The capacity that a line buffer keeps after a long line.
 const KEPT_FOR_LINES: usize = 16 * 1024;
 
-/// The poll interval of a pipe whose registration with epoll has failed. The job is already running, so it must not fail because
-/// of that.
+/// The poll interval of a pipe whose registration with epoll has failed. The failure must not fail the job, which is already
+/// running.
 const PAUSE_WITHOUT_REACTOR: Duration = Duration::from_millis(10);
 
 /// The output stream that a line comes from.
@@ -116,7 +116,7 @@ async fn read_chunks(pipe: &OwnedFd, mut read: impl FnMut(usize) -> Result<usize
             }
             Err(_) => break,
         }
-        // Otherwise a child that prints as fast as its pipe is read would starve the other tasks of this thread.
+        // Yield now and then, because a child that prints as fast as its pipe is read would starve the other tasks of this thread.
         tokio::task::coop::consume_budget().await;
     }
 }
@@ -140,8 +140,8 @@ impl SharedOutput {
     pub(super) async fn read(&self, on_line: impl Fn(Channel, &str)) {
         let on_line = |line: &str| on_line(self.channel, line);
         read_chunks(&self.pipe, |portion| {
-            // Lock before the read. Otherwise `read_present` could run between the read and the push, and these bytes would be
-            // missing at the end of their task.
+            // Lock before the read. Otherwise `read_present` could run between the read and the push, and the bytes would be
+            // missing from the output of the task that printed them.
             let mut lines = lock(&self.lines);
             read_some(&self.pipe, portion, |chunk| lines.push(chunk, &on_line))
         })
@@ -254,7 +254,7 @@ impl LineSplitter {
         emit(&self.partial, self.left_out, on_line);
         self.left_out = 0;
         self.partial.clear();
-        // Otherwise the memory for one long line would stay allocated until the job ends.
+        // Free the memory of a long line, which would otherwise stay allocated until the job ends.
         self.partial.shrink_to(KEPT_FOR_LINES);
     }
 }

@@ -8,7 +8,7 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
     action_of(signal) == libc::SIG_IGN
 }
 
-/// Returns the handler of a signal, `SIG_DFL` or `SIG_IGN`.
+/// Returns the action of a signal: its handler, `SIG_DFL` or `SIG_IGN`.
 #[expect(unsafe_code, reason = "no safe wrapper tells the action of a signal")]
 pub(super) fn action_of(signal: i32) -> libc::sighandler_t {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
@@ -37,8 +37,8 @@ pub(crate) fn without_signals<T>(protected: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Resets SIGCHLD to its default action if this process inherited it as ignored. Otherwise the kernel would discard the exit
-/// statuses of children.
+/// Resets SIGCHLD to its default action if this process inherited it as ignored, because the kernel discards the exit statuses of
+/// children while SIGCHLD is ignored.
 #[expect(unsafe_code, reason = "no safe wrapper sets a signal back to its default")]
 pub(crate) fn keep_exit_statuses() {
     if is_ignored(libc::SIGCHLD) {

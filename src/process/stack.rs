@@ -14,8 +14,8 @@ pub(super) const SIZE: usize = 64 * 1024;
 /// memory.
 const GUARD: usize = 64 * 1024;
 
-/// The maximum number of unused stacks that are kept for reuse. Mapping a stack takes longer
-/// than everything else that starts a process.
+/// The maximum number of unused stacks that are kept for reuse. Mapping a stack takes longer than all other steps of starting a
+/// process.
 const MOST_SPARE: usize = 64;
 
 /// The maximum number of stacks with a guard. A stack with a guard uses two mappings, and the kernel's default limit is 65530
@@ -116,8 +116,8 @@ impl Memory {
 #[expect(unsafe_code, reason = "see `map`")]
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map`. A `Stack` is dropped only after its child has left the memory, at `execve` or at
-        // the child's end, so no process runs on the mapping.
+        // SAFETY: the mapping was made by `map`. A `Stack` is dropped only after its child has executed its program or ended, so
+        // no process runs on the mapping.
         unsafe { libc::munmap(self.start.as_ptr(), GUARD + SIZE) };
     }
 }

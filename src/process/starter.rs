@@ -1,5 +1,5 @@
-//! [`Starter`]: the state shared by all starts of processes. [`Trial`]: a test that finds the [`StartMethod`] of starting processes that
-//! works on this machine.
+//! [`Starter`]: the state shared by all starts of processes. [`Trial`]: a test that finds the [`StartMethod`] that works on this
+//! machine.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,12 +16,13 @@ use super::open_files::OpenFiles;
 use super::spawn::clone;
 use super::stack::Stacks;
 
-/// The way of starting processes, which differs in the memory that a child uses until `execve`.
+/// A method of starting a process. The methods differ in the memory that a child uses until `execve`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StartMethod {
     /// The child shares this process's memory, and the kernel returns a pidfd for the child.
     Sharing,
-    /// The child has a copy of the memory, as by `fork`. Slower, but works where a sandbox or an emulator refuses `Sharing`.
+    /// The child has a copy of this process's memory, as after `fork`. This method is slower than `Sharing`, but works where a
+    /// sandbox or an emulator refuses `Sharing`.
     Copying,
 }
 
@@ -57,12 +58,12 @@ pub(crate) enum Trial {
     Usual,
     /// Only [`StartMethod::Copying`] works. Contains the error of [`StartMethod::Sharing`].
     Slow(io::Error),
-    /// Neither way works, or the machine lacks a resource.
+    /// Neither method works, or the machine lacks a resource.
     Impossible(io::Error),
 }
 
 impl Trial {
-    /// Starts a process in each way until one works, or until the machine lacks a resource. Takes well under a millisecond.
+    /// Starts a process with each method until one works, or until the machine lacks a resource. Takes well under a millisecond.
     pub(crate) fn of_this_machine() -> Self {
         match try_start(StartMethod::Sharing) {
             Ok(()) => Self::Usual,
@@ -74,8 +75,8 @@ impl Trial {
         }
     }
 
-    /// Returns the way to start processes from now on. `Impossible` leads to [`StartMethod::Sharing`], because a shortage of resources
-    /// may be temporary. If it is not, each start fails with its own error.
+    /// Returns the method with which to start processes from now on. After `Impossible`, the method is [`StartMethod::Sharing`],
+    /// because a shortage of resources may be temporary. If the shortage lasts, each start fails with its own error.
     pub(crate) fn way(&self) -> StartMethod {
         match self {
             Self::Usual | Self::Impossible(_) => StartMethod::Sharing,
@@ -84,8 +85,8 @@ impl Trial {
     }
 }
 
-/// Reports whether an error is a shortage of resources. Such an error does not mean that the system refuses this way of starting
-/// a process.
+/// Reports whether an error is a shortage of resources. Such an error does not mean that the system refuses this method of
+/// starting a process.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE))
 }
@@ -93,7 +94,7 @@ fn is_shortage(error: &io::Error) -> bool {
 /// The memory that a trial's child writes to.
 #[derive(Debug, Default)]
 struct Trace {
-    /// A word that the kernel sets to 0 when the child leaves the shared memory, as in `ChildSetup`.
+    /// A flag that the kernel sets to 0 when the child stops using the shared memory, as in `ChildSetup`.
     uses_our_memory: AtomicU32,
     was_shared: AtomicBool,
 }
@@ -139,7 +140,7 @@ fn tells_of_exit(pidfd: &OwnedFd) -> bool {
 #[expect(unsafe_code, reason = "it is called by the C library, and ends without going through it")]
 extern "C" fn leave(trace: *mut c_void) -> c_int {
     // SAFETY: `trace` is the argument of `clone`, and lives until the child has ended. The kernel writes to `uses_our_memory`
-    // once, when the child leaves the memory. `_exit` runs none of the parent's code.
+    // once, at the child's exit. `_exit` runs none of the parent's code.
     unsafe {
         let trace = &*trace.cast::<Trace>();
         let _ = syscall!(Sysno::set_tid_address, trace.uses_our_memory.as_ptr());

@@ -207,15 +207,15 @@ impl Activity {
         self.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
-    /// Starts a drain once the worker has had a taking stream for `limit` without a job or a waiting report. Waiting reports
-    /// count, because the server can hold back more jobs until it receives the reports.
+    /// Starts a drain once the worker has been idle, without an outstanding report, for `limit`. An outstanding report delays
+    /// the drain, because the server can hold back more jobs until it receives the report.
     pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
         let (mut states, mut movements) = (self.state.subscribe(), ledger.movements());
         while states.wait_for(IdleState::is_idle).await.is_ok() {
             tokio::select! {
                 biased;
                 () = lifecycle.reached(Phase::Draining) => return,
-                // Any change restarts the time limit, even if the worker is idle again.
+                // Any change restarts the time limit, even if the worker is already idle again.
                 _ = states.changed() => {}
                 _ = movements.changed() => {}
                 () = tokio::time::sleep(limit), if ledger.is_all_parked() => {

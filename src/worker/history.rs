@@ -169,6 +169,11 @@ mod tests {
     }
 
     #[test]
+    fn the_first_bucket_is_that_of_the_start() {
+        assert_eq!(history().list_at(after(12.0)).succeeded, [0; 3]);
+    }
+
+    #[test]
     fn the_history_is_ten_minutes_long_after_any_idle_time() {
         let history = history();
         history.add(0, after(1.0));

@@ -10,7 +10,7 @@ use crate::watch;
 #[derive(Debug, Clone)]
 pub(super) struct Intake(watch::Sender<IntakeState>);
 
-/// The pause state, and the settings for taking jobs.
+/// The pause state and the stream settings.
 #[derive(Debug, Clone)]
 pub(super) struct IntakeState {
     paused: bool,

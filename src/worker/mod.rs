@@ -81,15 +81,16 @@ pub struct Summary {
     pub failed: u64,
     /// The number of interrupted jobs, which the server requeues.
     pub interrupted: u64,
-    /// The number of dropped reports: the server refused them for good, or the worker was stopped first. Their jobs run again.
+    /// The number of dropped reports, whose jobs run again. A report is dropped if the server refuses it permanently, or if the
+    /// worker stops before the server accepts it.
     pub reports_dropped: u64,
     /// Whether the run ended because of a limit such as `max_jobs`, and was not asked to stop.
     pub ended_by_itself: bool,
 }
 
 impl Summary {
-    /// Reports whether the run is a success. It is not if running jobs were killed, or if the run ended by itself and has dropped
-    /// reports. Dropped reports do not count if the run was asked to stop.
+    /// Reports whether the run is a success. A run that killed running jobs is a failure. A run that dropped reports is a failure
+    /// if it ended by itself, but not if it was asked to stop.
     pub fn is_clean(&self) -> bool {
         let left_behind = self.ended_by_itself && self.reports_dropped > 0;
         !(self.killed || left_behind)
@@ -137,7 +138,7 @@ impl<D: Dispatcher> Worker<D> {
     pub async fn run(&self, lifecycle: &Lifecycle) -> Result<Summary, WorkerError> {
         self.config.announce();
         let (acks, run) = self.start_acks(lifecycle);
-        // The queue needs no bound, because each stream's permits limit its jobs in the queue to its prefetch.
+        // The queue needs no bound, because each queued job holds a permit of its stream, and a stream has only `prefetch` permits.
         let (dispatch_queue, jobs) = async_channel::unbounded();
         let loops = self.start_loops(&jobs, &run);
         let intake = self.controls.intake.clone();
@@ -183,7 +184,7 @@ impl<D: Dispatcher> Worker<D> {
     }
 
     /// Stops everything in order: first new jobs, then running jobs and processes, then reports, then the stream. The stream
-    /// closes last because the server requeues its jobs at that moment, and two runs of one job must not overlap.
+    /// closes last, because the server requeues the jobs of a closed stream, and two runs of one job must not overlap.
     async fn tear_down(
         &self,
         jobs: async_channel::Receiver<Taken>,
@@ -224,8 +225,8 @@ impl<D: Dispatcher> Worker<D> {
     }
 }
 
-/// The minimum for the maximum number of parked and settled jobs. It is enough for several lost streams with a small prefetch. A
-/// parked failure takes up to about 32 KiB.
+/// The smallest value that `max_kept` returns. It is enough for the jobs of several lost streams with a small prefetch. A parked
+/// failure takes up to about 32 KiB.
 const MIN_KEPT: usize = 100;
 
 /// Returns the maximum number of parked and settled jobs that the ledger keeps.

@@ -14,7 +14,7 @@ use crate::ledger::ComingStream;
 use crate::lifecycle::Phase;
 use crate::stream::TakeStream;
 
-/// The error of a stream that was not opened.
+/// The error of a stream that could not be opened.
 pub(super) struct Unopened {
     pub(super) error: ClientError,
     /// Whether the server refused the very first request, so a retry would not help.

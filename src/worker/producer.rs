@@ -43,11 +43,11 @@ pub(super) struct Producer {
     searching: Option<BoxFuture<'static, (Search, Option<SearchStream>)>>,
     /// The initial settings, until the first stream is open. If the server refuses them, the run ends.
     first: Option<Arc<StreamSettings>>,
-    /// The backoff between replacements of streams that lose part of their prefetch.
+    /// The backoff between replacements of streams that have lost prefetch slots. See `renew_if_due`.
     renewals: Waits,
-    /// The time of the last replacement of a stream that had lost part of its prefetch.
+    /// The time of the last replacement of a stream that had lost prefetch slots.
     renewed: Option<Instant>,
-    /// The time at which the taking stream is to be replaced, if it has lost part of its prefetch.
+    /// The time at which the taking stream is to be replaced, if the stream has lost prefetch slots.
     renewal_due: Option<Instant>,
     /// The prefetch for which the ack queue and the ledger are sized.
     prefetch: usize,
@@ -142,9 +142,10 @@ impl Producer {
         }
     }
 
-    /// Replaces the taking stream if part of its prefetch is lost to jobs whose reports were dropped. The server still counts
-    /// these jobs as in flight. Replacements are spaced by the backoff, otherwise a job whose report is always refused would run
-    /// again without pause. Until the next replacement, the stream takes jobs with the rest of its prefetch.
+    /// Replaces the taking stream if it has lost prefetch slots to jobs that this worker does not report, for example because a
+    /// report was dropped. The server still counts these jobs as in flight. Replacements are spaced by the backoff, so that a job
+    /// whose report is always refused does not run again without pause. Until the stream is replaced, it takes jobs with its
+    /// remaining prefetch slots.
     fn renew_if_due(&mut self) {
         if !self.streams.is_taking_one_spent() {
             self.renewal_due = None;
@@ -243,8 +244,8 @@ impl Producer {
     /// Drops the jobs of a closed stream from the dispatch queue, because the server has requeued them and they would delay other
     /// jobs.
     fn drop_waiting(&self, stream: StreamId) {
-        // Jobs of other streams could not be put back into a closed queue. The worker loops skip the jobs of a closed stream
-        // anyway.
+        // Leave a closed queue unchanged, because the jobs of other streams could not be put back into it. The worker loops skip
+        // the jobs of a closed stream anyway.
         if self.waiting.is_closed() {
             return;
         }
@@ -293,8 +294,8 @@ impl Changes {
         }
     }
 
-    /// Waits for the next change. Changes to jobs in the ledger count only if `with_movements` is set, otherwise each job would
-    /// wake the producer.
+    /// Waits for the next change. Ignores changes to jobs in the ledger unless `with_movements` is set, so that not every job
+    /// wakes the producer.
     async fn next(&mut self, with_movements: bool) {
         // A wait fails only after its sender is dropped, and the producer keeps all senders alive.
         tokio::select! {

@@ -1,17 +1,17 @@
-//! [`Purpose`]: the use of a take stream. Pause, reload, bounded run, drain and kill all work by changing the purpose.
+//! [`Purpose`]: the use of a take stream. Pause, reload, run limits, drain and kill all work by changing the purpose.
 //!
 //! At most one stream takes jobs at a time, and any number of streams finish the jobs that came over them.
 //!
 //! | phase | paused | the stream's settings | the stream is for |
 //! | --- | --- | --- | --- |
 //! | running | no | are in force | taking |
-//! | running | no | are not, or the stream is a search stream, or was replaced after losing part of its prefetch | finishing |
+//! | running | no | are not in force, or the stream is a search stream, or was replaced after losing prefetch slots | finishing |
 //! | running | yes | | finishing |
 //! | draining, killing, forcing | | | finishing |
 //! | stopped | | | nothing |
 //!
-//! A lost stream that took jobs is replaced by a new one. While a stream finishes, it stays open so that the server does not
-//! redeliver its jobs, and it closes once all its jobs are reported. For jobs whose stream is lost while no stream takes, see
+//! A lost taking stream is replaced by a new one. A finishing stream stays open until all its jobs are reported, so that the
+//! server does not redeliver them. For jobs of a lost stream that no taking stream will redeliver, see
 //! [`Search`](super::search::Search).
 
 use crate::lifecycle::Phase;

@@ -1,5 +1,5 @@
-//! [`Search`]: gets jobs redelivered to this worker that run or have ended here, if their stream is lost and the taking stream,
-//! if any, does not redeliver them.
+//! [`Search`]: asks the server for jobs that run or have ended in this worker, if their stream is lost and the taking stream, if
+//! any, will not redeliver them.
 //!
 //! The server redelivers such a job to any worker. If this worker gets the job, the job does not run a second time. The protocol
 //! cannot request a particular job, only the next few jobs of some queues. A requeued job keeps its position in the queue, so the
@@ -53,8 +53,8 @@ impl Search {
         Self { waits: backoff.waits(), round: 0, is_urgent: false, last: None }
     }
 
-    /// Returns the jobs that no stream holds and that the taking stream does not redeliver. Returns none once the worker is being
-    /// killed.
+    /// Returns the jobs that no open stream holds, except those that the stream with the settings `taking` will redeliver. Returns
+    /// none once the worker is being killed.
     pub(super) fn wanted(run: &Run, taking: Option<&Arc<StreamSettings>>) -> Vec<Unheld> {
         if run.lifecycle.phase() > Phase::Draining {
             return Vec::new();
@@ -156,8 +156,8 @@ impl Search {
 
 /// Returns the maximum prefetch of a search. If all wanted jobs have ended, the maximum is large, because the stream closes as
 /// soon as the jobs are reported. A stream that brings a running job stays open while the job runs, and no other worker can take
-/// the stream's other jobs during that time. So the maximum is smaller if some of the wanted jobs are running, and if all are, it
-/// is only their number.
+/// the stream's other jobs during that time. So the maximum is smaller if some of the wanted jobs are running. If all of them are
+/// running, the maximum is the number of wanted jobs.
 fn greatest_prefetch(wanted: &[Unheld], settings: &StreamSettings) -> usize {
     let ended = wanted.iter().filter(|unheld| unheld.has_ended).count();
     let deep = match ended {

@@ -128,15 +128,15 @@ impl Session {
         }
     }
 
-    /// Reports whether the stream can close. This requires that no wanted job of a search can still arrive, and that either no
-    /// job of the stream is in flight or another stream gets the stream's jobs.
+    /// Reports whether the stream can close. A search stream stays open while wanted jobs can still arrive. Apart from that, a
+    /// stream can close once none of its jobs is in flight, or if another stream gets its jobs.
     fn is_finished(&self) -> bool {
         let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
         !is_awaited && (self.run.ledger.under_way(self.id, None) == 0 || self.is_superseded())
     }
 
-    /// Reports whether another stream takes and no job of this stream has started. When this stream closes, the server redelivers
-    /// its jobs over the other stream.
+    /// Reports whether another stream takes jobs and no job of this stream has started. When this stream closes, the server
+    /// redelivers the jobs of this stream over the other one.
     fn is_superseded(&self) -> bool {
         self.run.lifecycle.phase() == Phase::Running
             && !self.intake.is_paused()
@@ -222,7 +222,7 @@ impl Session {
             // The semaphore is never closed.
             place = Arc::clone(&self.places).acquire_owned() => taken.place = place.ok(),
         }
-        // This fails only if the queue is closed, because the worker is stopping.
+        // This fails only if the worker is stopping and has closed the queue.
         if let Err(refused) = self.dispatch_queue.try_send(taken) {
             self.hold_back(refused.into_inner());
         }
@@ -242,7 +242,7 @@ impl Session {
         self.held_back.push(job);
     }
 
-    /// Reports a malformed job as failed, otherwise it would be redelivered again and again.
+    /// Reports a malformed job as failed, so that the server does not redeliver the job again and again.
     async fn refuse(&self, id: JobId, reason: &str) {
         error!(job.id = id.as_str(), reason, "malformed job, reported as failed");
         let attempt = Attempt { id, attempts: None };

@@ -33,7 +33,7 @@ struct OpenStream {
     id: StreamId,
     settings: Arc<StreamSettings>,
     purpose: watch::Sender<Purpose>,
-    /// Whether the stream never takes, because part of its prefetch is lost or because it is a search stream.
+    /// Whether the stream takes no more jobs, because it has lost prefetch slots or is a search stream.
     only_finishes: bool,
     is_search: bool,
 }
@@ -75,7 +75,7 @@ impl Streams {
         session
     }
 
-    /// Assigns each stream its purpose. Returns whether a stream takes.
+    /// Assigns each stream its purpose. Returns whether a stream takes jobs.
     pub(super) fn assign(&mut self, phase: Phase, is_paused: bool, in_force: &StreamSettings) -> bool {
         let mut is_any_taking = false;
         for open in &self.open {
@@ -95,13 +95,13 @@ impl Streams {
         is_any_taking
     }
 
-    /// Reports whether part of the taking stream's prefetch is lost to jobs that will not be reported.
+    /// Reports whether the taking stream has lost prefetch slots to jobs that this worker does not report.
     pub(super) fn is_taking_one_spent(&self) -> bool {
         let mut taking = self.open.iter().filter(|open| *open.purpose.borrow() == Purpose::Take);
         taking.any(|open| self.run.ledger.has_lost_places(open.id))
     }
 
-    /// Marks each stream that has lost part of its prefetch as one that only finishes its jobs.
+    /// Marks each stream that has lost prefetch slots as one that only finishes its jobs.
     pub(super) fn retire_spent(&mut self) {
         for open in &mut self.open {
             open.only_finishes |= self.run.ledger.has_lost_places(open.id);
@@ -121,8 +121,8 @@ impl Streams {
         !self.open.is_empty()
     }
 
-    /// Reports whether a search stream is open that has no job in flight. Such a stream has not found a wanted job yet, or is
-    /// about to close.
+    /// Reports whether an open search stream has no job in flight. Such a stream has not found a wanted job yet, or is about to
+    /// close.
     pub(super) fn is_searching(&self) -> bool {
         self.open.iter().any(|open| open.is_search && self.run.ledger.under_way(open.id, None) == 0)
     }
@@ -159,7 +159,7 @@ async fn warn_of_version(client: &Client, seen: &Mutex<Option<String>>) -> Infal
                 warn!(version, misfit, "the server's version does not fit this worker's");
             }
         }
-        // Not a warning, because a proxy may block all requests but those that a worker needs.
+        // Log no warning, because a proxy may block all requests except those that a worker needs.
         Err(error) => debug!(error = %Chain(&error), "the server does not tell its version"),
     }
     std::future::pending().await

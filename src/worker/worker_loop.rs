@@ -104,7 +104,7 @@ impl<D: Dispatcher> WorkerLoop<D> {
     }
 }
 
-/// The shortest wait before the start of a job that is worth logging.
+/// The minimum wait to log. Shorter waits before the start of a job are left out of the log.
 const NOTABLE_WAIT: Duration = Duration::from_millis(1);
 
 /// The run time of a job, if the job was started, and the wait before its start.
@@ -127,7 +127,8 @@ impl Times {
 
 /// Returns the span that names the job in each log line. `attempt` counts from 1, as in the server's list of errors.
 fn job_span(job: &Job) -> Span {
-    // The span has level error, otherwise a log filter that lets only errors pass would remove the job's id from them.
+    // The span has level error, because a log filter that lets only errors pass would drop a span of a lower level, and the errors
+    // would lack the job's id.
     error_span!(
         target: SPAN_TARGET,
         "job",

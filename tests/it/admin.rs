@@ -139,7 +139,8 @@ fn each_field_of_the_status_is_documented() {
     let documented: BTreeSet<String> = fields.map(str::to_owned).collect();
     let (new, old): (Vec<_>, Vec<_>) =
         (found.difference(&documented).collect(), documented.difference(&found).collect());
-    // Each of these fields is `null` or an object. If it is an object in every element, only the paths below it are found.
+    // Each of these fields is `null` or an object. If a field is an object in every element, only the paths below that field are
+    // found.
     let of_both = ["handlers[].brake", "loops[].job"];
     assert!(new.is_empty() && old.iter().all(|path| of_both.contains(&path.as_str())), "{new:?} {old:?}\n{status:#}");
     let handlers: Vec<_> = status["handlers"]

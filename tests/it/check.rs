@@ -242,7 +242,7 @@ fn an_offline_check_need_not_read_the_files_of_secrets() {
         let finished = check(args).assert_exit(78);
         assert!(finished.log[0].contains(&format!("env.TOKEN: cannot read {UNREADABLE}")), "{:?}", finished.log);
     }
-    // A missing file is a mistake in each check.
+    // A missing file is a mistake even in an offline check.
     let missing = file.replace(UNREADABLE, "/does/not/exist");
     Daemon::bare().args(["--check", "--offline"]).config(&missing).run().assert_exit(78);
 }

@@ -225,7 +225,7 @@ fn the_unit_leaves_the_jobs_to_the_worker_and_watches_it() {
     assert!(unit_setting("WatchdogSec").parse::<u32>().unwrap() > 0);
 }
 
-/// In a service with `User=`, each of these settings implies `NoNewPrivileges=yes` (systemd.exec(5)). A handler could then not
+/// In a service with `User=`, each of these settings implies `NoNewPrivileges=yes` (systemd.exec(5)). Then a handler could not
 /// use a setuid program.
 #[test]
 fn handlers_under_systemd_may_become_another_user() {

@@ -211,8 +211,8 @@ fn threads_times_fibers_jobs_run_at_once() {
     }
 }
 
-/// A parent process that never reaps its children, and a directory with the pid of its daemon in the file `worker`. Dropping this
-/// kills both processes.
+/// A parent process that never reaps its children, and a directory with the pid of its daemon in the file `worker`. Dropping a
+/// `Negligent` kills the parent and the daemon.
 struct Negligent(Child, tempfile::TempDir);
 
 impl Drop for Negligent {
@@ -243,7 +243,7 @@ fn start_below_a_process_that_does_not_reap(server: &Server, script: &str) -> Ne
 fn the_next_job_does_not_wait_until_leftovers_are_reaped() {
     let server = Server::start();
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 20]);
-    // If each job waited five seconds until its leftover is reaped, the test would exceed its time limit.
+    // If each job waited five seconds for its leftover process to be reaped, the test would exceed its time limit.
     let _daemon = start_below_a_process_that_does_not_reap(&server, "echo $PPID > $DIR/worker; sleep 600 & exit 0");
     eventually("all jobs done", || (server.count("ready,in_flight") == 0).then_some(()));
 }

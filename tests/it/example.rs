@@ -43,7 +43,7 @@ fn uncommented() -> String {
     lines.join("\n")
 }
 
-/// A value other than the default for each setting of the worker that a reload changes.
+/// A non-default value for each worker setting that a reload can change.
 const RELOADED: &str = "
 url = 'http://other.example.org:1'
 [worker]

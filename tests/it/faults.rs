@@ -398,7 +398,8 @@ fn redirects_are_not_followed() {
     assert!(elsewhere.requests().is_empty());
 }
 
-/// The worker holds six failures of the maximum size. It gets no more jobs until they are reported, so its memory stays small.
+/// The worker holds six failures of the maximum size. Until these failures are reported, the worker gets no more jobs, so its
+/// memory stays small.
 #[test]
 fn memory_stays_bounded_while_large_failures_cannot_be_reported() {
     let server = Server::start();

@@ -407,7 +407,7 @@ fn heartbeats(server: &Api) {
 const BODIES: [&str; 2] = [JSON, MSGPACK];
 const STREAMS: [&str; 3] = [EVENTS, NDJSON, FRAMES];
 
-/// Checks the rules by which a server chooses the format of its answer. The embedded server and a real one share these rules.
+/// Checks how a server chooses the format of its answer. The embedded server and a real one follow the same rules.
 fn negotiation(server: &Api) {
     let not_acceptable = |supported: &[&str]| json!({"error": "not acceptable", "supported": supported});
     let unsupported = json!({"error": "unsupported media type", "supported": BODIES});

@@ -159,7 +159,7 @@ fn table_of_settings() -> String {
     head.to_owned() + &rows.collect::<String>()
 }
 
-/// A part of a section of the man page: a paragraph, an explained word, or an example.
+/// A part of a section of the man page: a paragraph, a term with its explanation, or an example.
 enum Part {
     Text(&'static str),
     Item(&'static str, &'static str),

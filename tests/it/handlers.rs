@@ -69,7 +69,7 @@ fn the_docs_show_them_as_they_are() {
         let (name, text) = (path.file_name().unwrap().to_str().unwrap(), fs::read_to_string(&path).unwrap());
         let is_shown = docs.contains(&format!("\n{text}```\n"));
         let is_linked = docs.contains(&format!("(../config/handlers/{name})"));
-        // Of the warm handlers, the docs show `warm.py`. The others are the same in other languages.
+        // The docs show only one of the warm handlers, `warm.py`. The others do the same in other languages.
         assert!(is_linked && (is_shown || (name.starts_with("warm.") && name != "warm.py")), "{name}");
     }
 }

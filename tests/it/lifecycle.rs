@@ -38,7 +38,8 @@ fn drains_on(signal: Signal) {
     daemon.signal(signal);
     let draining = daemon.wait_for_message("shutting down, waiting for workers to finish");
     assert_eq!((&draining["running"], &draining["waiting"]), (&json!(1), &json!(2)));
-    // After each report, the server sends another job. Here another client reports, because no job of this worker can end.
+    // After each report, the server sends another job. Here another client sends the report, because this worker's jobs do not
+    // end yet.
     assert_eq!(server.call("POST", &format!("/jobs/{}/success", ids[2]), None).0, 204);
     daemon.wait_for_message("job received while draining, it goes back to the server");
     daemon.go();
@@ -245,7 +246,7 @@ fn the_last_tries_end_if_the_server_does_not_answer() {
     let proxy = Proxy::before(&server);
     let gates = [proxy.hold(Call::Failure), proxy.hold(Call::Successes)];
     let daemon = Daemon::of(&proxy).args(["--prefetch", "30"]).sh("[ $ZIZQ_JOB_TYPE = good ]").start();
-    // The worker reports up to eight failures at once, so these need three turns.
+    // The worker reports up to eight failures at once, so 24 failures need three turns.
     let bad = vec![json!({"queue": "q", "type": "bad", "payload": null}); 24];
     let good = vec![json!({"queue": "q", "type": "good", "payload": null}); 2];
     let ids = server.enqueue_all([good, bad].concat());
@@ -305,7 +306,8 @@ fn a_signal_during_the_lookup_of_the_server_is_obeyed() {
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
 
-/// Before the worker installs its signal handlers, a signal kills the worker like any other process. That counts as obeyed too.
+/// Before the worker installs its signal handlers, a signal kills the worker like any other process. The test accepts this end as
+/// well.
 #[test]
 fn a_signal_during_start_up_is_obeyed_at_once() {
     let server = RawServer::start();

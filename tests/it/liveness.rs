@@ -57,7 +57,8 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     let finished = running.assert_exit(0);
     assert_eq!(finished.read("started"), format!("{id}\n"));
     eventually("the others are ready", || (server.count("ready") == 100).then_some(()));
-    // The search takes eight rounds. A wait before each of them, and not only before the first, would take more than a minute.
+    // The search takes eight rounds. If the worker waited before each round, and not only before the first, the search would take
+    // more than a minute.
     let rounds = finished.all("opening a stream for jobs that are here, and whose stream was lost");
     let prefetch: Vec<u64> = rounds.iter().map(|round| round["prefetch"].as_u64().unwrap()).collect();
     assert_eq!(prefetch, [1, 2, 4, 8, 16, 32, 64, 128]);
@@ -72,7 +73,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     assert!(took < Duration::from_secs(20), "{took}");
 }
 
-/// A search stream with a prefetch above the limit would withhold more jobs from other workers.
+/// A search stream withholds as many jobs from other workers as its prefetch allows, so the prefetch is limited.
 #[test]
 fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     let server = RawServer::start();
@@ -190,7 +191,7 @@ fn a_parked_outcome_ends_no_later_than_the_deadline() {
 fn a_404_that_is_not_the_servers_settles_no_failure() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
-    // As many faults as jobs in flight: the default prefetch is 2.
+    // Set up one fault for each job in flight: the default prefetch is 2.
     proxy.fault_times(2, Call::Failure, Fault::Answer(404, "<html>no backend</html>"));
     let running = Daemon::of(&proxy).args(QUICK).sh(BY_TYPE).start();
     let ids = server.enqueue_all(vec![job("bad"); 6]);
@@ -268,8 +269,8 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     let running = Daemon::of(&proxy).args(QUICK).threads(2).args(["--prefetch", "3"]).sh(&script).start();
     running.wait_for_lines(1, "started");
     let ids = server.enqueue_all((0..20).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // The refused requests drop three failures, and two or three successes, because a refused bulk request for two is sent again
-    // as two requests.
+    // The refused requests for failures drop three reports. Those for successes drop two or three, because a refused bulk request
+    // for two jobs is sent again as two requests.
     running.wait_for_messages(5, "report dropped");
     // A job whose report was dropped runs again when its stream closes, but the long job keeps the stream open. The jobs whose
     // reports were dropped fill the prefetch of this stream, so the remaining jobs need another stream.
@@ -467,7 +468,7 @@ fn more_prefetch_makes_the_ack_queue_longer() {
     running.wait_for_messages(2, "connected, listening for jobs");
     let gate = proxy.hold(Call::Successes);
     let ids = server.enqueue_all(jobs(15));
-    // With the old prefetch, the ack queue held four outcomes.
+    // With the prefetch from before the reload, the ack queue could hold only four outcomes.
     running.wait_for_messages(15, "job completed");
     gate.release();
     ids.iter().for_each(|id| server.wait_until_done(id));

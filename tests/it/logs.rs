@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Recorder, Server, eventually};
 
-/// Runs one job of type `job_type` with `script` as its handler, which fails, and stops the worker. Returns the job's id and the
-/// stopped worker.
+/// Runs one job of type `job_type`, whose handler `script` fails, and stops the worker. Returns the job's id and the stopped
+/// worker.
 fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
     let server = Server::start();
     let id = server.enqueue("mail", job_type, json!(null));

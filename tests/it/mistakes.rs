@@ -94,7 +94,7 @@ fn queues_must_be_names_that_the_server_takes() {
     );
 }
 
-/// An empty value, as from an unset shell variable in quotes, does not select all queues.
+/// An empty value, such as an unset shell variable in quotes, does not select all queues.
 #[test]
 fn a_list_of_queues_has_no_empty_name() {
     let problem = |got: &str| {

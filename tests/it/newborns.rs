@@ -53,8 +53,8 @@ fn a_signal_to_a_job_at_its_start_spares_the_worker() {
     assert_eq!(finished.status.into_raw(), 0);
 }
 
-/// The drain signal here is SIGHUP, which a child discards before its exec as a signal from the terminal. So the worker must send
-/// it after the exec.
+/// The drain signal here is SIGHUP. Before its exec, a child discards SIGHUP, because a terminal can send this signal to the
+/// worker's whole group. So the worker must send the drain signal after the exec.
 #[test]
 fn a_drain_signal_right_after_a_start_is_not_lost() {
     for _ in 0..20 {

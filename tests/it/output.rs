@@ -1,4 +1,4 @@
-//! The output and the unread input of handlers, which must never harm the worker.
+//! The output and the unread input of handlers must never harm the worker.
 //! The tests in `logs` check that no output forges a line of the log.
 
 use std::fs::File;
@@ -115,7 +115,7 @@ fn a_gigabyte_on_stderr_does_not_make_the_worker_grow() {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!(null));
     let line = "x".repeat(60_000);
-    // First lines of 60 kB, and then 900 MB without a line break.
+    // Print 100 MB in lines of 60 kB, and then 900 MB without a line break.
     let script = format!("yes {line} | head -c 100000000 >&2; head -c 900000000 /dev/zero >&2; exit 1");
     let running = Daemon::of(&server).without_output().sh(&script).start();
     let error = server.wait_for_error(&id, 1);

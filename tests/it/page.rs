@@ -164,7 +164,7 @@ fn the_address_of_the_page_is_printed_with_embedded() {
     assert!(finished.has("open this page to watch the worker") && !without.has("open this page to watch the worker"));
 }
 
-/// The settings of an example shop. One handler is warm, one always fails, and the file of one is removed before its first job.
+/// The settings of an example shop. One handler is warm, one always fails, and the file of another is removed before its first job.
 const SHOP: &str = "
 [worker]
 worker_id = 'web-1'

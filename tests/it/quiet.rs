@@ -83,7 +83,7 @@ fn a_redelivery_in_the_quiet_keeps_the_stream_of_another_job() {
     running.wait_for_lines(1, "started");
     running.signal(Signal::USR2);
     running.wait_for_message("paused");
-    // The second line is the job's next attempt, as after a failure that another client has reported.
+    // The second line is the job's next attempt. A server sends such a line when another client has reported a failure of the job.
     stream.attempt("held", 0).attempt("held", 1);
     running.wait_for_messages(3, "job received");
     assert!(stream.is_open(), "the stream was closed over a running job");

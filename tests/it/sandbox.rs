@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::support::{Daemon, Finished, Refused, Server, jobs};
 
-/// The log message of a worker that must start processes by the slower method.
+/// The log message of a worker that cannot start processes in the usual way.
 const SLOW: &str = "processes are started in a slower way, the system refuses the usual one";
 
 fn no_shared_memory() -> Refused {

@@ -170,8 +170,8 @@ fn prefetch_is_two_jobs_for_each_loop_by_default() {
     assert_eq!(starting(Daemon::bare().args(["-t", "3", "-f", "4", "-p", "13"]))["prefetch"], 13);
 }
 
-/// Returns the daemon's wait before its nth attempt to reconnect, as the one of the `possible` waits that fits with a jitter of
-/// up to a quarter.
+/// Returns the daemon's wait before its nth attempt to reconnect, without the jitter of up to a quarter. The result is one of the
+/// `possible` waits, in seconds.
 fn wait(daemon: Daemon, nth: usize, possible: &[f64]) -> String {
     let running = daemon.args(["--url", NOWHERE, "--log-format", "json", "--", "true"]).start();
     let waits = |log: &[String]| -> Vec<f64> {
@@ -497,7 +497,7 @@ fn levels(finished: &Finished) -> String {
     levels.join(" ")
 }
 
-/// Runs a job whose handler prints and fails, so that the daemon has messages from debug to error to log.
+/// Runs a job whose handler prints and fails. The daemon then has messages of each level from debug to error to log.
 fn failing(daemon: Daemon) -> Finished {
     let server = Server::start();
     let id = server.enqueue("mail", "fail", json!(null));

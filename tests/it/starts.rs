@@ -176,7 +176,7 @@ fn a_missing_handler_fails_its_job_after_five_seconds() {
     assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 3);
 }
 
-/// Jobs that arrive together wait for the pauses after earlier failed starts: one second, then two, then four.
+/// The jobs arrive together. After each failed start, the others wait for a pause: one second, then two, then four.
 #[test]
 fn the_wait_for_a_broken_handler_is_no_run_time() {
     let server = Server::start();
@@ -191,8 +191,8 @@ fn the_wait_for_a_broken_handler_is_no_run_time() {
     let completed = running.wait_for("a job that waited", |event| event["message"] == "job completed");
     let waited = completed["waited_seconds"].as_f64().unwrap_or_else(|| panic!("{completed}"));
     assert!(waited > 1.0, "{completed}");
-    // At least six of the eight jobs complete, some perhaps at a retry. Their runs are in the histogram of run times, which
-    // failed starts do not enter.
+    // At least six of the eight jobs complete, some perhaps at a retry. Their runs are recorded in the histogram of run times.
+    // Failed starts are not recorded there.
     eventually("the time of all runs", || {
         let completed = running.log().iter().filter(|line| line.contains(r#""message":"job completed""#)).count();
         let text = admin.metrics();
@@ -217,7 +217,7 @@ fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     let broken = Instant::now();
     let ids = server.enqueue_all(jobs(60));
     let failed = eventually("a second failure", || Some(errors(&server, &ids)).filter(|errors| errors.len() >= 2));
-    // One job fails at once and one a second later, instead of one in each of the four loops.
+    // One job fails at once and one a second later. Without the pause, a job would fail at once in each of the four loops.
     assert!(broken.elapsed() >= Duration::from_millis(900), "{:?}", broken.elapsed());
     assert!(failed.iter().all(|error| error["error_type"] == "SpawnError"), "{failed:?}");
     assert!(failed[0]["message"].as_str().unwrap().contains("Exec format error"), "{failed:?}");

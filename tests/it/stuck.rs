@@ -173,7 +173,7 @@ fn a_success_that_always_gets_a_500_holds_up_no_other() {
         open.retain(|id| !request.body.contains(id));
         request.answer("204 No Content", "");
         if open.is_empty() {
-            // Later successes do not join the bulk requests that fail.
+            // Deliver two more jobs. Their successes must not join the bulk requests that fail.
             later.iter().for_each(|id| _ = stream.job(id));
             open = std::mem::take(&mut later);
         }
@@ -181,7 +181,8 @@ fn a_success_that_always_gets_a_500_holds_up_no_other() {
     });
 }
 
-/// A long job runs, and a short one has failed. The stream of both is lost while the worker is paused.
+/// While the worker is paused, it loses the stream that delivered a long job and a short one. Then the short job fails, and the
+/// long job still runs.
 #[test]
 fn a_search_for_a_running_job_holds_few_others() {
     const SCRIPT: &str = "echo $ZIZQ_JOB_ID >> $DIR/started
@@ -249,7 +250,7 @@ impl Forwarder {
         Self { port, target, open }
     }
 
-    /// Forwards new connections to another port, and cuts all open connections but the first, which has the stream.
+    /// Forwards new connections to another port, and cuts all open connections except the first, which carries the take stream.
     fn move_to(&self, target: u16) {
         self.target.store(target, Ordering::SeqCst);
         for stream in self.open.lock().unwrap().iter().skip(1) {
@@ -258,8 +259,8 @@ impl Forwarder {
     }
 }
 
-/// The stream stays open on a connection to the old certificate, but new connections meet a new certificate from another
-/// authority.
+/// The stream stays open on a connection that was made with the old certificate. For new connections, the server has a
+/// certificate from another authority.
 #[test]
 fn a_reload_of_certificates_helps_waiting_reports() {
     let (server, one, two) = (Server::start(), Authority::new(), Authority::new());

@@ -328,7 +328,7 @@ fn a_port_that_closes_at_plain_http_may_speak_tls() {
     unread.peek(&mut [0]).unwrap();
     drop(unread);
     assert!(refused(2).contains(explanation), "{}", refused(2));
-    // After the server has answered once, the worker takes the same close for an outage.
+    // After the server has answered once, the worker treats the same close as an outage.
     server.take().end();
     drop(server.request());
     assert!(refused(3).starts_with("the request failed"), "{}", refused(3));

@@ -157,7 +157,7 @@ fn a_default_mode_holds_for_types_that_name_none() {
     assert_eq!(finished.read("ran").lines().count(), 2);
 }
 
-/// An incomplete line of output ends with its job.
+/// The end of a job also ends an incomplete line of its output.
 #[test]
 fn output_before_a_reply_belongs_to_its_job() {
     let warm = Warm::with("", "", |daemon| daemon.threads(2));

@@ -31,7 +31,7 @@ fn a_process_that_dies_in_a_job_costs_that_job_an_attempt() {
     assert_eq!(error["error_type"], "ExitStatus");
     assert_eq!(error["message"], "handle.py exited with status 3: no such account");
     assert_eq!(error["backtrace"], "no such account\n");
-    // No exit status is a success, because a warm handler must reply.
+    // An exit without a reply is a failure whatever the exit status, because a warm handler must reply.
     for (code, dead) in [(99, 0), (100, 1)] {
         assert_eq!(fail_between(&warm, &format!("os._exit({code})"))["error_type"], "ExitStatus");
         assert_eq!(warm.server.count("dead"), dead, "{code}");
@@ -123,7 +123,7 @@ fn the_timeout_counts_for_each_job_anew() {
     warm.stop();
 }
 
-/// Code that sends an invalid reply, each with a part of the expected error message.
+/// Pieces of code that send an invalid reply, each with a part of the expected error message.
 const NONSENSE: [(&str, &str); 12] = [
     ("send(2 * (json.dumps({'id': job['id'], 'ok': True}) + '\\n'))", "more than one reply"),
     ("send(json.dumps({'id': job['id'], 'ok': True}) + '\\nmore'); time.sleep(1000)", "more than one reply: more"),

@@ -161,7 +161,7 @@ fn build_example(name: &str, root: &Path, profile: &Path) {
     assert!(cargo.status().unwrap().success());
 }
 
-/// Longer scripts are unsuitable as examples.
+/// A script of more than 30 lines is unsuitable as an example.
 #[test]
 fn each_warm_script_has_at_most_30_lines() {
     for name in ["warm.py", "warm.rb", "warm.mjs", "warm.php"] {

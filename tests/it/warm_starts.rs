@@ -56,7 +56,7 @@ fn too_few_descriptors_burn_none_while_a_process_works() {
     let before = prlimit(pid, Resource::Nofile, Rlimit { current: Some(few), maximum }).unwrap();
     let message = "another handler process cannot be started, jobs wait for the present ones";
     the_first_process_runs_all(&warm, &first, message);
-    // Two of these jobs together take longer than the five seconds for which a start waits for descriptors.
+    // Two of these jobs, one after the other, take longer than the five seconds that a start waits for descriptors.
     let ids = warm.enqueue_many(4, "time.sleep(3)");
     ids.iter().for_each(|id| warm.server.wait_until_done(id));
     prlimit(pid, Resource::Nofile, before).unwrap();

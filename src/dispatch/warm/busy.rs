@@ -21,8 +21,8 @@ use crate::process::{ResourceUsage, Termination};
 /// The time limit for a process to exit after it has closed its connection during a job.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
 
-/// The time after the start of an exchange during which `NoReply::Unread` means that the job has not begun. Later, the process
-/// may have begun the job without having read its whole line.
+/// The time limit, from the start of an exchange, within which `NoReply::Unread` means that the job has not begun. After this time,
+/// the process may have begun the job without having read the job's whole line.
 const UNREAD_LIMIT: Duration = Duration::from_secs(1);
 
 /// A warm process that has been given to a job, with the job's place in the pool.
@@ -33,7 +33,7 @@ pub(in crate::dispatch) struct Busy {
     pub(super) _place: Place,
 }
 
-/// The end of an exchange, which sends a job to a process and waits for the reply.
+/// The end of an exchange. An exchange sends a job to a process, and waits for the reply.
 enum ExchangeEnd {
     Replied(Reply),
     NoReply(NoReply),
@@ -143,8 +143,8 @@ impl Busy {
             Some(reason) => self.pool.retire(&self.member, reason, StopRequest::Retire),
             None => {
                 self.pool.waiting().give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
-                // If the process has ended since its reply, its keeper may already have finished, and no longer removes the
-                // process from the idle processes.
+                // If the process has ended since its reply, its keeper may have finished too early to remove the process from the
+                // idle processes.
                 if self.member.has_ended() {
                     self.pool.remove_idle(&self.member);
                 }

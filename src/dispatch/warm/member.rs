@@ -24,7 +24,7 @@ use crate::watch;
 /// The longest interval between two checks of an idle process's connection, age and idle time.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The maximum age at which the CPU time read after one job is reused as the CPU time before the next job.
+/// The maximum age at which a CPU time that was read after one job is reused as the CPU time before the next job.
 const CPU_AGE: Duration = Duration::from_millis(1);
 
 /// The maximum age at which a memory peak is reused. Reading the peak takes longer than a short job.
@@ -82,7 +82,7 @@ pub(super) struct Member {
     pub(super) max_age: Option<Duration>,
     /// The log span for output that arrives between jobs.
     span: Span,
-    /// The handle of the process, which the keeper drops when it ends the process.
+    /// The handle of the process. The keeper drops the handle when it ends the process.
     resident: Weak<Resident>,
     work: Mutex<Work>,
     stop: watch::Sender<StopRequest>,
@@ -229,7 +229,7 @@ pub(super) fn spawn_keeper(
         cpu: None,
         peak: None,
     };
-    // Random, so that the processes do not all end at once.
+    // Use a random factor, so that the processes do not all end at once.
     let spread = || 1.0 + fastrand::f64() / 4.0;
     let member = Arc::new(Member {
         number: pool.processes.next.fetch_add(1, Ordering::Relaxed),

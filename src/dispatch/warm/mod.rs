@@ -65,8 +65,8 @@ pub(super) struct Pool {
     waiting: Mutex<Waiting>,
     /// The number of reloads so far. A process with a lower `Member::generation` is outdated.
     generation: AtomicU64,
-    /// The reason for the end of each process that has not been replaced yet. The oldest one becomes the reason for the next
-    /// start.
+    /// The reason for the end of each process that has not been replaced yet. The oldest of these reasons is recorded as the reason
+    /// for the next start.
     vacancies: Mutex<VecDeque<&'static str>>,
     has_warned: AtomicBool,
     /// Whether the last start failed while other processes worked.
@@ -76,8 +76,9 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Returns the pool for a handler. If `max_processes` is not set, the limit is `concurrency`. The pool takes over the slots
-    /// of `before`, whose remaining processes count towards the limit.
+    /// Returns the pool for a handler. If `max_processes` is not set, the limit is `concurrency`. `before` is the pool that the new
+    /// pool replaces, if any. The new pool takes over the slots of `before`, so that the remaining processes of `before` count
+    /// towards the limit.
     pub(super) fn new(
         handler: &Handler,
         settings: &handler::PoolSettings,
@@ -157,8 +158,8 @@ impl Pool {
     }
 
     /// Waits in the background for a starting process that its job no longer needs. Once connected, the process can take any job.
-    /// If the process does not connect, calls `failed` with the error, unless the worker is stopping, because the stop may have
-    /// ended the process.
+    /// If the process does not connect, calls `failed` with the error. Does not call `failed` while the worker is stopping, because
+    /// the stop may have ended the process.
     pub(super) fn adopt(
         self: &Arc<Self>,
         starting: Starting,
@@ -353,7 +354,7 @@ impl Pool {
     ) -> io::Result<Starting> {
         let listener = UnixListener::bind(&socket).map_err(|error| match error.raw_os_error() {
             Some(_) => error,
-            // An error without an errno, for example because the path is too long, does not say that it concerns the socket.
+            // An error without an errno does not mention the socket, for example if the path is too long.
             None => io::Error::other(format!("its socket: {error}")),
         })?;
         let socket = Socket(socket);

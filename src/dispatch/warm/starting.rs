@@ -30,8 +30,8 @@ impl Drop for Socket {
     }
 }
 
-/// A started process whose connection is awaited, or has not been handed on yet. Dropping this kills the process, unless a job or
-/// the pool has its connection.
+/// A started process that has not connected yet, or whose connection has not been given to a job or the pool yet. Dropping this
+/// kills the process, unless a job or the pool has the connection.
 pub(in crate::dispatch) struct Starting {
     pub(super) pool: Arc<Pool>,
     pub(super) member: Arc<Member>,
@@ -107,7 +107,7 @@ impl Starting {
     /// Logs one warning if the process has not connected [`SLOW_START`] after its start. Never returns.
     async fn warn_of_slow_start(&self) -> Infallible {
         let (due, limit) = (self.member.started + SLOW_START, self.pool.settings.start_timeout);
-        // A shorter limit soon ends the process, and the failed start is logged.
+        // With a shorter start timeout, no warning is needed: the process is killed soon, and the failed start is logged.
         if due > Instant::now() && limit >= 2 * SLOW_START {
             tokio::time::sleep_until(due).await;
             let start_timeout = humantime::format_duration(limit).to_string();
@@ -123,7 +123,7 @@ impl Starting {
 
     fn not_connected(&self, end: &End) -> io::Error {
         let what = match &end.status {
-            // Return the bare errno, from which the brake decides whether the error may be temporary.
+            // Return the bare errno, because the brake uses it to decide whether the error may be temporary.
             Err(error) if end.never_ran => match error.raw_os_error() {
                 Some(errno) => return io::Error::from_raw_os_error(errno),
                 None => format!("could not be started: {error}"),

@@ -14,7 +14,7 @@ use super::weather::Weather;
 /// The client's time limit for a request, up to the headers of the answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The time in which a killed worker makes the last tries of all its reports together.
+/// The time limit for a killed worker's last attempts to send its reports. The limit holds for all reports together.
 const LAST_TRIES: Duration = Duration::from_secs(10);
 
 /// The largest factor by which jitter lengthens a backoff wait.
@@ -40,7 +40,7 @@ pub fn first_wait(config: &WorkerConfig) -> Duration {
     config.backoff.min_wait().mul_f64(JITTER)
 }
 
-/// Returns the time limit for a drain, which the shutdown deadline may cut short. The limit holds with and without faults.
+/// Returns the time limit for a drain. The shutdown deadline may cut the drain short. The limit holds with and without faults.
 pub fn drain(config: &WorkerConfig, grace: Duration) -> Duration {
     config.shutdown_deadline + kill(grace)
 }

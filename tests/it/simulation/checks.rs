@@ -243,8 +243,8 @@ impl Book {
         self.page(worker, |page| page.exempt.contains(id))
     }
 
-    /// Returns the number of jobs that wait in a worker. These were last delivered over a stream that the worker has not closed,
-    /// and the worker has not started the delivered attempt.
+    /// Returns the number of jobs that wait in a worker. A job waits if it was last delivered over a stream that the worker has
+    /// not closed, and the worker has not started the delivered attempt.
     pub fn waiting_in(&self, worker: &str) -> usize {
         let pages = self.pages();
         let Some(page) = pages.workers.get(worker) else { return 0 };
@@ -347,8 +347,8 @@ impl Book {
         self.page(worker, |page| page.was_turned_away)
     }
 
-    /// Checks that a worker did not close a stream without a fault while it ran a job from this stream. The server redelivers the
-    /// job at the close, so two runs of the job could overlap.
+    /// Checks that the worker was not running a job from this stream when it closed the stream. The server redelivers such a job,
+    /// so two runs of the job could overlap. Skips a stream whose connection has met a fault, and a worker that has crashed.
     pub fn stream_ended(&self, link: &Link, held: &BTreeSet<String>) {
         let Some(closed) = link.closed().filter(|_| !link.is_faulted()) else { return };
         if self.page(&link.worker, |page| page.has_crashed) {
@@ -398,8 +398,8 @@ impl Book {
         }
     }
 
-    /// Records that the server accepts a worker's report of a failure as this attempt. Checks that the attempt is right, and that
-    /// the failed run has not been counted before.
+    /// Records that the server accepts a worker's failure report, and counts it for the attempt `attempts`. Checks that this is the
+    /// attempt that failed, and that the failed run has not been counted before.
     pub fn failure_counted(&self, link: &Link, id: &str, attempts: u32, message: &str) {
         let problem = self.pages().problem_of_failure(link, id, attempts, message);
         if let Some(problem) = problem {
@@ -475,7 +475,7 @@ impl Pages {
         let deliveries = page.deliveries.get(id).map_or(&[][..], Vec::as_slice);
         // True if the job was redelivered as the reported attempt before the run ended.
         let became_this = deliveries.iter().any(|delivery| delivery.attempts == attempts && delivery.at <= ended);
-        // True if the worker had not yet closed the stream of the run's attempt when it sent the report.
+        // True if the worker had not yet closed the stream that delivered the run's attempt when it sent the report.
         let sent = link.sent().unwrap_or_else(Instant::now);
         let of_run = deliveries.iter().rev().find(|delivery| delivery.attempts == ran_as);
         let seemed_held = of_run.is_some_and(|held| held.link.closed().is_none_or(|closed| closed >= sent));

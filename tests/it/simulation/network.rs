@@ -46,7 +46,8 @@ struct State {
     latency: Option<Duration>,
     /// The time that new connections take to open. Equal to their latency if `None`.
     opening: Option<Duration>,
-    /// The probability that a new connection meets a fault, and that its opening does.
+    /// The probability that a new connection meets a fault, and also the probability that its opening is refused, slow or
+    /// unanswered.
     trouble: f64,
 }
 
@@ -166,7 +167,8 @@ impl Network {
         self.0.state.lock().unwrap().hosts[host].clone()
     }
 
-    /// Sets the probability that a new connection meets a fault, and that its opening does.
+    /// Sets the probability that a new connection meets a fault, and also the probability that its opening is refused, slow or
+    /// unanswered.
     pub fn set_trouble(&self, trouble: f64) {
         self.0.state.lock().unwrap().trouble = trouble;
     }

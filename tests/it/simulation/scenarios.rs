@@ -95,7 +95,7 @@ fn bad(ms: u64) -> Script {
     Script(vec![Step { ms, end: End::Bad }, Step { ms: 0, end: End::Good }])
 }
 
-/// Enqueues a job and waits until it runs, enqueues more urgent jobs, and cuts the worker's connections. The server then delivers
+/// Enqueues a job, waits until it runs, enqueues more urgent jobs, and then cuts the worker's connections. The server delivers
 /// the more urgent jobs before it redelivers the first job. Returns the first job's id.
 async fn run_one_that_is_not_redelivered_soon(world: &World, life: &Life) -> String {
     let id = world.put(1, Script::good(5000));

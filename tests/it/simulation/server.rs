@@ -20,7 +20,7 @@ use super::weather::Weather;
 /// The model's Unix time at its start, in milliseconds.
 pub const EPOCH_MS: u64 = 1_800_000_000_000;
 
-/// The number of priorities in the model, which are `0..PRIORITIES`.
+/// The number of priorities in the model. The priorities are `0..PRIORITIES`.
 pub const PRIORITIES: u32 = 3;
 
 /// Returns the server's longest backoff for a job with this many failures.

@@ -37,7 +37,7 @@ pub enum Fault {
         /// Whether the request takes effect.
         with_effect: bool,
     },
-    /// A made-up answer, as from the server or from a proxy, replaces the real one.
+    /// A made-up answer, which looks like an answer from the server or from a proxy, replaces the real one.
     Instead(Answer),
 }
 
@@ -119,7 +119,7 @@ struct State {
     retry_after: Option<Instant>,
 }
 
-/// A fault scheduled for the next `times` requests of a kind, about one job or about any.
+/// A fault scheduled for the next `times` requests of a kind. If `id` is set, only requests about this job count.
 struct Laid {
     call: Call,
     id: Option<String>,

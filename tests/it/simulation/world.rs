@@ -474,8 +474,8 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
         world.book.violation(format!("{name} does not report how {other} ended beside failures that are refused"));
     }
     world.weather.clear();
-    // Other calls succeeded during the refusals, so the worker detects no recovery, after which it would retry all reports at
-    // once. It retries the stuck reports one by one.
+    // Other calls succeeded during the refusals, so the worker detects no recovery now. It therefore does not retry all stuck
+    // reports at once, but one by one.
     let turns = u32::try_from(FAILURES_AT_ONCE + 2).unwrap();
     sleep((bounds::first_wait(config) + MAX_LATENCY * 2) * turns + bounds::SLACK).await;
     if let Some(id) = stuck.iter().find(|id| !has_failed(id)) {
@@ -495,8 +495,8 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let (server, config) = (world.server_of(&lives[at]), &lives[at].config);
         let count = if lives[at].is_bounded() { 0 } else { 2 * config.prefetch.get() };
         let queue = config.queues.first().map_or(QUEUES[0], String::as_str).to_owned();
-        // The worker may also run these jobs. A job with a report that was refused for good becomes ready again when its stream
-        // closes.
+        // The worker may also run other unfinished jobs, because a job with a report that was refused for good becomes ready again
+        // when its stream closes.
         let others: Vec<Record> = server.open_jobs().iter().filter_map(|id| server.job(id)).collect();
         let probes: Vec<String> = (0..count)
             .map(|_| {

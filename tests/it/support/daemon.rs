@@ -88,8 +88,8 @@ impl Daemon {
         daemon
     }
 
-    /// Starts the daemon from the command `leader`, which leads a session whose controlling terminal is stdin. Without a
-    /// `leader`, the daemon leads the session. The log does not go to the terminal.
+    /// Starts the daemon from the command `leader`, which leads a session whose controlling terminal is stdin. If `leader` is
+    /// empty, the daemon itself leads the session. The log does not go to the terminal.
     pub fn in_session_of<const N: usize>(self, leader: [&str; N]) -> Self {
         let mut setsid = Command::new("setsid");
         setsid.arg("-c").args(leader);
@@ -272,7 +272,8 @@ impl Daemon {
         let lines = Arc::clone(&log);
         let keep = move |line: &String| self.keep_output || !line.contains(r#""message":"stderr""#);
         let reading = std::thread::spawn(move || {
-            // Treat an error as the end of the log, because a read from a terminal fails once all other ends are closed.
+            // Treat an error as the end of the log, because a read from a pseudo-terminal fails once no process has its other
+            // end open.
             let all = BufReader::new(stderr).split(b'\n').map_while(Result::ok);
             for line in all.map(|line| String::from_utf8_lossy(&line).into_owned()).filter(keep) {
                 lines.lock().unwrap().push(line);
@@ -298,7 +299,7 @@ impl Daemon {
 /// The bytes that a terminal has received so far.
 type Screen = Arc<Mutex<Vec<u8>>>;
 
-/// A reader of a terminal, which copies all text to `screen`. Unlike the log, `screen` also has incomplete lines.
+/// A reader that copies all text of a terminal to `screen`. Unlike the log, `screen` also has incomplete lines.
 struct Watched {
     terminal: File,
     screen: Screen,
@@ -330,7 +331,7 @@ pub struct Running {
     screen: Screen,
     reading: Option<JoinHandle<()>>,
     output: Option<JoinHandle<String>>,
-    /// The test's end of the controlling terminal, or the write end of the pipe in `Watched`. Closing it hangs up the terminal.
+    /// The test's end of the controlling terminal, or the write end of the pipe in `Watched`. Closing either hangs up the terminal.
     terminal: Option<OwnedFd>,
     dir: TempDir,
     exited: bool,

@@ -10,7 +10,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 /// A file system on which every access blocks until the accessing process is killed. Unmounted on drop.
 pub struct HungFileSystem {
     mount_point: PathBuf,
-    /// The FUSE device, from which the test never reads or answers the kernel's requests.
+    /// The FUSE device. The test never reads the kernel's requests from the device, so that they are never answered.
     _device: File,
 }
 

@@ -1,4 +1,4 @@
-//! A proxy in front of a server, which records requests and injects faults, as of the network or the server.
+//! A proxy in front of a server. The proxy records requests, and injects faults that imitate faults of the network or the server.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -406,7 +406,7 @@ impl Connection {
         pending().await
     }
 
-    /// Forwards a request over a separate connection to the server, which is closed when the answer's body is dropped.
+    /// Forwards a request to the server over a separate connection. The connection is closed when the answer's body is dropped.
     async fn forward(&self, request: Request<Bytes>, fault: Option<BodyFault>) -> io::Result<Response<Body>> {
         let stream = TcpStream::connect(self.shared.upstream).await?;
         let (mut sender, upstream) = client::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
@@ -480,7 +480,7 @@ impl Passing {
         pending().await
     }
 
-    /// Removes the next part to forward from `rest`, and returns this part.
+    /// Splits off and returns the part of `rest` that is to be forwarded next.
     async fn next(&mut self) -> Bytes {
         let all = self.rest.len();
         let length = match self.fault {

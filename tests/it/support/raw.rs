@@ -182,7 +182,7 @@ impl RawRequest {
 
     /// Waits until the client has closed or reset the connection.
     pub fn wait_until_closed(mut self) {
-        // Ignore an error, because a reset is one.
+        // Ignore an error, because a read from a connection that was reset returns one.
         let _ = self.stream.read_to_end(&mut Vec::new());
     }
 

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use super::{Api, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// The first part of the handler, with functions that `before` and the code in the jobs can call.
+/// The first part of the handler's source. It defines functions for the code in the jobs, and for the code that runs before the
+/// connect.
 const PRELUDE: &str = r#"#!/usr/bin/env -S python3 -S
 import json, os, signal, socket, sys, time
 DIR = os.environ["DIR"]
@@ -164,7 +165,7 @@ pub fn enqueue_many(server: &Api, count: usize, code: &str) -> Vec<String> {
     server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": code}); count])
 }
 
-/// Asserts that all warm processes of a worker are dead, and all children that these processes recorded with `leave_child`.
+/// Asserts that all warm processes of a worker, and all children that these processes recorded with `leave_child`, are dead.
 #[track_caller]
 pub fn assert_dead(finished: &Finished) {
     let pids = finished.read("started") + &finished.read("children");
