@@ -1,7 +1,7 @@
 //! A worker inside a Rust program. Each job is a function call instead of a process.
 //!
-//!     cargo run --example library_worker                          # three jobs of a server in memory
-//!     cargo run --example library_worker -- http://localhost:7890 # jobs of that server
+//!     cargo run --example library_worker                          # runs three jobs from an in-memory server
+//!     cargo run --example library_worker -- http://localhost:7890 # runs jobs from the server at this url
 
 use std::error::Error;
 use std::num::NonZeroUsize;

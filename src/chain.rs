@@ -35,8 +35,8 @@ impl<W: Write> Write for OneLine<W> {
     }
 }
 
-/// Reports whether a character is a control character, a Unicode line or paragraph separator, or an embedding, override or
-/// isolate that changes the direction of text.
+/// Reports whether a character is a control character, a Unicode line or paragraph separator, or a Unicode control that changes
+/// the direction of text (an embedding, override or isolate).
 pub(crate) fn is_unruly(char: char) -> bool {
     char.is_control() || matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

@@ -66,7 +66,7 @@ pub async fn check(config: &Config, reach: Reach, out: &mut impl Write) -> Resul
 
 async fn check_all(config: &Config, reach: Reach, out: &mut impl Write) -> Result<(), CheckError> {
     print_table(&config.settings(), out)?;
-    // No check is needed here, because the settings are resolved only if the file of each handler can be run.
+    // No check is needed here, because `config` could not have been resolved if the file of a handler could not be run.
     writeln!(out, "\nhandlers: their files can be run")?;
     for warning in config.warnings() {
         say(out, format_args!("warning: {warning}"))?;

@@ -94,9 +94,9 @@ pub(crate) enum Told {
     InFlight,
 }
 
-/// Whether this worker holds the attempt now, and whether through the same delivery as at an earlier moment. For a denied report,
-/// the earlier moment is when the report was sent. For all others, the earlier moment is the last query of the job, or the start of
-/// the try if there was no query.
+/// Whether this worker holds the attempt now, and if so, whether through the same delivery as at an earlier moment. If the report
+/// was denied, the earlier moment is the time at which the report was sent. If not, the earlier moment is the last query of the
+/// job, or the start of the try if there was no query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
     /// The worker holds the attempt through the same delivery as before, over a stream that is still open.

@@ -262,8 +262,8 @@ async fn stop_with_shell(terminal: Terminal, lifecycle: Lifecycle) {
     }
 }
 
-/// Drains because the terminal is closed. A second call has no further effect, because one closed terminal can cause two SIGHUPs:
-/// the kernel's, and one that the shell forwards.
+/// Drains because the terminal is closed. A second call has no further effect: one closed terminal can cause two SIGHUPs, one from
+/// the kernel and one that the shell forwards.
 fn stop_without_terminal(lifecycle: &Lifecycle) {
     let was_running = lifecycle.phase() == Phase::Running;
     lifecycle.stop_because("the terminal is gone");

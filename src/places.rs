@@ -23,7 +23,7 @@ struct Size {
     surplus: usize,
 }
 
-/// One taken place, released when dropped.
+/// An occupied place. Dropping the value frees the place.
 #[derive(Debug)]
 pub(crate) struct Place(Places);
 

@@ -267,8 +267,8 @@ impl Decoder {
         self.buffers = Buffers::default();
     }
 
-    /// Moves `partial` into a large buffer if `additional` more bytes do not fit, and make the line longer than
-    /// `LONG_LINE_BYTES`.
+    /// Moves `partial` into a large buffer if `additional` more bytes do not fit into `partial`, and would make the line longer
+    /// than `LONG_LINE_BYTES`.
     fn make_room(&mut self, additional: usize) {
         let length = self.partial.len() + additional;
         if length > self.partial.capacity() && length > LONG_LINE_BYTES {

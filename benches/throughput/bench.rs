@@ -87,8 +87,8 @@ impl Bench {
     }
 }
 
-/// Builds the worker as it is shipped. This build replaces the worker that `cargo bench` has built, because the dev-dependencies
-/// enable additional features in shared dependencies.
+/// Builds the worker as it is shipped. The worker that `cargo bench` has built is replaced, because the dev-dependencies enable
+/// additional features in dependencies of that worker.
 fn build_release() -> Result<()> {
     let mut command = Command::new(std::env::var("CARGO").unwrap_or("cargo".to_owned()));
     // Remove the variables that Cargo sets for a benchmark. Otherwise the inner Cargo would rebuild some libraries.

@@ -9,8 +9,8 @@ use crate::{Result, stamp, warm_handler};
 
 pub(crate) const ROLE: &str = "contender:client";
 
-/// Runs the worker. `words` are the url, the queue, the concurrency, and the handler's command. The command is not run. If it
-/// ends with `STAMP` and the path of a socket, the worker sends a stamp there for each job.
+/// Runs the worker. `words` are the url, the queue, the concurrency, and the handler's command. The command is not run. If the
+/// command ends with `STAMP` and the path of a socket, the worker sends the current time to that socket for each job.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let [url, queue, at_once, handler @ ..] = words else { return Err("too few words".into()) };
     let stamps = match handler {

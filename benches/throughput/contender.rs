@@ -29,7 +29,7 @@ pub(crate) enum Contender {
     Client,
 }
 
-/// Jobs for a handler, with their number and concurrency.
+/// The jobs of one run: their handler, concurrency, number, and payload size.
 #[derive(Debug, Clone)]
 pub(crate) struct Contest {
     pub(crate) handler: Vec<String>,
@@ -189,8 +189,8 @@ impl Running {
         if status == 0 { Ok(cpu) } else { Err(format!("a contender ended with the wait status {status}").into()) }
     }
 
-    /// Waits for the exit, and returns the CPU time of the process. Does not reap the process, because the CPU time could
-    /// then not be read. Threads that ended before the process are not included.
+    /// Waits for the exit, and returns the CPU time of the process. Does not reap the process, because the CPU time of a reaped
+    /// process cannot be read. Threads that ended before the process are not included.
     fn own_cpu_at_its_end(&self) -> Result<std::time::Duration> {
         waitid(WaitId::Pid(self.pid()?), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
         self.process().own_cpu()

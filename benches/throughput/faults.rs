@@ -17,7 +17,7 @@ const AFTER: Duration = Duration::from_secs(30);
 const AT_ONCE: usize = 8;
 
 const HANDLER: [&str; 2] = ["sleep", "0.2"];
-/// More jobs than the 2,400 that eight loops can run in a minute.
+/// More jobs than the 2,400 that a worker can run in a minute, eight at once and 0.2 s each.
 const JOBS: usize = 3000;
 
 /// The server's default limit on unreported jobs. While reports fail, a worker can run at most this many jobs.

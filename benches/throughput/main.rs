@@ -38,7 +38,7 @@ type Result<T> = std::result::Result<T, Error>;
 /// Runs the benchmark, or a helper process of the benchmark. A helper process is this executable with its role as the
 /// first argument.
 fn main() -> Result<()> {
-    // Read the clock before any other work, because in the role `stamp` this is the time of the handler's start.
+    // Read the clock before any other work, because in the role `stamp`, this time is sent as the time of the handler's start.
     let began = stamp::now();
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {

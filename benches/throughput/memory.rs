@@ -25,7 +25,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Section> {
     Ok(Section::of_lines(lines, targets))
 }
 
-/// Returns the peak memory with all jobs running at once. Each job sleeps long enough for the last one to start.
+/// Returns the peak memory with all jobs running at once. Each job sleeps so long that the last job starts before any job ends.
 fn peak(bench: &Bench, contender: &Contender, at_once: usize) -> Result<u64> {
     let handler = vec!["sleep".to_owned(), "6".to_owned()];
     let contest = Contest { handler, at_once, jobs: at_once, payload_bytes: PAYLOAD_BYTES };
@@ -58,7 +58,7 @@ fn many_jobs(bench: &Bench) -> usize {
 fn growth(bench: &Bench, contender: &Contender) -> Result<(u64, u64)> {
     let worker = contender.start(bench, 8, &["/bin/true".to_owned()], &[])?;
     let mut early = 0;
-    // Enqueue in portions, so that the server never holds more than `FEW_JOBS` jobs. The size of the server then does not affect
+    // Enqueue in portions, so that the server never holds more than `FEW_JOBS` jobs, and the length of the queue does not affect
     // the run.
     for done in (0..many_jobs(bench)).step_by(FEW_JOBS) {
         bench.server.enqueue(FEW_JOBS, &server::payload(PAYLOAD_BYTES))?;

@@ -1,4 +1,4 @@
-//! [`Proxy`]: a TCP proxy in front of the server, which can make reports fail for a time.
+//! [`Proxy`]: a TCP proxy in front of the server. The proxy can make reports fail for a time.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -8,7 +8,7 @@ use std::thread::spawn;
 
 use crate::Result;
 
-/// The first bytes of a connection for a take stream. Every other connection counts as one for reports.
+/// The first bytes of a connection for a take stream. Every other connection is treated as a connection for reports.
 const TAKE: &[u8] = b"GET /jobs/take";
 
 pub(crate) struct Proxy {
@@ -39,7 +39,7 @@ impl Proxy {
         Ok(Self { url, reports })
     }
 
-    /// Closes all connections for reports, and new ones at their first request, until `mend_reports` is called.
+    /// Closes all connections for reports. Until `mend_reports` is called, each new one is closed at its first request.
     pub(crate) fn cut_reports(&self) {
         self.reports.cut.store(true, Ordering::SeqCst);
         let mut connections = self.reports.connections.lock().unwrap_or_else(PoisonError::into_inner);

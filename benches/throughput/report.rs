@@ -49,7 +49,7 @@ impl Row {
     }
 }
 
-/// A result of a contender in words, printed below the tables.
+/// A line of text with a contender's result, printed below the tables.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Line {
     contender: String,
@@ -108,7 +108,7 @@ impl Section {
     }
 }
 
-/// The results by the name of the part, with the suffix of the server appended.
+/// The results of each part. The key is the name of the part, followed by the suffix for the server.
 type Sections = BTreeMap<String, Section>;
 
 pub(crate) struct Report {
@@ -138,7 +138,7 @@ impl Report {
     }
 
     /// Prints the names of the parts that were not run, and writes the figures and the chart into the target directory. With
-    /// `--save`, also updates the committed page.
+    /// `--save`, also updates `docs/performance.md`.
     pub(crate) fn write(&self, plan: &Plan) -> Result<()> {
         println!("{}", not_run(&self.sections));
         let dir = beside_the_worker();
@@ -153,8 +153,8 @@ impl Report {
         Ok(())
     }
 
-    /// Replaces the parts of the page that this run has measured. Replaces the committed chart only if this run has measured
-    /// every panel of the chart.
+    /// Updates `docs/performance.md` with the parts that this run has measured. Replaces the committed chart only if this run has
+    /// measured every panel of the chart.
     fn save(&self) -> Result<()> {
         let page = fs::read_to_string(PAGE)?;
         let missing = "the page has no place for the figures";
@@ -187,7 +187,7 @@ impl Report {
     }
 }
 
-/// Splits the figures of the page into one block of text for each part. Returns the blocks by the name of the part.
+/// Splits the text between the page's markers into one block for each part. Returns a map from each part's name to its block.
 fn blocks(figures: &str) -> BTreeMap<String, String> {
     let blocks = figures.split("\n**").filter_map(|block| {
         let (name, _) = block.split_once("**")?;
@@ -196,7 +196,7 @@ fn blocks(figures: &str) -> BTreeMap<String, String> {
     blocks.collect()
 }
 
-/// Returns every part twice, with its name for each of the two servers, in the order of the page.
+/// Returns each part once for each of the two servers, with its heading, in the order in which `docs/performance.md` lists them.
 fn names() -> impl Iterator<Item = (Part, String)> {
     let names = PARTS.into_iter().flat_map(|part| [EMBEDDED, GIVEN].map(|server| (part, server)));
     names.map(|(part, server)| (part, format!("{}{server}", part.name())))

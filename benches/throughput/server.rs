@@ -29,8 +29,8 @@ const MAX_BULK_JOBS: usize = 500;
 
 /// Runs the embedded server until stdin is closed.
 pub(crate) fn run() -> Result<()> {
-    // Use one thread, so that on a machine with two cores the server leaves one to the contenders. A remote server would leave
-    // both.
+    // Use one thread, so that on a machine with two cores the server leaves one core to the contenders. A remote server would
+    // leave both cores.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let server = runtime.block_on(EmbeddedServer::bind("127.0.0.1:0", Store::new(Options::default())))?;
     println!("http://{}", server.local_addr());

@@ -12,13 +12,13 @@ use crate::{Result, stamp};
 
 pub(crate) const ROLE: &str = "handler:warm";
 
-/// The option to send a stamp for each job. The path of the socket for stamps follows it.
+/// The option to send the current time for each job. The next argument is the path of the socket that receives the times.
 pub(crate) const STAMP: &str = "stamp";
 /// The option to sleep for `A_WHILE` in each job.
 pub(crate) const PAUSE: &str = "pause";
 
-/// The duration of a job with `PAUSE`. It is longer than the start of all processes, so that all processes have a job at the
-/// same time.
+/// The duration of a job with `PAUSE`. It is longer than the time in which all processes start, so that all processes have a job
+/// at the same time.
 const A_WHILE: Duration = Duration::from_secs(4);
 
 #[derive(Deserialize)]

@@ -36,12 +36,12 @@ pub(crate) struct Reporter {
     pub(super) backoff: Backoff,
     pub(super) lifecycle: Lifecycle,
     metrics: Metrics,
-    /// The moment at which the first report noticed `Phase::Killing`. `LAST_TRIES_TIMEOUT` counts from this moment.
+    /// The moment at which a try first saw `Phase::Killing`. `LAST_TRIES_TIMEOUT` counts from this moment.
     killed: Arc<OnceLock<Instant>>,
     dropped: Arc<AtomicUsize>,
 }
 
-/// The number of refused checks of a job (`GET /jobs/{id}`) after which a proxy is assumed to refuse them all. A single refusal
+/// The number of refused checks of a job (`GET /jobs/{id}`) after which a proxy is assumed to refuse every check. A single refusal
 /// may be temporary.
 const MAX_REFUSED_LOOKS: usize = 5;
 
@@ -264,7 +264,8 @@ impl Reporter {
     }
 }
 
-/// Reports whether an unanswered failure report may have been counted, given the delivery that holds the job now.
+/// Reports whether the server may have counted a failure although the answer to the failure report was lost. `held` is the delivery
+/// that holds the job now.
 fn is_in_doubt(doubt: &Mutex<Doubt>, held: Option<Delivery>) -> bool {
     lock(doubt).delivery.is_some_and(|doubted| held.is_none_or(|held| held == doubted))
 }

@@ -22,8 +22,8 @@ use crate::lock::lock;
 /// The maximum number of ids in one bulk request, small enough for the size limits of servers and proxies.
 const MAX_SUCCESSES_PER_REQUEST: usize = 1000;
 
-/// The longest time that a success of `Urgency::Soon` waits for other successes to share its request. The request itself costs
-/// more than the successes that it contains.
+/// The longest time that a success of `Urgency::Soon` waits for other successes to share its request. The wait saves requests, and
+/// each request costs more than the successes in it.
 const LONGEST_HOLD: Duration = Duration::from_millis(5);
 
 /// The number of yields to the runtime before a bulk request is built, so that jobs that end at the same moment share the
@@ -33,7 +33,7 @@ const TURNS: usize = 3;
 /// The maximum number of parts into which a bulk request is split after server errors.
 const MAX_PARTS: usize = 8;
 
-/// The number of failed parts after which a try ends if no part was accepted, because the server seems to be down.
+/// The number of failed parts after which a try ends if no part was accepted. The server then seems to be down.
 const MAX_FAILED_PARTS: usize = 2;
 
 /// The maximum number of denied successes that are checked at once: enough to hide the round trip, few enough to spare the
@@ -201,8 +201,8 @@ impl Reporter {
     }
 
     /// Sends all successes in one request. If the request causes a server error and `count` is greater than 1, sends the successes
-    /// again in up to `count` parts. One success that always causes a server error then does not block the others forever. Returns
-    /// the failed parts, or the error if the whole try failed.
+    /// again in up to `count` parts, so that one success that always causes a server error does not block the others forever.
+    /// Returns the failed parts, or the error if the whole try failed.
     async fn try_parts(
         &self,
         client: &Arc<Client>,
@@ -255,7 +255,7 @@ impl Reporter {
     }
 
     /// Sends one bulk request, and another one for jobs that were redelivered during the first. If the server refuses a batch,
-    /// each half is sent separately, so that one bad id does not block the reports of the others.
+    /// each half of the batch is sent separately, so that one bad id does not block the reports of the other jobs.
     async fn try_successes(&self, client: &Arc<Client>, attempts: Vec<Attempt>) -> Result<(), ClientError> {
         let mut batches = vec![attempts];
         while let Some(mut attempts) = batches.pop() {

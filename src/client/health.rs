@@ -59,8 +59,8 @@ impl Health {
         let _ = self.recoveries.subscribe().changed().await;
     }
 
-    /// Waits for the caller's turn to probe the server. Turns are granted one at a time, in the order of the calls, each after
-    /// its own `pause`.
+    /// Waits for the caller's turn to probe the server. Waiting callers get their turns one at a time, in the order in which they
+    /// called, each after its own `pause`.
     pub(crate) async fn probe_turn(&self, pause: Duration) {
         let _turn = self.probe.lock().await;
         tokio::time::sleep(pause).await;

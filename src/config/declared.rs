@@ -1,5 +1,6 @@
-//! [`Declared`]: the declaration of a setting. [`SETTINGS`]: the declarations of all settings. They are the single source for the
-//! flags and the help, the keys of the file, `--check`, the reload, the man page, the table of settings and the commented file.
+//! [`Declared`]: the declaration of a setting. [`SETTINGS`]: the declarations of all settings. The declarations are the single
+//! source for the flags and the help, the keys of the file, `--check`, the reload, the man page, the table of settings in the docs,
+//! and the commented configuration file (`config/zizq-worker.toml`).
 
 use std::time::Duration;
 
@@ -28,10 +29,10 @@ pub struct Declared {
     pub flag: Option<Flag>,
     /// The default, in words.
     pub default: fn() -> String,
-    /// The explanation in the commented file. It names the default unless the example is the default. Empty if the preceding
-    /// setting's comment also explains this setting.
+    /// The explanation in the commented configuration file. It names the default unless the example is the default. Empty if the
+    /// preceding setting's comment also explains this setting.
     pub comment: &'static str,
-    /// The value in the commented file.
+    /// The value in the commented configuration file.
     pub example: Example,
     /// The effect of a changed value on a running worker.
     pub reload: Reload,
@@ -65,7 +66,7 @@ pub(crate) enum Heading {
     Logging,
 }
 
-/// A value in the commented file.
+/// A value in the commented configuration file.
 #[derive(Debug, Clone, Copy)]
 pub enum Example {
     /// The default itself.
@@ -94,7 +95,8 @@ pub(super) enum Shown {
     Warm(fn(&PoolSettings) -> String),
     /// A handler setting whose value can contain a secret. The second function returns the form for the admin server.
     Private(fn(&Handler) -> String, fn(&Handler) -> String),
-    /// The names of a handler's variables, and the files that hold their values. The admin server shows only their number.
+    /// The names of a handler's variables, and the files that hold their values. The admin server shows only the number of
+    /// variables.
     Variables,
     Never,
 }
@@ -140,7 +142,7 @@ macro_rules! declare {
     ($($name:ident = $declared:expr;)*) => {
         $(pub(super) static $name: Declared = $declared;)*
 
-        /// Every setting, in the order of the commented file.
+        /// Every setting, in the order of the commented configuration file.
         pub static SETTINGS: &[&Declared] = &[$(&$name),*];
     };
 }

@@ -137,8 +137,8 @@ pub(super) const MODE_NAMES: [(&str, bool); 2] = [("spawn", false), ("warm", tru
 pub(super) const OUTPUT_NAMES: [(&str, Output); 3] =
     [("log", Output::Log), ("inherit", Output::Inherit), ("null", Output::Null)];
 
-/// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the default
-/// handler's.
+/// The lookup of one handler's settings. A value in `route`, which is the table `[handlers.TYPE]`, overrides the value of the
+/// default handler.
 pub(super) struct Scope<'a> {
     pub(super) layers: &'a Layers<'a>,
     pub(super) name: String,
@@ -200,7 +200,7 @@ impl Scope<'_> {
         })
     }
 
-    /// Returns the value in the route's table, or else the default handler's.
+    /// Returns the value in the route's table, or else the value of the default handler.
     fn pick<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<T>, ConfigError> {
         Ok(self.locate(declared, parse)?.map(|(value, _)| value))
     }
@@ -259,8 +259,9 @@ impl Scope<'_> {
         Ok(env)
     }
 
-    /// Returns the value of a variable. In an offline check, a missing permission to read the value's file is only a warning:
-    /// `ExecReload=` can run such a check, and systemd lets the worker read its credentials, but not a command of `ExecReload=`.
+    /// Returns the value of a variable. In an offline check, a missing permission to read the value's file is only a warning,
+    /// because `ExecReload=` can run such a check. Under systemd, the worker can read the files of its credentials, but a command
+    /// of `ExecReload=` cannot.
     fn value_of(&self, name: &str, variable: &Variable, source: &Source) -> Result<OsString, ConfigError> {
         variable.resolve().or_else(|problem| {
             let is_check = self.layers.args.check() == Some(Reach::Offline);
@@ -297,8 +298,8 @@ impl Scope<'_> {
     }
 }
 
-/// Reports whether a variable starts with `ZIZQ_`, or is for messages to the service manager. A handler that inherited such a
-/// variable could send messages to the service manager in the worker's name.
+/// Reports whether a variable starts with `ZIZQ_`, or is for messages to the service manager. A handler that inherited a variable
+/// for such messages could send them in the worker's name.
 fn is_the_workers_own(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"ZIZQ_")
         || ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"].iter().any(|own| name == *own)

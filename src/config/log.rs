@@ -10,7 +10,7 @@ use super::{ConfigError, declared};
 /// The tracing target of the log lines about ended jobs.
 pub(crate) const JOBS_TARGET: &str = "zizq_worker::jobs";
 
-/// The target of the spans of jobs and of warm processes. No line has this target.
+/// The tracing target of the spans of jobs and of warm processes. No log line has this target.
 pub(crate) const SPAN_TARGET: &str = "zizq_worker::span";
 
 /// The tracing target of the log lines with the output of handlers.

@@ -54,7 +54,7 @@ pub(super) trait Begin {
 /// The event that shows that a handler works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ProvenBy {
-    /// The program of a process for a single job has been executed.
+    /// A process that was started for a single job has executed its program.
     Start,
     /// A warm process has replied to a job, see [`Brake::proven`].
     Job,
@@ -235,8 +235,8 @@ impl Brake {
         }
     }
 
-    /// Records that the process that was started at `started` did not connect. Does nothing if another failure has been counted
-    /// since that start.
+    /// Records that a process did not connect. `started` is the time at which the process was started. Does nothing if another
+    /// failure has been counted since then.
     pub(super) fn failed_since(&self, started: Instant, error: &io::Error) {
         if !self.has_failed_since(started) {
             self.failed(error);
@@ -250,8 +250,8 @@ impl Brake {
         self.trouble().as_ref().is_some_and(|trouble| started <= trouble.failed_at)
     }
 
-    /// Records that the process that was started at `started` ended before it had shown that the handler works. Does nothing if
-    /// another failure has been counted since that start.
+    /// Records that a process ended before it had shown that the handler works. `started` is the time at which the process was
+    /// started. Does nothing if another failure has been counted since then.
     pub(super) fn crashed(&self, started: Instant, error: &str) {
         if !self.has_failed_since(started) && self.count_failure(true, error.to_owned()) {
             error!(handler = self.name, error, "handler ends before it has done a job, its jobs are slowed down");
@@ -289,9 +289,9 @@ impl Brake {
         }
     }
 
-    /// Records that the process that was started at `started` has done a job. Releases the brake if no failure has been counted
-    /// since that start. A process that was started before the last failure does not show that a new process can be started. Such a
-    /// process releases the brake only if the pause ended more than `LONGEST_DELAY` ago.
+    /// Records that a process has done a job. `started` is the time at which the process was started. Releases the brake if no
+    /// failure has been counted since then. A process that was started before the last failure does not show that a new process can
+    /// be started. Such a process releases the brake only if the pause ended more than `LONGEST_DELAY` ago.
     pub(super) fn proven(&self, started: Instant) {
         let is_proof = |trouble: &Trouble| started > trouble.failed_at || trouble.not_before.elapsed() > LONGEST_DELAY;
         if self.trouble().as_ref().is_some_and(is_proof) {
@@ -325,7 +325,7 @@ mod tests {
 
     use super::*;
 
-    /// A start that succeeds, or fails with `errno`, after `takes`. The job's timeout is `time`.
+    /// A start that lasts for `takes`, and then succeeds, or fails with `errno` if one is set. `time` is the job's timeout.
     #[derive(Debug, Clone, Copy)]
     struct Fake {
         takes: Duration,

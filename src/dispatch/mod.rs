@@ -88,8 +88,8 @@ pub trait Dispatcher: Send + Sync + 'static {
         false
     }
 
-    /// Returns the types for which [`is_counted_apart`](Self::is_counted_apart) is true. The metrics of these types exist before
-    /// their first job.
+    /// Returns the types for which [`is_counted_apart`](Self::is_counted_apart) is true. The metrics of such a type exist
+    /// even before the first job of that type.
     fn types_counted_apart(&self) -> Vec<String> {
         Vec::new()
     }

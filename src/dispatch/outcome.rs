@@ -90,7 +90,7 @@ pub(super) fn fate_of_status(handler: &Handler, status: ExitStatus, notified: bo
             let kill = is_listed(&handler.kill_exit_codes, status);
             Fate::Failed { error_type: "ExitStatus", what: in_words(status), kill }
         }
-        // The process had no signal handler for the drain signal, and was killed by it.
+        // The drain signal killed the process, because the process had no signal handler for that signal.
         signal if notified && signal == handler.drain_signal.map(Signal::as_raw) => Fate::CutShort,
         Some(_) => Fate::failed("Signal", in_words(status)),
     }

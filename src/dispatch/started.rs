@@ -93,8 +93,8 @@ impl Started<'_> {
     }
 }
 
-/// The total length of a job's id, type and queue, in bytes, at or above which E2BIG is blamed on the job. Below this length, E2BIG
-/// is blamed on the handler. A single variable may have up to 128 KiB (`execve(2)`).
+/// The limit for blaming E2BIG on the handler. If a job's id, type and queue together have at least this many bytes, E2BIG is
+/// blamed on the job. A single variable may have up to 128 KiB (`execve(2)`).
 const LONG_TEXTS: usize = 64 * 1024;
 
 /// Hides the errno of E2BIG unless the job's own texts are long. Without the errno, the brake attributes the error to the

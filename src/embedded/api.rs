@@ -58,7 +58,7 @@ pub(super) async fn answer(store: Store, request: Request<Incoming>) -> HttpAnsw
     let (head, body) = request.into_parts();
     let endpoint = Endpoint::parse(&head.method, head.uri.path());
     let format = match endpoint {
-        // Skip the check, because a take stream has its own formats, and a 405 has no body.
+        // Do not check the `accept` header here, because a take stream has its own formats, and a 405 has no body.
         Ok(Endpoint::Take) | Err(Rejection::WrongMethod(_)) => Format::Json,
         _ => match Format::accepted(&head.headers) {
             Ok(format) => format,

@@ -126,8 +126,8 @@ impl StreamFormat {
             Self::Lines => wrap(b"", &Format::Json.write(&job), b"\n", chunk),
             Self::Frames => {
                 let body = Format::MsgPack.write(&job);
-                // The length of a job that was enqueued by a request fits, because `MAX_BODY_BYTES` is far below
-                // `u32::MAX`.
+                // The length of a job that was enqueued by a request fits into a `u32`, because `MAX_BODY_BYTES` is far
+                // below `u32::MAX`.
                 let length = u32::try_from(body.len()).unwrap_or_default();
                 wrap(&length.to_be_bytes(), &body, b"", chunk);
             }

@@ -210,7 +210,7 @@ impl Jobs {
         Some(job.clone())
     }
 
-    /// Marks a job as dead, and keeps it for its retention.
+    /// Marks a job as dead, and keeps the job until its retention time ends.
     fn bury(&mut self, id: StoredJobId, now: u64) -> Option<StoredJob> {
         let own = self.get(id)?.spec.retention.and_then(|retention| retention.dead_ms);
         self.finish(id, JobStatus::Dead, now, own.unwrap_or(DEAD_RETENTION_MS))

@@ -50,7 +50,7 @@ impl Leases {
         has_room.then_some(&lease.queues)
     }
 
-    /// Records that a stream holds a job. Does nothing if the stream is closed, because a closed stream never releases
+    /// Records that a stream holds a job. Does nothing if the stream is closed, because a closed stream would never release
     /// the job.
     pub(super) fn hold(&mut self, id: LeaseId, job: StoredJobId) {
         if let Some(lease) = self.open.get_mut(&id) {

@@ -33,7 +33,7 @@ pub(crate) struct Attempt {
     pub(crate) attempts: Option<u32>,
 }
 
-/// The number of a take stream. Later streams have greater numbers.
+/// The id of a take stream. Later streams have greater ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct StreamId(u64);
 
@@ -47,7 +47,7 @@ impl Drop for ComingStream {
     }
 }
 
-/// The number of one delivery of a job by the server. Later deliveries have greater numbers.
+/// The id of one delivery of a job by the server. Later deliveries have greater ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Delivery(u64);
 
@@ -178,7 +178,7 @@ impl Ledger {
         self.moved.send_replace(());
     }
 
-    /// Records the arrival of a job over a stream. Returns the next step, and the number of the delivery.
+    /// Records the arrival of a job over a stream. Returns the next step, and the id of the delivery.
     pub(crate) fn arrive(
         &self,
         attempt: &Attempt,
@@ -238,7 +238,7 @@ impl Ledger {
     }
 
     /// Records that a run has ended. Returns the attempt to report. If the job was redelivered as a later attempt during the run,
-    /// this is the later attempt.
+    /// the later attempt is the one to report.
     pub(crate) fn end(&self, id: &JobId, report: &Report) -> Option<Attempt> {
         let mut entries = self.entries();
         let entry = entries.by_id.get_mut(id)?;

@@ -41,8 +41,8 @@ impl Terminal {
 
     /// Returns the meaning of a SIGHUP whose `si_code` is `code`. The kernel sends SIGHUP when the terminal is closed, or when the
     /// session leader ends. In the second case, the signal comes before the terminal is closed. A SIGHUP that a shell forwards to
-    /// its background jobs has the same `si_code` as a signal from any other process, so the terminal is checked as well. By then,
-    /// the terminal is closed.
+    /// its background jobs has the same `si_code` as a signal from any other process. So the terminal is checked as well: when the
+    /// shell forwards the signal, the terminal is already closed.
     pub(super) fn meaning_of(self, code: i32) -> HangUp {
         match self {
             Self::Outlived if code == libc::SI_KERNEL => HangUp::Outlived,

@@ -17,9 +17,9 @@ pub(crate) struct JobSeries {
     pub(super) interrupted: IntCounter,
     pub(super) run_seconds: Histogram,
     pub(super) cpu_seconds: Counter,
-    /// The count of exits with status 0, created at the first such exit.
+    /// The counter of exits with status 0, created at the first such exit.
     pub(super) good_exits: OnceLock<IntCounter>,
-    /// The peak memory, created for the first process whose resource usage is known.
+    /// The gauge of the peak memory, created for the first process whose resource usage is known.
     pub(super) peak_memory: OnceLock<IntGauge>,
 }
 

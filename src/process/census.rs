@@ -50,7 +50,7 @@ async fn is_alive(group: Pid, since: Instant) -> bool {
     census.living.contains(&number) || is_hidden()
 }
 
-/// Waits until every process of the group has ended, reaped or not.
+/// Waits until every process of the group has ended. A zombie counts as ended.
 pub(super) async fn died_out(group: Pid) {
     // Require a new scan, because an earlier one does not show processes that have started since.
     let mut since = Instant::now();

@@ -60,7 +60,7 @@ struct ErrorPipe {
 
 impl ChildSetup {
     /// Prepares a child. `variables` are added to the command's environment. `stdio` contains the child's stdin, stdout and
-    /// stderr. Where it is `None`, the child inherits this process's own file.
+    /// stderr. Where an entry is `None`, the child inherits this process's own file.
     ///
     /// # Errors
     /// When a variable contains a zero byte, or the system is out of memory.
@@ -129,8 +129,8 @@ impl ChildSetup {
 
     /// Sets up the child and executes its program. The child runs concurrently with this process's threads, so the child must take
     /// no lock, allocate nothing, and not write to the `errno` of the thread that created the child. Calls that can fail bypass the
-    /// C library, which would set `errno`. Inherited files are closed before any call that may hang, because one of them may be
-    /// another job's pipe. While a hanging child held that pipe open, the other job would wait for end of file.
+    /// C library, which would set `errno`. Inherited files are closed before any call that may hang, because an inherited file may
+    /// be another job's pipe. While a hanging child held that pipe open, the other job would wait for end of file.
     ///
     /// # Safety
     /// Must run only in a child that `clone` has created for this `ChildSetup`.

@@ -36,7 +36,7 @@ pub(crate) struct Children {
 struct Waited {
     /// A lock that each start of a child holds for reading until the child is in `pids`.
     starting: RwLock<()>,
-    /// The number of listed children by process id. An id can be reused before its previous child is removed from the list.
+    /// The number of listed children by process id. An id can be reused before the previous child with that id is removed.
     pids: Mutex<HashMap<Pid, usize>>,
 }
 

@@ -15,7 +15,7 @@ pub(crate) struct Command {
     pub(super) path: CString,
     pub(super) arguments: CStrings,
     pub(super) environment: Arc<CStrings>,
-    /// The working directory of the child. `None` means that of this process.
+    /// The working directory of the child. `None` means the working directory of this process.
     pub(super) cwd: Option<CString>,
     /// Whether the last process of this command printed more than a pipe holds. If so, the next process gets a larger pipe for
     /// stdout and no read delay, because it would otherwise soon block on a full pipe.

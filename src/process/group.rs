@@ -72,7 +72,8 @@ impl Group {
     /// Signals the whole group, and also the leader if the leader has moved to another group.
     pub(super) fn signal(&self, signal: Signal) {
         let has_no_group = kill_process_group(self.id(), signal) == Err(Errno::SRCH);
-        // A leader that is still in its group has received the signal already. A second signal would run its handler twice.
+        // A leader that is still in its group has received the signal already. A second signal would run the leader's signal
+        // handler twice.
         if has_no_group || getpgid(Some(self.leader)).is_ok_and(|group| group != self.leader) {
             self.signal_leader(signal);
         }
@@ -141,7 +142,7 @@ impl Group {
         }
     }
 
-    /// Waits for the leader's exit, and sends the group SIGKILL again at intervals. By then, a leader that ran as another user may
+    /// Waits for the leader's exit, and sends the group SIGKILL again at intervals. A leader that ran as another user may meanwhile
     /// have changed back to a user whose processes the worker has permission to signal.
     async fn leader_killed(&self) {
         while timeout(DEATH_TIMEOUT, self.leader_exited()).await.is_err() {
@@ -235,8 +236,8 @@ fn is_gone(group: Pid) -> bool {
     test_kill_process_group(group) == Err(Errno::SRCH)
 }
 
-/// Reaps zombies of the group that this process inherited as process 1 or as a subreaper. `waitpgid` is limited to the group, so
-/// no other job loses an exit status. Returns whether any zombie was reaped.
+/// Reaps the group's zombies, if this process inherited them as process 1 or as a subreaper. `waitpgid` is limited to the group,
+/// so no other job loses an exit status. Returns whether any zombie was reaped.
 fn reap_orphans_of(group: Pid) -> bool {
     let mut count = 0;
     while let Ok(Some(_)) = waitpgid(group, WaitOptions::NOHANG) {

@@ -31,8 +31,8 @@ pub(super) struct Child {
 /// the child.
 #[expect(unsafe_code, reason = "see `clone`")]
 pub(super) fn spawn(mut setup: ChildSetup) -> io::Result<Child> {
-    // This process's copy of the child's end is closed when this function returns. Then only the child has that end open, so the
-    // pipe reaches end of file at the child's `execve`.
+    // This process's copy of the child's end of the error pipe is closed when this function returns. Then only the child has that
+    // end open, so the pipe reaches end of file at the child's `execve`.
     let _their_end = setup.open_error_pipe()?;
     let setup = Arc::new(setup);
     // SAFETY: `Child` keeps `setup` and its stack until the child has ended. `child_main` meets the requirements of `clone`.

@@ -9,7 +9,7 @@ use super::status::{EndedJobs, LastFailure};
 use crate::job::{Failure, Job, Outcome};
 use crate::lock::lock;
 
-/// Width of a bucket. Narrow enough to show a burst, and wide enough to keep ten minutes in few numbers.
+/// Width of a bucket. Narrow enough to show a burst, and wide enough to cover ten minutes with few buckets.
 const BUCKET: Duration = Duration::from_secs(5);
 
 /// Number of buckets, which together cover ten minutes.

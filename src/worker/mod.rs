@@ -225,8 +225,8 @@ impl<D: Dispatcher> Worker<D> {
     }
 }
 
-/// The smallest value that `max_kept` returns. It is enough for the jobs of several lost streams with a small prefetch. A parked
-/// failure takes up to about 32 KiB.
+/// The smallest value that `max_kept` returns. It is enough for the jobs of several lost streams with a small prefetch, and costs
+/// little memory, because a parked failure takes at most about 32 KiB.
 const MIN_KEPT: usize = 100;
 
 /// Returns the maximum number of parked and settled jobs that the ledger keeps.

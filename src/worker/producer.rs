@@ -264,8 +264,8 @@ impl Producer {
     }
 }
 
-/// Returns the time of the next replacement. The first replacement is due at once. If replacements follow one another closely,
-/// the wait grows.
+/// Returns the time at which the taking stream is to be replaced. The first replacement is due at once. If replacements follow one
+/// another closely, the wait grows.
 fn next_renewal(renewed: Option<Instant>, renewals: &mut Waits, backoff: &Backoff) -> Instant {
     match renewed {
         Some(renewed) if renewed.elapsed() <= backoff.max_wait() * 2 => renewed + renewals.next_wait(),

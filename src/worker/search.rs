@@ -1,7 +1,7 @@
-//! [`Search`]: asks the server for jobs that run or have ended in this worker, if their stream is lost and the taking stream, if
-//! any, will not redeliver them.
+//! [`Search`]: asks the server for wanted jobs. A wanted job runs or has ended in this worker, its stream is lost, and no taking
+//! stream will redeliver it.
 //!
-//! The server redelivers such a job to any worker. If this worker gets the job, the job does not run a second time. The protocol
+//! The server redelivers a wanted job to any worker. If this worker gets the job, the job does not run a second time. The protocol
 //! cannot request a particular job, only the next few jobs of some queues. A requeued job keeps its position in the queue, so the
 //! job is near the front of the queue, behind jobs of higher priority.
 //!

@@ -42,7 +42,7 @@ pub(super) struct Session {
     search: Option<SearchProgress>,
 }
 
-/// The progress of a search stream, which was opened for certain jobs.
+/// The progress of a search stream, which was opened to receive certain jobs, the wanted jobs.
 struct SearchProgress {
     /// The deadline for the wanted jobs to arrive.
     end: Instant,
@@ -57,7 +57,7 @@ struct SearchProgress {
 pub(super) enum CloseReason {
     /// No job of the stream is in flight, another stream gets the stream's jobs, or the worker has stopped.
     Finished,
-    /// A search stream has delivered no job of the search.
+    /// A search stream has delivered none of the wanted jobs.
     NotFound {
         prefetch: usize,
         /// Whether the stream has brought as many jobs as its prefetch.
@@ -222,7 +222,7 @@ impl Session {
             // The semaphore is never closed.
             place = Arc::clone(&self.places).acquire_owned() => taken.place = place.ok(),
         }
-        // This fails only if the worker is stopping and has closed the queue.
+        // The send fails only if the worker is stopping and has closed the queue.
         if let Err(refused) = self.dispatch_queue.try_send(taken) {
             self.hold_back(refused.into_inner());
         }

@@ -139,8 +139,8 @@ fn each_field_of_the_status_is_documented() {
     let documented: BTreeSet<String> = fields.map(str::to_owned).collect();
     let (new, old): (Vec<_>, Vec<_>) =
         (found.difference(&documented).collect(), documented.difference(&found).collect());
-    // Each of these fields is `null` or an object. If a field is an object in every element, only the paths below that field are
-    // found.
+    // Each of these fields is `null` or an object. If the field is an object in every element of its array, `paths` finds only the
+    // paths below the field.
     let of_both = ["handlers[].brake", "loops[].job"];
     assert!(new.is_empty() && old.iter().all(|path| of_both.contains(&path.as_str())), "{new:?} {old:?}\n{status:#}");
     let handlers: Vec<_> = status["handlers"]
@@ -316,7 +316,7 @@ fn each_cause_of_a_failure_is_counted_apart() {
     {
         admin.wait_for_metric(&format!(r#"job_failures_total{{kind="{kind}",type="{job_type}"}}"#), "1");
     }
-    // A job that was not started is not counted as run.
+    // The histogram of run times does not count a job whose process was never started.
     let text = admin.metrics();
     assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="slow"} 1"#), "{text}");
     assert!(text.contains(r#"zizq_worker_handler_seconds_count{type="unheard-of"} 0"#), "{text}");

@@ -60,7 +60,7 @@ fn a_run_that_ends_by_itself_has_no_deadline() {
     let daemon = Daemon::of(&server).args(["--max-jobs", "1", "--shutdown-deadline", "300ms"]);
     let running = daemon.handler(&script, "drain_signal = 'USR1'").start();
     running.wait_for_message("max_jobs have been started: draining");
-    // Sleep for three times the deadline. There is no event to wait for, because the drain signal must not be sent.
+    // Sleep for three times the shutdown deadline. There is no event to wait for, because the worker must send no drain signal.
     std::thread::sleep(Duration::from_secs(1));
     assert!(!running.dir().join("told").exists(), "the drain signal was sent without a deadline");
     running.sigterm();

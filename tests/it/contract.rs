@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::support::{Daemon, Finished, RawServer, Server};
 
-/// Runs one job that succeeds on a daemon that `daemon` sets up, and stops the daemon.
+/// Starts the daemon that the closure sets up, runs one job that succeeds, and stops the daemon.
 fn run(daemon: impl FnOnce(Daemon) -> Daemon) -> Finished {
     let server = Server::start();
     let id = server.enqueue("q", "t", json!({"secret": "s3cr3t"}));

@@ -44,7 +44,7 @@ fn the_dashboard_shows_exactly_the_exported_metrics() {
     let server = Server::start();
     let address = unused_address().to_string();
     let daemon = Daemon::of(&server).args(["--admin-listen", &address]).sh("[ $ZIZQ_JOB_TYPE != bad ]");
-    // The warm process counts as started although it ends before it connects.
+    // The warm process ends before it connects to the worker, but is counted as started nevertheless.
     let daemon = daemon.config("[handlers.warm]\nmode = 'warm'\nexec = ['false']").start();
     let done = server.enqueue("q", "good", Value::Null);
     let failed = server.enqueue_with(json!({"queue": "q", "type": "bad", "payload": null}));

@@ -211,8 +211,8 @@ fn threads_times_fibers_jobs_run_at_once() {
     }
 }
 
-/// A parent process that never reaps its children, and a directory with the pid of its daemon in the file `worker`. Dropping a
-/// `Negligent` kills the parent and the daemon.
+/// A parent process that never reaps its children, and the directory of the file `worker`, which contains the pid of the daemon
+/// that the parent started. Dropping a `Negligent` kills the parent and the daemon.
 struct Negligent(Child, tempfile::TempDir);
 
 impl Drop for Negligent {

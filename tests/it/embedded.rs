@@ -13,7 +13,7 @@ fn project(path: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path).to_str().unwrap().to_owned()
 }
 
-/// Returns a daemon that runs the embedded server at `address`, and takes its jobs from there.
+/// Returns a daemon that runs the embedded server at `address`, and takes jobs from that server.
 fn embedded(address: SocketAddr) -> Daemon {
     Daemon::at(&format!("http://{address}")).args(["--embedded"])
 }
@@ -122,7 +122,7 @@ fn a_worker_without_a_connection_is_not_idle() {
     let address = unused_address();
     let daemon = Daemon::at(&format!("http://{address}")).args(["--exit-when-idle", "100ms"]);
     let daemon = daemon.args(["--retry-min-wait", "100ms", "--retry-multiplier", "1"]).sh("true").start();
-    // After six failed attempts, the worker has had no job for several times the idle limit.
+    // After six failed attempts to connect, the worker has been without a job for several times the idle limit.
     daemon.wait_for_messages(6, "server unreachable, reconnecting");
     let _server = Server::at(address);
     let finished = daemon.assert_exit(0);

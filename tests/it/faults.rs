@@ -133,7 +133,7 @@ fn a_stream_that_opens_and_ends_at_once_is_no_hot_loop() {
     assert_waits(&daemon.wait_for_messages(6, "server ended the stream, reconnecting"), 100.0);
 }
 
-/// Asserts that the wait that each event announces is `millis` milliseconds, plus a jitter of up to a quarter.
+/// Asserts that the wait that each event announces is `millis` milliseconds, plus a jitter of up to a quarter of that time.
 #[track_caller]
 fn assert_waits(events: &[Value], millis: f64) {
     let wait = |event: &Value| event["reconnect_in"].as_str().unwrap().trim_end_matches('s').parse::<f64>().unwrap();
@@ -287,7 +287,7 @@ fn successes_wait_out_a_5xx_and_leave_together() {
     let daemon = Daemon::of(&proxy).args(QUICK).args(["--prefetch", "20"]).sh("true").start();
     let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 12]);
     daemon.wait_for_messages(12, "job completed");
-    // Wait for two more tries, because only the second one is sure to include all outcomes.
+    // Wait for two more tries, because the first of them may have begun before the last job was completed.
     let tries = daemon.wait_for_messages(1, "report failed, trying again").len();
     daemon.wait_for_messages(tries + 2, "report failed, trying again");
     proxy.heal();
@@ -316,7 +316,8 @@ fn successes_wait_while_the_server_is_down_and_leave_together() {
     assert_eq!(daemon.wait_for_lines(6, "started").len(), 6);
 }
 
-/// Asserts that a drain whose reports all fail ends at the shutdown deadline, and logs the dropped report.
+/// Asserts that a drain ends at the shutdown deadline although the job's report always fails, and that the worker logs the dropped
+/// report.
 fn draining_in_vain(job_type: &str) {
     let mut server = Server::start();
     let id = server.enqueue("q", job_type, json!(null));
@@ -408,7 +409,7 @@ fn memory_stays_bounded_while_large_failures_cannot_be_reported() {
     let script = "echo $ZIZQ_JOB_ID >> $DIR/started; head -c 3000000 /dev/zero | tr '\\0' 'x' >&2; exit 1";
     let daemon = Daemon::of(&proxy).args(QUICK).args(["--prefetch", "6"]).sh(script).start();
     let ids = server.enqueue_all(vec![json!({"queue": "q", "type": "t", "payload": null}); 40]);
-    // Until reports arrive, the server sends no more than six jobs, because that is the prefetch.
+    // The prefetch is six, so the server sends no more than six jobs until reports arrive.
     daemon.wait_for_lines(6, "started");
     let held = eventually("the failures", || Some(daemon.resident_kib()).filter(|_| server.count("in_flight") == 6));
     assert!(held < 64 * 1024, "{held} KiB");

@@ -1,7 +1,7 @@
 //! The API's answers in JSON and in MessagePack, from the embedded server and, in ignored tests, from a real one.
 //!
-//! A transcript holds the answers to one script of requests. `real_answers.ndjson` is the transcript of a real server, with
-//! fixed words in place of ids, times and the queue. Each format on each server must give the same transcript.
+//! A transcript holds the answers to a fixed sequence of requests, with placeholders for ids, times and the queue.
+//! `real_answers.ndjson` is the transcript of a real server. Each format on each server must give the same transcript.
 
 use std::sync::LazyLock;
 
@@ -88,7 +88,7 @@ mod real_server {
 
 /// Sends a request and waits for the head of its answer.
 fn send(request: RequestBuilder) -> Response {
-    // Create the future inside the runtime, otherwise the request's timeout would find no timer.
+    // Create the future inside the runtime, because the request's timeout needs the runtime's timer.
     runtime().block_on(async { request.send().await }).unwrap()
 }
 
@@ -122,7 +122,7 @@ fn decode(format: &str, bytes: &[u8]) -> Value {
     }
 }
 
-/// The answers to one script of requests, with ids, times and the queue replaced by fixed words.
+/// The answers to a fixed sequence of requests, with placeholders for ids, times and the queue.
 struct Transcript<'a> {
     server: &'a Api,
     format: &'static str,
@@ -189,7 +189,7 @@ impl<'a> Transcript<'a> {
         json!({"queue": self.queue, "type": "t", "payload": payload})
     }
 
-    /// Replaces ids, times and the queue, which differ from run to run, with fixed words.
+    /// Replaces ids, times and the queue, which differ from run to run, with placeholders.
     fn words(&self, value: Value) -> Value {
         match value {
             Value::String(text) => {
@@ -285,7 +285,7 @@ impl<'a> Transcript<'a> {
             self.answers.push(("taken".to_owned(), 200, self.words(job.clone())));
         }
         let path = |index: usize, rest: &str| format!("/jobs/{}{rest}", taken[index]["id"].as_str().unwrap());
-        // A job in flight can be patched too.
+        // Even a job in flight can be patched.
         let patch = json!({"priority": 3, "queue": self.queue, "ready_at": 99_999_999_999_999_u64, "retry_limit": 5});
         self.call("PATCH", &path(0, ""), Some(patch));
         self.call("PATCH", &path(0, ""), Some(json!({"ready_at": null, "retention": {"dead_ms": 600_000}})));
@@ -379,7 +379,7 @@ impl Stream {
     }
 }
 
-/// Checks the heartbeat of each kind of stream, and then a job as a server-sent event.
+/// Checks the heartbeat of each kind of stream, and then the encoding of a job as a server-sent event.
 fn heartbeats(server: &Api) {
     let queue = format!("zizq-worker-test-{:x}", fastrand::u64(..));
     let open = |accept| Stream::open(server, &format!("/jobs/take?queue={queue}"), accept);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Running, Server, UNTIL_GO, eventually, is_alive, jobs};
 
-/// A time limit far above the duration of an immediate stop, and far below the timeouts that must not be waited for.
+/// A time limit far above the duration of an immediate stop, and far below the timeouts that the stop must not wait for.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
 /// A script whose three processes survive SIGTERM. It records their pids, and each SIGTERM that the first process receives.
@@ -110,8 +110,9 @@ until [ -e $DIR/up ]; do sleep 0.01; done; wait";
     }
 }
 
-/// The kernel keeps 15 bytes of a program's name, which cuts the last character of this name in half. The child counts instead of
-/// sleeping, because a `sleep` of its group would show that the group is alive.
+/// The kernel keeps 15 bytes of a program's name, and so cuts the last character of the child's name in half. After SIGTERM, the
+/// child runs a busy loop instead of `sleep`, because a process `sleep`, whose name is valid UTF-8, would show that the group is
+/// alive.
 #[test]
 fn a_child_whose_name_is_not_utf8_has_the_grace_too() {
     let script = "cp /bin/sh $DIR/nightly-importü

@@ -1,4 +1,4 @@
-//! The example handlers in `config/handlers`: they work, and the docs show them.
+//! Tests that the example handlers in `config/handlers` work, and that the docs show these files.
 
 use std::fs;
 use std::path::Path;
@@ -43,7 +43,7 @@ impl Example {
         running.stop()
     }
 
-    /// Runs a job that fails. Returns the job on the server, and the error.
+    /// Runs a job that fails. Returns the job as the server then shows it, and the reported error.
     fn fail(&self, payload: Value) -> (Value, Value) {
         let id = self.server.enqueue("q", "t", payload);
         let running = self.daemon().start();

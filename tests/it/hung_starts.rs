@@ -93,7 +93,7 @@ fn a_start_that_hangs_holds_no_other_jobs_pipe() {
     write(&hung);
     let reads = format!("{UNTIL_GO}; cat > $DIR/read; echo >> $DIR/ended");
     let running = daemon.handler(&reads, "[handlers.hung]\nexec = '$DIR/hung.sh'").start();
-    // The payload exceeds the capacity of a pipe, so the worker still writes to stdin when the other job starts.
+    // The payload exceeds the capacity of a pipe, so the worker is still writing to stdin when the other job starts.
     let large = server.enqueue("q", "large", json!("x".repeat(300_000)));
     running.wait_for_lines(1, "started");
     let lease = Lease::on(&hung);

@@ -182,7 +182,7 @@ fn a_dispatcher_that_panics_fails_its_job_and_nothing_else() {
     let server = Server::start();
     let lifecycle = Lifecycle::new();
     let running = run(&worker(&server, &Obedient::default()), &lifecycle);
-    // There are more jobs than loops, otherwise the death of a loop could go unnoticed.
+    // Enqueue more jobs than the worker has loops, so that the test fails if a panic ends a loop.
     let bad = server.enqueue_all(vec![json!({"queue": "q", "type": "panic", "payload": null}); 5]);
     for id in &bad {
         let error = server.wait_for_error(id, 1);

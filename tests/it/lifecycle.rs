@@ -12,13 +12,13 @@ use crate::support::{
 /// Backoff flags with waits too short to slow a test down.
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// A script that runs until SIGKILL. It only records SIGTERM, and its child ignores SIGTERM.
+/// A script that runs until SIGKILL. At SIGTERM, the script only writes a line to a file. Its child ignores SIGTERM.
 const STUBBORN: &str = "trap 'echo heard >> $DIR/heard' TERM
 sh -c 'trap \"\" TERM; echo $$ >> $DIR/pids; while :; do sleep 0.05; done' &
 echo $$ >> $DIR/pids
 while :; do sleep 0.05; done";
 
-/// A time limit far above the duration of an immediate stop, and far below the timeouts that must not be waited for.
+/// A time limit far above the duration of an immediate stop, and far below the timeouts that the stop must not wait for.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
 /// Asserts that the job is ready again, without a failed attempt.
@@ -246,7 +246,7 @@ fn the_last_tries_end_if_the_server_does_not_answer() {
     let proxy = Proxy::before(&server);
     let gates = [proxy.hold(Call::Failure), proxy.hold(Call::Successes)];
     let daemon = Daemon::of(&proxy).args(["--prefetch", "30"]).sh("[ $ZIZQ_JOB_TYPE = good ]").start();
-    // The worker reports up to eight failures at once, so 24 failures need three turns.
+    // The worker reports up to eight failures at once, so 24 failures need three rounds.
     let bad = vec![json!({"queue": "q", "type": "bad", "payload": null}); 24];
     let good = vec![json!({"queue": "q", "type": "good", "payload": null}); 2];
     let ids = server.enqueue_all([good, bad].concat());
@@ -306,8 +306,8 @@ fn a_signal_during_the_lookup_of_the_server_is_obeyed() {
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
 
-/// Before the worker installs its signal handlers, a signal kills the worker like any other process. The test accepts this end as
-/// well.
+/// Until the worker installs its signal handlers, a signal has its default action, and kills the worker. The test also accepts
+/// that outcome.
 #[test]
 fn a_signal_during_start_up_is_obeyed_at_once() {
     let server = RawServer::start();

@@ -31,8 +31,8 @@ fn until_go() -> String {
     format!("{UNTIL_GO}; [ $ZIZQ_JOB_TYPE != bad ]")
 }
 
-/// Starts a run that drains after one job, and lets the job fail while no stream can be opened. Then enqueues `others`
-/// more urgent jobs, which are delivered first, and allows streams again.
+/// Starts a run that drains after one job, and lets the job fail while no stream can be opened. Then enqueues `others` jobs of
+/// higher priority, which are delivered first, and allows streams again.
 fn draining_with_a_parked_failure(others: usize) -> (Server, Proxy, Running, String) {
     let server = Server::start();
     let proxy = Proxy::before(&server);
@@ -73,7 +73,7 @@ fn a_drain_finds_its_job_behind_others_that_are_more_urgent() {
     assert!(took < Duration::from_secs(20), "{took}");
 }
 
-/// A search stream withholds as many jobs from other workers as its prefetch allows, so the prefetch is limited.
+/// A stream that searches for a job withholds as many jobs from other workers as its prefetch allows, so the prefetch is limited.
 #[test]
 fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     let server = RawServer::start();
@@ -191,7 +191,7 @@ fn a_parked_outcome_ends_no_later_than_the_deadline() {
 fn a_404_that_is_not_the_servers_settles_no_failure() {
     let server = Server::start();
     let proxy = Proxy::before(&server);
-    // Set up one fault for each job in flight: the default prefetch is 2.
+    // Set up two faults, one for each job in flight, because the default prefetch is 2.
     proxy.fault_times(2, Call::Failure, Fault::Answer(404, "<html>no backend</html>"));
     let running = Daemon::of(&proxy).args(QUICK).sh(BY_TYPE).start();
     let ids = server.enqueue_all(vec![job("bad"); 6]);
@@ -269,8 +269,8 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     let running = Daemon::of(&proxy).args(QUICK).threads(2).args(["--prefetch", "3"]).sh(&script).start();
     running.wait_for_lines(1, "started");
     let ids = server.enqueue_all((0..20).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // The refused requests for failures drop three reports. Those for successes drop two or three, because a refused bulk request
-    // for two jobs is sent again as two requests.
+    // The worker drops three reports of failures, one for each refused request. It drops only two or three reports of successes,
+    // because a refused bulk request for two jobs is sent again as two requests.
     running.wait_for_messages(5, "report dropped");
     // A job whose report was dropped runs again when its stream closes, but the long job keeps the stream open. The jobs whose
     // reports were dropped fill the prefetch of this stream, so the remaining jobs need another stream.

@@ -159,7 +159,7 @@ fn stream_of(path: &Path) -> String {
 }
 
 /// Runs a job that fails, with the log in a file, and returns the file's lines. If `is_journal`, `JOURNAL_STREAM` names that
-/// file, as it names the journal under systemd.
+/// file, just as the variable names the journal under systemd.
 fn lines_in_the_journal(format: &str, is_journal: bool) -> Vec<String> {
     let server = Server::start();
     let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", format, "--log-level", "debug"]);

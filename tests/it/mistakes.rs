@@ -12,7 +12,7 @@ const PASSING: i32 = 1;
 const USAGE: i32 = 2;
 const CONFIG: i32 = 78;
 
-/// Asserts that a daemon with a mistake ends with this status and this one line, before it connects.
+/// Asserts that a daemon with a mistake in its settings prints only this line, and exits with this status before it connects.
 #[track_caller]
 fn refuse(daemon: Daemon, status: i32, line: &str) {
     let server = Recorder::answering(400, "no");
@@ -325,7 +325,8 @@ fn no_setting_of_a_handler_has_a_zero_byte() {
     }
 }
 
-/// The handler's file is at fault and not the setting, so the exit status is 78 even if the handler is set on the command line.
+/// The fault is in the handler's file and not in the setting. So the exit status is 78, and not 2, even if the handler is set on
+/// the command line.
 #[test]
 fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {
     let daemon = || {

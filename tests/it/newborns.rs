@@ -13,7 +13,7 @@ fn pid_of(running: &crate::support::Running) -> Pid {
 }
 
 /// A starting job is in the worker's process group until it creates its own, so Ctrl-Z reaches the job as well. The signal must
-/// not stop the job, because `fg` does not continue the job's own group.
+/// not stop the job, because `fg` continues only the worker's group and not the job's.
 #[test]
 fn a_terminal_that_stops_the_worker_stops_no_job() {
     let server = Server::start();

@@ -220,7 +220,7 @@ async fn a_patched_job_is_taken_as_it_is_now(client: &Client, queue: &str) {
     client.patch_job(&ids[0], JobPatch::new().move_to_queue(&other)).await.unwrap();
     let mut stream = client.take().queues([queue]).prefetch(3).await.unwrap();
     assert_eq!((next(&mut stream).await.id, next(&mut stream).await.id), (ids[2].clone(), ids[1].clone()));
-    // When its stream closes, a job in flight returns to the queue that the patch has set.
+    // When the stream closes, the patched job in flight returns to the queue that the patch has set.
     client.patch_job(&ids[1], JobPatch::new().move_to_queue(&other).priority(1)).await.unwrap();
     drop(stream);
     let mut stream = client.take().queues([&other]).prefetch(3).await.unwrap();

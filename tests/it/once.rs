@@ -1,5 +1,5 @@
-//! One run per attempt, despite lost connections. Waiting jobs are dropped, running jobs go on, ended jobs are
-//! reported, and a failure costs one attempt.
+//! Each attempt of a job runs once, despite lost connections. When a connection is lost, waiting jobs are dropped, running jobs
+//! go on, and ended jobs are reported. A failure costs one attempt.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -10,8 +10,8 @@ use crate::support::{Call, Daemon, Fault, Gate, Proxy, RawServer, Restartable, R
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
-/// Backoff flags with which the worker does not look up the job of a parked outcome during a test. Such a lookup follows only
-/// after the maximum wait, which is an hour here.
+/// Backoff flags with a maximum wait of an hour. The worker looks up the job of a parked outcome only after the maximum wait, so
+/// it never does during a test.
 const NO_LOOKS: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "1h"];
 
 /// A script that runs until the test's directory has a file `go`. It succeeds only for jobs of type `good`.
@@ -73,7 +73,7 @@ fn jobs_that_wait_are_redelivered_after_a_lost_stream() {
     proxy.cut_streams();
     let dropped = daemon.wait_for_messages(2, NOT_STARTED);
     assert_eq!(dropped.iter().map(|event| event["job"]["id"].as_str().unwrap()).collect::<Vec<_>>(), ids[1..]);
-    // The running job ends, and the loop has no other job to start.
+    // After the running job has ended, the loop has no other job to start.
     go(&daemon);
     daemon.wait_for_message(DENIED_SUCCESS);
     assert_eq!(daemon.wait_for_lines(1, "started").len(), 1);
@@ -204,7 +204,7 @@ fn a_parked_failure_is_reported_on_redelivery() {
     an_ended_job_is_reported_when_it_is_redelivered("bad", KEPT, 1);
 }
 
-/// The server notices the end of the stream before the worker does, so it denies the reports of that stream's jobs.
+/// The server notices the end of the stream before the worker does, so the server denies the reports of that stream's jobs.
 #[test]
 fn a_denied_report_waits_for_the_redelivery() {
     for job_type in ["good", "bad"] {
@@ -274,7 +274,7 @@ fn a_failure_that_a_proxy_answers_with_504_costs_one_attempt() {
     a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(504));
 }
 
-/// The answer to a `GET` of the job contains its large payload.
+/// The answer to a `GET` of the job contains the job's large payload.
 #[test]
 fn a_failure_in_doubt_of_a_large_job_is_settled() {
     let server = Server::start();
@@ -332,7 +332,8 @@ fn a_failure_in_doubt_spares_the_next_attempt_elsewhere() {
         format!("[ $ZIZQ_JOB_ID != {blocker} ] || exec sh -c 'until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done'");
     let first =
         Daemon::of(&proxy).args(QUICK).args(["--prefetch", "1"]).sh(&format!("{script}\n{FAILS_FIRST}")).start();
-    // With a prefetch of 1, the blocker has taken the place of the failed job, so this worker does not get the next attempt.
+    // With a prefetch of 1, this worker holds only one job. After the failure that is the job `blocker`, so this worker does not
+    // get the next attempt of the failed job.
     first.wait_for_lines(1, "started");
     look.wait_for(1);
     server.wait_for_status(&blocker, "in_flight");
@@ -359,7 +360,7 @@ fn a_success_whose_answer_is_lost_is_sent_again() {
     assert_eq!(daemon.assert_exit(0).read("started"), format!("{id}\n"));
 }
 
-/// The server denies one success of a bulk report, and the worker cannot find out the state of that job.
+/// The server rejects one job of a bulk report, and the worker cannot query the state of the rejected job.
 #[test]
 fn only_unsettled_jobs_of_a_bulk_report_are_sent_again() {
     let server = RawServer::start();
@@ -368,7 +369,8 @@ fn only_unsettled_jobs_of_a_bulk_report_are_sent_again() {
     stream.job("0");
     let first = server.request();
     stream.job("1").job("2").job("3");
-    // The only loop queues an outcome before it takes the next job, so the outcomes of jobs 1 and 2 are in the ack queue.
+    // The worker has one loop, which queues an outcome before it takes the next job. So the outcomes of jobs 1 and 2 are in the
+    // ack queue.
     daemon.wait_for_messages(4, "job completed");
     first.answer("204 No Content", "");
     let all = server.request();
@@ -422,7 +424,7 @@ fn a_job_redelivered_while_it_waits_runs_once() {
     drop(stream);
 }
 
-/// The server accepts a success whichever attempt of the job is in flight.
+/// The server accepts a success of a job, no matter which attempt of the job is in flight.
 #[test]
 fn a_success_counts_though_a_later_attempt_comes_meanwhile() {
     let server = RawServer::start();
@@ -441,7 +443,7 @@ fn a_success_counts_though_a_later_attempt_comes_meanwhile() {
     assert_eq!(daemon.wait_for_lines(1, "started"), ["1 0"]);
 }
 
-/// The server has redelivered the job over a new stream, and accepts its report before the worker reads the redelivered line.
+/// The server has redelivered the job over a new stream, and accepts the job's report before the worker reads the redelivered line.
 #[test]
 fn a_line_that_a_report_has_overtaken_starts_nothing() {
     for job_type in ["good", "bad"] {

@@ -90,7 +90,7 @@ fn a_subreaper_reaps_processes_that_left_their_group() {
     running.stop();
 }
 
-/// A script for a process 1 that starts the worker, waits only for it, and leaves all orphans as zombies.
+/// A script for process 1 of a pid namespace. It starts the worker, waits only for the worker, and leaves all orphans as zombies.
 const LAZY_INIT: &str = "exec perl -e 'my $worker = fork; exec @ARGV if !$worker; waitpid($worker, 0)' \"$@\"";
 
 #[test]

@@ -15,7 +15,7 @@ const MARKUP: &str = "<script>alert(1)</script>";
 /// A secret that the page must never show.
 const SECRET: &str = "hunter2";
 
-/// A worker with a running job and a failed one. Their type and the failure's message are HTML markup.
+/// A worker with a running job and a failed job. The type of both jobs and the message of the failure are HTML markup.
 struct Markup {
     server: Server,
     running: Running,
@@ -101,7 +101,7 @@ fn a_hidden_page_refreshes_seldom() {
     let admin = Admin::of(&running);
     let Some(mut browser) = Browser::open(&format!("{}/", admin.url())) else { return };
     browser.wait_for_text("the worker", |text| text.contains("running"));
-    // A headless window is never hidden, so override the document's property.
+    // A headless window is never hidden, so override the document's property `hidden`.
     browser.evaluate(
         "Object.defineProperty(document, 'hidden', { value: true, configurable: true }); window.delays = []; 0",
     );

@@ -14,7 +14,7 @@ fn wait_of(event: &Value) -> f64 {
     text.strip_suffix('s').unwrap().parse().unwrap()
 }
 
-/// Asserts that the event announces a wait of 0.1 × 3^`number` seconds, plus a jitter of up to a quarter.
+/// Asserts that the event announces a wait of 0.1 × 3^`number` seconds, plus a jitter of up to a quarter of that wait.
 #[track_caller]
 fn assert_wait(event: &Value, number: i32) {
     let (wait, least) = (wait_of(event), 0.1 * 3f64.powi(number));

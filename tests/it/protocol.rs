@@ -122,7 +122,7 @@ impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Tasks {
     }
 }
 
-/// One TCP connection, closed when dropped.
+/// One TCP connection. Dropping the value closes the connection.
 struct Connection {
     sender: Sender,
     _open: DropGuard,
@@ -184,7 +184,7 @@ struct Stream {
 }
 
 impl Stream {
-    /// Returns the next line, which is empty for a heartbeat, or `None` when the stream has ended or broken.
+    /// Returns the next line, or `None` when the stream has ended or broken. The line of a heartbeat is empty.
     async fn line(&mut self) -> Option<String> {
         loop {
             let fresh = &self.buffer[self.scanned..];
@@ -301,7 +301,7 @@ async fn a_closed_connection_returns_its_jobs_with_attempts_unchanged() {
     server.count_is(JobStatus::Ready, 3).await;
     let job = server.store.job(&ids[0]).unwrap();
     assert_eq!((&job["attempts"], &job["status"]), (&json!(0), &json!("ready")));
-    // The job stays ahead of younger jobs.
+    // The returned job stays ahead of younger jobs.
     assert_eq!(server.take("").await.id().await, ids[0]);
 }
 
@@ -432,7 +432,7 @@ async fn the_in_flight_limit_spans_all_connections() {
     let mut first = server.take("?prefetch=0").await;
     assert_eq!([first.id().await, first.id().await], [ids[0].clone(), ids[1].clone()]);
     let mut second = server.take("?prefetch=0").await;
-    // These requests give the server time to send the third job, which would exceed the limit.
+    // These requests take time, in which a server that ignored its limit would send the third job.
     for _ in 0..50 {
         server.get("/health").await;
     }
@@ -455,7 +455,7 @@ async fn an_unlimited_stream_takes_no_more_than_its_client_reads() {
     }
     let mut stream = server.take("?prefetch=0").await;
     stream.id().await;
-    // These requests give the server time to send more jobs.
+    // These requests take time, in which the server could send more jobs than the client reads.
     for _ in 0..50 {
         server.get("/health").await;
     }

@@ -1,4 +1,5 @@
-//! SIGUSR2 pauses a worker. A paused worker finishes its jobs, takes no more, and withholds none from others. SIGCONT resumes it.
+//! SIGUSR2 pauses a worker. A paused worker finishes its jobs, takes no more, and withholds none from other
+//! workers. SIGCONT resumes the worker.
 
 use std::time::Duration;
 

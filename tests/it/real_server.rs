@@ -1,4 +1,4 @@
-//! End-to-end cases, against the embedded server and, in ignored tests, against a real one:
+//! End-to-end cases. Each case is a test against the embedded server, and an ignored test against a real server:
 //! `ZIZQ_URL=http://… cargo test -- --ignored real_server`. Each case has a queue of its own, so the real
 //! server may have other users.
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Api, Daemon, Finished, Running, Server};
 
-/// Defines a test for each case and each server.
+/// Defines two tests for each case: one against the embedded server, and an ignored one against a real server at `ZIZQ_URL`.
 macro_rules! cases {
     ($($case:ident)*) => {
         mod against_embedded {
@@ -63,7 +63,7 @@ impl<'a> Queue<'a> {
 
 impl Drop for Queue<'_> {
     fn drop(&mut self) {
-        // Delete leftover jobs, otherwise they would accumulate on a real server.
+        // Delete leftover jobs, because they would accumulate on a real server.
         let name = self.name.replace(' ', "%20").replace('/', "%2F").replace('ü', "%C3%BC");
         if !std::thread::panicking() {
             self.server.call("DELETE", &format!("/jobs?queue={name}"), None);

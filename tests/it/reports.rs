@@ -1,4 +1,4 @@
-//! Reports: successes in bulk and without delay, failures one by one, and retries until each is settled.
+//! Reports: successes in bulk and without delay, failures one by one, and retries until each report is settled.
 
 use serde_json::{Value, json};
 
@@ -22,7 +22,8 @@ fn successes_that_wait_for_a_request_leave_in_one() {
     let first = server.enqueue("q", "good", json!(null));
     gate.wait_for(1);
     let ids = server.enqueue_all(jobs(5, "good"));
-    // The only loop queues each success before it takes the next job, so all five are queued once this job has failed.
+    // The worker has one loop, which queues each success before it takes the next job. So all five successes are queued once
+    // this job has failed.
     let bad = server.enqueue("q", "bad", json!(null));
     server.wait_for_error(&bad, 1);
     gate.release();
@@ -67,7 +68,7 @@ fn successes_do_not_wait_behind_failures() {
     let proxy = Proxy::before(&server);
     let gate = proxy.hold(Call::Failure);
     let _daemon = Daemon::of(&proxy).args(["--prefetch", "20"]).sh(BY_TYPE).start();
-    // These are more than the eight failures that the worker reports at once.
+    // Twelve jobs fail. The worker reports at most eight failures at the same time.
     server.enqueue_all(jobs(12, "bad"));
     gate.wait_for(8);
     let good = server.enqueue("q", "good", json!(null));
@@ -177,7 +178,7 @@ fn any_other_4xx_is_logged_and_the_report_is_dropped() {
         assert!(event["error"].as_str().unwrap().contains(said), "{event}");
         assert_eq!(event["level"], "ERROR");
     }
-    // Each job runs again when its stream is closed.
+    // Both jobs run again after their stream is closed.
     server.wait_until_done(&good);
     server.wait_for_error(&bad, 1);
     assert_eq!((proxy.calls(Call::Successes).len(), proxy.calls(Call::Failure).len()), (2, 2));

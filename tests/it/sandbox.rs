@@ -52,7 +52,7 @@ fn jobs_run_where_there_are_no_pidfds() {
     assert!(run_all_kinds(&server, Daemon::of(&server).in_sandbox(refused)).has(SLOW));
 }
 
-/// The C source of a replacement for `clone`, which drops CLONE_PIDFD as an old kernel does.
+/// The C source of a replacement for `clone`. Like an old kernel, the replacement ignores CLONE_PIDFD.
 const NO_PIDFD: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 int clone(int (*run)(void *), void *stack, int flags, void *argument, int *pidfd) {
@@ -125,7 +125,7 @@ fn no_file_is_left_open_where_close_range_is_unknown() {
     assert_eq!(open.lines().filter(|line| line.contains("->")).count(), 4, "{open}");
 }
 
-/// The C source of a replacement for `epoll_ctl`, which refuses pidfds.
+/// The C source of a replacement for `epoll_ctl`. The replacement refuses pidfds.
 const NO_ROOM_IN_EPOLL: &str = r#"#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

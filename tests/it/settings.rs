@@ -20,7 +20,7 @@ struct Setting {
     key: &'static str,
     /// The values on the command line, in the variable, and in the file.
     given: [&'static str; 3],
-    /// The values seen with all three sources, without the flag, and without flag and variable.
+    /// The values that the test observes: with all three sources, without the flag, and with only the file.
     seen: [&'static str; 3],
     default: Option<&'static str>,
     see: fn(Daemon) -> String,
@@ -170,8 +170,8 @@ fn prefetch_is_two_jobs_for_each_loop_by_default() {
     assert_eq!(starting(Daemon::bare().args(["-t", "3", "-f", "4", "-p", "13"]))["prefetch"], 13);
 }
 
-/// Returns the daemon's wait before its nth attempt to reconnect, without the jitter of up to a quarter. The result is one of the
-/// `possible` waits, in seconds.
+/// Returns the daemon's wait before its nth attempt to reconnect, as one of the `possible` waits in seconds. The wait in the log
+/// is up to a quarter longer, because of the jitter.
 fn wait(daemon: Daemon, nth: usize, possible: &[f64]) -> String {
     let running = daemon.args(["--url", NOWHERE, "--log-format", "json", "--", "true"]).start();
     let waits = |log: &[String]| -> Vec<f64> {
@@ -497,7 +497,7 @@ fn levels(finished: &Finished) -> String {
     levels.join(" ")
 }
 
-/// Runs a job whose handler prints and fails. The daemon then has messages of each level from debug to error to log.
+/// Runs a job whose handler prints and fails, because that causes log messages of each level from debug to error.
 fn failing(daemon: Daemon) -> Finished {
     let server = Server::start();
     let id = server.enqueue("mail", "fail", json!(null));

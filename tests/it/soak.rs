@@ -1,4 +1,4 @@
-//! Thousands of jobs through a seeded schedule of faults. At the end all jobs are done, each attempt has run once, and
+//! Thousands of jobs run under a seeded schedule of faults. At the end all jobs are done, each attempt has run once, and
 //! the daemon's memory has not grown.
 //!
 //! `ZIZQ_SOAK_SECONDS=300 ZIZQ_SOAK_SEED=7 cargo test --release -- --ignored soak --nocapture`
@@ -14,8 +14,8 @@ use crate::support::{BodyFault, Call, Daemon, Fault, Proxy, Restartable, Running
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "300ms"];
 
-/// A script that fails as often as the payload says. Jobs of type `slow` run for long enough that they are still running at the
-/// next fault.
+/// A script that fails as often as the payload says. Jobs of type `slow` run so long that they are still running at the next
+/// fault.
 const SCRIPT: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/ran
 read -r failures
 [ $ZIZQ_JOB_TYPE = quick ] || sleep 0.4
@@ -24,11 +24,11 @@ read -r failures
 /// The maximum number of unfinished jobs during the faults.
 const BACKLOG: u64 = 200;
 
-/// The allowed growth of memory. It is more than allocators and logs need, and far less than a leak per job.
+/// The allowed growth of memory. It is more than allocators and logs need, and far less than a leak at each job would add.
 const MEMORY_KIB: u64 = 24 * 1024;
 
-/// The allowed growth of open descriptors. The connection pool keeps a connection for each concurrent request. A leak per fault
-/// would be far more.
+/// The allowed growth of open descriptors. The connection pool keeps a connection for each concurrent request. A leak
+/// of one descriptor per fault would far exceed this number.
 const DESCRIPTORS: usize = 24;
 
 #[test]

@@ -1,4 +1,4 @@
-//! Handlers that cannot be started: briefly, for longer, for one job, or for lack of a resource.
+//! Handlers that cannot be started for a moment, for a long time, for only one job, or for lack of a resource.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -176,7 +176,8 @@ fn a_missing_handler_fails_its_job_after_five_seconds() {
     assert_eq!(finished.all("handler cannot be started, its jobs are slowed down").len(), 3);
 }
 
-/// The jobs arrive together. After each failed start, the others wait for a pause: one second, then two, then four.
+/// The jobs arrive together. After each failed start, the worker pauses the starts of the other jobs: for one second, then two,
+/// then four.
 #[test]
 fn the_wait_for_a_broken_handler_is_no_run_time() {
     let server = Server::start();
@@ -316,6 +317,6 @@ fn a_handler_inherits_no_open_file_of_the_worker() {
     let running = daemon.start();
     server.wait_until_done(&id);
     let open = running.stop().read("open");
-    // The three standard streams, and the directory that `ls` lists.
+    // The four open files are the three standard streams, and the directory that `ls` lists.
     assert_eq!(open.lines().filter(|line| line.contains("->")).count(), 4, "{open}");
 }

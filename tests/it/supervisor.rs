@@ -50,7 +50,7 @@ fn ready_comes_once_signals_are_heard_even_without_a_server() {
     let (manager, daemon) = Manager::of(Daemon::at("http://127.0.0.1:1").sh("true"));
     let running = daemon.start();
     assert_eq!(manager.next(), ["READY=1"]);
-    // Without a signal handler, SIGTERM would kill the process.
+    // SIGTERM would kill the process if READY=1 came before the worker handles signals.
     running.sigterm();
     running.assert_exit(0);
 }

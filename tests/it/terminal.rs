@@ -167,7 +167,7 @@ fn a_worker_drains_when_its_shell_is_killed() {
     assert_eq!(finished.event("worker stopped")["succeeded"], 1);
 }
 
-/// A shell with job control forwards SIGHUP, here twice.
+/// A shell with job control forwards SIGHUP to the worker. The shell of this test does so twice.
 #[test]
 fn a_hang_up_that_a_shell_passes_on_drains_and_never_kills() {
     let server = Server::start();
@@ -183,7 +183,7 @@ fn a_hang_up_that_a_shell_passes_on_drains_and_never_kills() {
     assert_eq!(finished.all(GONE).len(), 1);
 }
 
-/// The shell sends SIGHUP before the terminal is closed, like zsh, and like bash with `huponexit`.
+/// Like zsh, and like bash with `huponexit`, the shell of this test sends SIGHUP before the terminal is closed.
 #[test]
 fn a_worker_drains_when_its_shell_ends_after_sighup() {
     let server = Server::start();

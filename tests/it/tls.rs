@@ -328,7 +328,7 @@ fn a_port_that_closes_at_plain_http_may_speak_tls() {
     unread.peek(&mut [0]).unwrap();
     drop(unread);
     assert!(refused(2).contains(explanation), "{}", refused(2));
-    // After the server has answered once, the worker treats the same close as an outage.
+    // After the server has answered once, the worker treats a connection closed without an answer as an outage.
     server.take().end();
     drop(server.request());
     assert!(refused(3).starts_with("the request failed"), "{}", refused(3));
@@ -343,7 +343,7 @@ fn https_to_a_port_that_closes_is_explained() {
     let server = RawServer::start();
     let daemon = daemon(&server.url().replace("http:", "https:"), &Authority::new().pem()).start();
     let mut connection = server.connection();
-    // Read the whole first message of TLS, otherwise the close would be a reset.
+    // Read the whole first TLS message, because a close with unread bytes would reset the connection.
     connection.read_exact(&mut [0; 5]).unwrap();
     connection.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     let _ = connection.read_to_end(&mut Vec::new());

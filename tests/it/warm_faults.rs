@@ -1,4 +1,5 @@
-//! Warm handlers that die, hang, break the protocol or cannot be started. Each such fault fails at most the job that it hits.
+//! Warm handlers that die, hang, break the protocol or cannot be started. Such a fault fails no job
+//! except the one that it hits.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -8,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Warm, assert_none_failed, eventually, is_alive, replace, wait_until_dead, warm_handler};
 
-/// Runs a job that fails between two that succeed, and returns the error. Checks that the process is dead before the failure is
-/// reported, and that the next job gets another process.
+/// Runs three jobs: one that succeeds, one that fails, and another that succeeds. Returns the error of the failed job. Checks that
+/// the process is dead before the failure is reported, and that the next job gets another process.
 #[track_caller]
 fn fail_between(warm: &Warm, code: &str) -> Value {
     let before = warm.succeed("");
@@ -65,7 +66,7 @@ fn a_process_that_dies_between_jobs_harms_none() {
     assert_eq!(finished.read("ran").lines().count(), 20);
 }
 
-/// The job is sent to a stopped process, and waits in its socket.
+/// The job is sent to a process that SIGSTOP has stopped, so the job waits unread in the socket.
 #[test]
 fn a_job_that_its_process_never_read_goes_to_another() {
     let warm = Warm::start("");
@@ -213,13 +214,13 @@ fn the_timeout_holds_for_a_process_that_never_reads() {
     warm.stop();
 }
 
-/// Returns code that runs `code` until the test's directory has a file `good`.
+/// Returns code that runs `code` only if the test's directory has no file `good`.
 fn bad(code: &str) -> String {
     format!("if not os.path.exists(DIR + '/good'): {code}")
 }
 
-/// Asserts that a broken handler fails at most `few` of a thousand jobs, and that the others succeed once it is
-/// repaired. Returns the first error.
+/// Asserts that a broken handler fails at most `few` of a thousand jobs, and that the others succeed once the
+/// handler is repaired. Returns the first error.
 fn burns_at_most(few: u64, before: &str, code: &str, error_type: &str, log: &str) -> Value {
     let warm = Warm::with(before, "", |daemon| daemon.threads(4));
     let ids = warm.enqueue_many(1000, code);

@@ -151,7 +151,7 @@ fn build_example(name: &str, root: &Path, profile: &Path) {
     if profile.ends_with("release") {
         cargo.arg("--release");
     }
-    // Remove Cargo's variables, otherwise build scripts that read them would run now, and again in the next build.
+    // Remove Cargo's variables, because build scripts that read them would otherwise run now, and again in the next build.
     let of_this_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_"];
     for (name, _) in std::env::vars_os() {
         if of_this_package.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {

@@ -64,7 +64,7 @@ fn too_few_descriptors_burn_none_while_a_process_works() {
     assert_none_failed(&warm.stop());
 }
 
-/// A new job does not get the process before a job that already waits for it.
+/// A job that waits for the process gets it before any newer job.
 #[test]
 fn jobs_that_wait_for_the_only_process_take_turns() {
     let warm = with_four_loops();

@@ -67,7 +67,7 @@ fn draining(state: &State, settings: &str) -> (Warm, String) {
     (warm, id)
 }
 
-/// Asserts that the worker and all processes end, and that a job that was not done is ready again without a failed attempt.
+/// Asserts that the worker and all processes end. Asserts that the job, unless it is done, is ready again without a failed attempt.
 #[track_caller]
 fn assert_given_back(warm: Warm, state: &State, id: &str) -> Finished {
     let Warm { server, running } = warm;

@@ -24,7 +24,7 @@ use crate::watch;
 /// The longest interval between two checks of an idle process's connection, age and idle time.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The maximum age at which a CPU time that was read after one job is reused as the CPU time before the next job.
+/// The maximum age of a CPU time that is reused. The CPU time read after one job can serve as the CPU time before the next job.
 const CPU_AGE: Duration = Duration::from_millis(1);
 
 /// The maximum age at which a memory peak is reused. Reading the peak takes longer than a short job.

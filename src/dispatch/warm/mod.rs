@@ -228,7 +228,7 @@ impl Pool {
         idle.iter().for_each(|idle| self.retire(&idle.member, "reload", StopRequest::Retire));
     }
 
-    /// Ends a process if it is idle and there is a reason to end it. Otherwise the order of the idle processes does not change.
+    /// Ends a process if it is idle and there is a reason to end it. The other idle processes keep their order.
     fn check_idle(&self, member: &Arc<Member>, lifecycle: &Lifecycle) {
         let reason = {
             let all = &mut self.waiting().idle;

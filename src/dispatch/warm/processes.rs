@@ -13,7 +13,7 @@ use crate::dispatch::{HandlerProcess, ProcessStarts};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::lock::lock;
 
-/// Processes with their pools, by `Member::number`.
+/// Each process and its pool, keyed by `Member::number`.
 pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
 
 /// All warm processes of one dispatcher.

@@ -104,7 +104,7 @@ impl Begin for Starting {
 }
 
 impl Starting {
-    /// Logs one warning if the process has not connected [`SLOW_START`] after its start. Never returns.
+    /// Logs one warning if the process does not connect within [`SLOW_START`] of its start. Never returns.
     async fn warn_of_slow_start(&self) -> Infallible {
         let (due, limit) = (self.member.started + SLOW_START, self.pool.settings.start_timeout);
         // With a shorter start timeout, no warning is needed: the process is killed soon, and the failed start is logged.

@@ -67,14 +67,14 @@ fn retry_after(weather: &Weather) -> Duration {
 }
 
 /// Returns the time in which a drain ends after the recovery, even without a shutdown deadline. In the worst case, all taken jobs
-/// run one after another, and one more backoff wait passes before their outcomes are settled.
+/// run one after another, and then a backoff wait passes before their outcomes are reported.
 pub fn own_drain(life: &Life, held: &[Record]) -> Duration {
     let running = life.running().iter().map(|run| run.lasts).max().unwrap_or_default();
     runs(held) + running + longest_wait(&life.config) + SLACK
 }
 
-/// Returns the time in which a worker completes `count` jobs without faults. The jobs run in rounds. A round is as large
-/// as the prefetch and the number of loops allow, and ends when its jobs have been reported.
+/// Returns the time in which a worker completes `count` jobs without faults. The jobs run in rounds. In each round, the worker
+/// runs as many jobs as its prefetch and its concurrency allow. A round ends when its jobs have been reported.
 pub fn probe(config: &WorkerConfig, count: usize, lasts: Duration) -> Duration {
     let wide = config.prefetch.get().min(config.threads.get() * config.fibers.get());
     let rounds = u32::try_from(count.div_ceil(wide)).unwrap_or(u32::MAX);
@@ -87,7 +87,7 @@ pub fn runs(open: &[Record]) -> Duration {
 }
 
 /// Returns the time in which all jobs end after the recovery. In the worst case, all runs follow one another, and the first
-/// begins only after another run of 100 s, the longest that a script draws. The longest total wait of a job is added.
+/// begins only after an earlier run of 100 s, the longest run that `Script::draw` draws. Adds the longest total wait of any job.
 pub fn work(open: &[Record]) -> Duration {
     let rests: Vec<(Duration, Duration)> = open.iter().map(rest).collect();
     let runs: Duration = rests.iter().map(|(runs, _)| *runs).sum();

@@ -113,7 +113,7 @@ struct Delivery {
     at: Instant,
 }
 
-/// A run in progress. Dropping this before `end` is called records the run as `Vanished`.
+/// A run in progress. Dropping the value before `end` is called records the run as `Vanished`.
 pub struct Running {
     book: Book,
     /// The index of the run in `Pages::runs`.
@@ -347,8 +347,8 @@ impl Book {
         self.page(worker, |page| page.was_turned_away)
     }
 
-    /// Checks that the worker was not running a job from this stream when it closed the stream. The server redelivers such a job,
-    /// so two runs of the job could overlap. Skips a stream whose connection has met a fault, and a worker that has crashed.
+    /// Checks that no job from this stream was running when the worker closed the stream. The server redelivers such a job, so two
+    /// runs of the job could overlap. Does not check streams whose connection has met a fault, or workers that have crashed.
     pub fn stream_ended(&self, link: &Link, held: &BTreeSet<String>) {
         let Some(closed) = link.closed().filter(|_| !link.is_faulted()) else { return };
         if self.page(&link.worker, |page| page.has_crashed) {
@@ -398,8 +398,8 @@ impl Book {
         }
     }
 
-    /// Records that the server accepts a worker's failure report, and counts it for the attempt `attempts`. Checks that this is the
-    /// attempt that failed, and that the failed run has not been counted before.
+    /// Records that the server accepts a worker's failure report and counts the failure for the attempt `attempts`. Checks that
+    /// `attempts` is the attempt that failed, and that the failed run has not been counted before.
     pub fn failure_counted(&self, link: &Link, id: &str, attempts: u32, message: &str) {
         let problem = self.pages().problem_of_failure(link, id, attempts, message);
         if let Some(problem) = problem {
@@ -475,7 +475,7 @@ impl Pages {
         let deliveries = page.deliveries.get(id).map_or(&[][..], Vec::as_slice);
         // True if the job was redelivered as the reported attempt before the run ended.
         let became_this = deliveries.iter().any(|delivery| delivery.attempts == attempts && delivery.at <= ended);
-        // True if the worker had not yet closed the stream that delivered the run's attempt when it sent the report.
+        // True if the worker sent the report before it closed the stream that had delivered the run's attempt.
         let sent = link.sent().unwrap_or_else(Instant::now);
         let of_run = deliveries.iter().rev().find(|delivery| delivery.attempts == ran_as);
         let seemed_held = of_run.is_some_and(|held| held.link.closed().is_none_or(|closed| closed >= sent));

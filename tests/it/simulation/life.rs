@@ -25,13 +25,13 @@ pub struct Life {
     lifecycle: Lifecycle,
     controls: Controls<Player>,
     task: JoinHandle<Result<Summary, WorkerError>>,
-    /// The time by which the worker must have ended, and the name of the stop that set this deadline.
+    /// The time by which the worker must have ended, and the event that set this deadline, such as "drain".
     due: Option<(Instant, &'static str)>,
     world: World,
 }
 
 impl Life {
-    /// Starts a worker. After a kill, its runs continue for `grace`.
+    /// Starts a worker. If the worker is killed, its runs continue for `grace`.
     pub fn start(world: &World, mut config: WorkerConfig, grace: Duration) -> Self {
         let name = world.next_name();
         config.connector = world.network.connector(&name);

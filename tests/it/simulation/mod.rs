@@ -47,7 +47,7 @@ struct Lived {
     trace: Vec<String>,
 }
 
-/// Runs a future on Tokio's paused clock. `seed` also seeds the thread's random generator, from which the worker draws.
+/// Runs a future on Tokio's paused clock. Seeds the thread's random generator, because the worker draws from this generator.
 fn in_virtual_time<T>(seed: u64, living: impl Future<Output = T>) -> T {
     fastrand::seed(seed);
     Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(living)

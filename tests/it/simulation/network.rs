@@ -19,7 +19,7 @@ use super::draw::{chance, millis, one_of};
 use super::server::Server;
 use super::trace::Trace;
 
-/// The longest random latency in one direction, including the delay of the second piece of split bytes.
+/// The longest random latency in one direction. If bytes are split into two pieces, this is the latency of the second piece.
 pub const MAX_LATENCY: Duration = Duration::from_millis(150);
 
 /// The size in bytes of each buffer between the two ends of a connection.
@@ -178,7 +178,7 @@ impl Network {
         self.0.state.lock().unwrap().latency = Some(latency);
     }
 
-    /// Sets the time that new connections take to open. `None` sets it to their latency.
+    /// Sets the time that new connections take to open. With `None`, this time equals the latency of the connection.
     pub fn set_opening(&self, opening: Option<Duration>) {
         self.0.state.lock().unwrap().opening = opening;
     }

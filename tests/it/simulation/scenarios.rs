@@ -29,7 +29,7 @@ fn scene(play: impl AsyncFnOnce(&World)) {
     judge(&trace, &violations);
 }
 
-/// Returns settings with one loop, a prefetch of two, and backoff waits from 1 s to 30 s.
+/// Returns settings with a concurrency of one, a prefetch of two, and backoff waits from 1 s to 30 s.
 fn settings() -> WorkerConfig {
     WorkerConfig { url: "http://a".parse().unwrap(), ..WorkerConfig::default() }
 }
@@ -245,7 +245,7 @@ fn all_reports_leave_soon_after_a_recovery() {
     });
 }
 
-/// Reloads a worker while one of its loops runs a long job, and checks that the other loops run new jobs soon.
+/// Reloads a worker while it runs a long job, and checks that the worker soon runs new jobs at the same time.
 #[track_caller]
 fn reload_stalls_nothing(change: impl FnOnce(&mut WorkerConfig)) {
     scene(async |world| {
@@ -356,8 +356,8 @@ fn a_failure_denied_after_the_redelivery_is_sent_again() {
         let id = world.put(0, bad(9000));
         let life = start(world, settings());
         world.within(30, "the run's end", || !world.book.untold_by(&life.name).is_empty()).await;
-        // The report, sent with a latency of 3 s, reaches the server while no stream is open. The server denies the report, and the
-        // job is redelivered before the denial reaches the worker.
+        // The report is sent over a connection with a latency of 3 s, and reaches the server while no stream is open. The server
+        // rejects the report, and the job is redelivered before the rejection reaches the worker.
         world.network.set_latency(Duration::ZERO);
         world.network.set_opening(Some(Duration::from_millis(2500)));
         world.network.cut_connection(FIRST_STREAM);

@@ -62,7 +62,7 @@ pub struct NewJob {
     pub queue: String,
     /// The priority. 0 is the most urgent.
     pub priority: u32,
-    /// The maximum number of retries. The next failure makes the job dead, unless the report sets `retry_at`.
+    /// The maximum number of retries. When no retry is left, a failure makes the job dead, unless the report sets `retry_at`.
     pub retry_limit: u32,
     /// The defect in the job's line on the stream. `None` for a well-formed job.
     pub malformed: Option<Malformed>,
@@ -205,7 +205,7 @@ impl Server {
         of_worker.flat_map(|stream| stream.held.iter().cloned()).collect()
     }
 
-    /// Returns the numbers of the connections with a worker's take streams, oldest connection first.
+    /// Returns the ids of the connections with a worker's take streams, oldest connection first.
     pub fn streams_of(&self, worker: &str) -> Vec<u64> {
         let state = self.state();
         state.streams.values().filter(|stream| stream.link.worker == worker).map(|stream| stream.link.id).collect()

@@ -9,7 +9,7 @@ use tracing::{Event, Subscriber, span};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Log fields with values measured in the real world. They are left out, because they differ from run to run.
+/// The names of log fields with measured values. The trace omits these fields, because their values differ from run to run.
 const REAL_TIME: [&str; 3] = ["seconds", "cpu_seconds", "peak_memory_bytes"];
 
 /// The recorded lines of one simulation. Clones share them. `None` if the trace is off and records nothing.
@@ -52,7 +52,7 @@ impl Trace {
     }
 }
 
-/// A tracing layer that records the worker's log lines, each with the fields of the job's span around it.
+/// A tracing layer that records the worker's log lines. A log line in the span of a job also shows the fields of the span.
 struct LogLines(Trace);
 
 /// The message and the other fields of an event or span, as text.

@@ -46,7 +46,7 @@ pub enum Fault {
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// Whether the body is JSON, as from the server. Otherwise it is an HTML page, as from a proxy.
+    /// Whether the body is JSON, like the server's answers. If false, the body is an HTML page, like a proxy's answers.
     pub is_servers: bool,
     /// The `Retry-After` header, in seconds.
     pub retry_after: Option<u64>,
@@ -115,7 +115,7 @@ struct State {
     level: f64,
     /// The faults scheduled for certain requests.
     laid: Vec<Laid>,
-    /// The time at which the last `Retry-After` ends. Each is capped at 300 s, as in the worker.
+    /// The time at which the last `Retry-After` ends. Each `Retry-After` is capped at 300 s, as in the worker.
     retry_after: Option<Instant>,
 }
 
@@ -162,12 +162,12 @@ impl Weather {
         state.laid.clear();
     }
 
-    /// Returns the time at which the last `Retry-After` ends, if any. Each is capped at 300 s, as in the worker.
+    /// Returns the time at which the last `Retry-After` ends, if any. Each `Retry-After` is capped at 300 s, as in the worker.
     pub fn retry_after(&self) -> Option<Instant> {
         self.0.lock().unwrap().retry_after
     }
 
-    /// Draws the fault of a request, if any. A scheduled fault precedes random faults.
+    /// Draws the fault of a request, if any. A scheduled fault takes precedence over random faults.
     pub fn draw(&self, call: Call, ids: &BTreeSet<String>) -> Option<Fault> {
         let mut state = self.0.lock().unwrap();
         let State { rng, kinds, level, laid, .. } = &mut *state;
@@ -202,7 +202,7 @@ fn draw_fault(kind: Kind, rng: &mut Rng) -> Fault {
             429 => instead(429, rng.bool(), retry_after, false),
             status => instead(status, rng.bool(), None, false),
         },
-        // Inject a short delay in most cases, because after each final refusal the worker may drop a report.
+        // Inject a short delay in most cases, because the worker may drop a report after each final refusal.
         Kind::Finals if chance(rng, 0.7) => Fault::Late(millis(rng, 0..300)),
         Kind::Finals => instead(one_of(rng, &[400, 413, 422]), rng.bool(), None, false),
         Kind::ForeignNotFound => instead(404, false, None, false),

@@ -359,8 +359,8 @@ async fn hear_the_paused(world: &World, lives: &[Life]) {
     }
 }
 
-/// Returns the id of a job that is ready for redelivery although this worker still runs it or has not reported its outcome. Skips
-/// jobs of other queues, and jobs with a report that was refused for good.
+/// Returns the id of a job that is ready for redelivery although this worker still runs the job or has not reported its outcome.
+/// Skips jobs of queues from which the worker does not take, and jobs with a report that was refused for good.
 fn withheld_by(world: &World, life: &Life) -> Option<String> {
     let server = world.server_of(life);
     let is_withheld = |run: &&Run| {
@@ -397,7 +397,7 @@ async fn finish_all(world: &World, rng: &mut Rng, lives: &mut [Life], recovered:
     }
 }
 
-/// Checks that a worker with a free loop starts a job within a few round trips if jobs are ready.
+/// Checks that a worker with free capacity starts a job within a few round trips if jobs are ready.
 fn check_that_it_works(world: &World, life: &Life, (progress, since): &mut (usize, Instant)) {
     let now = Instant::now();
     let concurrency = life.config.threads.get() * life.config.fibers.get();
@@ -412,16 +412,17 @@ fn check_that_it_works(world: &World, life: &Life, (progress, since): &mut (usiz
     }
 }
 
-/// Checks that a worker reports its outcomes once a server has answered it again. The time limit is the first backoff wait plus a
-/// round trip, counted from the worker's latest traffic or from the end of a `Retry-After`.
+/// Checks that a worker reports its outcomes soon after a server has answered the worker again. The time limit is the first
+/// backoff wait plus a round trip. It is counted from the worker's latest traffic or from the end of the last `Retry-After`,
+/// whichever is later.
 fn check_that_it_reports(world: &World, life: &Life) {
     let Talk { under_way, silent_since, heard, reported } = world.book.talk_of(&life.name);
     let (Some(heard), Some(silent_since), 0) = (heard, silent_since, under_way) else { return };
     let from = [Some(heard), Some(silent_since), reported, world.weather.retry_after()].into_iter().flatten().max();
     let allowance = bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
     let due = from.unwrap_or(heard) + allowance;
-    // A worker in which `prefetch` jobs wait stops reading its stream, so it may not know of a redelivery. The server can still
-    // send more jobs to this worker, because some of the waiting jobs may already be finished on the server.
+    // A worker in which `prefetch` jobs wait stops reading its stream, so the worker may not know of a redelivery. The server may
+    // still send a redelivery to this worker, because some of the waiting jobs may already be finished on the server.
     let reads = world.book.waiting_in(&life.name) < life.config.prefetch.get();
     if Instant::now() <= due || !reads {
         return;
@@ -516,8 +517,8 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
     }
 }
 
-/// Runs `living` until it ends, or until the first violation. If it lasts longer than an hour of virtual time, that is a
-/// violation.
+/// Runs `living` until it ends, or until the first violation. Records a violation if `living` takes longer than an hour of virtual
+/// time.
 pub async fn until_violated(world: &World, living: impl Future<Output = ()>) {
     tokio::select! {
         biased;

@@ -55,8 +55,8 @@ impl Admin {
         })
     }
 
-    /// Waits until a metric has this value. `name` lacks the prefix `zizq_worker_`, and includes the labels in alphabetical
-    /// order.
+    /// Waits until a metric has this value. `name` is the name of the metric without the prefix `zizq_worker_`, followed by the
+    /// labels in alphabetical order.
     pub fn wait_for_metric(&self, name: &str, value: &str) {
         let line = format!("zizq_worker_{name} {value}");
         eventually(&line, || self.metrics().lines().any(|found| found == line).then_some(()));

@@ -18,7 +18,8 @@ use super::{PATIENCE, eventually};
 /// The names of the Chromium program in distributions.
 const NAMES: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
 
-/// The flags that make the browser headless and controlled over pipes, and keep it from making requests of its own.
+/// The flags that run the browser without a window, let the test control it over pipes, and prevent requests that the page does
+/// not make.
 const FLAGS: [&str; 13] = [
     "--headless",
     "--no-sandbox",
@@ -52,7 +53,7 @@ pub struct Browser {
     profile: TempDir,
 }
 
-/// Finds an installed browser. Panics if there is none in CI.
+/// Finds an installed browser. In CI, panics if no browser is installed.
 fn find() -> Option<PathBuf> {
     let found = NAMES.iter().find_map(|name| which::which(name).ok());
     if found.is_none() {

@@ -204,7 +204,7 @@ impl Daemon {
 
     /// Starts the daemon as an unprivileged user. The test itself must run as root.
     pub fn without_rights(self) -> Self {
-        // Run a copy, because the build directory may be inaccessible to this user.
+        // Run a copy, because the build directory may be inaccessible to the unprivileged user.
         let copy = self.dir().join("zizq-worker");
         fs::copy(env!("CARGO_BIN_EXE_zizq-worker"), &copy).unwrap();
         fs::set_permissions(self.dir(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -252,7 +252,7 @@ impl Daemon {
         self
     }
 
-    /// Leaves the events for the handlers' stderr out of the recorded log.
+    /// Omits from the recorded log the events that contain the handlers' stderr.
     pub fn without_output(mut self) -> Self {
         self.keep_output = false;
         self
@@ -303,7 +303,7 @@ type Screen = Arc<Mutex<Vec<u8>>>;
 struct Watched {
     terminal: File,
     screen: Screen,
-    /// The read end of a pipe. Its write end closes when the test hangs up the terminal.
+    /// The read end of a pipe whose write end is closed when the test hangs up the terminal.
     hung_up: PipeReader,
 }
 
@@ -322,7 +322,7 @@ impl Read for Watched {
     }
 }
 
-/// A daemon that was started. Dropping this kills the daemon if it still runs, and prints the daemon's command and log if the
+/// A daemon that was started. Dropping the value kills the daemon if it still runs, and prints the daemon's command and log if the
 /// test panics.
 pub struct Running {
     child: Child,

@@ -1,4 +1,4 @@
-//! A proxy in front of a server. The proxy records requests, and injects faults that imitate faults of the network or the server.
+//! A proxy in front of a server. The proxy records requests, and imitates faults of the network and of the server.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -47,7 +47,7 @@ pub enum Call {
     Job,
 }
 
-/// A fault that a call meets.
+/// A fault that the proxy injects into a call.
 #[derive(Debug, Clone)]
 pub enum Fault {
     /// The proxy answers with this status and body. The server does not receive the call.
@@ -64,11 +64,11 @@ pub enum Fault {
     Lose(u16),
     /// The call passes after a delay.
     Delay(Duration),
-    /// The call passes, but the body of its answer meets this fault.
+    /// The call passes, but this fault is injected into the body of the answer.
     Body(BodyFault),
 }
 
-/// A fault in the body of an answer. The body of the answer to a take call is the stream.
+/// A fault in the body of an answer. For a take call, this body is the take stream.
 #[derive(Debug, Clone, Copy)]
 pub enum BodyFault {
     /// The connection is cut after this many bytes.
@@ -147,7 +147,7 @@ impl Proxy {
         Self::start(server, None, true)
     }
 
-    /// Starts a proxy without faults that terminates TLS.
+    /// Starts a proxy that terminates TLS, without faults.
     pub fn with_tls(server: &Server, tls: Arc<ServerConfig>, http1_only: bool) -> Self {
         Self::start(server.address(), Some(tls), http1_only)
     }
@@ -174,8 +174,8 @@ impl Proxy {
         self.fault_times(usize::MAX, call, fault)
     }
 
-    /// Injects a fault into the next `times` calls of this kind. A call meets at most one fault. Faults that are injected first
-    /// are used up first.
+    /// Injects a fault into the next `times` calls of this kind. If several faults are set for one kind of call, they are used up
+    /// in the order in which they were set, one fault per call.
     pub fn fault_times(&self, times: usize, call: Call, fault: Fault) -> &Self {
         self.shared.rules.lock().unwrap().push(Rule { call, fault, times });
         self
@@ -269,7 +269,7 @@ impl Shared {
         self.events.lock().unwrap().push(event);
     }
 
-    /// Returns the fault for a call of this kind, if any, and counts it as used once.
+    /// Returns the fault for the next call of this kind, if any, and decrements the number of further calls that get the fault.
     fn next_fault(&self, call: Call) -> Option<Fault> {
         let mut rules = self.rules.lock().unwrap();
         let rule = rules.iter_mut().find(|rule| rule.call == call && rule.times > 0)?;

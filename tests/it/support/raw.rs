@@ -50,7 +50,7 @@ impl RawServer {
         }
     }
 
-    /// Passes each request to `answer` until `answer` returns a value. Answers version requests itself.
+    /// Passes each request to `answer` until `answer` returns a value. Version requests are answered, but not passed to `answer`.
     pub fn answer_until<T>(&self, what: &str, mut answer: impl FnMut(RawRequest) -> Option<T>) -> T {
         eventually(what, || {
             let (stream, _) = self.listener.accept().ok()?;
@@ -110,7 +110,7 @@ impl RawRequest {
         self.answer("200 OK", &format!(r#"{{"version":"{}"}}"#, env!("CARGO_PKG_VERSION")));
     }
 
-    /// Reads a request. Returns `None` if the connection ends first.
+    /// Reads a request. Returns `None` if the connection ends before the headers are complete.
     fn read(mut stream: TcpStream) -> Option<Self> {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {

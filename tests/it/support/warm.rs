@@ -141,19 +141,20 @@ impl Warm {
         text.lines().map(str::to_owned).collect()
     }
 
-    /// Creates a file for which code in a handler waits with `until`.
+    /// Creates a file, which releases handler code that waits for this file with the Python function `until`.
     pub fn allow(&self, name: &str) {
         fs::write(self.running.dir().join(name), "").unwrap();
     }
 
-    /// Stops the worker, and asserts that its processes and their recorded children are dead.
+    /// Stops the worker, and asserts that its warm processes, and the children recorded with `leave_child`, are dead.
     pub fn stop(self) -> Finished {
         let finished = self.running.stop();
         assert_dead(&finished);
         finished
     }
 
-    /// Waits until a draining worker has exited, and asserts that its processes and their recorded children are dead.
+    /// Waits until a draining worker has exited, and asserts that its warm processes, and the children recorded with `leave_child`,
+    /// are dead.
     pub fn stop_after_drain(self) -> Finished {
         let finished = self.running.assert_exit(0);
         assert_dead(&finished);
