@@ -280,7 +280,7 @@ impl Ledger {
         }
     }
 
-    /// Returns a closure that reports whether the delivery `seen` still holds an attempt.
+    /// Returns a closure that reports whether an attempt is still held by the delivery given in `seen`.
     pub(crate) fn watch_hold(
         self: &Arc<Self>,
         attempt: &Attempt,
@@ -438,7 +438,7 @@ impl Ledger {
         self.entries().evicted
     }
 
-    /// Reports whether the server of `client` delivered the job of an attempt. Returns true if the ledger no longer has the job.
+    /// Reports whether the server of `client` delivered the job of an attempt. Also returns true if the ledger no longer has the job.
     pub(crate) fn came_from(&self, attempt: &Attempt, client: &Client) -> bool {
         self.entries().by_id.get(&attempt.id).is_none_or(|entry| entry.source.client.url() == client.url())
     }

@@ -1,4 +1,4 @@
-//! [`JobSeries`]: the metrics of one pair of a queue and a type.
+//! [`JobSeries`]: the metrics of one combination of queue and job type.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};

@@ -24,7 +24,7 @@ pub(super) struct WorkerLoop<D> {
     /// The loop's number.
     pub(super) slot: usize,
     pub(super) name: String,
-    /// The number of waiting jobs beyond which a report is not urgent: a quarter of the number of loops.
+    /// A quarter of the number of loops. A report is urgent if no more jobs than this are waiting.
     pub(super) reserve: usize,
     pub(super) jobs: async_channel::Receiver<Taken>,
     pub(super) dispatcher: Arc<D>,

@@ -274,7 +274,7 @@ fn a_failure_that_a_proxy_answers_with_504_costs_one_attempt() {
     a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(504));
 }
 
-/// The answer to a `GET` of the job contains the job's large payload.
+/// The worker queries the job by `GET`, and the answer contains the job's large payload.
 #[test]
 fn a_failure_in_doubt_of_a_large_job_is_settled() {
     let server = Server::start();

@@ -124,7 +124,7 @@ impl Wire {
     fn receive(&mut self) -> Result<Option<usize>, NoReply> {
         loop {
             if let Some(end) = memchr::memchr(b'\n', &self.received[self.searched..]) {
-                // Return without another read, which would rarely find more. The caller checks for bytes after this line.
+                // Return without another read, which would rarely find more bytes. The caller checks for bytes after this line.
                 return Ok(Some(self.searched + end + 1));
             }
             self.searched = self.received.len();

@@ -496,8 +496,8 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let (server, config) = (world.server_of(&lives[at]), &lives[at].config);
         let count = if lives[at].is_bounded() { 0 } else { 2 * config.prefetch.get() };
         let queue = config.queues.first().map_or(QUEUES[0], String::as_str).to_owned();
-        // The worker may also run other unfinished jobs, because a job with a report that was refused for good becomes ready again
-        // when its stream closes.
+        // If the server refuses a job's report permanently, the job becomes ready again when its stream closes. So the worker may
+        // also run other unfinished jobs.
         let others: Vec<Record> = server.open_jobs().iter().filter_map(|id| server.job(id)).collect();
         let probes: Vec<String> = (0..count)
             .map(|_| {
