@@ -201,7 +201,7 @@ fn print_table(settings: &[Setting], out: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-/// A writer that silently drops all output after the reader, for example `head`, has closed the pipe.
+/// A writer that silently drops all output once the reader of the pipe, for example `head`, has closed it.
 struct UntilClosed<W>(W);
 
 impl<W: Write> Write for UntilClosed<W> {

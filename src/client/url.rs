@@ -83,7 +83,7 @@ pub(crate) fn without_secrets(url: &str) -> String {
     }
 }
 
-/// Hides the user and password of a url in a text. A text without a url is not changed.
+/// Hides the user and password of a URL in `text`. Text without a URL is not changed.
 pub(crate) fn without_user(text: &str) -> String {
     if text.contains("://") { hide_user(text) } else { text.to_owned() }
 }

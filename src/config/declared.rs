@@ -115,7 +115,7 @@ impl Declared {
         }
     }
 
-    /// Returns the setting's name in messages: the name of the flag with underscores, or the key without its table.
+    /// Returns the name that messages use for the setting: the name of the flag with underscores, or the key without its table.
     pub(super) fn name(&self) -> String {
         self.flag.as_ref().map_or(self.table_and_key().1.to_owned(), |flag| flag.name.replace('-', "_"))
     }

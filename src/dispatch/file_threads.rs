@@ -42,7 +42,7 @@ impl FileThreads {
         Self { max_threads, queue: Arc::default() }
     }
 
-    /// Queues a task. Returns false if too many tasks wait, or if there is no thread and none can be started.
+    /// Queues a task. Returns false if too many tasks are waiting, or if there is no thread and none can be started.
     pub(super) fn run(&self, task: impl FnOnce() + Send + 'static) -> bool {
         let mut queue = self.queue();
         if queue.waiting.len() >= MAX_WAITING {

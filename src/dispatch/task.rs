@@ -192,10 +192,10 @@ enum WarmCut {
     Idle(Idle),
 }
 
-/// The value of `Task::unread` at which the job fails, if other processes of the pool work.
+/// The value of `Task::unread` at which the job fails if the pool has another usable process.
 const MAX_UNREAD: usize = 5;
 
-/// The value of `Task::unread` at which the job fails, if no other process of the pool works.
+/// The value of `Task::unread` at which the job fails if the pool has no other usable process.
 const MAX_UNREAD_ALONE: usize = 2;
 
 /// Returns the `StartError` if a warm process was started but did not connect.

@@ -71,7 +71,7 @@ fn processes() -> impl Iterator<Item = (i32, Stat)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbered = entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry)));
     numbered.filter_map(|(pid, entry)| {
-        // The process's name need not be UTF-8: the kernel cuts a long name, perhaps within a character.
+        // The process's name need not be UTF-8: the kernel cuts a long name, possibly in the middle of a character.
         let line = fs::read(entry.path().join("stat")).ok()?;
         Some((pid, Stat::parse(&String::from_utf8_lossy(&line))?))
     })

@@ -95,8 +95,8 @@ struct IdleState {
 }
 
 impl IdleState {
-    /// Reports whether the worker is idle. A worker without a taking stream is not idle, because the server can have waiting
-    /// jobs.
+    /// Reports whether the worker is idle. A worker without a taking stream is not idle, because the server may have
+    /// jobs waiting.
     fn is_idle(&self) -> bool {
         self.is_taking && self.unfinished == 0
     }
@@ -207,8 +207,8 @@ impl Activity {
         self.loops.iter().map(move |slot| (slot.name.as_str(), current(slot)))
     }
 
-    /// Starts a drain once the worker has been idle, without an outstanding report, for `limit`. An outstanding report delays
-    /// the drain, because the server can hold back more jobs until it receives the report.
+    /// Starts a drain once the worker has been idle for `limit` and no report is outstanding. An outstanding report delays the
+    /// drain, because the server can hold back more jobs until it receives the report.
     pub(super) async fn stop_when_idle(&self, lifecycle: &Lifecycle, ledger: &Ledger, limit: Duration) {
         let (mut states, mut movements) = (self.state.subscribe(), ledger.movements());
         while states.wait_for(IdleState::is_idle).await.is_ok() {

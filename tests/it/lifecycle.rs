@@ -38,8 +38,8 @@ fn drains_on(signal: Signal) {
     daemon.signal(signal);
     let draining = daemon.wait_for_message("shutting down, waiting for workers to finish");
     assert_eq!((&draining["running"], &draining["waiting"]), (&json!(1), &json!(2)));
-    // After each report, the server sends another job. Here another client sends the report, because this worker's jobs do not
-    // end yet.
+    // After each report, the server sends another job. Here the test itself sends the report, because none of this worker's jobs
+    // has ended yet.
     assert_eq!(server.call("POST", &format!("/jobs/{}/success", ids[2]), None).0, 204);
     daemon.wait_for_message("job received while draining, it goes back to the server");
     daemon.go();

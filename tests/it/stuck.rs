@@ -259,8 +259,8 @@ impl Forwarder {
     }
 }
 
-/// The stream stays open on a connection that was made with the old certificate. For new connections, the server has a
-/// certificate from another authority.
+/// The server changes to a certificate from another authority. The worker's take stream stays open on a connection that was made
+/// before the change, but reports need new connections.
 #[test]
 fn a_reload_of_certificates_helps_waiting_reports() {
     let (server, one, two) = (Server::start(), Authority::new(), Authority::new());
