@@ -1,4 +1,4 @@
-//! The chart of the figures: four panels, each with a line for each contender.
+//! Draws the chart of the results: four panels, each with one line per contender.
 
 use std::path::Path;
 

@@ -190,7 +190,7 @@ impl Running {
     }
 
     /// Waits for the exit, and returns the CPU time of the process. Does not reap the process, because the CPU time of a reaped
-    /// process cannot be read. Threads that ended before the process are not included.
+    /// process cannot be read. The time of threads that ended before the process is not included.
     fn own_cpu_at_its_end(&self) -> Result<std::time::Duration> {
         waitid(WaitId::Pid(self.pid()?), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
         self.process().own_cpu()

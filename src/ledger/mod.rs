@@ -438,7 +438,8 @@ impl Ledger {
         self.entries().evicted
     }
 
-    /// Reports whether the server of `client` delivered the job of an attempt. Also returns true if the ledger no longer has the job.
+    /// Reports whether the server of `client` delivered the job of an attempt. Also returns true if the ledger no longer has the
+    /// job.
     pub(crate) fn came_from(&self, attempt: &Attempt, client: &Client) -> bool {
         self.entries().by_id.get(&attempt.id).is_none_or(|entry| entry.source.client.url() == client.url())
     }

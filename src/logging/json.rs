@@ -62,7 +62,7 @@ impl JsonMembers {
         }
     }
 
-    /// Adds a field of the event: to `job` if the field's name begins with `job.`, else to `event`.
+    /// Adds a field of a log event to `self.job` if the field's name begins with `job.`, and to `self.event` otherwise.
     fn push(&mut self, field: &Field, value: &impl Serialize) {
         let (members, name) = match field.name().strip_prefix("job.") {
             Some(name) => (&mut self.job, name),

@@ -21,7 +21,7 @@ use crate::lifecycle::Phase;
 pub(super) enum Purpose {
     /// Jobs that arrive are started.
     Take,
-    /// Jobs that have arrived are finished. Most new jobs are held back.
+    /// The jobs that have already arrived run to their end. Most new jobs are held back.
     Finish,
     /// The stream closes now.
     Nothing,

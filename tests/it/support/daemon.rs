@@ -151,7 +151,7 @@ impl Daemon {
         self.args(["--config", path.to_str().unwrap()])
     }
 
-    /// Replaces `$DIR` in the text by the test's directory, writes the text as a configuration file, and names the file on the
+    /// Replaces `$DIR` in the text with the test's directory, writes the text as a configuration file, and names the file on the
     /// command line.
     pub fn handlers(self, toml: &str) -> Self {
         let toml = toml.replace("$DIR", self.dir.path().to_str().unwrap());
