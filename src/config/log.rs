@@ -60,7 +60,7 @@ pub enum LogLevel {
 pub enum LogFormat {
     /// A line for each event, for people. Coloured on a terminal, unless `NO_COLOR` is set.
     Pretty,
-    /// A line for each event without colours, for journals and log files.
+    /// An uncoloured line for each event, for journals and log files.
     Compact,
     /// A JSON object for each event, for programs.
     Json,

@@ -12,7 +12,7 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
 #[expect(unsafe_code, reason = "no safe wrapper tells the action of a signal")]
 pub(super) fn action_of(signal: i32) -> libc::sighandler_t {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: the pointer is to live memory of the right type, all zeroes is a valid `sigaction`, and a null pointer for the
+    // SAFETY: `action` is valid memory of the right type, a `sigaction` of all zeroes is valid, and a null pointer in place of a
     // new action changes nothing.
     unsafe {
         libc::sigaction(signal, ptr::null(), action.as_mut_ptr());

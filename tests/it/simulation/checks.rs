@@ -438,8 +438,8 @@ impl Pages {
             return Some("it has run already");
         }
         let Some(deliveries) = page.deliveries.get(id) else { return Some("no stream has delivered it") };
-        // The start is allowed if the job was also delivered before the drain or pause, over a stream that the worker has not
-        // closed. The server may have lost that stream without the worker's knowledge.
+        // A job that is redelivered after the drain or pause may start if an earlier delivery of the same attempt came in time, over
+        // a stream that the worker has not closed. The server may have lost that stream without the worker's knowledge.
         let came_in_time = |quiet| {
             let mut known = deliveries.iter().filter(|delivery| delivery.attempts == attempts);
             known.any(|delivery| delivery.at <= quiet && delivery.link.closed().is_none())

@@ -46,8 +46,8 @@ struct State {
     latency: Option<Duration>,
     /// The time that new connections take to open. Equal to their latency if `None`.
     opening: Option<Duration>,
-    /// The probability that a new connection meets a fault, and also the probability that its opening is refused, slow or
-    /// unanswered.
+    /// The probability that the opening of a connection is refused, slow or unanswered. An open connection gets a fault with the
+    /// same probability.
     trouble: f64,
 }
 
