@@ -130,8 +130,8 @@ pub(crate) enum Early {
     Turn,
 }
 
-/// Calls `attempt` until it succeeds or fails with an error that is not retryable. Once the phase `until` is reached, no error is
-/// retried: a try in progress is the last one, and a wait in progress ends at once, for one last try. The first try always runs.
+/// Calls `attempt` until it succeeds or fails with an error that is not retryable. Once the phase `until` is reached, a try in
+/// progress is the last one. A wait in progress ends at once, and one last try follows. The first try always runs.
 ///
 /// `on_error` receives each error after which `attempt` is called again, and the length of the wait if a new wait begins. A wait
 /// also ends when `early` completes, but not before the error's `retry_after`. If a try after an [`Early::Turn`] fails, the rest of

@@ -94,9 +94,9 @@ pub(crate) enum Told {
     InFlight,
 }
 
-/// Whether this worker holds the attempt now, and if so, whether through the same delivery as at an earlier moment. If the report
-/// was denied, the earlier moment is the time at which the report was sent. If not, the earlier moment is the last query of the
-/// job, or the start of the try if there was no query.
+/// This worker's hold on the attempt now, compared with an earlier moment. If the report was denied, the earlier moment is the
+/// time at which the report was sent. If not, the earlier moment is the last query of the job, or the start of the try if there was
+/// no query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
     /// The worker holds the attempt through the same delivery as before, over a stream that is still open.
@@ -152,7 +152,7 @@ pub(crate) fn fate(kind: Kind, answer: Answer, told: Told, hold: Hold) -> Step {
     }
 }
 
-/// Decides the next step for a failure whose report may have arrived, while this worker holds the attempt.
+/// Decides the next step for a failure whose report may have arrived. This worker still holds the attempt.
 fn fate_in_doubt(told: Told, hold: Hold) -> Step {
     match (told, hold) {
         (Told::InFlight, _) | (Told::Waiting, Hold::Anew) => Step::Send,

@@ -59,7 +59,7 @@ pub struct Lifecycle {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LifecycleState {
     phase: Phase,
-    /// Whether a stop was asked for. Until then, a drain has no deadline.
+    /// Whether a stop was asked for. A drain has no deadline until a stop is asked for.
     awaited: bool,
 }
 
@@ -168,7 +168,7 @@ impl Lifecycle {
     }
 }
 
-/// A request that a signal makes, other than a stop.
+/// A request that a signal makes, other than a request to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
     /// SIGHUP: reload the settings.
@@ -217,7 +217,7 @@ impl WorkerSignals {
     }
 
     /// Handles signals until the process ends. The first SIGTERM or SIGINT drains, the second kills, and the third kills without
-    /// grace. A SIGHUP that means the end of the terminal drains, or is ignored under nohup. Every other signal is sent to
+    /// grace. A SIGHUP that means the end of the terminal begins a drain, but is ignored under nohup. Every other signal is sent to
     /// `requests` as a `Request`, because handling a request may take long and must not delay a stop.
     pub async fn obey(mut self, lifecycle: Lifecycle, requests: mpsc::UnboundedSender<Request>) {
         let mut count = 0;

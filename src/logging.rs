@@ -153,7 +153,7 @@ fn priority(level: Level) -> &'static str {
     }
 }
 
-/// A factory for writers that write plain events to stderr.
+/// A factory for writers that write events to stderr when there is no live line.
 #[derive(Debug, Clone, Copy)]
 struct EventWriters {
     have_priorities: bool,

@@ -21,8 +21,8 @@ use maker::Maker;
 pub(crate) use series::JobSeries;
 use series::SeriesByNames;
 
-/// Maximum number of pairs of a configured queue and a configured type whose series are created before the first job of the
-/// pair.
+/// Maximum number of combinations of a configured queue and a configured job type for which the series are created in advance,
+/// before such a job has been started.
 const MAX_PAIRS: usize = 100;
 
 /// The values of the label `outcome`.
@@ -54,7 +54,7 @@ const RUN_BUCKETS: &[f64] =
 const WAIT_BUCKETS: &[f64] =
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0];
 
-/// The states of a worker, exactly one of which holds at any time.
+/// The states of a worker. A worker is in exactly one of these states at any time.
 const STATES: [&str; 4] = ["running", "paused", "draining", "killing"];
 
 /// All metrics of one worker. Clones share them.

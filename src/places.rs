@@ -19,7 +19,7 @@ struct PlacesShared {
 #[derive(Debug)]
 struct Size {
     capacity: usize,
-    /// The number of places that are taken beyond a reduced `capacity`. That many places are discarded on release.
+    /// The number of taken places beyond a reduced `capacity`. As places are released, this many are discarded instead of freed.
     surplus: usize,
 }
 

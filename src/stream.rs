@@ -108,7 +108,7 @@ impl TakeStream {
         }
     }
 
-    /// Closes the connection, and returns once this end of it is closed.
+    /// Closes the connection, and returns once this side of the connection is closed.
     pub async fn close(self) {
         self.connection.abort();
         // Ignore the error, which only says that the task was aborted.
@@ -190,8 +190,8 @@ const MAX_BUFFERS: usize = 8;
 struct Buffers {
     /// The buffers of the last long lines, oldest first. A buffer is reused only after its line has been dropped.
     last: VecDeque<BytesMut>,
-    /// The length of the last long line, and the minimum capacity of the next buffer. Lines of one stream are often of similar
-    /// length.
+    /// The length of the last long line. The next buffer has at least this capacity, because lines of one stream are often of
+    /// similar length.
     usual: usize,
 }
 

@@ -12,8 +12,8 @@ use crate::worker::Status;
 /// Interval between status messages, unless the watchdog needs a shorter one.
 const PERIOD: Duration = Duration::from_secs(5);
 
-/// The extension of the service manager's stop timeout that each `Message::Extend` asks for. The message is sent in each period,
-/// so the loss of three messages in a row has no effect.
+/// The extension of the service manager's stop timeout that each `Message::Extend` asks for. The message is sent at least once per
+/// `PERIOD`, so the loss of three messages in a row has no effect.
 const EXTENSION: Duration = PERIOD.saturating_mul(4);
 
 /// Maximum number of queued messages. If the service manager does not read them, further messages are dropped.

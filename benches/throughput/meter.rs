@@ -61,8 +61,7 @@ fn number_after(status: &str, name: &str) -> Option<u64> {
 #[expect(unsafe_code, reason = "no safe wrapper of getrusage is at hand")]
 pub(crate) fn own_cpu_so_far() -> Duration {
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the pointer is to live memory of the right type, and `usage` is initialised, because all zeroes is a valid
-    // `rusage`.
+    // SAFETY: `usage` is valid memory of the right type, and is initialised, because all zeroes is a valid `rusage`.
     let usage = unsafe {
         libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
         usage.assume_init()
@@ -74,7 +73,7 @@ pub(crate) fn own_cpu_so_far() -> Duration {
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
 pub(crate) fn reap(child: Process) -> Result<(i32, Duration)> {
     let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::zeroed());
-    // SAFETY: both pointers are to live memory of the right type, and `usage` is initialised, because all zeroes is a valid
+    // SAFETY: `status` and `usage` are valid memory of the right types, and `usage` is initialised, because all zeroes is a valid
     // `rusage`.
     let (reaped, usage) = unsafe {
         let reaped = libc::wait4(child.0.cast_signed(), &raw mut status, 0, usage.as_mut_ptr());

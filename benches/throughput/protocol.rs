@@ -1,5 +1,5 @@
 //! The cost of the protocol alone, measured with zizq-worker and a dispatcher that starts no process. Without processes, jobs
-//! and reports travel in large batches, so the figure is a lower bound.
+//! and reports travel in large batches, so the measured cost is a lower bound.
 
 use tokio::signal::unix::{SignalKind, signal};
 use zizq_worker::{Dispatcher, Ended, Job, Lifecycle, Outcome, Worker, WorkerConfig};

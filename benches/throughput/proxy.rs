@@ -39,7 +39,8 @@ impl Proxy {
         Ok(Self { url, reports })
     }
 
-    /// Closes all connections for reports. Until `mend_reports` is called, each new one is closed at its first request.
+    /// Closes all connections for reports. Until `mend_reports` is called, each new connection for reports is closed at its first
+    /// request.
     pub(crate) fn cut_reports(&self) {
         self.reports.cut.store(true, Ordering::SeqCst);
         let mut connections = self.reports.connections.lock().unwrap_or_else(PoisonError::into_inner);

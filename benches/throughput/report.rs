@@ -14,11 +14,11 @@ use crate::chart;
 use crate::plan::{PARTS, Part, Plan};
 use crate::sample::{Sample, Spread};
 
-/// The page in the repository that shows the figures, and the chart on the page.
+/// The documentation page with the benchmark's figures, and the chart that the page shows.
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.md");
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.svg");
 
-/// The markers around the figures in the page. `--save` replaces the text between the markers.
+/// The markers before and after the figures in `docs/performance.md`. `--save` replaces the text between the markers.
 const BEGIN: &str = "<!-- figures -->";
 const END: &str = "<!-- end of figures -->";
 
@@ -187,7 +187,8 @@ impl Report {
     }
 }
 
-/// Splits the text between the page's markers into one block for each part. Returns a map from each part's name to its block.
+/// Splits the text between the markers in `docs/performance.md` into one block for each part. Returns a map from the name of each
+/// part to the part's block.
 fn blocks(figures: &str) -> BTreeMap<String, String> {
     let blocks = figures.split("\n**").filter_map(|block| {
         let (name, _) = block.split_once("**")?;

@@ -152,8 +152,8 @@ impl Reporter {
                 Step::Send => {
                     seen = self.ledger.held(attempt);
                     told = Told::NotAsked;
-                    // Opening a connection may take a long time. If the delivery `seen` no longer holds the job once the
-                    // connection is open, the report is withdrawn.
+                    // Opening a connection may take a long time. If the job is no longer held by the delivery given in `seen`
+                    // once the connection is open, the report is withdrawn.
                     let is_held = self.ledger.watch_hold(attempt, seen);
                     let sent = client.failure_if(&attempt.id, failure, is_held).await;
                     if matches!(sent, Err(ClientError::Withdrawn)) {
@@ -171,7 +171,7 @@ impl Reporter {
     }
 
     /// Calls `attempt` with backoff until it succeeds or fails with an error that is not retryable. When the worker enters
-    /// `Phase::Killing`, a try in flight becomes the last one, and a wait ends at once, for one last try.
+    /// `Phase::Killing`, a try in flight becomes the last one. A wait ends at once, and one last try follows.
     pub(super) async fn retry_until_answered<T, F>(
         &self,
         client: &Client,

@@ -156,7 +156,7 @@ impl Reporter {
     }
 
     /// Reports a batch of successes, with retries. Each try also takes the successes that have gathered in `joining`. Returns the
-    /// parts that got server errors while other parts were accepted. The caller reports those parts separately.
+    /// parts of the batch that got server errors while other parts were accepted. The caller reports the returned parts separately.
     async fn report_batch(
         &self,
         client: Arc<Client>,

@@ -94,7 +94,7 @@ impl Inspector {
             worker: self.worker(),
             settings: self.settings(),
         };
-        // Serialization fails only for maps with keys that are not strings, and the answer has none.
+        // Serialization fails only for maps with keys that are not strings, and the answer has no such map.
         serde_json::to_string(&answer).unwrap_or_default()
     }
 

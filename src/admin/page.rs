@@ -1,4 +1,5 @@
-//! The page of `GET /`: markup, style and script in one response. The script fetches all displayed data from `/status`.
+//! The HTML status page, which `GET /` returns: markup, style and script in one response. The script fetches all displayed data
+//! from `/status`.
 
 /// Content security policy that allows only the page's script and style, `data:` images, and requests to this server.
 pub(super) const POLICY: &str = concat!(
@@ -9,7 +10,7 @@ pub(super) const POLICY: &str = concat!(
     "require-trusted-types-for 'script'; trusted-types 'none'"
 );
 
-/// Returns the page as HTML.
+/// Returns the status page as HTML.
 pub(super) const fn text() -> &'static str {
     concat!(
         include_str!("page/head.html"),

@@ -23,7 +23,7 @@ pub enum ClientError {
     ClosedUnanswered(Box<Self>),
     /// The answer could not be read to its end, or could not be parsed.
     Answer(Box<dyn Error + Send + Sync>),
-    /// No answer arrived in time. The server may have executed the request.
+    /// No answer arrived within the time limit. The server may have executed the request.
     TimedOut(Duration),
     /// The server, or a proxy in front of the server, answered with a status that the call does not expect.
     Refused {

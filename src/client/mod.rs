@@ -44,18 +44,18 @@ pub use url::{DEFAULT_URL, ServerUrl, WorkerId};
 /// The content type of a take stream.
 const NDJSON: &str = "application/x-ndjson";
 
-/// The time limit from the start of a request to the headers of its answer, and a separate limit of the same length for the body
-/// of the answer. The body of a take stream has no such limit.
+/// The time limit from the start of a request to the headers of its answer. Reading the body of the answer has a separate limit of
+/// the same length, but the body of a take stream has no such limit.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The interval and the timeout of HTTP/2 pings while requests are in flight. All reports share one connection, so without pings
-/// they would all time out again and again on a dead connection.
+/// Both the interval and the timeout of HTTP/2 pings while requests are in flight. All reports share one connection, so without
+/// pings they would all time out again and again on a dead connection.
 const HTTP2_KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// The maximum number of failure reports in flight: enough to hide the round trip, few enough to spare the server.
 const MAX_FAILURES_IN_FLIGHT: usize = 8;
 
-/// The characters that are escaped in a path segment or query value: all that are not unreserved (RFC 3986, section 2.3).
+/// The characters that are escaped in a path segment or query value: all except the unreserved ones (RFC 3986, section 2.3).
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// A client for one server, under one worker id. Reports share pooled connections, and each take stream has a connection of its

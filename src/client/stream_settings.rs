@@ -50,7 +50,7 @@ impl StreamSettings {
             && *connector == other.connector
     }
 
-    /// Reports whether a stream with these settings could also deliver `job`, which was delivered under the `other` settings.
+    /// Reports whether a stream with these settings could deliver `job`, which was delivered under the `other` settings.
     pub(crate) fn fits(&self, job: &Job, other: &Self) -> bool {
         self.client.url() == other.client.url() && (self.queues.is_empty() || self.queues.contains(&job.queue))
     }

@@ -25,7 +25,8 @@ pub struct Declared {
     /// The key in the file, with its table: `worker.threads`. A key in `[handler]` also stands for the same key in each
     /// `[handlers.TYPE]`.
     pub key: &'static str,
-    /// The flag. The name of the environment variable is derived from the flag's name. `None` if only the file has the setting.
+    /// The flag. The name of the environment variable is derived from the flag's name. `None` if the setting can only be given in
+    /// the file.
     pub flag: Option<Flag>,
     /// The default, in words.
     pub default: fn() -> String,
@@ -93,7 +94,7 @@ pub(super) enum Shown {
     Handler(fn(&Handler) -> String),
     /// A setting of warm handlers.
     Warm(fn(&PoolSettings) -> String),
-    /// A handler setting whose value can contain a secret. The second function returns the form for the admin server.
+    /// A handler setting whose value can contain a secret. The second function returns the text that the admin server shows.
     Private(fn(&Handler) -> String, fn(&Handler) -> String),
     /// The names of a handler's variables, and the files that hold their values. The admin server shows only the number of
     /// variables.
@@ -102,7 +103,7 @@ pub(super) enum Shown {
 }
 
 impl Declared {
-    /// Returns the declaration of a setting of handlers, without a flag.
+    /// Returns the declaration of a handler setting that has no flag.
     const fn of_handlers(key: &'static str, example: Example) -> Self {
         Self {
             key,

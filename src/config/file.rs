@@ -188,7 +188,7 @@ fn unknown_field(message: &str) -> Option<&str> {
 /// more than a wrong suggestion.
 const MIN_LIKENESS: f64 = 0.9;
 
-/// Returns the message about a key that is not in `known`, with the likely correction or a list of `known`.
+/// Returns the message about a key that is not in `known`, with the likely correction or a list of the known keys.
 fn unknown_key(key: &str, known: &[&str]) -> String {
     let with_key = |key: &str| -> Vec<String> {
         let found = SETTINGS.iter().map(|declared| declared.table_and_key()).filter(|(_, known)| *known == key);

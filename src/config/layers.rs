@@ -75,7 +75,7 @@ impl<'a> Layers<'a> {
         Ok(self.locate(declared, parse)?.map(|(value, _)| value))
     }
 
-    /// Returns the value of a setting, like [`pick`](Self::pick), with its source.
+    /// Returns the value of a setting as [`pick`](Self::pick) does, together with the value's source.
     pub(super) fn locate<T>(&self, declared: &Declared, parse: Parse<T>) -> Result<Option<(T, Source)>, ConfigError> {
         let given = declared.flag.as_ref().map(|flag| self.args.given(flag.name)).transpose()?.flatten();
         let given = given.map(|given| (Raw::Text(given.values), given.source));

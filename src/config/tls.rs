@@ -11,7 +11,8 @@ use super::{ConfigError, Source};
 use crate::client::tls::{certificates, private_key, roots_from_pem, system_roots};
 use crate::client::{ServerUrl, Tls};
 
-/// Reads the TLS files, and checks that they match each other and `url`. Errors about `url` name `url_source`.
+/// Reads the TLS files. Checks that the client certificate and its key belong together, and that no file is given if `url` is
+/// http. Errors about `url` name `url_source`.
 pub(super) fn resolve(layers: &Layers<'_>, url: &ServerUrl, url_source: Source) -> Result<Tls, ConfigError> {
     let ca = File::find(layers, &declared::TLS_CA)?;
     let chain = File::find(layers, &declared::TLS_CLIENT_CERT)?;

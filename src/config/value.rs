@@ -125,7 +125,7 @@ impl Raw {
     }
 
     /// Parses a list of names: comma-separated text from flags, a variable or the file, or a list in the file. Rejects an empty
-    /// name, because it usually comes from an unset variable of a shell or a template. Only `[]` in the file yields no names.
+    /// name, because it usually comes from an unset variable of a shell or a template. Only `[]` in the file yields an empty list.
     pub(super) fn list(&self, name: &str) -> Result<Vec<String>, String> {
         let names: Vec<String> = match self {
             Self::Text(values) => values.iter().flat_map(|value| value.split(',')).map(str::to_owned).collect(),

@@ -81,7 +81,7 @@ impl Warning {
     }
 }
 
-/// Displays the message, followed by the setting's values in parentheses.
+/// Displays the message, followed by the values of the warning's fields in parentheses.
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -136,7 +136,7 @@ impl Config {
     /// Turns a reloaded configuration into one for the running worker. Settings that need a restart keep their `running` values.
     pub fn take_over(&mut self, running: &WorkerConfig) {
         let WorkerConfig { url, tls, queues, prefetch, stream_limits, .. } = self.worker.clone();
-        // Compute the default from the threads and fibers of the running worker, because new values of them need a restart.
+        // Compute the default from the threads and fibers of the running worker, because a change of these two needs a restart.
         let is_given = self.sources.contains_key(declared::PREFETCH.key);
         let prefetch = if is_given { prefetch } else { default_prefetch(running.concurrency()) };
         self.worker = WorkerConfig { url, tls, queues, prefetch, stream_limits, ..running.clone() };
@@ -190,7 +190,8 @@ fn resolve_backoff(layers: &Layers<'_>) -> Result<Backoff, ConfigError> {
     let min_wait = min.as_ref().map_or(DEFAULT_RETRY_MIN_WAIT, |(wait, _)| *wait);
     let max_wait = max.as_ref().map_or(DEFAULT_RETRY_MAX_WAIT, |(wait, _)| *wait);
     Backoff::try_new(min_wait, max_wait, multiplier.unwrap_or(DEFAULT_RETRY_MULTIPLIER)).map_err(|problem| {
-        // Each value is valid by itself, and the defaults are consistent, so the user gave at least one value. Report its source.
+        // Each wait is valid by itself, and the default waits fit together, so at least one wait in this conflict was given by the
+        // user. Report the source of that wait.
         match (min, max) {
             (Some((_, source)), None) => {
                 let (least, most) = (format_duration(min_wait), format_duration(max_wait));

@@ -98,8 +98,8 @@ impl Attendant {
 
     fn tell_of(&mut self, stop: &StopTimes) {
         self.tell();
-        // A process that survives SIGKILL hangs in the kernel. Once `MARGIN` is over, no longer ask the service manager for more
-        // time, so that it enforces its time limit for the stop.
+        // A process that survives SIGKILL hangs in the kernel. Once the grace and `MARGIN` have passed, stop asking for more time,
+        // so that the service manager enforces its own time limit for the stop.
         let is_in_time = stop.killed.is_none_or(|killed| killed.elapsed() < self.longest_grace + MARGIN);
         if let Some(supervisor) = self.supervisor.as_ref().filter(|_| is_in_time) {
             supervisor.extend();
@@ -199,8 +199,8 @@ impl Attendant {
     }
 }
 
-/// The time at which the stop began, and the times at which `look_at` first found that a stop was asked for (`asked`) and that
-/// `Phase::Killing` was reached (`killed`).
+/// The times of a stop. `begun` is the time at which the drain began. `asked` is the time at which `look_at` first found a request
+/// to stop. `killed` is the time at which `look_at` first found the worker in `Phase::Killing` or a later phase.
 struct StopTimes {
     begun: Instant,
     asked: Option<Instant>,

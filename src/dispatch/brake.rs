@@ -325,7 +325,8 @@ mod tests {
 
     use super::*;
 
-    /// A start that lasts for `takes`, and then succeeds, or fails with `errno` if one is set. `time` is the job's timeout.
+    /// A start that lasts for `takes`. It then fails with `errno` if one is set, and succeeds otherwise. `time` is the job's
+    /// timeout.
     #[derive(Debug, Clone, Copy)]
     struct Fake {
         takes: Duration,
@@ -352,7 +353,7 @@ mod tests {
         Brake::new("handle.sh".to_owned(), ProvenBy::Start)
     }
 
-    /// Returns the error of a `spawn` that creates no process.
+    /// Returns the result of a `spawn` that fails with `errno` and creates no process.
     fn refused(errno: Errno) -> io::Result<Fake> {
         Err(errno.into())
     }
@@ -366,7 +367,7 @@ mod tests {
         brake.start(fault.map(Into::into), pending(), spawn).await.map(|(started, _)| started)
     }
 
-    /// Makes a start fail, and returns the time that it took.
+    /// Makes a start fail with `errno`, and returns the duration of the start.
     async fn fail(brake: &Brake, errno: Errno) -> Duration {
         let begun = Instant::now();
         assert!(matches!(start(brake, None, || refused(errno)).await, Err(NotStarted::Failed(_))));

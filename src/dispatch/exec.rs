@@ -39,8 +39,8 @@ const WARM_FAILURES: [&str; 10] = [
     "ProtocolError",
 ];
 
-/// A dispatcher that runs jobs in handler processes. The outcome is decided by the exit status and the result file or, for a warm
-/// process, by its reply.
+/// A dispatcher that runs jobs in handler processes. A warm process decides the outcome of a job by its reply. For any other
+/// process, the exit status and the result file decide the outcome.
 #[derive(Debug)]
 pub struct ExecDispatcher {
     pub(super) routes: watch::Sender<Arc<Routes>>,
@@ -194,8 +194,8 @@ impl Dispatcher for ExecDispatcher {
     }
 }
 
-/// Tests how processes can be started on this system. Raises the limit of open files, so that as many as `processes` handler
-/// processes can run at once.
+/// Finds out how processes can be started on this system. Raises the limit of open files, so that `processes` handler processes
+/// can run at once.
 fn starter(processes: usize) -> Starter {
     keep_exit_statuses();
     let trial = Trial::of_this_machine();

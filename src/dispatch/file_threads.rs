@@ -59,8 +59,8 @@ impl FileThreads {
         queue.threads > 0
     }
 
-    /// Runs `question` in a thread, and waits up to `patience` for the answer. Returns `None` if no answer arrives in time, or if
-    /// the task cannot be queued or panics.
+    /// Runs `question` in a thread, and waits up to `patience` for the answer. Returns `None` if no answer arrives within
+    /// `patience`, or if the task cannot be queued or panics.
     pub(super) async fn ask<T: Send + 'static>(
         &self,
         patience: Duration,
@@ -86,7 +86,7 @@ impl FileThreads {
     /// Runs queued tasks until the queue is empty.
     fn work(&self) {
         while let Some(task) = self.next() {
-            // Catch a panic. Otherwise it would end the thread, but `threads` would still count the thread.
+            // Catch any panic, because a panic would end the thread, but `threads` would still count the thread.
             let _ = catch_unwind(AssertUnwindSafe(task));
         }
     }

@@ -82,8 +82,8 @@ pub trait Dispatcher: Send + Sync + 'static {
     fn dispatch(&self, job: &Job, lifecycle: &Lifecycle) -> impl Future<Output = Ended> + Send;
 
     /// Reports whether a job type always gets a label of its own in the metrics. Of the other types, only the first hundred get
-    /// one. An implementation must return true for a bounded number of types only, because each adds metrics that are never
-    /// removed.
+    /// one. An implementation must return true only for a bounded number of types, because each of these types adds metrics that
+    /// are never removed.
     fn is_counted_apart(&self, _job_type: &str) -> bool {
         false
     }

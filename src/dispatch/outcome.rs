@@ -49,7 +49,7 @@ impl Fate {
     }
 }
 
-/// Decides a job's outcome. Awaits the handler's verdict only if the job failed.
+/// Decides a job's outcome. Awaits `verdict`, which reads the result file, only if the job failed.
 pub(super) async fn of(handler: &Handler, exit: Exit<Cause>, verdict: impl Future<Output = Option<Verdict>>) -> Ended {
     let outcome = match fate(handler, &exit).into_outcome(handler, &exit.stderr) {
         Outcome::Failure(failure) => Outcome::Failure(match verdict.await {

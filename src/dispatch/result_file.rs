@@ -31,7 +31,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
 /// The time limit for reading a result file. Reading 1 MiB from a disk takes milliseconds.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time limit for the final removal of the files that handlers have left behind, when the worker ends.
+/// The time limit for removing the files that handlers have left behind. The removal takes place when the worker ends.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A private directory for result files and for the sockets of warm processes. Dropping this removes the directory.
@@ -239,13 +239,13 @@ fn empty_into(top: &Path, dir: &Path) -> io::Result<()> {
     fs::remove_dir(dir)
 }
 
-/// The details of a failure that the handler itself has reported.
+/// The details that the handler itself has reported about a failure.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Verdict {
     message: Option<String>,
     error_type: Option<String>,
     backtrace: Option<String>,
-    /// The time in Unix milliseconds.
+    /// The time of the retry, in Unix milliseconds.
     retry_at: Option<u64>,
     kill: bool,
 }

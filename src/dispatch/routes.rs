@@ -89,9 +89,9 @@ impl Route {
         }
     }
 
-    /// Reports whether a start would probably fail, without trying one. Never blocks on a file. For a handler that starts a process
-    /// for each job, the program file is checked in another thread: each call after the brake's pause requests a new check, and
-    /// uses the result of the previous check.
+    /// Reports whether a start would probably fail. Starts no process, and never blocks on a file. If the handler starts a process
+    /// for each job, another thread checks the program file. Each call after the brake's pause requests a new check, and uses the
+    /// result of the previous check.
     fn is_broken(&self) -> bool {
         if let Some(pool) = &self.pool {
             return self.brake.holds_starts_that_fail() && !pool.is_any_at_work();

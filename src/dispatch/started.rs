@@ -1,4 +1,4 @@
-//! [`Started`]: a process that was started for one job, until the outcome of the job.
+//! [`Started`]: a process that was started for one job, from its start to the outcome of the job.
 
 use std::io;
 
@@ -38,7 +38,8 @@ impl ExecDispatcher {
         lifecycle: &'a Lifecycle,
         result: &ResultFile<'_>,
     ) -> io::Result<Started<'a>> {
-        // Read `was_stopping` before the start, otherwise a process that starts just before the stop would get no drain signal.
+        // Read `was_stopping` before the start, because a process that starts just before the stop would otherwise get no drain
+        // signal.
         let (was_stopping, since) = (lifecycle.is_awaited(), Instant::now());
         let process = self.spawn(route, job, result).map_err(|error| blame(error, job))?;
         let listed = self.pids.list(&job.id, process.id());
@@ -93,12 +94,12 @@ impl Started<'_> {
     }
 }
 
-/// The limit for blaming E2BIG on the handler. If a job's id, type and queue together have at least this many bytes, E2BIG is
-/// blamed on the job. A single variable may have up to 128 KiB (`execve(2)`).
+/// The number of bytes that a job's id, type and queue must have in total for E2BIG to be blamed on the job. With fewer bytes,
+/// E2BIG is blamed on the handler. A single variable may have up to 128 KiB (`execve(2)`).
 const LONG_TEXTS: usize = 64 * 1024;
 
-/// Hides the errno of E2BIG unless the job's own texts are long. Without the errno, the brake attributes the error to the
-/// handler.
+/// Hides the errno of an E2BIG error if the job's id, type and queue are short. Without the errno, the brake attributes the error
+/// to the handler.
 fn blame(error: io::Error, job: &Job) -> io::Error {
     let texts = job.id.as_str().len() + job.job_type.len() + job.queue.len();
     if error.kind() == io::ErrorKind::ArgumentListTooLong && texts < LONG_TEXTS {

@@ -13,7 +13,8 @@ use super::payload::Payload;
 
 /// The real server's default priority: the middle of the range.
 const DEFAULT_PRIORITY: u16 = 32_768;
-/// The characters that names must not contain, because the real server reserves them for future patterns.
+/// The characters that the names of queues and job types must not contain, because the real server reserves them for
+/// future patterns.
 const RESERVED: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
 
 /// A checked request to enqueue one job.

@@ -81,7 +81,7 @@ fn set<T>(name: &str, field: Option<Option<T>>) -> Result<Option<T>, Rejection> 
 }
 
 impl Patch {
-    /// Applies the patch to a job that is not finished. The caller updates the indexes of the state.
+    /// Applies the patch to a job that is not finished. The caller updates the indexes of `Jobs`.
     pub(super) fn apply(&self, job: &mut StoredJob, now: u64) {
         self.apply_to_spec(Arc::make_mut(&mut job.spec));
         match self.ready_at {
@@ -102,7 +102,7 @@ impl Patch {
         }
     }
 
-    /// Applies the patch to the fields that the job's producer has set.
+    /// Applies the patch to `spec`, which has the fields that the job's producer sets.
     fn apply_to_spec(&self, spec: &mut Spec) {
         if let Some(queue) = &self.queue {
             spec.queue.clone_from(queue);

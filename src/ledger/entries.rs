@@ -154,7 +154,7 @@ impl Entries {
         }
     }
 
-    /// Evicts the oldest settled entry, or else the oldest parked one.
+    /// Evicts the oldest settled entry, or the oldest parked entry if no entry is settled.
     fn evict(&mut self) {
         let is_settled =
             |id: &JobId| matches!(self.by_id.get(id), Some(LedgerEntry { state: EntryState::Settled(_), .. }));

@@ -342,10 +342,10 @@ impl Ledger {
         self.moved.send_replace(());
     }
 
-    /// Parks an outcome until its job is redelivered. Returns the outcome instead if the job was redelivered after `seen`,
-    /// because the report can then be sent at once. `may_be_held` means that the server may still hold the job over an open
-    /// stream. A prefetch slot of that stream then counts as lost, so that the stream is replaced. The server redelivers the job
-    /// when the stream closes.
+    /// Parks an outcome until its job is redelivered. Returns the outcome instead if the job was redelivered after the delivery
+    /// given in `seen`, because the report can then be sent at once. `may_be_held` means that the server may still hold the job
+    /// over an open stream. A prefetch slot of that stream then counts as lost, so that the stream is replaced. The server
+    /// redelivers the job when the old stream closes.
     pub(crate) fn park(
         &self,
         attempt: &Attempt,

@@ -254,7 +254,8 @@ fn a_job_is_held_by_the_stream_that_brought_it_last() {
     assert!(here.held(&job).is_some());
 }
 
-/// A stale delivery over the first stream arrives after the delivery over the second one.
+/// A stale delivery over the first stream arrives after the delivery over the second one, and then the first stream is lost. The
+/// second stream must still hold the job.
 #[test]
 fn the_loss_of_a_stale_line_gives_the_hold_back() {
     let (here, job) = (Here::new(8), attempt("a", 0));
@@ -355,8 +356,8 @@ fn a_parked_outcome_is_not_settled_once_its_job_is_redelivered() {
     assert_eq!(here.ended(), [job.id]);
 }
 
-/// The server has already noticed the end of the first stream, and has redelivered the job over the second. The worker has not
-/// noticed the end yet.
+/// The server has already noticed the end of the first stream, and has redelivered the job over the second one. The worker
+/// receives the redelivery after the report of the job was accepted, and only then notices the end of the first stream.
 #[test]
 fn a_stale_line_over_another_stream_is_expected_of_a_held_job() {
     let (here, job) = (Here::new(8), attempt("a", 0));

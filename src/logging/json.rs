@@ -52,7 +52,7 @@ struct JsonMembers {
 }
 
 impl JsonMembers {
-    /// Adds the members of the JSON object `object`: to `job` if `are_of_job`, else to `event`.
+    /// Adds the members of the JSON object `object` to `self.job` if `are_of_job` is true, and to `self.event` otherwise.
     fn push_all(&mut self, object: &str, are_of_job: bool) {
         let fields = object.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')).unwrap_or_default();
         if !fields.is_empty() {

@@ -9,11 +9,11 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::Stderr;
 use crate::lock::lock;
 
-/// A line below the log that is rewritten in place. Clones share the line.
+/// A line that is rewritten in place below the log. Clones share the line.
 #[derive(Debug, Clone, Default)]
 pub struct LiveLine(Arc<Mutex<String>>);
 
-/// Terminal sequence that moves to the line's start and clears the line.
+/// Terminal sequence that moves the cursor to the start of the line and clears the line.
 const CLEAR: &str = "\r\x1b[K";
 
 impl LiveLine {

@@ -1,4 +1,4 @@
-//! [`Gauges`]: the values that the worker reads at a scrape.
+//! [`Gauges`]: the values that are read when Prometheus scrapes the metrics.
 
 use crate::dispatch::{HandlerProcess, HandlerStatus, ProcessStarts};
 
@@ -6,7 +6,7 @@ use crate::dispatch::{HandlerProcess, HandlerStatus, ProcessStarts};
 #[derive(Debug, Clone)]
 pub(crate) struct CountedType {
     pub(crate) name: String,
-    /// The usual error types of failed jobs of this job type.
+    /// The error types with which jobs of this type usually fail.
     pub(crate) failures: &'static [&'static str],
 }
 

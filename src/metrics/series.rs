@@ -7,8 +7,8 @@ use prometheus::{Counter, Histogram, IntCounter, IntGauge};
 
 use crate::lock::lock;
 
-/// The series that count the jobs of one queue and type. They are looked up only once for each job, because a lookup by labels
-/// costs more than the counting itself.
+/// The series that count the jobs of one combination of queue and job type. The series are looked up only once for each job,
+/// because a lookup by labels costs more than the counting itself.
 #[derive(Debug)]
 pub(crate) struct JobSeries {
     pub(super) type_label: String,

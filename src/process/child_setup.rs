@@ -137,8 +137,8 @@ impl ChildSetup {
     #[expect(unsafe_code, reason = "there is no safe way to be a process like that")]
     unsafe fn become_program(&self) -> Result<Infallible, Errno> {
         let command = &self.command;
-        // SAFETY: every pointer is to live memory of the right type, with a zero byte or a null pointer at the end where one is
-        // needed, and the files are open. The kernel has given the child its own table of descriptors, working directory, limits
+        // SAFETY: every pointer points to valid memory of the right type, which ends with a zero byte or a null pointer where one
+        // is needed. The files are open. The kernel has given the child its own table of descriptors, working directory, limits
         // and signal actions, so nothing here changes those of the parent. The C library's calls do not fail for these arguments.
         unsafe {
             // Ask the kernel to clear `uses_our_memory` when the child stops using this process's memory. Not every C library's

@@ -1,7 +1,7 @@
 //! [`Children`]: the list of child processes that jobs wait for. A scan for orphans skips these children.
 //!
 //! The kernel gives orphans to process 1 of a container, or to a subreaper (`PR_SET_CHILD_SUBREAPER`). If this process is one of
-//! these, orphans stay zombies until this process reaps them. But the scan must not reap a child that a job waits for, otherwise
+//! these, orphans stay zombies until this process reaps them. But the scan must not reap a child that a job waits for, because
 //! the job would lose the child's exit status.
 
 use std::any::Any;
@@ -20,8 +20,8 @@ use super::census::zombies_of;
 use super::reaper::{Killed, Reaper};
 use crate::lock::lock;
 
-/// The minimum pause between two scans for orphans. A SIGCHLD during or after the pause triggers the next scan. A zombie does no
-/// harm until then.
+/// The minimum pause between two scans for orphans. A SIGCHLD during or after the pause triggers the next scan. Until the scan, a
+/// zombie does no harm.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// The children of this process. Clones share one list.

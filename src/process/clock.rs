@@ -15,7 +15,7 @@ fn clock_of(process: Pid) -> libc::clockid_t {
 #[expect(unsafe_code, reason = "no safe wrapper reads the clock of another process")]
 pub(super) fn cpu_time_of(process: Pid) -> Option<Duration> {
     let mut time = MaybeUninit::<libc::timespec>::zeroed();
-    // SAFETY: the pointer is to live memory of the right type, and all zeroes is a valid `timespec`.
+    // SAFETY: `time` is valid memory of the right type, and a `timespec` of all zeroes is valid.
     let time = unsafe {
         if libc::clock_gettime(clock_of(process), time.as_mut_ptr()) != 0 {
             return None;
@@ -34,7 +34,7 @@ mod tests {
     fn the_clock_id_is_the_one_of_the_c_library() {
         let this = rustix::process::getpid();
         let mut clock = 0;
-        // SAFETY: the pointer is to live memory of the right type.
+        // SAFETY: `clock` is valid memory of the right type.
         assert_eq!(unsafe { libc::clock_getcpuclockid(this.as_raw_nonzero().get(), &raw mut clock) }, 0);
         assert_eq!(clock_of(this), clock);
         assert!(cpu_time_of(this).is_some());

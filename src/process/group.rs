@@ -92,8 +92,8 @@ impl Group {
         if test_kill_process(self.leader) == Err(Errno::PERM) { Termination::Denied } else { Termination::Stopped }
     }
 
-    /// Signals the leader once it has executed its program. Before that, the child's setup discards terminal signals such as
-    /// SIGINT, and on Linux before 5.16, a signal that dumps core would kill the worker too.
+    /// Signals the leader once it has executed its program. A terminal signal such as SIGINT that arrives earlier is discarded by
+    /// the child's setup. On Linux before 5.16, an earlier signal that dumps core would also kill the worker.
     pub(super) async fn signal_program(&self, signal: Signal) {
         self.setup.exec_done().await;
         self.signal_leader(signal);
@@ -194,12 +194,12 @@ async fn reap(pid: Pid) -> WaitResult {
     poll_until(LONGEST_REAP_PAUSE, || try_reap(pid).transpose()).await
 }
 
-/// Reaps a child and reads its resource usage in one call, without waiting. The safe wrappers of wait leave the usage out.
+/// Reaps a child and reads its resource usage in one call, without waiting. The safe wrappers of wait do not return the usage.
 #[expect(unsafe_code, reason = "wait4 is the only wait that tells what the child has used")]
 fn try_reap(pid: Pid) -> io::Result<Option<(ExitStatus, ResourceUsage)>> {
     let mut status = 0;
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: both pointers are to live memory of the right type, and all zeroes is a valid `rusage`.
+    // SAFETY: `status` and `usage` are valid memory of the right types, and an `rusage` of all zeroes is valid.
     let reaped = unsafe { libc::wait4(pid.as_raw_nonzero().get(), &raw mut status, libc::WNOHANG, usage.as_mut_ptr()) };
     match reaped {
         0 => Ok(None),

@@ -73,7 +73,7 @@ const OUTPUT_GRACE: Duration = Duration::from_millis(100);
 /// The stdin of a child.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
-    /// These bytes, and then end of file.
+    /// The contained bytes, and then end of file.
     Bytes(Bytes),
     /// End of file.
     Nothing,
@@ -321,7 +321,7 @@ async fn terminate(
     group.kill(give_up).await
 }
 
-/// Calls `check` until it returns a value. The pause between two calls begins with a millisecond, and doubles up to `longest`.
+/// Calls `check` until it returns a value. The pause between two calls starts at one millisecond, and doubles up to `longest`.
 async fn poll_until<T>(longest: Duration, mut check: impl FnMut() -> Option<T>) -> T {
     let mut pause = Duration::from_millis(1);
     loop {

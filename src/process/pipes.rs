@@ -19,7 +19,7 @@ const USUAL_PIPE: usize = 64 * 1024;
 /// 64 MiB in total gets tiny pipes (`/proc/sys/fs/pipe-user-pages-soft`).
 const LARGE_PIPE: usize = 256 * 1024;
 
-/// The smallest capacity of a pipe, which the kernel gives to a user with many pipes.
+/// The smallest capacity of a pipe. A user who has many pipes gets new pipes of this capacity.
 const SMALLEST_PIPE: usize = 4096;
 
 /// Opens a child's stdin. Returns the child's end, and also the worker's end with the rest of the input if the pipe cannot hold

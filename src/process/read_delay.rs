@@ -10,8 +10,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::lock::lock;
 
 /// The minimum delay between the start of a child that has all its input and the first read of its output. Most children exit
-/// within this time, so that one read returns their whole output. On a busy machine, even a one-millisecond command takes several
-/// milliseconds.
+/// within this time, so that one read returns their whole output. Even a command that takes one millisecond on an idle machine
+/// takes several milliseconds on a busy one.
 const LEAST: Duration = Duration::from_millis(5);
 
 /// The maximum delay. Children that start within `MOST - LEAST` of each other share a timer, because a timer for each child would

@@ -102,7 +102,7 @@ mod tests {
         let children = Children::of_this_process();
         let ids = [(); 3].map(|()| Pid::from_child(&Command::new("sleep").arg("1000").spawn().unwrap()));
         for id in ids {
-            // The children are alive, so a blocking wait would not return.
+            // The children are still alive, so the test would hang here if `take` waited for them.
             let _memory = Arc::clone(&memory) as _;
             reaper.take(Killed { id, _memory, children: children.clone() });
         }

@@ -144,8 +144,8 @@ impl Producer {
 
     /// Replaces the taking stream if it has lost prefetch slots to jobs that this worker does not report, for example because a
     /// report was dropped. The server still counts these jobs as in flight. Replacements are spaced by the backoff, so that a job
-    /// whose report is always refused does not run again without pause. Until the stream is replaced, it takes jobs with its
-    /// remaining prefetch slots.
+    /// whose report is always refused is not run in a tight loop. Until the stream is replaced, it takes jobs with its remaining
+    /// prefetch slots.
     fn renew_if_due(&mut self) {
         if !self.streams.is_taking_one_spent() {
             self.renewal_due = None;

@@ -42,7 +42,7 @@ pub(super) struct Session {
     search: Option<SearchProgress>,
 }
 
-/// The progress of a search stream, which was opened to receive certain jobs, the wanted jobs.
+/// The progress of a search stream. Such a stream is opened to receive particular jobs, called the wanted jobs.
 struct SearchProgress {
     /// The deadline for the wanted jobs to arrive.
     end: Instant,
@@ -128,8 +128,8 @@ impl Session {
         }
     }
 
-    /// Reports whether the stream can close. A search stream stays open while wanted jobs can still arrive. Apart from that, a
-    /// stream can close once none of its jobs is in flight, or if another stream gets its jobs.
+    /// Reports whether the stream can close, because none of its jobs is in flight, or because another stream will receive these
+    /// jobs. A search stream also stays open while wanted jobs can still arrive.
     fn is_finished(&self) -> bool {
         let is_awaited = self.search.as_ref().is_some_and(|search| search.left > 0 && Instant::now() < search.end);
         !is_awaited && (self.run.ledger.under_way(self.id, None) == 0 || self.is_superseded())
@@ -177,8 +177,8 @@ impl Session {
         }
     }
 
-    /// Reports whether a job may start although the stream only finishes its jobs. This requires that the present settings cover
-    /// the job's queue, and that this stream must stay open for earlier jobs anyway.
+    /// Reports whether a job may start although the stream only finishes its jobs. The job may start only if the present settings
+    /// cover its queue, and if earlier jobs keep this stream open anyway.
     fn may_start(&self, job: &Job) -> bool {
         self.search.is_none()
             && !self.intake.is_paused()

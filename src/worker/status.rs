@@ -13,7 +13,7 @@ pub struct Status {
     pub state: &'static str,
     /// Whether a take stream is open.
     pub connected: bool,
-    /// The number of streams that were replaced, for example by a reload. They stay open until their jobs are reported.
+    /// The number of open streams that have been replaced, for example by a reload. They stay open until their jobs are reported.
     pub finishing_streams: usize,
     /// The time since the worker was created, in seconds.
     pub uptime_seconds: f64,

@@ -24,7 +24,7 @@ pub(super) struct WorkerLoop<D> {
     /// The loop's number.
     pub(super) slot: usize,
     pub(super) name: String,
-    /// A quarter of the number of loops. A report is urgent if no more jobs than this are waiting.
+    /// A quarter of the number of loops. A report is urgent if at most this many jobs are waiting.
     pub(super) reserve: usize,
     pub(super) jobs: async_channel::Receiver<Taken>,
     pub(super) dispatcher: Arc<D>,

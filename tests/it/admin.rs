@@ -140,7 +140,7 @@ fn each_field_of_the_status_is_documented() {
     let (new, old): (Vec<_>, Vec<_>) =
         (found.difference(&documented).collect(), documented.difference(&found).collect());
     // Each of these fields is `null` or an object. If the field is an object in every element of its array, `paths` finds only the
-    // paths below the field.
+    // paths below the field, and not the path of the field.
     let of_both = ["handlers[].brake", "loops[].job"];
     assert!(new.is_empty() && old.iter().all(|path| of_both.contains(&path.as_str())), "{new:?} {old:?}\n{status:#}");
     let handlers: Vec<_> = status["handlers"]
@@ -180,7 +180,7 @@ fn break_handler<T>(replace: impl FnOnce(&Path) -> T) {
     let id = server.enqueue("q", "t", json!(null));
     server.wait_for_error(&id, 1);
     let replaced = replace(&bin);
-    // The worker checks the file only after the pause of one second that follows the failed start, so poll for longer than that.
+    // After the failed start, the worker pauses for one second before it checks the file, so poll for longer than one second.
     let until = Instant::now() + Duration::from_secs(3);
     eventually("the end of the pause", || {
         assert_eq!(admin.wait_until_ready(false), ["handler handle.sh cannot be started"]);

@@ -156,7 +156,8 @@ fn a_check_of_the_embedded_server_tries_its_port_and_jobs() {
     assert!(finished.log.last().unwrap().contains("jobs.ndjson:2: "), "{:?}", finished.log);
 }
 
-/// A warm handler is in a process group of its own, so Ctrl-C does not reach it. The interrupted check must kill it.
+/// A warm handler is in a process group of its own, so Ctrl-C does not reach the handler. The interrupted check must kill the
+/// handler.
 #[test]
 fn an_interrupted_check_leaves_no_handler_behind() {
     let server = Server::start();
@@ -242,7 +243,7 @@ fn an_offline_check_need_not_read_the_files_of_secrets() {
         let finished = check(args).assert_exit(78);
         assert!(finished.log[0].contains(&format!("env.TOKEN: cannot read {UNREADABLE}")), "{:?}", finished.log);
     }
-    // A missing file is a mistake even in an offline check.
+    // Even an offline check rejects a missing file.
     let missing = file.replace(UNREADABLE, "/does/not/exist");
     Daemon::bare().args(["--check", "--offline"]).config(&missing).run().assert_exit(78);
 }

@@ -45,7 +45,7 @@ fn load(toml: &str) -> Config {
 /// The systemd unit for one worker, and the template unit for several.
 const UNITS: [&str; 2] = ["config/zizq-worker.service", "config/zizq-worker@.service"];
 
-/// Returns the keys and the values of a unit's lines `key=value` that are not commented out.
+/// Returns the keys and the values of a unit's `key=value` lines, except those that are commented out.
 fn settings_of(unit: &str) -> Vec<(String, String)> {
     let text = text(unit);
     let settings = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('='));
@@ -323,8 +323,8 @@ fn one_copy_gives_the_image_its_handler() {
     assert!(dockerfile.contains("ENV ZIZQ_CONFIG=/etc/zizq-worker.toml "));
 }
 
-/// The Dockerfile first builds the dependencies without the source. It creates empty files in place of the targets, because Cargo
-/// rejects a manifest that names missing files.
+/// The Dockerfile first builds the dependencies without the worker's source. For this build, it creates a stand-in for the source
+/// file of each target, because Cargo rejects a manifest that names missing files.
 #[test]
 fn the_dockerfile_has_a_stand_in_for_every_target() {
     let manifest: toml::Table = text("Cargo.toml").parse().unwrap();
@@ -373,7 +373,8 @@ fn the_probe_of_compose_is_that_of_the_image() {
     assert_eq!(test[3].as_str().unwrap().replace("$$", "$"), probe());
 }
 
-/// Runs the probe against a server that answers with `status`. Returns the probe's request and exit status.
+/// Runs the script of the health check against a server that answers with `status`. Returns the request and the exit status of the
+/// script.
 fn ask(status: &str) -> (String, i32) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("0.0.0.0:{}", listener.local_addr().unwrap().port());

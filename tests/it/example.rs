@@ -29,8 +29,8 @@ fn load(file: &Path, args: &[&str]) -> Config {
     Config::resolve(&Args::try_parse_from(argv).unwrap()).unwrap()
 }
 
-/// Reports whether a line is a setting or a table that is commented out, such as `#key = value`. A line of prose has a space
-/// after `#`.
+/// Reports whether a line is a commented-out setting or table header, such as `#key = value` or `#[table]`. A line of prose has a
+/// space after `#`.
 fn is_commented_setting(line: &str) -> bool {
     line.starts_with('#') && (line.contains(" = ") || line.starts_with("#[")) && !line.starts_with("# ")
 }
@@ -73,7 +73,7 @@ fn a_reload_takes_over_the_settings_as_declared() {
 #[test]
 fn every_value_in_the_example_is_the_default() {
     let Config { worker, log, .. } = load(&path(), &["--", "true"]);
-    // Read the url from the text, because `ZIZQ_URL` overrides it when the tests use a real server.
+    // Read the url from the file's text, because `ZIZQ_URL` overrides the setting when the tests use a real server.
     assert_eq!(text().parse::<toml::Table>().unwrap()["url"].as_str(), Some(DEFAULT_URL));
     assert_eq!(worker.queues, [""; 0]);
     assert_eq!((worker.threads, worker.fibers), (DEFAULT_THREADS, DEFAULT_FIBERS));
@@ -90,7 +90,7 @@ fn every_value_in_the_example_is_the_default() {
 fn commented_out_settings_are_accepted_when_uncommented() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("zizq-worker.toml");
-    // Drop the TLS settings, because their files do not exist here, and the url is http.
+    // Drop the TLS settings, because the files that they name do not exist here, and because the url is http.
     let without_tls: Vec<String> =
         uncommented().lines().filter(|line| !line.contains("/etc/zizq/")).map(str::to_owned).collect();
     fs::write(&file, without_tls.join("\n")).unwrap();

@@ -89,7 +89,7 @@ fn requests_that_are_reset_or_refused_are_made_again() {
     });
 }
 
-/// The connection stays open, but nothing more arrives over it.
+/// The connection of the take stream stays open, but nothing more arrives over the connection.
 #[test]
 fn a_stream_that_falls_silent_is_opened_again() {
     let server = Server::start();
@@ -133,7 +133,7 @@ fn a_stream_that_opens_and_ends_at_once_is_no_hot_loop() {
     assert_waits(&daemon.wait_for_messages(6, "server ended the stream, reconnecting"), 100.0);
 }
 
-/// Asserts that the wait that each event announces is `millis` milliseconds, plus a jitter of up to a quarter of that time.
+/// Asserts that each event announces a wait of `millis` milliseconds, plus a jitter of up to a quarter of that time.
 #[track_caller]
 fn assert_waits(events: &[Value], millis: f64) {
     let wait = |event: &Value| event["reconnect_in"].as_str().unwrap().trim_end_matches('s').parse::<f64>().unwrap();
@@ -183,7 +183,7 @@ fn an_unaccepted_connection_is_given_up_after_ten_seconds() {
         socket.listen(0).unwrap()
     });
     let address = full.local_addr().unwrap();
-    // The kernel accepts connections until the backlog is full.
+    // Fill the listener's backlog, so that the kernel accepts no connection from the worker.
     let mut queued = Vec::new();
     while let Ok(connection) = TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
         queued.push(connection);

@@ -327,7 +327,7 @@ impl<'a> Transcript<'a> {
     }
 }
 
-/// A take stream whose frames this test decodes itself.
+/// A take stream. The methods here decode its frames, without the worker's code.
 struct Stream {
     answer: Response,
     accept: &'static str,

@@ -387,7 +387,7 @@ const EXAMPLES: &[Part] = &[
 const SEE_ALSO: &[Part] =
     &[Text("systemd.service(5), signal(7)"), Text("The comments in the configuration file explain every setting.")];
 
-/// The Debian package lists its files one by one, so a newly generated file could be left out.
+/// The manifest lists the files of the Debian package one by one, so a generated file could be missing from the list.
 #[test]
 fn every_generated_file_is_in_the_package() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -98,7 +98,7 @@ fn a_stopped_handler_that_hears_nothing_is_killed() {
     assert_dead(&finished.read("pid"));
 }
 
-/// The child does not hold the handler's output open, so only the process group shows that the child is alive.
+/// The handler's child does not hold the handler's output open, so only the process group shows that the child is alive.
 #[test]
 fn a_child_that_outlives_its_leader_has_the_whole_grace() {
     for output in ["log", "null", "inherit"] {
@@ -110,9 +110,9 @@ until [ -e $DIR/up ]; do sleep 0.01; done; wait";
     }
 }
 
-/// The kernel keeps 15 bytes of a program's name, and so cuts the last character of the child's name in half. After SIGTERM, the
-/// child runs a busy loop instead of `sleep`, because a process `sleep`, whose name is valid UTF-8, would show that the group is
-/// alive.
+/// The kernel keeps only the first 15 bytes of a program's name, and so cuts the last character of the child's name in half. After
+/// SIGTERM, the child runs a busy loop instead of `sleep`: the name of a `sleep` process is valid UTF-8, so that process would
+/// show that the group is alive.
 #[test]
 fn a_child_whose_name_is_not_utf8_has_the_grace_too() {
     let script = "cp /bin/sh $DIR/nightly-importü
@@ -292,7 +292,7 @@ fn a_second_signal_ends_all_groups_before_the_worker_exits() {
     let killed = Instant::now();
     running.sigterm();
     let finished = running.assert_exit(1);
-    // If the jobs were ended one after another, their grace periods would add up to twelve seconds.
+    // If the worker ended the jobs one after another, their grace periods would add up to twelve seconds.
     assert!((2.0..10.0).contains(&killed.elapsed().as_secs_f64()), "{:?}", killed.elapsed());
     assert_eq!(finished.read("heard").lines().count(), 6);
     assert_dead(&pids.join("\n"));

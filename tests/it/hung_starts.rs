@@ -1,4 +1,5 @@
-//! Starts that hang in `execve`, as on a network file system with a dead server. Here a lease on the file causes the hang.
+//! Process starts that hang in `execve`, as on a network file system with a dead server. In these tests, a lease on the handler's
+//! file causes the hang.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

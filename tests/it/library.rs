@@ -106,8 +106,8 @@ fn a_worker_goes_over_connections_that_the_program_supplies() {
     let config = WorkerConfig { url: "http://nowhere.invalid".parse().unwrap(), connector, ..WorkerConfig::default() };
     let lifecycle = Lifecycle::new();
     let running = run(&Arc::new(Worker::new(config, Obedient::default())), &lifecycle);
-    // The request for the server's version opens the connection for reports. Wait for it, because a report at the same time would
-    // open a third connection.
+    // The request for the server's version opens the connection for reports. Wait for this connection, because a report during the
+    // version request would open a third connection.
     eventually("both connections", || (made.load(Ordering::Relaxed) == 2).then_some(()));
     let id = server.enqueue("q", "succeed", json!(null));
     server.wait_until_done(&id);
@@ -232,7 +232,7 @@ fn the_example_runs_its_own_jobs_and_those_of_a_server() {
     server.wait_until_done(&id);
 }
 
-/// Each Rust block in `docs/library.md` is part of the example, or of a doc comment that the doc tests compile.
+/// Each Rust block in `docs/library.md` is part of the example program, or of a doc comment that the doc tests compile.
 #[test]
 fn the_page_shows_code_that_compiles() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,4 +1,5 @@
-//! The stop of a worker. The first signal drains, the second signal or the deadline kills, and the stream closes last.
+//! The stop of a worker. The first signal starts a drain, the second signal or the deadline kills the running jobs, and the take
+//! stream closes last.
 
 use std::time::{Duration, Instant};
 
@@ -145,7 +146,7 @@ fn a_killed_job_goes_back_with_its_attempts_unchanged() {
     assert!(!finished.has("job failed"));
 }
 
-/// The shell dies of SIGTERM at once, but its child takes longer.
+/// The handler's shell dies of SIGTERM at once, but the shell's child takes longer.
 #[test]
 fn children_of_a_killed_handler_have_the_five_seconds_too() {
     let server = Server::start();
@@ -291,7 +292,7 @@ fn a_signal_while_a_server_does_not_answer_is_obeyed_at_once() {
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
 
-/// The C source of a replacement for the C library's name lookup. It hangs, as with an unresponsive name server.
+/// The C source of a replacement for the C library's name lookup. The lookup hangs, as with an unresponsive name server.
 const SLOW_LOOKUP: &str = "#include <unistd.h>
 int getaddrinfo(const char *node, const char *service, const void *hints, void **result) { sleep(600); return -3; }";
 

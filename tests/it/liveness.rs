@@ -110,8 +110,8 @@ fn a_search_holds_at_most_512_jobs_and_rests_after_as_many() {
     assert!(full[2] - full[0] >= Duration::from_millis(600), "{:?}", full[2] - full[0]);
 }
 
-/// A stream that redelivers the running job stays open until the job ends. A prefetch above 1 could withhold other jobs from
-/// other workers for that time.
+/// A stream that redelivers the running job stays open until the job ends. With a prefetch above 1, the stream could withhold other
+/// jobs from other workers until then.
 #[test]
 fn a_search_for_a_running_job_holds_no_other_job() {
     let server = RawServer::start();
@@ -269,8 +269,8 @@ fn dropped_reports_cost_no_place_of_the_prefetch() {
     let running = Daemon::of(&proxy).args(QUICK).threads(2).args(["--prefetch", "3"]).sh(&script).start();
     running.wait_for_lines(1, "started");
     let ids = server.enqueue_all((0..20).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // The worker drops three reports of failures, one for each refused request. It drops only two or three reports of successes,
-    // because a refused bulk request for two jobs is sent again as two requests.
+    // The worker drops three reports of failures, one for each refused request. It may drop only two reports of successes: after a
+    // refused bulk request for two jobs, it drops no report, but sends the two reports again in separate requests.
     running.wait_for_messages(5, "report dropped");
     // A job whose report was dropped runs again when its stream closes, but the long job keeps the stream open. The jobs whose
     // reports were dropped fill the prefetch of this stream, so the remaining jobs need another stream.
@@ -415,8 +415,8 @@ fn reports_leave_soon_after_the_server_is_back() {
     }
     let running = Daemon::of(&proxy).args(STEEP).args(["--prefetch", "4"]).sh(BY_TYPE).start();
     let ids = server.enqueue_all((0..4).map(|number| job(if number % 2 == 0 { "bad" } else { "good" })));
-    // Wait until a retry is at least 15 minutes away. The reports can then arrive in time only if the server's recovery triggers
-    // them.
+    // Wait until a retry is at least 15 minutes away. Then the reports can arrive before the test's time limit only if the server's
+    // recovery triggers them.
     running.wait_for("a long wait", |event| {
         let wait = event["retry_in"].as_str().and_then(|wait| wait.strip_suffix('s')?.parse::<f64>().ok());
         wait.is_some_and(|wait| wait >= 900.0)

@@ -1,4 +1,4 @@
-//! The log has three formats, and no job can forge or garble a line of it.
+//! The log has three formats. In none of them can a job forge or garble a log line.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Finished, Recorder, Server, eventually};
 
-/// Runs one job of type `job_type`, whose handler `script` fails, and stops the worker. Returns the job's id and the stopped
-/// worker.
+/// Runs one job of type `job_type` with the handler `script`, which fails, and stops the worker. Returns the job's id and the
+/// stopped worker.
 fn run(daemon: Daemon, job_type: &str, script: &str) -> (String, Finished) {
     let server = Server::start();
     let id = server.enqueue("mail", job_type, json!(null));
@@ -29,14 +29,14 @@ fn is_stamp(text: &str) -> bool {
     shape == "0000-00-00T00:00:00.000000Z"
 }
 
-/// Reports whether a line without colours begins with a time and a level, as each event does.
+/// Reports whether an uncoloured line begins with a time and a level, as each event does.
 fn is_event(line: &str) -> bool {
     let mut words = line.split_whitespace();
     words.next().is_some_and(is_stamp)
         && words.next().is_some_and(|level| ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"].contains(&level))
 }
 
-/// Returns a line from a terminal without its colour codes. Panics if the line has any other escape sequence.
+/// Removes the colour codes from a line of terminal output. Panics if the line has any other escape sequence.
 fn without_colours(line: &str) -> String {
     let mut parts = line.split('\u{1b}');
     let first = parts.next().unwrap_or_default().to_owned();
@@ -211,7 +211,8 @@ fn a_json_log_stays_json_on_a_terminal() {
     assert!(finished.log.iter().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{:#?}", finished.log);
 }
 
-/// A job type that would forge a log line, clear the screen, overwrite text, ring the bell, or reverse the line.
+/// A job type that, if logged unescaped, would forge a log line, clear the screen, overwrite text, ring the bell, and reverse the
+/// line.
 const HOSTILE_TYPE: &str = "t\n2026-11-24T00:00:00.000000Z  INFO forged\r\u{1b}c\u{7}\u{9b}2J\u{202e}\"";
 const HOSTILE_HANDLER: &str = r#"
 printf 'ok\r2026-11-24T00:00:00.000000Z  INFO forged \033[2J\007 \302\233 \342\200\256 "} \000 \377\n'
@@ -219,7 +220,7 @@ printf '{"level":"INFO","message":"forged"}\n\033[2J\n' >&2
 printf '\r\033]0;forged\007' >&2
 exit 3"#;
 
-/// Checks the log of the hostile job: one line each for its arrival, its four lines of output, and its failure.
+/// Checks that the log has six lines about the hostile job: one for its arrival, four for its output, and one for its failure.
 #[track_caller]
 fn assert_unforged(id: &str, lines: &[String]) {
     for line in lines {

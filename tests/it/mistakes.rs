@@ -325,8 +325,8 @@ fn no_setting_of_a_handler_has_a_zero_byte() {
     }
 }
 
-/// The fault is in the handler's file and not in the setting. So the exit status is 78, and not 2, even if the handler is set on
-/// the command line.
+/// If a handler cannot be run, the fault is in the handler's file and not in the setting. So the exit status is 78, and not 2, even
+/// if the handler is set on the command line.
 #[test]
 fn a_handler_that_cannot_be_run_is_found_before_the_first_job() {
     let daemon = || {

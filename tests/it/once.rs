@@ -11,7 +11,7 @@ use crate::support::{Call, Daemon, Fault, Gate, Proxy, RawServer, Restartable, R
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 
 /// Backoff flags with a maximum wait of an hour. The worker looks up the job of a parked outcome only after the maximum wait, so
-/// it never does during a test.
+/// no test lasts until such a lookup.
 const NO_LOOKS: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "1h"];
 
 /// A script that runs until the test's directory has a file `go`. It succeeds only for jobs of type `good`.
@@ -19,7 +19,7 @@ const UNTIL_GO: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done
 [ $ZIZQ_JOB_TYPE = good ]";
 
-/// A script whose first attempt fails at once, and whose next attempt runs until the file `go` exists.
+/// A script that fails at once in a job's first attempt. In a later attempt, the script runs until the file `go` exists.
 const FAILS_FIRST: &str = "echo $ZIZQ_JOB_ID $ZIZQ_JOB_ATTEMPTS >> $DIR/started
 [ $ZIZQ_JOB_ATTEMPTS != 0 ] || exit 1
 until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done";
@@ -177,7 +177,7 @@ fn real_server_a_drain_outlives_a_restart_of_the_server() {
     }
 }
 
-/// Ends a job while no stream is open, so that its outcome is parked. Asserts that the outcome is reported once the job is
+/// Ends a job while no stream is open, so that its outcome is parked. Asserts that the outcome is reported when the job is
 /// redelivered.
 fn an_ended_job_is_reported_when_it_is_redelivered(job_type: &str, kept: &str, failures: usize) {
     let (server, proxy, daemon, id) = with_a_running_job(job_type);
@@ -274,7 +274,7 @@ fn a_failure_that_a_proxy_answers_with_504_costs_one_attempt() {
     a_failure_whose_answer_is_lost_costs_one_attempt(Fault::Lose(504));
 }
 
-/// The worker queries the job by `GET`, and the answer contains the job's large payload.
+/// To settle the report in doubt, the worker looks up the job by `GET`. The answer contains the job's large payload.
 #[test]
 fn a_failure_in_doubt_of_a_large_job_is_settled() {
     let server = Server::start();
@@ -332,8 +332,8 @@ fn a_failure_in_doubt_spares_the_next_attempt_elsewhere() {
         format!("[ $ZIZQ_JOB_ID != {blocker} ] || exec sh -c 'until [ -e $DIR/go -o ! -d $DIR ]; do sleep 0.01; done'");
     let first =
         Daemon::of(&proxy).args(QUICK).args(["--prefetch", "1"]).sh(&format!("{script}\n{FAILS_FIRST}")).start();
-    // With a prefetch of 1, this worker holds only one job. After the failure that is the job `blocker`, so this worker does not
-    // get the next attempt of the failed job.
+    // With a prefetch of 1, the first worker holds only one job. After the failure, it holds the job `blocker`, so it does not get
+    // the next attempt of the failed job.
     first.wait_for_lines(1, "started");
     look.wait_for(1);
     server.wait_for_status(&blocker, "in_flight");
@@ -466,7 +466,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
             report
         };
         report.answer("204 No Content", "");
-        // Once the success of job 2 is reported, the report of job 1 is settled.
+        // When the success of job 2 has been reported, the report of job 1 has been settled.
         stream.typed_job("2", "good");
         server.request().answer("204 No Content", "");
         stream.typed_job("1", job_type);
@@ -480,7 +480,7 @@ fn a_line_that_a_report_has_overtaken_starts_nothing() {
     }
 }
 
-/// Starts a drain with a failure that is parked until its job is redelivered.
+/// Starts a drain while a failed job's report is parked. The worker sends the report when the job is redelivered.
 fn draining_with_a_kept_failure(deadline: &str) -> (Server, Proxy, Running, String, Gate) {
     let server = Server::start();
     let proxy = Proxy::before(&server);

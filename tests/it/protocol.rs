@@ -432,7 +432,7 @@ async fn the_in_flight_limit_spans_all_connections() {
     let mut first = server.take("?prefetch=0").await;
     assert_eq!([first.id().await, first.id().await], [ids[0].clone(), ids[1].clone()]);
     let mut second = server.take("?prefetch=0").await;
-    // These requests take time, in which a server that ignored its limit would send the third job.
+    // During these requests, a server that ignored its limit would have enough time to send the third job.
     for _ in 0..50 {
         server.get("/health").await;
     }
@@ -455,7 +455,7 @@ async fn an_unlimited_stream_takes_no_more_than_its_client_reads() {
     }
     let mut stream = server.take("?prefetch=0").await;
     stream.id().await;
-    // These requests take time, in which the server could send more jobs than the client reads.
+    // During these requests, the server has enough time to send more jobs than the client reads.
     for _ in 0..50 {
         server.get("/health").await;
     }

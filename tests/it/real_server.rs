@@ -1,5 +1,5 @@
-//! End-to-end cases. Each case is a test against the embedded server, and an ignored test against a real server:
-//! `ZIZQ_URL=http://… cargo test -- --ignored real_server`. Each case has a queue of its own, so the real
+//! End-to-end cases. For each case there are two tests: one against the embedded server, and an ignored one against a real server.
+//! `ZIZQ_URL=http://… cargo test -- --ignored real_server` runs the ignored ones. Each case has a queue of its own, so the real
 //! server may have other users.
 
 use std::fs;

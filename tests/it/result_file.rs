@@ -193,7 +193,8 @@ fn a_result_file_that_is_not_regular_is_ignored_without_delay() {
     assert_ignored("ln -s $ZIZQ_RESULT_FILE $ZIZQ_RESULT_FILE", "cannot be opened");
 }
 
-/// The directory is too deep for a removal by recursion, and for a removal that keeps a descriptor open for each level.
+/// The handler creates a directory at the path of the result file. The directory is too deep for a removal by recursion, and for a
+/// removal that keeps a descriptor open for each level.
 #[test]
 fn a_directory_of_any_depth_is_removed() {
     if !crate::handlers::has("python3") {

@@ -85,7 +85,7 @@ impl Soak {
     fn run(mut self) {
         self.daemon.wait_for_message("connected, listening for jobs");
         let (started, idle) = (Instant::now(), self.daemon.descriptors());
-        // After a quarter of the time the daemon has met all faults, and its memory has reached its full size.
+        // After a quarter of the time, every kind of fault has occurred, and the daemon's memory has reached its full size.
         self.lay_faults_until(started + self.time / 4);
         let before = (self.daemon.resident_kib(), idle);
         self.lay_faults_until(started + self.time);

@@ -1,4 +1,4 @@
-//! Handlers that cannot be started for a moment, for a long time, for only one job, or for lack of a resource.
+//! Handlers whose starts fail: briefly, for a long time, with only one of the jobs, or because a resource is exhausted.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -207,7 +207,8 @@ fn the_wait_for_a_broken_handler_is_no_run_time() {
     assert!(finished.all("job failed").iter().all(|failed| failed["seconds"].is_null()), "{:?}", finished.log);
 }
 
-/// ENOEXEC is not temporary, so the first job fails at once. After that, the worker delays the starts of the other jobs.
+/// The starts of the broken handler fail with ENOEXEC. This error is not temporary, so the first job fails at once. After that, the
+/// worker delays the starts of the other jobs.
 #[test]
 fn a_broken_handler_is_slowed_down_until_it_is_mended() {
     let server = Server::start();

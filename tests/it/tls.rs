@@ -142,7 +142,7 @@ fn a_worker_without_a_client_certificate_is_turned_away() {
     assert_refuses(&server, daemon().identity(&Authority::new().issue(&["worker"])), "received fatal alert");
 }
 
-/// The stream uses HTTP/1.1 on its own connection. Reports use HTTP/2 if the server offers it.
+/// The take stream uses HTTP/1.1 on its own connection. Reports use HTTP/2 if the server offers it.
 #[test]
 fn alpn_decides_which_protocol_the_reports_speak() {
     for (offered, http1_only, spoken) in

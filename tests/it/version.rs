@@ -1,4 +1,4 @@
-//! The check of the server's version at each new connection, and the warning about a version that does not fit.
+//! The check of the server's version at each new connection, and the warning about an incompatible version.
 
 use crate::support::{Daemon, RawServer};
 

@@ -19,7 +19,7 @@ fn one_process_does_many_jobs_in_their_order() {
     assert_eq!(finished.event("worker stopped")["succeeded"], 300);
 }
 
-/// The test lasts longer than the interval between checks of idle processes.
+/// The test lasts longer than the interval between checks of idle processes, so that a check occurs during the test.
 #[test]
 fn the_process_that_was_used_last_is_used_first() {
     let warm = Warm::with("", "", |daemon| daemon.threads(4));

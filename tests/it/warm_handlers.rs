@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::handlers::has;
 use crate::support::{Admin, Daemon, Finished, Running, Server, eventually, is_alive};
 
-/// A card number with characters that some locales lack. Node's readline takes the last character for a line break.
+/// A card number with characters that some locales lack. Node's readline treats the last character as a line break.
 const CARD: &str = "ä€😀\u{2028}";
 
 struct Example {

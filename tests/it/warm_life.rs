@@ -13,7 +13,7 @@ use crate::support::{
     warm_handler,
 };
 
-/// Code that records the number of the handler's living processes, including this one.
+/// Code that records the number of the handler's living processes, including the process that runs the code.
 const CROWD: &str = r#"
 def lives(pid):
     try:

@@ -1,4 +1,4 @@
-//! Warm handlers whose first process works, while their additional processes cannot start, hang, or die at once. No job fails.
+//! Warm handlers whose first process works, while each additional process hangs, dies at once, or cannot be started. No job fails.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -64,7 +64,7 @@ fn too_few_descriptors_burn_none_while_a_process_works() {
     assert_none_failed(&warm.stop());
 }
 
-/// A job that waits for the process gets it before any newer job.
+/// A job that waits for the only process gets that process before any newer job does.
 #[test]
 fn jobs_that_wait_for_the_only_process_take_turns() {
     let warm = with_four_loops();

@@ -63,7 +63,7 @@ impl Busy {
         self.member.started
     }
 
-    /// Runs a job in the process. Also returns the job's evidence about the handler.
+    /// Runs a job in the process. Returns the end of the job, and what the job shows about whether the handler works.
     pub(in crate::dispatch) async fn run(mut self, job: &Job, lifecycle: &Lifecycle) -> (Ended, HandlerHealth) {
         let since = Instant::now();
         let (was_stopping, cpu_before) = (lifecycle.is_awaited(), self.member.cpu_time_before_job());
@@ -73,7 +73,7 @@ impl Busy {
         if let ExchangeEnd::Replied(reply) = end {
             return (self.finish_with_reply(wire, reply, cpu_before), HandlerHealth::Works);
         }
-        // After `UNREAD_LIMIT`, the process may have begun the job and have left only the newline unread.
+        // After `UNREAD_LIMIT`, the process may have begun the job, with only the newline left unread.
         let is_unread = matches!(end, ExchangeEnd::NoReply(NoReply::Unread)) && since.elapsed() < UNREAD_LIMIT;
         let was_new = self.member.work().jobs == 0;
         let ended = self.finish_without_reply(wire, end, notified, cpu_before, lifecycle).await;
@@ -143,8 +143,8 @@ impl Busy {
             Some(reason) => self.pool.retire(&self.member, reason, StopRequest::Retire),
             None => {
                 self.pool.waiting().give(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() });
-                // If the process has ended since its reply, its keeper may have finished too early to remove the process from the
-                // idle processes.
+                // Remove the process if it has ended since its reply, because its keeper may have finished before the process was
+                // added to the idle processes.
                 if self.member.has_ended() {
                     self.pool.remove_idle(&self.member);
                 }
@@ -153,7 +153,7 @@ impl Busy {
         Ended { outcome, exit: None, usage, took: Took::Dispatch }
     }
 
-    /// Waits until a process that has sent no reply has ended, and stops it if necessary. Returns the end of the job.
+    /// Waits for the end of a process that has sent no reply, and stops the process if necessary. Returns the end of the job.
     async fn finish_without_reply(
         &mut self,
         wire: Wire,

@@ -54,8 +54,8 @@ impl Waiting {
     }
 }
 
-/// A job's position in the line. This future resolves to an idle process. If it is dropped after a process has been sent to it,
-/// the process goes to the next job.
+/// A job's position in the line. This future resolves to an idle process. If the future is dropped after a process has been sent
+/// to it, the process goes to the next job.
 #[derive(Debug)]
 pub(in crate::dispatch) struct InLine {
     pool: Arc<Pool>,

@@ -7,7 +7,7 @@
 //!
 //! | a process is | from | until |
 //! | --- | --- | --- |
-//! | starting | its start | it connects; it is killed if it does not connect in time |
+//! | starting | its start | it connects; it is killed if it does not connect within `start_timeout` |
 //! | idle | it connects, or replies | a job takes it, or it is retired |
 //! | busy | a job takes it | its reply or its end; without a reply, the job fails, is interrupted, or is tried again |
 //! | ending | it is retired, terminated or killed; or it exits | it is reaped, and the rest of its group has ended |
@@ -65,11 +65,11 @@ pub(super) struct Pool {
     waiting: Mutex<Waiting>,
     /// The number of reloads so far. A process with a lower `Member::generation` is outdated.
     generation: AtomicU64,
-    /// The reason for the end of each process that has not been replaced yet. The oldest of these reasons is recorded as the reason
-    /// for the next start.
+    /// The reasons why processes ended: one reason for each ended process that has not been replaced yet. The oldest reason is
+    /// recorded as the reason for the next start.
     vacancies: Mutex<VecDeque<&'static str>>,
     has_warned: AtomicBool,
-    /// Whether the last start failed while other processes worked.
+    /// Whether the last start failed while the pool had other usable processes.
     is_short_of_processes: AtomicBool,
     /// The time of the last successful job.
     last_success: Mutex<Option<Instant>>,
@@ -128,8 +128,8 @@ impl Pool {
         Arc::new(self.slots.take().await)
     }
 
-    /// Takes the most recently used idle process, so that the others reach their idle timeout under a light load. If no process
-    /// is idle, joins the line for the next one.
+    /// Takes the most recently used idle process, so that the other processes reach their idle timeout under a light load. If no
+    /// process is idle, joins the line for the next idle one.
     pub(super) fn take_idle(self: &Arc<Self>) -> Result<Idle, InLine> {
         loop {
             let idle = self.waiting().take(self)?;
@@ -214,7 +214,7 @@ impl Pool {
         member.stop(stop);
     }
 
-    /// Records the reason why a process ended. It becomes the reason for a later start.
+    /// Records the reason why a process ended. A later start is recorded with this reason.
     fn record_vacancy(&self, reason: &'static str) {
         let mut vacancies = lock(&self.vacancies);
         vacancies.push_back(reason);
@@ -284,7 +284,7 @@ impl Pool {
         own.map(|(_, member)| Arc::clone(member)).collect()
     }
 
-    /// Removes a process that has ended. If it had connected and ended by itself, logs a warning and records the vacancy. A
+    /// Removes a process that has ended. If it had connected and has ended by itself, logs a warning and records the vacancy. A
     /// process that had not connected is not logged here, because the failed start is reported by `Starting`.
     fn ended(&self, member: &Member, end: &End, was_starting: bool) {
         self.processes.members().remove(&member.number);

@@ -21,8 +21,8 @@ pub(super) type Members = BTreeMap<u64, (Arc<Pool>, Arc<Member>)>;
 pub(in crate::dispatch) struct Processes {
     members: Mutex<Members>,
     pub(super) next: AtomicU64,
-    /// The keeper task of each process, and the tasks that wait for a process to connect. All have ended once the last process
-    /// has ended.
+    /// The keeper task of each process, and the tasks that wait for a process to connect. All these tasks have ended once the last
+    /// process has ended.
     pub(super) tasks: TaskTracker,
     starts: Mutex<BTreeMap<(String, &'static str), u64>>,
 }

@@ -41,7 +41,7 @@ pub(in crate::dispatch) struct Starting {
 }
 
 impl Starting {
-    /// Returns the process. Returns `None` if the process has not connected.
+    /// Returns the connected process, or `None` if the process has not connected.
     pub(in crate::dispatch) fn connected(mut self) -> Option<Idle> {
         let wire = self.wire.take()?;
         Some(Idle { member: Arc::clone(&self.member), wire, since: Instant::now() })

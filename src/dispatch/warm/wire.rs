@@ -148,7 +148,7 @@ impl Wire {
     }
 }
 
-/// Escapes U+2028 and U+2029. JSON allows them only in strings, where the escape has the same meaning.
+/// Escapes U+2028 and U+2029. JSON allows these characters only in strings, where an escape stands for the same character.
 fn escape_separators(json: &Bytes) -> Bytes {
     let mut found =
         memmem::find_iter(json, SEPARATOR).filter(|at| matches!(json.get(at + 2), Some(0xa8 | 0xa9))).peekable();

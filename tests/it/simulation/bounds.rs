@@ -11,7 +11,7 @@ use super::script::End;
 use super::server::{Record, longest_backoff};
 use super::weather::Weather;
 
-/// The client's time limit for a request, up to the headers of the answer.
+/// The client's time limit from the start of a request until the headers of the answer arrive.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The time limit for a killed worker's last attempts to send its reports. The limit holds for all reports together.
@@ -55,39 +55,41 @@ pub fn force() -> Duration {
     SLACK
 }
 
-/// Returns the time limit for the drain of an idle worker after the recovery. The worker may still hold outcomes of jobs that
-/// another worker has finished. It drops these outcomes only after it has asked the server about each job, up to twice.
+/// Returns the time limit for the drain of an idle worker that has recovered from the faults. The worker may still hold outcomes
+/// of jobs that another worker has finished. Before the worker drops such an outcome, it asks the server about the job, at most
+/// twice.
 pub fn idle_drain(config: &WorkerConfig) -> Duration {
     first_wait(config) * 3 + MAX_LATENCY * 8 + SLACK
 }
 
-/// Returns the time until the last `Retry-After` ends, or zero.
+/// Returns the time that is left until the last `Retry-After` ends, or zero if none is left.
 fn retry_after(weather: &Weather) -> Duration {
     weather.retry_after().map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
 }
 
-/// Returns the time in which a drain ends after the recovery, even without a shutdown deadline. In the worst case, all taken jobs
-/// run one after another, and then a backoff wait passes before their outcomes are reported.
+/// Returns the time in which a draining worker ends once it has recovered from the faults, even without a shutdown deadline. In
+/// the worst case, all taken jobs run one after another, and then a backoff wait passes before their outcomes are reported.
 pub fn own_drain(life: &Life, held: &[Record]) -> Duration {
     let running = life.running().iter().map(|run| run.lasts).max().unwrap_or_default();
     runs(held) + running + longest_wait(&life.config) + SLACK
 }
 
-/// Returns the time in which a worker completes `count` jobs without faults. The jobs run in rounds. In each round, the worker
-/// runs as many jobs as its prefetch and its concurrency allow. A round ends when its jobs have been reported.
+/// Returns the time in which a worker completes `count` jobs if there are no faults. The jobs run in rounds. In each round, the
+/// worker runs as many jobs as its prefetch and its concurrency allow. A round ends when its jobs have been reported.
 pub fn probe(config: &WorkerConfig, count: usize, lasts: Duration) -> Duration {
     let wide = config.prefetch.get().min(config.threads.get() * config.fibers.get());
     let rounds = u32::try_from(count.div_ceil(wide)).unwrap_or(u32::MAX);
     (lasts + MAX_LATENCY * 4) * rounds + MAX_LATENCY * 4 + SLACK
 }
 
-/// Returns the total duration of the next run of each job.
+/// Returns the total duration of the jobs' next runs, one run per job.
 pub fn runs(open: &[Record]) -> Duration {
     open.iter().map(|record| record.job.script.step(record.attempts).lasts()).sum()
 }
 
-/// Returns the time in which all jobs end after the recovery. In the worst case, all runs follow one another, and the first
-/// begins only after an earlier run of 100 s, the longest run that `Script::draw` draws. Adds the longest total wait of any job.
+/// Returns the time in which all jobs end once the workers have recovered from the faults. In the worst case, all runs follow one
+/// another, and the first begins only after an earlier run of 100 s, the longest run that `Script::draw` draws. The returned time
+/// also includes the longest total wait of any job.
 pub fn work(open: &[Record]) -> Duration {
     let rests: Vec<(Duration, Duration)> = open.iter().map(rest).collect();
     let runs: Duration = rests.iter().map(|(runs, _)| *runs).sum();
@@ -95,7 +97,7 @@ pub fn work(open: &[Record]) -> Duration {
     runs + longest_waits + Duration::from_secs(100) + SLACK
 }
 
-/// Returns the total duration of a job's remaining runs, and the total duration of the waits between them.
+/// Returns the total duration of a job's remaining runs, and the total duration of the waits before these runs.
 fn rest(record: &Record) -> (Duration, Duration) {
     let Record { job, attempts, .. } = record;
     let (mut runs, mut waits) = (Duration::ZERO, longest_backoff(*attempts).max(Duration::from_secs(8)));

@@ -46,7 +46,7 @@ struct Page {
     untold: BTreeSet<usize>,
     /// The number of run starts and run ends so far.
     progress: usize,
-    /// The time at which the worker was stopped or paused. The worker must not start jobs that are sent later.
+    /// The time at which the worker was stopped or paused. The worker must not start jobs that are sent after this time.
     quiet: Option<Instant>,
     /// Whether the worker has crashed.
     has_crashed: bool,
@@ -54,7 +54,7 @@ struct Page {
     has_moved: bool,
     /// Whether a take request from the worker was answered with a 4xx.
     was_turned_away: bool,
-    /// The ids of jobs with a report that was refused for good. The worker may drop such a report. The job then stays in flight
+    /// The ids of jobs with a report that was refused permanently. The worker may drop such a report. The job then stays in flight
     /// until its stream closes, and can run again.
     exempt: BTreeSet<String>,
     /// The time of the server's last answer to `GET /jobs/{id}`, by job id.
@@ -67,11 +67,11 @@ struct Page {
 /// The traffic between a worker and the servers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Talk {
-    /// The number of connects in progress, plus the number of requests without an answer.
+    /// The number of connection attempts in progress, plus the number of requests that have not been answered yet.
     pub under_way: usize,
-    /// The time at which a connect or request last ended.
+    /// The time at which a connection attempt or a request last ended.
     pub silent_since: Option<Instant>,
-    /// The time of the first genuine answer (not replaced by a fault) since [`Book::listen_anew`].
+    /// The time of the first genuine answer since the last [`Book::listen_anew`]. Genuine means not replaced by a fault.
     pub heard: Option<Instant>,
     /// The time of the latest report or `GET /jobs/{id}` request.
     pub reported: Option<Instant>,
@@ -103,7 +103,7 @@ pub enum Ending {
     Bad,
     /// The worker's stop interrupted the run.
     Interrupted,
-    /// The worker dropped the run before its end, as in a crash.
+    /// The worker dropped the run before the run ended, for example in a crash.
     Vanished,
 }
 
@@ -147,7 +147,7 @@ impl Drop for Running {
     }
 }
 
-/// A guard that counts one connect or request of a worker as under way until the guard is dropped.
+/// A guard that counts one connection attempt or request of a worker as under way until the guard is dropped.
 pub struct UnderWay(Book, String);
 
 impl Drop for UnderWay {
@@ -238,7 +238,7 @@ impl Book {
         self.page(worker, |page| (page.running.len(), page.progress))
     }
 
-    /// Reports whether a worker may have dropped its report of a job because the server refused the report for good.
+    /// Reports whether a worker may have dropped its report of a job because the server refused the report permanently.
     pub fn is_exempt(&self, worker: &str, id: &str) -> bool {
         self.page(worker, |page| page.exempt.contains(id))
     }
@@ -283,7 +283,7 @@ impl Book {
         self.page(worker, |page| _ = page.quiet.get_or_insert_with(Instant::now));
     }
 
-    /// Allows a worker to start all received jobs again.
+    /// Ends the effect of `quiet`, so that a worker may start all jobs that it receives.
     pub fn loud(&self, worker: &str) {
         self.page(worker, |page| page.quiet = None);
     }
@@ -298,7 +298,7 @@ impl Book {
         self.page(worker, |page| page.has_crashed = true);
     }
 
-    /// Counts one connect or request of a worker as under way until the returned guard is dropped.
+    /// Counts one connection attempt or request of a worker as under way until the returned guard is dropped.
     pub fn under_way(&self, worker: &str) -> UnderWay {
         self.page(worker, |page| page.talk.under_way += 1);
         UnderWay(self.clone(), worker.to_owned())
@@ -312,7 +312,7 @@ impl Book {
         }
     }
 
-    /// Records that a worker gets a genuine answer. Only the first one since `listen_anew` counts.
+    /// Records that a worker gets a genuine answer. Only the first answer since the last `listen_anew` counts.
     pub fn heard(&self, worker: &str) {
         self.page(worker, |page| _ = page.talk.heard.get_or_insert_with(Instant::now));
     }
@@ -332,7 +332,7 @@ impl Book {
         self.page(worker, |page| page.looks.insert(id.to_owned(), Instant::now()));
     }
 
-    /// Records that a report of these jobs was refused for good.
+    /// Records that a report of these jobs was refused permanently.
     pub fn refused_for_good(&self, worker: &str, ids: &BTreeSet<String>) {
         self.page(worker, |page| page.exempt.extend(ids.iter().cloned()));
     }
@@ -348,7 +348,7 @@ impl Book {
     }
 
     /// Checks that no job from this stream was running when the worker closed the stream. The server redelivers such a job, so two
-    /// runs of the job could overlap. Does not check streams whose connection has met a fault, or workers that have crashed.
+    /// runs of the job could overlap. Skips streams whose connection has had a fault, and workers that have crashed.
     pub fn stream_ended(&self, link: &Link, held: &BTreeSet<String>) {
         let Some(closed) = link.closed().filter(|_| !link.is_faulted()) else { return };
         if self.page(&link.worker, |page| page.has_crashed) {
@@ -398,8 +398,8 @@ impl Book {
         }
     }
 
-    /// Records that the server accepts a worker's failure report and counts the failure for the attempt `attempts`. Checks that
-    /// `attempts` is the attempt that failed, and that the failed run has not been counted before.
+    /// Records that the server accepts a worker's failure report and counts it as a failure of the attempt numbered `attempts`.
+    /// Checks that the failed run was this attempt, and that the run has not been counted before.
     pub fn failure_counted(&self, link: &Link, id: &str, attempts: u32, message: &str) {
         let problem = self.pages().problem_of_failure(link, id, attempts, message);
         if let Some(problem) = problem {
@@ -409,8 +409,8 @@ impl Book {
 }
 
 impl Pages {
-    /// Returns the id of a job that was running when the worker closed the stream that had delivered the job. Skips jobs that the
-    /// server sent so shortly before the close that the worker may not have received them.
+    /// Returns the id of a job that was running when the worker closed the job's stream, if any. Skips jobs that the server sent
+    /// shortly before the close, because the worker may not have received them.
     fn run_under(&self, link: &Link, held: &BTreeSet<String>, closed: Instant) -> Option<String> {
         let page = self.workers.get(&link.worker)?;
         let has_come = |id: &str| {
@@ -438,8 +438,9 @@ impl Pages {
             return Some("it has run already");
         }
         let Some(deliveries) = page.deliveries.get(id) else { return Some("no stream has delivered it") };
-        // A job that is redelivered after the drain or pause may start if an earlier delivery of the same attempt came in time, over
-        // a stream that the worker has not closed. The server may have lost that stream without the worker's knowledge.
+        // A job that is redelivered after the drain or pause began may still start, if the same attempt was first delivered before
+        // the drain or pause, over a stream that the worker has not closed. The server may have lost that stream without the
+        // worker's knowledge.
         let came_in_time = |quiet| {
             let mut known = deliveries.iter().filter(|delivery| delivery.attempts == attempts);
             known.any(|delivery| delivery.at <= quiet && delivery.link.closed().is_none())
@@ -473,7 +474,7 @@ impl Pages {
         }
         let ran_as = run.attempts;
         let deliveries = page.deliveries.get(id).map_or(&[][..], Vec::as_slice);
-        // True if the job was redelivered as the reported attempt before the run ended.
+        // True if the job was redelivered before the run ended, and this redelivery was the reported attempt.
         let became_this = deliveries.iter().any(|delivery| delivery.attempts == attempts && delivery.at <= ended);
         // True if the worker sent the report before it closed the stream that had delivered the run's attempt.
         let sent = link.sent().unwrap_or_else(Instant::now);

@@ -96,7 +96,7 @@ impl Life {
         self.must_end_within(bounds::drain(&self.config, self.grace), "drain");
     }
 
-    /// Kills the worker. Runs that last longer than the grace period are interrupted.
+    /// Kills the worker. Runs that do not end within the grace period are interrupted.
     pub fn kill(&mut self) {
         self.note(format_args!("is killed"));
         self.world.book.quiet(&self.name);

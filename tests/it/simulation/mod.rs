@@ -5,8 +5,8 @@
 //! of virtual time cost milliseconds. The turmoil crate is not used, because it advances all hosts in ticks of a millisecond.
 //!
 //! `cargo test simulation` runs 200 seeds. `cargo test --release -- --ignored simulation` runs `ZIZQ_SIM_SEEDS` seeds, starting
-//! with `ZIZQ_SIM_FIRST`. Both print the trace of the first seed that fails. If `ZIZQ_SIM_SEED` is set, the first command runs
-//! this seed instead of the 200. For a seed that has found a bug, add a test that calls `seed(…)` to `scenarios.rs`.
+//! with `ZIZQ_SIM_FIRST`. Both print the trace of the lowest seed that fails. If `ZIZQ_SIM_SEED` is set, the first command runs
+//! the seed in this variable instead of the 200 seeds. If a seed finds a bug, add a test to `scenarios.rs` that calls `seed(…)`.
 
 mod api;
 mod bounds;

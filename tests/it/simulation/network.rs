@@ -1,4 +1,4 @@
-//! [`Network`]: in-memory connections with latency, splitting and faults.
+//! [`Network`]: in-memory connections that have latency and faults, and that may split the bytes of one write.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,7 +19,8 @@ use super::draw::{chance, millis, one_of};
 use super::server::Server;
 use super::trace::Trace;
 
-/// The longest random latency in one direction. If bytes are split into two pieces, this is the latency of the second piece.
+/// The longest random latency in one direction. Only bytes that are split into two pieces can take this long, because the second
+/// piece is delayed twice.
 pub const MAX_LATENCY: Duration = Duration::from_millis(150);
 
 /// The size in bytes of each buffer between the two ends of a connection.
@@ -75,11 +76,11 @@ struct Seen {
     sent: Option<Instant>,
     /// The time at which the worker closed the connection.
     closed: Option<Instant>,
-    /// Whether the connection has met a fault.
+    /// Whether the connection has had a fault.
     faulted: bool,
 }
 
-/// The fault that a connection meets.
+/// The fault that a connection gets.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
     /// No fault.
@@ -167,8 +168,8 @@ impl Network {
         self.0.state.lock().unwrap().hosts[host].clone()
     }
 
-    /// Sets the probability that a new connection meets a fault, and also the probability that its opening is refused, slow or
-    /// unanswered.
+    /// Sets the probability that the opening of a new connection is refused, slow or unanswered. An open connection gets a fault
+    /// with the same probability.
     pub fn set_trouble(&self, trouble: f64) {
         self.0.state.lock().unwrap().trouble = trouble;
     }
@@ -298,7 +299,7 @@ impl Network {
         (Arc::new(link), opening, server)
     }
 
-    /// Relays bytes between both ends until one of them closes, and applies the connection's fault when it is due.
+    /// Relays bytes between the two ends of a connection until one end closes. Applies the connection's fault when it is due.
     async fn relay(self, link: Arc<Link>, mut near: DuplexStream, mut far: DuplexStream) {
         let gone = {
             let mut carrying = pin!(link.carry(&mut near, &mut far));
@@ -366,12 +367,12 @@ impl Link {
         self.seen.lock().unwrap().closed
     }
 
-    /// Reports whether the connection has met a fault.
+    /// Reports whether the connection has had a fault.
     pub fn is_faulted(&self) -> bool {
         self.seen.lock().unwrap().faulted
     }
 
-    /// Records that the connection has met a fault.
+    /// Records that the connection has had a fault.
     pub fn fault(&self) {
         self.seen.lock().unwrap().faulted = true;
     }

@@ -95,8 +95,8 @@ fn bad(ms: u64) -> Script {
     Script(vec![Step { ms, end: End::Bad }, Step { ms: 0, end: End::Good }])
 }
 
-/// Enqueues a job, waits until it runs, enqueues more urgent jobs, and then cuts the worker's connections. The server delivers
-/// the more urgent jobs before it redelivers the first job. Returns the first job's id.
+/// Enqueues a job and waits until it runs. Then enqueues eight jobs with a more urgent priority, and cuts the worker's
+/// connections. The server delivers the eight jobs before it redelivers the first job. Returns the first job's id.
 async fn run_one_that_is_not_redelivered_soon(world: &World, life: &Life) -> String {
     let id = world.put(1, Script::good(5000));
     world.within(1, "its start", || !life.running().is_empty()).await;
@@ -245,7 +245,7 @@ fn all_reports_leave_soon_after_a_recovery() {
     });
 }
 
-/// Reloads a worker while it runs a long job, and checks that the worker soon runs new jobs at the same time.
+/// Reloads a worker while it runs a long job, and checks that the worker soon completes new jobs beside the long job.
 #[track_caller]
 fn reload_stalls_nothing(change: impl FnOnce(&mut WorkerConfig)) {
     scene(async |world| {

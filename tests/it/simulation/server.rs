@@ -17,7 +17,7 @@ use super::script::Script;
 use super::trace::Trace;
 use super::weather::Weather;
 
-/// The model's Unix time at its start, in milliseconds.
+/// The Unix time at the start of the model server, in milliseconds.
 pub const EPOCH_MS: u64 = 1_800_000_000_000;
 
 /// The number of priorities in the model. The priorities are `0..PRIORITIES`.
@@ -104,7 +104,7 @@ pub enum Status {
     InFlight(u64),
     /// The job has succeeded.
     Completed,
-    /// The job has failed for good.
+    /// The job has failed permanently.
     Dead,
 }
 
@@ -205,7 +205,7 @@ impl Server {
         of_worker.flat_map(|stream| stream.held.iter().cloned()).collect()
     }
 
-    /// Returns the ids of the connections with a worker's take streams, oldest connection first.
+    /// Returns the ids of the connections that carry a worker's take streams, oldest connection first.
     pub fn streams_of(&self, worker: &str) -> Vec<u64> {
         let state = self.state();
         state.streams.values().filter(|stream| stream.link.worker == worker).map(|stream| stream.link.id).collect()
@@ -222,8 +222,8 @@ impl Server {
         self.state().open.iter().cloned().collect()
     }
 
-    /// Reports whether any unfinished job can still end. A job cannot end while it is in flight to a worker that no longer
-    /// runs the job, and whose report of the job was refused for good.
+    /// Reports whether any unfinished job can still end. A job in flight cannot end if its worker no longer runs the job and the
+    /// worker's report was refused permanently.
     pub fn has_open(&self) -> bool {
         let state = self.state();
         state.open.iter().any(|id| !self.is_stranded(&state, id))
@@ -433,7 +433,7 @@ impl Server {
 /// The `max_job_size` setting of the simulated workers, in bytes.
 pub const MAX_JOB_SIZE: usize = 4000;
 
-/// A guard that closes a take stream and requeues its jobs. It is dropped when the stream's connection ends.
+/// A guard that closes a take stream and requeues the stream's jobs when dropped. The guard is dropped when the connection ends.
 pub struct Disconnect {
     server: Server,
     stream: u64,

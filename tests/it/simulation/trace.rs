@@ -1,4 +1,4 @@
-//! [`Trace`]: a recording of all events in virtual time, including the worker's log lines.
+//! [`Trace`]: a recording of all events and of the worker's log lines, each with its virtual time.
 
 use std::fmt::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -27,7 +27,7 @@ impl Trace {
         Self(None)
     }
 
-    /// Returns a trace that begins now. Must be called inside the runtime, whose clock the trace uses.
+    /// Returns a trace that begins now. Must be called inside the Tokio runtime, because the trace uses the runtime's clock.
     pub fn on() -> Self {
         Self(Some(Arc::new(Lines { start: Instant::now(), lines: Mutex::default() })))
     }
@@ -46,7 +46,7 @@ impl Trace {
         self.0.as_ref().map(|_| tracing::subscriber::set_default(tracing_subscriber::registry().with(layer)))
     }
 
-    /// Returns the lines so far.
+    /// Returns the lines recorded so far.
     pub fn lines(&self) -> Vec<String> {
         self.0.as_ref().map_or_else(Vec::new, |lines| lines.lines.lock().unwrap().clone())
     }

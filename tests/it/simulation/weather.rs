@@ -25,12 +25,12 @@ pub enum Call {
     Other,
 }
 
-/// The fault of one request.
+/// A fault injected into one request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
     /// The answer is late.
     Late(Duration),
-    /// The request takes effect, and the connection breaks before the answer.
+    /// The request takes effect, but the connection breaks before the answer is sent.
     AnswerLost,
     /// No answer arrives.
     Unanswered {
@@ -46,7 +46,7 @@ pub enum Fault {
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// Whether the body is JSON, like the server's answers. If false, the body is an HTML page, like a proxy's answers.
+    /// Whether the body is JSON, as in an answer from the server. If false, the body is an HTML page, as from a proxy.
     pub is_servers: bool,
     /// The `Retry-After` header, in seconds.
     pub retry_after: Option<u64>,
@@ -74,7 +74,7 @@ impl Answer {
 /// A kind of fault. Each seed draws its own set of kinds, so that no kind always hides the effects of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// Statuses 500, 502, 503, with or without effect.
+    /// Statuses 500, 502, 503. The request may take effect in spite of this answer.
     ServerErrors,
     /// Statuses 401, 403, 407, 408, 421, 425, 429: temporary refusals.
     Refusals,
@@ -104,14 +104,14 @@ pub const KINDS: [Kind; 8] = [
     Kind::Unanswered,
 ];
 
-/// The faults that requests meet. Clones share them.
+/// The random and scheduled faults of requests. Clones share them.
 #[derive(Clone)]
 pub struct Weather(Arc<Mutex<State>>, Book);
 
 struct State {
     rng: Rng,
     kinds: Vec<Kind>,
-    /// The probability of a fault.
+    /// The probability that a request gets a random fault.
     level: f64,
     /// The faults scheduled for certain requests.
     laid: Vec<Laid>,
@@ -134,13 +134,13 @@ impl Laid {
 }
 
 impl Weather {
-    /// Returns weather without faults. After `set_level`, requests meet random faults of these kinds.
+    /// Returns weather without faults. After `set_level`, requests get random faults of these kinds.
     pub fn new(rng: Rng, kinds: Vec<Kind>, book: Book) -> Self {
         let state = State { rng, kinds, level: 0.0, laid: Vec::new(), retry_after: None };
         Self(Arc::new(Mutex::new(state)), book)
     }
 
-    /// Sets the probability that a request meets a random fault.
+    /// Sets the probability that a request gets a random fault.
     pub fn set_level(&self, level: f64) {
         self.0.lock().unwrap().level = level;
     }

@@ -1,5 +1,5 @@
 //! [`World`]: the simulated servers and network, with their faults and records. `live` runs one seed: a phase with faults, and
-//! then a calm phase, in which all jobs and workers that can end must end.
+//! then a calm phase. In the calm phase, all workers must end, and so must all jobs that can still end.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -252,7 +252,7 @@ fn reload(config: &mut WorkerConfig, rng: &mut Rng) {
     }
 }
 
-/// Changes the prefetch, or switches between the two host names of one server.
+/// Changes a worker's prefetch, or changes the host name in its url to the other name of the same server.
 fn reload_in_place(config: &mut WorkerConfig, rng: &mut Rng) {
     match config.url.host() {
         "a" if rng.bool() => config.url = "http://b".parse().unwrap(),
@@ -360,7 +360,7 @@ async fn hear_the_paused(world: &World, lives: &[Life]) {
 }
 
 /// Returns the id of a job that is ready for redelivery although this worker still runs the job or has not reported its outcome.
-/// Skips jobs of queues from which the worker does not take, and jobs with a report that was refused for good.
+/// Skips jobs of queues from which the worker does not take, and jobs with a report that was refused permanently.
 fn withheld_by(world: &World, life: &Life) -> Option<String> {
     let server = world.server_of(life);
     let is_withheld = |run: &&Run| {
@@ -421,8 +421,8 @@ fn check_that_it_reports(world: &World, life: &Life) {
     let from = [Some(heard), Some(silent_since), reported, world.weather.retry_after()].into_iter().flatten().max();
     let allowance = bounds::first_wait(&life.config) + MAX_LATENCY * 2 + bounds::SLACK;
     let due = from.unwrap_or(heard) + allowance;
-    // A worker in which `prefetch` jobs wait stops reading its stream, so the worker may not know of a redelivery. The server may
-    // still send a redelivery to this worker, because some of the waiting jobs may already be finished on the server.
+    // If `prefetch` jobs are waiting in a worker, the worker stops reading its stream, so it may not know of a redelivery. The
+    // server may still send a redelivery to this worker, because some of the waiting jobs may already be finished on the server.
     let reads = world.book.waiting_in(&life.name) < life.config.prefetch.get();
     if Instant::now() <= due || !reads {
         return;
@@ -486,8 +486,8 @@ async fn fail_beside_stuck_failures(world: &World, rng: &mut Rng, lives: &mut [L
     others.iter_mut().for_each(|life| life.resume());
 }
 
-/// Enqueues jobs for each worker in turn while all other workers are paused, and checks that the worker finishes the jobs in
-/// time. A worker that has leaked part of its prefetch would be too slow.
+/// Enqueues jobs for each worker in turn while all other workers are paused, and checks that the worker finishes the jobs within
+/// a time limit. A worker that has leaked part of its prefetch would be too slow.
 async fn probe_each(world: &World, lives: &mut [Life]) {
     const LASTS: Duration = Duration::from_millis(100);
     for at in 0..lives.len() {
@@ -496,8 +496,8 @@ async fn probe_each(world: &World, lives: &mut [Life]) {
         let (server, config) = (world.server_of(&lives[at]), &lives[at].config);
         let count = if lives[at].is_bounded() { 0 } else { 2 * config.prefetch.get() };
         let queue = config.queues.first().map_or(QUEUES[0], String::as_str).to_owned();
-        // If the server refuses a job's report permanently, the job becomes ready again when its stream closes. So the worker may
-        // also run other unfinished jobs.
+        // If the server refuses a job's report permanently, the job becomes ready again when its stream closes. The worker may
+        // therefore run unfinished jobs other than the probes.
         let others: Vec<Record> = server.open_jobs().iter().filter_map(|id| server.job(id)).collect();
         let probes: Vec<String> = (0..count)
             .map(|_| {

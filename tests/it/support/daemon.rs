@@ -498,8 +498,8 @@ impl Finished {
         self
     }
 
-    /// Asserts that the daemon exited with status 0 or was killed by SIGTERM. SIGTERM kills the daemon if it arrives before the
-    /// daemon has installed its signal handlers.
+    /// Asserts that the daemon exited with status 0 or was killed by SIGTERM. SIGTERM kills the daemon if the signal arrives before
+    /// the daemon has installed its signal handlers.
     #[track_caller]
     pub fn assert_obeyed(self) {
         let obeyed = self.status.code() == Some(0) || self.status.signal() == Some(Signal::TERM.as_raw());

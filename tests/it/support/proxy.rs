@@ -394,7 +394,7 @@ impl Connection {
 
     /// Forwards a request to the server, and discards the answer.
     async fn carry_out(&self, request: Request<Bytes>) {
-        // Wait for the end of the answer, because it shows that the server has executed the call.
+        // Wait for the end of the answer, which shows that the server has executed the call.
         if let Ok(answer) = self.forward(request, None).await {
             let _ = answer.into_body().collect().await;
         }

@@ -65,7 +65,7 @@ impl RawServer {
         })
     }
 
-    /// Answers the next request, which may also be a version request.
+    /// Answers the next request, even if it is a version request.
     pub fn answer_next(&self, status: &str, body: &str) {
         let request = RawRequest::read(self.connection());
         request.expect("a request").answer(status, body);

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Api, Daemon, Finished, Running, Server, eventually, is_alive};
 
 /// The first part of the handler's source. It defines functions for the code in the jobs, and for the code that runs before the
-/// connect.
+/// handler connects to the worker.
 const PRELUDE: &str = r#"#!/usr/bin/env -S python3 -S
 import json, os, signal, socket, sys, time
 DIR = os.environ["DIR"]
@@ -68,13 +68,13 @@ for line in wire:
 note("ended", os.getpid())
 "#;
 
-/// Returns the source of a handler that runs the Python code `before` before it connects to the worker.
+/// Returns the source of a handler that runs the Python code `before`, and then connects to the worker.
 pub fn handler(before: &str) -> String {
     format!("{PRELUDE}\n{before}\n{LOOP}")
 }
 
 impl Daemon {
-    /// Sets a warm handler with these settings. Each process runs the Python code `before` before it connects to the worker.
+    /// Sets a warm handler with these settings. Each process runs the Python code `before`, and then connects to the worker.
     pub fn warm(self, before: &str, settings: &str) -> Self {
         self.executable("handle.py", &handler(before));
         self.handlers(&format!("[handler]\nexec = ['$DIR/handle.py']\nmode = 'warm'\n{settings}"))
@@ -93,7 +93,7 @@ impl Warm {
         Self::with("", settings, |daemon| daemon)
     }
 
-    /// Starts a worker whose handler runs the Python code `before` before it connects to the worker.
+    /// Starts a worker whose handler runs the Python code `before`, and then connects to the worker.
     pub fn before(before: &str, settings: &str) -> Self {
         Self::with(before, settings, |daemon| daemon)
     }
@@ -186,7 +186,7 @@ pub fn wait_until_dead(pid: &str) {
     eventually(&format!("the end of process {pid}"), || (!is_alive(pid)).then_some(()));
 }
 
-/// Replaces a file atomically by an executable file, as a deploy does.
+/// Replaces a file atomically with an executable file, as a deploy does.
 pub fn replace(dir: &Path, name: &str, text: &str) {
     use std::os::unix::fs::PermissionsExt;
     let next = dir.join(format!("{name}.next"));
