@@ -64,6 +64,7 @@ impl AdminServer {
     }
 
     /// Returns the URL at which a browser on this machine can open the status page.
+    #[cfg_attr(not(feature = "embedded"), expect(dead_code, reason = "only a worker with an embedded server logs it"))]
     pub(crate) fn page_url(&self) -> io::Result<String> {
         let mut address = self.0.local_addr()?;
         if address.ip().is_unspecified() {
