@@ -66,7 +66,7 @@ impl Bulk {
         self.waiting.push(success);
     }
 
-    /// Reports whether successes wait for a request, and no request is in flight.
+    /// Reports whether successes are waiting to be sent while no request is in flight.
     fn is_held(&self) -> bool {
         !self.is_under_way && !self.waiting.is_empty()
     }

@@ -1,4 +1,4 @@
-//! [`Producer`]: decides which take streams are open and which purpose each has, and reopens a lost taking stream.
+//! [`Producer`]: opens and closes the take streams, assigns each its purpose, and replaces the stream that takes jobs if it is lost.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -345,7 +345,7 @@ impl Network {
         self.hold(&link, lasting).await;
     }
 
-    /// Waits until the fault has lasted this long, all faults end, or the connection is cut. No bytes pass during this wait.
+    /// Waits until the fault has lasted for `lasting`, all faults end, or the connection is cut. No bytes pass during this wait.
     async fn hold(&self, link: &Link, lasting: Duration) {
         tokio::select! {
             biased;
