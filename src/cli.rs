@@ -164,7 +164,7 @@ impl Args {
     }
 
     /// Returns a warning for each environment variable that begins with `ZIZQ_` and belongs to no setting. The variables
-    /// that a worker sets for its handlers give no warning, because a worker that a handler starts inherits them. An empty
+    /// that a worker sets for its handlers give no warning, because a worker inherits them if it is started by a handler. An empty
     /// variable counts as not set.
     pub(crate) fn unknown_variables(&self) -> Vec<Warning> {
         let command = command();

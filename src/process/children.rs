@@ -34,7 +34,7 @@ pub(crate) struct Children {
 
 #[derive(Debug, Default)]
 struct Waited {
-    /// A lock that each start of a child holds for reading until the child is in `pids`.
+    /// The lock that is held for reading while a child is started, until the child is in `pids`.
     starting: RwLock<()>,
     /// The number of listed children by process id. An id can be reused before the previous child with that id is removed.
     pids: Mutex<HashMap<Pid, usize>>,

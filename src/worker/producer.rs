@@ -1,4 +1,5 @@
-//! [`Producer`]: opens and closes the take streams, assigns each its purpose, and replaces the stream that takes jobs if it is lost.
+//! [`Producer`]: opens and closes the take streams, assigns each its purpose, and replaces the stream that takes jobs if that
+//! stream is lost.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -86,7 +86,7 @@ fn the_watchdog_is_fed_for_as_long_as_the_worker_lives() {
     for _ in 0..5 {
         manager.wait_for("WATCHDOG=1");
     }
-    // A worker that SIGSTOP has stopped sends no watchdog message.
+    // While it is stopped by SIGSTOP, the worker sends no watchdog message.
     running.signal(Signal::STOP);
     manager.0.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
     while manager.0.recv(&mut [0; 4096]).is_ok() {}

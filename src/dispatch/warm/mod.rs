@@ -236,7 +236,7 @@ impl Pool {
             let reason = self.reason_to_end(&mut all[at], lifecycle);
             if reason.is_some() {
                 all.remove(at);
-                // Set the state under the lock, because the check of the next process counts the processes that are not ending.
+                // Set the state under the lock, because the next call counts the processes that are not ending.
                 member.work().state = ProcessState::Ending;
             }
             reason
