@@ -225,7 +225,7 @@ fn settings_of_warm_handlers_for_spawned_ones_are_a_warning() {
     assert_eq!(warnings(&format!("{route}max_processes = 1")), ["handlers.s: max_processes)"]);
 }
 
-/// A file that nobody may read, not even root.
+/// A file that cannot be read, not even by root.
 const UNREADABLE: &str = "/proc/sys/vm/drop_caches";
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, Finished, Recorder, Server, eventually};
+use crate::support::{Daemon, Finished, RawServer, Server, eventually};
 
 /// Runs one job of type `job_type` with the handler `script`, which fails, and stops the worker. Returns the job's id and the
 /// stopped worker.
@@ -269,8 +269,9 @@ const HOSTILE_ANSWER: &str = "no: forged\r\u{1b}[2J\u{9b}2J\n2026-11-24T00:00:00
 
 #[test]
 fn text_of_the_server_cannot_forge_a_line_of_the_log() {
-    let server = Recorder::answering(503, HOSTILE_ANSWER);
-    let running = Daemon::bare().args(["--url", &server.url, "--", "true"]).start();
+    let server = RawServer::start();
+    let running = Daemon::bare().args(["--url", &server.url(), "--", "true"]).start();
+    server.request().answer("503 Service Unavailable", HOSTILE_ANSWER);
     let unreachable = |line: &String| line.contains("server unreachable");
     crate::support::eventually("the answer", || running.log().iter().find(|line| unreachable(line)).cloned());
     running.sigterm();
@@ -280,8 +281,9 @@ fn text_of_the_server_cannot_forge_a_line_of_the_log() {
 
 #[test]
 fn a_refusal_at_the_start_logs_the_servers_answer_in_one_line() {
-    let server = Recorder::answering(400, HOSTILE_ANSWER);
-    let finished = Daemon::bare().args(["--url", &server.url, "--", "true"]).run().assert_exit(1);
+    let server = RawServer::start();
+    let daemon = Daemon::bare().args(["--url", &server.url(), "--", "true"]);
+    let (_, finished) = server.refuse(daemon, HOSTILE_ANSWER);
     let (last, log) = finished.log.split_last().unwrap();
     assert!(log.iter().all(|line| is_event(line)), "{log:#?}");
     assert!(last.starts_with("zizq-worker: cannot take jobs from the server, "), "{last}");

@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::support::{Daemon, Recorder};
+use crate::support::{Daemon, RawServer};
 
 const PASSING: i32 = 1;
 const USAGE: i32 = 2;
@@ -15,9 +15,9 @@ const CONFIG: i32 = 78;
 /// Asserts that a daemon with a mistake in its settings prints only this line, and exits with this status before it connects.
 #[track_caller]
 fn refuse(daemon: Daemon, status: i32, line: &str) {
-    let server = Recorder::answering(400, "no");
-    complains(daemon.env("ZIZQ_URL", &server.url), status, line);
-    assert!(server.requests().is_empty(), "connected in spite of {line}");
+    let server = RawServer::start();
+    complains(daemon.env("ZIZQ_URL", &server.url()), status, line);
+    assert!(!server.has_connection(), "connected in spite of {line}");
 }
 
 #[track_caller]
@@ -419,9 +419,9 @@ fn the_embedded_server_needs_an_address_of_its_own() {
 #[test]
 fn a_prefetch_that_leaves_loops_idle_is_warned_of() {
     let run = |prefetch: &str| {
-        let server = Recorder::answering(400, "no");
-        let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", "json", "-t", "2", "-f", "2"]);
-        daemon.args(["-p", prefetch, "--", "true"]).run().assert_exit(1)
+        let server = RawServer::start();
+        let daemon = Daemon::bare().args(["--url", &server.url(), "--log-format", "json", "-t", "2", "-f", "2"]);
+        server.refuse(daemon.args(["-p", prefetch, "--", "true"]), "no").1
     };
     let low = run("3");
     let warning = low.events().into_iter().find(|event| event["level"] == "WARN").unwrap();
@@ -466,12 +466,12 @@ fn a_filter_that_would_silence_the_worker_is_a_mistake() {
 
 #[test]
 fn an_unknown_variable_is_warned_of_and_stops_nothing() {
-    let server = Recorder::answering(400, "no");
-    let daemon = Daemon::bare().args(["--url", &server.url, "--log-format", "json", "--", "true"]);
+    let server = RawServer::start();
+    let daemon = Daemon::bare().args(["--url", &server.url(), "--log-format", "json", "--", "true"]);
     let daemon =
         ["ZIZQ_JOB_ID", "ZIZQ_RESULT_FILE", "ZIZQ_SOCKET"].iter().fold(daemon, |daemon, name| daemon.env(name, "x"));
     let daemon = daemon.env("ZIZQ_TREADS", "4").env("ZIZQ_XYLOPHONE", "s3cret").env("ZIZQ_EMPTY", "");
-    let finished = daemon.run().assert_exit(1);
+    let (_, finished) = server.refuse(daemon, "no");
     let warnings: Vec<_> = finished.events().into_iter().filter(|event| event["level"] == "WARN").collect();
     let [one, other] = &warnings[..] else { panic!("{warnings:#?}") };
     assert!(one["message"].as_str().unwrap().starts_with("variable is no setting and has no effect"), "{one}");

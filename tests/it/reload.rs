@@ -5,7 +5,7 @@ use std::fs;
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, Recorder, Running, Server, UNTIL_GO, eventually};
+use crate::support::{Admin, Api, Authority, Call, Daemon, Proxy, RawServer, Running, Server, UNTIL_GO, eventually};
 
 /// Starts a daemon with `toml` as its configuration file, in which `$URL` stands for the server's url.
 fn start(server: &Api, toml: &str) -> Running {
@@ -321,15 +321,17 @@ fn a_handler_that_is_as_it_was_is_still_known_to_be_broken() {
 
 #[test]
 fn a_server_of_a_reload_that_refuses_the_worker_is_tried_again() {
-    let refusing = Recorder::answering(404, "no zizq here");
+    let refusing = RawServer::start();
     let running = Daemon::bare()
         .args(["--log-format", "json", "--retry-min-wait", "10ms", "--retry-max-wait", "10ms"])
         .handlers("url = 'http://127.0.0.1:1'\n[handler]\nexec = ['true']")
         .start();
     running.wait_for_message("server unreachable, reconnecting");
-    let toml = format!("url = '{}'\n[handler]\nexec = ['true']", refusing.url);
+    let toml = format!("url = '{}'\n[handler]\nexec = ['true']", refusing.url());
     fs::write(running.dir().join("zizq-worker.toml"), toml).unwrap();
     running.signal(Signal::HUP);
+    refusing.request().answer("404 Not Found", "no zizq here");
+    refusing.request().answer("404 Not Found", "no zizq here");
     running.wait_for_messages(2, "server refuses the worker, reconnecting");
     running.stop();
 }

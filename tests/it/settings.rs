@@ -8,7 +8,7 @@ use zizq_worker::Config;
 use zizq_worker::cli::Args;
 use zizq_worker::config::{DEFAULT_MAX_JOB_SIZE, DEFAULT_SHUTDOWN_DEADLINE, DEFAULT_STREAM_IDLE_TIMEOUT};
 
-use crate::support::{Daemon, Finished, RawServer, Recorder, Server, eventually, jobs, unused_address};
+use crate::support::{Daemon, Finished, RawServer, Server, eventually, jobs, unused_address};
 
 /// An address on which no server listens.
 const NOWHERE: &str = "http://127.0.0.1:1";
@@ -73,19 +73,19 @@ fn url() {
 
 #[test]
 fn a_path_prefix_of_the_url_is_kept() {
-    let server = Recorder::answering(400, "no");
-    Daemon::bare().args(["--url", &format!("{}/queue/", server.url), "--", "true"]).run().assert_exit(1);
-    assert_eq!(server.requests()[0].lines().next().unwrap(), "GET /queue/jobs/take?prefetch=2 HTTP/1.1");
+    let server = RawServer::start();
+    let daemon = Daemon::bare().args(["--url", &format!("{}/queue/", server.url()), "--", "true"]);
+    assert_eq!(server.refuse(daemon, "no").0.lines().next().unwrap(), "GET /queue/jobs/take?prefetch=2 HTTP/1.1");
 }
 
 #[test]
 fn proxy_variables_have_no_effect() {
-    let server = Recorder::answering(400, "no");
+    let server = RawServer::start();
     let daemon = ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"]
         .iter()
         .fold(Daemon::bare(), |daemon, name| daemon.env(name, "http://127.0.0.1:1"));
-    daemon.args(["--url", &server.url, "--", "true"]).run().assert_exit(1);
-    assert_eq!(server.requests().len(), 1);
+    server.refuse(daemon.args(["--url", &server.url(), "--", "true"]), "no");
+    assert!(!server.has_connection());
 }
 
 #[test]
@@ -113,13 +113,12 @@ fn queues_may_be_repeated_and_are_split_and_trimmed() {
 
 #[test]
 fn the_server_is_asked_for_the_queues_by_their_encoded_names() {
-    let server = Recorder::answering(400, "no");
-    Daemon::bare()
-        .args(["--url", &server.url, "-q", "mail & more,größe", "-p", "3", "--", "true"])
-        .run()
-        .assert_exit(1);
-    let request = server.requests()[0].lines().next().unwrap().to_owned();
-    assert_eq!(request, "GET /jobs/take?prefetch=3&queue=mail%20%26%20more,gr%C3%B6%C3%9Fe HTTP/1.1");
+    let server = RawServer::start();
+    let daemon = Daemon::bare().args(["--url", &server.url(), "-q", "mail & more,größe", "-p", "3", "--", "true"]);
+    assert_eq!(
+        server.refuse(daemon, "no").0.lines().next().unwrap(),
+        "GET /jobs/take?prefetch=3&queue=mail%20%26%20more,gr%C3%B6%C3%9Fe HTTP/1.1"
+    );
 }
 
 #[test]
@@ -391,11 +390,14 @@ fn worker_id() {
         seen: ["by flag", "by-variable", "in-file"],
         default: Some("HOSTNAME-PID"),
         see: |daemon| {
-            let server = Recorder::answering(400, "no");
-            let running = daemon.args(["--url", &server.url, "--", "true"]).start();
+            let server = RawServer::start();
+            let running = daemon.args(["--url", &server.url(), "--", "true"]).start();
             let default = format!("{}-{}", gethostname::gethostname().display(), running.pid());
+            let request = server.request();
+            let seen = request.header("worker-id").unwrap().replace(&default, "HOSTNAME-PID");
+            request.answer("400 Bad Request", "no");
             running.assert_exit(1);
-            server.header("Worker-Id").unwrap().replace(&default, "HOSTNAME-PID")
+            seen
         },
     }
     .check();

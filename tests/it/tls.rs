@@ -6,7 +6,7 @@ use std::time::Duration;
 use hyper::Version;
 use serde_json::{Value, json};
 
-use crate::support::{Authority, Call, Daemon, Identity, Proxy, RawServer, Recorder, Server};
+use crate::support::{Authority, Call, Daemon, Identity, Proxy, RawServer, Server};
 
 const QUICK: [&str; 4] = ["--retry-min-wait", "10ms", "--retry-max-wait", "50ms"];
 const BOTH: [&str; 2] = ["h2", "http/1.1"];
@@ -177,13 +177,13 @@ fn a_job_runs_once_over_a_lost_tls_connection() {
 /// Checks that a mistake ends the daemon with this line before it connects. DIR in the line stands for the daemon's directory.
 #[track_caller]
 fn complains(daemon: Daemon, line: &str) {
-    let server = Recorder::answering(400, "no");
-    let url = server.url.replace("http:", "https:");
+    let server = RawServer::start();
+    let url = server.url().replace("http:", "https:");
     let finished = daemon.env("ZIZQ_URL", url).args(["--", "true"]).run().assert_exit(CONFIG);
     let dir = finished.dir().to_str().unwrap();
     let log: Vec<String> = finished.log.iter().map(|found| found.replace(dir, "DIR")).collect();
     assert_eq!(log, [format!("zizq-worker: {line}")]);
-    assert!(server.requests().is_empty(), "connected in spite of {line}");
+    assert!(!server.has_connection(), "connected in spite of {line}");
 }
 
 #[test]
@@ -360,8 +360,8 @@ const NGINX: &str = "<html>\r\n<head><title>400 The plain HTTP request was sent 
 
 #[test]
 fn the_title_of_a_page_is_shown() {
-    let server = Recorder::answering(400, NGINX);
-    let finished = Daemon::at(&server.url).args(["--", "true"]).run().assert_exit(1);
+    let server = RawServer::start();
+    let (_, finished) = server.refuse(Daemon::at(&server.url()).args(["--", "true"]), NGINX);
     let last = finished.log.last().unwrap();
     assert!(last.ends_with(": 400 The plain HTTP request was sent to HTTPS port"), "{last}");
 }

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use super::{PATIENCE, eventually};
+use super::{Daemon, Finished, PATIENCE, eventually};
 
 /// A listening server. The test accepts each connection and sends each answer.
 pub struct RawServer {
@@ -87,6 +87,21 @@ impl RawServer {
             }
         }
         true
+    }
+
+    /// Reports whether a client has connected that the test has not accepted.
+    pub fn has_connection(&self) -> bool {
+        self.listener.accept().is_ok()
+    }
+
+    /// Runs a daemon, and refuses its first request with `body`, so that the daemon exits with status 1. Returns the head of the
+    /// request.
+    pub fn refuse(&self, daemon: Daemon, body: &str) -> (String, Finished) {
+        let running = daemon.start();
+        let request = self.request();
+        let head = request.head.clone();
+        request.answer("400 Bad Request", body);
+        (head, running.assert_exit(1))
     }
 
     /// Waits for the next request for a take stream, and opens the stream.
