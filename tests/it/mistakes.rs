@@ -16,7 +16,7 @@ const CONFIG: i32 = 78;
 #[track_caller]
 fn refuse(daemon: Daemon, status: i32, line: &str) {
     let server = RawServer::start();
-    complains(daemon.env("ZIZQ_URL", &server.url()), status, line);
+    complains(daemon.env("ZIZQ_URL", server.url()), status, line);
     assert!(!server.has_connection(), "connected in spite of {line}");
 }
 
